@@ -1,0 +1,143 @@
+"""The types that data, algorithms and the trainer share; no torch is imported at run time.
+
+Shapes: T tasks, S support rows, Q query rows, W ways, D outputs of a regression.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+Metrics = dict[str, "Tensor"]
+"""Scalars (0-dimensional, detached) by name, for example `{"loss": …, "accuracy": …}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSize:
+    """How many rows a task has: `shot` and `query` rows for each of `way` classes.
+
+    A regression task has way 1: S = shot and Q = query.
+    """
+
+    way: int
+    shot: int
+    query: int
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """What a task asks for.
+
+    Attributes:
+        kind: `classification` or `regression`.
+        input_shape: Shape of one input row, without batch dimensions.
+        output_dim: Ways of a classification at evaluation, or values per row of a regression.
+        train_way: Ways of a training task (`output_dim` unless the algorithm trains on more).
+    """
+
+    kind: Literal["classification", "regression"]
+    input_shape: tuple[int, ...]
+    output_dim: int
+    train_way: int
+
+    @property
+    def metric(self) -> str:
+        """Name of the figure that is reported: `accuracy` (higher is better) or `mse` (lower)."""
+        return "accuracy" if self.kind == "classification" else "mse"
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.kind == "classification"
+
+
+@dataclass(frozen=True, slots=True)
+class TaskBatch:
+    """T tasks with S support and Q query rows each.
+
+    Attributes:
+        support_x: (T, S, *input_shape); the order of rows is the order of presentation.
+        support_y: (T, S) int64 labels, or (T, S, D) values.
+        query_x: (T, Q, *input_shape).
+        query_y: As `support_y`, for the query rows.
+        class_ids: (T, W) int64, the data-set class behind each local label; None in regression.
+    """
+
+    support_x: Tensor
+    support_y: Tensor
+    query_x: Tensor
+    query_y: Tensor
+    class_ids: Tensor | None = None
+
+    @property
+    def num_tasks(self) -> int:
+        return self.support_x.shape[0]
+
+    def chunks(self, size: int) -> Iterator[TaskBatch]:
+        """Cut into batches of at most `size` tasks, in order."""
+        for start in range(0, self.num_tasks, size):
+            yield self[start : start + size]
+
+    def __getitem__(self, tasks: slice) -> TaskBatch:
+        return TaskBatch(
+            self.support_x[tasks],
+            self.support_y[tasks],
+            self.query_x[tasks],
+            self.query_y[tasks],
+            None if self.class_ids is None else self.class_ids[tasks],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answers to T tasks.
+
+    Attributes:
+        outputs: (T, Q, W) logits, or (T, Q, D) values.
+        spread: Standard deviation beside `outputs`, same shape, where the method has one.
+        sequence: (T, S, W), for memory-based learners: the answer at row t given the labels
+            of the rows before it.
+    """
+
+    outputs: Tensor
+    spread: Tensor | None = None
+    sequence: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where training stands: `step` updates are done, of `total`."""
+
+    step: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """Share of the updates done, in [0, 1)."""
+        return self.step / self.total
+
+
+class EpisodeSource(Protocol):
+    """A data set seen as an endless, pure sequence of tasks for each split."""
+
+    spec: TaskSpec
+    sizes: dict[Split, EpisodeSize]
+    device: torch.device
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Tasks `index … index + num_tasks - 1` of a split; the same call gives the same tasks.
+
+        It equals the stack of the same tasks drawn one by one.
+        """
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the data and the split, for the records of a run."""
+        ...
