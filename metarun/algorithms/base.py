@@ -1,0 +1,188 @@
+"""What every algorithm is: it learns from a batch of tasks, and answers a new one.
+
+Shapes: T tasks, S support rows, Q query rows, W ways, D outputs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metarun import seeding
+from metarun.algorithms.engine import Engine
+from metarun.algorithms.outer import OuterOptimizer
+from metarun.backbones.layers import BATCH_NORM_MODES, BatchNormMode, Pass, has_batch_norm
+from metarun.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
+
+Backbone = Callable[..., nn.Module]
+"""Makes a network from `input_shape` and `output_dim` (None: features, no head)."""
+
+Optim = Callable[..., OuterOptimizer]
+"""Makes an outer optimiser from (name, parameter) pairs."""
+
+
+class Algorithm(nn.Module, ABC):
+    """A meta-learner: it owns its modules and its outer optimiser.
+
+    A subclass adds its hyperparameters as keywords, hands the rest to `super().__init__`, sets
+    `self.net` by `build_network` and its optimiser, and writes `update` and `predict`.
+
+    Args:
+        spec: What the tasks ask for.
+        backbone: Makes the network.
+        optim: Makes the outer optimiser.
+        engine: How tasks run.
+        bn: Where batch norm takes its statistics from at evaluation: `transductive` (the query
+            rows together), `support`, or `running` (gathered in training).
+        eval_inner_steps: Adaptation steps at evaluation; None takes the training's.
+        seed: Seed of the algorithm's own draws.
+
+    Raises:
+        ValueError: The data are not of a kind that the algorithm can learn.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+    """Kinds of task that it can learn."""
+    accepts_any_way: ClassVar[bool] = False
+    """Whether a task may have another number of ways than it was trained for."""
+    label_equivariant: ClassVar[bool] = False
+    """Whether permuting the labels of a task permutes the answers."""
+    order_free: bool = True
+    """Whether the order of support rows is without meaning."""
+
+    net: nn.Module
+
+    def __init__(
+        self,
+        *,
+        spec: TaskSpec,
+        backbone: Backbone,
+        optim: Optim,
+        engine: Engine,
+        bn: BatchNormMode = "transductive",
+        eval_inner_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if spec.kind not in self.kinds:
+            raise ValueError(
+                f"{name} learns {' and '.join(self.kinds)}, and the data ask for {spec.kind}: "
+                "choose another algo (`metarun list`)"
+            )
+        if not self.accepts_any_way and spec.train_way != spec.output_dim:
+            raise ValueError(
+                f"train.way={spec.train_way} differs from way={spec.output_dim}, but {name} has "
+                "a head of fixed width: make them equal"
+            )
+        if bn not in BATCH_NORM_MODES:
+            raise ValueError(f"bn={bn}: expected one of {', '.join(BATCH_NORM_MODES)}")
+        if eval_inner_steps is not None and eval_inner_steps < 0:
+            raise ValueError(f"eval.inner_steps={eval_inner_steps}: expected 0 or more")
+        self.spec = spec
+        self.engine = engine
+        self.bn: BatchNormMode = bn
+        self.eval_inner_steps = eval_inner_steps
+        self.seed = seed
+        self._backbone = backbone
+        self._optim = optim
+
+    @abstractmethod
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        """Make one meta-update and return its metrics, `loss` and the task metric.
+
+        Raises:
+            NonFiniteError: The loss or a gradient is not finite; nothing has changed.
+        """
+
+    @abstractmethod
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        """Adapt to T tasks, then answer their queries; changes no state, keeps no graph.
+
+        Args:
+            support_x: (T, S, *input_shape).
+            support_y: (T, S) labels, or (T, S, D) values.
+            query_x: (T, Q, *input_shape).
+        """
+
+    def trace(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int
+    ) -> Tensor | None:
+        """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
+        return None
+
+    @property
+    def bn_statistics(self) -> str:
+        """The batch-norm setting in force, `none` where the network has no batch norm."""
+        return self.bn if has_batch_norm(self.net) else "none"
+
+    @property
+    def transductive(self) -> bool:
+        """Whether an answer depends on the other queries of its task."""
+        return self.bn_statistics == "transductive"
+
+    def build_network(self, output_dim: int | None) -> nn.Module:
+        """Make the network; None leaves out the head."""
+        return self._backbone(input_shape=self.spec.input_shape, output_dim=output_dim)
+
+    def build_optimizer(self) -> OuterOptimizer:
+        """Make the outer optimiser of every parameter registered so far."""
+        return self._optim(list(self.named_parameters()))
+
+    def settled_engine(self) -> Engine:
+        """The engine with everything settled, for the network and where it is."""
+        return self.engine.resolved(self.net, next(self.net.parameters()).device)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of one task: cross-entropy of (N, W) logits, or squared error of (N, D)."""
+        if self.spec.kind == "classification":
+            return nn.functional.cross_entropy(outputs, targets)
+        return nn.functional.mse_loss(outputs, targets)
+
+    def noise(self, progress: Progress, num_tasks: int) -> Tensor:
+        """(T,) keys of the random masks of one update."""
+        device = next(self.parameters()).device
+        return seeding.task_keys(
+            self.seed, "noise", progress.step * num_tasks, num_tasks, device
+        )
+
+    def answer(self, net: nn.Module, params: dict[str, Tensor], support_x: Tensor, query_x: Tensor) -> Tensor:
+        """Answers of one task at evaluation, with batch norm as `bn` says.
+
+        Args:
+            net: The network, or its replica.
+            params: Its parameters by name.
+            support_x: (S, *input_shape), which `bn=support` takes its statistics from.
+            query_x: (Q, *input_shape).
+        """
+        if self.bn == "support" and has_batch_norm(net):
+            rows = torch.cat([support_x, query_x])
+            how = Pass(rows=support_x.shape[0])
+            return forward(net, params, rows, how)[support_x.shape[0] :]
+        return forward(net, params, query_x, Pass(running=self.bn == "running"))
+
+
+def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, how: Pass) -> Tensor:
+    """Run a network with parameters that are not its own."""
+    outputs: Tensor = torch.func.functional_call(net, params, (x, how))
+    return outputs
+
+
+def task_metric(spec: TaskSpec, outputs: Tensor, targets: Tensor) -> Tensor:
+    """The reported figure of each task.
+
+    Args:
+        spec: What the tasks ask for.
+        outputs: (…, Q, W) logits or (…, Q, D) values.
+        targets: (…, Q) labels or (…, Q, D) values.
+
+    Returns:
+        (…): accuracy as a fraction, or the mean squared error.
+    """
+    if spec.kind == "classification":
+        return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)
+    return (outputs - targets).square().mean((-2, -1))

@@ -1,0 +1,117 @@
+"""Adaptation to one task, as pure functions of parameters.
+
+Nothing here knows of a batch of tasks: the engine maps these functions over it. `Params` are
+the adapted parameters by qualified name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Params = dict[str, Tensor]
+Loss = Callable[[Params], Tensor]
+
+
+def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
+    """Gradient of a loss by the parameters.
+
+    Args:
+        loss: 0-dimensional loss of parameters.
+        params: Where to take it.
+        first_order: Treat the gradient as a constant, and keep no graph of it.
+    """
+    if first_order:
+        constant = {name: param.detach() for name, param in params.items()}
+        return {name: g.detach() for name, g in torch.func.grad(loss)(constant).items()}
+    return torch.func.grad(loss)(params)
+
+
+def sgd_path(
+    loss: Loss,
+    params: Params,
+    *,
+    lr: float | Params,
+    steps: int,
+    first_order: bool,
+    clip: float | None = None,
+) -> Iterator[Params]:
+    """The parameters after each step of plain gradient descent.
+
+    Applies theta <- theta - lr * grad L(theta): the inner loop of MAML (Finn et al. 2017,
+    Algorithm 1, line 6) and, with a rate for each element, of Meta-SGD (Li et al. 2017, eq. 2).
+
+    Args:
+        loss: Mean loss over the support rows.
+        params: Where to start.
+        lr: Step size in parameter units per unit of gradient; by name where it is learned.
+        steps: Number of updates; 0 yields nothing.
+        first_order: Treat inner gradients as constants (FOMAML).
+        clip: Cut each element of a gradient to [-clip, clip].
+    """
+    for _ in range(steps):
+        grads = gradient(loss, params, first_order=first_order)
+        if clip is not None:
+            grads = {name: grad.clamp(-clip, clip) for name, grad in grads.items()}
+        params = {
+            name: param - (lr[name] if isinstance(lr, dict) else lr) * grads[name]
+            for name, param in params.items()
+        }
+        yield params
+
+
+def sgd_adapt(
+    loss: Loss,
+    params: Params,
+    *,
+    lr: float | Params,
+    steps: int,
+    first_order: bool,
+    clip: float | None = None,
+) -> Params:
+    """The last of `sgd_path`; with 0 steps the parameters as they came."""
+    path = sgd_path(loss, params, lr=lr, steps=steps, first_order=first_order, clip=clip)
+    for step in path:
+        params = step
+    return params
+
+
+@dataclass(frozen=True, slots=True)
+class AdamState:
+    """Moments of Adam by parameter name, and the number of updates made (0-dimensional)."""
+
+    first: Params
+    second: Params
+    count: Tensor
+
+
+def adam_step(
+    params: Params,
+    grads: Params,
+    state: AdamState,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float = 1e-8,
+) -> tuple[Params, AdamState]:
+    """One update of Adam (Kingma & Ba 2015, Algorithm 1, in the form of its section 2's end).
+
+    The bias correction is folded into the rate and `eps` is added to the uncorrected root, as
+    TensorFlow does and so the code of Reptile.
+    """
+    count = state.count + 1
+    first = {n: betas[0] * state.first[n] + (1 - betas[0]) * g for n, g in grads.items()}
+    second = {n: betas[1] * state.second[n] + (1 - betas[1]) * g * g for n, g in grads.items()}
+    rate = lr * torch.sqrt(1 - betas[1] ** count) / (1 - betas[0] ** count)
+    moved = {n: p - rate * first[n] / (second[n].sqrt() + eps) for n, p in params.items()}
+    return moved, AdamState(first, second, count)
+
+
+def adam_start(params: Params) -> AdamState:
+    """Zero moments."""
+    zeros = {name: torch.zeros_like(param) for name, param in params.items()}
+    some = next(iter(params.values()))
+    return AdamState(zeros, dict(zeros), torch.zeros((), dtype=some.dtype, device=some.device))

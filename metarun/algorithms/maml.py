@@ -1,0 +1,215 @@
+"""Model-agnostic meta-learning and the variants that are settings of it.
+
+MAML and FOMAML: Finn, Abbeel & Levine 2017, Algorithm 1 and section 5.2; official code
+cbfinn/maml. ANIL: Raghu et al. 2020. Meta-SGD: Li et al. 2017.
+
+Shapes: T tasks, S support rows, Q query rows, D outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.inner import Params, sgd_adapt, sgd_path
+from metarun.backbones.layers import Pass, update_running
+from metarun.types import Metrics, Prediction, Progress, TaskBatch
+
+Adapted = Literal["all", "head"]
+Rates = Literal["fixed", "tensor", "element"]
+
+
+class MAML(Algorithm):
+    """Learns an initialisation from which a few gradient steps solve a task.
+
+    Minimises sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
+    al. 2017, eq. 1). The loss is that after the last inner step, as in the official code.
+
+    The official code's inner classification loss is a sum over the W classes where ours is a
+    mean over rows: its rate alpha is alpha * W here (Omniglot 5-way: 0.4 there, 2.0 here).
+
+    Args:
+        inner_lr: Inner learning rate; [low, high] draws the start of each learned rate from
+            U[low, high) (Meta-SGD).
+        inner_steps: Inner steps in training.
+        second_order_from: Update from which inner gradients are differentiated; 0 is MAML,
+            None (never) is FOMAML, a number in between is the annealing of MAML++.
+        adapt: `all` parameters, or the `head` alone (ANIL).
+        rates: `fixed`; learned one for each `tensor`; or one for each `element` (Meta-SGD).
+        inner_clip: Cut each element of an inner gradient to [-inner_clip, inner_clip].
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        inner_lr: float | Sequence[float] = 0.01,
+        inner_steps: int = 1,
+        second_order_from: int | None = 0,
+        adapt: Adapted = "all",
+        rates: Rates = "fixed",
+        inner_clip: float | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        low, high = _range(inner_lr)
+        _check(low, high, inner_steps, second_order_from, adapt, rates, inner_clip)
+        self.inner_steps = inner_steps
+        self.second_order_from = second_order_from
+        self.inner_clip = inner_clip
+        self.net = self.build_network(self.spec.output_dim)
+        self.adapted = [
+            name
+            for name, _ in self.net.named_parameters()
+            if adapt == "all" or name.startswith("head.")
+        ]
+        self.inner_lr = low
+        self.rates = nn.ParameterDict()
+        if rates != "fixed":
+            for name, param in self.net.named_parameters():
+                if name in self.adapted:
+                    shape = param.shape if rates == "element" else ()
+                    start = torch.empty(shape).uniform_(low, high) if low < high else low
+                    self.rates[_key(name)] = nn.Parameter(torch.zeros(shape) + start)
+        self.optimizer = self.build_optimizer()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        first_order = (
+            self.second_order_from is None or progress.step < self.second_order_from
+        )
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            support_x, support_y, query_x, query_y, noise = rows
+            theta, rates = self._split(params)
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise))
+            adapted = sgd_adapt(
+                loss,
+                {name: theta[name] for name in self.adapted},
+                lr=rates,
+                steps=self.inner_steps,
+                first_order=first_order,
+                clip=self.inner_clip,
+            )
+            how = Pass(moments=moments, noise=noise)
+            outputs = forward(net, {**theta, **adapted}, query_x, how)
+            query_loss = self.loss(outputs, query_y)
+            score = task_metric(self.spec, outputs, query_y)
+            return query_loss, (query_loss, score, moments)
+
+        rows = (
+            batch.support_x,
+            batch.support_y,
+            batch.query_x,
+            batch.query_y,
+            self.noise(progress, batch.num_tasks),
+        )
+        params = dict(self.optimizer.targets)
+        grads, (losses, scores, moments) = self.settled_engine().gradients(
+            task, self.net, params, rows
+        )
+        self.optimizer.step(grads, progress)
+        update_running(self.net, moments)
+        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
+            theta = params
+            for theta in self._path(net, params, rows[0], rows[1], steps):
+                pass
+            return self.answer(net, theta, rows[0], rows[2])
+
+        return Prediction(self._map(task, support_x, support_y, query_x))
+
+    def trace(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int
+    ) -> Tensor:
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
+            path = [params, *self._path(net, params, rows[0], rows[1], steps)]
+            return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in path])
+
+        return self._map(task, support_x, support_y, query_x).movedim(1, 0)
+
+    def _map(self, task: Any, *rows: Tensor) -> Tensor:
+        params = dict(self.net.named_parameters())
+        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
+        return outputs
+
+    def _path(
+        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int
+    ) -> list[Params]:
+        """All parameters after each inner step at evaluation."""
+        loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
+        start = {name: theta[name] for name in self.adapted}
+        rates = self._rates(dict(self.rates.named_parameters()))
+        path = sgd_path(
+            loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip
+        )
+        return [{**theta, **adapted} for adapted in path]
+
+    def _support_loss(
+        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass
+    ) -> Any:
+        def loss(adapted: Params) -> Tensor:
+            return self.loss(forward(net, {**theta, **adapted}, x, how), y)
+
+        return loss
+
+    def _split(self, params: Params) -> tuple[Params, float | Params]:
+        """The network's parameters and the inner rates, from all that is meta-learned."""
+        theta = {n.removeprefix("net."): p for n, p in params.items() if n.startswith("net.")}
+        rates = {n.removeprefix("rates."): p for n, p in params.items() if n.startswith("rates.")}
+        return theta, self._rates(rates)
+
+    def _rates(self, learned: Params) -> float | Params:
+        return {name: learned[_key(name)] for name in self.adapted} if learned else self.inner_lr
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
+    return name.replace(".", "/")
+
+
+def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:
+    if isinstance(inner_lr, (int, float)):
+        return inner_lr, inner_lr
+    values = list(inner_lr)
+    if len(values) != 2:
+        raise ValueError(f"algo.inner_lr={values}: expected a number or [low, high]")
+    return values[0], values[1]
+
+
+def _check(
+    low: float,
+    high: float,
+    inner_steps: int,
+    second_order_from: int | None,
+    adapt: str,
+    rates: str,
+    inner_clip: float | None,
+) -> None:
+    if not 0.0 < low <= high < float("inf"):
+        raise ValueError(f"algo.inner_lr={low if low == high else [low, high]}: expected a positive number")
+    if low < high and rates == "fixed":
+        raise ValueError("algo.inner_lr: a range is the start of learned rates: set algo.rates")
+    if inner_steps < 0:
+        raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
+    if second_order_from is not None and second_order_from < 0:
+        raise ValueError(
+            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
+        )
+    if adapt not in ("all", "head"):
+        raise ValueError(f"algo.adapt={adapt}: expected all or head")
+    if rates not in ("fixed", "tensor", "element"):
+        raise ValueError(f"algo.rates={rates}: expected fixed, tensor or element")
+    if inner_clip is not None and inner_clip <= 0:
+        raise ValueError(f"algo.inner_clip={inner_clip}: expected a positive number, or null")

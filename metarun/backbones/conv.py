@@ -1,0 +1,100 @@
+"""Conv4: four blocks of 3x3 convolution, batch norm, ReLU and a halving of the image.
+
+With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017, with stride-2
+convolutions the one of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers import BatchNorm, Pass
+from metarun.backbones.network import Network
+
+Downsample = Literal["max_pool", "stride"]
+Pool = Literal["flatten", "mean"]
+
+
+class Conv4(Network):
+    """A stack of convolution blocks for images of any size and number of channels.
+
+    Args:
+        input_shape: (C, H, W).
+        output_dim: Outputs of the head; None ends at the features.
+        filters: Channels of each block (the papers use 32 and 64).
+        blocks: Number of blocks.
+        downsample: `max_pool` halves rounding down, `stride` rounding up.
+        pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
+            does on Omniglot.
+
+    Raises:
+        ValueError: The input is not an image, or too small for that many halvings.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        output_dim: int | None,
+        *,
+        filters: int = 64,
+        blocks: int = 4,
+        downsample: Downsample = "max_pool",
+        pool: Pool = "flatten",
+    ) -> None:
+        check_image(input_shape, blocks if downsample == "max_pool" else 0, "conv4")
+        if filters < 1 or blocks < 1:
+            raise ValueError(
+                f"backbone.filters={filters}, backbone.blocks={blocks}: expected 1 or more"
+            )
+        if downsample not in ("max_pool", "stride"):
+            raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
+        if pool not in ("flatten", "mean"):
+            raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
+        body = _Blocks(input_shape[0], filters, blocks, downsample, pool)
+        super().__init__(body, input_shape, output_dim)
+
+
+class _Blocks(nn.Module):
+    def __init__(
+        self, channels: int, filters: int, blocks: int, downsample: str, pool: str
+    ) -> None:
+        super().__init__()
+        stride = 2 if downsample == "stride" else 1
+        # A bias before batch norm has no effect on the output, but the papers' networks carry
+        # one and adapt it; it is kept so that parameter counts agree.
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels if i == 0 else filters, filters, 3, stride=stride, padding=1)
+            for i in range(blocks)
+        )
+        self.norms = nn.ModuleList(BatchNorm(filters, f"norms.{i}") for i in range(blocks))
+        self.max_pool = downsample == "max_pool"
+        self.mean = pool == "mean"
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(norm(conv(x), how))
+            if self.max_pool:
+                x = nn.functional.max_pool2d(x, 2)
+        return x.mean((2, 3)) if self.mean else x.flatten(1)
+
+
+def check_image(input_shape: tuple[int, ...], halvings: int, name: str) -> None:
+    """Refuse inputs that are no image, or that vanish when halved `halvings` times.
+
+    Raises:
+        ValueError: Either is the case.
+    """
+    if len(input_shape) != 3:
+        raise ValueError(
+            f"backbone={name} needs images, this data set has inputs of shape {input_shape}: "
+            "use backbone=mlp"
+        )
+    side = min(input_shape[1:])
+    if side >> halvings < 1:
+        raise ValueError(
+            f"backbone={name} halves images {halvings} times, these are {input_shape[1]}x"
+            f"{input_shape[2]}: use images of {2**halvings} pixels or more a side, or backbone=mlp"
+        )

@@ -1,0 +1,137 @@
+"""Layers that behave under `torch.vmap` and double differentiation, and how a pass is made.
+
+Shapes: N rows, C channels, H W height and width.
+
+`nn.BatchNorm2d` gives silently wrong second-order gradients under vmap when its weight is
+adapted in the inner loop, and keeps statistics as a side effect. Batch norm is therefore a few
+lines of arithmetic here, and where its statistics come from is an argument of the pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun import seeding
+
+BatchNormMode = Literal["transductive", "support", "running"]
+BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """How one forward pass through a network is made.
+
+    Attributes:
+        rows: Batch norm takes its statistics from the first `rows` rows; None takes all.
+        running: Batch norm uses its running statistics instead.
+        moments: Filled by batch norm with the (mean, variance) of the pass, by buffer name,
+            for `update_running`; None keeps nothing.
+        noise: Key (0-dimensional int64) of the pass's random masks; None makes no noise, as
+            at evaluation.
+    """
+
+    rows: int | None = None
+    running: bool = False
+    moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    noise: Tensor | None = None
+
+
+BATCH = Pass()
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015) whose statistics are an argument.
+
+    Exact to any order of differentiation, alone and under `torch.vmap`.
+
+    Args:
+        num_features: C of (N, C) or (N, C, H, W) inputs.
+        name: Unique name in its network, the key of `Pass.moments`.
+        eps: Added to the variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, name: str, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.name = name
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        """Normalise (N, C) or (N, C, H, W)."""
+        mean, var = self._moments(x, how)
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        shift = self.bias - mean * scale
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return x * scale.view(shape) + shift.view(shape)
+
+    def _moments(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
+        if how.running:
+            return self.running_mean, self.running_var
+        seen = x if how.rows is None else x[: how.rows]
+        dims = (0, *range(2, x.dim()))
+        var, mean = torch.var_mean(seen, dims, correction=0)
+        if how.moments is not None:
+            count = seen.numel() // seen.shape[1]
+            unbiased = var.detach() * (count / max(count - 1, 1))
+            how.moments[self.name] = (mean.detach(), unbiased)
+        return mean, var
+
+
+def update_running(
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+) -> None:
+    """Move the running statistics of every batch norm towards the moments of a pass.
+
+    Args:
+        net: The network that made the pass.
+        moments: What `Pass.moments` collected, each with a leading dimension of T tasks; the
+            tasks are averaged, so that their number does not change the pace.
+        momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
+    """
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, BatchNorm) and module.name in moments:
+                mean, var = moments[module.name]
+                module.running_mean.lerp_(mean.mean(0), momentum)
+                module.running_var.lerp_(var.mean(0), momentum)
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Whether a network's answers depend on batch statistics at all."""
+    return any(isinstance(module, BatchNorm) for module in net.modules())
+
+
+def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
+    """DropBlock (Ghiasi et al. 2018): zero whole squares of (N, C, H, W), rescale the rest.
+
+    Args:
+        x: Activations.
+        noise: Key of the pass, 0-dimensional int64.
+        slot: Tells apart the layers of one network.
+        rate: Share of activations to drop, in [0, 1).
+        block_size: Side of a square, cut to what the activations hold.
+    """
+    height, width = x.shape[-2:]
+    side = min(block_size, height, width)
+    valid = (height - side + 1) * (width - side + 1)
+    seed_rate = rate * height * width / (side**2 * valid)
+    draws = seeding.uniform(noise, slot, x.shape, dtype=torch.float32)
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device)[None, :]
+    inside = (rows <= height - side) & (columns <= width - side)
+    corners = ((draws < seed_rate) & inside).to(x.dtype)
+    dropped = nn.functional.max_pool2d(
+        nn.functional.pad(corners, (side - 1, 0, side - 1, 0)), side, stride=1
+    )
+    mask = 1.0 - dropped
+    return x * mask * (mask.numel() / mask.sum().clamp(min=1.0))

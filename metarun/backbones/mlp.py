@@ -1,0 +1,88 @@
+"""Dense backbones: 40-40 ReLU for sinusoids, 256-128-64-64 with batch norm for Omniglot.
+
+Both are those of Finn et al. 2017 (sections 5.1 and 5.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers import BatchNorm, Pass
+from metarun.backbones.network import Network
+
+Activation = Literal["relu", "tanh"]
+Init = Literal["torch", "truncated_normal"]
+
+
+class MLP(Network):
+    """A multi-layer perceptron; images are flattened.
+
+    Args:
+        input_shape: Shape of one input.
+        output_dim: Outputs of the head; None ends at the last hidden layer.
+        hidden: Widths of the hidden layers.
+        activation: `relu` or `tanh`.
+        batch_norm: Normalise before each activation.
+        init: `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `truncated_normal` is the MAML
+            code's: standard deviation 0.01 cut at two of them, biases 0.
+
+    Raises:
+        ValueError: A width is not positive, or a word is not one of those above.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        output_dim: int | None,
+        *,
+        hidden: Sequence[int] = (40, 40),
+        activation: Activation = "relu",
+        batch_norm: bool = False,
+        init: Init = "torch",
+    ) -> None:
+        _check(hidden, activation, init)
+        body = _Dense(math.prod(input_shape), hidden, activation, batch_norm)
+        super().__init__(body, input_shape, output_dim)
+        if init == "truncated_normal":
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)
+                    nn.init.zeros_(module.bias)
+
+
+class _Dense(nn.Module):
+    def __init__(
+        self, input_dim: int, hidden: Sequence[int], activation: str, batch_norm: bool
+    ) -> None:
+        super().__init__()
+        widths = [input_dim, *hidden]
+        self.linears = nn.ModuleList(
+            nn.Linear(before, after) for before, after in zip(widths, hidden, strict=False)
+        )
+        self.norms = nn.ModuleList(
+            BatchNorm(width, f"norms.{i}") for i, width in enumerate(hidden) if batch_norm
+        )
+        self.activation = torch.tanh if activation == "tanh" else torch.relu
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        x = x.flatten(1)
+        for i, linear in enumerate(self.linears):
+            x = linear(x)
+            if len(self.norms):
+                x = self.norms[i](x, how)
+            x = self.activation(x)
+        return x
+
+
+def _check(hidden: Sequence[int], activation: str, init: str) -> None:
+    if not hidden or min(hidden) < 1:
+        raise ValueError(f"backbone.hidden={list(hidden)}: expected one or more positive widths")
+    if activation not in ("relu", "tanh"):
+        raise ValueError(f"backbone.activation={activation}: expected relu or tanh")
+    if init not in ("torch", "truncated_normal"):
+        raise ValueError(f"backbone.init={init}: expected torch or truncated_normal")

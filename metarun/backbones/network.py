@@ -1,0 +1,41 @@
+"""The shape that every backbone has: a body that makes features and a head that reads them.
+
+Parameter names begin with `body.` or `head.`, which is how ANIL and its kin tell them apart.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers import BATCH, Pass
+
+
+class Network(nn.Module):
+    """A body with an optional linear head.
+
+    Args:
+        body: Maps (N, *input_shape) and a `Pass` to (N, F) features.
+        input_shape: Shape of one input.
+        output_dim: Outputs of the linear head; None leaves the features as the answer.
+    """
+
+    def __init__(
+        self, body: nn.Module, input_shape: tuple[int, ...], output_dim: int | None
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.feature_dim = measure_features(body, input_shape)
+        self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
+
+    def forward(self, x: Tensor, how: Pass = BATCH) -> Tensor:
+        """Answer (N, *input_shape) with (N, output_dim), or (N, F) where there is no head."""
+        features = self.body(x, how)
+        return features if self.head is None else self.head(features)
+
+
+def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Size of a body's features for one input, found by running it."""
+    with torch.no_grad():
+        features: Tensor = body(torch.zeros(2, *input_shape), BATCH)
+    return features.shape[1]
