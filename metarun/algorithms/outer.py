@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -111,7 +112,7 @@ class OuterOptimizer(nn.Module):
             NonFiniteError: The loss or its gradient is not finite; nothing has changed.
         """
         if not torch.isfinite(loss):
-            raise NonFiniteError("loss", float(loss))
+            raise NonFiniteError("loss", float(loss.detach()))
         names = list(self.targets)
         grads = torch.autograd.grad(
             loss, [self.targets[n] for n in names], allow_unused=True, materialize_grads=True
@@ -157,7 +158,8 @@ class OuterOptimizer(nn.Module):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state)
+        # torch's optimisers keep the tensors that they are given: two must not share moments.
+        self.optimizer.load_state_dict(copy.deepcopy(state))
 
 
 def _locate(grads: dict[str, Tensor], norm: Tensor) -> NonFiniteError:

@@ -1,0 +1,88 @@
+"""Shapes, parameter counts and refusals of the backbones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from metarun.backbones.conv import Conv4
+from metarun.backbones.layers import Pass
+from metarun.backbones.mlp import MLP
+from metarun.backbones.resnet import ResNet12
+from tests.helpers import TINY_BACKBONES
+
+
+def count(net: torch.nn.Module) -> int:
+    return sum(p.numel() for p in net.parameters())
+
+
+def test_the_sinusoid_network_has_the_parameters_of_1_40_40_1() -> None:
+    assert count(MLP((1,), 1)) == (40 + 40) + (40 * 40 + 40) + (40 + 1)
+
+
+def test_conv4_64_has_the_published_number_of_parameters_and_features() -> None:
+    net = Conv4((1, 28, 28), None)
+    convolutions = (9 * 64 + 64) + 3 * (9 * 64 * 64 + 64)
+    assert count(net) == convolutions + 4 * 2 * 64
+    assert net.feature_dim == 64
+
+
+def test_conv4_features_of_an_84_pixel_photograph_are_800_for_32_filters() -> None:
+    assert Conv4((3, 84, 84), 5, filters=32).feature_dim == 800
+
+
+def test_stride_2_rounds_up_and_the_mean_leaves_one_feature_per_filter() -> None:
+    assert Conv4((1, 28, 28), 5, downsample="stride").feature_dim == 2 * 2 * 64
+    assert Conv4((1, 28, 28), 5, downsample="stride", pool="mean").feature_dim == 64
+
+
+def test_resnet12_has_its_twelve_convolutions_and_four_shortcuts() -> None:
+    net = ResNet12((3, 84, 84), None)
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convolutions) == 16
+    assert net.feature_dim == 640
+    assert count(net) == 12_424_320
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 17, 31)])
+def test_any_image_size_and_number_of_channels_will_do(shape: tuple[int, ...]) -> None:
+    for net in (Conv4(shape, 7, filters=4), ResNet12(shape, 7, widths=[2, 2, 2, 2])):
+        assert net(torch.zeros(3, *shape)).shape == (3, 7)
+
+
+@pytest.mark.parametrize("name", TINY_BACKBONES)
+def test_parameter_names_say_body_or_head(name: str) -> None:
+    net = TINY_BACKBONES[name](input_shape=(1, 8, 8), output_dim=3)
+    names = [n for n, _ in net.named_parameters()]
+    assert {n.split(".")[0] for n in names} == {"body", "head"}
+    headless = TINY_BACKBONES[name](input_shape=(1, 8, 8), output_dim=None)
+    assert {n.split(".")[0] for n, _ in headless.named_parameters()} == {"body"}
+
+
+def test_resnet12_makes_noise_only_with_a_key() -> None:
+    net = TINY_BACKBONES["resnet12"](input_shape=(1, 8, 8), output_dim=3)
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(net(x), net(x))
+    assert not torch.equal(net(x), net(x, Pass(noise=torch.tensor(1))))
+
+
+def test_truncated_normal_weights_are_within_two_deviations_and_biases_zero() -> None:
+    net = MLP((1,), 1, init="truncated_normal")
+    for name, param in net.named_parameters():
+        limit = 0.02 if name.endswith("weight") else 0.0
+        assert param.abs().max() <= limit
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Conv4((1,), 1), "needs images"),
+        (lambda: Conv4((1, 8, 8), 5), "16 pixels"),
+        (lambda: MLP((1,), 1, hidden=[]), "backbone.hidden"),
+        (lambda: MLP((1,), 1, activation="swish"), "relu or tanh"),  # type: ignore[arg-type]
+        (lambda: ResNet12((1, 28, 28), 5, drop_rate=1.0), "drop_rate=1.0"),
+    ],
+)
+def test_a_misfit_is_refused_with_what_would_do(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()  # type: ignore[operator]

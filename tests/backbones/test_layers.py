@@ -1,0 +1,114 @@
+"""Batch norm and masks against torch's own, and under vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers import BatchNorm, Pass, drop_blocks, update_running
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(6, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_batch_statistics_are_those_of_torch(images: Tensor) -> None:
+    ours, theirs = BatchNorm(4, "norm").double(), nn.BatchNorm2d(4).double()
+    torch.testing.assert_close(ours(images, Pass()), theirs(images))
+
+
+def test_running_statistics_move_and_normalise_as_in_torch(images: Tensor) -> None:
+    ours, theirs = BatchNorm(4, "norm").double(), nn.BatchNorm2d(4).double()
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    ours(images, Pass(moments=moments))
+    update_running(ours, {name: (m[None], v[None]) for name, (m, v) in moments.items()})
+    theirs(images)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    torch.testing.assert_close(ours(images, Pass(running=True)), theirs.eval()(images))
+
+
+def test_statistics_of_the_first_rows_do_not_see_the_others(images: Tensor) -> None:
+    norm = BatchNorm(4, "norm").double()
+    changed = images.clone()
+    changed[4] += 7.0
+    torch.testing.assert_close(
+        norm(images, Pass(rows=4))[:4], norm(changed, Pass(rows=4))[:4], rtol=0, atol=0
+    )
+    torch.testing.assert_close(norm(images, Pass(rows=4))[:4], norm(images[:4], Pass()))
+
+
+def test_batch_norm_is_exact_to_second_order(images: Tensor) -> None:
+    norm = BatchNorm(4, "norm").double()
+    x = images[:3, :, :2, :2].clone().requires_grad_()
+    weight = norm.weight.detach().clone().requires_grad_()
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(norm, {"weight": weight}, (x, Pass()))
+
+    assert torch.autograd.gradcheck(run, (x, weight))
+    assert torch.autograd.gradgradcheck(run, (x, weight))
+
+
+def _second_order(normalise: Callable[..., Tensor], batched: bool) -> Tensor:
+    """Gradient by a layer before the norm, after an inner step on the norm's weight and bias."""
+    draw = torch.Generator().manual_seed(1)
+    x, y = torch.randn(2, 5, 6, 4, dtype=torch.float64, generator=draw)
+    mixing = torch.randn(4, 4, dtype=torch.float64, generator=draw).requires_grad_()
+    start = torch.rand(2, 4, dtype=torch.float64, generator=draw).requires_grad_()
+
+    def task(rows: Tensor, targets: Tensor) -> Tensor:
+        def loss(affine: Tensor, part: slice) -> Tensor:
+            out = normalise(rows[part] @ mixing, affine[0], affine[1])
+            return (torch.tanh(out) - targets[part]).square().mean()
+
+        adapted = start - 0.5 * torch.func.grad(loss)(start, slice(0, 3))
+        return loss(adapted, slice(3, 6))
+
+    if batched:
+        losses = torch.vmap(task)(x, y)
+    else:
+        losses = torch.stack([task(*rows) for rows in zip(x, y, strict=True)])
+    return torch.autograd.grad(losses.mean(), mixing)[0]
+
+
+def test_vmap_over_an_adapted_batch_norm_keeps_second_order_gradients() -> None:
+    """torch's own batch norm is silently wrong here, which is why we carry ours."""
+    norm = BatchNorm(4, "norm").double()
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        params = {"weight": weight, "bias": bias}
+        out: Tensor = torch.func.functional_call(norm, params, (x, Pass()))
+        return out
+
+    def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return nn.functional.batch_norm(x, None, None, weight, bias, training=True)
+
+    right = _second_order(theirs, False)
+    torch.testing.assert_close(_second_order(ours, False), right, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(_second_order(ours, True), right, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(_second_order(theirs, True), right, rtol=1e-2)
+
+
+def test_dropblock_drops_about_the_asked_share_in_whole_squares() -> None:
+    x = torch.ones(40, 8, 10, 10)
+    out = drop_blocks(x, torch.tensor(3), 0, rate=0.2, block_size=3)
+    dropped = out == 0
+    assert 0.15 < dropped.double().mean() < 0.22
+    assert out.mean() == pytest.approx(1.0, abs=1e-5)
+    # Every dropped point lies in some fully dropped 3x3 square.
+    full = nn.functional.avg_pool2d(dropped.float(), 3, stride=1) > 0.999
+    covered = nn.functional.max_pool2d(nn.functional.pad(full.float(), (2, 2, 2, 2)), 3, stride=1)
+    assert torch.equal(covered > 0, dropped)
+
+
+def test_dropblock_repeats_for_a_key_and_differs_for_another() -> None:
+    x = torch.ones(4, 3, 8, 8)
+    first = drop_blocks(x, torch.tensor(3), 0, 0.3, 2)
+    assert torch.equal(first, drop_blocks(x, torch.tensor(3), 0, 0.3, 2))
+    assert not torch.equal(first, drop_blocks(x, torch.tensor(4), 0, 0.3, 2))
+    assert not torch.equal(first, drop_blocks(x, torch.tensor(3), 1, 0.3, 2))

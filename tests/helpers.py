@@ -1,0 +1,105 @@
+"""Small networks, batches and algorithms that the tests share."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.engine import Engine
+from metarun.algorithms.outer import OuterOptimizer
+from metarun.backbones.conv import Conv4
+from metarun.backbones.layers import Pass
+from metarun.backbones.mlp import MLP
+from metarun.backbones.network import Network
+from metarun.backbones.resnet import ResNet12
+from metarun.types import TaskBatch, TaskSpec
+
+TINY_BACKBONES: dict[str, Any] = {
+    "mlp": partial(MLP, hidden=[6, 5]),
+    "mlp with batch norm": partial(MLP, hidden=[6, 5], batch_norm=True, activation="tanh"),
+    "conv4 max-pool": partial(Conv4, filters=3, blocks=2),
+    "conv4 stride": partial(Conv4, filters=3, blocks=2, downsample="stride", pool="mean"),
+    "resnet12": partial(ResNet12, widths=[2, 3], drop_rate=0.2, block_size=3),
+}
+
+
+class Identity(nn.Module):
+    """A body that passes its input on, so that a network is its linear head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Without any parameter a network of no head could not be trained at all.
+        self.unused = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        return x.flatten(1)
+
+
+def linear_backbone(input_shape: tuple[int, ...], output_dim: int | None) -> Network:
+    return Network(Identity(), input_shape, output_dim)
+
+
+def regression_spec(features: int = 3, outputs: int = 1) -> TaskSpec:
+    return TaskSpec("regression", (features,), outputs, 1)
+
+
+def image_spec(ways: int = 3, train_way: int | None = None) -> TaskSpec:
+    return TaskSpec("classification", (1, 8, 8), ways, train_way or ways)
+
+
+def regression_batch(spec: TaskSpec, tasks: int = 4, rows: int = 5, seed: int = 0) -> TaskBatch:
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(tasks, 2 * rows, *spec.input_shape, generator=draw, dtype=torch.float64)
+    y = torch.randn(tasks, 2 * rows, spec.output_dim, generator=draw, dtype=torch.float64)
+    return TaskBatch(x[:, :rows], y[:, :rows], x[:, rows:], y[:, rows:])
+
+
+def image_batch(
+    spec: TaskSpec, tasks: int = 3, shot: int = 2, query: int = 2, seed: int = 0
+) -> TaskBatch:
+    draw = torch.Generator().manual_seed(seed)
+    ways = spec.train_way
+
+    def rows(per_class: int) -> tuple[Tensor, Tensor]:
+        y = torch.arange(ways).repeat(per_class).expand(tasks, -1)
+        x = torch.randn(tasks, y.shape[1], *spec.input_shape, generator=draw, dtype=torch.float64)
+        return x, y.contiguous()
+
+    support_x, support_y = rows(shot)
+    query_x, query_y = rows(query)
+    return TaskBatch(support_x, support_y, query_x, query_y)
+
+
+def make(
+    kind: type[Algorithm],
+    spec: TaskSpec,
+    backbone: Any,
+    *,
+    engine: str = "loop",
+    optim: Any = None,
+    seed: int = 0,
+    **options: Any,
+) -> Any:
+    """An algorithm in float64, with a plain SGD of rate 1 unless told otherwise."""
+    torch.manual_seed(seed)
+    return kind(
+        spec=spec,
+        backbone=backbone,
+        optim=optim or partial(OuterOptimizer, method="sgd", lr=1.0),
+        engine=Engine(engine, threads=2),  # type: ignore[arg-type]
+        seed=seed,
+        **options,
+    ).double()
+
+
+def moved(algorithm: Algorithm, batch: TaskBatch, step: int = 0) -> dict[str, Tensor]:
+    """What one update subtracts from each parameter: with SGD of rate 1, the gradient."""
+    from metarun.types import Progress
+
+    before = {name: p.detach().clone() for name, p in algorithm.named_parameters()}
+    algorithm.update(batch, Progress(step, 100))
+    return {name: before[name] - p.detach() for name, p in algorithm.named_parameters()}
