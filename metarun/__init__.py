@@ -1,0 +1,22 @@
+"""Meta-learning experiments: run them with `metarun`, use what they learned with `load`.
+
+torch is imported with the first use of `load`, so that the command line answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from metarun.predict import load as load
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "load":
+        from metarun.predict import load
+
+        return load
+    raise AttributeError(f"module 'metarun' has no attribute {name!r}")

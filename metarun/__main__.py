@@ -1,0 +1,6 @@
+"""`python -m metarun` is the `metarun` command."""
+
+from metarun.cli import entry
+
+if __name__ == "__main__":
+    entry()
