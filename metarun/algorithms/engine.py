@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metarun.backbones.layers import set_native
+
 Kind = Literal["auto", "vmap", "loop", "threads"]
 KINDS: tuple[Kind, ...] = ("auto", "vmap", "loop", "threads")
 Params = dict[str, Tensor]
@@ -133,8 +135,9 @@ class Engine:
         workers = min(self.threads or 1, num_tasks) if self.kind == "threads" else 1
         singles = list(_chunks(rows, 1))
         if workers == 1:
+            replica = _replicate(net)
             for single in singles:
-                yield work(net, single, False)
+                yield work(replica, single, False)
             return
         yield from _over_threads(work, net, singles, workers, _cores() // workers)
 
@@ -172,9 +175,11 @@ def _over_threads(
 
 
 def _replicate(net: nn.Module) -> nn.Module:
-    """A copy of a network's structure around the same tensors."""
+    """A copy of a network's structure around the same tensors, free to use fused operators."""
     shared: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
-    return copy.deepcopy(net, shared)
+    replica = copy.deepcopy(net, shared)
+    set_native(replica)
+    return replica
 
 
 def _chunks(rows: Tensors, size: int) -> Iterator[Tensors]:

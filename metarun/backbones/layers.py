@@ -46,7 +46,8 @@ BATCH = Pass()
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe & Szegedy 2015) whose statistics are an argument.
 
-    Exact to any order of differentiation, alone and under `torch.vmap`.
+    Exact to any order of differentiation, alone and under `torch.vmap`. With `native` set it
+    uses torch's fused operator where it can: several times faster, and right outside vmap.
 
     Args:
         num_features: C of (N, C) or (N, C, H, W) inputs.
@@ -61,6 +62,7 @@ class BatchNorm(nn.Module):
         super().__init__()
         self.name = name
         self.eps = eps
+        self.native = False
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
@@ -68,23 +70,48 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         """Normalise (N, C) or (N, C, H, W)."""
+        if self.native and not how.running and how.rows is None:
+            return self._fused(x, how)
         mean, var = self._moments(x, how)
         scale = self.weight * torch.rsqrt(var + self.eps)
         shift = self.bias - mean * scale
         shape = (1, -1) + (1,) * (x.dim() - 2)
         return x * scale.view(shape) + shift.view(shape)
 
+    def _fused(self, x: Tensor, how: Pass) -> Tensor:
+        out, mean, inverse_std = torch.native_batch_norm(
+            x, self.weight, self.bias, None, None, True, 0.0, self.eps
+        )
+        if how.moments is not None:
+            var = inverse_std.detach() ** -2 - self.eps
+            how.moments[self.name] = (mean.detach(), _unbiased(var, x))
+        return out
+
     def _moments(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
         if how.running:
             return self.running_mean, self.running_var
         seen = x if how.rows is None else x[: how.rows]
         dims = (0, *range(2, x.dim()))
-        var, mean = torch.var_mean(seen, dims, correction=0)
+        # Not var_mean, which is several times slower over these dimensions on a CPU.
+        mean = seen.mean(dims)
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        var = (seen - mean.view(shape)).square().mean(dims)
         if how.moments is not None:
-            count = seen.numel() // seen.shape[1]
-            unbiased = var.detach() * (count / max(count - 1, 1))
-            how.moments[self.name] = (mean.detach(), unbiased)
+            how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), seen))
         return mean, var
+
+
+def _unbiased(var: Tensor, x: Tensor) -> Tensor:
+    """The variance that running statistics keep, with one degree of freedom less."""
+    count = x.numel() // x.shape[1]
+    return var * (count / max(count - 1, 1))
+
+
+def set_native(net: nn.Module) -> None:
+    """Let the layers of a network use fused operators and layouts that vmap does not bear."""
+    for module in net.modules():
+        if hasattr(module, "native"):
+            module.native = True
 
 
 def update_running(
