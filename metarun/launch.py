@@ -1,0 +1,149 @@
+"""The runs of a request: checked before any folder is made, then trained one by one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from metarun import config
+from metarun.config import Plain, one_line
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from metarun.request import Job
+
+EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
+
+_LEAST_FREE_BYTES = 16 * 2**20
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Refuse what cannot run, and say which pairs have no recipe; makes nothing on disk.
+
+    Raises:
+        ValueError: The first thing that is wrong in any of the runs.
+    """
+    for folder in {job.folder for job in jobs}:
+        _check_folder(folder)
+    for job in jobs:
+        config.check(job.plain)
+        _check_data(job.plain)
+    for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
+        print(
+            f"note: there is no recipe for {pair}: the values are the general ones, not tuned "
+            "for the pair",
+            file=sys.stderr,
+        )
+    for job in jobs:
+        config.build(job.plain)
+
+
+def _pair(job: Job) -> str:
+    names = job.plain["names"]
+    return f"algo={names['algo']} data={names['data']}"
+
+
+def _check_data(plain: Plain) -> None:
+    """Answer missing data at once, without loading torch."""
+    from metarun.data import catalogue
+
+    message = catalogue.missing(plain["names"]["data"], plain["data"].get("root"))
+    if message is not None:
+        raise ValueError(message)
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty: a run is never written over another")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{folder} cannot be made: {parent} is not a folder that you can write")
+    free = shutil.disk_usage(parent).free
+    if free < _LEAST_FREE_BYTES:
+        raise ValueError(f"{parent} has {free / 2**20:.1f} MiB free: a run needs 16 or more")
+
+
+class Launch:
+    """Trains the runs that Hydra hands over, and counts those that fail.
+
+    Attributes:
+        code: The exit code so far.
+    """
+
+    def __init__(self, num_jobs: int) -> None:
+        self.code = 0
+        self._num_jobs = num_jobs
+
+    def run(self, cfg: DictConfig) -> None:
+        """Train one run in the folder that Hydra made; a failure leaves the others alone."""
+        from hydra.core.hydra_config import HydraConfig
+        from omegaconf import OmegaConf
+
+        from metarun.request import names_of
+
+        hydra = HydraConfig.get()
+        plain = cast(Plain, OmegaConf.to_container(cfg, resolve=True))
+        choices = cast("dict[str, Any]", OmegaConf.to_container(hydra.runtime.choices))
+        plain["names"] = names_of(choices, plain)
+        overrides = [str(word) for word in hydra.overrides.task]
+        if self._num_jobs > 1:
+            print(f"\nrun {int(hydra.job.num) + 1} of {self._num_jobs}: {' '.join(overrides)}")
+        folder = Path(str(hydra.runtime.output_dir))
+        code = guarded(lambda: train(plain, folder, overrides), debug=plain["debug"])
+        self.code = self.code or code
+
+
+def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
+    """Make the parts of a run and train it in a new folder."""
+    from metarun import trainer
+    from metarun.runs import RunFolder
+    from metarun.screen import Screen
+
+    experiment = config.build(plain)
+    run = RunFolder.create(folder, config=experiment.record, overrides=list(overrides))
+    trainer.train(
+        experiment.algorithm,
+        experiment.source,
+        experiment.train,
+        experiment.eval,
+        run,
+        experiment.facts,
+        Screen(),
+        experiment.seed,
+    )
+
+
+def guarded(work: Callable[[], object], *, debug: bool) -> int:
+    """Do the work of one run; an exception becomes one line and an exit code.
+
+    Raises:
+        SystemExit: The run was interrupted, which ends a sweep, too.
+    """
+    from metarun.runs import Interrupted
+
+    try:
+        work()
+    except Interrupted as stop:
+        print(f"interrupted: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.signal) from None
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return EXIT_FAILED
+    return 0
+
+
+def describe(error: BaseException) -> str:
+    """An error in one line for a reader, without a traceback."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, ArithmeticError, OSError)):
+        return one_line(error)
+    # Not a user's mistake, so that one who can mend it needs to know what it is.
+    return f"{type(error).__name__}: {one_line(error)} (debug=true shows where)"

@@ -1,0 +1,396 @@
+"""From what was typed to checked configurations: Hydra's composition, asked before anything runs.
+
+Hydra by itself answers a mistake with several lines, sometimes after it has made a folder, and
+sometimes (`+key`) not at all. Here every word is looked up first. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from metarun.config import Plain, conf_dir, nearest, one_line, unknown_key
+
+HYDRA_VERSION_BASE = "1.3"
+_MOST_JOBS = 10_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that was asked for.
+
+    Attributes:
+        overrides: What was typed for it, without sweeps.
+        plain: Its resolved configuration.
+        folder: The folder that it makes, or that all runs of its sweep make.
+        has_recipe: Whether there is a recipe for its pair of algorithm and data.
+    """
+
+    overrides: list[str]
+    plain: Plain
+    folder: Path
+    has_recipe: bool
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf the words that conf/ uses beyond Hydra's own."""
+    # Cached, so that a folder has one name however often it is asked for.
+    OmegaConf.register_new_resolver(
+        "metarun_unique", lambda: secrets.token_hex(3), replace=True, use_cache=True
+    )
+
+
+@contextmanager
+def composer(
+    config_dir: str | None = None, conf: str | None = None, config_name: str | None = None
+) -> Iterator[Composer]:
+    """Open the configurations, those of `config_dir` beside the shipped ones.
+
+    Raises:
+        ValueError: A folder is not there, or a file in it has the name of a shipped one.
+    """
+    shipped = Path(conf).resolve() if conf else conf_dir()
+    if not shipped.is_dir():
+        raise ValueError(f"--config-path {conf}: there is no such folder")
+    if config_dir is not None:
+        _check_config_dir(config_dir, shipped)
+    register_resolvers()
+    setbase(HYDRA_VERSION_BASE)
+    search_path = create_config_search_path(str(shipped))
+    if config_dir is not None:
+        search_path.prepend(
+            provider="command-line",
+            path=f"file://{Path(config_dir).resolve()}",
+            anchor=SearchPathQuery(provider="schema"),
+        )
+    instance = GlobalHydra.instance()
+    instance.clear()
+    hydra = Hydra.create_main_hydra2(task_name="metarun", config_search_path=search_path)
+    try:
+        yield Composer(hydra, config_name or "config")
+    finally:
+        instance.clear()
+
+
+class Composer:
+    """Composes configurations and answers mistakes with the nearest spelling."""
+
+    def __init__(self, hydra: Hydra, config_name: str) -> None:
+        self._hydra = hydra
+        self._loader = hydra.config_loader
+        self._config_name = config_name
+        self._parser = OverridesParser.create(config_loader=self._loader)
+        self._bases: dict[tuple[str, ...], Plain] = {}
+        if config_name not in self._loader.get_group_options("", ObjectType.CONFIG):
+            raise ValueError(f"--config-name {config_name}: there is no {config_name}.yaml")
+
+    def options(self, group: str) -> list[str]:
+        """The words that a group can be set to."""
+        return sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
+
+    def groups(self, parent: str = "") -> list[str]:
+        """Every config group, those inside others as `outer/inner`."""
+        found: list[str] = []
+        for name in self._loader.list_groups(parent):
+            group = f"{parent}/{name}" if parent else name
+            found += [group, *self.groups(group)]
+        return found
+
+    def is_sweep(self, overrides: Sequence[str], multirun: bool) -> bool:
+        """Whether a request is for several runs, by `-m` or by its own configuration."""
+        if multirun:
+            return True
+        parsed = self._parse(overrides)
+        swept = [o for o in parsed if o.is_sweep_override()]
+        simple = [_text(o) for o in parsed if not o.is_sweep_override()]
+        self._check_words(simple)
+        if self._compose(simple, RunMode.MULTIRUN).hydra.mode == RunMode.MULTIRUN:
+            return True
+        if swept:
+            raise ValueError(
+                f"{_text(swept[0])} names several values: add -m to run each, or quote a text "
+                "that has a comma"
+            )
+        return False
+
+    def jobs(self, overrides: Sequence[str], sweep: bool) -> list[Job]:
+        """Every run of a request, composed and looked up.
+
+        Raises:
+            ValueError: A word is unknown, or a sweep selects no run or too many.
+        """
+        if not sweep:
+            return [self.job(overrides, sweep)]
+        parsed = self._parse(overrides)
+        simple = [_text(o) for o in parsed if not o.is_sweep_override()]
+        self._check_words(simple)
+        for override in parsed:
+            if override.is_sweep_override():
+                self._check_sweep_key(override)
+        sweeper = self._compose(simple, RunMode.MULTIRUN).hydra.sweeper
+        if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
+            # Another sweeper chooses values as it goes: what is fixed can be checked.
+            return [self.job(simple, sweep)]
+        params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
+        parsed = [*self._parse([f"{key}={value}" for key, value in params.items()]), *parsed]
+        return [self.job(list(words), sweep) for words in _product(parsed)]
+
+    def job(self, overrides: Sequence[str], sweep: bool = False) -> Job:
+        """One run: every word looked up, composed, resolved.
+
+        Raises:
+            ValueError: A word is unknown or cannot be composed.
+        """
+        base = self._check_words(overrides)
+        cfg = self._compose(overrides, RunMode.RUN)
+        _check_added("", _structure(cfg), base)
+        choices = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra.runtime.choices))
+        for node in ("algo", "data", "optim"):
+            if choices.get(node) is None:
+                raise ValueError(f"{node}={choices.get(node)}: expected {self._one_of(node)}")
+        if not cfg.get("backbone"):
+            raise ValueError(
+                f"no backbone belongs to data={choices['data']}: type backbone=… "
+                f"({self._one_of('backbone')})"
+            )
+        plain, folder = _resolve(cfg, "sweep" if sweep else "run")
+        plain["names"] = names_of(choices, plain)
+        recipes = self.options("recipe") if "recipe" in self.groups() else []
+        return Job(list(overrides), plain, folder, choices.get("recipe") in recipes)
+
+    def _check_words(self, overrides: Sequence[str]) -> Plain:
+        """Look up every group and key; returns the structure that the groups compose to."""
+        parsed = self._parse(overrides)
+        groups = set(self.groups())
+        in_groups = [o for o in parsed if o.key_or_group in groups]
+        for override in in_groups:
+            self._check_group(override)
+        words = tuple(_text(o) for o in in_groups)
+        if words not in self._bases:
+            self._bases[words] = _structure(self._compose(words, RunMode.RUN))
+        base = self._bases[words]
+        known = [*_leaves(base), *sorted(g for g in groups if not g.startswith("hydra"))]
+        for override in parsed:
+            if override not in in_groups:
+                self._check_key(override, base, known)
+        return base
+
+    def _check_group(self, override: Override) -> None:
+        group, value = override.key_or_group, override.value()
+        if override.is_delete() or value is None:
+            return
+        if not isinstance(value, str) or value not in self.options(group):
+            near = nearest(str(value), self.options(group))
+            raise ValueError(f"{group}={value}: " + (near[2:] or f"expected {self._one_of(group)}"))
+        if override.is_force_add() or (override.is_add() and group in self._default_groups()):
+            raise ValueError(f"{override.input_line}: type {group}={value}, without +")
+
+    def _check_sweep_key(self, override: Override) -> None:
+        """A swept key that is unknown fails in every job; a group is looked up there."""
+        if override.key_or_group not in self.groups() and not override.is_discrete_sweep():
+            raise ValueError(
+                f"{override.input_line}: a sweep takes lists, range() and glob(), not interval()"
+            )
+
+    def _check_key(self, override: Override, base: Plain, known: list[str]) -> None:
+        key = override.key_or_group
+        if override.package is not None or "/" in key:
+            group = key.partition("@")[0]
+            raise ValueError(f"there is no group {group}{nearest(group, self.groups())}")
+        if key.startswith("hydra.") and override.is_add():
+            return  # Hydra's own nodes hold open dictionaries, as hydra.job.env_set.
+        if not _has(base, key.split(".")):
+            raise unknown_key(key, known)
+        if override.is_delete():
+            raise ValueError(f"~{key}: a run needs every key; set it to another value, or null")
+        if override.is_add():
+            raise ValueError(f"{override.input_line}: {key} exists; type it without +")
+
+    def _default_groups(self) -> set[str]:
+        cfg = self._compose([], RunMode.RUN)
+        return {str(group) for group in cfg.hydra.runtime.choices}
+
+    def _one_of(self, group: str) -> str:
+        return "one of " + ", ".join(o for o in self.options(group) if not o.startswith("for_"))
+
+    def _parse(self, overrides: Sequence[str]) -> list[Override]:
+        parsed: list[Override] = []
+        for word in overrides:
+            try:
+                parsed += self._parser.parse_overrides([word])
+            except (HydraException, ValueError, RecursionError, OverflowError) as error:
+                raise ValueError(
+                    f"cannot read {word!r}: expected key=value; quote a value with special "
+                    "characters, as in 'key=\"a b\"'"
+                ) from error
+        return parsed
+
+    def _compose(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        try:
+            return self._hydra.compose_config(
+                config_name=self._config_name,
+                overrides=list(overrides),
+                run_mode=mode,
+                from_shell=False,
+                validate_sweep_overrides=False,
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(_explain(error)) from error
+        # A YAML file of the user's own may hold anything.
+        except Exception as error:
+            raise ValueError(f"the configuration cannot be read: {one_line(error)}") from error
+
+
+def _check_config_dir(config_dir: str, shipped: Path) -> None:
+    folder = Path(config_dir).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"--config-dir {config_dir}: there is no such folder")
+    if folder == shipped:
+        return
+    for path in sorted(folder.rglob("*.yaml")):
+        name = path.relative_to(folder)
+        if (shipped / name).exists():
+            raise ValueError(
+                f"{Path(config_dir) / name} has the name of a shipped file, which would win: "
+                "rename it"
+            )
+
+
+def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
+    """The words of every job, in the order of Hydra's basic sweeper."""
+    choices: dict[str, list[str]] = {}
+    for override in parsed:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[key] = [_text(override)]
+            continue
+        try:
+            values = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
+            choices[key] = [f"{key}={value}" for value in values]
+        except (HydraException, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{override.input_line}: {one_line(error)}") from error
+        if not choices[key]:
+            raise ValueError(f"{override.input_line} selects nothing: `metarun list` shows names")
+    count = 1
+    for values in choices.values():
+        count *= len(values)
+    if count > _MOST_JOBS:
+        raise ValueError(f"the sweep asks for more than {_MOST_JOBS} runs: make it smaller")
+    return list(itertools.product(*choices.values()))
+
+
+def _text(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _structure(cfg: DictConfig) -> Plain:
+    return cast(Plain, OmegaConf.to_container(cfg, resolve=False))
+
+
+def _leaves(node: Plain, prefix: str = "") -> list[str]:
+    """Every dotted key below a node but Hydra's and the classes'."""
+    found: list[str] = []
+    for key, value in node.items():
+        if not prefix and key == "hydra":
+            continue
+        if not str(key).startswith("_"):
+            found.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            found += _leaves(cast(Plain, value), f"{prefix}{key}.")
+    return found
+
+
+def _has(node: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    head, rest = path[0], path[1:]
+    if isinstance(node, dict):
+        mapping = cast(Plain, node)
+        return head in mapping and _has(mapping[head], rest)
+    if isinstance(node, list):
+        items = cast("list[Any]", node)
+        return head.isdigit() and int(head) < len(items) and _has(items[int(head)], rest)
+    return False
+
+
+def _check_added(prefix: str, node: Plain, base: Plain) -> None:
+    """Refuse keys that only a typed dictionary can have added."""
+    for key, value in node.items():
+        if prefix == "" and key == "hydra":
+            continue
+        if key not in base:
+            raise unknown_key(f"{prefix}{key}", _leaves(base, prefix))
+        known = base[key]
+        if isinstance(value, dict) and isinstance(known, dict):
+            _check_added(f"{prefix}{key}.", cast(Plain, value), cast(Plain, known))
+
+
+def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Path]:
+    """The resolved configuration and the folder that Hydra makes for it."""
+    holder = HydraConfig.instance()
+    before = holder.cfg
+    holder.set_config(cfg)
+    try:
+        folder = Path(str(cfg.hydra[mode].dir))
+        task = cast(DictConfig, OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
+        plain = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
+        return cast(Plain, plain), folder
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is missing: type {error.full_key}=…") from error
+    except InterpolationResolutionError as error:
+        raise ValueError(f"{error.full_key}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from error
+    except RecursionError as error:
+        raise ValueError("a value refers to itself by ${…}") from error
+    finally:
+        holder.cfg = before
+
+
+def names_of(choices: Plain, plain: Plain) -> dict[str, str]:
+    """The words chosen for the parts of a run, `for_<data>` made plain."""
+    names = {node: str(choices[node]) for node in ("algo", "data")}
+    backbone = str(choices.get("backbone"))
+    if backbone.startswith("for_"):
+        backbone = str(plain["backbone"].get("_target_")).rpartition(".")[2].lower()
+    names["backbone"] = backbone
+    if choices.get("experiment"):
+        names["experiment"] = str(choices["experiment"])
+    return names
+
+
+def _explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's message, and that of its cause, on one line."""
+    parts = [_first_line(error)]
+    if error.__cause__ is not None:
+        parts.append(_first_line(error.__cause__))
+    return ": ".join(parts)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__
