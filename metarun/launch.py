@@ -32,7 +32,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
         _check_folder(folder)
     for job in jobs:
         config.check(job.plain)
-        _check_data(job.plain)
+        check_data(job.plain)
     for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
         print(
             f"note: there is no recipe for {pair}: the values are the general ones, not tuned "
@@ -48,13 +48,20 @@ def _pair(job: Job) -> str:
     return f"algo={names['algo']} data={names['data']}"
 
 
-def _check_data(plain: Plain) -> None:
+def check_data(plain: Plain) -> None:
     """Answer missing data at once, without loading torch."""
     from metarun.data import catalogue
 
     message = catalogue.missing(plain["names"]["data"], plain["data"].get("root"))
     if message is not None:
         raise ValueError(message)
+
+
+def to_yaml(plain: Any) -> str:
+    """Plain values as YAML that OmegaConf reads back alike."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
 def _check_folder(folder: Path) -> None:
@@ -105,7 +112,7 @@ def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
     from metarun.screen import Screen
 
     experiment = config.build(plain)
-    run = RunFolder.create(folder, config=experiment.record, overrides=list(overrides))
+    run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
     trainer.train(
         experiment.algorithm,
         experiment.source,
@@ -130,7 +137,7 @@ def guarded(work: Callable[[], object], *, debug: bool) -> int:
         work()
     except Interrupted as stop:
         print(f"interrupted: {stop}", file=sys.stderr)
-        raise SystemExit(128 + stop.signal) from None
+        raise SystemExit(stop.exit_code) from None
     except Exception as error:
         if debug:
             raise

@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
@@ -93,6 +93,38 @@ def composer(
         yield Composer(hydra, config_name or "config")
     finally:
         instance.clear()
+
+
+def parse_value(word: str) -> tuple[str, Any]:
+    """A key and its value, read as Hydra reads them; no sweep, no + or ~.
+
+    Raises:
+        ValueError: It is not a plain KEY=VALUE.
+    """
+    override = read_words(OverridesParser.create(), [word])[0]
+    if override.is_sweep_override():
+        raise ValueError(f"{word} names several values: resume= and test= are about one run")
+    if override.type is not OverrideType.CHANGE or override.package is not None:
+        raise ValueError(f"{word}: resume= and test= take plain KEY=VALUE")
+    return override.key_or_group, override.value()
+
+
+def read_words(parser: OverridesParser, words: Sequence[str]) -> list[Override]:
+    """Parse words by Hydra's grammar.
+
+    Raises:
+        ValueError: One cannot be read.
+    """
+    parsed: list[Override] = []
+    for word in words:
+        try:
+            parsed += parser.parse_overrides([word])
+        except (HydraException, ValueError, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"cannot read {word!r}: expected key=value; quote a value with special "
+                "characters, as in 'key=\"a b\"'"
+            ) from error
+    return parsed
 
 
 class Composer:
@@ -192,7 +224,7 @@ class Composer:
         if words not in self._bases:
             self._bases[words] = _structure(self._compose(words, RunMode.RUN))
         base = self._bases[words]
-        known = [*_leaves(base), *sorted(g for g in groups if not g.startswith("hydra"))]
+        known = [*leaves(base), *sorted(g for g in groups if not g.startswith("hydra"))]
         for override in parsed:
             if override not in in_groups:
                 self._check_key(override, base, known)
@@ -237,16 +269,7 @@ class Composer:
         return "one of " + ", ".join(o for o in self.options(group) if not o.startswith("for_"))
 
     def _parse(self, overrides: Sequence[str]) -> list[Override]:
-        parsed: list[Override] = []
-        for word in overrides:
-            try:
-                parsed += self._parser.parse_overrides([word])
-            except (HydraException, ValueError, RecursionError, OverflowError) as error:
-                raise ValueError(
-                    f"cannot read {word!r}: expected key=value; quote a value with special "
-                    "characters, as in 'key=\"a b\"'"
-                ) from error
-        return parsed
+        return read_words(self._parser, overrides)
 
     def _compose(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
         try:
@@ -311,7 +334,7 @@ def _structure(cfg: DictConfig) -> Plain:
     return cast(Plain, OmegaConf.to_container(cfg, resolve=False))
 
 
-def _leaves(node: Plain, prefix: str = "") -> list[str]:
+def leaves(node: Plain, prefix: str = "") -> list[str]:
     """Every dotted key below a node but Hydra's and the classes'."""
     found: list[str] = []
     for key, value in node.items():
@@ -320,7 +343,7 @@ def _leaves(node: Plain, prefix: str = "") -> list[str]:
         if not str(key).startswith("_"):
             found.append(f"{prefix}{key}")
         if isinstance(value, dict):
-            found += _leaves(cast(Plain, value), f"{prefix}{key}.")
+            found += leaves(cast(Plain, value), f"{prefix}{key}.")
     return found
 
 
@@ -343,7 +366,7 @@ def _check_added(prefix: str, node: Plain, base: Plain) -> None:
         if prefix == "" and key == "hydra":
             continue
         if key not in base:
-            raise unknown_key(f"{prefix}{key}", _leaves(base, prefix))
+            raise unknown_key(f"{prefix}{key}", leaves(base, prefix))
         known = base[key]
         if isinstance(value, dict) and isinstance(known, dict):
             _check_added(f"{prefix}{key}.", cast(Plain, value), cast(Plain, known))

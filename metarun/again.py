@@ -1,0 +1,205 @@
+"""Runs that are there already: continue one (`resume=`), or meta-test it (`test=`).
+
+What is stored in the run folder is the truth; only what was typed, and may be, replaces it.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from metarun import config
+from metarun.config import Plain
+from metarun.launch import guarded, to_yaml
+from metarun.request import Composer, composer, leaves, parse_value
+from metarun.runs import RunFolder, write_atomically
+
+_HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads")
+RESUMABLE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    *_HOW_TASKS_RUN,
+    "debug",
+)
+"""What may change when a run goes on: the rest would make it another run."""
+
+TESTABLE = ("way", "shot", "query", "bn", *_HOW_TASKS_RUN, "debug")
+"""What may change in a meta-test, besides `data`, `data.…` and `eval.…`."""
+
+
+def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
+    """Continue a run in its own folder; returns the exit code.
+
+    Raises:
+        ValueError: It is no run, or something was typed that may not change.
+    """
+    run = RunFolder.open(path)
+    stored = _stored(run)
+    typed = dict(map(parse_value, words))
+    for key in typed:
+        if key not in RESUMABLE:
+            _refuse(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
+    plain = _with(stored, typed)
+    settings = config.check(plain)
+    if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
+        print(
+            f"{path} is finished, after {stored['train']['steps']} steps: type a larger "
+            f"train.steps to go on, or test={path} to meta-test it"
+        )
+        return 0
+    for line in _changes(run, stored, typed, config_dir):
+        print(f"warning: {line}")
+    experiment = config.build(plain)
+    if typed:
+        with run.locked():
+            overrides = [*run.overrides(), *words]
+            write_atomically(run.path / "config.yaml", to_yaml(experiment.record).encode())
+            write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
+    from metarun import trainer
+    from metarun.screen import Screen
+
+    return guarded(
+        lambda: trainer.train(
+            experiment.algorithm,
+            experiment.source,
+            experiment.train,
+            experiment.eval,
+            run,
+            experiment.facts,
+            Screen(),
+            experiment.seed,
+        ),
+        debug=settings.debug,
+    )
+
+
+def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
+    """Meta-test a run, on other data or in another setting if typed; returns the exit code.
+
+    Raises:
+        ValueError: It is no run, or something was typed that belongs to training.
+    """
+    run = RunFolder.open(path)
+    stored = _stored(run)
+    typed = dict(map(parse_value, words))
+    name = typed.pop("data", None)
+    for key in typed:
+        if key not in TESTABLE and not key.startswith(("data.", "eval.")):
+            _refuse(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} may")
+    plain = copy.deepcopy(stored)
+    if name is not None:
+        with composer(config_dir) as compose:
+            plain["data"] = _data_node(compose, name)
+        plain["names"]["data"] = name
+    plain = _with(plain, typed)
+    # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
+    plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
+    settings = config.check(plain)
+    from metarun.launch import check_data
+
+    check_data(plain)
+    experiment = config.build(plain)
+    if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
+        raise ValueError(
+            f"way={settings.way}: the run learned {stored['way']} ways and has a head of as many"
+        )
+    from metarun import trainer
+    from metarun.screen import Screen
+
+    folder = run.test_folder(_slug(words))
+    return guarded(
+        lambda: trainer.test(
+            experiment.algorithm, experiment.source, experiment.eval, run, folder,
+            experiment.facts, Screen(),
+        ),
+        debug=settings.debug,
+    )  # fmt: skip
+
+
+def _stored(run: RunFolder) -> Plain:
+    path = run.path / "config.yaml"
+    try:
+        stored = OmegaConf.to_container(OmegaConf.create(run.config_text()), resolve=True)
+        if not isinstance(stored, dict) or "names" not in stored:
+            raise ValueError("it is not a run's configuration")
+        return cast(Plain, stored)
+    # YAML's own errors have several lines and classes.
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {config.one_line(error)}") from error
+
+
+def _with(stored: Plain, typed: Mapping[str, Any]) -> Plain:
+    """A copy with the typed values in their places."""
+    plain = copy.deepcopy(stored)
+    for key, value in typed.items():
+        *path, leaf = key.split(".")
+        node: Any = plain
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf not in node:
+            raise config.unknown_key(key, leaves(stored))
+        node[leaf] = value
+    return plain
+
+
+def _refuse(key: str, stored: Plain, rule: str) -> None:
+    if key not in leaves(stored):
+        raise config.unknown_key(key, leaves(stored))
+    raise ValueError(f"{key} cannot change in {rule}")
+
+
+def _data_node(compose: Composer, name: Any) -> Plain:
+    """The node `data` of another data set, apart from every recipe."""
+    if not isinstance(name, str):
+        raise ValueError(f"data={name}: type one name of a data set")
+    return compose.job([f"data={name}", "backbone=mlp", "recipe=null"]).plain["data"]
+
+
+def _changes(
+    run: RunFolder, stored: Plain, typed: Mapping[str, Any], config_dir: str | None
+) -> list[str]:
+    """What the run's own words compose to by now, where it differs from what is stored."""
+    try:
+        with composer(config_dir) as compose:
+            plain = compose.job(run.overrides()).plain
+    except (ValueError, OmegaConfBaseException) as error:
+        return [
+            f"the run's words cannot be composed any more ({config.one_line(error)}): its stored "
+            "configuration is used"
+        ]
+    then, now = _flat(stored), _flat(plain)
+    lines: list[str] = []
+    for key in sorted(then.keys() | now.keys()):
+        settled = key in (*_HOW_TASKS_RUN, *typed) or key.startswith("names.")
+        if not settled and then.get(key, _ABSENT) != now.get(key, _ABSENT):
+            lines.append(
+                f"{key} is {now.get(key, _ABSENT)} in the configuration by now and was "
+                f"{then.get(key, _ABSENT)} in the run: the run's value is kept"
+            )
+    return lines
+
+
+_ABSENT = "absent"
+
+
+def _flat(node: Plain, prefix: str = "") -> Plain:
+    flat: Plain = {}
+    for key, value in node.items():
+        if isinstance(value, dict):
+            flat |= _flat(cast(Plain, value), f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _slug(words: Sequence[str]) -> str:
+    """A folder's name for a meta-test, from what was typed."""
+    return re.sub(r"[^\w.=-]+", "_", ",".join(words)).strip("_.")[:80] or "same"
