@@ -1,0 +1,133 @@
+"""Random changes of images, made for a whole batch on its device.
+
+Each image's parameters are a hash of its task and its row, so an augmented episode is as pure
+as a plain one. Shapes: T tasks, R rows, C H W images.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from metarun import seeding
+
+_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR = range(3)
+_LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True, slots=True)
+class Augmentation:
+    """What may happen to a training image; the defaults change nothing.
+
+    Attributes:
+        affine_degrees: Rotation, drawn from ± this many degrees.
+        affine_translate: Shift along each axis, from ± this fraction of the side.
+        affine_scale: Size, from 1 ± this factor.
+        affine_shear: Slant, from ± this many degrees.
+        flip: Mirror left and right, with probability one half.
+        colour: Brightness, contrast and saturation, each from 1 ± this factor.
+        padding: What an affine map brings in from outside: paper, or the mirrored picture.
+    """
+
+    affine_degrees: float = 0.0
+    affine_translate: float = 0.0
+    affine_scale: float = 0.0
+    affine_shear: float = 0.0
+    flip: bool = False
+    colour: float = 0.0
+    padding: Literal["zeros", "reflection"] = "zeros"
+
+    def __post_init__(self) -> None:
+        _check("affine_degrees", self.affine_degrees, 180.0)
+        _check("affine_translate", self.affine_translate, 1.0)
+        _check("affine_scale", self.affine_scale, 0.9)
+        _check("affine_shear", self.affine_shear, 60.0)
+        _check("colour", self.colour, 1.0)
+
+    @property
+    def has_affine(self) -> bool:
+        return bool(
+            self.affine_degrees or self.affine_translate or self.affine_scale or self.affine_shear
+        )
+
+    def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Change (T, R, C, H, W) images in [0, 1], given one key for each task."""
+        if self.has_affine:
+            images = self._affine(images, keys)
+        if self.flip:
+            images = _flip(images, keys)
+        if self.colour:
+            images = _colour(images, keys, self.colour)
+        return images
+
+    def _affine(self, images: Tensor, keys: Tensor) -> Tensor:
+        tasks, rows, _, height, width = images.shape
+        # float64, so that the last bit of a sine, which may depend on the batch, is rounded away.
+        draw = seeding.uniform(keys, _SLOT_AFFINE, (rows, 5), low=-1.0, dtype=torch.float64)
+        draw = draw.flatten(0, 1)
+        angle = draw[:, 0] * math.radians(self.affine_degrees)
+        slant = torch.tan(draw[:, 1] * math.radians(self.affine_shear))
+        zoom = 1.0 / (1.0 + draw[:, 2] * self.affine_scale)
+        cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+        to_x = (cos, slant * cos - sin, draw[:, 3] * (2.0 * self.affine_translate))
+        to_y = (sin, slant * sin + cos, draw[:, 4] * (2.0 * self.affine_translate))
+        grid = torch.stack([_plane(c, height, width, images) for c in (to_x, to_y)], dim=-1)
+        flat = images.flatten(0, 1)
+        moved = functional.grid_sample(flat, grid, padding_mode=self.padding, align_corners=False)
+        return moved.unflatten(0, (tasks, rows))
+
+
+def _plane(
+    coefficients: tuple[Tensor, Tensor, Tensor], height: int, width: int, like: Tensor
+) -> Tensor:
+    """(B, H, W) values of a·x + b·y + c at the centres of the pixels.
+
+    Written out because `affine_grid` is a matrix product, whose rounding follows the batch size.
+    """
+    a, b, c = (value.to(like.dtype)[:, None, None] for value in coefficients)
+    x = _centres(width, like)[None, None, :]
+    y = _centres(height, like)[None, :, None]
+    return a * x + (b * y + c)
+
+
+def _centres(size: int, like: Tensor) -> Tensor:
+    steps = torch.arange(size, dtype=like.dtype, device=like.device)
+    return (2.0 * steps + 1.0) / size - 1.0
+
+
+def _flip(images: Tensor, keys: Tensor) -> Tensor:
+    heads = seeding.integers(keys, _SLOT_FLIP, 2, (images.shape[1],)).to(torch.bool)
+    return torch.where(heads[:, :, None, None, None], images.flip(-1), images)
+
+
+def _colour(images: Tensor, keys: Tensor, strength: float) -> Tensor:
+    """Scale brightness, then contrast and saturation about the mean and the grey picture."""
+    draw = seeding.uniform(
+        keys, _SLOT_COLOUR, (images.shape[1], 3), low=1.0 - strength, high=1.0 + strength
+    ).to(images.dtype)
+    brightness, contrast, saturation = draw[..., None, None, None].unbind(2)
+    images = (images * brightness).clamp(0.0, 1.0)
+    grey = _grey(images)
+    mean = grey.mean(dim=(-3, -2, -1), keepdim=True)
+    images = (mean + contrast * (images - mean)).clamp(0.0, 1.0)
+    if images.shape[2] == 3:
+        grey = _grey(images)
+        images = (grey + saturation * (images - grey)).clamp(0.0, 1.0)
+    return images
+
+
+def _grey(images: Tensor) -> Tensor:
+    if images.shape[2] != 3:
+        return images
+    red, green, blue = images.unbind(2)
+    return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(2)
+
+
+def _check(name: str, value: float, most: float) -> None:
+    if not 0.0 <= value <= most:
+        raise ValueError(f"data.{name}={value} is out of range: 0 to {most:g} is allowed")

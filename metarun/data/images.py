@@ -1,0 +1,452 @@
+"""Classification tasks from images that stay on the device, sorted by class.
+
+An episode is an index, a gather and an augmentation, all over the whole batch of tasks.
+Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W images, N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metarun import seeding
+from metarun.data.augmentation import Augmentation
+from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
+
+Rotations = Literal["none", "classes", "per_task"]
+Episodes = Literal["any", "within_alphabet"]
+
+_LOG = logging.getLogger(__name__)
+_NUM_ROTATIONS = 4
+_SLOT_GROUP, _SLOT_CLASSES, _SLOT_CLASS_ORDER, _SLOT_ROTATIONS = range(4)
+_SLOT_ROWS, _SLOT_SUPPORT_ORDER, _SLOT_QUERY_ORDER = range(4, 7)
+_KEY_SUPPORT, _KEY_QUERY = 100, 101
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """The images of one split.
+
+    Attributes:
+        images: (N, C, H, W) uint8, sorted by class.
+        names: One for each class.
+        counts: Images of each class.
+        groups: The group (an alphabet) of each class; a group's classes stand together.
+        digest: A hash of the images where it is known already.
+    """
+
+    images: Tensor
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    groups: tuple[str, ...] | None = None
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == torch.uint8 and self.images.dim() == 4
+        assert len(self.names) == len(self.counts)
+        assert sum(self.counts) == len(self.images)
+
+    def fingerprint(self) -> str:
+        """A hash of the names, the counts and the images."""
+        digest = self.digest
+        if digest is None:
+            digest = hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
+        facts = repr((self.names, self.counts, self.groups, tuple(self.images.shape), digest))
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """A split on the device, and where its classes and groups begin.
+
+    Attributes:
+        images: (N, C, H, W) uint8, or (4 N, C, H, W) with the rotated copies behind.
+        num_images: N.
+        starts, counts: (classes,) first image and number of images of each class.
+        group_starts, group_counts: (groups,) first class and number of classes to choose from.
+        group_rotations: Rotations that count as classes of their own, 1 or 4.
+    """
+
+    images: Tensor
+    num_images: int
+    starts: Tensor
+    counts: Tensor
+    group_starts: Tensor
+    group_counts: Tensor
+    rotation_classes: int
+
+
+class ClassEpisodes:
+    """Pure episodes from a table of classes for each split.
+
+    Args:
+        name: The data set's, for messages.
+        tables: What each split holds.
+        sizes: Rows of a task in each split; val's way is lowered to the classes there.
+        val_way: `eval.val_way` as typed; a typed value is never lowered.
+        seed: Of the training tasks.
+        eval_seed: Of the val and test tasks.
+        rotations: For training: `none`; `classes` makes each quarter turn a class of its own;
+            `per_task` turns each class of a task by one random quarter turn.
+        rotations_eval: The same for val and test.
+        episodes: `any`, or `within_alphabet` to take a task's classes from one group.
+        augmentation: Changes to training images.
+        mean, std: Per channel, in [0, 1] units; None leaves pixels in [0, 1].
+        prepare: Turns one picture into (C, H, W) uint8 as the tables' images were.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tables: Mapping[Split, ClassTable],
+        sizes: Mapping[Split, EpisodeSize],
+        val_way: int | None,
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        rotations: Rotations = "none",
+        rotations_eval: Rotations = "none",
+        episodes: Episodes = "any",
+        augmentation: Augmentation | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        prepare: Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]],
+    ) -> None:
+        _one_of("rotations", rotations, ("none", "classes", "per_task"))
+        _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
+        _one_of("episodes", episodes, ("any", "within_alphabet"))
+        self._name = name
+        self._tables = dict(tables)
+        self._rotations: dict[Split, Rotations] = {
+            "train": rotations,
+            "val": rotations_eval,
+            "test": rotations_eval,
+        }
+        self._by_group = episodes == "within_alphabet"
+        self._augmentation = augmentation or Augmentation()
+        self._prepare_one = prepare
+        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
+        self._resident: dict[Split, _Resident] = {}
+        self.device = torch.device(device)
+        self._dtype = dtype
+        shape = tuple(self._tables["train"].images.shape[1:])
+        self._scale, self._offset = self._normalisation(shape[0], mean, std)
+        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
+        self._fit_val_way(val_way)
+        for split in self.sizes:
+            self._check_size(split)
+        self.spec = TaskSpec(
+            kind="classification",
+            input_shape=shape,
+            output_dim=self.sizes["test"].way,
+            train_way=self.sizes["train"].way,
+        )
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Draw tasks `index … index + num_tasks - 1` of a split."""
+        size = self.sizes[split]
+        data = self._on_device(split)
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        classes, turns = self._choose_classes(split, data, keys)
+        class_ids = classes + turns * len(data.counts)
+        if self._rotations[split] == "per_task":
+            turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (size.way,))
+            class_ids = classes
+        picks = self._choose_images(data, keys, classes, size.shot + size.query)
+        picks = picks + (data.starts[classes] + turns * data.num_images)[..., None]
+        support = self._rows(split, data, keys, picks[..., : size.shot], _KEY_SUPPORT)
+        query = self._rows(split, data, keys, picks[..., size.shot :], _KEY_QUERY)
+        return TaskBatch(*support, *query, class_ids)
+
+    def num_classes(self, split: Split) -> int:
+        """Classes to choose from, with rotations where each is a class: what `class_ids` name."""
+        turns = _NUM_ROTATIONS if self._rotations[split] == "classes" else 1
+        return turns * len(self._tables[split].counts)
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        """The name behind each number in `class_ids`."""
+        names = self._tables[split].names
+        if self._rotations[split] != "classes":
+            return names
+        return tuple(f"{name}/rot{90 * turn:03d}" for turn in range(4) for name in names)
+
+    def prepare(self, images: Any) -> Tensor:
+        """Turn a user's pictures into rows (N, C, H, W), as this data set's images were.
+
+        Args:
+            images: A list of paths, PIL images or arrays ((H, W), (H, W, C) or (C, H, W), uint8
+                or in [0, 1]), or one array with a leading dimension. A floating torch tensor
+                (N, C, H, W) of the data set's own shape is taken as prepared already.
+
+        Raises:
+            ValueError: An image cannot be read; the message names it.
+        """
+        if isinstance(images, Tensor) and images.is_floating_point():
+            if tuple(images.shape[1:]) == self.spec.input_shape:
+                return images.to(self.device, self._dtype)
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, a tensor of prepared rows has "
+                f"(N, {', '.join(map(str, self.spec.input_shape))}): pass arrays, paths or "
+                "PIL images to have them prepared"
+            )
+        if isinstance(images, str | Path | Image.Image):
+            raise ValueError("one image was passed, a list is expected: put it in [brackets]")
+        rows = [self._prepare_one(_picture(image, i)) for i, image in enumerate(images)]
+        if not rows:
+            raise ValueError("no images were passed: give at least one")
+        stacked = torch.from_numpy(np.stack(rows)).to(self.device)
+        return self._normalise(stacked.to(self._dtype).div_(255.0))
+
+    def fingerprint(self) -> str:
+        """A hash of every split's classes and images."""
+        facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
+        return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
+
+    def _choose_classes(
+        self, split: Split, data: _Resident, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(T, W) different classes of one group in random order, and their quarter turns."""
+        way = self.sizes[split].way
+        group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
+        count = data.group_counts[group]
+        chosen = sample(keys, _SLOT_CLASSES, count * data.rotation_classes, way)
+        order = seeding.bits(keys, _SLOT_CLASS_ORDER, (way,)).argsort(dim=-1, stable=True)
+        chosen = chosen.gather(-1, order)
+        turns = chosen // count[:, None]
+        return data.group_starts[group][:, None] + chosen % count[:, None], turns
+
+    def _choose_images(
+        self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int
+    ) -> Tensor:
+        """(T, W, num_rows) different images of each class, numbered within the class."""
+        places = torch.arange(classes.shape[1], device=self.device)
+        keys = seeding.fold(keys[:, None], places)
+        picks = sample(keys, _SLOT_ROWS, data.counts[classes], num_rows)
+        # Sampling leaves the order of the rows skewed: the last images of a class come last.
+        order = seeding.bits(keys, _SLOT_ROWS + 10, (num_rows,)).argsort(dim=-1, stable=True)
+        return picks.gather(-1, order)
+
+    def _rows(
+        self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs (T, R, C, H, W) and labels (T, R) of the picked images, in random order."""
+        num_tasks, way, num = picks.shape
+        keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
+        order = seeding.bits(keys, _SLOT_SUPPORT_ORDER, (way * num,)).argsort(dim=-1, stable=True)
+        labels = order // max(num, 1)
+        index = picks.flatten(1).gather(-1, order)
+        images = data.images.index_select(0, index.flatten()).to(self._dtype).div_(255.0)
+        images = images.unflatten(0, (num_tasks, way * num))
+        if split == "train" and num:
+            images = self._augmentation(images, keys)
+        return self._normalise(images), labels
+
+    def _normalisation(
+        self, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if mean is None or std is None:
+            return None, None
+        assert len(mean) == len(std) == channels
+        scale = torch.tensor(std, dtype=torch.float64).reciprocal()
+        offset = -torch.tensor(mean, dtype=torch.float64) * scale
+        shape = (channels, 1, 1)
+        return (
+            scale.to(self.device, self._dtype).reshape(shape),
+            offset.to(self.device, self._dtype).reshape(shape),
+        )
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if self._scale is None or self._offset is None:
+            return images
+        return images * self._scale + self._offset
+
+    def _on_device(self, split: Split) -> _Resident:
+        """The split as device tensors, made when it is first asked for."""
+        if split not in self._resident:
+            self._resident[split] = self._move(split)
+        return self._resident[split]
+
+    def _move(self, split: Split) -> _Resident:
+        table = self._tables[split]
+        images = table.images.to(self.device)
+        rotations = self._rotations[split]
+        if rotations != "none":
+            turned = [images.rot90(turn, dims=(-2, -1)) for turn in range(_NUM_ROTATIONS)]
+            images = torch.cat(turned).contiguous()
+        counts = torch.tensor(table.counts)
+        starts = counts.cumsum(0) - counts
+        groups = self._groups(split, self.sizes[split].way)
+        first, number = zip(*groups, strict=True)
+        return _Resident(
+            images=images,
+            num_images=len(table.images),
+            starts=starts.to(self.device),
+            counts=counts.to(self.device),
+            group_starts=torch.tensor(first, device=self.device),
+            group_counts=torch.tensor(number, device=self.device),
+            rotation_classes=_NUM_ROTATIONS if rotations == "classes" else 1,
+        )
+
+    def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
+        """(first class, number of classes) of each group with enough classes for a task."""
+        table = self._tables[split]
+        if not self._by_group:
+            return [(0, len(table.counts))]
+        if table.groups is None:
+            raise ValueError(
+                f"data.episodes=within_alphabet needs alphabets, {self._name} has none: "
+                "leave it at any"
+            )
+        turns = _NUM_ROTATIONS if self._rotations[split] == "classes" else 1
+        names = dict.fromkeys(table.groups)
+        spans = [(table.groups.index(name), table.groups.count(name)) for name in names]
+        return [span for span in spans if turns * span[1] >= way]
+
+    def _most_classes(self, split: Split) -> int:
+        """The largest number of classes that one task can have."""
+        turns = _NUM_ROTATIONS if self._rotations[split] == "classes" else 1
+        return turns * max(count for _, count in self._groups(split, 0))
+
+    def _fit_val_way(self, typed: int | None) -> None:
+        """Lower val's way to the classes there are, unless it was typed."""
+        if "val" not in self.sizes or "val" not in self._tables:
+            return
+        size, most = self.sizes["val"], self._most_classes("val")
+        if typed is not None or size.way <= most:
+            return
+        _LOG.warning(
+            "val has %d classes, fewer than way=%d: meta-val runs with way %d "
+            "(eval.val_way sets it)",
+            most,
+            size.way,
+            most,
+        )
+        self.sizes["val"] = EpisodeSize(way=most, shot=size.shot, query=size.query)
+
+    def _check_size(self, split: Split) -> None:
+        """Compare the rows a task needs with what the split has, before any work."""
+        size, table = self.sizes[split], self._tables[split]
+        keys = _SIZE_KEYS[split]
+        least = {"way": 2, "shot": 1, "query": 0 if split == "train" else 1}
+        for field, low in least.items():
+            value = getattr(size, field)
+            if value < low:
+                raise ValueError(
+                    f"{keys[field]}={value} is out of range: {low} or more is allowed"
+                )
+        most = self._most_classes(split)
+        if size.way > most:
+            where = "an alphabet of " if self._by_group else ""
+            raise ValueError(
+                f"{keys['way']}={size.way} is more than the {most} classes in {where}"
+                f"{self._name}'s {split} split: set {keys['way']}={most} or less"
+            )
+        fewest = min(range(len(table.counts)), key=table.counts.__getitem__)
+        needed, count = size.shot + size.query, table.counts[fewest]
+        if count < needed:
+            raise ValueError(
+                f"class {table.names[fewest]} has {count} images, {size.shot}+{size.query} are "
+                f"needed: {self._way_out(split, size, count)}"
+            )
+
+    def _way_out(self, split: Split, size: EpisodeSize, count: int) -> str:
+        """What to type when a class has too few images."""
+        keys = _SIZE_KEYS[split]
+        if count > size.shot:
+            return f"lower {keys['query']} to {count - size.shot}"
+        return f"lower {keys['shot']} to {max(count - 1, 1)} and {keys['query']} to 1"
+
+
+_SIZE_KEYS: dict[Split, dict[str, str]] = {
+    "train": {"way": "train.way", "shot": "train.shot", "query": "train.query"},
+    "val": {"way": "eval.val_way", "shot": "shot", "query": "query"},
+    "test": {"way": "way", "shot": "shot", "query": "query"},
+}
+
+
+def sample(keys: Tensor, slot: int, counts: Tensor, num: int) -> Tensor:
+    """Draw `num` different numbers below each of `counts`: (*K, num), in no even order.
+
+    Floyd's algorithm (Bentley & Floyd 1987): its work grows with `num`, not with `counts`,
+    which may differ from key to key.
+    """
+    draws = (seeding.bits(keys, slot, (num,)) >> 1) & (2**62 - 1)
+    chosen = torch.empty_like(draws)
+    for place in range(num):
+        top = counts - num + place
+        drawn = draws[..., place] % (top + 1)
+        seen = (chosen[..., :place] == drawn[..., None]).any(dim=-1)
+        chosen[..., place] = torch.where(seen, top, drawn)
+    return chosen
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read a picture completely.
+
+    Raises:
+        ValueError: It is missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise ValueError(f"there is no image {path}: check the path") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} cannot be read as an image ({_one_line(error)}): replace or remove it"
+        ) from None
+
+
+def _picture(image: Any, position: int) -> Image.Image:
+    """One of a user's images as a PIL image."""
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return open_image(image)
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or array.size == 0:
+        raise ValueError(
+            f"image {position} is an array of shape {np.shape(image)} and type {array.dtype}: "
+            "(H, W), (H, W, C) or (C, H, W) numbers are expected"
+        )
+    if array.dtype.kind == "f" or array.dtype == np.bool_:
+        array = array.astype(np.float64)
+        if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
+            raise ValueError(f"image {position} has values outside [0, 1]: scale it, or use uint8")
+        array = np.rint(array * 255.0)
+    elif array.min() < 0 or array.max() > 255:
+        raise ValueError(f"image {position} has values outside 0 to 255: scale it")
+    return Image.fromarray(cast("np.ndarray[Any, np.dtype[np.uint8]]", array.astype(np.uint8)))
+
+
+def on_paper(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to a mode, with what is transparent shown on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"data.{name}={value} is unknown: choose {' or '.join(allowed)}")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

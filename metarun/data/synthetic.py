@@ -1,0 +1,208 @@
+"""Families of functions of one variable, each batch of tasks made in one draw on the device.
+
+Shapes: T tasks, S support rows, Q query rows; inputs and values have one dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from metarun import seeding
+from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
+
+_SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE = range(4)
+
+
+class FunctionEpisodes(ABC):
+    """Regression tasks y = f(x) + noise, one function for each task."""
+
+    def __init__(
+        self,
+        *,
+        x: Sequence[float],
+        noise: float,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        val_way: int | None,
+    ) -> None:
+        self._x = check_range("x", x)
+        if not (noise >= 0.0 and math.isfinite(noise)):
+            raise ValueError(f"data.noise={noise} is out of range: 0 or more is allowed")
+        self._noise = float(noise)
+        if val_way not in (None, 1):
+            raise ValueError(f"eval.val_way={val_way} has no meaning in a regression: leave it out")
+        for split, size in sizes.items():
+            _check_size(split, size)
+        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
+        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
+        self.device = torch.device(device)
+        self._dtype = dtype
+        self.spec = TaskSpec(kind="regression", input_shape=(1,), output_dim=1, train_way=1)
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Draw tasks `index … index + num_tasks - 1` of a split."""
+        size = self.sizes[split]
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        rows = (size.shot + size.query, 1)
+        low, high = self._x
+        x = seeding.uniform(keys, _SLOT_X, rows, low=low, high=high, dtype=self._dtype)
+        # float64 throughout, so that the same task has the same rounded values everywhere.
+        y = self._values(keys, x.double())
+        if self._noise:
+            y = y + self._noise * seeding.normal(keys, _SLOT_NOISE, rows, dtype=torch.float64)
+        y = y.to(self._dtype)
+        cut = size.shot
+        return TaskBatch(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:])
+
+    def parameters(self, split: Split, index: int, num_tasks: int) -> tuple[Tensor, Tensor]:
+        """The two parameters (T,) of each task's function, in float64: the truth behind it."""
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        return self._parameters(keys)
+
+    def fingerprint(self) -> str:
+        """A hash of the family, its ranges and the seed of its test tasks."""
+        parts = (*self._facts(), *self._x, self._noise, self._seeds["test"])
+        return f"{seeding.key(type(self).__name__, *map(repr, parts)) & (2**64 - 1):016x}"
+
+    @abstractmethod
+    def _facts(self) -> tuple[float, ...]:
+        """The numbers that define the family."""
+
+    @abstractmethod
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Both parameters of each task, (T,)."""
+
+    @abstractmethod
+    def _values(self, keys: Tensor, x: Tensor) -> Tensor:
+        """f(x) of each task, (T, R, 1)."""
+
+
+class Sinusoid(FunctionEpisodes):
+    """y = A sin(x - phi), the regression of Finn et al. (2017), section 5.1.
+
+    Args:
+        amplitude: Range of A.
+        phase: Range of phi.
+        x: Range of the inputs.
+        noise: Standard deviation of the noise on y.
+    """
+
+    def __init__(
+        self,
+        *,
+        amplitude: Sequence[float] = (0.1, 5.0),
+        phase: Sequence[float] = (0.0, math.pi),
+        x: Sequence[float] = (-5.0, 5.0),
+        noise: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
+    ) -> None:
+        super().__init__(
+            x=x,
+            noise=noise,
+            sizes=sizes,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            val_way=val_way,
+        )
+        self._amplitude = check_range("amplitude", amplitude)
+        self._phase = check_range("phase", phase)
+
+    def _facts(self) -> tuple[float, ...]:
+        return (*self._amplitude, *self._phase)
+
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            draw_in(keys, _SLOT_FIRST, self._amplitude),
+            draw_in(keys, _SLOT_SECOND, self._phase),
+        )
+
+    def _values(self, keys: Tensor, x: Tensor) -> Tensor:
+        amplitude, phase = self._parameters(keys)
+        return amplitude[:, None, None] * torch.sin(x - phase[:, None, None])
+
+
+class Linear(FunctionEpisodes):
+    """y = a x + b.
+
+    Args:
+        a: Range of the slope.
+        b: Range of the offset.
+        x: Range of the inputs.
+        noise: Standard deviation of the noise on y.
+    """
+
+    def __init__(
+        self,
+        *,
+        a: Sequence[float] = (0.0, 1.0),
+        b: Sequence[float] = (0.0, 1.0),
+        x: Sequence[float] = (0.0, 1.0),
+        noise: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
+    ) -> None:
+        super().__init__(
+            x=x,
+            noise=noise,
+            sizes=sizes,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            val_way=val_way,
+        )
+        self._a = check_range("a", a)
+        self._b = check_range("b", b)
+
+    def _facts(self) -> tuple[float, ...]:
+        return (*self._a, *self._b)
+
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        return draw_in(keys, _SLOT_FIRST, self._a), draw_in(keys, _SLOT_SECOND, self._b)
+
+    def _values(self, keys: Tensor, x: Tensor) -> Tensor:
+        slope, offset = self._parameters(keys)
+        return slope[:, None, None] * x + offset[:, None, None]
+
+
+def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
+    """A range [low, high] from the configuration, checked."""
+    numbers = tuple(float(number) for number in value)
+    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] > numbers[1]:
+        typed = ",".join(f"{number:g}" for number in numbers)
+        raise ValueError(f"data.{name}=[{typed}] is no range: type two numbers, the smaller first")
+    return numbers[0], numbers[1]
+
+
+def draw_in(keys: Tensor, slot: int, bounds: tuple[float, float]) -> Tensor:
+    """One number for each key, uniform in a range, in float64."""
+    return seeding.uniform(keys, slot, low=bounds[0], high=bounds[1], dtype=torch.float64)
+
+
+def _check_size(split: Split, size: EpisodeSize) -> None:
+    prefix = "train." if split == "train" else ""
+    if size.way != 1:
+        raise ValueError(f"{prefix}way={size.way} has no meaning in a regression: leave it at 1")
+    if size.shot < 1:
+        raise ValueError(f"{prefix}shot={size.shot} is out of range: 1 or more is allowed")
+    if size.query < (0 if split == "train" else 1):
+        raise ValueError(f"{prefix}query={size.query} is out of range: 1 or more is allowed")
