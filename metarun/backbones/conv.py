@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, Pass
+from metarun.backbones.layers import BatchNorm, Pass, many_rows
 from metarun.backbones.network import Network
 
 Downsample = Literal["max_pool", "stride"]
@@ -77,8 +77,8 @@ class _Blocks(nn.Module):
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
-            if i == 0 and self.native and x.device.type == "cpu":
-                # Pooling and batch norm have vector code for this layout alone.
+            if i == 0 and self.native and x.device.type == "cpu" and many_rows(x):
+                # On a CPU pooling and batch norm have vector code for this layout alone.
                 x = x.contiguous(memory_format=torch.channels_last)
             x = norm(x, how)
             if self.max_pool:
