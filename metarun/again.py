@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import OmegaConf
@@ -160,7 +159,8 @@ def _data_node(compose: Composer, name: Any) -> Plain:
     """The node `data` of another data set, apart from every recipe."""
     if not isinstance(name, str):
         raise ValueError(f"data={name}: type one name of a data set")
-    return compose.job([f"data={name}", "backbone=mlp", "recipe=null"]).plain["data"]
+    job = compose.job([f"data={name}", "backbone=mlp", "recipe=null"])
+    return cast(Plain, job.plain["data"])
 
 
 def _changes(

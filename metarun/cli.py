@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,8 +58,8 @@ def entry() -> NoReturn:
 def main(argv: Sequence[str]) -> int:
     """Answer a command line; returns the exit code."""
     # The installed command does not see the current folder, where a user's own modules are.
-    if "" not in sys.path and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     _log_to_stderr()
     debug = "debug=true" in (word.lower() for word in argv)
     try:

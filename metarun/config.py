@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast
 
 from metarun.settings import EvalSettings, TrainSettings
 
@@ -208,9 +208,7 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     }
     # The source may have lowered the ways on meta-val; the records say what was done.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
-    return Experiment(
-        algorithm, source, settings.train, evaluation, facts, record, settings.seed
-    )
+    return Experiment(algorithm, source, settings.train, evaluation, facts, record, settings.seed)
 
 
 def _device(name: str) -> torch.device:
@@ -289,7 +287,8 @@ def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> Episod
         "device": device,
         "dtype": dtype,
     }
-    return _component("data", facts["data"], injected)()
+    source: EpisodeSource = _component("data", facts["data"], injected)()
+    return source
 
 
 def _component(
@@ -389,15 +388,12 @@ def _convert(value: Any, hint: Any) -> Any:
     if origin is Literal:
         return value if value in args else _refuse()
     if origin is tuple and args[-1:] != (...,):
-        items = cast("list[Any]", value) if isinstance(value, list) else _refuse()
-        return (
-            tuple(map(_convert, items, args)) if len(items) == len(args) else _refuse()
-        )
+        items = _items(value)
+        return tuple(map(_convert, items, args)) if len(items) == len(args) else _refuse()
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
         return value if isinstance(value, dict) else _refuse()
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
-        items = cast("list[Any]", value) if isinstance(value, list) else _refuse()
-        converted = [_convert(item, args[0]) for item in items]
+        converted = [_convert(item, args[0]) for item in _items(value)]
         return tuple(converted) if origin is tuple else converted
     if hint is float and type(value) in (int, float):
         return float(value)
@@ -416,7 +412,11 @@ def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
     return _refuse()
 
 
-def _refuse() -> Any:
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else _refuse()
+
+
+def _refuse() -> NoReturn:
     raise TypeError
 
 

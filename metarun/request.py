@@ -311,8 +311,8 @@ def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
             choices[key] = [_text(override)]
             continue
         try:
-            values = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
-            choices[key] = [f"{key}={value}" for value in values]
+            texts = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
+            choices[key] = [f"{key}={text}" for text in texts]
         except (HydraException, ValueError, ArithmeticError) as error:
             raise ValueError(f"{override.input_line}: {one_line(error)}") from error
         if not choices[key]:
@@ -355,8 +355,7 @@ def _has(node: Any, path: list[str]) -> bool:
         mapping = cast(Plain, node)
         return head in mapping and _has(mapping[head], rest)
     if isinstance(node, list):
-        items = cast("list[Any]", node)
-        return head.isdigit() and int(head) < len(items) and _has(items[int(head)], rest)
+        return head.isdigit() and int(head) < len(node) and _has(node[int(head)], rest)
     return False
 
 
@@ -379,7 +378,7 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Pat
     holder.set_config(cfg)
     try:
         folder = Path(str(cfg.hydra[mode].dir))
-        task = cast(DictConfig, OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"]))
+        task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         plain = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
         return cast(Plain, plain), folder
     except MissingMandatoryValue as error:
