@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.engine import Engine
 from metarun.algorithms.outer import OuterOptimizer
-from metarun.backbones.layers import BATCH_NORM_MODES, BatchNormMode, Pass, has_batch_norm
+from metarun.backbones.layers import BATCH_NORM_MODES, BatchNormMode, Pass, has_batch_norm, makes_noise
 from metarun.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
 
 Backbone = Callable[..., nn.Module]
@@ -144,8 +144,10 @@ class Algorithm(nn.Module, ABC):
         return nn.functional.mse_loss(outputs, targets)
 
     def noise(self, progress: Progress, num_tasks: int) -> Tensor:
-        """(T,) keys of the random masks of one update."""
+        """(T,) keys of the random masks of one update; zeros where the network makes none."""
         device = next(self.parameters()).device
+        if not makes_noise(self.net):
+            return torch.zeros(num_tasks, dtype=torch.int64, device=device)
         return seeding.task_keys(
             self.seed, "noise", progress.step * num_tasks, num_tasks, device
         )

@@ -89,7 +89,11 @@ class OuterOptimizer(nn.Module):
         self.optimizer: torch.optim.Optimizer
         if method == "adam":
             self.optimizer = torch.optim.Adam(
-                values, lr=lr, betas=(betas[0], betas[1]), weight_decay=weight_decay
+                values,
+                lr=lr,
+                betas=(betas[0], betas[1]),
+                weight_decay=weight_decay,
+                fused=True,
             )
         elif method == "sgd":
             self.optimizer = torch.optim.SGD(

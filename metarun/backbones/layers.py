@@ -147,6 +147,11 @@ def has_batch_norm(net: nn.Module) -> bool:
     return any(isinstance(module, BatchNorm) for module in net.modules())
 
 
+def makes_noise(net: nn.Module) -> bool:
+    """Whether a network draws random masks in training."""
+    return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())
+
+
 def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
     """DropBlock (Ghiasi et al. 2018): zero whole squares of (N, C, H, W), rescale the rest.
 
