@@ -159,7 +159,7 @@ def _data_node(compose: Composer, name: Any) -> Plain:
     """The node `data` of another data set, apart from every recipe."""
     if not isinstance(name, str):
         raise ValueError(f"data={name}: type one name of a data set")
-    job = compose.job([f"data={name}", "backbone=mlp", "recipe=null"])
+    job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
     return cast(Plain, job.plain["data"])
 
 

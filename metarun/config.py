@@ -143,12 +143,17 @@ def unknown_key(key: str, known: Sequence[str]) -> ValueError:
     """The error for a key that does not exist, with the one that was probably meant."""
     leaf = key.rpartition(".")[2]
     same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    hint = f": did you mean {' or '.join(same_leaf[:3])}?" if same_leaf else nearest(key, known)
-    if not hint:
-        by_leaf = {other.rpartition(".")[2]: other for other in reversed(known)}
-        found = difflib.get_close_matches(leaf, by_leaf, n=1)
-        hint = f": did you mean {by_leaf[found[0]]}?" if found else ""
+    hint = f": did you mean {' or '.join(same_leaf[:3])}?" if same_leaf else ""
+    if not same_leaf and known:
+        likeness, best = max((_likeness(key, other), other) for other in known)
+        hint = f": did you mean {best}?" if likeness > 0.6 else ""
     return ValueError(f"there is no key {key}{hint or ' (`metarun --cfg job` lists them)'}")
+
+
+def _likeness(key: str, other: str) -> float:
+    """Of two dotted keys, as a whole or by their last words, in [0, 1]."""
+    pairs = ((key, other), (key.rpartition(".")[2], other.rpartition(".")[2]))
+    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
 
 
 def check(plain: Mapping[str, Any]) -> Settings:

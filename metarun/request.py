@@ -32,7 +32,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from metarun.config import Plain, conf_dir, nearest, one_line, unknown_key
+from metarun.config import NODES, Plain, conf_dir, nearest, one_line, unknown_key
 
 HYDRA_VERSION_BASE = "1.3"
 _MOST_JOBS = 10_000
@@ -200,9 +200,6 @@ class Composer:
         cfg = self._compose(overrides, RunMode.RUN)
         _check_added("", _structure(cfg), base)
         choices = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra.runtime.choices))
-        for node in ("algo", "data", "optim"):
-            if choices.get(node) is None:
-                raise ValueError(f"{node}={choices.get(node)}: expected {self._one_of(node)}")
         if not cfg.get("backbone"):
             raise ValueError(
                 f"no backbone belongs to data={choices['data']}: type backbone=… "
@@ -232,8 +229,13 @@ class Composer:
 
     def _check_group(self, override: Override) -> None:
         group, value = override.key_or_group, override.value()
-        if override.is_delete() or value is None:
+        if override.is_delete():
+            if group in NODES:
+                raise ValueError(f"~{group}: a run needs one; type {group}=…")
             return
+        if value is None:
+            hint = f"expected {self._one_of(group)}" if group in NODES else f"type ~{group}"
+            raise ValueError(f"{group}=null: {hint}")
         if not isinstance(value, str) or value not in self.options(group):
             near = nearest(str(value), self.options(group))
             raise ValueError(f"{group}={value}: " + (near[2:] or f"expected {self._one_of(group)}"))

@@ -15,16 +15,17 @@ import metarun
 PACKAGE = Path(metarun.__file__).parent
 
 RANKS = {
-    "types": 0, "settings": 0, "seeding": 0,
+    "types": 0, "settings": 0, "seeding": 0, "allocator": 0,
     "data": 1, "backbones": 1, "runs": 1,
     "algorithms": 2,
     "evaluate": 3, "trainer": 3, "screen": 3, "bench": 3,
     "tables": 4, "report": 4,
     "config": 5,
     "request": 6, "listing": 6,
-    "launch": 7, "again": 7, "predict": 7,
-    "cli": 8,
-    "__main__": 9,
+    "launch": 7, "predict": 7,
+    "again": 8,
+    "cli": 9,
+    "__main__": 10,
 }  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

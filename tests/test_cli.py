@@ -1,0 +1,304 @@
+"""The command as a user meets it: exit codes, the one line of an error, and the files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import metarun
+from metarun.cli import main
+
+TINY = [
+    "train.steps=2", "train.tasks_per_step=2", "eval.episodes=4", "eval.val_episodes=4",
+    "eval.tasks_per_batch=4", "eval.curve_steps=1", "device=cpu",
+]  # fmt: skip
+
+OWN = """\
+from metarun.algorithms.maml import MAML
+
+class Mine(MAML):
+    pass
+
+class Fails(MAML):
+    def update(self, batch, progress):
+        raise {error}
+"""
+
+
+def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "metarun", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment},
+        timeout=120,
+    )
+
+
+def runs(folder: Path) -> list[Path]:
+    """The run folders below outputs/, in the order of their names."""
+    return sorted(path.parent for path in (folder / "outputs").rglob("results.json"))
+
+
+def status(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+# What runs nothing.
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"metarun {metarun.__version__}\n")
+
+
+def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("resume=", "test=", "metarun list", "metarun data", "bench", "protonet", "-m"):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 90
+    assert "for_sinusoid" not in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"], ["list"]], ids=" ".join)
+def test_what_runs_nothing_answers_in_a_second(words: list[str], tmp_path: Path) -> None:
+    # The best of three, since others may use the cores meanwhile.
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        assert run(*words, cwd=tmp_path).returncode == 0
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 1.0
+
+
+def test_cfg_shows_the_configuration_and_runs_nothing(tmp_path: Path) -> None:
+    done = run("--cfg", "job", "--resolve", "shot=7", cwd=tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"^shot: 7$", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--info", "defaults"], ["--hydra-help"], ["-sc", "query=bash"]])
+def test_hydras_own_flags_work(words: list[str], tmp_path: Path) -> None:
+    done = run(*words, cwd=tmp_path, COMP_LINE="metarun algo=", COMP_POINT="13")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_completion_offers_the_algorithms(tmp_path: Path) -> None:
+    line = "metarun algo=pro"
+    done = run("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert done.stdout.split() == ["algo=protonet"]
+
+
+def test_list_names_everything_with_one_line_each_in_80_columns(tmp_path: Path) -> None:
+    done = run("list", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("maml", "protonet", "sinusoid", "omniglot_small", "resnet12", "quick_start"):
+        assert re.search(rf"^ *{word} +\w", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_every_listed_yaml_has_a_line_about_it() -> None:
+    from metarun.config import conf_dir
+    from metarun.listing import GROUPS, entries
+
+    for group in GROUPS:
+        for word, text in entries([conf_dir()], group).items():
+            assert text, f"{group}/{word}.yaml has no comment that says what it is"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["algo=mmal"], ["algo=mmal", "did you mean maml?"]),
+        (["train.stpes=3"], ["did you mean train.steps?"]),
+        (["+new=3"], ["there is no key new"]),
+        (["-m", "algo=maml", "seed=1,x"], ["seed=x: expected a whole number"]),
+        (["-m", "experiment=glob(nothing*)"], ["selects nothing"]),
+        (["lsit"], ["did you mean `metarun list`?"]),
+        (["--mutlirun"], ["did you mean --multirun?"]),
+        (["--cfg", "jbo"], ["'jbo'"]),
+        (["--cfg", "job", "shto=3"], ["did you mean shot?"]),
+        (["--config-dir", "nowhere"], ["there is no such folder"]),
+        (["--experimental-rerun", "x.pickle"], ["resume="]),
+        (["algo=protonet", "data=sinusoid"], ["ProtoNet learns classification"]),
+        (["backbone=conv4"], ["conv4"]),
+        (["data=omniglot_small", "way=500"], ["500"]),
+        (["data=omniglot_small", "shot=15", "query=15"], ["15"]),
+        (["-m", "data=omniglot_small", "way=5,500"], ["500"]),
+        (["resume=nowhere"], ["nowhere"]),
+        (["test=nowhere"], ["nowhere"]),
+        (["resume=a", "test=b"], ["resume= and test= do not go together"]),
+        (["resume=a", "-m", "seed=1,2"], ["does not go with -m"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_makes_nothing(
+    words: list[str], parts: list[str], tmp_path: Path
+) -> None:
+    check_refused(run(*words, cwd=tmp_path), tmp_path, *parts)
+
+
+def test_missing_data_are_answered_at_once_with_the_command(tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    done = run("algo=maml", "data=omniglot", cwd=tmp_path, METARUN_DATA=str(tmp_path / "no"))
+    assert time.perf_counter() - begin < 2.0
+    check_refused(done, tmp_path, "metarun data omniglot")
+
+
+def test_a_run_is_never_written_over_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("precious")
+    for words in (["hydra.run.dir=mine"], ["-m", "seed=1,2", "hydra.sweep.dir=mine"]):
+        done = run(*words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "mine exists and is not empty" in done.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+
+
+def test_a_file_where_the_outputs_belong_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("precious")
+    done = run(*TINY, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "outputs").read_text() == "precious"
+
+
+def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
+    done = run("way=0", "debug=true", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=10)
+
+
+@given(words=st.lists(TEXT | st.builds("{}={}".format, TEXT, TEXT), max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_hostile_words_get_an_answer_and_never_a_traceback(words: list[str]) -> None:
+    before = sorted(Path.cwd().iterdir())
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["--cfg", "job", *words])
+    assert code in (0, 2)
+    if code == 2:
+        assert err.getvalue().startswith("error: ")
+        assert err.getvalue().count("\n") == 1
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+# What runs.
+
+
+def test_a_run_trains_tests_and_says_where_its_files_are(tmp_path: Path) -> None:
+    done = run("algo=maml", "data=sinusoid", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = runs(tmp_path)
+    assert re.fullmatch(
+        r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-maml-sinusoid-[0-9a-f]{6}",
+        folder.relative_to(tmp_path).as_posix(),
+    )
+    assert folder.name in "".join(done.stdout.split())
+    assert status(folder)["state"] == "finished"
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["algo"], results["data"], results["shot"]) == ("maml", "sinusoid", 5)
+    assert not (folder / ".hydra").exists()
+    assert not list(folder.glob("cli.log"))
+
+
+def test_a_bare_command_says_that_it_is_the_quick_start(tmp_path: Path) -> None:
+    # The same configuration made small: a bare one takes a minute.
+    code = (
+        "import sys, metarun.cli as c; c.QUICK_START = 'quick_start'; "
+        "import metarun.launch as l; l.train = lambda *_: None; sys.exit(c.main([]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("quick start: ")
+
+
+def test_options_and_words_mix_in_any_order(tmp_path: Path) -> None:
+    done = run("algo=maml", "-m", "seed=1,2", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = runs(tmp_path)
+    assert first.parent == second.parent
+    assert [path.name for path in (first, second)] == ["0-maml-sinusoid", "1-maml-sinusoid"]
+    seeds = [json.loads((f / "results.json").read_text())["seed"] for f in (first, second)]
+    assert seeds == [1, 2]
+
+
+def test_four_runs_that_start_together_have_four_folders(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", *TINY]
+    started = [
+        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(4)
+    ]
+    assert [process.wait(120) for process in started] == [0, 0, 0, 0]
+    assert len(runs(tmp_path)) == 4
+
+
+def own(folder: Path, error: str = "AssertionError('never')") -> list[str]:
+    """An algorithm of one's own in the current folder, and the words that find it."""
+    (folder / "conf/algo").mkdir(parents=True)
+    (folder / "own_algorithms.py").write_text(OWN.format(error=error))
+    for name in ("Mine", "Fails"):
+        (folder / f"conf/algo/{name.lower()}.yaml").write_text(
+            f"# One of my own\ndefaults:\n  - maml\n  - _self_\n_target_: own_algorithms.{name}\n"
+        )
+    return ["--config-dir", "conf"]
+
+
+def test_an_algorithm_of_ones_own_runs_from_the_current_folder(tmp_path: Path) -> None:
+    done = run(*own(tmp_path), "algo=mine", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: there is no recipe for algo=mine data=sinusoid" in done.stderr
+    (folder,) = runs(tmp_path)
+    assert json.loads((folder / "results.json").read_text())["algo"] == "mine"
+
+
+def test_a_run_that_fails_is_one_line_and_leaves_the_others_of_a_sweep_alone(
+    tmp_path: Path,
+) -> None:
+    conf = own(tmp_path, error="RuntimeError('out of\\nluck')")
+    done = run(*conf, "-m", "algo=fails,mine", *TINY, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: RuntimeError: out of luck (debug=true shows where)\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    (folder,) = runs(tmp_path)
+    assert folder.name == "1-mine-sinusoid"
+    assert status(folder.parent / "0-fails-sinusoid")["state"] == "failed"
+
+
+def test_a_pair_without_a_recipe_says_so_once(tmp_path: Path) -> None:
+    done = run(*own(tmp_path), "-m", "algo=mine", "seed=1,2", *TINY, cwd=tmp_path)
+    assert done.stderr.count("note: there is no recipe") == 1
