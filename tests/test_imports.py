@@ -16,10 +16,10 @@ PACKAGE = Path(metarun.__file__).parent
 
 RANKS = {
     "types": 0, "settings": 0, "seeding": 0, "allocator": 0,
-    "data": 1, "backbones": 1, "runs": 1,
+    "data": 1, "backbones": 1, "runs": 1, "screen": 1, "environment": 1,
     "algorithms": 2,
-    "evaluate": 3, "trainer": 3, "screen": 3, "bench": 3,
-    "tables": 4, "report": 4,
+    "evaluate": 3, "bench": 3,
+    "trainer": 4, "tables": 4, "report": 4,
     "config": 5,
     "request": 6, "listing": 6,
     "launch": 7, "predict": 7,

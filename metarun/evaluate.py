@@ -1,0 +1,167 @@
+"""What an algorithm reaches on a split: a metric for each episode, its mean and its interval.
+
+Shapes: T tasks, Q query rows, W ways, D outputs, N episodes, P points of the adaptation curve.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metarun import seeding
+from metarun.algorithms.base import Algorithm, task_metric
+from metarun.types import EpisodeSource, Split, TaskBatch, TaskSpec
+
+Floats = npt.NDArray[np.float64]
+Digest = Any
+"""A running hash of hashlib, which names no public type for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeMetrics:
+    """The reported figure of every episode.
+
+    Attributes:
+        values: (N,) accuracy as a fraction, or mean squared error over query rows and outputs.
+        curve: (P, N) the same after 0 … P - 1 inner steps; None if it was not asked for or the
+            algorithm does not adapt by steps.
+        digest: A hash of the episodes themselves: equal for equal episodes, bit for bit.
+    """
+
+    values: Floats
+    curve: Floats | None
+    digest: str
+
+
+def evaluate(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    split: Split,
+    episodes: int,
+    tasks_per_batch: int,
+    *,
+    curve_steps: int | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> EpisodeMetrics:
+    """Measure an algorithm on the first episodes of a split; changes no state of either.
+
+    Args:
+        algorithm: Adapts to each episode and answers its queries.
+        source: Where the episodes come from.
+        split: `val` or `test`, or `train` for a look at the training tasks.
+        episodes: N.
+        tasks_per_batch: Episodes that are evaluated together.
+        curve_steps: Also take the metric after 0 … this many inner steps.
+        tick: Called with the number of episodes done after each batch; may raise to stop.
+    """
+    values: list[Tensor] = []
+    curves: list[Tensor] = []
+    digest = hashlib.blake2b(digest_size=8)
+    was_training = algorithm.training
+    algorithm.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, episodes, tasks_per_batch):
+                batch = source.batch(split, start, min(tasks_per_batch, episodes - start))
+                _add(digest, batch)
+                # An algorithm that draws numbers to answer answers the same each time.
+                torch.manual_seed(seeding.key("evaluation", split, start))
+                values.append(_metric(algorithm, source.spec, batch))
+                if curve_steps is not None:
+                    curve = _curve(algorithm, source.spec, batch, curve_steps)
+                    curves += [] if curve is None else [curve]
+                if tick is not None:
+                    tick(start + batch.num_tasks)
+    finally:
+        algorithm.train(was_training)
+    return EpisodeMetrics(
+        values=_array(torch.cat(values)),
+        curve=_array(torch.cat(curves, dim=1)) if curves else None,
+        digest=digest.hexdigest(),
+    )
+
+
+def interval(values: npt.ArrayLike) -> tuple[float, float]:
+    """Mean of N values and the half-width of its 95 % confidence interval.
+
+    The half-width is t(0.975, N - 1) s / sqrt(N), with s of N - 1 degrees of freedom; of a
+    single value it is not a number.
+    """
+    numbers = np.asarray(values, dtype=np.float64)
+    count = numbers.size
+    mean = float(numbers.mean())
+    if count < 2:
+        return mean, math.nan
+    return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
+
+
+@lru_cache
+def t_quantile(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution.
+
+    With t = sqrt(v) tan(a), P(|T| < t) is the integral of c cos(a)^(v - 1): smooth, so that
+    Gauss's rule is exact to rounding. Newton's method climbs from below, since the
+    distribution function is concave there.
+
+    >>> round(t_quantile(1), 4), round(t_quantile(4), 4), round(t_quantile(599), 4)
+    (12.7062, 2.7764, 1.9639)
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(100)
+    constant = 2.0 / math.sqrt(math.pi)
+    constant *= math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
+    t = 1.95
+    for _ in range(50):
+        angle = math.atan(t / math.sqrt(freedom))
+        inside = np.cos(angle * (nodes + 1.0) / 2.0) ** (freedom - 1)
+        probability = constant * angle / 2.0 * float(weights @ inside)
+        density = constant / math.sqrt(freedom) * (1.0 + t * t / freedom) ** (-(freedom + 1) / 2)
+        step = (0.95 - probability) / density
+        t += step
+        if abs(step) < 1e-13 * t:
+            break
+    return t
+
+
+def _metric(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch) -> Tensor:
+    """(T,) figures of a batch."""
+    answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
+    return _figures(spec, answer.outputs, batch.query_y)
+
+
+def _curve(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, steps: int) -> Tensor | None:
+    """(P, T) figures of a batch after 0 … `steps` inner steps."""
+    outputs = algorithm.trace(batch.support_x, batch.support_y, batch.query_x, steps)
+    return None if outputs is None else _figures(spec, outputs, batch.query_y)
+
+
+def _figures(spec: TaskSpec, outputs: Tensor, targets: Tensor) -> Tensor:
+    # In float64, so that a share of 75 queries is the same number on every device.
+    targets = targets if spec.kind == "classification" else targets.double()
+    return task_metric(spec, outputs.detach().double(), targets)
+
+
+def _array(values: Tensor) -> Floats:
+    return np.asarray(values.cpu().numpy(), dtype=np.float64)
+
+
+def _add(digest: Digest, batch: TaskBatch) -> None:
+    """Hash labels in full and of each input row some 64 values: whole images cost seconds."""
+    for inputs in (batch.support_x, batch.query_x):
+        rows = inputs.flatten(2)
+        _add_tensor(digest, rows[..., :: max(1, rows.shape[-1] // 64)])
+    for labels in (batch.support_y, batch.query_y, batch.class_ids):
+        if labels is not None:
+            _add_tensor(digest, labels)
+
+
+def _add_tensor(digest: Digest, values: Tensor) -> None:
+    digest.update(values.cpu().contiguous().numpy().tobytes())

@@ -1,0 +1,462 @@
+"""The folder of one run: what is in it, and how it survives a kill at any moment.
+
+Every file is written beside its place and moved there, so that a reader meets the old file or
+the new one; `metrics.jsonl` and `timing.jsonl` grow line by line, and a checkpoint records how
+long they were. torch is imported with the first checkpoint, so that the command line can read
+a run's configuration at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import json
+import logging
+import math
+import os
+import pickle
+import shutil
+import socket
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any, Literal
+
+try:
+    import fcntl
+except ImportError:  # a system without it
+    fcntl = None
+
+State = Literal["running", "finished", "failed", "interrupted"]
+Record = dict[str, Any]
+
+FORMAT = 1
+"""Of checkpoints; raised when an older program could not read a newer one."""
+
+_log = logging.getLogger(__name__)
+
+
+class RunError(ValueError):
+    """A run that broke off: its text is one line with what happened and what to do."""
+
+
+class Interrupted(Exception):  # noqa: N818 - a wish of the user's, not an error
+    """A signal stopped the run, which can be continued: the text says from where and how.
+
+    Attributes:
+        signum: The signal.
+        exit_code: What a shell expects of a program that this signal ended.
+    """
+
+    def __init__(self, signum: int, text: str = "") -> None:
+        super().__init__(text or f"stopped by signal {signum}")
+        self.signum = signum
+        self.exit_code = 128 + signum
+
+
+class RunFolder:
+    """The files of one run. Made by `RunFolder.create` or `RunFolder.open`.
+
+    Attributes:
+        path: The folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: str | Path, config: str, overrides: Sequence[str] = ()) -> RunFolder:
+        """Make the folder of a new run.
+
+        Args:
+            path: Where; a folder that is there already has to be empty.
+            config: The resolved configuration, as YAML.
+            overrides: What was typed, for `resume`.
+
+        Raises:
+            ValueError: Something is there already.
+        """
+        run = cls(Path(path))
+        run.path.mkdir(parents=True, exist_ok=True)
+        if any(run.path.iterdir()):
+            raise ValueError(f"{run.path} is not empty: every run has a folder of its own")
+        try:
+            run._file("config.yaml").open("x").close()
+        except FileExistsError:
+            raise ValueError(f"{run.path} belongs to another run that started just now") from None
+        (run.path / "checkpoints").mkdir()
+        listed = "".join(f"- {json.dumps(override)}\n" for override in overrides)
+        write_atomically(run._file("overrides.yaml"), (listed or "[]\n").encode())
+        write_atomically(run._file("config.yaml"), config.encode())
+        run.set_status("running", step=0)
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open the folder of a run that was started before.
+
+        Raises:
+            ValueError: It is not there, or it is not the folder of a run.
+        """
+        run = cls(Path(path))
+        if not run.path.is_dir():
+            raise ValueError(f"{path}: there is no such folder: expected the folder of a run")
+        missing = [name for name in ("config.yaml", "status.json") if not run._file(name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{path} is not a run folder, it has no {missing[0]}: expected one that metarun "
+                "made, outputs/<date>/<time>-<algo>-<data>-…"
+            )
+        return run
+
+    # What a run was asked for.
+
+    def config_text(self) -> str:
+        """The resolved configuration, as YAML."""
+        return self._file("config.yaml").read_text(encoding="utf-8")
+
+    def overrides(self) -> list[str]:
+        """What was typed when the run was started."""
+        from omegaconf import OmegaConf
+
+        path = self._file("overrides.yaml")
+        loaded = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
+        if not isinstance(loaded, list):
+            raise ValueError(f"{path}: expected a list of overrides")
+        return [str(override) for override in loaded]
+
+    # Where it stands.
+
+    def status(self) -> Record:
+        """`state` (running, finished, failed, interrupted), `step`, `time`; `why` if it failed."""
+        return self.read_json("status.json")
+
+    def set_status(self, state: State, **facts: Any) -> None:
+        """Write the status, in place if the disk has no room for a second file."""
+        record = {"state": state, **facts, "time": datetime.now().isoformat(timespec="seconds")}
+        data = _json(record)
+        try:
+            write_atomically(self._file("status.json"), data)
+        except OSError as error:
+            if error.errno != errno.ENOSPC or not self._file("status.json").exists():
+                raise
+            with self._file("status.json").open("r+b") as file:
+                file.write(data)
+                file.truncate()
+
+    # Records.
+
+    def write_json(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a record; what is not finite becomes null."""
+        write_atomically(self._file(name), _json(record))
+
+    def read_json(self, name: str) -> Record:
+        """Read a record.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path = self._file(name)
+        try:
+            record: Record = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return record
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return self._file(name).exists()
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Add a line to `metrics.jsonl` or `timing.jsonl`."""
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        with self._file(name).open("ab") as file:
+            file.write(line.encode())
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of the growing files, on the disk for sure."""
+        lengths: dict[str, int] = {}
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            with self._file(name).open("ab") as file:
+                os.fsync(file.fileno())
+                lengths[name] = file.tell()
+        return lengths
+
+    def cut(self, lengths: Mapping[str, int]) -> None:
+        """Cut the growing files back to what a checkpoint recorded, half lines included."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            path = self._file(name)
+            length = lengths.get(name, 0)
+            if path.exists() and path.stat().st_size > length:
+                os.truncate(path, length)
+
+    # Checkpoints.
+
+    def save_last(self, checkpoint: Record) -> None:
+        """Write `last.pt`; the one before stays as `previous.pt`."""
+        folder = self.path / "checkpoints"
+        data = _serialised(checkpoint)
+        with _prepared(folder / "last.pt", data) as temporary:
+            if (folder / "last.pt").exists():
+                (folder / "last.pt").replace(folder / "previous.pt")
+            temporary.replace(folder / "last.pt")
+
+    def load_last(self) -> Record | None:
+        """The newest checkpoint that is whole; None if none was ever written.
+
+        Raises:
+            ValueError: There are checkpoints and all are damaged.
+        """
+        folder = self.path / "checkpoints"
+        damaged: list[str] = []
+        for name in ("last.pt", "previous.pt"):
+            if (folder / name).exists():
+                try:
+                    checkpoint = read_checkpoint(folder / name)
+                except ValueError as error:
+                    damaged.append(str(error))
+                    continue
+                for text in damaged:
+                    _log.warning("%s: continuing from %s", text, name)
+                return checkpoint
+        if damaged:
+            raise ValueError(f"{damaged[0]}, and there is no other: start the run again")
+        return None
+
+    def save_best(self, checkpoint: Record) -> None:
+        """Write `best.pt`."""
+        write_atomically(self.path / "checkpoints" / "best.pt", _serialised(checkpoint))
+
+    def drop_best(self) -> None:
+        """Remove `best.pt`, which a run that goes on from an earlier step has not earned yet."""
+        (self.path / "checkpoints" / "best.pt").unlink(missing_ok=True)
+
+    def load_best(self) -> Record | None:
+        """The parameters with the best meta-val; None if there are none.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path = self.path / "checkpoints" / "best.pt"
+        return read_checkpoint(path) if path.exists() else None
+
+    # One process at a time, and its log.
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder; a lock whose process is gone is taken over.
+
+        Raises:
+            ValueError: Another process is at work here.
+        """
+        path = self._file("lock")
+        file = _locked_file(path)
+        try:
+            self._sweep()
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Write what the program logs to `metarun.log`."""
+        handler = _LogFile(self._file("metarun.log"), encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("metarun")
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            # The last lines may not fit on a full disk, which has been reported by then.
+            with contextlib.suppress(OSError):
+                handler.close()
+
+    def test_folder(self, slug: str) -> Path:
+        """Make a new folder `tests/<slug>`, with a number behind it if there is one already."""
+        tests = self.path / "tests"
+        tests.mkdir(exist_ok=True)
+        number = 1
+        while True:
+            folder = tests / (slug if number == 1 else f"{slug}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+            number += 1
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
+
+    def _sweep(self) -> None:
+        """Remove the unfinished files of a process that was killed while it wrote."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for temporary in folder.glob(".*.tmp"):
+                temporary.unlink(missing_ok=True)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk does not turn into a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write a whole file or none: a reader meets the old content or the new."""
+    with _prepared(path, data) as temporary:
+        temporary.replace(path)
+
+
+def read_checkpoint(path: Path) -> Record:
+    """Load a checkpoint onto the CPU, without running anything that it may contain.
+
+    Raises:
+        ValueError: It is damaged, or of a newer format.
+    """
+    import torch
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken is not None:
+            raise zipfile.BadZipFile(f"{broken} differs from its checksum")
+        checkpoint: Record = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is damaged") from error
+    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of metarun")
+    if checkpoint["format"] > FORMAT:
+        raise ValueError(f"{path} was written by a newer metarun: update this one")
+    return checkpoint
+
+
+def check_space(path: str | Path, needed: int) -> None:
+    """Check that there is room for a run before it starts.
+
+    Args:
+        path: Where the run's folder is or will be.
+        needed: Bytes.
+
+    Raises:
+        ValueError: There is not.
+    """
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{place} has {_size(free)} free and the run needs about {_size(needed)}: "
+            "free some space, or put the run elsewhere with hydra.run.dir=…"
+        )
+
+
+def finite(value: Any) -> Any:
+    """The same nest of mappings, lists and numbers, with None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _json(record: Mapping[str, Any]) -> bytes:
+    text = json.dumps(finite(record), indent=2, allow_nan=False, ensure_ascii=False)
+    return f"{text}\n".encode()
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
+
+
+def _serialised(checkpoint: Record) -> memoryview:
+    import torch
+
+    # In memory first: torch reports a full disk as an internal error of its own writer.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **checkpoint}, buffer)
+    return buffer.getbuffer()
+
+
+@contextlib.contextmanager
+def _prepared(path: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """A temporary file beside `path` with the data on the disk, removed unless it was moved."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        yield temporary
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Not every system can open a folder, nor every file system sync one.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _locked_file(path: Path) -> IO[str]:
+    """Open the lock file and hold it.
+
+    The kernel drops a lock with its process, so a lock that can be had is free or stale; where
+    the file system has none, the process written in the file is looked for.
+    """
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        file.seek(0)
+        owner = file.read().split()
+        if not _held(file, owner):
+            file.close()
+            who = f"process {owner[1]} on {owner[0]}" if len(owner) == 2 else "another process"
+            raise ValueError(
+                f"{path.parent} is in use by {who}: wait for it, or stop it, "
+                f"or remove {path} if it is gone"
+            )
+        # The process before may have removed the file between our opening and locking it.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()
+
+
+def _held(file: IO[str], owner: list[str]) -> bool:
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                return False
+    return len(owner) != 2 or (owner[0] == socket.gethostname() and not _alive(int(owner[1])))
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":  # where signal 0 would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()

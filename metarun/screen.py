@@ -1,0 +1,222 @@
+"""What a run shows: a progress bar on a terminal, plain lines anywhere else.
+
+All text goes through the logger `metarun`, so that the screen and `metarun.log` say the same.
+Lines that the bar makes superfluous are marked with `extra=BAR_SHOWS_IT` and left out on a
+terminal; without one, and in the log, they are the progress.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+BAR_SHOWS_IT = {"bar_shows_it": True}
+FILE_ONLY = {"file_only": True}
+
+_SECONDS_BETWEEN_UPDATES = 0.1
+
+
+class Bar:
+    """How far one part of a run is; does nothing without a terminal."""
+
+    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
+        self._progress = progress
+        self._task = task
+        self._next = 0.0
+
+    def to(self, done: int, text: str | None = None) -> None:
+        """Move to `done`; a text beside the bar replaces the one before."""
+        if self._progress is None or self._task is None:
+            return
+        now = time.monotonic()
+        if text is None and now < self._next:
+            return
+        self._next = now + _SECONDS_BETWEEN_UPDATES
+        fields: dict[str, Any] = {} if text is None else {"text": text}
+        self._progress.update(self._task, completed=done, **fields)
+
+
+class Screen:
+    """The screen of one run.
+
+    Args:
+        console: Where to write; standard output unless given.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False)
+        self._progress: Progress | None = None
+        self._closed = False
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Show what the program logs, in place of the handlers that were there."""
+        logger = logging.getLogger("metarun")
+        before, level = list(logger.handlers), logger.level
+        handler = _Lines(self)
+        logger.handlers[:] = [handler]
+        logger.setLevel(logging.INFO)
+        try:
+            with self._live():
+                yield
+        finally:
+            logger.handlers[:] = before
+            logger.setLevel(level)
+
+    @contextmanager
+    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """Show how far a part of the run is, while it lasts."""
+        progress = self._progress
+        if progress is None:
+            yield Bar()
+            return
+        task = progress.add_task(name, total=total, completed=done, text="")
+        try:
+            yield Bar(progress, task)
+        finally:
+            progress.remove_task(task)
+
+    def show(self, record: logging.LogRecord) -> None:
+        """Write one record of the log."""
+        if getattr(record, "file_only", False) or self._closed:
+            return
+        if self._progress is not None and getattr(record, "bar_shows_it", False):
+            return
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname.lower()}: {text}"
+        if self._progress is not None:
+            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+        try:
+            print(text, file=self.console.file, flush=True)
+        except OSError:
+            # The reader of a pipe has gone, or its disk is full: the run itself goes on.
+            self._closed = True
+            if self.console.file is sys.stdout:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    @contextmanager
+    def _live(self) -> Iterator[None]:
+        console = self.console
+        # Not `is_terminal` alone, which variables for coloured logs turn on.
+        if not (console.is_interactive and console.file.isatty()) or console.is_jupyter:
+            yield
+            return
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            refresh_per_second=4,
+            transient=True,
+            expand=True,
+        ) as progress:
+            self._progress = progress
+            try:
+                yield
+            finally:
+                self._progress = None
+
+
+class _Lines(logging.Handler):
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(logging.INFO)
+        self._screen = screen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._screen.show(record)
+
+
+def figure(metric: str, mean: float | None, ci95: float | None = None) -> str:
+    """A metric for a reader, with its interval: `93.41 ± 0.52 %`, `0.4123 ± 0.0311`.
+
+    Args:
+        metric: Its name; an accuracy is shown in percent.
+        mean: The value; None where it is not finite.
+        ci95: Half-width of the interval; None or not a number leaves it out.
+    """
+    if mean is None or math.isnan(mean):
+        return "not a number"
+    width = "" if ci95 is None or math.isnan(ci95) else " ± {}"
+    if metric == "accuracy":
+        return f"{100 * mean:.2f}{width.format(f'{100 * (ci95 or 0):.2f}')} %"
+    return f"{number(mean)}{width.format(number(ci95 or 0.0))}"
+
+
+def number(value: float) -> str:
+    """Four digits of a number."""
+    fixed = value == 0.0 or 1e-3 <= abs(value) < 1e4
+    return f"{value:.4f}" if fixed else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader: `41 s`, `12 min 05 s`, `3 h 20 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 9.5 else f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def summary(results: Mapping[str, Any], where: str) -> str:
+    """The table at the end of a run.
+
+    Args:
+        results: As in `results.json`.
+        where: The folder of the files.
+    """
+    metric = results["metric"]
+    rows: list[tuple[str, str, str]] = []
+    val, test = results.get("val"), results["test"]
+    if val is not None:
+        note = f"{val['episodes']} episodes, step {val['step']}"
+        rows.append((f"val {metric}", figure(metric, val["mean"], val["ci95"]), note))
+    note = f"{test['episodes']} episodes"
+    if "parameters_from" in results:
+        note += f", parameters of step {results['parameters_step']} ({results['parameters_from']})"
+    rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
+    note = ""
+    if "tasks_per_second" in results:
+        note = f"{results['steps']} steps, {results['tasks_per_second'] or 0:,.0f} tasks/s"
+    rows.append(("time", duration(results["seconds"]), note))
+    return _table(_title(results), rows, where)
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    names = [str(results[key]) for key in ("algo", "data") if key in results]
+    parts = [" on ".join(names)]
+    if results.get("kind") == "regression":
+        parts.append(f"{results['shot']} points" if "shot" in results else "")
+    elif "way" in results:
+        parts.append(f"{results['way']}-way {results['shot']}-shot")
+    if "seed" in results:
+        parts.append(f"seed {results['seed']}")
+    return ", ".join(part for part in parts if part)
+
+
+def _table(title: str, rows: list[tuple[str, str, str]], where: str) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines.append(f"{'files'.ljust(widths[0])}  {where}")
+    rule = "─" * min(100, max(map(len, [title, *lines])))
+    return "\n".join([rule, title, rule, *lines, rule])

@@ -1,0 +1,650 @@
+"""The only loop: meta-train, meta-validate, checkpoint, and meta-test once at the end.
+
+It knows no algorithm by name. Everything that a step depends on is in its number, in the
+parameters and in the checkpoint, so that a run that was killed and resumed is the run that was
+never killed, bit for bit, and so is its `metrics.jsonl`.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import io
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metarun import environment, seeding
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.outer import NonFiniteError
+from metarun.evaluate import EpisodeMetrics, Floats, evaluate, interval
+from metarun.runs import (
+    Interrupted,
+    Record,
+    RunError,
+    RunFolder,
+    check_space,
+    finite,
+    write_atomically,
+)
+from metarun.screen import BAR_SHOWS_IT, FILE_ONLY, Bar, Screen, duration, figure, number, summary
+from metarun.settings import EvalSettings, TrainSettings
+from metarun.types import EpisodeSource, Progress
+
+__all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
+
+_log = logging.getLogger(__name__)
+
+
+def train(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    train: TrainSettings,
+    evaluation: EvalSettings,
+    run: RunFolder,
+    facts: Mapping[str, Any],
+    screen: Screen,
+    seed: int,
+) -> Record:
+    """Make a run, or continue the one in the folder, to its end.
+
+    Args:
+        algorithm: As it was made from the seed; a checkpoint replaces its parameters.
+        source: The data.
+        train: Meta-training.
+        evaluation: Meta-validation and meta-test.
+        run: The folder, new or of a run that was interrupted.
+        facts: What the records say of the run (algo, data, way …); `algo` and `data` have to be
+            those of the checkpoint.
+        screen: Where to show how it goes.
+        seed: Of whatever an algorithm draws from torch's global generator.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: The folder is in use, or its checkpoint does not suit; nothing has changed.
+        RunError: The run broke off: not finite, or no space.
+        Interrupted: SIGINT or SIGTERM; the run is saved.
+    """
+    with screen.attached(), run.locked(), run.logging(), _Signals() as signals:
+        loop = _Loop(algorithm, source, train, evaluation, run, facts, screen, seed, signals)
+        loop.restore()
+        with loop.outcome():
+            loop.begin()
+            loop.train()
+            return loop.finish()
+
+
+def test(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    evaluation: EvalSettings,
+    run: RunFolder,
+    folder: Path,
+    facts: Mapping[str, Any],
+    screen: Screen,
+) -> Record:
+    """Meta-test what a run has learned, on its own data or on others.
+
+    Args:
+        algorithm: Made by the run's configuration, for the tasks of `source`.
+        source: The data.
+        evaluation: Number of episodes and steps.
+        run: Whose parameters: the best by meta-val, else the last.
+        folder: Where `results.json` and `episodes.npz` go: one of `run.test_folder`.
+        facts: As in `train`, of the test.
+        screen: Where to show how it goes.
+
+    Raises:
+        ValueError: The run has no checkpoint, or it does not fit the algorithm.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    with screen.attached(), _Signals() as signals:
+        began = time.perf_counter()
+        checkpoint = run.load_best()
+        kind = "best" if checkpoint is not None else "last"
+        checkpoint = checkpoint or run.load_last()
+        if checkpoint is None:
+            raise ValueError(f"{run.path} has no checkpoint to test: metarun resume={run.path}")
+        load_parameters(algorithm, checkpoint, facts, run.path)
+        try:
+            measured = _meta_test(algorithm, source, evaluation, screen, signals)
+        except _StopError as stop:
+            raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
+        results: Record = {
+            **_about(algorithm, source, facts),
+            **_test_record(measured),
+            "parameters_from": kind,
+            "parameters_step": checkpoint["step"],
+            "seconds": time.perf_counter() - began,
+        }
+        results = finite(results)
+        _write_test(folder, source.spec.metric, measured)
+        RunFolder(folder).write_json("results.json", results)
+        _log.info("%s", summary(results, str(folder)))
+        return results
+
+
+def required_bytes(algorithm: Algorithm) -> int:
+    """Disk space that a run takes: its checkpoints, the one being written, and its records."""
+    values = [*algorithm.parameters(), *algorithm.buffers()]
+    size = sum(value.numel() * value.element_size() for value in values)
+    # Parameters with Adam's two moments, in best.pt and twice in each of three files.
+    return 3 * size * 7 + 16 * 2**20
+
+
+def load_parameters(
+    algorithm: Algorithm, checkpoint: Record, facts: Mapping[str, Any], path: Path
+) -> None:
+    """Give an algorithm the state of a checkpoint.
+
+    Raises:
+        ValueError: It is of another algorithm or of other shapes; nothing has changed.
+    """
+    if checkpoint["algo"] != facts.get("algo"):
+        raise ValueError(
+            f"{path} holds a checkpoint of algo={checkpoint['algo']}, "
+            f"which algo={facts.get('algo')} cannot read"
+        )
+    stored: Mapping[str, Any] = checkpoint["state"]
+    here = algorithm.state_dict()
+    for name in sorted(stored.keys() ^ here.keys()):
+        where = "the checkpoint" if name in stored else "this algorithm"
+        raise ValueError(_misfit(path, f"only {where} has {name}"))
+    for name, value in here.items():
+        if isinstance(value, Tensor) and value.shape != stored[name].shape:
+            sizes = f"{tuple(stored[name].shape)} there and {tuple(value.shape)} here"
+            raise ValueError(_misfit(path, f"{name} is {sizes}"))
+    try:
+        algorithm.load_state_dict(stored)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(_misfit(path, str(error).splitlines()[0])) from error
+
+
+def _misfit(path: Path, what: str) -> str:
+    return (
+        f"{path}: its checkpoint does not fit, {what}: "
+        "way, backbone and algo's options have to be the run's"
+    )
+
+
+class _StopError(Exception):
+    """A signal came and the work in hand is left where it can be taken up again."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a wish that the loop asks for at its own pace."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        # Python allows handlers in the main thread alone; elsewhere the caller's stay.
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def check(self, _: int = 0) -> None:
+        """Leave if there was a signal."""
+        if self.signum is not None:
+            raise _StopError(self.signum)
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        # Not through the log, which the signal may have come in the middle of.
+        os.write(2, b"\nstopping and saving; once more stops at once\n")
+
+
+class _Loop:
+    """One run under way.
+
+    Attributes:
+        step: Updates done.
+        validated: Step of the last evaluation on meta-val, 0 before the first.
+        best: Step, value, interval and state of the best evaluation on meta-val.
+        sums, count: Metrics of the updates since the last line, on the device, and their number.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        source: EpisodeSource,
+        train: TrainSettings,
+        evaluation: EvalSettings,
+        run: RunFolder,
+        facts: Mapping[str, Any],
+        screen: Screen,
+        seed: int,
+        signals: _Signals,
+    ) -> None:
+        self.algorithm = algorithm
+        self.source = source
+        self.settings = train
+        self.evaluation = evaluation
+        self.run = run
+        self.facts = facts
+        self.screen = screen
+        self.seed = seed
+        self.signals = signals
+        self.metric = source.spec.metric
+        self.step = 0
+        self.saved: int | None = None
+        self.validated = 0
+        self.best: Record | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.seconds_before = 0.0
+        self.train_seconds = 0.0
+        self.window_seconds = 0.0
+        self.began = time.perf_counter()
+
+    # Before and after.
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: The run is finished, or the checkpoint does not suit; nothing has changed.
+        """
+        total = self.settings.steps
+        checkpoint = self.run.load_last()
+        if checkpoint is None:
+            check_space(self.run.path, required_bytes(self.algorithm))
+            return
+        step: int = checkpoint["step"]
+        if step > total:
+            raise ValueError(f"train.steps={total}: the run has made {step} steps: type more")
+        if step == total and self.run.status().get("state") == "finished":
+            raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
+        check_space(self.run.path, required_bytes(self.algorithm))
+        load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
+        device = next(self.algorithm.parameters()).device
+        self.step = self.saved = step
+        self.validated = checkpoint["validated"]
+        self.best = checkpoint["best"]
+        self.sums = {name: value.to(device) for name, value in checkpoint["sums"].items()}
+        self.count = checkpoint["count"]
+        self.seconds_before = checkpoint["seconds"]
+        self.train_seconds = checkpoint["train_seconds"]
+        self.window_seconds = checkpoint["window_seconds"]
+        self.run.cut(checkpoint["lengths"])
+
+    def begin(self) -> None:
+        """Write what the run runs on, and a checkpoint that a kill at once goes back to."""
+        device = str(next(self.algorithm.parameters()).device)
+        here = {
+            **environment.describe(device),
+            "engine": self.algorithm.settled_engine().describe(),
+            "data_fingerprint": self.source.fingerprint(),
+        }
+        if self.saved is None:
+            self.run.cut({})
+            self.run.write_json("environment.json", here)
+            self.save()
+        else:
+            self._compare(here)
+            _log.info("continuing %s from step %d", self.run.path, self.step)
+        if self.best is None:
+            self.run.drop_best()
+        else:
+            self.run.save_best(self.best)
+        self.run.set_status("running", step=self.step, steps=self.settings.steps)
+
+    def _compare(self, here: Record) -> None:
+        """Say what has changed since the run began, and note it."""
+        record = self.run.read_json("environment.json") if self.run.has("environment.json") else {}
+        before = (record.get("resumed") or [record])[-1]
+        for key in ("data_fingerprint", "versions", "device", "engine", "torch_threads"):
+            if key in before and before[key] != finite(here[key]):
+                _log.warning(
+                    "%s was %s and is %s: the numbers will differ from those of a run in one go",
+                    key.replace("_", " "),
+                    before[key],
+                    here[key],
+                )
+        record["resumed"] = [*record.get("resumed", []), {"step": self.step, **here}]
+        self.run.write_json("environment.json", record)
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Turn whatever ends the run early into its status and one line."""
+        try:
+            yield
+        except (_StopError, KeyboardInterrupt) as stop:
+            signum = stop.signum if isinstance(stop, _StopError) else int(signal.SIGINT)
+            self.run.set_status("interrupted", step=self.saved, signal=signum)
+            text = f"saved at step {self.saved}; `metarun resume={self.run.path}` goes on"
+            _log.info(text, extra=FILE_ONLY)
+            raise Interrupted(signum, text) from None
+        except NonFiniteError as error:
+            text = (
+                f"step {self.step}: {error}; {self._kept()}: start again with a lower optim.lr "
+                "or algo.inner_lr, or with optim.clip_norm=10"
+            )
+            self._fail(text)
+            raise RunError(text) from error
+        except torch.OutOfMemoryError as error:
+            text = (
+                f"step {self.step}: out of GPU memory; {self._kept()}: set tasks_per_chunk to "
+                "fewer tasks, or start again with a lower train.tasks_per_step"
+            )
+            self._fail(text)
+            raise RunError(text) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                self._fail(f"{type(error).__name__}: {error}")
+                raise
+            text = (
+                f"step {self.step}: no space is left for {self.run.path}; {self._kept()}: "
+                f"free some and type `metarun resume={self.run.path}`"
+            )
+            self._fail(text)
+            raise RunError(text) from error
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def _kept(self) -> str:
+        return "nothing is saved" if self.saved is None else f"step {self.saved} is saved"
+
+    def _fail(self, why: str) -> None:
+        _log.info("failed: %s", why, extra=FILE_ONLY, exc_info=True)
+        try:
+            self.run.set_status("failed", step=self.saved, why=why)
+        except OSError as error:
+            _log.warning("%s/status.json cannot be written: %s", self.run.path, error)
+
+    # Meta-training.
+
+    def train(self) -> None:
+        """Make the updates that are left."""
+        total = self.settings.steps
+        try:
+            with self.screen.bar("train", total, self.step) as bar:
+                while True:
+                    self._validate_if_due()
+                    if self._due(self.settings.checkpoint_every) and self.saved != self.step:
+                        self.save()
+                    if self.step >= total:
+                        break
+                    self.signals.check()
+                    began = time.perf_counter()
+                    self._update()
+                    line = self._line() if self._due(self.settings.log_every) else None
+                    self.window_seconds += time.perf_counter() - began
+                    if line is not None:
+                        self._write(line, bar)
+                    bar.to(self.step)
+        except _StopError:
+            self.save()
+            raise
+
+    def _due(self, every: int) -> bool:
+        """Whether it is time for something that comes every so many steps and at the end."""
+        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+
+    def _update(self) -> None:
+        # So that an algorithm that draws from torch's generator resumes like any other.
+        torch.manual_seed(seeding.key("update", self.seed, self.step))
+        num_tasks = self.settings.tasks_per_step
+        batch = self.source.batch("train", self.step * num_tasks, num_tasks)
+        metrics = self.algorithm.update(batch, Progress(self.step, self.settings.steps))
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.step += 1
+
+    def _line(self) -> dict[str, float]:
+        """Means of the metrics since the last line: the only time that the device is waited for."""
+        values = torch.stack(list(self.sums.values())) / self.count
+        return dict(zip(self.sums, values.tolist(), strict=True))
+
+    def _write(self, line: dict[str, float], bar: Bar) -> None:
+        rate = self.count * self.settings.tasks_per_step / max(self.window_seconds, 1e-9)
+        left = (self.settings.steps - self.step) * self.window_seconds / self.count
+        self.train_seconds += self.window_seconds
+        self.sums, self.count, self.window_seconds = {}, 0, 0.0
+        self.run.append(
+            "metrics.jsonl",
+            {"step": self.step, **{f"train/{name}": value for name, value in line.items()}},
+        )
+        self.run.append(
+            "timing.jsonl",
+            {"step": self.step, "seconds": self._seconds(), "tasks_per_second": rate},
+        )
+        values = "  ".join(
+            f"{name} {figure(name, value) if name == self.metric else number(value)}"
+            for name, value in line.items()
+        )
+        text = f"{values}  {rate:,.0f} tasks/s"
+        bar.to(self.step, text)
+        _log.info(
+            "step %d/%d  %s  %s left",
+            self.step,
+            self.settings.steps,
+            text,
+            duration(left),
+            extra=BAR_SHOWS_IT,
+        )
+
+    # Meta-validation.
+
+    def _validate_if_due(self) -> None:
+        if self.step == self.validated or not self._due(self.settings.eval_every):
+            return
+        num_episodes = self.evaluation.val_episodes
+        with self.screen.bar("val", num_episodes) as bar:
+            measured = evaluate(
+                self.algorithm,
+                self.source,
+                "val",
+                num_episodes,
+                self.evaluation.tasks_per_batch,
+                tick=_ticker(bar, self.signals),
+            )
+        mean, ci95 = interval(measured.values)
+        self.run.append(
+            "metrics.jsonl",
+            {"step": self.step, f"val/{self.metric}": mean, f"val/{self.metric}_ci95": ci95},
+        )
+        self.validated = self.step
+        better = self._is_better(mean)
+        _log.info(
+            "step %d/%d  val %s %s (%d episodes)%s",
+            self.step,
+            self.settings.steps,
+            self.metric,
+            figure(self.metric, mean, ci95),
+            num_episodes,
+            ", the best so far" if better else "",
+        )
+        if better:
+            self.best = {
+                **self._names(),
+                "step": self.step,
+                "mean": mean,
+                "ci95": ci95,
+                "episodes": num_episodes,
+                "state": copy.deepcopy(self.algorithm.state_dict()),
+            }
+            self.run.save_best(self.best)
+
+    def _is_better(self, mean: float) -> bool:
+        if not math.isfinite(mean):
+            return False
+        if self.best is None:
+            return True
+        before: float = self.best["mean"]
+        return mean > before if self.source.spec.higher_is_better else mean < before
+
+    # Checkpoints.
+
+    def save(self) -> None:
+        """Write everything that the next step depends on.
+
+        The best parameters are part of it: whatever else is on the disk, this file alone says
+        where the run stands.
+        """
+        self.run.save_last(
+            {
+                **self._names(),
+                "step": self.step,
+                "validated": self.validated,
+                "best": self.best,
+                "sums": self.sums,
+                "count": self.count,
+                "seconds": self._seconds(),
+                "train_seconds": self.train_seconds,
+                "window_seconds": self.window_seconds,
+                "lengths": self.run.lengths(),
+                "state": self.algorithm.state_dict(),
+            }
+        )
+        self.saved = self.step
+        self.run.set_status("running", step=self.step, steps=self.settings.steps)
+
+    def _names(self) -> Record:
+        return {"algo": self.facts.get("algo"), "data": self.facts.get("data")}
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    # Meta-test.
+
+    def finish(self) -> Record:
+        """Open the test split, for the first time and once, and sum up."""
+        chosen = self.best
+        if chosen is not None:
+            self.algorithm.load_state_dict(chosen["state"])
+        _log.info(
+            "testing on %d episodes with the parameters of step %d",
+            self.evaluation.episodes,
+            chosen["step"] if chosen else self.step,
+            extra=BAR_SHOWS_IT,
+        )
+        measured = _meta_test(
+            self.algorithm, self.source, self.evaluation, self.screen, self.signals
+        )
+        results: Record = {
+            **_about(self.algorithm, self.source, self.facts),
+            **_test_record(measured),
+            "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
+            "parameters_from": "best" if chosen else "last",
+            "parameters_step": chosen["step"] if chosen else self.step,
+            "steps": self.step,
+            "tasks_per_step": self.settings.tasks_per_step,
+            "seconds": self._seconds(),
+            "train_seconds": self.train_seconds,
+            "tasks_per_second": self.step
+            * self.settings.tasks_per_step
+            / max(self.train_seconds, 1e-9),
+        }
+        results = finite(results)
+        _write_test(self.run.path, self.metric, measured)
+        self.run.write_json("results.json", results)
+        self.run.set_status("finished", step=self.step, steps=self.settings.steps)
+        _log.info("%s", summary(results, str(self.run.path)))
+        return results
+
+
+def _meta_test(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    evaluation: EvalSettings,
+    screen: Screen,
+    signals: _Signals,
+) -> EpisodeMetrics:
+    with screen.bar("test", evaluation.episodes) as bar:
+        measured = evaluate(
+            algorithm,
+            source,
+            "test",
+            evaluation.episodes,
+            evaluation.tasks_per_batch,
+            curve_steps=evaluation.curve_steps,
+            tick=_ticker(bar, signals),
+        )
+    num_bad = int(np.count_nonzero(~np.isfinite(measured.values)))
+    if num_bad:
+        _log.warning(
+            "%d of %d test episodes gave no finite %s: try fewer eval.inner_steps",
+            num_bad,
+            evaluation.episodes,
+            source.spec.metric,
+        )
+    return measured
+
+
+def _ticker(bar: Bar, signals: _Signals) -> Any:
+    def tick(done: int) -> None:
+        bar.to(done)
+        signals.check()
+
+    return tick
+
+
+def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]) -> Record:
+    return {
+        **facts,
+        "kind": source.spec.kind,
+        "metric": source.spec.metric,
+        "transductive": algorithm.transductive,
+        "bn_statistics": algorithm.bn_statistics,
+        "parameters": sum(parameter.numel() for parameter in algorithm.parameters()),
+        "data_fingerprint": source.fingerprint(),
+        "versions": environment.versions(),
+    }
+
+
+def _test_record(measured: EpisodeMetrics) -> Record:
+    return {
+        "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
+        "curve": None
+        if measured.curve is None
+        else [
+            {"steps": steps, **_interval_record(values)}
+            for steps, values in enumerate(measured.curve)
+        ],
+        "episodes_hash": measured.digest,
+    }
+
+
+def _interval_record(values: Floats) -> Record:
+    mean, ci95 = interval(values)
+    return {"mean": mean, "ci95": ci95}
+
+
+def _write_test(folder: Path, metric: str, measured: EpisodeMetrics) -> None:
+    """Write the figure of every test episode."""
+    arrays = {metric: measured.values}
+    if measured.curve is not None:
+        arrays["curve"] = measured.curve
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    write_atomically(folder / "episodes.npz", buffer.getbuffer())
