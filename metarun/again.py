@@ -59,6 +59,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     experiment = config.build(plain)
     if typed:
         with run.locked():
+            _check_steps(run, settings.train.steps)
             overrides = [*run.overrides(), *words]
             write_atomically(run.path / "config.yaml", to_yaml(experiment.record).encode())
             write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
@@ -114,13 +115,16 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     from metarun.screen import Screen
 
     folder = run.test_folder(_slug(words))
-    return guarded(
+    code = guarded(
         lambda: trainer.test(
             experiment.algorithm, experiment.source, experiment.eval, run, folder,
             experiment.facts, Screen(),
         ),
         debug=settings.debug,
     )  # fmt: skip
+    if code and not any(folder.iterdir()):
+        folder.rmdir()
+    return code
 
 
 def _stored(run: RunFolder) -> Plain:
@@ -133,6 +137,12 @@ def _stored(run: RunFolder) -> Plain:
     # YAML's own errors have several lines and classes.
     except Exception as error:
         raise ValueError(f"{path} is damaged: {config.one_line(error)}") from error
+
+
+def _check_steps(run: RunFolder, steps: int) -> None:
+    checkpoint = run.load_last()
+    if checkpoint is not None and checkpoint["step"] > steps:
+        raise ValueError(f"train.steps={steps}: the run has made {checkpoint['step']}: type more")
 
 
 def _with(stored: Plain, typed: Mapping[str, Any]) -> Plain:

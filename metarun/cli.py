@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import metarun
-
-EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
+from metarun.config import check, conf_dir
+from metarun.launch import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, describe
 
 QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
@@ -25,16 +25,16 @@ QUICK_START = "quick_start"
 HELP = """\
 metarun: meta-learning experiments
 
-  metarun                                     quick start, in about a minute
-  metarun algo=maml data=omniglot_small       train, validate and test; KEY=VALUE changes
-                                              anything, as in way=20 shot=5 train.steps=500
-  metarun -m algo=maml,protonet seed=1,2,3    a sweep: one run for each combination
-  metarun experiment=NAME                     a published setting with its recipe
-  metarun resume=RUN                          continue a run, exactly
-  metarun test=RUN [data=… shot=…]            meta-test a run, on other data if named
-  metarun list                                algorithms, data sets, backbones, experiments
-  metarun data [NAME] [--from PATH]           fetch, import or verify a data set
-  metarun bench                               speed of a meta-step on this machine
+  metarun                                  quick start, in about a minute
+  metarun algo=maml data=omniglot_small    train, validate and test; KEY=VALUE
+                                           changes anything: way=20 train.steps=9
+  metarun -m algo=maml,anil seed=1,2,3     a sweep: a run for each combination
+  metarun experiment=NAME                  a published setting with its recipe
+  metarun resume=RUN                       continue a run, exactly
+  metarun test=RUN [data=… shot=…]         meta-test a run, on other data if named
+  metarun list                             what there is, with one line for each
+  metarun data [NAME] [--from PATH]        fetch, import or verify a data set
+  metarun bench                            speed of a meta-step on this machine
 
 A RUN is a folder under outputs/. The words to choose from:
 
@@ -42,9 +42,9 @@ A RUN is a folder under outputs/. The words to choose from:
 Options:
   -m, --multirun         run every combination of the values given with commas
   --cfg job [--resolve]  show the configuration and stop
-  --config-dir DIR       add your own YAML files (algo/mine.yaml makes algo=mine)
+  --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine)
   --info [WHAT]          show how the configuration comes about
-  --hydra-help           Hydra's options; --shell-completion installs completion
+  --hydra-help           Hydra's options, --shell-completion among them
   --version, --help
   debug=true             show where an error came from
 """
@@ -65,15 +65,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _dispatch(list(argv))
     except (ValueError, OSError) as error:
-        from metarun.launch import describe
-
         if debug:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -164,7 +162,6 @@ def _bench(argv: list[str]) -> int:
 
 def _application(args: argparse.Namespace) -> int:
     """Train, resume or test, after everything about the request has been checked."""
-    from metarun.config import check
     from metarun.request import composer
 
     folders, words = _take_folders(args.overrides)
@@ -219,7 +216,6 @@ def _hand_over(args: argparse.Namespace, task: Callable[[Any], None]) -> int:
     """Let Hydra do what was asked, with its options before the words."""
     import hydra
 
-    from metarun.config import conf_dir
     from metarun.request import HYDRA_VERSION_BASE, register_resolvers
 
     register_resolvers()

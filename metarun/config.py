@@ -145,15 +145,16 @@ def unknown_key(key: str, known: Sequence[str]) -> ValueError:
     same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
     hint = f": did you mean {' or '.join(same_leaf[:3])}?" if same_leaf else ""
     if not same_leaf and known:
-        likeness, best = max((_likeness(key, other), other) for other in known)
+        likeness, _, best = max((*_likeness(key, other), other) for other in known)
         hint = f": did you mean {best}?" if likeness > 0.6 else ""
     return ValueError(f"there is no key {key}{hint or ' (`metarun --cfg job` lists them)'}")
 
 
-def _likeness(key: str, other: str) -> float:
-    """Of two dotted keys, as a whole or by their last words, in [0, 1]."""
-    pairs = ((key, other), (key.rpartition(".")[2], other.rpartition(".")[2]))
-    return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+def _likeness(key: str, other: str) -> tuple[float, float]:
+    """Of two dotted keys, by their last words or as a whole, and as a whole; in [0, 1]."""
+    whole = difflib.SequenceMatcher(None, key, other).ratio()
+    last = difflib.SequenceMatcher(None, key.rpartition(".")[2], other.rpartition(".")[2]).ratio()
+    return max(whole, last), whole
 
 
 def check(plain: Mapping[str, Any]) -> Settings:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,15 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from metarun import config
 from metarun.config import Plain, one_line
+from metarun.runs import Interrupted, RunError, RunFolder, check_space
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from metarun.request import Job
 
-EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
-
-_LEAST_FREE_BYTES = 16 * 2**20
+EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
@@ -28,10 +26,10 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     Raises:
         ValueError: The first thing that is wrong in any of the runs.
     """
-    for folder in {job.folder for job in jobs}:
-        _check_folder(folder)
     for job in jobs:
         config.check(job.plain)
+        _check_folder(job.folder)
+    for job in jobs:
         check_data(job.plain)
     for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
         print(
@@ -39,8 +37,11 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             "for the pair",
             file=sys.stderr,
         )
+    from metarun.trainer import required_bytes
+
     for job in jobs:
-        config.build(job.plain)
+        experiment = config.build(job.plain)
+        check_space(job.folder, required_bytes(experiment.algorithm))
 
 
 def _pair(job: Job) -> str:
@@ -70,9 +71,6 @@ def _check_folder(folder: Path) -> None:
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"{folder} cannot be made: {parent} is not a folder that you can write")
-    free = shutil.disk_usage(parent).free
-    if free < _LEAST_FREE_BYTES:
-        raise ValueError(f"{parent} has {free / 2**20:.1f} MiB free: a run needs 16 or more")
 
 
 class Launch:
@@ -108,7 +106,6 @@ class Launch:
 def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
     """Make the parts of a run and train it in a new folder."""
     from metarun import trainer
-    from metarun.runs import RunFolder
     from metarun.screen import Screen
 
     experiment = config.build(plain)
@@ -128,11 +125,11 @@ def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
 def guarded(work: Callable[[], object], *, debug: bool) -> int:
     """Do the work of one run; an exception becomes one line and an exit code.
 
+    A `ValueError` is a refusal, before anything has changed, but for a `RunError`.
+
     Raises:
         SystemExit: The run was interrupted, which ends a sweep, too.
     """
-    from metarun.runs import Interrupted
-
     try:
         work()
     except Interrupted as stop:
@@ -142,8 +139,9 @@ def guarded(work: Callable[[], object], *, debug: bool) -> int:
         if debug:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
-        return EXIT_FAILED
-    return 0
+        refused = isinstance(error, ValueError) and not isinstance(error, RunError)
+        return EXIT_BAD_INPUT if refused else EXIT_FAILED
+    return EXIT_OK
 
 
 def describe(error: BaseException) -> str:

@@ -81,7 +81,7 @@ def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
     assert done.returncode == 0
     for word in ("resume=", "test=", "metarun list", "metarun data", "bench", "protonet", "-m"):
         assert word in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 90
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "for_sinusoid" not in done.stdout
 
 
@@ -260,9 +260,7 @@ def test_options_and_words_mix_in_any_order(tmp_path: Path) -> None:
 
 def test_four_runs_that_start_together_have_four_folders(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", *TINY]
-    started = [
-        subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(4)
-    ]
+    started = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(4)]
     assert [process.wait(120) for process in started] == [0, 0, 0, 0]
     assert len(runs(tmp_path)) == 4
 

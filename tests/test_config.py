@@ -105,10 +105,16 @@ def test_a_value_of_another_type_is_refused_with_the_right_one(
 def test_every_whole_number_of_the_schema_has_bounds() -> None:
     flat = {
         f"{prefix}{key}"
-        for prefix, node in (("", plain()), ("train.", plain()["train"]), ("eval.", plain()["eval"]))
+        for prefix, node in (
+            ("", plain()),
+            ("train.", plain()["train"]),
+            ("eval.", plain()["eval"]),
+        )
         for key in node
     }
-    numbers = {k for k in flat if k.rpartition(".")[2] not in (*config.NODES, "names", "train", "eval")}
+    numbers = {
+        k for k in flat if k.rpartition(".")[2] not in (*config.NODES, "names", "train", "eval")
+    }
     words = {"device", "precision", "bn", "engine", "debug", "resume", "test"}
     assert numbers - words == set(config._BOUNDS)
 
