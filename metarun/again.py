@@ -6,6 +6,7 @@ What is stored in the run folder is the truth; only what was typed, and may be, 
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
@@ -18,6 +19,8 @@ from metarun.config import Plain
 from metarun.launch import guarded, to_yaml
 from metarun.request import Composer, composer, leaves, parse_value
 from metarun.runs import RunFolder, write_atomically
+
+_log = logging.getLogger(__name__)
 
 _HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads")
 RESUMABLE = (
@@ -55,7 +58,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
         )
         return 0
     for line in _changes(run, stored, typed, config_dir):
-        print(f"warning: {line}")
+        _log.warning("%s", line)
     experiment = config.build(plain)
     if typed:
         with run.locked():
@@ -108,8 +111,9 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     check_data(plain)
     experiment = config.build(plain)
     if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
+        learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
         raise ValueError(
-            f"way={settings.way}: the run learned {stored['way']} ways and has a head of as many"
+            f"way={settings.way}: the run learned {learned} and has a head for nothing else"
         )
     from metarun import trainer
     from metarun.screen import Screen

@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast
 
+from metarun.allocator import keep_large_blocks
 from metarun.settings import EvalSettings, TrainSettings
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def build(plain: Mapping[str, Any]) -> Experiment:
 
     settings = check(plain)
     device = _device(settings.device)
+    if device.type == "cpu":
+        keep_large_blocks()
     dtype = torch.float64 if settings.precision == "float64" else torch.float32
     source = _cached_source(_source_key(settings), device, dtype)
     if source.spec.kind == "classification":
@@ -267,10 +270,11 @@ def _source_key(settings: Settings) -> str:
     return json.dumps(
         {
             "data": settings.data,
+            # Evaluation first: what is wrong there is typed as `way`, not `train.way`.
             "sizes": {
-                "train": [train.way, train.shot, train.query],
                 "val": [settings.eval.val_way or settings.way, settings.shot, settings.query],
                 "test": [settings.way, settings.shot, settings.query],
+                "train": [train.way, train.shot, train.query],
             },
             "seed": settings.seed,
             "eval_seed": settings.eval.seed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -51,6 +52,8 @@ def _pair(job: Job) -> str:
 
 def check_data(plain: Plain) -> None:
     """Answer missing data at once, without loading torch."""
+    if importlib.util.find_spec("metarun.data.catalogue") is None:
+        return
     from metarun.data import catalogue
 
     message = catalogue.missing(plain["names"]["data"], plain["data"].get("root"))
@@ -98,9 +101,16 @@ class Launch:
         overrides = [str(word) for word in hydra.overrides.task]
         if self._num_jobs > 1:
             print(f"\nrun {int(hydra.job.num) + 1} of {self._num_jobs}: {' '.join(overrides)}")
-        folder = Path(str(hydra.runtime.output_dir))
+        folder = _from_here(Path(str(hydra.runtime.output_dir)))
         code = guarded(lambda: train(plain, folder, overrides), debug=plain["debug"])
         self.code = self.code or code
+
+
+def _from_here(folder: Path) -> Path:
+    """The folder as one would type it: Hydra's is absolute."""
+    here = Path.cwd()
+    below = folder != here and folder.is_relative_to(here)
+    return folder.relative_to(here) if below else folder
 
 
 def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
