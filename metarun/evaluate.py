@@ -34,7 +34,7 @@ class EpisodeMetrics:
         values: (N,) accuracy as a fraction, or mean squared error over query rows and outputs.
         curve: (P, N) the same after 0 … P - 1 inner steps; None if it was not asked for or the
             algorithm does not adapt by steps.
-        digest: A hash of the episodes themselves: equal for equal episodes, bit for bit.
+        digest: A hash of the episodes themselves: equal for equal episodes, however cut.
     """
 
     values: Floats
@@ -155,13 +155,13 @@ def _array(values: Tensor) -> Floats:
 
 def _add(digest: Digest, batch: TaskBatch) -> None:
     """Hash labels in full and of each input row some 64 values: whole images cost seconds."""
+    parts = [batch.support_y, batch.query_y]
+    parts += [] if batch.class_ids is None else [batch.class_ids]
     for inputs in (batch.support_x, batch.query_x):
         rows = inputs.flatten(2)
-        _add_tensor(digest, rows[..., :: max(1, rows.shape[-1] // 64)])
-    for labels in (batch.support_y, batch.query_y, batch.class_ids):
-        if labels is not None:
-            _add_tensor(digest, labels)
-
-
-def _add_tensor(digest: Digest, values: Tensor) -> None:
-    digest.update(values.cpu().contiguous().numpy().tobytes())
+        parts.append(rows[..., :: max(1, rows.shape[-1] // 64)])
+    arrays = [part.cpu().numpy() for part in parts]
+    # Task by task, so that the hash does not depend on how the episodes were cut.
+    for task in range(batch.num_tasks):
+        for array in arrays:
+            digest.update(array[task].tobytes())

@@ -234,14 +234,26 @@ class RunFolder:
         """Remove `best.pt`, which a run that goes on from an earlier step has not earned yet."""
         (self.path / "checkpoints" / "best.pt").unlink(missing_ok=True)
 
-    def load_best(self) -> Record | None:
-        """The parameters with the best meta-val; None if there are none.
+    def load_learned(self) -> tuple[Literal["best", "last"], Record] | None:
+        """What the run has learned: the parameters with the best meta-val, else the last.
+
+        Returns:
+            Which of the two, and a record with `algo`, `data`, `step` and `state`; None if the
+            run has saved nothing yet.
 
         Raises:
-            ValueError: The file is damaged.
+            ValueError: Every file is damaged.
         """
-        path = self.path / "checkpoints" / "best.pt"
-        return read_checkpoint(path) if path.exists() else None
+        best = self.path / "checkpoints" / "best.pt"
+        if best.exists():
+            try:
+                return "best", read_checkpoint(best)
+            except ValueError as error:
+                _log.warning("%s: its copy in last.pt is used", error)
+        last = self.load_last()
+        if last is None:
+            return None
+        return ("last", last) if last["best"] is None else ("best", last["best"])
 
     # One process at a time, and its log.
 

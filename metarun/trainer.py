@@ -17,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -112,13 +112,12 @@ def test(
         ValueError: The run has no checkpoint, or it does not fit the algorithm.
         Interrupted: SIGINT or SIGTERM.
     """
-    with screen.attached(), _Signals() as signals:
+    with screen.attached(), _Signals() as signals, _removed_if_empty(folder):
         began = time.perf_counter()
-        checkpoint = run.load_best()
-        kind = "best" if checkpoint is not None else "last"
-        checkpoint = checkpoint or run.load_last()
-        if checkpoint is None:
-            raise ValueError(f"{run.path} has no checkpoint to test: metarun resume={run.path}")
+        learned = run.load_learned()
+        if learned is None:
+            raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
+        kind, checkpoint = learned
         load_parameters(algorithm, checkpoint, facts, run.path)
         try:
             measured = _meta_test(algorithm, source, evaluation, screen, signals)
@@ -217,7 +216,8 @@ class _Signals:
             raise KeyboardInterrupt
         self.signum = signum
         # Not through the log, which the signal may have come in the middle of.
-        os.write(2, b"\nstopping and saving; once more stops at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nstopping and saving; once more stops at once\n")
 
 
 class _Loop:
@@ -335,8 +335,8 @@ class _Loop:
         """Turn whatever ends the run early into its status and one line."""
         try:
             yield
-        except (_StopError, KeyboardInterrupt) as stop:
-            signum = stop.signum if isinstance(stop, _StopError) else int(signal.SIGINT)
+        except (_StopError, KeyboardInterrupt):
+            signum = self.signals.signum or int(signal.SIGINT)
             self.run.set_status("interrupted", step=self.saved, signal=signum)
             text = f"saved at step {self.saved}; `metarun resume={self.run.path}` goes on"
             _log.info(text, extra=FILE_ONLY)
@@ -571,6 +571,16 @@ class _Loop:
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
         return results
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind for work that came to nothing."""
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _meta_test(
