@@ -76,7 +76,9 @@ class Augmentation:
         cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
         to_x = (cos, slant * cos - sin, draw[:, 3] * (2.0 * self.affine_translate))
         to_y = (sin, slant * sin + cos, draw[:, 4] * (2.0 * self.affine_translate))
-        grid = torch.stack([_plane(c, height, width, images) for c in (to_x, to_y)], dim=-1)
+        # Stacking in front and moving the axis is several times faster than stacking behind.
+        grid = torch.stack([_plane(c, height, width, images) for c in (to_x, to_y)], dim=1)
+        grid = grid.movedim(1, -1)
         flat = images.flatten(0, 1)
         moved = functional.grid_sample(flat, grid, padding_mode=self.padding, align_corners=False)
         return moved.unflatten(0, (tasks, rows))

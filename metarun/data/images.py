@@ -51,7 +51,8 @@ class ClassTable:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == torch.uint8 and self.images.dim() == 4
+        assert self.images.dtype == torch.uint8
+        assert self.images.dim() == 4
         assert len(self.names) == len(self.counts)
         assert sum(self.counts) == len(self.images)
 
