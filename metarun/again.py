@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metarun import config
 from metarun.config import Plain
-from metarun.launch import guarded, to_yaml
+from metarun.launch import check_data, guarded, to_yaml, warnings_held
 from metarun.request import Composer, composer, leaves, parse_value
 from metarun.runs import RunFolder, write_atomically
 
@@ -57,9 +57,10 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
             f"train.steps to go on, or test={path} to meta-test it"
         )
         return 0
-    for line in _changes(run, stored, typed, config_dir):
-        _log.warning("%s", line)
-    experiment = config.build(plain)
+    with warnings_held():
+        for line in _changes(run, stored, typed, config_dir):
+            _log.warning("%s", line)
+        experiment = config.build(plain)
     if typed:
         with run.locked():
             _check_steps(run, settings.train.steps)
@@ -106,10 +107,9 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
     plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
     settings = config.check(plain)
-    from metarun.launch import check_data
-
     check_data(plain)
-    experiment = config.build(plain)
+    with warnings_held():
+        experiment = config.build(plain)
     if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
         learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
         raise ValueError(
@@ -119,16 +119,13 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     from metarun.screen import Screen
 
     folder = run.test_folder(_slug(words))
-    code = guarded(
+    return guarded(
         lambda: trainer.test(
             experiment.algorithm, experiment.source, experiment.eval, run, folder,
             experiment.facts, Screen(),
         ),
         debug=settings.debug,
     )  # fmt: skip
-    if code and not any(folder.iterdir()):
-        folder.rmdir()
-    return code
 
 
 def _stored(run: RunFolder) -> Plain:

@@ -25,16 +25,16 @@ QUICK_START = "quick_start"
 HELP = """\
 metarun: meta-learning experiments
 
-  metarun                                  quick start, in about a minute
-  metarun algo=maml data=omniglot_small    train, validate and test; KEY=VALUE
-                                           changes anything: way=20 train.steps=9
-  metarun -m algo=maml,anil seed=1,2,3     a sweep: a run for each combination
-  metarun experiment=NAME                  a published setting with its recipe
-  metarun resume=RUN                       continue a run, exactly
-  metarun test=RUN [data=… shot=…]         meta-test a run, on other data if named
-  metarun list                             what there is, with one line for each
-  metarun data [NAME] [--from PATH]        fetch, import or verify a data set
-  metarun bench                            speed of a meta-step on this machine
+  metarun                                quick start, in about a minute
+  metarun algo=maml data=omniglot_small  train, validate and test; KEY=VALUE
+                                         changes anything: way=20 train.steps=9
+  metarun -m algo=maml,anil seed=1,2,3   a sweep: one run for each combination
+  metarun experiment=NAME                a published setting with its recipe
+  metarun resume=RUN                     continue a run, exactly
+  metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
+  metarun list                           what there is, with one line for each
+  metarun data [NAME] [--from PATH]      fetch, import or verify a data set
+  metarun bench                          speed of a meta-step on this machine
 
 A RUN is a folder under outputs/. The words to choose from:
 

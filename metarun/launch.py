@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,17 +33,41 @@ def check_jobs(jobs: Sequence[Job]) -> None:
         _check_folder(job.folder)
     for job in jobs:
         check_data(job.plain)
+    from metarun.trainer import required_bytes
+
+    with warnings_held():
+        for job in jobs:
+            experiment = config.build(job.plain)
+            check_space(job.folder, required_bytes(experiment.algorithm))
     for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
         print(
             f"note: there is no recipe for {pair}: the values are the general ones, not tuned "
             "for the pair",
             file=sys.stderr,
         )
-    from metarun.trainer import required_bytes
 
-    for job in jobs:
-        experiment = config.build(job.plain)
-        check_space(job.folder, required_bytes(experiment.algorithm))
+
+@contextmanager
+def warnings_held() -> Iterator[None]:
+    """Keep warnings back until it is clear that no error makes them pointless; each once."""
+    logger = logging.getLogger("metarun")
+    before, records = list(logger.handlers), _Records()
+    logger.handlers[:] = [records]
+    try:
+        yield
+    finally:
+        logger.handlers[:] = before
+    for record in records.by_text.values():
+        logger.handle(record)
+
+
+class _Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_text: dict[str, logging.LogRecord] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.by_text.setdefault(record.getMessage(), record)
 
 
 def _pair(job: Job) -> str:
@@ -52,8 +77,6 @@ def _pair(job: Job) -> str:
 
 def check_data(plain: Plain) -> None:
     """Answer missing data at once, without loading torch."""
-    if importlib.util.find_spec("metarun.data.catalogue") is None:
-        return
     from metarun.data import catalogue
 
     message = catalogue.missing(plain["names"]["data"], plain["data"].get("root"))
