@@ -35,7 +35,7 @@ class Identity(nn.Module):
         # Without any parameter a network of no head could not be trained at all.
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
         return x.flatten(1)
 
 

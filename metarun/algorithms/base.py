@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.engine import Engine
 from metarun.algorithms.outer import OuterOptimizer
-from metarun.backbones.layers import BATCH_NORM_MODES, BatchNormMode, Pass, has_batch_norm, makes_noise
+from metarun.backbones.layers import (
+    BATCH_NORM_MODES,
+    BatchNormMode,
+    Pass,
+    has_batch_norm,
+    makes_noise,
+)
 from metarun.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
 
 Backbone = Callable[..., nn.Module]
@@ -110,7 +116,11 @@ class Algorithm(nn.Module, ABC):
         """
 
     def trace(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int
+        self,
+        support_x: Tensor,  # noqa: ARG002
+        support_y: Tensor,  # noqa: ARG002
+        query_x: Tensor,  # noqa: ARG002
+        steps: int,  # noqa: ARG002
     ) -> Tensor | None:
         """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
         return None
@@ -148,11 +158,11 @@ class Algorithm(nn.Module, ABC):
         device = next(self.parameters()).device
         if not makes_noise(self.net):
             return torch.zeros(num_tasks, dtype=torch.int64, device=device)
-        return seeding.task_keys(
-            self.seed, "noise", progress.step * num_tasks, num_tasks, device
-        )
+        return seeding.task_keys(self.seed, "noise", progress.step * num_tasks, num_tasks, device)
 
-    def answer(self, net: nn.Module, params: dict[str, Tensor], support_x: Tensor, query_x: Tensor) -> Tensor:
+    def answer(
+        self, net: nn.Module, params: dict[str, Tensor], support_x: Tensor, query_x: Tensor
+    ) -> Tensor:
         """Answers of one task at evaluation, with batch norm as `bn` says.
 
         Args:
@@ -166,6 +176,11 @@ class Algorithm(nn.Module, ABC):
             how = Pass(rows=support_x.shape[0])
             return forward(net, params, rows, how)[support_x.shape[0] :]
         return forward(net, params, query_x, Pass(running=self.bn == "running"))
+
+
+def own_parameters(net: nn.Module) -> dict[str, Tensor]:
+    """A network's parameters by name, as the engine takes them."""
+    return {name: param for name, param in net.named_parameters()}  # noqa: C416
 
 
 def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, how: Pass) -> Tensor:

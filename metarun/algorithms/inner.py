@@ -27,7 +27,8 @@ def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
     if first_order:
         constant = {name: param.detach() for name, param in params.items()}
         return {name: g.detach() for name, g in torch.func.grad(loss)(constant).items()}
-    return torch.func.grad(loss)(params)
+    grads: Params = torch.func.grad(loss)(params)
+    return grads
 
 
 def sgd_path(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
 from metarun.algorithms.inner import Params, sgd_adapt, sgd_path
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -81,9 +81,7 @@ class MAML(Algorithm):
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        first_order = (
-            self.second_order_from is None or progress.step < self.second_order_from
-        )
+        first_order = self.second_order_from is None or progress.step < self.second_order_from
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
@@ -111,7 +109,7 @@ class MAML(Algorithm):
             batch.query_y,
             self.noise(progress, batch.num_tasks),
         )
-        params = dict(self.optimizer.targets)
+        params: Params = {**self.optimizer.targets}
         grads, (losses, scores, moments) = self.settled_engine().gradients(
             task, self.net, params, rows
         )
@@ -123,16 +121,12 @@ class MAML(Algorithm):
         steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            theta = params
-            for theta in self._path(net, params, rows[0], rows[1], steps):
-                pass
-            return self.answer(net, theta, rows[0], rows[2])
+            path = [params, *self._path(net, params, rows[0], rows[1], steps)]
+            return self.answer(net, path[-1], rows[0], rows[2])
 
         return Prediction(self._map(task, support_x, support_y, query_x))
 
-    def trace(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int
-    ) -> Tensor:
+    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             path = [params, *self._path(net, params, rows[0], rows[1], steps)]
             return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in path])
@@ -140,7 +134,7 @@ class MAML(Algorithm):
         return self._map(task, support_x, support_y, query_x).movedim(1, 0)
 
     def _map(self, task: Any, *rows: Tensor) -> Tensor:
-        params = dict(self.net.named_parameters())
+        params = own_parameters(self.net)
         outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
         return outputs
 
@@ -151,14 +145,10 @@ class MAML(Algorithm):
         loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
         start = {name: theta[name] for name in self.adapted}
         rates = self._rates(dict(self.rates.named_parameters()))
-        path = sgd_path(
-            loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip
-        )
+        path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
         return [{**theta, **adapted} for adapted in path]
 
-    def _support_loss(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass
-    ) -> Any:
+    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Any:
         def loss(adapted: Params) -> Tensor:
             return self.loss(forward(net, {**theta, **adapted}, x, how), y)
 
@@ -198,7 +188,9 @@ def _check(
     inner_clip: float | None,
 ) -> None:
     if not 0.0 < low <= high < float("inf"):
-        raise ValueError(f"algo.inner_lr={low if low == high else [low, high]}: expected a positive number")
+        raise ValueError(
+            f"algo.inner_lr={low if low == high else [low, high]}: expected a positive number"
+        )
     if low < high and rates == "fixed":
         raise ValueError("algo.inner_lr: a range is the start of learned rates: set algo.rates")
     if inner_steps < 0:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -69,7 +69,7 @@ class ProtoNet(Algorithm):
             batch.query_y,
             self.noise(progress, batch.num_tasks),
         )
-        params = dict(self.net.named_parameters())
+        params = own_parameters(self.net)
         grads, (losses, scores, moments) = self.settled_engine().gradients(
             task, self.net, params, rows
         )
@@ -87,7 +87,7 @@ class ProtoNet(Algorithm):
             features = forward(net, params, torch.cat([rows[0], rows[2]]), how)
             return self._logits(features, rows[1], ways)
 
-        params = dict(self.net.named_parameters())
+        params = own_parameters(self.net)
         rows = (support_x, support_y, query_x)
         return Prediction(self.settled_engine().map(task, self.net, params, rows))
 

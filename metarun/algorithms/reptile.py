@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
 from metarun.algorithms.inner import AdamState, Params, adam_start, adam_step, gradient
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -130,7 +130,7 @@ class Reptile(Algorithm):
         return self._map(task, support_x, support_y, query_x).movedim(1, 0)
 
     def _map(self, task: Any, *rows: Tensor) -> Tensor:
-        params = dict(self.net.named_parameters())
+        params = own_parameters(self.net)
         outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
         return outputs
 

@@ -120,7 +120,7 @@ def set_native(net: nn.Module) -> None:
     """Let the layers of a network use fused operators and layouts that vmap does not bear."""
     for module in net.modules():
         if hasattr(module, "native"):
-            module.native = True
+            module.native = True  # type: ignore[assignment]
 
 
 def update_running(

@@ -31,7 +31,8 @@ class Network(nn.Module):
     def forward(self, x: Tensor, how: Pass = BATCH) -> Tensor:
         """Answer (N, *input_shape) with (N, output_dim), or (N, F) where there is no head."""
         features = self.body(x, how)
-        return features if self.head is None else self.head(features)
+        answers: Tensor = features if self.head is None else self.head(features)
+        return answers
 
 
 def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:

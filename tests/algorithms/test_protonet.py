@@ -64,7 +64,7 @@ def test_training_sees_support_and_query_in_one_pass_and_gathers_statistics() ->
     first = net.body.convs[0](torch.cat([batch.support_x[0], batch.query_x[0]]))
     features = net(torch.cat([batch.support_x[0], batch.query_x[0]]))
     centres = torch.stack([features[:6][batch.support_y[0] == k].mean(0) for k in range(3)])
-    loss = nn.functional.cross_entropy(-torch.cdist(features[6:], centres) ** 2, batch.query_y[0])
+    loss = nn.functional.cross_entropy(-(torch.cdist(features[6:], centres) ** 2), batch.query_y[0])
     expected = torch.autograd.grad(loss, list(net.parameters()))
     gradient = moved(algorithm, batch)
     for (name, _), value in zip(net.named_parameters(), expected, strict=True):

@@ -95,7 +95,9 @@ def test_evaluation_starts_from_the_moments_of_training_and_leaves_them() -> Non
     trained.update(batch, Progress(0, 10))
     fresh = make(Reptile, spec, TINY_BACKBONES["conv4 stride"])
     fresh.net.load_state_dict(trained.net.state_dict())
-    before = {name: value.clone() for name, value in trained.state_dict().items() if "_extra" not in name}
+    before = {
+        name: value.clone() for name, value in trained.state_dict().items() if "_extra" not in name
+    }
     assert not torch.allclose(trained.predict(*rows).outputs, fresh.predict(*rows).outputs)
     after = trained.state_dict()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
@@ -104,9 +106,7 @@ def test_evaluation_starts_from_the_moments_of_training_and_leaves_them() -> Non
 def test_a_query_of_no_rows_trains_on_the_support_alone() -> None:
     spec = image_spec()
     batch = image_batch(spec)
-    empty = TaskBatch(
-        batch.support_x, batch.support_y, batch.query_x[:, :0], batch.query_y[:, :0]
-    )
+    empty = TaskBatch(batch.support_x, batch.support_y, batch.query_x[:, :0], batch.query_y[:, :0])
     gradient = moved(make(Reptile, spec, TINY_BACKBONES["mlp"], inner_batch=None), empty)
     assert all(torch.isfinite(value).all() and value.any() for value in gradient.values())
 

@@ -1,0 +1,202 @@
+"""What every algorithm that ships has to keep, whatever it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metarun import config
+from metarun.algorithms.base import Algorithm, task_metric
+from metarun.request import composer
+from metarun.types import Progress, TaskBatch
+
+ALGORITHMS = sorted(path.stem for path in (config.conf_dir() / "algo").glob("*.yaml"))
+SMALL = {
+    "sinusoid": ["backbone.hidden=[8,8]", "shot=6", "train.shot=6"],
+    "omniglot_small": ["way=3", "backbone.filters=4", "query=2", "shot=2"],
+}
+
+
+def build(algo: str, data: str, *words: str) -> config.Experiment:
+    with composer() as compose:
+        common = ["precision=float64", "device=cpu", "engine=loop"]
+        job = compose.job([f"algo={algo}", f"data={data}", *SMALL[data], *common, *words])
+    return config.build(job.plain)
+
+
+def suited(data: str) -> list[str]:
+    kind = "regression" if data == "sinusoid" else "classification"
+    names = []
+    for algo in ALGORITHMS:
+        with composer() as compose:
+            plain = compose.job([f"algo={algo}"]).plain
+        target = config.locate("algo._target_", plain["algo"]["_target_"])
+        if kind in target.kinds:  # type: ignore[attr-defined]
+            names.append(algo)
+    return names
+
+
+PAIRS = [(algo, data) for data in SMALL for algo in suited(data)]
+
+
+@pytest.fixture(params=PAIRS, ids=lambda pair: "-".join(pair))
+def trained(request: Any) -> tuple[Algorithm, TaskBatch]:
+    """An algorithm after one update, and test tasks."""
+    made = build(*request.param, "train.tasks_per_step=3")
+    batch = made.source.batch("train", 0, 3)
+    made.algorithm.update(batch, Progress(0, 100))
+    return made.algorithm, made.source.batch("test", 0, 4)
+
+
+def answers(algorithm: Algorithm, batch: TaskBatch) -> Tensor:
+    return algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
+
+
+def state(algorithm: Algorithm) -> dict[str, Any]:
+    tensors = {k: v for k, v in algorithm.state_dict().items() if isinstance(v, Tensor)}
+    return {name: value.clone() for name, value in tensors.items()}
+
+
+def test_there_is_something_to_hold_to_the_contract() -> None:
+    assert len(PAIRS) >= 11
+
+
+def test_predict_is_repeatable_changes_no_state_and_keeps_no_graph(
+    trained: tuple[Algorithm, TaskBatch],
+) -> None:
+    algorithm, batch = trained
+    before = state(algorithm)
+    first = answers(algorithm, batch)
+    assert torch.equal(first, answers(algorithm, batch))
+    assert not first.requires_grad
+    after = state(algorithm)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(param.grad is None for param in algorithm.parameters())
+
+
+def test_answers_have_a_row_for_each_query(trained: tuple[Algorithm, TaskBatch]) -> None:
+    algorithm, batch = trained
+    shape = (*batch.query_y.shape[:2], algorithm.spec.output_dim)
+    outputs = answers(algorithm, batch)
+    assert outputs.shape == shape
+    assert torch.isfinite(outputs).all()
+
+
+def test_answers_follow_a_permutation_of_the_tasks(trained: tuple[Algorithm, TaskBatch]) -> None:
+    algorithm, batch = trained
+    order = torch.tensor([2, 0, 3, 1])
+    mixed = TaskBatch(
+        batch.support_x[order], batch.support_y[order], batch.query_x[order], batch.query_y[order]
+    )
+    torch.testing.assert_close(answers(algorithm, mixed), answers(algorithm, batch)[order])
+
+
+def test_a_task_is_answered_alike_alone_and_among_others(
+    trained: tuple[Algorithm, TaskBatch],
+) -> None:
+    algorithm, batch = trained
+    torch.testing.assert_close(answers(algorithm, batch[1:2])[0], answers(algorithm, batch)[1])
+
+
+def test_the_order_of_support_rows_is_without_meaning_where_it_says_so(
+    trained: tuple[Algorithm, TaskBatch],
+) -> None:
+    algorithm, batch = trained
+    if not algorithm.order_free:
+        pytest.skip("the order of presentation has a meaning here")
+    turned = TaskBatch(
+        batch.support_x.flip(1), batch.support_y.flip(1), batch.query_x, batch.query_y
+    )
+    torch.testing.assert_close(
+        answers(algorithm, turned), answers(algorithm, batch), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_answers_follow_a_permutation_of_the_queries(
+    trained: tuple[Algorithm, TaskBatch],
+) -> None:
+    algorithm, batch = trained
+    turned = TaskBatch(batch.support_x, batch.support_y, batch.query_x.flip(1), batch.query_y)
+    torch.testing.assert_close(
+        answers(algorithm, turned).flip(1), answers(algorithm, batch), rtol=1e-6, atol=1e-8
+    )
+
+
+def test_answers_follow_a_permutation_of_the_labels_as_declared(
+    trained: tuple[Algorithm, TaskBatch],
+) -> None:
+    algorithm, batch = trained
+    if algorithm.spec.kind == "regression":
+        pytest.skip("a regression has no labels")
+    new = torch.tensor([2, 0, 1])
+    relabelled = TaskBatch(batch.support_x, new[batch.support_y], batch.query_x, new[batch.query_y])
+    follows = torch.allclose(
+        answers(algorithm, relabelled)[..., new], answers(algorithm, batch), rtol=1e-6, atol=1e-8
+    )
+    assert follows == algorithm.label_equivariant
+
+
+def test_a_trace_starts_unadapted_and_ends_after_its_steps(
+    trained: tuple[Algorithm, TaskBatch],
+) -> None:
+    algorithm, batch = trained
+    trace = algorithm.trace(batch.support_x, batch.support_y, batch.query_x, 3)
+    if trace is None:
+        pytest.skip("it does not adapt by steps")
+    assert trace.shape == (4, *answers(algorithm, batch).shape)
+    assert not trace.requires_grad
+    assert not torch.equal(trace[0], trace[3])
+
+
+@pytest.mark.parametrize(("algo", "data"), PAIRS)
+def test_a_restored_state_answers_and_learns_bit_for_bit(
+    algo: str, data: str, tmp_path: Path
+) -> None:
+    first = build(algo, data)
+    for step in range(2):
+        first.algorithm.update(first.source.batch("train", 3 * step, 3), Progress(step, 10))
+    torch.save(first.algorithm.state_dict(), tmp_path / "state.pt")
+    second = build(algo, data, "seed=5")
+    second.algorithm.seed = first.algorithm.seed
+    second.algorithm.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for made in (first, second):
+        made.algorithm.update(first.source.batch("train", 6, 3), Progress(2, 10))
+    one, other = state(first.algorithm), state(second.algorithm)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+# Outer rates and steps at which each learns fast; what is held is that it learns at all.
+FAST: dict[str, list[str]] = {
+    "metasgd": ["algo.inner_lr=0.05"],
+    "reptile": ["algo.inner_lr=0.01", "algo.inner_steps=5", "optim.schedule=constant"],
+}
+
+
+@pytest.mark.parametrize("algo", suited("omniglot_small"))
+def test_a_short_training_beats_chance(algo: str) -> None:
+    words = ["engine=auto", "precision=float32", "backbone.filters=16", *FAST.get(algo, [])]
+    words += ["algo.inner_lr=0.4"] if algo in ("maml", "fomaml", "anil") else []
+    made = build(algo, "omniglot_small", *words)
+    for step in range(60):
+        made.algorithm.update(made.source.batch("train", 4 * step, 4), Progress(step, 60))
+    batch = made.source.batch("test", 0, 60)
+    accuracy = task_metric(made.source.spec, answers(made.algorithm, batch), batch.query_y)
+    assert accuracy.mean() > 1 / 3 + 3 * accuracy.std() / 60**0.5
+
+
+@pytest.mark.parametrize("algo", suited("sinusoid"))
+def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
+    with composer() as compose:
+        words = [f"algo={algo}", "data=linear", "device=cpu", *FAST.get(algo, [])]
+        made = config.build(compose.job(words).plain)
+    for step in range(300):
+        made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 300))
+    batch = made.source.batch("test", 0, 100)
+    error = task_metric(made.source.spec, answers(made.algorithm, batch), batch.query_y).mean()
+    # The best single line is y = x / 2 + 1 / 2; tasks vary about it by (x^2 + 1) / 12.
+    assert error < (1 / 3 + 1) / 12
