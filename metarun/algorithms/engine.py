@@ -27,13 +27,19 @@ Tensors = tuple[Tensor, ...]
 TaskFunction = Callable[..., Any]
 
 
+# Up to here a convolution is bound by overhead, which vmap shares over tasks; beyond, by
+# arithmetic, which grouped convolutions do slowly (measured at 5 and at 75 rows of 28x28).
+_FEW_ROWS = 16
+
+
 @dataclass(frozen=True)
 class Engine:
     """Maps a function of one task over a batch of tasks.
 
     Args:
         kind: `vmap`, `loop` or `threads`; `auto` is settled by `resolved`.
-        tasks_per_chunk: Tasks that vmap holds in memory at once; None takes the whole batch.
+        tasks_per_chunk: Tasks that run together by vmap. None takes the whole batch for `vmap`;
+            for `threads` an equal share each where tasks have few rows, else one at a time.
         threads: Python threads of `threads`, each with an equal share of the cores; None
             takes one for each core.
 
@@ -56,9 +62,8 @@ class Engine:
     def resolved(self, net: nn.Module, device: torch.device) -> Engine:
         """Settle what is left open, for a network and a device.
 
-        Dense networks are bound by the overhead of operators, which vmap shares over tasks;
-        convolutions on a CPU are bound by arithmetic that grouped convolutions do slowly, and
-        threads over tasks use the cores best.
+        Dense networks and GPUs are bound by the overhead of operators, which vmap shares over
+        tasks; for convolutions on a CPU threads over tasks use the cores best.
         """
         threads = self.threads or _cores()
         kind = self.kind
@@ -128,18 +133,26 @@ class Engine:
     ) -> Iterator[Any]:
         """Results of `work` on the chunks of the batch, in order."""
         num_tasks = rows[0].shape[0]
-        if self.kind == "vmap":
-            for chunk in _chunks(rows, self.tasks_per_chunk or num_tasks):
-                yield work(net, chunk, True)
-            return
         workers = min(self.threads or 1, num_tasks) if self.kind == "threads" else 1
-        singles = list(_chunks(rows, 1))
-        if workers == 1:
-            replica = _replicate(net)
-            for single in singles:
-                yield work(replica, single, False)
+        size = min(self._chunk(rows, workers), num_tasks)
+        batched = size > 1
+        chunks = list(_chunks(rows, size))
+        if workers == 1 or len(chunks) == 1:
+            own = net if batched else _replicate(net)
+            for chunk in chunks:
+                yield work(own, chunk, batched)
             return
-        yield from _over_threads(work, net, singles, workers, _cores() // workers)
+        yield from _over_threads(work, net, chunks, batched, workers)
+
+    def _chunk(self, rows: Tensors, workers: int) -> int:
+        """Tasks that run together: by vmap if there is more than one."""
+        if self.kind == "loop":
+            return 1
+        num_tasks = rows[0].shape[0]
+        if self.kind == "vmap":
+            return self.tasks_per_chunk or num_tasks
+        most_rows = max(tensor.shape[1] for tensor in rows if tensor.dim() > 1)
+        return self.tasks_per_chunk or (-(-num_tasks // workers) if most_rows <= _FEW_ROWS else 1)
 
 
 def _call(
@@ -155,30 +168,31 @@ def _call(
 def _over_threads(
     work: Callable[[nn.Module, Tensors, bool], Any],
     net: nn.Module,
-    singles: list[Tensors],
+    chunks: list[Tensors],
+    batched: bool,
     workers: int,
-    intra_op_threads: int,
 ) -> Iterator[Any]:
     def begin() -> None:
-        torch.set_num_threads(max(1, intra_op_threads))
+        torch.set_num_threads(max(1, _cores() // workers))
 
     def share(worker: int) -> list[Any]:
         # functional_call swaps the parameters of the module that it runs, so that each thread
         # needs modules of its own; the tensors in them stay shared.
-        replica = _replicate(net)
-        return [work(replica, single, False) for single in singles[worker::workers]]
+        replica = _replicate(net, native=not batched)
+        return [work(replica, chunk, batched) for chunk in chunks[worker::workers]]
 
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
         shares = list(pool.map(share, range(workers)))
-    for position in range(len(singles)):
+    for position in range(len(chunks)):
         yield shares[position % workers][position // workers]
 
 
-def _replicate(net: nn.Module) -> nn.Module:
-    """A copy of a network's structure around the same tensors, free to use fused operators."""
+def _replicate(net: nn.Module, *, native: bool = True) -> nn.Module:
+    """A copy of a network's structure around the same tensors; `native` as in `set_native`."""
     shared: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
     replica = copy.deepcopy(net, shared)
-    set_native(replica)
+    if native:
+        set_native(replica)
     return replica
 
 
