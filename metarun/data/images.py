@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from metarun import seeding
 from metarun.data.augmentation import Augmentation
+from metarun.data.pictures import picture
+from metarun.data.store import Pixels
 from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
 
 Rotations = Literal["none", "classes", "per_task"]
@@ -103,6 +105,7 @@ class ClassEpisodes:
         augmentation: Changes to training images.
         mean, std: Per channel, in [0, 1] units; None leaves pixels in [0, 1].
         prepare: Turns one picture into (C, H, W) uint8 as the tables' images were.
+        can_drop: Whether the data set has `min_per_class`, to leave out small classes.
     """
 
     def __init__(
@@ -122,7 +125,8 @@ class ClassEpisodes:
         augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        prepare: Callable[[Image.Image], np.ndarray[Any, np.dtype[np.uint8]]],
+        prepare: Callable[[Image.Image], Pixels],
+        can_drop: bool = False,
     ) -> None:
         _one_of("rotations", rotations, ("none", "classes", "per_task"))
         _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
@@ -137,6 +141,7 @@ class ClassEpisodes:
         self._by_group = episodes == "within_alphabet"
         self._augmentation = augmentation or Augmentation()
         self._prepare_one = prepare
+        self._can_drop = can_drop
         self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
         self._resident: dict[Split, _Resident] = {}
         self.device = torch.device(device)
@@ -203,7 +208,7 @@ class ClassEpisodes:
             )
         if isinstance(images, str | Path | Image.Image):
             raise ValueError("one image was passed, a list is expected: put it in [brackets]")
-        rows = [self._prepare_one(_picture(image, i)) for i, image in enumerate(images)]
+        rows = [self._prepare_one(picture(image, i)) for i, image in enumerate(images)]
         if not rows:
             raise ValueError("no images were passed: give at least one")
         stacked = torch.from_numpy(np.stack(rows)).to(self.device)
@@ -365,8 +370,11 @@ class ClassEpisodes:
         """What to type when a class has too few images."""
         keys = _SIZE_KEYS[split]
         if count > size.shot:
-            return f"lower {keys['query']} to {count - size.shot}"
-        return f"lower {keys['shot']} to {max(count - 1, 1)} and {keys['query']} to 1"
+            lower = f"lower {keys['query']} to {count - size.shot}"
+        else:
+            lower = f"lower {keys['shot']} to {max(count - 1, 1)} and {keys['query']} to 1"
+        drop = f" or set data.min_per_class={size.shot + size.query} to drop it"
+        return lower + (drop if self._can_drop else "")
 
 
 _SIZE_KEYS: dict[Split, dict[str, str]] = {
@@ -392,62 +400,6 @@ def sample(keys: Tensor, slot: int, counts: Tensor, num: int) -> Tensor:
     return chosen
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read a picture completely.
-
-    Raises:
-        ValueError: It is missing, truncated or no picture.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise ValueError(f"there is no image {path}: check the path") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} cannot be read as an image ({_one_line(error)}): replace or remove it"
-        ) from None
-
-
-def _picture(image: Any, position: int) -> Image.Image:
-    """One of a user's images as a PIL image."""
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, str | Path):
-        return open_image(image)
-    array = np.asarray(image)
-    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or array.dtype.kind not in "buif" or array.size == 0:
-        raise ValueError(
-            f"image {position} is an array of shape {np.shape(image)} and type {array.dtype}: "
-            "(H, W), (H, W, C) or (C, H, W) numbers are expected"
-        )
-    if array.dtype.kind == "f" or array.dtype == np.bool_:
-        array = array.astype(np.float64)
-        if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
-            raise ValueError(f"image {position} has values outside [0, 1]: scale it, or use uint8")
-        array = np.rint(array * 255.0)
-    elif array.min() < 0 or array.max() > 255:
-        raise ValueError(f"image {position} has values outside 0 to 255: scale it")
-    return Image.fromarray(cast("np.ndarray[Any, np.dtype[np.uint8]]", array.astype(np.uint8)))
-
-
-def on_paper(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to a mode, with what is transparent shown on white."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"data.{name}={value} is unknown: choose {' or '.join(allowed)}")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -6,26 +6,22 @@ Ink is 1 and paper is 0, as in the papers.
 
 from __future__ import annotations
 
-import io
 import zipfile
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
+from metarun.data import catalogue
 from metarun.data.augmentation import Augmentation
-from metarun.data.images import ClassEpisodes, ClassTable, Episodes, Rotations, on_paper
+from metarun.data.images import ClassEpisodes, ClassTable, Episodes, Rotations
+from metarun.data.omniglot_files import FILES, NUM_DRAWINGS, Character, characters
+from metarun.data.pictures import DRAWING_SIZE, Resize, drawing, open_image
+from metarun.data.store import Pixels, open_store
 from metarun.types import EpisodeSize, Split
 
-Resize = Literal["paper", "antialias"]
-Pixels = np.ndarray[Any, np.dtype[np.uint8]]
-
-SIZE = 28
-FILES = Path(__file__).parent / "files"
 _SMALL_ARCHIVES = ("images_background_small1", "images_background_small2")
 _SMALL_SPLITS: dict[Split, dict[str, str]] = {
     "train": dict.fromkeys(
@@ -43,8 +39,7 @@ class OmniglotSmall(ClassEpisodes):
     test: Japanese (katakana) and Sanskrit (89).
 
     Args:
-        resize: `paper` takes every 3.75th pixel, as the code of MAML and ProtoNet did (Pillow
-            resamples 1-bit pictures so, whatever filter is named); `antialias` averages to greys.
+        resize: See `pictures.drawing`.
         rotations, rotations_eval, episodes: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear: See `Augmentation`.
     """
@@ -67,7 +62,7 @@ class OmniglotSmall(ClassEpisodes):
         dtype: torch.dtype = torch.float32,
         val_way: int | None = None,
     ) -> None:
-        check_resize(resize)
+        _check_resize(resize)
         super().__init__(
             name="omniglot_small",
             tables=_small_tables(resize),
@@ -86,57 +81,131 @@ class OmniglotSmall(ClassEpisodes):
                 affine_scale=affine_scale,
                 affine_shear=affine_shear,
             ),
-            prepare=lambda image: prepare(image, resize)[None],
+            prepare=lambda image: drawing(image, resize)[None],
         )
 
 
-def check_resize(resize: str) -> None:
+class Omniglot(ClassEpisodes):
+    """All 1,623 characters, after `metarun data omniglot`.
+
+    Args:
+        root: Where the data sets are; None is `$METARUN_DATA` or `~/.cache/metarun`.
+        split: `vinyals`, of Vinyals et al. (2016): 1028 train, 172 val and 423 test characters;
+            or `background`, of Lake et al. (2015): the evaluation set (659) is the test split,
+            and the five alphabets that Vinyals's val has (172) are kept out of the background
+            set for val, which leaves 792.
+        resize: See `pictures.drawing`.
+        rotations: Vinyals's and ProtoNet's protocol has `classes` in every split, MAML's has
+            `per_task` in every split. See `ClassEpisodes`.
+        rotations_eval, episodes: See `ClassEpisodes`.
+        affine_degrees, affine_translate, affine_scale, affine_shear: See `Augmentation`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        split: Literal["vinyals", "background"] = "vinyals",
+        resize: Resize = "paper",
+        rotations: Rotations = "classes",
+        rotations_eval: Rotations = "classes",
+        episodes: Episodes = "any",
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
+    ) -> None:
+        _check_resize(resize)
+        if split not in ("vinyals", "background"):
+            raise ValueError(f"data.split={split} is unknown: choose vinyals or background")
+        super().__init__(
+            name="omniglot",
+            tables=_full_tables(root, split, resize),
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            rotations=rotations,
+            rotations_eval=rotations_eval,
+            episodes=episodes,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+            ),
+            prepare=lambda image: drawing(image, resize)[None],
+        )
+
+
+def split_of(character: Character, split: Literal["vinyals", "background"]) -> Split:
+    """Where a character stands in one of the two splits."""
+    if split == "vinyals":
+        return character.vinyals
+    if character.part == "images_evaluation":
+        return "test"
+    return "val" if character.vinyals == "val" else "train"
+
+
+def _check_resize(resize: str) -> None:
     if resize not in ("paper", "antialias"):
         raise ValueError(f"data.resize={resize} is unknown: choose paper or antialias")
 
 
-def prepare(image: Image.Image, resize: Resize) -> Pixels:
-    """A drawing of any size as (28, 28) uint8, ink 255 and paper 0."""
-    if image.mode != "1":
-        image = on_paper(image, "L")
-    if resize == "antialias":
-        image = image.convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-        return 255 - np.asarray(image, dtype=np.uint8)
-    if image.mode != "1":
-        image = image.convert("1", dither=Image.Dither.NONE)
-    image = image.resize((SIZE, SIZE), Image.Resampling.NEAREST)
-    return np.where(np.asarray(image), 0, 255).astype(np.uint8)
+def _full_tables(
+    root: str | None, split: Literal["vinyals", "background"], resize: Resize
+) -> dict[Split, ClassTable]:
+    absent = catalogue.missing("omniglot", root)
+    store = open_store(catalogue.resolve_root(root) / "omniglot")
+    if absent is not None or store is None:
+        raise ValueError(absent)
+    images = store.array(resize).reshape(-1, NUM_DRAWINGS, DRAWING_SIZE, DRAWING_SIZE)
+    members: dict[Split, list[int]] = {"train": [], "val": [], "test": []}
+    everyone = characters()
+    for position, character in enumerate(everyone):
+        members[split_of(character, split)].append(position)
+    return {
+        part: _table((everyone[i].name, list(images[i])) for i in positions)
+        for part, positions in members.items()
+    }
 
 
 @lru_cache(maxsize=2)
 def _small_tables(resize: Resize) -> dict[Split, ClassTable]:
-    archives = {name: _read_archive(FILES / f"{name}.zip", resize) for name in _SMALL_ARCHIVES}
+    archives = {name: _read_archive(name, resize) for name in _SMALL_ARCHIVES}
     return {
-        split: make_table(
-            (character, drawings)
+        split: _table(
+            (name, drawings)
             for alphabet, archive in alphabets.items()
-            for character, drawings in archives[archive].items()
-            if character.startswith(f"{alphabet}/")
+            for name, drawings in archives[archive].items()
+            if name.startswith(f"{alphabet}/")
         )
         for split, alphabets in _SMALL_SPLITS.items()
     }
 
 
-def _read_archive(path: Path, resize: Resize) -> dict[str, list[Pixels]]:
+def _read_archive(archive: str, resize: Resize) -> dict[str, list[Pixels]]:
     """The drawings of each character, `Alphabet/characterNN`, in the order of their names."""
-    characters: dict[str, list[Pixels]] = {}
-    with zipfile.ZipFile(path) as archive:
-        for name in sorted(name for name in archive.namelist() if name.endswith(".png")):
+    found: dict[str, list[Pixels]] = {}
+    with zipfile.ZipFile(FILES / f"{archive}.zip") as file:
+        for name in sorted(name for name in file.namelist() if name.endswith(".png")):
             _, alphabet, character, _ = name.split("/")
-            with Image.open(io.BytesIO(archive.read(name))) as image:
-                pixels = prepare(image, resize)
-            characters.setdefault(f"{alphabet}/{character}", []).append(pixels)
-    return characters
+            pixels = drawing(open_image(file.read(name), name), resize)
+            found.setdefault(f"{alphabet}/{character}", []).append(pixels)
+    return found
 
 
-def make_table(characters: Iterable[tuple[str, list[Pixels]]]) -> ClassTable:
+def _table(classes: Iterable[tuple[str, list[Pixels]]]) -> ClassTable:
     """A split's table from its characters, which stand sorted by alphabet."""
-    names, drawings = zip(*characters, strict=True)
+    names, drawings = zip(*classes, strict=True)
     images = np.stack([pixels for character in drawings for pixels in character])
     return ClassTable(
         images=torch.from_numpy(images)[:, None],

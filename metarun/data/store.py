@@ -1,0 +1,160 @@
+"""Our own copy of a data set: arrays of uint8 and a description with their hashes.
+
+A store is a folder with `meta.json` and `.npy` files. It is built beside its place and moved
+there in one step, so that it is either whole or not there. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+_FORMAT = 1
+_META = "meta.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A data set that is there.
+
+    Attributes:
+        folder: Where it is.
+        facts: What its importer wrote down: where it came from, classes, counts.
+        files: Size in bytes and sha256 of each array, by name.
+    """
+
+    folder: Path
+    facts: dict[str, Any]
+    files: dict[str, tuple[int, str]]
+
+    def array(self, name: str) -> Pixels:
+        """An array, mapped from the disk."""
+        # Copy on write: torch warns about arrays that it may not write to.
+        return np.load(self.folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+
+    def digest(self, name: str) -> str:
+        """The sha256 that an array had when it was written."""
+        return self.files[name][1]
+
+    def verify(self) -> None:
+        """Read every array and compare its hash.
+
+        Raises:
+            ValueError: One was changed.
+        """
+        for name, (_, digest) in self.files.items():
+            path = self.folder / f"{name}.npy"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    raise ValueError(
+                        f"{path} was changed since it was imported: {_again(self.folder)}"
+                    )
+
+
+def open_store(folder: Path) -> Store | None:
+    """The store in a folder, or None if there is none.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    meta = folder / _META
+    if not meta.is_file():
+        return None
+    try:
+        content = json.loads(meta.read_text(encoding="utf-8"))
+        files = {str(k): (int(v[0]), str(v[1])) for k, v in content["files"].items()}
+        store = Store(folder, dict(content["facts"]), files)
+        version = content["format"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise ValueError(f"{meta} is damaged: {_again(folder)}") from None
+    if version != _FORMAT:
+        raise ValueError(f"{folder} was written by another version: {_again(folder)}")
+    for name, (size, _) in files.items():
+        path = folder / f"{name}.npy"
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size:
+            raise ValueError(f"{path} has {found} of its {size} bytes: {_again(folder)}")
+    return store
+
+
+class StoreWriter:
+    """Collects arrays in a folder of its own; `build_store` moves it to its place."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, tuple[int, str]] = {}
+        self.facts: dict[str, Any] = {}
+
+    @contextmanager
+    def array(self, name: str, shape: tuple[int, ...]) -> Iterator[Pixels]:
+        """An array on the disk to fill in, in any order."""
+        path = self._folder / f"{name}.npy"
+        with path.open("wb") as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            size = file.tell() + math.prod(shape)
+            # Claim the blocks now: a mapped file that meets a full disk kills the process.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                file.truncate(size)
+        out = np.load(path, mmap_mode="r+", allow_pickle=False)
+        yield out
+        out.flush()
+        del out
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._files[name] = (path.stat().st_size, digest)
+
+    def close(self) -> None:
+        """Write the description."""
+        content = {"format": _FORMAT, "facts": self.facts, "files": self._files}
+        text = json.dumps(content, indent=1) + "\n"
+        (self._folder / _META).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def build_store(folder: Path) -> Iterator[StoreWriter]:
+    """Make a store: nothing is left behind if the block raises.
+
+    Raises:
+        ValueError: The folder is there already.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} is there already: {_again(folder)}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        # Made for one user alone by default; the store is like any folder.
+        work.chmod(0o777 & ~_umask())
+        writer = StoreWriter(work)
+        yield writer
+        writer.close()
+        os.replace(work, folder)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _again(folder: Path) -> str:
+    return f"delete {folder} and run `metarun data {folder.name}` again"
