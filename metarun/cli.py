@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +53,14 @@ Options:
 
 def entry() -> NoReturn:
     """The console script."""
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `metarun list | head`: nobody reads on, and Python would complain when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_FAILED
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,11 +72,13 @@ def main(argv: Sequence[str]) -> int:
     debug = "debug=true" in (word.lower() for word in argv)
     try:
         return _dispatch(list(argv))
-    except (ValueError, OSError) as error:
+    except BrokenPipeError:
+        raise
+    except Exception as error:
         if debug:
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

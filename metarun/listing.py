@@ -27,7 +27,9 @@ def run(argv: Sequence[str]) -> int:
         prog="metarun list", description="Algorithms, data sets, backbones and experiments."
     )
     parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
-    args = parser.parse_args(list(argv))
+    args, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ValueError(f"metarun list takes no {unknown[0]}: only --config-dir DIR")
     if args.config_dir is not None and not args.config_dir.is_dir():
         raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
     folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])

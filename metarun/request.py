@@ -36,6 +36,7 @@ from metarun.config import NODES, Plain, conf_dir, nearest, one_line, unknown_ke
 
 HYDRA_VERSION_BASE = "1.3"
 _MOST_JOBS = 10_000
+_FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,11 @@ class Composer:
     def _check_words(self, overrides: Sequence[str]) -> Plain:
         """Look up every group and key; returns the structure that the groups compose to."""
         parsed = self._parse(overrides)
+        for override in parsed:
+            if override.key_or_group in _FILES_OF_HYDRA:
+                raise ValueError(
+                    f"{_text(override)}: metarun alone writes a run's folder, its log among it"
+                )
         groups = set(self.groups())
         in_groups = [o for o in parsed if o.key_or_group in groups]
         for override in in_groups:

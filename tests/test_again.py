@@ -4,49 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from metarun.cli import main
+from tests.conftest import Command
 
 TINY = [
     "train.steps=4", "train.tasks_per_step=2", "train.checkpoint_every=2", "train.eval_every=2",
     "eval.episodes=4", "eval.val_episodes=4", "eval.curve_steps=1", "device=cpu",
 ]  # fmt: skip
-
-ALGO = "# One of my own\ndefaults:\n  - maml\n  - _self_\n"
-DATA = "# Mine\n# @package _global_\n"
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
-
-@pytest.fixture
-def metarun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Command:
-    """The command, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str) -> Answer:
-        capsys.readouterr()
-        try:
-            code = main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Answer(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,8 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import metarun
+from metarun import __version__, config, launch
 from metarun.cli import main
+from metarun.listing import GROUPS, entries
+from tests.conftest import Command
 
 TINY = [
     "train.steps=2", "train.tasks_per_step=2", "eval.episodes=4", "eval.val_episodes=4",
@@ -73,7 +76,7 @@ def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: 
 
 def test_the_version_is_the_packages(tmp_path: Path) -> None:
     done = run("--version", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (0, f"metarun {metarun.__version__}\n")
+    assert (done.returncode, done.stdout) == (0, f"metarun {__version__}\n")
 
 
 def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
@@ -125,11 +128,8 @@ def test_list_names_everything_with_one_line_each_in_80_columns(tmp_path: Path) 
 
 
 def test_every_listed_yaml_has_a_line_about_it() -> None:
-    from metarun.config import conf_dir
-    from metarun.listing import GROUPS, entries
-
     for group in GROUPS:
-        for word, text in entries([conf_dir()], group).items():
+        for word, text in entries([config.conf_dir()], group).items():
             assert text, f"{group}/{word}.yaml has no comment that says what it is"
 
 
@@ -155,6 +155,8 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["data=omniglot_small", "way=500"], ["500"]),
         (["data=omniglot_small", "shot=15", "query=15"], ["15"]),
         (["-m", "data=omniglot_small", "way=5,500"], ["500"]),
+        (["hydra.output_subdir=.hydra"], ["metarun alone writes"]),
+        (["list", "everything"], ["metarun list takes no everything"]),
         (["resume=nowhere"], ["nowhere"]),
         (["test=nowhere"], ["nowhere"]),
         (["resume=a", "test=b"], ["resume= and test= do not go together"]),
@@ -163,9 +165,21 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
     ids=lambda value: " ".join(value),
 )
 def test_bad_input_is_one_line_and_exit_code_2_and_makes_nothing(
-    words: list[str], parts: list[str], tmp_path: Path
+    words: list[str], parts: list[str], metarun: Command, tmp_path: Path
 ) -> None:
-    check_refused(run(*words, cwd=tmp_path), tmp_path, *parts)
+    answer = metarun(*words)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    for part in parts:
+        assert part in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_itself_says_no_more_than_that(tmp_path: Path) -> None:
+    done = run("algo=protonet", "data=sinusoid", cwd=tmp_path)
+    check_refused(done, tmp_path, "ProtoNet learns classification")
 
 
 def test_missing_data_are_answered_at_once_with_the_command(tmp_path: Path) -> None:
@@ -175,28 +189,44 @@ def test_missing_data_are_answered_at_once_with_the_command(tmp_path: Path) -> N
     check_refused(done, tmp_path, "metarun data omniglot")
 
 
-def test_a_run_is_never_written_over_what_is_there(tmp_path: Path) -> None:
+def test_a_run_is_never_written_over_what_is_there(metarun: Command, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file").write_text("precious")
     for words in (["hydra.run.dir=mine"], ["-m", "seed=1,2", "hydra.sweep.dir=mine"]):
-        done = run(*words, cwd=tmp_path)
-        assert done.returncode == 2
-        assert "mine exists and is not empty" in done.stderr
-    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "file"]
+        answer = metarun("algo=maml", *words)
+        assert answer.code == 2
+        assert "mine exists and is not empty" in answer.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine"]
 
 
-def test_a_file_where_the_outputs_belong_is_refused(tmp_path: Path) -> None:
+def test_a_file_where_the_outputs_belong_is_refused(metarun: Command, tmp_path: Path) -> None:
     (tmp_path / "outputs").write_text("precious")
-    done = run(*TINY, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
+    answer = metarun(*TINY)
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
     assert (tmp_path / "outputs").read_text() == "precious"
 
 
-def test_debug_shows_where_an_error_came_from(tmp_path: Path) -> None:
-    done = run("way=0", "debug=true", cwd=tmp_path)
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
+def test_a_disk_without_space_is_refused_before_anything_is_made(
+    metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    answer = metarun(*TINY)
+    assert answer.code == 2
+    assert "free" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_came_from(metarun: Command) -> None:
+    with pytest.raises(ValueError, match="way=0"):
+        metarun("way=0", "debug=true")
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m metarun list | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=10)
@@ -235,22 +265,21 @@ def test_a_run_trains_tests_and_says_where_its_files_are(tmp_path: Path) -> None
     assert not list(folder.glob("cli.log"))
 
 
-def test_a_bare_command_says_that_it_is_the_quick_start(tmp_path: Path) -> None:
-    # The same configuration made small: a bare one takes a minute.
-    code = (
-        "import sys, metarun.cli as c; c.QUICK_START = 'quick_start'; "
-        "import metarun.launch as l; l.train = lambda *_: None; sys.exit(c.main([]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("quick start: ")
+def test_a_bare_command_says_that_it_is_the_quick_start(
+    metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[dict[str, Any]] = []
+    monkeypatch.setattr(launch, "train", lambda plain, *_: trained.append(plain))
+    answer = metarun()
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("quick start: ")
+    assert [plain["names"]["experiment"] for plain in trained] == ["quick_start"]
+    assert not metarun("algo=maml").out.startswith("quick start: ")
 
 
-def test_options_and_words_mix_in_any_order(tmp_path: Path) -> None:
-    done = run("algo=maml", "-m", "seed=1,2", *TINY, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_options_and_words_mix_in_any_order(metarun: Command, tmp_path: Path) -> None:
+    answer = metarun("algo=maml", "-m", "seed=1,2", *TINY)
+    assert answer.code == 0, answer.err
     first, second = runs(tmp_path)
     assert first.parent == second.parent
     assert [path.name for path in (first, second)] == ["0-maml-sinusoid", "1-maml-sinusoid"]
@@ -258,20 +287,22 @@ def test_options_and_words_mix_in_any_order(tmp_path: Path) -> None:
     assert seeds == [1, 2]
 
 
-def test_four_runs_that_start_together_have_four_folders(tmp_path: Path) -> None:
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", *TINY]
-    started = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(4)]
-    assert [process.wait(120) for process in started] == [0, 0, 0, 0]
-    assert len(runs(tmp_path)) == 4
+    started = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert len(runs(tmp_path)) == 2
 
 
 def own(folder: Path, error: str = "AssertionError('never')") -> list[str]:
     """An algorithm of one's own in the current folder, and the words that find it."""
+    # Modules of one name would be one module to all tests of this process.
+    module = re.sub(r"\W", "_", f"own_{folder.parent.name}_{folder.name}")
     (folder / "conf/algo").mkdir(parents=True)
-    (folder / "own_algorithms.py").write_text(OWN.format(error=error))
+    (folder / f"{module}.py").write_text(OWN.format(error=error))
     for name in ("Mine", "Fails"):
         (folder / f"conf/algo/{name.lower()}.yaml").write_text(
-            f"# One of my own\ndefaults:\n  - maml\n  - _self_\n_target_: own_algorithms.{name}\n"
+            f"# One of my own\ndefaults:\n  - maml\n  - _self_\n_target_: {module}.{name}\n"
         )
     return ["--config-dir", "conf"]
 
@@ -285,18 +316,32 @@ def test_an_algorithm_of_ones_own_runs_from_the_current_folder(tmp_path: Path) -
 
 
 def test_a_run_that_fails_is_one_line_and_leaves_the_others_of_a_sweep_alone(
-    tmp_path: Path,
+    metarun: Command, tmp_path: Path
 ) -> None:
     conf = own(tmp_path, error="RuntimeError('out of\\nluck')")
-    done = run(*conf, "-m", "algo=fails,mine", *TINY, cwd=tmp_path)
-    assert done.returncode == 1
-    assert "error: RuntimeError: out of luck (debug=true shows where)\n" in done.stderr
-    assert "Traceback" not in done.stderr
+    answer = metarun(*conf, "-m", "algo=fails,mine", *TINY)
+    assert answer.code == 1
+    assert "error: RuntimeError: out of luck (debug=true shows where)\n" in answer.err
+    assert "Traceback" not in answer.err
     (folder,) = runs(tmp_path)
     assert folder.name == "1-mine-sinusoid"
     assert status(folder.parent / "0-fails-sinusoid")["state"] == "failed"
 
 
-def test_a_pair_without_a_recipe_says_so_once(tmp_path: Path) -> None:
-    done = run(*own(tmp_path), "-m", "algo=mine", "seed=1,2", *TINY, cwd=tmp_path)
-    assert done.stderr.count("note: there is no recipe") == 1
+def test_a_constructor_of_ones_own_that_fails_is_one_line(metarun: Command, tmp_path: Path) -> None:
+    conf = own(tmp_path)
+    (module,) = tmp_path.glob("own_*.py")
+    module.write_text(
+        OWN.format(error="AssertionError").replace(
+            "    pass", "    def __init__(self, **common):\n        raise RuntimeError('no luck')"
+        )
+    )
+    answer = metarun(*conf, "algo=mine", *TINY)
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert "RuntimeError: no luck" in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_pair_without_a_recipe_says_so_once(metarun: Command, tmp_path: Path) -> None:
+    answer = metarun(*own(tmp_path), "-m", "algo=mine", "seed=1,2", *TINY)
+    assert answer.err.count("note: there is no recipe") == 1

@@ -107,7 +107,8 @@ def test_the_wheel_is_pure_and_carries_configurations_and_characters(built: Path
 
 def test_the_sdist_carries_what_the_tests_need(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
-    names = {name.partition("/")[2] for name in tarfile.open(path).getnames()}
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("pyproject.toml", "README.md", "LICENSE", "conf/config.yaml", "tests/test_cli.py"):
         assert name in names
 
