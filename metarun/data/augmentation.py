@@ -80,7 +80,9 @@ class Augmentation:
         grid = torch.stack([_plane(c, height, width, images) for c in (to_x, to_y)], dim=1)
         grid = grid.movedim(1, -1)
         flat = images.flatten(0, 1)
-        moved = functional.grid_sample(flat, grid, padding_mode=self.padding, align_corners=False)
+        moved: Tensor = functional.grid_sample(
+            flat, grid, padding_mode=self.padding, align_corners=False
+        )
         return moved.unflatten(0, (tasks, rows))
 
 

@@ -73,8 +73,7 @@ def download(
             f"{url} has md5 {found}, {md5} is expected: the file was changed or damaged on its "
             "way; try again, or import a copy with --from PATH"
         )
-    os.replace(part, target)
-    return target
+    return part.replace(target)
 
 
 def file_hash(path: Path, name: str) -> str:

@@ -219,9 +219,7 @@ class ClassEpisodes:
         facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
         return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
 
-    def _choose_classes(
-        self, split: Split, data: _Resident, keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
         """(T, W) different classes of one group in random order, and their quarter turns."""
         way = self.sizes[split].way
         group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
@@ -348,9 +346,7 @@ class ClassEpisodes:
         for field, low in least.items():
             value = getattr(size, field)
             if value < low:
-                raise ValueError(
-                    f"{keys[field]}={value} is out of range: {low} or more is allowed"
-                )
+                raise ValueError(f"{keys[field]}={value} is out of range: {low} or more is allowed")
         most = self._most_classes(split)
         if size.way > most:
             where = "an alphabet of " if self._by_group else ""

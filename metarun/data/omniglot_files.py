@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import cast
 
 from tqdm import tqdm
 
@@ -50,7 +49,7 @@ def characters() -> tuple[Character, ...]:
         part, alphabet, first, last, split = line.split()
         assert split in SPLITS
         found.extend(
-            Character(f"images_{part}", alphabet, number, cast("Split", split))
+            Character(f"images_{part}", alphabet, number, split)
             for number in range(int(first), int(last) + 1)
         )
     return tuple(found)

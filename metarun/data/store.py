@@ -43,7 +43,8 @@ class Store:
     def array(self, name: str) -> Pixels:
         """An array, mapped from the disk."""
         # Copy on write: torch warns about arrays that it may not write to.
-        return np.load(self.folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+        array: Pixels = np.load(self.folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
+        return array
 
     def digest(self, name: str) -> str:
         """The sha256 that an array had when it was written."""
@@ -144,7 +145,7 @@ def build_store(folder: Path) -> Iterator[StoreWriter]:
         writer = StoreWriter(work)
         yield writer
         writer.close()
-        os.replace(work, folder)
+        work.replace(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise

@@ -1,0 +1,305 @@
+"""A user's own images: one folder for each class."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metarun import seeding
+from metarun.data import catalogue
+from metarun.data.augmentation import Augmentation
+from metarun.data.images import ClassEpisodes, ClassTable
+from metarun.data.pictures import SUFFIXES, open_image, photograph
+from metarun.data.store import Pixels
+from metarun.types import SPLITS, EpisodeSize, Split
+
+_WORDS: dict[Split, tuple[str, ...]] = {
+    "train": ("train",),
+    "val": ("val", "validation", "valid"),
+    "test": ("test",),
+}
+_BAR_FROM = 2000
+
+Classes = dict[str, list[Path]]
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of each class in each split, before any is read."""
+
+    splits: dict[Split, Classes]
+
+    @property
+    def num_images(self) -> int:
+        return sum(len(files) for classes in self.splits.values() for files in classes.values())
+
+
+class Folder(ClassEpisodes):
+    """Any folder of class folders.
+
+    `root` holds either `train`, `val` and `test` folders of class folders, or the class folders
+    themselves, which are then split by a hash of their names. Pictures are cut to the square in
+    their middle, and normalised with the mean and deviation of the train split.
+
+    Args:
+        root: The folder.
+        image_size: Side of the pictures, in pixels.
+        grey: One channel instead of three.
+        min_per_class: Leave out classes with fewer images; None leaves out none.
+        val_fraction, test_fraction: Shares of the classes, where there are no split folders.
+        flip, colour, affine_degrees, affine_translate, affine_scale, affine_shear: See
+            `Augmentation`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        image_size: int = 84,
+        grey: bool = False,
+        min_per_class: int | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        flip: bool = False,
+        colour: float = 0.0,
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
+    ) -> None:
+        if not 8 <= image_size <= 512:
+            raise ValueError(f"data.image_size={image_size} is out of range: 8 to 512 is allowed")
+        listing = list_folder(
+            root,
+            min_per_class=min_per_class,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+        )
+        check_listing(listing, sizes)
+        _check_memory(listing.num_images, image_size, 1 if grey else 3)
+        tables = {
+            split: read_classes(listing.splits[split], image_size, grey=grey) for split in SPLITS
+        }
+        mean, std = _moments(tables["train"].images)
+        super().__init__(
+            name=f"folder {root}",
+            tables=tables,
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+                flip=flip,
+                colour=colour,
+                padding="reflection",
+            ),
+            mean=mean,
+            std=std,
+            prepare=lambda image: photograph(image, image_size, crop=True, grey=grey),
+            can_drop=True,
+        )
+
+
+def list_folder(
+    root: str | None,
+    *,
+    min_per_class: int | None = None,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.2,
+) -> Listing:
+    """Find the classes of each split without reading a picture.
+
+    Raises:
+        ValueError: There is no such folder, or it is laid out in another way.
+    """
+    if min_per_class is not None and min_per_class < 1:
+        raise ValueError(
+            f"data.min_per_class={min_per_class} is out of range: 1 or more is allowed"
+        )
+    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0.0 < value < 1.0:
+            raise ValueError(f"data.{name}={value} is out of range: between 0 and 1 is allowed")
+    if val_fraction + test_fraction >= 1.0:
+        raise ValueError(
+            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave no "
+            "class to train on: their sum has to be less than 1"
+        )
+    absent = catalogue.missing("folder", root)
+    if absent is not None or root is None:
+        raise ValueError(absent)
+    base = Path(root).expanduser()
+    folders = _split_folders(base)
+    if folders:
+        return Listing(_disjoint(base, {s: _classes(f, min_per_class) for s, f in folders.items()}))
+    return Listing(_hashed_split(_classes(base, min_per_class), base, val_fraction, test_fraction))
+
+
+def _split_folders(base: Path) -> dict[Split, Path]:
+    found: dict[Split, Path] = {}
+    for split, words in _WORDS.items():
+        for word in words:
+            if (base / word).is_dir():
+                found[split] = base / word
+                break
+    if "train" not in found or len(found) == 1:
+        return {}
+    for split in SPLITS:
+        if split not in found:
+            raise ValueError(
+                f"data.root={base} has {' and '.join(f'{p.name}/' for p in found.values())} but no "
+                f"{split}/: add it, or put all classes into one folder to have them split"
+            )
+    return found
+
+
+def _classes(folder: Path, min_per_class: int | None) -> Classes:
+    found: Classes = {}
+    for child in sorted(folder.iterdir()):
+        if not child.is_dir() or child.name.startswith((".", "__")):
+            continue
+        files = sorted(
+            file
+            for file in child.iterdir()
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        )
+        if min_per_class is None or len(files) >= min_per_class:
+            found[child.name] = files
+    if not found:
+        least = "" if min_per_class is None else f" with {min_per_class} images or more"
+        raise ValueError(
+            f"{folder} has no class folders{least}: one folder for each class is expected"
+        )
+    return found
+
+
+def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:
+    owner: dict[str, Split] = {}
+    for split, classes in splits.items():
+        for name in classes:
+            if name in owner:
+                raise ValueError(
+                    f"data.root={base}: class {name} is in {owner[name]} and in {split}; new "
+                    "classes are what is tested: put all classes into one folder to have them split"
+                )
+            owner[name] = split
+    return splits
+
+
+def _hashed_split(
+    classes: Classes, base: Path, val_fraction: float, test_fraction: float
+) -> dict[Split, Classes]:
+    """Split by the hash of the names: the same wherever the folder is, whatever else is in it."""
+    num_val = max(2, round(val_fraction * len(classes)))
+    num_test = max(2, round(test_fraction * len(classes)))
+    if len(classes) < num_val + num_test + 2:
+        raise ValueError(
+            f"data.root={base} has {len(classes)} classes, 6 or more are needed to train, validate "
+            "and test on different ones"
+        )
+    order = sorted(classes, key=lambda name: seeding.key("folder", name))
+    chosen: dict[Split, list[str]] = {
+        "train": order[num_val + num_test :],
+        "val": order[num_test : num_val + num_test],
+        "test": order[:num_test],
+    }
+    return {
+        split: {name: classes[name] for name in sorted(names)} for split, names in chosen.items()
+    }
+
+
+def check_listing(listing: Listing, sizes: Mapping[Split, EpisodeSize]) -> None:
+    """Refuse classes that are too small before reading any picture."""
+    for split, classes in listing.splits.items():
+        for name, files in classes.items():
+            needed = sizes[split].shot + sizes[split].query
+            if len(files) < needed:
+                size, count = sizes[split], len(files)
+                keys = "train." if split == "train" else ""
+                lower = (
+                    f"lower {keys}query to {count - size.shot}"
+                    if count > size.shot
+                    else "add images"
+                )
+                raise ValueError(
+                    f"class {name} has {count} images, {size.shot}+{size.query} are needed: "
+                    f"{lower} or set data.min_per_class={needed} to drop it"
+                )
+
+
+def read_classes(classes: Classes, size: int, *, grey: bool) -> ClassTable:
+    """Decode the pictures of a split, several at a time.
+
+    Raises:
+        ValueError: A picture cannot be read; the message has its name.
+    """
+    files = [file for paths in classes.values() for file in paths]
+    images = np.empty((len(files), 1 if grey else 3, size, size), dtype=np.uint8)
+
+    def read(file: Path) -> Pixels:
+        return photograph(open_image(file), size, crop=True, grey=grey)
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        rows = tqdm(
+            pool.map(read, files, chunksize=16),
+            total=len(files),
+            unit="image",
+            disable=len(files) < _BAR_FROM,
+        )
+        try:
+            for row, pixels in enumerate(rows):
+                images[row] = pixels
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return ClassTable(
+        images=torch.from_numpy(images),
+        names=tuple(classes),
+        counts=tuple(len(paths) for paths in classes.values()),
+    )
+
+
+def _moments(images: Tensor) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and deviation of each channel in [0, 1] units, from exact sums."""
+    total = torch.zeros(images.shape[1], dtype=torch.float64)
+    squares = torch.zeros_like(total)
+    for chunk in images.split(256):
+        values = chunk.double() / 255.0
+        total += values.sum(dim=(0, 2, 3))
+        squares += (values**2).sum(dim=(0, 2, 3))
+    count = images.numel() / images.shape[1]
+    mean = total / count
+    # A set of blank pictures has no deviation: leave it unscaled.
+    std = (squares / count - mean**2).clamp(min=0.0).sqrt().clamp(min=1.0 / 255.0)
+    return mean.tolist(), std.tolist()
+
+
+def _check_memory(num_images: int, size: int, channels: int) -> None:
+    needed = num_images * channels * size * size
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > 0.8 * memory:
+        raise ValueError(
+            f"{num_images} images of {size} x {size} take {needed / 1e9:.1f} GB, this machine has "
+            f"{memory / 1e9:.1f} GB: lower data.image_size"
+        )

@@ -1,0 +1,83 @@
+"""miniImageNet (Vinyals et al. 2016, the split of Ravi & Larochelle 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from metarun.data import catalogue
+from metarun.data.augmentation import Augmentation
+from metarun.data.images import ClassEpisodes, ClassTable
+from metarun.data.miniimagenet_files import SIZE
+from metarun.data.pictures import photograph
+from metarun.data.store import Store, open_store
+from metarun.types import SPLITS, EpisodeSize, Split
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+class MiniImageNet(ClassEpisodes):
+    """64 train, 16 val and 20 test classes of 600 photographs, after `metarun data miniimagenet`.
+
+    Args:
+        root: Where the data sets are; None is `$METARUN_DATA` or `~/.cache/metarun`.
+        normalise: Subtract ImageNet's mean and divide by its deviation, for each channel.
+        flip, colour, affine_degrees, affine_translate, affine_scale, affine_shear: See
+            `Augmentation`.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None = None,
+        normalise: bool = True,
+        flip: bool = False,
+        colour: float = 0.0,
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
+    ) -> None:
+        absent = catalogue.missing("miniimagenet", root)
+        store = open_store(catalogue.resolve_root(root) / "miniimagenet")
+        if absent is not None or store is None:
+            raise ValueError(absent)
+        super().__init__(
+            name="miniimagenet",
+            tables={split: _table(store, split) for split in SPLITS},
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+                flip=flip,
+                colour=colour,
+                padding="reflection",
+            ),
+            mean=MEAN if normalise else None,
+            std=STD if normalise else None,
+            prepare=lambda image: photograph(image, SIZE, crop=False),
+        )
+
+
+def _table(store: Store, split: Split) -> ClassTable:
+    return ClassTable(
+        images=torch.from_numpy(store.array(split)),
+        names=tuple(store.facts["classes"][split]),
+        counts=tuple(store.facts["counts"][split]),
+        digest=store.digest(split),
+    )
