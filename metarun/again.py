@@ -182,9 +182,10 @@ def _changes(
         with composer(config_dir) as compose:
             plain = compose.job(run.overrides()).plain
     except (ValueError, OmegaConfBaseException) as error:
+        hint = "" if config_dir else "; type --config-dir again if the run had one"
         return [
             f"the run's words cannot be composed any more ({config.one_line(error)}): its stored "
-            "configuration is used"
+            f"configuration is used{hint}"
         ]
     then, now = _flat(stored), _flat(plain)
     lines: list[str] = []

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -345,3 +346,28 @@ def test_a_constructor_of_ones_own_that_fails_is_one_line(metarun: Command, tmp_
 def test_a_pair_without_a_recipe_says_so_once(metarun: Command, tmp_path: Path) -> None:
     answer = metarun(*own(tmp_path), "-m", "algo=mine", "seed=1,2", *TINY)
     assert answer.err.count("note: there is no recipe") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    words = ["-m", "algo=maml", "data=sinusoid", "seed=1,2", "train.steps=1000000", "device=cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metarun", *words, "train.log_every=10"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("status.json"))
+    assert status(folder)["state"] == "interrupted"
+    assert f"metarun resume={folder.relative_to(tmp_path)}" in err
