@@ -83,7 +83,7 @@ class Augmentation:
         moved: Tensor = functional.grid_sample(
             flat, grid, padding_mode=self.padding, align_corners=False
         )
-        return moved.unflatten(0, (tasks, rows))
+        return moved.reshape(tasks, rows, *moved.shape[1:])
 
 
 def _plane(

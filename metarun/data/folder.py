@@ -182,7 +182,12 @@ def _classes(folder: Path, min_per_class: int | None) -> Classes:
             for file in child.iterdir()
             if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
         )
-        if min_per_class is None or len(files) >= min_per_class:
+        if min_per_class is None and not files:
+            raise ValueError(
+                f"{child} has no images: put some in, or set data.min_per_class=1 to leave out "
+                "such folders"
+            )
+        if len(files) >= (min_per_class or 1):
             found[child.name] = files
     if not found:
         least = "" if min_per_class is None else f" with {min_per_class} images or more"

@@ -149,9 +149,10 @@ class ClassEpisodes:
         shape = tuple(self._tables["train"].images.shape[1:])
         self._scale, self._offset = self._normalisation(shape[0], mean, std)
         self.sizes: dict[Split, EpisodeSize] = dict(sizes)
-        self._fit_val_way(val_way)
-        for split in self.sizes:
+        for split in ("train", "test"):
             self._check_size(split)
+        self._fit_val_way(val_way)
+        self._check_size("val")
         self.spec = TaskSpec(
             kind="classification",
             input_shape=shape,
@@ -324,8 +325,6 @@ class ClassEpisodes:
 
     def _fit_val_way(self, typed: int | None) -> None:
         """Lower val's way to the classes there are, unless it was typed."""
-        if "val" not in self.sizes or "val" not in self._tables:
-            return
         size, most = self.sizes["val"], self._most_classes("val")
         if typed is not None or size.way <= most:
             return

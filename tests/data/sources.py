@@ -1,0 +1,133 @@
+"""Small sources and files in the real layouts, for the tests of the data."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from metarun.data.augmentation import Augmentation
+from metarun.data.images import ClassEpisodes, ClassTable
+from metarun.data.omniglot_files import NUM_DRAWINGS, PARTS, characters
+from metarun.data.pictures import photograph
+from metarun.types import SPLITS, EpisodeSize, Split, TaskBatch
+
+CPU = torch.device("cpu")
+FIELDS = ("support_x", "support_y", "query_x", "query_y")
+
+
+def sizes(
+    way: int = 5, shot: int = 1, query: int = 3, *, train: EpisodeSize | None = None
+) -> dict[Split, EpisodeSize]:
+    everywhere = EpisodeSize(way, shot, query)
+    return {"train": train or everywhere, "val": everywhere, "test": everywhere}
+
+
+def injected(**changes: Any) -> dict[str, Any]:
+    """What the configuration hands to every source beside its own options."""
+    return {"sizes": sizes(), "seed": 0, "eval_seed": 1, "device": CPU} | changes
+
+
+def numbered_table(counts: tuple[int, ...], side: int = 4, prefix: str = "c") -> ClassTable:
+    """Images whose first pixels say the class, the image's place in it, and which way is up."""
+    images = torch.zeros(sum(counts), 1, side, side, dtype=torch.uint8)
+    row = 0
+    for number, count in enumerate(counts):
+        for place in range(count):
+            images[row, 0, 0, :3] = torch.tensor([number + 1, place + 1, 255], dtype=torch.uint8)
+            row += 1
+    names = tuple(f"{prefix}{number}" for number in range(len(counts)))
+    return ClassTable(images, names, counts)
+
+
+def numbered(
+    counts: tuple[int, ...] = (6, 9, 7, 20, 8, 6, 11),
+    groups: tuple[str, ...] | None = None,
+    **how: Any,
+) -> ClassEpisodes:
+    """Episodes from `numbered_table`, another one for each split."""
+    tables: dict[Split, ClassTable] = {}
+    for split in SPLITS:
+        table = numbered_table(counts, prefix=split)
+        tables[split] = ClassTable(table.images, table.names, table.counts, groups)
+    options: dict[str, Any] = {
+        "name": "numbered",
+        "tables": tables,
+        "sizes": sizes(),
+        "val_way": None,
+        "seed": 0,
+        "eval_seed": 1,
+        "device": CPU,
+        "dtype": torch.float32,
+        "prepare": lambda image: photograph(image, 4, crop=True, grey=True),
+    }
+    return ClassEpisodes(**(options | how))
+
+
+def augmented(**how: Any) -> ClassEpisodes:
+    augmentation = Augmentation(
+        affine_degrees=20.0,
+        affine_translate=0.2,
+        affine_scale=0.3,
+        affine_shear=10.0,
+        flip=True,
+        colour=0.4,
+    )
+    return numbered(augmentation=augmentation, **how)
+
+
+def assert_same(a: TaskBatch, b: TaskBatch) -> None:
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=0.0, atol=0.0)
+    assert (a.class_ids is None) == (b.class_ids is None)
+    if a.class_ids is not None and b.class_ids is not None:
+        assert torch.equal(a.class_ids, b.class_ids)
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def omniglot_drawings() -> Iterator[tuple[str, str, bytes]]:
+    """(part, path inside it, bytes) of a generated set in Omniglot's full layout."""
+    pool = []
+    generator = np.random.default_rng(0)
+    for _ in range(64):
+        pixels = np.ones((105, 105), dtype=bool)
+        top, left = generator.integers(5, 60, 2)
+        pixels[top : top + 30, left : left + 12] = False
+        pool.append(png(Image.fromarray(pixels)))
+    for number, character in enumerate(characters(), start=1):
+        for place in range(1, NUM_DRAWINGS + 1):
+            path = f"{character.name}/{number:04d}_{place:02d}.png"
+            yield character.part, path, pool[(number * 7 + place) % len(pool)]
+
+
+def write_omniglot_zips(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    archives = {part: zipfile.ZipFile(folder / f"{part}.zip", "w") for part in PARTS}
+    for part, path, data in omniglot_drawings():
+        archives[part].writestr(f"{part}/{path}", data)
+    for archive in archives.values():
+        archive.close()
+
+
+def write_photos(folder: Path, count: int, shade: int = 0, side: int = 12) -> None:
+    """Plain pictures of different brightness."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in range(count):
+        colour = (shade % 256, (place * 20) % 256, 128)
+        Image.new("RGB", (side + 3, side), colour).save(folder / f"{place:04d}.png")
+
+
+def write_class_folders(root: Path, counts: dict[str, int]) -> None:
+    for number, (name, count) in enumerate(counts.items()):
+        write_photos(root / name, count, shade=number * 25)

@@ -1,0 +1,159 @@
+"""Functions of one variable: their closed forms, ranges and purity."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metarun.data.synthetic import FunctionEpisodes, Linear, Sinusoid
+from metarun.types import SPLITS, EpisodeSize, Split
+from tests.data.sources import assert_same, injected
+
+SIZES = {split: EpisodeSize(1, 5, 10) for split in SPLITS}
+
+
+def sinusoid(**options: Any) -> Sinusoid:
+    return Sinusoid(**injected(sizes=SIZES), **options)
+
+
+def linear(**options: Any) -> Linear:
+    return Linear(**injected(sizes=SIZES), **options)
+
+
+def test_a_sinusoid_is_its_amplitude_times_a_shifted_sine() -> None:
+    source = sinusoid()
+    batch = source.batch("train", 3, 20)
+    amplitude, phase = source.parameters("train", 3, 20)
+    expected = amplitude[:, None, None] * torch.sin(batch.query_x.double() - phase[:, None, None])
+    torch.testing.assert_close(batch.query_y.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_support_and_query_of_a_sinusoid_lie_on_one_curve() -> None:
+    batch = sinusoid().batch("test", 0, 50)
+    x = torch.cat([batch.support_x, batch.query_x], dim=1).double()
+    y = torch.cat([batch.support_y, batch.query_y], dim=1).double()
+    # A sin(x - phi) = a sin(x) + b cos(x): a least-squares fit leaves nothing over.
+    design = torch.cat([torch.sin(x), torch.cos(x)], dim=-1)
+    fit = torch.linalg.lstsq(design, y).solution
+    torch.testing.assert_close(design @ fit, y, rtol=0.0, atol=1e-5)
+    amplitude = fit.norm(dim=1)
+    assert amplitude.min() >= 0.1
+    assert amplitude.max() <= 5.0
+
+
+def test_a_linear_function_is_slope_times_x_plus_offset() -> None:
+    source = linear()
+    batch = source.batch("train", 0, 20)
+    slope, offset = source.parameters("train", 0, 20)
+    expected = slope[:, None, None] * batch.support_x.double() + offset[:, None, None]
+    torch.testing.assert_close(batch.support_y.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("source", [sinusoid(), linear(), sinusoid(noise=0.3)])
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_batch_is_the_stack_of_its_tasks(source: FunctionEpisodes, split: Split) -> None:
+    batch = source.batch(split, 11, 9)
+    for place in range(9):
+        assert_same(batch[place : place + 1], source.batch(split, 11 + place, 1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**9), st.integers(1, 40), st.data())
+def test_any_cut_of_a_batch_gives_the_same_tasks(
+    index: int, count: int, data: st.DataObject
+) -> None:
+    source = sinusoid()
+    cut = data.draw(st.integers(0, count))
+    whole = source.batch("train", index, count)
+    assert_same(whole[:cut], source.batch("train", index, cut))
+    assert_same(whole[cut:], source.batch("train", index + cut, count - cut))
+
+
+def test_parameters_and_inputs_fill_their_ranges() -> None:
+    source = sinusoid(amplitude=(2.0, 3.0), phase=(1.0, 1.5), x=(4.0, 6.0))
+    amplitude, phase = source.parameters("train", 0, 4000)
+    x = source.batch("train", 0, 400).query_x
+    for values, low, high in ((amplitude, 2.0, 3.0), (phase, 1.0, 1.5), (x, 4.0, 6.0)):
+        assert low <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() <= high
+        assert values.mean() == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+
+
+def test_noise_has_the_deviation_that_was_asked_for() -> None:
+    clean, noisy = sinusoid().batch("train", 0, 1000), sinusoid(noise=0.5).batch("train", 0, 1000)
+    torch.testing.assert_close(clean.support_x, noisy.support_x)
+    rest = noisy.query_y - clean.query_y
+    assert rest.std().item() == pytest.approx(0.5, rel=0.03)
+    assert abs(rest.mean().item()) < 0.02
+
+
+def test_splits_and_seeds_have_tasks_of_their_own() -> None:
+    source, other = sinusoid(), Sinusoid(**injected(sizes=SIZES, seed=5))
+    first = {split: source.batch(split, 0, 1).support_x for split in SPLITS}
+    assert not torch.equal(first["train"], first["val"])
+    assert not torch.equal(first["val"], first["test"])
+    assert not torch.equal(first["train"], other.batch("train", 0, 1).support_x)
+    assert torch.equal(first["test"], other.batch("test", 0, 1).support_x)
+
+
+def test_double_precision_meets_the_same_tasks() -> None:
+    single = sinusoid().batch("test", 0, 20)
+    double = Sinusoid(**injected(sizes=SIZES, dtype=torch.float64)).batch("test", 0, 20)
+    assert double.support_y.dtype == torch.float64
+    torch.testing.assert_close(double.support_x.float(), single.support_x, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(double.support_y.float(), single.support_y, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_are_rows_of_one_number() -> None:
+    source = sinusoid()
+    batch = source.batch("train", 0, 4)
+    assert batch.support_x.shape == batch.support_y.shape == (4, 5, 1)
+    assert batch.query_x.shape == batch.query_y.shape == (4, 10, 1)
+    assert batch.class_ids is None
+    assert (source.spec.kind, source.spec.input_shape, source.spec.output_dim) == (
+        "regression",
+        (1,),
+        1,
+    )
+
+
+def test_training_may_do_without_query_rows() -> None:
+    own = dict(SIZES) | {"train": EpisodeSize(1, 10, 0)}
+    assert Sinusoid(**injected(sizes=own)).batch("train", 0, 2).query_y.shape == (2, 0, 1)
+
+
+def test_a_fingerprint_tells_families_apart() -> None:
+    prints = {s.fingerprint() for s in (sinusoid(), sinusoid(noise=0.1), linear(), sinusoid())}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"amplitude": (5.0, 0.1)}, r"data\.amplitude=\[5,0\.1\] is no range"),
+        ({"phase": (0.0, math.inf)}, r"data\.phase=\[0,inf\] is no range"),
+        ({"x": (1.0, 2.0, 3.0)}, r"data\.x=\[1,2,3\] is no range"),
+        ({"noise": -1.0}, r"data\.noise=-1\.0 is out of range"),
+    ],
+)
+def test_impossible_ranges_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sinusoid(**options)
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (EpisodeSize(5, 5, 10), "way=5 has no meaning in a regression"),
+        (EpisodeSize(1, 0, 10), "shot=0 is out of range"),
+        (EpisodeSize(1, 5, 0), "query=0 is out of range"),
+    ],
+)
+def test_impossible_sizes_are_refused(size: EpisodeSize, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sinusoid(**injected(sizes=dict.fromkeys(SPLITS, size)))
