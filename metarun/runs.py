@@ -36,6 +36,9 @@ Record = dict[str, Any]
 FORMAT = 1
 """Of checkpoints; raised when an older program could not read a newer one."""
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of a disk, or of a user's share of it, that is full."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -141,7 +144,7 @@ class RunFolder:
         try:
             write_atomically(self._file("status.json"), data)
         except OSError as error:
-            if error.errno != errno.ENOSPC or not self._file("status.json").exists():
+            if error.errno not in DISK_FULL or not self._file("status.json").exists():
                 raise
             with self._file("status.json").open("r+b") as file:
                 file.write(data)

@@ -8,7 +8,6 @@ never killed, bit for bit, and so is its `metrics.jsonl`.
 from __future__ import annotations
 
 import copy
-import errno
 import io
 import logging
 import math
@@ -31,6 +30,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.outer import NonFiniteError
 from metarun.evaluate import EpisodeMetrics, Floats, evaluate, interval
 from metarun.runs import (
+    DISK_FULL,
     Interrupted,
     Record,
     RunError,
@@ -356,7 +356,7 @@ class _Loop:
             self._fail(text)
             raise RunError(text) from error
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in DISK_FULL:
                 self._fail(f"{type(error).__name__}: {error}")
                 raise
             text = (
