@@ -1,0 +1,344 @@
+"""Omniglot: the characters that ship, the full set from every layout, splits and pixels."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from metarun.data import omniglot_files
+from metarun.data.images import ClassEpisodes
+from metarun.data.omniglot import Omniglot, OmniglotSmall, split_of
+from metarun.data.omniglot_files import FILES, PARTS, Character, characters, import_omniglot
+from metarun.data.pictures import drawing
+from metarun.data.store import Store, open_store
+from metarun.data.synthetic import Linear, Sinusoid
+from metarun.types import SPLITS, EpisodeSize, EpisodeSource
+from tests.data.sources import injected, omniglot_drawings, png, sizes, write_omniglot_zips
+
+TINY = (
+    *(Character("images_background", "Alpha", number, "train") for number in (1, 2, 3)),
+    *(Character("images_background", "Beta", number, "val") for number in (1, 2)),
+    *(Character("images_evaluation", "Gamma", number, "train") for number in (1, 2)),
+    *(Character("images_evaluation", "Gamma", number, "test") for number in (3, 4, 5)),
+)
+
+
+def small(**options: Any) -> OmniglotSmall:
+    return OmniglotSmall(**(injected() | options))
+
+
+def episode_hash(source: EpisodeSource) -> str:
+    """A hash of the first 20 test episodes, pixels and labels."""
+    batch = source.batch("test", 0, 20)
+    digest = hashlib.sha256()
+    for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y):
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def test_the_small_set_has_the_alphabets_of_its_splits() -> None:
+    source = small()
+    assert [source.num_classes(split) for split in SPLITS] == [136, 17, 89]
+    alphabets = [{n.split("/")[0] for n in source.class_names(split)} for split in SPLITS]
+    assert alphabets[0] == {"Balinese", "Early_Aramaic", "Greek", "Korean", "Latin"}
+    assert alphabets[1] == {"Tagalog"}
+    assert alphabets[2] == {"Japanese_(katakana)", "Sanskrit"}
+
+
+def test_the_test_episodes_never_change() -> None:
+    assert episode_hash(small()) == "9d3830f43cace4ec"
+    assert small().fingerprint() == "f8fa02bfe031f75f"
+    regression = injected(sizes=dict.fromkeys(SPLITS, EpisodeSize(1, 5, 10)))
+    # Without the values of the sine, whose last bit is the processor's.
+    x = Sinusoid(**regression).batch("test", 0, 20).support_x
+    assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "b4a3ca5cc4623e58"
+    x = Linear(**regression).batch("test", 0, 20).support_x
+    assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "9d4d0424ace7a83a"
+
+
+def test_ink_is_one_and_paper_is_zero() -> None:
+    for source, values in ((small(), 2), (small(resize="antialias"), 50)):
+        x = source.batch("test", 0, 20).support_x
+        assert x.shape[2:] == (1, 28, 28)
+        assert (float(x.min()), float(x.max())) == (0.0, 1.0)
+        assert len(x.unique()) >= values
+        assert 0.03 < x.mean() < 0.3
+    assert len(small().batch("test", 0, 20).support_x.unique()) == 2
+
+
+def test_the_papers_resizing_is_pillows_lanczos_on_one_bit() -> None:
+    with zipfile.ZipFile(FILES / "images_background_small1.zip") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".png")][::100]
+        for name in names:
+            image = Image.open(io.BytesIO(archive.read(name)))
+            assert image.mode == "1"
+            theirs = image.resize((28, 28), Image.Resampling.LANCZOS)
+            expected = 255 * (1 - np.asarray(theirs, dtype=np.uint8))
+            np.testing.assert_array_equal(drawing(image, "paper"), expected)
+            grey = image.convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(drawing(image, "antialias"), 255 - np.asarray(grey))
+
+
+def test_a_users_drawing_is_prepared_as_the_data_were() -> None:
+    with zipfile.ZipFile(FILES / "images_background_small2.zip") as archive:
+        name = next(n for n in archive.namelist() if "Sanskrit/character01" in n and "png" in n)
+        image = Image.open(io.BytesIO(archive.read(name)))
+        image.load()
+    for resize in ("paper", "antialias"):
+        source = small(resize=resize)
+        row = source.prepare([image, image.convert("RGB"), np.asarray(image)])
+        first = source._tables["test"].images[
+            source.class_names("test").index("Sanskrit/character01") * 20
+        ]
+        for prepared in row:
+            torch.testing.assert_close(prepared, first / 255.0)
+
+
+def test_a_transparent_drawing_stands_on_paper() -> None:
+    image = Image.new("RGBA", (56, 56), (0, 0, 0, 0))
+    ImageDraw.Draw(image).rectangle((20, 20, 35, 35), fill=(0, 0, 0, 255))
+    prepared = drawing(image, "paper")
+    assert prepared[0, 0] == 0
+    assert prepared[14, 14] == 255
+
+
+def test_within_alphabet_takes_a_task_from_one_alphabet() -> None:
+    source = small(episodes="within_alphabet")
+    names = source.class_names("train")
+    ids = source.batch("train", 0, 100).class_ids
+    assert ids is not None
+    chosen = [{names[i].split("/")[0] for i in task} for task in ids.tolist()]
+    assert all(len(alphabets) == 1 for alphabets in chosen)
+    assert len(set.union(*chosen)) == 5
+
+
+def test_tagalog_has_seventeen_characters_for_a_task_of_twenty() -> None:
+    source = small(sizes=sizes(way=20))
+    assert source.sizes["val"].way == 17
+    rotated = small(sizes=sizes(way=20), rotations_eval="classes")
+    assert rotated.sizes["val"].way == 20
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resize": "big"}, "data.resize=big is unknown: choose paper or antialias"),
+        ({"sizes": sizes(way=137)}, "train.way=137 is more than the 136 classes in omniglot_small"),
+        ({"sizes": sizes(shot=10, query=15)}, r"has 20 images, 10\+15 are needed: lower"),
+        ({"affine_scale": 2.0}, "data.affine_scale=2.0 is out of range"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+def test_vinyals_split_has_its_published_sizes() -> None:
+    everyone = characters()
+    names = [character.name for character in everyone]
+    assert len(names) == len(set(names)) == 1623
+    assert len({character.alphabet for character in everyone}) == 50
+    counts = {split: sum(c.vinyals == split for c in everyone) for split in SPLITS}
+    assert counts == {"train": 1028, "val": 172, "test": 423}
+    parts = [sum(c.part == part for c in everyone) for part in PARTS]
+    assert parts == [964, 659]
+    assert {c.alphabet for c in everyone if c.vinyals == "val"} == {
+        "Armenian",
+        "Bengali",
+        "Early_Aramaic",
+        "Hebrew",
+        "Mkhedruli_(Georgian)",
+    }
+
+
+def test_the_background_split_tests_on_the_evaluation_set() -> None:
+    counts = dict.fromkeys(SPLITS, 0)
+    for character in characters():
+        counts[split_of(character, "background")] += 1
+    assert counts == {"train": 792, "val": 172, "test": 659}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Omniglot of ten characters: the folder with its two zips."""
+    from metarun.data import omniglot
+    from tests.data import sources
+
+    for module in (omniglot, omniglot_files, sources):
+        monkeypatch.setattr(module, "characters", lambda: TINY)
+    write_omniglot_zips(tmp_path / "zips")
+    return tmp_path / "zips"
+
+
+def full(root: Path, **options: Any) -> Omniglot:
+    two = dict.fromkeys(SPLITS, EpisodeSize(2, 1, 2))
+    return Omniglot(root=str(root), **(injected(sizes=two) | options))
+
+
+def same_arrays(one: Store, other: Store) -> bool:
+    return one.files == other.files
+
+
+def test_the_same_set_comes_from_zips_folders_and_torchvisions_layout(
+    tiny: Path, tmp_path: Path
+) -> None:
+    stores = [import_omniglot(tiny, tmp_path / "a")]
+    plain, nested = tmp_path / "plain", tmp_path / "nested" / "omniglot-py"
+    twice = tmp_path / "twice"
+    for part in PARTS:
+        with zipfile.ZipFile(tiny / f"{part}.zip") as archive:
+            archive.extractall(plain)
+            archive.extractall(nested)
+            archive.extractall(twice / part)
+    (plain / PARTS[0] / ".DS_Store").write_bytes(b"")
+    sources = [plain, plain / PARTS[1], nested.parent, nested, twice, tiny / f"{PARTS[0]}.zip"]
+    stores += [import_omniglot(s, tmp_path / f"root{i}") for i, s in enumerate(sources)]
+    assert all(same_arrays(store, stores[0]) for store in stores)
+    assert open_store(tmp_path / "a" / "omniglot") == stores[0]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["omniglot"]
+    stores[0].verify()
+
+
+def test_splits_and_pixels_of_an_imported_set_are_right(tiny: Path, tmp_path: Path) -> None:
+    import_omniglot(tiny, tmp_path)
+    source = full(tmp_path, rotations="none", rotations_eval="none")
+    assert source.class_names("train")[3:] == ("Gamma/character01", "Gamma/character02")
+    assert source.class_names("test") == tuple(f"Gamma/character{i:02d}" for i in (3, 4, 5))
+    background = full(tmp_path, split="background", rotations_eval="none")
+    assert [len(background._tables[split].names) for split in SPLITS] == [3, 2, 5]
+    for resize in ("paper", "antialias"):
+        images = full(tmp_path, resize=resize)._tables["test"].images
+        drawings = [data for _, path, data in omniglot_drawings() if path.startswith("Gamma")][40:]
+        assert len(images) == len(drawings) == 60
+        for row, data in zip(images, drawings, strict=True):
+            image = Image.open(io.BytesIO(data))
+            np.testing.assert_array_equal(row[0].numpy(), drawing(image, resize))
+
+
+def test_the_full_set_counts_rotations_as_classes_unless_told_otherwise(
+    tiny: Path, tmp_path: Path
+) -> None:
+    import_omniglot(tiny, tmp_path)
+    assert [full(tmp_path).num_classes(split) for split in SPLITS] == [20, 8, 12]
+    maml = full(tmp_path, rotations="per_task", rotations_eval="per_task")
+    assert [maml.num_classes(split) for split in SPLITS] == [5, 2, 3]
+
+
+def test_without_the_data_the_message_says_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data=omniglot is not in .*metarun data omniglot --root"):
+        full(tmp_path)
+
+
+def rewrite(path: Path, change: dict[str, bytes | None]) -> None:
+    """Write a zip anew with some members changed, dropped (None) or added."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members |= {name: data for name, data in change.items() if data is not None}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            if change.get(name, b"") is not None:
+                archive.writestr(name, data)
+
+
+FIRST = "images_background/Alpha/character01/0001_01.png"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({FIRST: None}, "Alpha/character01 has 19 drawings, 20 are expected"),
+        ({FIRST: b"no picture"}, r"Alpha/character01/0001_01.png cannot be read as an image"),
+        (
+            {FIRST: png(Image.new("1", (28, 28)))},
+            "0001_01.png is 28 x 28, Omniglot's drawings are 105 x 105",
+        ),
+        (
+            {"images_background/Delta/character01/9_01.png": b"x"},
+            "has 6 characters, Omniglot's images_background has 5: Delta/character01 does not",
+        ),
+        (
+            {f"images_background/Beta/character02/0005_{i:02d}.png": None for i in range(1, 21)},
+            "has 4 characters, Omniglot's images_background has 5: Beta/character02 is missing",
+        ),
+    ],
+)
+def test_an_incomplete_set_is_refused_and_leaves_nothing(
+    tiny: Path, tmp_path: Path, change: dict[str, bytes | None], message: str
+) -> None:
+    rewrite(tiny / "images_background.zip", change)
+    with pytest.raises(ValueError, match=message):
+        import_omniglot(tiny, tmp_path / "root")
+    assert not (tmp_path / "root").exists() or not list((tmp_path / "root").iterdir())
+
+
+def test_a_zip_that_was_cut_off_is_named(tiny: Path, tmp_path: Path) -> None:
+    path = tiny / "images_evaluation.zip"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"images_evaluation\.zip is no complete zip file"):
+        import_omniglot(tiny, tmp_path)
+
+
+def test_a_zip_with_a_flipped_byte_is_named(tiny: Path, tmp_path: Path) -> None:
+    path = tiny / "images_evaluation.zip"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 255
+    path.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match=r"images_evaluation\.zip is damaged at"):
+        import_omniglot(tiny, tmp_path)
+
+
+def test_what_is_not_there_is_named(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such file or folder"):
+        import_omniglot(tmp_path / "nowhere", tmp_path)
+    (tiny / "images_evaluation.zip").unlink()
+    with pytest.raises(ValueError, match=r"neither images_evaluation\.zip nor a folder"):
+        import_omniglot(tiny, tmp_path)
+    with pytest.raises(ValueError, match="ship with metarun as data=omniglot_small"):
+        import_omniglot(FILES, tmp_path)
+
+
+def test_a_damaged_store_says_what_to_do(tiny: Path, tmp_path: Path) -> None:
+    folder = import_omniglot(tiny, tmp_path).folder
+    original = (folder / "paper.npy").read_bytes()
+    (folder / "paper.npy").write_bytes(original[:-1] + bytes([original[-1] ^ 255]))
+    store = open_store(folder)
+    assert store is not None
+    with pytest.raises(ValueError, match=r"paper\.npy was changed since it was imported: delete"):
+        store.verify()
+    (folder / "paper.npy").write_bytes(original[:-1])
+    with pytest.raises(ValueError, match=r"paper\.npy has \d+ of its \d+ bytes: delete"):
+        full(tmp_path)
+    (folder / "meta.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"meta\.json is damaged"):
+        full(tmp_path)
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 1000
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
+    with pytest.raises(OSError, match="0 MB free, 150 MB are needed: make room"):
+        import_omniglot(tiny, tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.slow
+def test_the_full_layout_with_all_its_characters_is_imported(tmp_path: Path) -> None:
+    write_omniglot_zips(tmp_path / "zips")
+    import_omniglot(tmp_path / "zips", tmp_path / "root")
+    source = Omniglot(root=str(tmp_path / "root"), **injected(sizes=sizes(way=20)))
+    assert [source.num_classes(split) for split in SPLITS] == [4112, 688, 1692]
+    assert isinstance(source, ClassEpisodes)
+    assert source.batch("test", 0, 2).query_x.shape == (2, 60, 1, 28, 28)
