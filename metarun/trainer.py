@@ -274,14 +274,12 @@ class _Loop:
         total = self.settings.steps
         checkpoint = self.run.load_last()
         if checkpoint is None:
-            check_space(self.run.path, required_bytes(self.algorithm))
             return
         step: int = checkpoint["step"]
         if step > total:
             raise ValueError(f"train.steps={total}: the run has made {step} steps: type more")
         if step == total and self.run.status().get("state") == "finished":
             raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
-        check_space(self.run.path, required_bytes(self.algorithm))
         load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
         device = next(self.algorithm.parameters()).device
         self.step = self.saved = step
@@ -295,7 +293,12 @@ class _Loop:
         self.run.cut(checkpoint["lengths"])
 
     def begin(self) -> None:
-        """Write what the run runs on, and a checkpoint that a kill at once goes back to."""
+        """Write what the run runs on, and a checkpoint that a kill at once goes back to.
+
+        Raises:
+            ValueError: The disk has no room for the run.
+        """
+        check_space(self.run.path, required_bytes(self.algorithm))
         device = str(next(self.algorithm.parameters()).device)
         here = {
             **environment.describe(device),
@@ -365,6 +368,9 @@ class _Loop:
             )
             self._fail(text)
             raise RunError(text) from error
+        except ValueError as error:
+            self._fail(str(error))
+            raise
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
             raise

@@ -316,6 +316,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(
     with pytest.raises(ValueError, match="free some space"):
         go(tmp_path, source)
     assert source.asked == []
+    assert RunFolder.open(tmp_path).status()["state"] == "failed"
 
 
 def test_any_other_error_is_recorded_and_passed_on(tmp_path: Path) -> None:
