@@ -1,0 +1,161 @@
+"""`metarun data`, the catalogue behind it, and the configurations of the data sets."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metarun.config import conf_dir, locate
+from metarun.data import catalogue, omniglot_files
+from metarun.data.omniglot_files import FILES
+from tests.conftest import Command
+from tests.data.sources import write_class_folders, write_omniglot_zips
+from tests.data.test_omniglot import TINY
+
+INJECTED = {"sizes", "seed", "eval_seed", "device", "dtype", "val_way"}
+
+
+@pytest.fixture(autouse=True)
+def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def zips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from metarun.data import omniglot
+    from tests.data import sources
+
+    for module in (omniglot, omniglot_files, sources):
+        monkeypatch.setattr(module, "characters", lambda: TINY)
+    write_omniglot_zips(tmp_path / "zips")
+    return tmp_path / "zips"
+
+
+def test_alone_it_lists_what_is_here_and_how_to_get_the_rest(metarun: Command) -> None:
+    answer = metarun("data")
+    assert answer.code == 0
+    for name in catalogue.DATASETS:
+        assert name in answer.out
+    assert "metarun data omniglot" in answer.out
+
+
+def test_an_import_is_told_listed_verified_and_not_repeated(
+    metarun: Command, zips: Path, own_root: Path
+) -> None:
+    answer = metarun("data", "omniglot", "--from", str(zips))
+    assert answer.code == 0, answer.err
+    assert f"omniglot is in {own_root / 'omniglot'}: 10 classes, 200 images" in answer.out
+    assert f"here, in {own_root / 'omniglot'}" in metarun("data").out
+    assert catalogue.missing("omniglot") is None
+    answer = metarun("data", "omniglot", "--verify")
+    assert (answer.code, "every byte as it was imported" in answer.out) == (0, True)
+    answer = metarun("data", "omniglot", "--from", str(zips))
+    assert answer.code == 2
+    assert "is in" in answer.err
+    assert "already: delete that folder to import it anew" in answer.err
+    path = own_root / "omniglot" / "paper.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+    answer = metarun("data", "omniglot", "--verify")
+    assert (answer.code, "was changed since it was imported" in answer.err) == (2, True)
+    assert "damaged" in metarun("data", "--verify").out
+
+
+def test_another_root_can_be_named(metarun: Command, zips: Path, tmp_path: Path) -> None:
+    root = str(tmp_path / "other")
+    assert metarun("data", "omniglot", "--from", str(zips), "--root", root).code == 0
+    assert catalogue.missing("omniglot") is not None
+    assert catalogue.missing("omniglot", root) is None
+    assert (tmp_path / "other" / "omniglot" / "meta.json").is_file()
+
+
+def test_a_users_folder_is_read_and_summed_up(metarun: Command, tmp_path: Path) -> None:
+    names = [f"c{number}" for number in range(10)]
+    write_class_folders(tmp_path / "mine", dict.fromkeys(names, 3))
+    answer = metarun("data", "folder", "--from", str(tmp_path / "mine"))
+    assert answer.code == 0
+    assert "train: 6 classes of 3 to 3 images" in answer.out
+    (tmp_path / "mine" / "c3" / "0001.png").write_bytes(b"?")
+    answer = metarun("data", "folder", "--from", str(tmp_path / "mine"))
+    assert (answer.code, "0001.png cannot be read" in answer.err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["sinusoid", "linear", "omniglot_small"])
+def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
+    answer = metarun("data", name, "--verify")
+    assert (answer.code, f"metarun data={name}" in answer.out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["omniglt"], "unknown data set omniglt: did you mean omniglot?"),
+        (["zzz"], "unknown data set zzz: choose from sinusoid"),
+        (["--from", "x"], "--from PATH needs the name of a data set"),
+        (["omniglot_small", "--from", "x"], "is shipped with metarun: leave out --from"),
+        (["omniglot", "--from", "nowhere"], "there is no such file or folder"),
+        (["omniglot", "--verify"], "data=omniglot is not in"),
+        (["miniimagenet"], "import files you have with --from PATH"),
+        (["folder"], "check one with `metarun data folder --from PATH`"),
+    ],
+)
+def test_bad_requests_end_with_one_line_and_make_nothing(
+    metarun: Command, own_root: Path, words: list[str], message: str
+) -> None:
+    answer = metarun("data", *words)
+    assert answer.code == 2
+    assert message in answer.err
+    assert answer.err.count("\n") == 1
+    assert not own_root.exists()
+
+
+def test_a_run_without_its_data_says_how_to_get_them(metarun: Command, tmp_path: Path) -> None:
+    answer = metarun("algo=maml", "data=omniglot")
+    assert answer.code == 2
+    assert "fetch it with `metarun data omniglot`" in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_missing_data_are_told_in_two_seconds_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from metarun.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    start = time.monotonic()
+    words = [sys.executable, "-c", code, "algo=maml", "data=omniglot"]
+    answer = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    # Twice the promise: the machine runs other tests meanwhile.
+    assert time.monotonic() - start < 4.0
+    assert answer.returncode == 2, answer.stderr
+    assert "metarun data omniglot" in answer.stderr
+
+
+def test_the_catalogue_knows_every_configuration() -> None:
+    shipped = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
+    assert shipped == set(catalogue.DATASETS)
+    assert catalogue.missing("a users own") is None
+
+
+@pytest.mark.parametrize("name", list(catalogue.DATASETS))
+def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) -> None:
+    from omegaconf import OmegaConf
+
+    loaded: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "data" / f"{name}.yaml"))
+    node = dict(loaded["data"])
+    signature = inspect.signature(locate("data._target_", node.pop("_target_")))
+    parameters = {n: p for n, p in signature.parameters.items() if n not in INJECTED}
+    assert set(signature.parameters) >= INJECTED
+    assert set(parameters) == set(node)
+    for key, parameter in parameters.items():
+        default = parameter.default
+        assert node[key] == (list(default) if isinstance(default, tuple) else default), key
+
+
+def test_the_shipped_files_carry_their_licence() -> None:
+    assert "Brenden Lake" in (FILES / "LICENSE.omniglot").read_text(encoding="utf-8")

@@ -1,0 +1,179 @@
+"""A user's own folder of images: layouts, counts checked first, and pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from metarun.data.folder import Folder, list_folder
+from metarun.data.pictures import photograph
+from metarun.types import SPLITS, EpisodeSize
+from tests.data.sources import injected, sizes, write_class_folders, write_photos
+
+NAMES = [f"class{number}" for number in range(12)]
+
+
+def folder(root: Path, **options: Any) -> Folder:
+    small = {"sizes": sizes(way=2, shot=1, query=2), "image_size": 8}
+    return Folder(root=str(root), **(injected() | small | options))
+
+
+@pytest.fixture
+def one_folder(tmp_path: Path) -> Path:
+    write_class_folders(tmp_path / "all", dict.fromkeys(NAMES, 4))
+    return tmp_path / "all"
+
+
+@pytest.fixture
+def split_folders(tmp_path: Path) -> Path:
+    for number, word in enumerate(("train", "val", "test")):
+        write_class_folders(tmp_path / "s" / word, dict.fromkeys(NAMES[number * 4 :][:4], 4))
+    return tmp_path / "s"
+
+
+def test_one_folder_is_split_by_a_hash_of_the_names(one_folder: Path, tmp_path: Path) -> None:
+    source = folder(one_folder)
+    names = {split: set(source.class_names(split)) for split in SPLITS}
+    assert [len(names[split]) for split in SPLITS] == [8, 2, 2]
+    assert set.union(*names.values()) == set(NAMES)
+    moved = one_folder.rename(tmp_path / "elsewhere")
+    (moved / "notes.txt").write_text("not a class")
+    again = folder(moved)
+    assert {split: set(again.class_names(split)) for split in SPLITS} == names
+    assert again.fingerprint() == source.fingerprint()
+
+
+def test_shares_of_the_split_can_be_set(one_folder: Path) -> None:
+    source = folder(one_folder, val_fraction=0.25, test_fraction=0.5)
+    assert [source.num_classes(split) for split in SPLITS] == [3, 3, 6]
+
+
+def test_split_folders_are_taken_as_they_are(split_folders: Path) -> None:
+    source = folder(split_folders)
+    assert [source.class_names(split) for split in SPLITS] == [
+        tuple(NAMES[:4]),
+        tuple(NAMES[4:8]),
+        tuple(sorted(NAMES[8:])),
+    ]
+    (split_folders / "val").rename(split_folders / "validation")
+    assert folder(split_folders).class_names("val") == tuple(NAMES[4:8])
+
+
+def test_rows_are_the_pictures_cut_square_and_normalised(split_folders: Path) -> None:
+    source = folder(split_folders)
+    batch = source.batch("train", 0, 200)
+    assert batch.support_x.shape == (200, 2, 3, 8, 8)
+    images = source._tables["train"].images
+    expected = photograph(Image.open(split_folders / "train" / "class1" / "0002.png"), 8, crop=True)
+    np.testing.assert_array_equal(images[4 + 2].numpy(), expected)
+    everything = source._normalise(images / 255.0)
+    # Green alone differs from picture to picture within a class.
+    assert everything[:, 1].mean().abs() < 1e-4
+    assert everything[:, 1].std(correction=0) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_grey_pictures_have_one_channel(one_folder: Path) -> None:
+    assert folder(one_folder, grey=True).spec.input_shape == (1, 8, 8)
+
+
+def test_a_users_picture_is_prepared_as_the_data_were(split_folders: Path) -> None:
+    source = folder(split_folders)
+    path = split_folders / "val" / "class5" / "0001.png"
+    row = source.prepare([path])[0]
+    images = source._tables["val"].images
+    torch.testing.assert_close(row, source._normalise(images[4 + 1] / 255.0))
+
+
+def test_a_photograph_is_turned_as_the_camera_says() -> None:
+    image = Image.new("RGB", (8, 8), "black")
+    image.paste("white", (0, 0, 8, 4))
+    image.getexif()[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    pixels = photograph(image, 8, crop=True, grey=True)[0]
+    assert (pixels[:, 4:] == 255).all()
+    assert (pixels[:, :4] == 0).all()
+
+
+def test_deep_greys_keep_their_contrast() -> None:
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    pixels = photograph(Image.fromarray(values), 8, crop=True, grey=True)[0]
+    np.testing.assert_allclose(pixels, values / 257.0, atol=1.0)
+
+
+def test_a_class_with_too_few_images_is_named_before_any_is_read(split_folders: Path) -> None:
+    write_photos(split_folders / "train" / "rare", 1)
+    (split_folders / "train" / "rare" / "0000.png").write_bytes(b"unreadable")
+    with pytest.raises(
+        ValueError, match=r"class rare has 1 images, 1\+2 are needed: add images or set data\.min"
+    ):
+        folder(split_folders)
+    write_photos(split_folders / "train" / "rare", 3)
+    own = sizes(way=2, shot=1, query=2, train=EpisodeSize(2, 1, 3))
+    with pytest.raises(
+        ValueError,
+        match=r"class rare has 3 images, 1\+3 are needed: lower train.query to 2 "
+        r"or set data\.min_per_class=4 to drop it",
+    ):
+        folder(split_folders, sizes=own)
+
+
+def test_small_classes_can_be_dropped(split_folders: Path) -> None:
+    write_photos(split_folders / "train" / "rare", 1)
+    source = folder(split_folders, min_per_class=3)
+    assert "rare" not in source.class_names("train")
+
+
+def test_an_unreadable_picture_is_named(one_folder: Path) -> None:
+    path = one_folder / "class3" / "0001.png"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"class3/0001\.png cannot be read as an image"):
+        folder(one_folder)
+
+
+def test_other_layouts_are_refused_with_what_to_do(one_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    write_class_folders(tmp_path / "few", dict.fromkeys(NAMES[:5], 3))
+    write_class_folders(tmp_path / "half" / "train", dict.fromkeys(NAMES[:3], 3))
+    write_class_folders(tmp_path / "half" / "test", dict.fromkeys(NAMES[:3], 3))
+    (one_folder / "hollow").mkdir()
+    for root, message in (
+        (None, "data=folder needs data.root=PATH"),
+        (tmp_path / "none", "there is no such folder"),
+        (tmp_path / "empty", "has no class folders"),
+        (tmp_path / "few", "has 5 classes, 6 or more are needed"),
+        (tmp_path / "half", "has train/ and test/ but no val/"),
+        (one_folder, r"hollow has no images: put some in, or set data.min_per_class=1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list_folder(None if root is None else str(root))
+    write_class_folders(tmp_path / "half" / "val", dict.fromkeys(NAMES[3:6], 3))
+    with pytest.raises(ValueError, match="class class0 is in train and in test"):
+        list_folder(str(tmp_path / "half"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 4}, "data.image_size=4 is out of range: 8 to 512"),
+        ({"min_per_class": 0}, "data.min_per_class=0 is out of range"),
+        ({"val_fraction": 0.0}, "data.val_fraction=0.0 is out of range"),
+        ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave no class to train on"),
+    ],
+)
+def test_impossible_options_are_refused(
+    one_folder: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        folder(one_folder, **options)
+
+
+def test_pictures_that_do_not_fit_into_memory_are_counted_first(
+    one_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda _: 100)
+    with pytest.raises(ValueError, match=r"48 images of 8 x 8 take .* lower data.image_size"):
+        folder(one_folder)
