@@ -66,36 +66,39 @@ class Augmentation:
         return images
 
     def _affine(self, images: Tensor, keys: Tensor) -> Tensor:
-        tasks, rows, _, height, width = images.shape
         # float64, so that the last bit of a sine, which may depend on the batch, is rounded away.
-        draw = seeding.uniform(keys, _SLOT_AFFINE, (rows, 5), low=-1.0, dtype=torch.float64)
-        draw = draw.flatten(0, 1)
+        draw = seeding.uniform(
+            keys, _SLOT_AFFINE, (images.shape[1], 5), low=-1.0, dtype=torch.float64
+        ).flatten(0, 1)
         angle = draw[:, 0] * math.radians(self.affine_degrees)
         slant = torch.tan(draw[:, 1] * math.radians(self.affine_shear))
         zoom = 1.0 / (1.0 + draw[:, 2] * self.affine_scale)
         cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-        to_x = (cos, slant * cos - sin, draw[:, 3] * (2.0 * self.affine_translate))
-        to_y = (sin, slant * sin + cos, draw[:, 4] * (2.0 * self.affine_translate))
-        # Stacking in front and moving the axis is several times faster than stacking behind.
-        grid = torch.stack([_plane(c, height, width, images) for c in (to_x, to_y)], dim=1)
-        grid = grid.movedim(1, -1)
-        flat = images.flatten(0, 1)
-        moved: Tensor = functional.grid_sample(
-            flat, grid, padding_mode=self.padding, align_corners=False
-        )
-        return moved.reshape(tasks, rows, *moved.shape[1:])
+        shift = 2.0 * self.affine_translate
+        to_x = torch.stack([cos, slant * cos - sin, draw[:, 3] * shift])
+        to_y = torch.stack([sin, slant * sin + cos, draw[:, 4] * shift])
+        maps = torch.stack([to_x, to_y]).to(images.dtype)
+        return _warp(images.flatten(0, 1), maps, self.padding).reshape(images.shape)
 
 
-def _plane(
-    coefficients: tuple[Tensor, Tensor, Tensor], height: int, width: int, like: Tensor
-) -> Tensor:
-    """(B, H, W) values of a·x + b·y + c at the centres of the pixels.
+def _warp(images: Tensor, maps: Tensor, padding: str) -> Tensor:
+    """Move (B, C, H, W) images by (2, 3, B) affine maps from new to old places in [-1, 1]."""
+    height, width = images.shape[-2:]
+    planes = [_plane(coefficients, height, width) for coefficients in maps.unbind()]
+    # Stacking in front and moving the axis is several times faster than stacking behind.
+    grid = torch.stack(planes, dim=1).movedim(1, -1)
+    moved: Tensor = functional.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+    return moved
+
+
+def _plane(coefficients: Tensor, height: int, width: int) -> Tensor:
+    """(B, H, W) values of a·x + b·y + c at the centres of the pixels, from (3, B) a, b, c.
 
     Written out because `affine_grid` is a matrix product, whose rounding follows the batch size.
     """
-    a, b, c = (value.to(like.dtype)[:, None, None] for value in coefficients)
-    x = _centres(width, like)[None, None, :]
-    y = _centres(height, like)[None, :, None]
+    a, b, c = coefficients[:, :, None, None].unbind()
+    x = _centres(width, coefficients)[None, None, :]
+    y = _centres(height, coefficients)[None, :, None]
     return a * x + (b * y + c)
 
 
@@ -117,7 +120,8 @@ def _colour(images: Tensor, keys: Tensor, strength: float) -> Tensor:
     brightness, contrast, saturation = draw[..., None, None, None].unbind(2)
     images = (images * brightness).clamp(0.0, 1.0)
     grey = _grey(images)
-    mean = grey.mean(dim=(-3, -2, -1), keepdim=True)
+    # float64, because the order of a sum may depend on the batch.
+    mean = grey.mean(dim=(-3, -2, -1), keepdim=True, dtype=torch.float64).to(images.dtype)
     images = (mean + contrast * (images - mean)).clamp(0.0, 1.0)
     if images.shape[2] == 3:
         grey = _grey(images)
