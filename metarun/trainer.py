@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -180,6 +180,19 @@ def _misfit(path: Path, what: str) -> str:
     )
 
 
+def _differing(was: Any, now: Any) -> tuple[Any, Any]:
+    """Two values, of records only what differs between them."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return was, now
+    then, here = cast(Record, was), cast(Record, now)
+    keys = [key for key in {**then, **here} if then.get(key) != here.get(key)]
+    return _listed(then, keys), _listed(here, keys)
+
+
+def _listed(record: Record, keys: list[str]) -> str:
+    return ", ".join(f"{key} {record.get(key, 'absent')}" for key in keys)
+
+
 class _StopError(Exception):
     """A signal came and the work in hand is left where it can be taken up again."""
 
@@ -324,11 +337,13 @@ class _Loop:
         before = (record.get("resumed") or [record])[-1]
         for key in ("data_fingerprint", "versions", "device", "engine", "torch_threads"):
             if key in before and before[key] != finite(here[key]):
+                was, now = _differing(before[key], finite(here[key]))
                 _log.warning(
-                    "%s was %s and is %s: the numbers will differ from those of a run in one go",
+                    "%s: %s when the run began, %s now: the numbers will differ from those of "
+                    "a run in one go",
                     key.replace("_", " "),
-                    before[key],
-                    here[key],
+                    was,
+                    now,
                 )
         record["resumed"] = [*record.get("resumed", []), {"step": self.step, **here}]
         self.run.write_json("environment.json", record)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from metarun.runs import RunFolder, read_checkpoint
 from tests.tiny_run import go, make_algorithm, same_state
@@ -124,3 +125,18 @@ def test_a_checkpoint_of_another_algorithm_is_refused_and_nothing_changes(tmp_pa
     with pytest.raises(ValueError, match="only this algorithm has rates"):
         go(tmp_path, algorithm=make_algorithm(rates="tensor"))
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_what_has_changed_since_the_run_began_is_said_once(tmp_path: Path) -> None:
+    stop_at(13, tmp_path)
+    run = RunFolder.open(tmp_path)
+    record = run.read_json("environment.json")
+    record["versions"]["torch"] = "1.0"
+    run.write_json("environment.json", record)
+    stop_at(23, tmp_path)
+    go(tmp_path)
+    log = (tmp_path / "metarun.log").read_text()
+    assert log.count("WARNING") == 1
+    here = torch.__version__.partition("+")[0]
+    assert f"versions: torch 1.0 when the run began, torch {here} now" in log
+    assert [entry["step"] for entry in run.read_json("environment.json")["resumed"]] == [9, 18]
