@@ -30,7 +30,7 @@ Episodes = Literal["any", "within_alphabet"]
 _LOG = logging.getLogger(__name__)
 _NUM_ROTATIONS = 4
 _SLOT_GROUP, _SLOT_CLASSES, _SLOT_CLASS_ORDER, _SLOT_ROTATIONS = range(4)
-_SLOT_ROWS, _SLOT_SUPPORT_ORDER, _SLOT_QUERY_ORDER = range(4, 7)
+_SLOT_IMAGES, _SLOT_ROW_ORDER, _SLOT_IMAGE_ORDER = 4, 5, 14
 _KEY_SUPPORT, _KEY_QUERY = 100, 101
 
 
@@ -237,9 +237,9 @@ class ClassEpisodes:
         """(T, W, num_rows) different images of each class, numbered within the class."""
         places = torch.arange(classes.shape[1], device=self.device)
         keys = seeding.fold(keys[:, None], places)
-        picks = sample(keys, _SLOT_ROWS, data.counts[classes], num_rows)
-        # Sampling leaves the order of the rows skewed: the last images of a class come last.
-        order = seeding.bits(keys, _SLOT_ROWS + 10, (num_rows,)).argsort(dim=-1, stable=True)
+        picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
+        # What is sampled last is more often of a high number: shuffle before cutting.
+        order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
         return picks.gather(-1, order)
 
     def _rows(
@@ -248,7 +248,7 @@ class ClassEpisodes:
         """Inputs (T, R, C, H, W) and labels (T, R) of the picked images, in random order."""
         num_tasks, way, num = picks.shape
         keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
-        order = seeding.bits(keys, _SLOT_SUPPORT_ORDER, (way * num,)).argsort(dim=-1, stable=True)
+        order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
         labels = order // max(num, 1)
         index = picks.flatten(1).gather(-1, order)
         images = data.images.index_select(0, index.flatten()).to(self._dtype).div_(255.0)
