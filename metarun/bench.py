@@ -342,16 +342,25 @@ def _load(reference: nn.Module, ours: nn.Module) -> None:
 
 
 def _interleave(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each, timed in turns after two rounds of warm-up."""
+    """Median milliseconds of a step of each, timed in turns after two rounds of warm-up.
+
+    A turn makes a few short steps in a row, as training does: a single one would meet the
+    caches as its rival has left them.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
+    repeats = dict.fromkeys(steps, 1)
     for turn in range(rounds + 2):
         for name, step in steps.items():
             begin = time.perf_counter()
-            step()
+            for _ in range(repeats[name]):
+                step()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+            milliseconds = 1e3 * (time.perf_counter() - begin) / repeats[name]
+            if turn == 1:
+                repeats[name] = max(1, min(20, int(100 / milliseconds)))
             if turn >= 2:
-                times[name].append(1e3 * (time.perf_counter() - begin))
+                times[name].append(milliseconds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

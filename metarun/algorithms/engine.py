@@ -97,13 +97,14 @@ class Engine:
         """
         names = list(params)
         leaves = [params[name] for name in names]
+        scale = 1.0 / rows[0].shape[0]
 
         def backward(chunk_net: nn.Module, chunk: Tensors, batched: bool) -> tuple[Tensors, Any]:
             # Prediction runs under no_grad and worker threads start with it off: say it here.
             with torch.enable_grad():
                 losses, extras = _call(function, batched, chunk_net, params, chunk)
                 grads = torch.autograd.grad(
-                    losses.sum(), leaves, allow_unused=True, materialize_grads=True
+                    losses.sum() * scale, leaves, allow_unused=True, materialize_grads=True
                 )
             return grads, pytree.tree_map(torch.detach, extras)
 
@@ -113,11 +114,7 @@ class Engine:
             total = grads if total is None else tuple(map(torch.add, total, grads))
             extras.append(extra)
         assert total is not None
-        scale = 1.0 / rows[0].shape[0]
-        return (
-            {name: grad * scale for name, grad in zip(names, total, strict=True)},
-            _concatenate(extras),
-        )
+        return dict(zip(names, total, strict=True)), _concatenate(extras)
 
     def map(self, function: TaskFunction, net: nn.Module, params: Params, rows: Tensors) -> Any:
         """Values of `function(net, params, *rows of one task)`, stacked over tasks, no graph."""

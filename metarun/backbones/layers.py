@@ -134,6 +134,8 @@ def update_running(
             tasks are averaged, so that their number does not change the pace.
         momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
     """
+    if not moments:
+        return
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, BatchNorm) and module.name in moments:
