@@ -136,7 +136,9 @@ class OuterOptimizer(nn.Module):
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(progress)
         for name, parameter in self.targets.items():
-            parameter.grad = self._clip(grads[name], norm)
+            grad = self._clip(grads[name], norm)
+            # The fused update reads memory in order: another layout would scramble it silently.
+            parameter.grad = torch.empty_like(parameter).copy_(grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

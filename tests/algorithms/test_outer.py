@@ -32,6 +32,19 @@ def test_adam_is_that_of_torch_whatever_order_the_gradients_come_in() -> None:
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
 
 
+def test_the_memory_layout_of_a_gradient_is_without_meaning() -> None:
+    grad = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = nn.Parameter(torch.zeros(4, 3, 2, 2))
+        outer = OuterOptimizer([("p", param)], lr=0.1)
+        for scale in (1.0, -0.3):
+            outer.step({"p": (scale * grad).contiguous(memory_format=layout)}, Progress(0, 1))
+        moved.append(param.detach().clone())
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], torch.zeros_like(moved[0]))
+
+
 def test_descend_takes_the_gradient_of_the_loss_itself() -> None:
     param = parameter()
     outer = OuterOptimizer([("p", param)], method="sgd", lr=0.5)
