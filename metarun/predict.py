@@ -123,9 +123,10 @@ class Learner:
         """
         outputs = self._outputs(inputs)
         if self._spec.kind == "classification":
-            return cast(Array, self.classes_[outputs.argmax(1).cpu().numpy()])
-        values = outputs.cpu().numpy()
-        return cast(Array, values[:, 0] if self._flat_targets else values)
+            labels: Array = self.classes_[outputs.argmax(1).cpu().numpy()]
+            return labels
+        values: Array = outputs.cpu().numpy()
+        return values[:, 0] if self._flat_targets else values
 
     def predict_proba(self, inputs: Any) -> Array:
         """Probabilities (N, W) of the classes, in the order of `classes_`.
@@ -136,7 +137,8 @@ class Learner:
         """
         if self._spec.kind != "classification":
             raise ValueError("a regression has no classes: use predict")
-        return cast(Array, self._outputs(inputs).double().softmax(1).cpu().numpy())
+        probabilities: Array = self._outputs(inputs).double().softmax(1).cpu().numpy()
+        return probabilities
 
     def _outputs(self, inputs: Any) -> Tensor:
         """(N, W) logits or (N, D) values."""

@@ -28,7 +28,7 @@ from typing import IO, Any, Literal
 try:
     import fcntl
 except ImportError:  # a system without it
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 State = Literal["running", "finished", "failed", "interrupted"]
 Record = dict[str, Any]
