@@ -173,7 +173,8 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
 # Outer rates and steps at which each learns fast; what is held is that it learns at all.
 FAST: dict[str, list[str]] = {
     "metasgd": ["algo.inner_lr=0.05"],
-    "reptile": ["algo.inner_lr=0.01", "algo.inner_steps=5", "optim.schedule=constant"],
+    "protonet": ["train.way=5"],
+    "reptile": ["algo.inner_lr=0.02", "optim.schedule=constant", "eval.inner_steps=8"],
 }
 
 
@@ -194,8 +195,8 @@ def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     with composer() as compose:
         words = [f"algo={algo}", "data=linear", "device=cpu", *FAST.get(algo, [])]
         made = config.build(compose.job(words).plain)
-    for step in range(300):
-        made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 300))
+    for step in range(150):
+        made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 150))
     batch = made.source.batch("test", 0, 100)
     error = task_metric(made.source.spec, answers(made.algorithm, batch), batch.query_y).mean()
     # The best single line is y = x / 2 + 1 / 2; tasks vary about it by (x^2 + 1) / 12.
