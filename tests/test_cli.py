@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +86,6 @@ def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "for_sinusoid" not in done.stdout
-
-
-@pytest.mark.parametrize("words", [["--help"], ["--cfg", "job"], ["list"]], ids=" ".join)
-def test_what_runs_nothing_answers_in_a_second(words: list[str], tmp_path: Path) -> None:
-    # The best of three, since others may use the cores meanwhile.
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        assert run(*words, cwd=tmp_path).returncode == 0
-        seconds.append(time.perf_counter() - begin)
-    assert min(seconds) < 1.0
 
 
 def test_cfg_shows_the_configuration_and_runs_nothing(tmp_path: Path) -> None:
@@ -184,9 +172,7 @@ def test_the_process_itself_says_no_more_than_that(tmp_path: Path) -> None:
 
 
 def test_missing_data_are_answered_at_once_with_the_command(tmp_path: Path) -> None:
-    begin = time.perf_counter()
     done = run("algo=maml", "data=omniglot", cwd=tmp_path, METARUN_DATA=str(tmp_path / "no"))
-    assert time.perf_counter() - begin < 2.0
     check_refused(done, tmp_path, "metarun data omniglot")
 
 
