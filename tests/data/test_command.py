@@ -121,7 +121,7 @@ def test_a_run_without_its_data_says_how_to_get_them(metarun: Command, tmp_path:
     assert not (tmp_path / "outputs").exists()
 
 
-def test_missing_data_are_told_in_two_seconds_without_torch(tmp_path: Path) -> None:
+def test_missing_data_are_told_without_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from metarun.cli import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
