@@ -215,7 +215,10 @@ def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     words: list[str] = []
     for word in overrides:
         key, _, value = word.partition("=")
-        if key in ("resume", "test") and value not in ("", "null"):
+        if key in ("resume", "test") and value != "null":
+            # As typed by `resume=$RUN` with RUN unset: no reason to train another run.
+            if not value:
+                raise ValueError(f"{key}= names nothing: expected the folder of a run")
             folders[key] = value
         else:
             words.append(word)

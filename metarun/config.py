@@ -145,8 +145,10 @@ def unknown_key(key: str, known: Sequence[str]) -> ValueError:
     leaf = key.rpartition(".")[2]
     same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
     hint = f": did you mean {' or '.join(same_leaf[:3])}?" if same_leaf else ""
-    if not same_leaf and known:
-        likeness, _, best = max((*_likeness(key, other), other) for other in known)
+    # A key is never meant as the node that it is in.
+    others = [other for other in known if not key.startswith(f"{other}.")]
+    if not same_leaf and others:
+        likeness, _, best = max((*_likeness(key, other), other) for other in others)
         hint = f": did you mean {best}?" if likeness > 0.6 else ""
     return ValueError(f"there is no key {key}{hint or ' (`metarun --cfg job` lists them)'}")
 

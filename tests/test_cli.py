@@ -148,6 +148,8 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["list", "everything"], ["metarun list takes no everything"]),
         (["resume=nowhere"], ["nowhere"]),
         (["test=nowhere"], ["nowhere"]),
+        (["resume="], ["resume= names nothing: expected the folder of a run"]),
+        (["test=", "shot=5"], ["test= names nothing"]),
         (["resume=a", "test=b"], ["resume= and test= do not go together"]),
         (["resume=a", "-m", "seed=1,2"], ["does not go with -m"]),
     ],

@@ -127,6 +127,7 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
         ("stpes=3", "there is no key stpes: did you mean train.steps?"),
         ("inner_lr=3", "there is no key inner_lr: did you mean algo.inner_lr?"),
         ("algo.inner_lrr=3", "there is no key algo.inner_lrr: did you mean algo.inner_lr?"),
+        ("+algo.foo=3", "there is no key algo.foo (`metarun --cfg job` lists them)"),
         ("+trian.steps=3", "there is no key trian.steps: did you mean train.steps?"),
         ("++new=3", "there is no key new"),
         ("+algo.new=3", "there is no key algo.new"),

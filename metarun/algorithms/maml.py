@@ -99,8 +99,7 @@ class MAML(Algorithm):
             how = Pass(moments=moments, noise=noise)
             outputs = forward(net, {**theta, **adapted}, query_x, how)
             query_loss = self.loss(outputs, query_y)
-            score = task_metric(self.spec, outputs, query_y)
-            return query_loss, (query_loss, score, moments)
+            return query_loss, (query_loss, outputs, moments)
 
         rows = (
             batch.support_x,
@@ -110,12 +109,13 @@ class MAML(Algorithm):
             self.noise(progress, batch.num_tasks),
         )
         params: Params = {**self.optimizer.targets}
-        grads, (losses, scores, moments) = self.settled_engine().gradients(
+        grads, (losses, outputs, moments) = self.settled_engine().gradients(
             task, self.net, params, rows
         )
         self.optimizer.step(grads, progress)
         update_running(self.net, moments)
-        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+        score = task_metric(self.spec, outputs, batch.query_y)
+        return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps

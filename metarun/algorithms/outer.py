@@ -137,8 +137,10 @@ class OuterOptimizer(nn.Module):
             group["lr"] = self.rate(progress)
         for name, parameter in self.targets.items():
             grad = self._clip(grads[name], norm)
-            # The fused update reads memory in order: another layout would scramble it silently.
-            parameter.grad = torch.empty_like(parameter).copy_(grad)
+            if grad.stride() != parameter.stride():
+                # The fused update reads memory in order: it would scramble another layout.
+                grad = torch.empty_like(parameter).copy_(grad)
+            parameter.grad = grad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
