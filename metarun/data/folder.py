@@ -234,8 +234,9 @@ def _hashed_split(
 
 def check_listing(listing: Listing, sizes: Mapping[Split, EpisodeSize]) -> None:
     """Refuse classes that are too small before reading any picture."""
-    for split, classes in listing.splits.items():
-        for name, files in classes.items():
+    # In the order of the sizes: evaluation first, whose keys are those that are typed.
+    for split in sizes:
+        for name, files in listing.splits[split].items():
             needed = sizes[split].shot + sizes[split].query
             if len(files) < needed:
                 size, count = sizes[split], len(files)

@@ -121,6 +121,16 @@ def test_a_class_with_too_few_images_is_named_before_any_is_read(split_folders: 
         folder(split_folders, sizes=own)
 
 
+def test_classes_too_small_for_evaluation_too_name_the_key_that_was_typed(
+    one_folder: Path,
+) -> None:
+    # `query=9` on the command line, from which train.query takes its value.
+    size = EpisodeSize(2, 1, 9)
+    own = {"val": size, "test": size, "train": size}
+    with pytest.raises(ValueError, match=r"1\+9 are needed: lower query to 3 or"):
+        folder(one_folder, sizes=own)
+
+
 def test_small_classes_can_be_dropped(split_folders: Path) -> None:
     write_photos(split_folders / "train" / "rare", 1)
     source = folder(split_folders, min_per_class=3)
