@@ -6,6 +6,7 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +33,11 @@ def run(argv: Sequence[str]) -> int:
         "--root", metavar="DIR", help="where data sets live ($METARUN_DATA, ~/.cache/metarun)"
     )
     parser.add_argument("--verify", action="store_true", help="read everything, compare the hashes")
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"{message} (`metarun data --help`)")
+
+    parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args(list(argv))
     if args.name is None:
         if args.source is not None:

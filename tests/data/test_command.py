@@ -96,6 +96,8 @@ def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
     [
         (["omniglt"], "unknown data set omniglt: did you mean omniglot?"),
         (["zzz"], "unknown data set zzz: choose from sinusoid"),
+        (["--from"], "argument --from: expected one argument (`metarun data --help`)"),
+        (["omniglot", "--form", "x"], "unrecognized arguments: --form x"),
         (["--from", "x"], "--from PATH needs the name of a data set"),
         (["omniglot_small", "--from", "x"], "is shipped with metarun: leave out --from"),
         (["omniglot", "--from", "nowhere"], "there is no such file or folder"),
