@@ -189,7 +189,7 @@ def _check(
 ) -> None:
     if not 0.0 < low <= high < float("inf"):
         raise ValueError(
-            f"algo.inner_lr={low if low == high else [low, high]}: expected a positive number"
+            f"algo.inner_lr={[low, high] if low < high else low}: expected a positive number"
         )
     if low < high and rates == "fixed":
         raise ValueError("algo.inner_lr: a range is the start of learned rates: set algo.rates")
