@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from zipfile import ZipFile
 
 import torch
 from rich.console import Console
@@ -200,9 +202,11 @@ def time_sampling(device: torch.device, rounds: int) -> Figure:
     from PIL import Image
 
     source = _characters(device, 15)
-    with as_file(files("metarun.data") / "files" / "images_background_small1.zip") as archive:
-        folder = _extract(archive)
-        paths = sorted(folder.rglob("*.png"))
+    archive = files("metarun.data") / "files" / "images_background_small1.zip"
+    with as_file(archive) as path, TemporaryDirectory() as folder:
+        with ZipFile(path) as content:
+            content.extractall(folder)
+        paths = sorted(Path(folder).rglob("*.png"))
 
         def per_image() -> None:
             for image in range(32 * 5 * 16):
@@ -374,16 +378,6 @@ def _characters(device: torch.device, query: int) -> OmniglotSmall:
 def _sizes(way: int, shot: int, query: int) -> dict[Split, EpisodeSize]:
     size = EpisodeSize(way, shot, query)
     return {"train": size, "val": size, "test": size}
-
-
-def _extract(archive: Path) -> Path:
-    import tempfile
-    import zipfile
-
-    folder = Path(tempfile.mkdtemp(prefix="metarun-bench-"))
-    with zipfile.ZipFile(archive) as content:
-        content.extractall(folder)
-    return folder
 
 
 def _memory(device: torch.device) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.engine import Engine
+from metarun.algorithms.engine import Engine, TaskFunction
 from metarun.algorithms.outer import OuterOptimizer
 from metarun.backbones.layers import (
     BATCH_NORM_MODES,
@@ -161,6 +161,22 @@ class Algorithm(nn.Module, ABC):
             return torch.zeros(num_tasks, dtype=torch.int64, device=device)
         return seeding.task_keys(self.seed, "noise", progress.step * num_tasks, num_tasks, device)
 
+    def training_rows(self, batch: TaskBatch, progress: Progress) -> tuple[Tensor, ...]:
+        """What the engine hands a task in training: support, query, and the key of its noise."""
+        return (
+            batch.support_x,
+            batch.support_y,
+            batch.query_x,
+            batch.query_y,
+            self.noise(progress, batch.num_tasks),
+        )
+
+    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Tensor:
+        """Values of `task(net, params, *rows of one task)`, stacked over tasks, without a graph."""
+        params = own_parameters(self.net)
+        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
+        return outputs
+
     def answer(
         self, net: nn.Module, params: dict[str, Tensor], support_x: Tensor, query_x: Tensor
     ) -> Tensor:
@@ -186,7 +202,7 @@ def own_parameters(net: nn.Module) -> dict[str, Tensor]:
 
 def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, how: Pass) -> Tensor:
     """Run a network with parameters that are not its own."""
-    outputs: Tensor = torch.func.functional_call(net, params, (x, how), tie_weights=False)
+    outputs: Tensor = torch.func.functional_call(net, params, (x, how))
     return outputs
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.base import Algorithm, forward, task_metric
 from metarun.algorithms.inner import Params, sgd_adapt, sgd_path
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -101,13 +101,7 @@ class MAML(Algorithm):
             query_loss = self.loss(outputs, query_y)
             return query_loss, (query_loss, outputs, moments)
 
-        rows = (
-            batch.support_x,
-            batch.support_y,
-            batch.query_x,
-            batch.query_y,
-            self.noise(progress, batch.num_tasks),
-        )
+        rows = self.training_rows(batch, progress)
         params: Params = {**self.optimizer.targets}
         grads, (losses, outputs, moments) = self.settled_engine().gradients(
             task, self.net, params, rows
@@ -124,19 +118,14 @@ class MAML(Algorithm):
             path = [params, *self._path(net, params, rows[0], rows[1], steps)]
             return self.answer(net, path[-1], rows[0], rows[2])
 
-        return Prediction(self._map(task, support_x, support_y, query_x))
+        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             path = [params, *self._path(net, params, rows[0], rows[1], steps)]
             return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in path])
 
-        return self._map(task, support_x, support_y, query_x).movedim(1, 0)
-
-    def _map(self, task: Any, *rows: Tensor) -> Tensor:
-        params = own_parameters(self.net)
-        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
-        return outputs
+        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
 
     def _path(
         self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int

@@ -62,13 +62,7 @@ class ProtoNet(Algorithm):
             loss = self.loss(logits, query_y)
             return loss, (loss, task_metric(self.spec, logits, query_y), moments)
 
-        rows = (
-            batch.support_x,
-            batch.support_y,
-            batch.query_x,
-            batch.query_y,
-            self.noise(progress, batch.num_tasks),
-        )
+        rows = self.training_rows(batch, progress)
         params = own_parameters(self.net)
         grads, (losses, scores, moments) = self.settled_engine().gradients(
             task, self.net, params, rows
@@ -87,9 +81,7 @@ class ProtoNet(Algorithm):
             features = forward(net, params, torch.cat([rows[0], rows[2]]), how)
             return self._logits(features, rows[1], ways)
 
-        params = own_parameters(self.net)
-        rows = (support_x, support_y, query_x)
-        return Prediction(self.settled_engine().map(task, self.net, params, rows))
+        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
 
     def _logits(self, features: Tensor, support_y: Tensor, ways: int) -> Tensor:
         """(Q, W) from the (S + Q, F) features of one task, support rows first."""

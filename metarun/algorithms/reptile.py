@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.base import Algorithm, forward, task_metric
 from metarun.algorithms.inner import AdamState, Params, adam_start, adam_step, gradient
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -120,19 +120,14 @@ class Reptile(Algorithm):
             weights = self._path(net, params, rows[0], rows[1], steps)[-1]
             return self.answer(net, weights, rows[0], rows[2])
 
-        return Prediction(self._map(task, support_x, support_y, query_x))
+        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             path = self._path(net, params, rows[0], rows[1], steps)
             return torch.stack([self.answer(net, weights, rows[0], rows[2]) for weights in path])
 
-        return self._map(task, support_x, support_y, query_x).movedim(1, 0)
-
-    def _map(self, task: Any, *rows: Tensor) -> Tensor:
-        params = own_parameters(self.net)
-        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
-        return outputs
+        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
 
     def _path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
