@@ -33,6 +33,7 @@ metarun: meta-learning experiments
   metarun experiment=NAME                a published setting with its recipe
   metarun resume=RUN                     continue a run, exactly
   metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
+  metarun compare data=NAME              every algorithm on a data set, as a table
   metarun list                           what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
   metarun bench                          speed of a meta-step on this machine
@@ -87,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
 def _dispatch(argv: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "bench": _bench,
+        "compare": _compare,
         "data": _data,
         "list": _list,
     }
@@ -160,6 +162,12 @@ def _list(argv: list[str]) -> int:
 
 def _data(argv: list[str]) -> int:
     from metarun.data.command import run
+
+    return run(argv)
+
+
+def _compare(argv: list[str]) -> int:
+    from metarun.compare import run
 
     return run(argv)
 

@@ -191,19 +191,16 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError: Something is wrong in the configuration, or its parts do not suit each other.
     """
-    import torch
-
     settings = check(plain)
-    device = _device(settings.device)
-    if device.type == "cpu":
-        keep_large_blocks()
-    dtype = torch.float64 if settings.precision == "float64" else torch.float32
-    source = _cached_source(_source_key(settings), device, dtype)
+    source = _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
             if way < 2:
                 raise ValueError(f"{key}={way} is out of range: a classification needs 2 or more")
-    algorithm = _algorithm(settings, source).to(device, dtype)
+    device = source.device
+    if device.type == "cpu":
+        keep_large_blocks()
+    algorithm = _algorithm(settings, source).to(device, _dtype(settings))
     engine = algorithm.settled_engine().describe()
     record = {**plain, **engine, "device": str(device)}
     facts = {
@@ -220,6 +217,25 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     # The source may have lowered the ways on meta-val; the records say what was done.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
     return Experiment(algorithm, source, settings.train, evaluation, facts, record, settings.seed)
+
+
+def source(plain: Mapping[str, Any]) -> EpisodeSource:
+    """Make the data set of a configuration alone.
+
+    Raises:
+        ValueError: Something is wrong in the configuration, or the data are not here.
+    """
+    return _source(check(plain))
+
+
+def _source(settings: Settings) -> EpisodeSource:
+    return _cached_source(_source_key(settings), _device(settings.device), _dtype(settings))
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    import torch
+
+    return torch.float64 if settings.precision == "float64" else torch.float32
 
 
 def _device(name: str) -> torch.device:

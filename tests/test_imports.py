@@ -24,8 +24,9 @@ RANKS = {
     "request": 6, "listing": 6,
     "launch": 7, "predict": 7,
     "again": 8,
-    "cli": 9,
-    "__main__": 10,
+    "compare": 9,
+    "cli": 10,
+    "__main__": 11,
 }  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

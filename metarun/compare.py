@@ -1,0 +1,174 @@
+"""`metarun compare`: every algorithm on one data set, each with its recipe, in one table.
+
+A run's folder is named after its sizes and a hash of its configuration: the same command skips
+what is finished, continues what is not, and makes what is missing. Beside each run stands what
+its learner reaches before any training, on the same test episodes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metarun import again, config
+from metarun.config import conf_dir
+from metarun.launch import EXIT_FAILED, EXIT_OK, check_jobs, guarded, train
+from metarun.listing import description
+from metarun.request import Composer, Job, composer
+from metarun.runs import RunFolder, write_atomically
+from metarun.tables import UNTRAINED, Result, Row, comparison, read_result
+
+_HOW_IT_RUNS = ("device", "engine", "tasks_per_chunk", "threads", "debug")
+"""What does not change what a run computes: left out of the hash."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the comparison, and the folder where it is or will be."""
+
+    job: Job
+    folder: Path
+
+    def result(self) -> Result | None:
+        """What it has reached; None while it is not finished."""
+        return read_result(RunFolder(self.folder)) if self.folder.is_dir() else None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer `metarun compare data=… [KEY=VALUE,VALUE …]`; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="metarun compare",
+        description="Train and test every algorithm (or algo=…,…) on a data set, and print the "
+        "table. The same command again skips what is finished and continues what is not.",
+    )
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as `metarun -m` takes them")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("outputs/compare"), help="where the runs are"
+    )
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
+    args = parser.parse_intermixed_args(list(argv))
+    for word in args.words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not KEY=VALUE, as in `metarun compare data=sinusoid`")
+    with composer(args.config_dir) as compose:
+        jobs = compose.jobs(_with_algorithms(compose, args.words), sweep=True)
+    plan = [Planned(job, args.dir / folder_name(job)) for job in jobs]
+    failed = [] if args.table else _run_missing(plan, args.config_dir)
+    table = _table(plan)
+    print(f"\n{table}")
+    if not args.table:
+        path = args.dir / f"{_slug(args.words)}.md"
+        write_atomically(path, f"{table}\n".encode())
+        print(f"\nwritten to {path}")
+    for folder in failed:
+        print(f"error: {folder} has failed: the same command tries it again", file=sys.stderr)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def folder_name(job: Job) -> str:
+    """What a run is called: its algorithm, data and sizes, and a hash of what it computes."""
+    plain = job.plain
+    names = plain["names"]
+    hashed = {key: value for key, value in plain.items() if key not in _HOW_IT_RUNS}
+    digest = hashlib.blake2b(json.dumps(hashed, sort_keys=True).encode(), digest_size=4)
+    sizes = f"{plain['way']}way-{plain['shot']}shot-seed{plain['seed']}"
+    return _slug([f"{names['algo']}-{names['data']}-{sizes}-{digest.hexdigest()}"])
+
+
+def _with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
+    """The words, with every algorithm that can learn the data unless some are named."""
+    if any(word.partition("=")[0] == "algo" for word in words):
+        return list(words)
+    kind = config.source(compose.jobs(words, sweep=True)[0].plain).spec.kind
+    suited: list[str] = []
+    for name in compose.options("algo"):
+        node = compose.job([f"algo={name}", "~recipe"]).plain["algo"]
+        target = config.locate("algo._target_", node["_target_"])
+        if kind in getattr(target, "kinds", ()):
+            suited.append(name)
+    return [f"algo={','.join(suited)}", *words]
+
+
+def _run_missing(plan: Sequence[Planned], config_dir: str | None) -> list[Path]:
+    """Make or continue what is not finished; returns the folders of what has failed."""
+    missing = [planned for planned in plan if planned.result() is None]
+    print(f"{len(plan) - len(missing)} of {len(plan)} runs are finished", flush=True)
+    check_jobs([planned.job for planned in missing if not planned.folder.exists()])
+    failed: list[Path] = []
+    for number, planned in enumerate(missing, 1):
+        print(f"\nrun {number} of {len(missing)}: {planned.folder}", flush=True)
+        if _run(planned, config_dir) != EXIT_OK:
+            failed.append(planned.folder)
+    for planned in plan:
+        result = planned.result()
+        if result is not None and result.untrained is None:
+            _measure_untrained(planned)
+    return failed
+
+
+def _run(planned: Planned, config_dir: str | None) -> int:
+    """Train and test one run; returns its exit code."""
+    job, folder = planned.job, planned.folder
+    if not folder.exists():
+        return guarded(
+            lambda: train(job.plain, folder, job.overrides), debug=bool(job.plain["debug"])
+        )
+    try:
+        return again.resume(str(folder), [], config_dir)
+    # Another process may be at work there, or the folder be damaged: the others go on.
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def _measure_untrained(planned: Planned) -> None:
+    """What the learner reaches with its initial parameters, on the run's test episodes."""
+    from metarun.evaluate import evaluate, interval
+
+    made = config.build(planned.job.plain)
+    measured = evaluate(
+        made.algorithm, made.source, "test", made.eval.episodes, made.eval.tasks_per_batch
+    )
+    mean, ci95 = interval(measured.values)
+    record = {"mean": mean, "ci95": ci95, "episodes": made.eval.episodes}
+    RunFolder(planned.folder).write_json(UNTRAINED, record)
+
+
+def _table(plan: Sequence[Planned]) -> str:
+    """A row for each algorithm, a column for each size, the seeds together."""
+    cells: dict[str, dict[str, list[Result]]] = {}
+    columns: list[str] = []
+    for planned in plan:
+        column = _size_name(planned)
+        columns += [] if column in columns else [column]
+        row = cells.setdefault(planned.job.plain["names"]["algo"], {})
+        result = planned.result()
+        row.setdefault(column, []).extend([] if result is None else [result])
+    rows = [
+        Row(name, _method(name), [found.get(column, []) for column in columns])
+        for name, found in cells.items()
+    ]
+    return comparison(rows, columns)
+
+
+def _size_name(planned: Planned) -> str:
+    plain = planned.job.plain
+    if plain["way"] == 1:
+        return f"{plain['shot']} points"
+    return f"{plain['way']}-way {plain['shot']}-shot"
+
+
+def _method(name: str) -> str:
+    """The name and the paper, which open the description of an algorithm."""
+    return description(conf_dir() / "algo" / f"{name}.yaml").partition(":")[0]
+
+
+def _slug(words: Sequence[str]) -> str:
+    return re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_.")[:120] or "all"
