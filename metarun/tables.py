@@ -95,7 +95,6 @@ def _cells(row: Row) -> list[str]:
     if not results:
         return [f"`{row.name}`", row.method, *figures, "", "", "", ""]
     record = results[0].record
-    statistics = record["bn_statistics"] + (", transductive" if record["transductive"] else "")
     seconds = [_mean([r.record["train_seconds"] for r in cell], duration) for cell in row.cells]
     return [
         f"`{row.name}`",
@@ -104,7 +103,7 @@ def _cells(row: Row) -> list[str]:
         " / ".join(_untrained(cell) for cell in row.cells),
         " / ".join(seconds),
         f"{record['parameters']:,}",
-        statistics,
+        record["bn_statistics"],
     ]
 
 

@@ -1,0 +1,150 @@
+"""`metarun compare`, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metarun.cli import main
+from metarun.compare import folder_name
+from metarun.request import composer
+
+TINY = [
+    "train.steps=2", "train.tasks_per_step=2", "eval.episodes=4", "eval.val_episodes=4",
+    "eval.tasks_per_batch=4", "eval.curve_steps=1", "device=cpu",
+]  # fmt: skip
+WORDS = ["data=linear", "algo=maml,fomaml", "shot=2,3", *TINY]
+
+
+def results(folder: Path) -> dict[str, int]:
+    """When each run's results were written, by the folder's name."""
+    return {p.parent.name: p.stat().st_mtime_ns for p in folder.rglob("results.json")}
+
+
+def test_it_trains_every_combination_and_the_second_time_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *WORDS]) == 0
+    first = results(tmp_path)
+    assert len(first) == 4
+    table = capsys.readouterr().out
+    assert "| `maml` | MAML (Finn 2017) |" in table
+    assert "2 points: MSE" in table
+    assert "not run" not in table
+    assert main(["compare", *WORDS]) == 0
+    assert results(tmp_path) == first
+    assert "4 of 4 runs are finished" in capsys.readouterr().out
+    assert [p.read_text() in table for p in tmp_path.rglob("*.md")] == [True]
+
+
+def test_what_is_missing_is_said_and_not_blank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--table", *WORDS]) == 0
+    assert "| not run | not run |" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_untrained_line_is_the_learner_with_its_initial_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metarun import config
+    from metarun.evaluate import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    words = ["data=linear", "algo=maml", *TINY]
+    assert main(["compare", *words]) == 0
+    stored = json.loads(next(tmp_path.rglob("untrained.json")).read_text())
+    with composer() as compose:
+        made = config.build(compose.job(words).plain)
+    values = evaluate(made.algorithm, made.source, "test", 4, 4).values
+    assert stored["mean"] == pytest.approx(values.mean(), rel=1e-12)
+
+
+def test_all_algorithms_that_can_learn_the_data_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "--table", "data=sinusoid"]) == 0
+    table = capsys.readouterr().out
+    assert "`reptile`" in table
+    assert "`protonet`" not in table
+    assert main(["compare", "--table", "data=omniglot_small"]) == 0
+    assert "`protonet`" in capsys.readouterr().out
+
+
+def test_a_folder_is_named_after_what_a_run_computes_and_not_how() -> None:
+    def name(*words: str) -> str:
+        with composer() as compose:
+            return folder_name(compose.job(["algo=maml", "data=linear", *words]))
+
+    assert name() == name("threads=1", "engine=loop", "device=cpu")
+    assert len({name(), name("seed=1"), name("algo.inner_lr=0.5"), name("train.steps=7")}) == 4
+
+
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    words = ["data=linear", "algo=maml", *TINY[1:], "train.steps=1000", "train.log_every=10"]
+    command = [sys.executable, "-m", "metarun", "compare", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in tmp_path.rglob("metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 130, errors
+    status = json.loads(next(tmp_path.rglob("status.json")).read_text())
+    assert status["state"] == "interrupted"
+    assert 0 < status["step"] < 1000
+    again = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert f"from step {status['step']}" in again.stdout
+    assert len(results(tmp_path)) == 1
+
+
+def test_a_failed_run_leaves_the_others_alone_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["data=linear", "algo=maml", "algo.inner_lr=1e30,0.01", *TINY]
+    assert main(["compare", *words]) == 1
+    assert len(results(tmp_path)) == 1
+    said = capsys.readouterr().err
+    assert "has failed: the same command tries it again" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["linear"], "'linear' is not KEY=VALUE"),
+        (["data=linaer"], "did you mean linear?"),
+        (["data=linear", "algo=mml"], "did you mean maml?"),
+        (["data=linear", "shot=0"], "shot=0 is out of range"),
+    ],
+)
+def test_a_mistake_is_one_line_and_makes_nothing(
+    words: list[str],
+    part: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert part in said
+    assert not list(tmp_path.iterdir())
