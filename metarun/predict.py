@@ -200,8 +200,7 @@ class Learner:
         return self._tensor(numbers)
 
     def _tensor(self, values: Array) -> Tensor:
-        dtype = next(self._algorithm.parameters()).dtype
-        return torch.from_numpy(values).to(self._source.device, dtype)
+        return torch.from_numpy(values).to(self._source.device, self._algorithm.dtype)
 
 
 def _numbers(name: str, values: Sequence[Any] | Array) -> Array:

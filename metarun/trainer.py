@@ -294,7 +294,7 @@ class _Loop:
         if step == total and self.run.status().get("state") == "finished":
             raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
         load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
-        device = next(self.algorithm.parameters()).device
+        device = self.algorithm.device
         self.step = self.saved = step
         self.validated = checkpoint["validated"]
         self.best = checkpoint["best"]
@@ -312,7 +312,7 @@ class _Loop:
             ValueError: The disk has no room for the run.
         """
         check_space(self.run.path, required_bytes(self.algorithm))
-        device = str(next(self.algorithm.parameters()).device)
+        device = str(self.algorithm.device)
         here = {
             **environment.describe(device),
             "engine": self.algorithm.settled_engine().describe(),

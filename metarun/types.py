@@ -41,12 +41,16 @@ class TaskSpec:
         input_shape: Shape of one input row, without batch dimensions.
         output_dim: Ways of a classification at evaluation, or values per row of a regression.
         train_way: Ways of a training task (`output_dim` unless the algorithm trains on more).
+        num_train_classes: Classes of the training split, which `TaskBatch.class_ids` numbers from
+            0, so that `class_ids.gather(1, support_y)` are labels among all of them; rotations
+            count where each is a class. None in regression.
     """
 
     kind: Literal["classification", "regression"]
     input_shape: tuple[int, ...]
     output_dim: int
     train_way: int
+    num_train_classes: int | None = None
 
     @property
     def metric(self) -> str:

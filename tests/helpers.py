@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -72,6 +73,17 @@ def image_batch(
     support_x, support_y = rows(shot)
     query_x, query_y = rows(query)
     return TaskBatch(support_x, support_y, query_x, query_y)
+
+
+def labelled_spec(ways: int = 3) -> TaskSpec:
+    """Images of seven training classes."""
+    return replace(image_spec(ways), num_train_classes=7)
+
+
+def labelled_batch(tasks: int = 3, shot: int = 2, query: int = 2, seed: int = 0) -> TaskBatch:
+    """Tasks of three of them each."""
+    ids = torch.stack([torch.arange(7).roll(2 * task)[:3] for task in range(tasks)])
+    return replace(image_batch(labelled_spec(), tasks, shot, query, seed), class_ids=ids)
 
 
 def make(

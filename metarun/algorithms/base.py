@@ -61,6 +61,7 @@ class Algorithm(nn.Module, ABC):
     """Whether the order of support rows is without meaning."""
 
     net: nn.Module
+    _place: Tensor
 
     def __init__(
         self,
@@ -96,6 +97,18 @@ class Algorithm(nn.Module, ABC):
         self.seed = seed
         self._backbone = backbone
         self._optim = optim
+        # Moves with the module, so that one without parameters knows its device and precision.
+        self.register_buffer("_place", torch.empty(0), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._place.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that it computes in."""
+        return self._place.dtype
 
     @abstractmethod
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -145,7 +158,7 @@ class Algorithm(nn.Module, ABC):
 
     def settled_engine(self) -> Engine:
         """The engine with everything settled, for the network and where it is."""
-        return self.engine.resolved(self.net, next(self.net.parameters()).device)
+        return self.engine.resolved(self.net, self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss of one task: cross-entropy of (N, W) logits, or squared error of (N, D)."""
@@ -156,10 +169,10 @@ class Algorithm(nn.Module, ABC):
 
     def noise(self, progress: Progress, num_tasks: int) -> Tensor:
         """(T,) keys of the random masks of one update; zeros where the network makes none."""
-        device = next(self.parameters()).device
         if not makes_noise(self.net):
-            return torch.zeros(num_tasks, dtype=torch.int64, device=device)
-        return seeding.task_keys(self.seed, "noise", progress.step * num_tasks, num_tasks, device)
+            return torch.zeros(num_tasks, dtype=torch.int64, device=self.device)
+        first = progress.step * num_tasks
+        return seeding.task_keys(self.seed, "noise", first, num_tasks, self.device)
 
     def training_rows(self, batch: TaskBatch, progress: Progress) -> tuple[Tensor, ...]:
         """What the engine hands a task in training: support, query, and the key of its noise."""

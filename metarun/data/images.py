@@ -158,6 +158,7 @@ class ClassEpisodes:
             input_shape=shape,
             output_dim=self.sizes["test"].way,
             train_way=self.sizes["train"].way,
+            num_train_classes=self.num_classes("train"),
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:

@@ -132,6 +132,28 @@ def test_rotations_as_classes_turn_every_image_of_a_class_alike() -> None:
     assert source.class_names("train")[8] == "train1/rot090"
 
 
+@pytest.mark.parametrize(
+    ("options", "classes"),
+    [({}, 7), ({"rotations": "classes"}, 28), ({"rotations": "per_task"}, 7)],
+    ids=["upright", "rotations are classes", "rotations per task"],
+)
+def test_class_ids_number_the_training_classes_that_the_spec_counts(
+    options: dict[str, Any], classes: int
+) -> None:
+    source = numbered(**options)
+    assert source.spec.num_train_classes == classes
+    ids = source.batch("train", 0, 200).class_ids
+    assert ids is not None
+    assert ids.unique().tolist() == list(range(classes))
+
+
+def test_a_row_has_its_class_behind_its_local_label() -> None:
+    batch = numbered().batch("train", 0, 50)
+    assert batch.class_ids is not None
+    for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
+        assert torch.equal(batch.class_ids.gather(1, y), identities(x[..., 0, :, :])[..., 0])
+
+
 def test_a_rotation_per_task_turns_a_class_in_support_and_query_alike() -> None:
     source = numbered(rotations="per_task", sizes=sizes(way=4, shot=1, query=1))
     batch = source.batch("train", 0, 100)
