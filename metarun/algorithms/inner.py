@@ -116,3 +116,9 @@ def adam_start(params: Params) -> AdamState:
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
     some = next(iter(params.values()))
     return AdamState(zeros, dict(zeros), torch.zeros((), dtype=some.dtype, device=some.device))
+
+
+def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """(W, F) mean of the (S, F) features of each class (Snell 2017, eq. 1); each has a row."""
+    member = (labels[None] == torch.arange(ways, device=labels.device)[:, None]).to(features.dtype)
+    return (member @ features) / member.sum(1, keepdim=True)
