@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
+LossAndExtras = Callable[[Params], tuple[Tensor, Any]]
 
 
 def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
@@ -24,11 +26,39 @@ def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
         params: Where to take it.
         first_order: Treat the gradient as a constant, and keep no graph of it.
     """
-    if first_order:
-        constant = {name: param.detach() for name, param in params.items()}
-        return {name: g.detach() for name, g in torch.func.grad(loss)(constant).items()}
-    grads: Params = torch.func.grad(loss)(params)
+    grads, _ = gradient_and_extras(lambda p: (loss(p), ()), params, first_order=first_order)
     return grads
+
+
+def gradient_and_extras(
+    loss: LossAndExtras, params: Params, *, first_order: bool
+) -> tuple[Params, Any]:
+    """As `gradient`, of a loss that comes with any nest of tensors beside it, and that nest."""
+    if first_order:
+        params = {name: param.detach() for name, param in params.items()}
+    grads, extras = torch.func.grad(loss, has_aux=True)(params)
+    if first_order:
+        grads = {name: grad.detach() for name, grad in grads.items()}
+    return grads, extras
+
+
+def descend(
+    params: Params, grads: Params, *, lr: float | Params, clip: float | None = None
+) -> Params:
+    """One step of plain gradient descent: theta - lr * grad.
+
+    Args:
+        params: Where to start.
+        grads: Gradients by the same names.
+        lr: Step size in parameter units per unit of gradient; by name where it is learned.
+        clip: Cut each element of a gradient to [-clip, clip].
+    """
+    if clip is not None:
+        grads = {name: grad.clamp(-clip, clip) for name, grad in grads.items()}
+    return {
+        name: param - (lr[name] if isinstance(lr, dict) else lr) * grads[name]
+        for name, param in params.items()
+    }
 
 
 def sgd_path(
@@ -55,12 +85,7 @@ def sgd_path(
     """
     for _ in range(steps):
         grads = gradient(loss, params, first_order=first_order)
-        if clip is not None:
-            grads = {name: grad.clamp(-clip, clip) for name, grad in grads.items()}
-        params = {
-            name: param - (lr[name] if isinstance(lr, dict) else lr) * grads[name]
-            for name, param in params.items()
-        }
+        params = descend(params, grads, lr=lr, clip=clip)
         yield params
 
 
@@ -116,3 +141,9 @@ def adam_start(params: Params) -> AdamState:
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
     some = next(iter(params.values()))
     return AdamState(zeros, dict(zeros), torch.zeros((), dtype=some.dtype, device=some.device))
+
+
+def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
+    """(W, F) mean of the (S, F) features of each class (Snell 2017, eq. 1); each has a row."""
+    member = (labels[None] == torch.arange(ways, device=labels.device)[:, None]).to(features.dtype)
+    return (member @ features) / member.sum(1, keepdim=True)

@@ -1,7 +1,7 @@
 """Model-agnostic meta-learning and the variants that are settings of it.
 
 MAML and FOMAML: Finn, Abbeel & Levine 2017, Algorithm 1 and section 5.2; official code
-cbfinn/maml. ANIL: Raghu et al. 2020. Meta-SGD: Li et al. 2017.
+cbfinn/maml. ANIL: Raghu et al. 2020. BOIL: Oh et al. 2021. Meta-SGD: Li et al. 2017.
 
 Shapes: T tasks, S support rows, Q query rows, D outputs.
 """
@@ -19,7 +19,7 @@ from metarun.algorithms.inner import Params, sgd_adapt, sgd_path
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
-Adapted = Literal["all", "head"]
+Adapted = Literal["all", "head", "body"]
 Rates = Literal["fixed", "tensor", "element"]
 
 
@@ -38,7 +38,8 @@ class MAML(Algorithm):
         inner_steps: Inner steps in training.
         second_order_from: Update from which inner gradients are differentiated; 0 is MAML,
             None (never) is FOMAML, a number in between is the annealing of MAML++.
-        adapt: `all` parameters, or the `head` alone (ANIL).
+        adapt: `all` parameters, the `head` alone (ANIL), or the `body` alone (BOIL: the head
+            has inner rate 0 and learns in the outer loop only).
         rates: `fixed`; learned one for each `tensor`; or one for each `element` (Meta-SGD).
         inner_clip: Cut each element of an inner gradient to [-inner_clip, inner_clip].
         **common: Those of `Algorithm`.
@@ -68,7 +69,7 @@ class MAML(Algorithm):
         self.adapted = [
             name
             for name, _ in self.net.named_parameters()
-            if adapt == "all" or name.startswith("head.")
+            if adapt == "all" or name.startswith(f"{adapt}.")
         ]
         self.inner_lr = low
         self.rates = nn.ParameterDict()
@@ -188,8 +189,8 @@ def _check(
         raise ValueError(
             f"algo.second_order_from={second_order_from}: expected an update, or null for never"
         )
-    if adapt not in ("all", "head"):
-        raise ValueError(f"algo.adapt={adapt}: expected all or head")
+    if adapt not in ("all", "head", "body"):
+        raise ValueError(f"algo.adapt={adapt}: expected all, head or body")
     if rates not in ("fixed", "tensor", "element"):
         raise ValueError(f"algo.rates={rates}: expected fixed, tensor or element")
     if inner_clip is not None and inner_clip <= 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.inner import prototypes
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -92,9 +93,3 @@ class ProtoNet(Algorithm):
             similarity = nn.functional.normalize(query) @ nn.functional.normalize(centres).T
             return self.scale * (similarity - 1.0)
         return -self.scale * (query[:, None] - centres[None]).square().sum(-1)
-
-
-def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """(W, F) mean of the (S, F) features of each class; every class has a row (eq. 1)."""
-    member = (labels[None] == torch.arange(ways, device=labels.device)[:, None]).to(features.dtype)
-    return (member @ features) / member.sum(1, keepdim=True)

@@ -149,6 +149,16 @@ def has_batch_norm(net: nn.Module) -> bool:
     return any(isinstance(module, BatchNorm) for module in net.modules())
 
 
+def norm_parameters(net: nn.Module) -> set[str]:
+    """Qualified names of the scale and shift of every batch norm."""
+    return {
+        f"{name}.{own}"
+        for name, module in net.named_modules()
+        if isinstance(module, BatchNorm)
+        for own, _ in module.named_parameters()
+    }
+
+
 def makes_noise(net: nn.Module) -> bool:
     """Whether a network draws random masks in training."""
     return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())

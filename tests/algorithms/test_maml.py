@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.engine import Engine
 from metarun.algorithms.maml import MAML
-from metarun.types import Progress, TaskBatch
+from metarun.types import Progress, TaskBatch, TaskSpec
 from tests.helpers import (
     TINY_BACKBONES,
     image_batch,
@@ -26,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "maml": {"inner_lr": 0.3, "inner_steps": 2},
     "fomaml": {"inner_lr": 0.3, "inner_steps": 2, "second_order_from": None},
     "anil": {"inner_lr": 0.3, "inner_steps": 2, "adapt": "head"},
+    "boil": {"inner_lr": 0.3, "inner_steps": 2, "adapt": "body"},
     "metasgd": {"inner_lr": [0.1, 0.4], "inner_steps": 2, "rates": "element"},
 }
 
@@ -96,6 +97,7 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(name: str, engine:
     names = [n for n, _ in algorithm.net.named_parameters()]
     rates = {n.replace("/", "."): r for n, r in algorithm.rates.named_parameters()}
 
+    part = {"anil": "head", "boil": "body"}.get(name, "")
     losses = []
     for i in range(batch.num_tasks):
         params = list(leaves)
@@ -105,7 +107,7 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(name: str, engine:
             )
             grads = torch.autograd.grad(loss, params, create_graph=name != "fomaml")
             params = [
-                p - rates.get(n, 0.3) * g if name != "anil" or n.startswith("head") else p
+                p - rates.get(n, 0.3) * g if n.startswith(part) else p
                 for n, p, g in zip(names, params, grads, strict=True)
             ]
         query = naive_conv(params, batch.query_x[i])
@@ -135,7 +137,7 @@ def test_the_engines_agree_to_1e_10(name: str, backbone: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["mlp with batch norm", "conv4 max-pool", "conv4 stride"])
-@pytest.mark.parametrize("name", ["maml", "anil", "metasgd"])
+@pytest.mark.parametrize("name", ["maml", "anil", "boil", "metasgd"])
 def test_the_meta_gradient_agrees_with_finite_differences(name: str, backbone: str) -> None:
     spec = image_spec()
     batch = image_batch(spec, tasks=2)
@@ -188,6 +190,20 @@ def test_anil_adapts_the_head_alone() -> None:
     expected = query @ (weight - 0.5 * grads[0]).T + bias - 0.5 * grads[1]
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     torch.testing.assert_close(outputs[0], expected)
+
+
+def test_boil_adapts_the_body_alone_and_learns_the_head_in_the_outer_loop() -> None:
+    spec = TaskSpec("classification", (4,), 3, 3)
+    batch = image_batch(spec)
+    still = make(MAML, spec, linear_backbone, adapt="body", inner_lr=0.5, inner_steps=3)
+    # A network that is its head alone has nothing that could move.
+    trace = still.trace(batch.support_x, batch.support_y, batch.query_x, 3)
+    assert torch.equal(trace[0], trace[3])
+    algorithm = make(MAML, image_spec(), TINY_BACKBONES["mlp"], adapt="body", inner_lr=0.5)
+    batch = image_batch(algorithm.spec)
+    trace = algorithm.trace(batch.support_x, batch.support_y, batch.query_x, 1)
+    assert not torch.equal(trace[0], trace[1])
+    assert all((grad != 0).any() for grad in moved(algorithm, batch).values())
 
 
 def test_the_order_switches_at_the_given_update() -> None:
@@ -265,7 +281,7 @@ def test_chunks_of_tasks_do_not_change_the_gradient() -> None:
         ({"inner_lr": [0.1, 0.2]}, "algo.rates"),
         ({"inner_lr": [0.1]}, "low, high"),
         ({"inner_steps": -1}, "algo.inner_steps=-1"),
-        ({"adapt": "tail"}, "all or head"),
+        ({"adapt": "tail"}, "all, head or body"),
         ({"rates": "layer"}, "fixed, tensor or element"),
         ({"bn": "batch"}, "bn=batch"),
         ({"eval_inner_steps": -1}, "eval.inner_steps"),

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from metarun.algorithms.protonet import ProtoNet, prototypes
+from metarun.algorithms.inner import prototypes
+from metarun.algorithms.protonet import ProtoNet
 from metarun.types import TaskSpec
 from tests.helpers import (
     TINY_BACKBONES,

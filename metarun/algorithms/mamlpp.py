@@ -1,0 +1,268 @@
+"""MAML++ (Antoniou, Edwards & Storkey 2019; code AntreasAntoniou/HowToTrainYourMAMLPytorch).
+
+Shapes: T tasks, S support rows, Q query rows, D outputs, K inner steps, C channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.engine import TaskFunction
+from metarun.algorithms.inner import Params, descend, gradient_and_extras
+from metarun.backbones.layers import BatchNorm, Pass, norm_parameters, update_running
+from metarun.types import Metrics, Prediction, Progress, TaskBatch
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+class MAMLpp(Algorithm):
+    """MAML with the parts that make it train well, each a switch; all off it is MAML.
+
+    - Multi-step loss (section 4, eq. 3): early in training the outer loss is a weighted sum of
+      the query losses after every inner step; see `loss_weights`.
+    - Learned inner rates for each parameter tensor and each step (LSLR).
+    - Statistics (BNRS) and scale and shift (BNWB) of batch norm for each step. The passes over
+      support and query at step j share row j, the query being seen after the j-th update.
+    - Derivative-order annealing: `second_order_from`. The paper is first-order for the first
+      half of training, the configurations in the code never are.
+    - A cosine schedule of the outer rate, which is `optim.schedule`.
+
+    Beyond the training's number of steps the last step's rates and rows go on; the code has an
+    untrained spare rate for one further step, and no rows. Like the code, training normalises
+    by the statistics of the pass, so that statistics kept for each step matter only with
+    `bn=running`; the code never reads them.
+
+    Args:
+        inner_lr: Inner learning rate, or where the learned ones start.
+        inner_steps: Inner steps in training (K).
+        second_order_from: Update from which inner gradients are differentiated; None is never.
+        multi_step_loss: Share of training during which the multi-step loss holds; 0 is off.
+            Omniglot's configuration has 10 of 100 epochs, miniImageNet's 15.
+        per_step_rates: Whether the inner rates are learned (LSLR).
+        per_step_statistics: Whether batch norm keeps running statistics for each step (BNRS).
+        per_step_affine: Whether its scale and shift are learned for each step (BNWB).
+        adapt_norm: Whether scale and shift take part in the inner steps, as in MAML; not so in
+            the code's configurations (its `enable_inner_loop_optimizable_bn_params`).
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: int = 5,
+        second_order_from: int | None = 0,
+        multi_step_loss: float = 0.1,
+        per_step_rates: bool = True,
+        per_step_statistics: bool = True,
+        per_step_affine: bool = True,
+        adapt_norm: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        _check(inner_lr, inner_steps, second_order_from, multi_step_loss)
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.second_order_from = second_order_from
+        self.multi_step_loss = multi_step_loss
+        self.per_step_statistics = per_step_statistics
+        self.net = self.build_network(self.spec.output_dim)
+        norms = norm_parameters(self.net)
+        self.adapted = [n for n, _ in self.net.named_parameters() if adapt_norm or n not in norms]
+        self.stacked: set[str] = set()
+        if per_step_affine:
+            self._stack("weight", "bias")
+        if per_step_statistics:
+            self._stack("running_mean", "running_var")
+        self.rates = nn.ParameterDict()
+        if per_step_rates:
+            start = torch.full((inner_steps,), inner_lr)
+            for name in self.adapted:
+                self.rates[_key(name)] = nn.Parameter(start.clone())
+        self.optimizer = self.build_optimizer()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        first_order = self.second_order_from is None or progress.step < self.second_order_from
+        weights = self._loss_weights(progress)
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            support_x, support_y, query_x, query_y, noise = rows
+            how = Pass(noise=noise)
+            steps = self.inner_steps
+            path = self._path(
+                net, params, support_x, support_y, how, steps=steps, first_order=first_order
+            )
+            loss = support_x.new_zeros(())
+            seen: list[list[Moments]] = []
+            for step, (theta, support_moments) in enumerate(path):
+                seen.append([support_moments])
+                if weights[step] > 0.0:
+                    moments: Moments = {}
+                    now = self._at(net, theta, step)
+                    outputs = forward(net, now, query_x, replace(how, moments=moments))
+                    loss = loss + weights[step] * self.loss(outputs, query_y)
+                    seen[-1].append(moments)
+            kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]
+            return loss, (loss, outputs, kept)
+
+        rows = self.training_rows(batch, progress)
+        grads, (losses, outputs, moments) = self.settled_engine().gradients(
+            task, self.net, {**self.optimizer.targets}, rows
+        )
+        self.optimizer.step(grads, progress)
+        update_running(self.net, moments)
+        score = task_metric(self.spec, outputs, batch.query_y)
+        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
+            last = self._visited(net, params, rows[0], rows[1], steps)[-1]
+            return self.answer(net, last, rows[0], rows[2])
+
+        return Prediction(self._map(task, support_x, support_y, query_x))
+
+    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
+            visited = self._visited(net, params, rows[0], rows[1], steps)
+            return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in visited])
+
+        return self._map(task, support_x, support_y, query_x).movedim(1, 0)
+
+    def _map(self, task: TaskFunction, *rows: Tensor) -> Tensor:
+        """As `map_tasks`, of all that is meta-learned."""
+        params: Params = {**self.optimizer.targets}
+        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
+        return outputs
+
+    def _visited(
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
+    ) -> list[Params]:
+        """What the network reads after 0 ... `steps` inner steps at evaluation."""
+        how = Pass(running=self.bn == "running")
+        path = self._path(net, params, x, y, how, steps=steps, first_order=True)
+        start = self._at(net, _split(params)[0], 0)
+        return [start, *(self._at(net, theta, step) for step, (theta, _) in enumerate(path))]
+
+    def _path(
+        self,
+        net: nn.Module,
+        params: Params,
+        x: Tensor,
+        y: Tensor,
+        how: Pass,
+        *,
+        steps: int,
+        first_order: bool,
+    ) -> Iterator[tuple[Params, Moments]]:
+        """The network's parameters after each inner step, and the moments of its support pass."""
+        theta, rates = _split(params)
+        adapted = {name: theta[name] for name in self.adapted}
+        for step in range(steps):
+            loss = partial(self._support_loss, net, theta, x, y, how, step)
+            grads, moments = gradient_and_extras(loss, adapted, first_order=first_order)
+            adapted = descend(adapted, grads, lr=self._rates_at(rates, step))
+            yield {**theta, **adapted}, moments
+
+    def _support_loss(
+        self,
+        net: nn.Module,
+        theta: Params,
+        x: Tensor,
+        y: Tensor,
+        how: Pass,
+        step: int,
+        adapted: Params,
+    ) -> tuple[Tensor, Moments]:
+        moments: Moments = {}
+        now = self._at(net, {**theta, **adapted}, step)
+        return self.loss(forward(net, now, x, replace(how, moments=moments)), y), moments
+
+    def _at(self, net: nn.Module, theta: Params, step: int) -> Params:
+        """What the network reads at an inner step: that step's row of all that has rows."""
+        kept = {**dict(net.named_buffers()), **theta} if self.per_step_statistics else theta
+        row = min(step, self.inner_steps - 1)
+        return {name: kept[name][row] if name in self.stacked else kept[name] for name in kept}
+
+    def _rates_at(self, rates: Params, step: int) -> float | Params:
+        if not rates:
+            return self.inner_lr
+        row = min(step, self.inner_steps - 1)
+        return {name: rates[_key(name)][row] for name in self.adapted}
+
+    def _loss_weights(self, progress: Progress) -> list[float]:
+        if progress.fraction < self.multi_step_loss:
+            return loss_weights(self.inner_steps, progress.fraction / self.multi_step_loss)
+        return [0.0] * (self.inner_steps - 1) + [1.0]
+
+    def _stack(self, *keys: str) -> None:
+        """Give these tensors of every batch norm a row for each inner step."""
+        for prefix, module in self.net.named_modules():
+            if isinstance(module, BatchNorm):
+                for key in keys:
+                    value = getattr(module, key)
+                    rows = value.detach().expand(self.inner_steps, -1).clone()
+                    learned = isinstance(value, nn.Parameter)
+                    setattr(module, key, nn.Parameter(rows) if learned else rows)
+                    self.stacked.add(f"{prefix}.{key}")
+
+
+def loss_weights(steps: int, annealed: float) -> list[float]:
+    """Weights of the query losses after each of K inner steps; they sum to 1.
+
+    Equal at first, those before the last fall linearly to nothing as `annealed` goes from 0 to
+    1, but not below 0.03 / K, as in the code. Its epochs are steps of this line.
+    """
+    early = max((1.0 - annealed) / steps, 0.03 / steps)
+    return [early] * (steps - 1) + [1.0 - (steps - 1) * early]
+
+
+def _stack_moments(seen: list[list[Moments]]) -> Moments:
+    """(K, C) moments from those of the passes at each step, whose mean is taken."""
+
+    def rows(name: str, which: int) -> Tensor:
+        steps = [torch.stack([moments[name][which] for moments in step]) for step in seen]
+        return torch.stack([passes.mean(0) for passes in steps])
+
+    return {name: (rows(name, 0), rows(name, 1)) for name in seen[0][0]}
+
+
+def _split(params: Params) -> tuple[Params, Params]:
+    """The network's parameters and the learned rates, from all that is meta-learned."""
+    theta = {n.removeprefix("net."): p for n, p in params.items() if n.startswith("net.")}
+    rates = {n.removeprefix("rates."): p for n, p in params.items() if n.startswith("rates.")}
+    return theta, rates
+
+
+def _key(name: str) -> str:
+    """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
+    return name.replace(".", "/")
+
+
+def _check(
+    inner_lr: float, inner_steps: int, second_order_from: int | None, multi_step_loss: float
+) -> None:
+    if not (inner_lr > 0 and math.isfinite(inner_lr)):
+        raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
+    if inner_steps < 1:
+        raise ValueError(f"algo.inner_steps={inner_steps}: expected 1 or more")
+    if second_order_from is not None and second_order_from < 0:
+        raise ValueError(
+            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
+        )
+    if not 0.0 <= multi_step_loss <= 1.0:
+        raise ValueError(
+            f"algo.multi_step_loss={multi_step_loss}: expected a share of training in [0, 1]"
+        )
