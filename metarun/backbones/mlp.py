@@ -33,7 +33,8 @@ class MLP(Network):
         context_dim: Size of `Pass.context`, which every input is joined with; 0 reads none.
 
     Raises:
-        ValueError: A width is not positive, or a word is not one of those above.
+        ValueError: A width is not positive, a word is not one of those above, or batch norm
+            would undo the context.
     """
 
     def __init__(
@@ -48,6 +49,11 @@ class MLP(Network):
         context_dim: int = 0,
     ) -> None:
         _check(hidden, activation, init)
+        if batch_norm and context_dim:
+            raise ValueError(
+                "backbone.batch_norm=true takes away again what a context adds to every row "
+                "alike: set backbone.batch_norm=false, or use backbone=conv4 on images"
+            )
         body = _Dense(math.prod(input_shape), hidden, activation, batch_norm, context_dim)
         super().__init__(body, input_shape, output_dim)
         if init == "truncated_normal":
