@@ -1,6 +1,7 @@
 """What an algorithm reaches on a split: a metric for each episode, its mean and its interval.
 
-Shapes: T tasks, Q query rows, W ways, D outputs, N episodes, P points of the adaptation curve.
+Shapes: T tasks, Q query rows, W ways, D outputs, N episodes, P points of the adaptation curve,
+E numbers of a task's embedding.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ class EpisodeMetrics:
         values: (N,) accuracy as a fraction, or mean squared error over query rows and outputs.
         curve: (P, N) the same after 0 … P - 1 inner steps; None if it was not asked for or the
             algorithm does not adapt by steps.
+        embeddings: (N, E) what the algorithm made of each task; None if it makes no vector.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
     """
 
     values: Floats
     curve: Floats | None
+    embeddings: Floats | None
     digest: str
 
 
@@ -65,6 +68,7 @@ def evaluate(
     """
     values: list[Tensor] = []
     curves: list[Tensor] = []
+    embeddings: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
@@ -75,7 +79,9 @@ def evaluate(
                 _add(digest, batch)
                 # An algorithm that draws numbers to answer answers the same each time.
                 torch.manual_seed(seeding.key("evaluation", split, start))
-                values.append(_metric(algorithm, source.spec, batch))
+                answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
+                values.append(_figures(source.spec, answer.outputs, batch.query_y))
+                embeddings += [] if answer.embedding is None else [answer.embedding]
                 if curve_steps is not None:
                     curve = _curve(algorithm, source.spec, batch, curve_steps)
                     curves += [] if curve is None else [curve]
@@ -86,6 +92,7 @@ def evaluate(
     return EpisodeMetrics(
         values=_array(torch.cat(values)),
         curve=_array(torch.cat(curves, dim=1)) if curves else None,
+        embeddings=_array(torch.cat(embeddings)) if embeddings else None,
         digest=digest.hexdigest(),
     )
 
@@ -129,12 +136,6 @@ def t_quantile(freedom: int) -> float:
         if abs(step) < 1e-13 * t:
             break
     return t
-
-
-def _metric(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch) -> Tensor:
-    """(T,) figures of a batch."""
-    answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
-    return _figures(spec, answer.outputs, batch.query_y)
 
 
 def _curve(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, steps: int) -> Tensor | None:

@@ -672,10 +672,12 @@ def _interval_record(values: Floats) -> Record:
 
 
 def _write_test(folder: Path, metric: str, measured: EpisodeMetrics) -> None:
-    """Write the figure of every test episode."""
+    """Write the figure of every test episode, and what the algorithm made of its task."""
     arrays = {metric: measured.values}
     if measured.curve is not None:
         arrays["curve"] = measured.curve
+    if measured.embeddings is not None:
+        arrays["embeddings"] = measured.embeddings
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / "episodes.npz", buffer.getbuffer())

@@ -108,11 +108,14 @@ class Prediction:
         spread: Standard deviation beside `outputs`, same shape, where the method has one.
         sequence: (T, S, W), for memory-based learners: the answer at row t given the labels
             of the rows before it.
+        embedding: (T, E) what the method has made of each task's support, where that is a
+            vector of one size.
     """
 
     outputs: Tensor
     spread: Tensor | None = None
     sequence: Tensor | None = None
+    embedding: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

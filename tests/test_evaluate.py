@@ -11,7 +11,7 @@ import torch
 from metarun.algorithms.maml import MAML
 from metarun.data.synthetic import Linear
 from metarun.evaluate import evaluate, interval, t_quantile
-from metarun.types import EpisodeSize
+from metarun.types import EpisodeSize, Prediction
 from tests.helpers import linear_backbone, make
 
 
@@ -70,6 +70,23 @@ def test_neither_figures_nor_hash_depend_on_how_the_episodes_are_cut() -> None:
     assert cut.curve is not None
     np.testing.assert_allclose(whole.curve, cut.curve, rtol=1e-12)
     assert whole.digest == cut.digest
+
+
+def test_embeddings_are_collected_over_the_episodes_where_there_are_any() -> None:
+    class Mean(MAML):
+        """Whose embedding of a task is the mean of its support."""
+
+        def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
+            outputs = super().predict(support_x, support_y, query_x).outputs
+            return Prediction(outputs, embedding=torch.cat([support_x, support_y], 2).mean(1))
+
+    source = linear_tasks()
+    batch = source.batch("test", 0, 7)
+    expected = torch.cat([batch.support_x, batch.support_y], 2).mean(1)
+    kept = evaluate(make(Mean, source.spec, linear_backbone), source, "test", 7, 3).embeddings
+    assert kept is not None
+    np.testing.assert_array_equal(kept, expected.numpy())
+    assert evaluate(learner(), source, "test", 7, 3).embeddings is None
 
 
 def test_other_episodes_have_another_hash() -> None:

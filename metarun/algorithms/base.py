@@ -5,6 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, D outputs.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -148,9 +149,26 @@ class Algorithm(nn.Module, ABC):
         """Whether an answer depends on the other queries of its task."""
         return self.bn_statistics == "transductive"
 
-    def build_network(self, output_dim: int | None) -> nn.Module:
-        """Make the network; None leaves out the head."""
-        return self._backbone(input_shape=self.spec.input_shape, output_dim=output_dim)
+    def build_network(self, output_dim: int | None, *, context_dim: int = 0) -> nn.Module:
+        """Make the network; None leaves out the head.
+
+        Args:
+            output_dim: Outputs of the head.
+            context_dim: Size of the `Pass.context` that it reads.
+
+        Raises:
+            ValueError: It is to read a context, and this backbone reads none.
+        """
+        shape = {"input_shape": self.spec.input_shape, "output_dim": output_dim}
+        if not context_dim:
+            return self._backbone(**shape)
+        if not _takes(self._backbone, "context_dim"):
+            made = getattr(self._backbone, "func", self._backbone)
+            raise ValueError(
+                f"{type(self).__name__} adapts a context, which {made.__name__} does not read: "
+                "use backbone=mlp or backbone=conv4, or let yours take the keyword context_dim"
+            )
+        return self._backbone(**shape, context_dim=context_dim)
 
     def build_optimizer(self) -> OuterOptimizer:
         """Make the outer optimiser of every parameter registered so far."""
@@ -191,7 +209,12 @@ class Algorithm(nn.Module, ABC):
         return outputs
 
     def answer(
-        self, net: nn.Module, params: dict[str, Tensor], support_x: Tensor, query_x: Tensor
+        self,
+        net: nn.Module,
+        params: dict[str, Tensor],
+        support_x: Tensor,
+        query_x: Tensor,
+        context: Tensor | None = None,
     ) -> Tensor:
         """Answers of one task at evaluation, with batch norm as `bn` says.
 
@@ -200,12 +223,19 @@ class Algorithm(nn.Module, ABC):
             params: Its parameters by name.
             support_x: (S, *input_shape), which `bn=support` takes its statistics from.
             query_x: (Q, *input_shape).
+            context: Of the task, where the network reads one.
         """
         if self.bn == "support" and has_batch_norm(net):
             rows = torch.cat([support_x, query_x])
-            how = Pass(rows=support_x.shape[0])
+            how = Pass(rows=support_x.shape[0], context=context)
             return forward(net, params, rows, how)[support_x.shape[0] :]
-        return forward(net, params, query_x, Pass(running=self.bn == "running"))
+        how = Pass(running=self.bn == "running", context=context)
+        return forward(net, params, query_x, how)
+
+
+def _takes(make: Backbone, keyword: str) -> bool:
+    parameters = inspect.signature(make).parameters.values()
+    return any(p.name == keyword or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def own_parameters(net: nn.Module) -> dict[str, Tensor]:

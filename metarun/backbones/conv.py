@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, Pass, many_rows
+from metarun.backbones.layers import BatchNorm, FiLM, Pass, many_rows
 from metarun.backbones.network import Network
 
 Downsample = Literal["max_pool", "stride"]
@@ -29,6 +29,8 @@ class Conv4(Network):
         downsample: `max_pool` halves rounding down, `stride` rounding up.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
             does on Omniglot.
+        context_dim: Size of `Pass.context`, from which a FiLM layer scales and shifts the maps
+            of the last block but one, before ReLU (Zintgraf et al. 2019); 0 reads none.
 
     Raises:
         ValueError: The input is not an image, or too small for that many halvings.
@@ -43,6 +45,7 @@ class Conv4(Network):
         blocks: int = 4,
         downsample: Downsample = "max_pool",
         pool: Pool = "flatten",
+        context_dim: int = 0,
     ) -> None:
         check_image(input_shape, blocks if downsample == "max_pool" else 0, "conv4")
         if filters < 1 or blocks < 1:
@@ -53,13 +56,19 @@ class Conv4(Network):
             raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
         if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
-        body = _Blocks(input_shape[0], filters, blocks, downsample, pool)
+        body = _Blocks(input_shape[0], filters, blocks, downsample, pool, context_dim)
         super().__init__(body, input_shape, output_dim)
 
 
 class _Blocks(nn.Module):
     def __init__(
-        self, channels: int, filters: int, blocks: int, downsample: str, pool: str
+        self,
+        channels: int,
+        filters: int,
+        blocks: int,
+        downsample: str,
+        pool: str,
+        context_dim: int,
     ) -> None:
         super().__init__()
         stride = 2 if downsample == "stride" else 1
@@ -70,6 +79,8 @@ class _Blocks(nn.Module):
             for i in range(blocks)
         )
         self.norms = nn.ModuleList(BatchNorm(filters, f"norms.{i}") for i in range(blocks))
+        self.film = FiLM(context_dim, filters) if context_dim else None
+        self.film_block = max(blocks - 2, 0)
         self.max_pool = downsample == "max_pool"
         self.mean = pool == "mean"
         self.native = False
@@ -84,6 +95,8 @@ class _Blocks(nn.Module):
             if self.max_pool:
                 # Before ReLU, which is the same thing and leaves it a quarter of the work.
                 x = nn.functional.max_pool2d(x, 2)
+            if self.film is not None and i == self.film_block:
+                x = self.film(x, how)
             x = torch.relu(x)
         return x.mean((2, 3)) if self.mean else x.flatten(1)
 

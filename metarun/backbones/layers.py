@@ -32,12 +32,15 @@ class Pass:
             for `update_running`; None keeps nothing.
         noise: Key (0-dimensional int64) of the pass's random masks; None makes no noise, as
             at evaluation.
+        context: (context_dim,) vector of the task, for networks that were made with a
+            `context_dim`; None is the zero vector.
     """
 
     rows: int | None = None
     running: bool = False
     moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     noise: Tensor | None = None
+    context: Tensor | None = field(default=None, repr=False)
 
 
 BATCH = Pass()
@@ -99,6 +102,35 @@ class BatchNorm(nn.Module):
         if how.moments is not None:
             how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), seen))
         return mean, var
+
+
+class FiLM(nn.Module):
+    """Feature-wise linear modulation (Perez et al. 2018) by the context of a task.
+
+    gamma * x + beta for each channel, (gamma, beta) a linear layer of the context, started as in
+    the code of CAVIA: weights U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases torch's.
+
+    Args:
+        context_dim: Size of the context.
+        num_features: C of (N, C, H, W) inputs.
+    """
+
+    def __init__(self, context_dim: int, num_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(context_dim, 2 * num_features)
+        nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        """Scale and shift the channels of (N, C, H, W)."""
+        context = context_of(how, self.linear.in_features, x)
+        gamma, beta = self.linear(context).view(2, 1, -1, 1, 1)
+        scaled: Tensor = gamma * x + beta
+        return scaled
+
+
+def context_of(how: Pass, context_dim: int, like: Tensor) -> Tensor:
+    """The (context_dim,) context of a pass."""
+    return like.new_zeros(context_dim) if how.context is None else how.context
 
 
 def _unbiased(var: Tensor, x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, Pass
+from metarun.backbones.layers import BatchNorm, Pass, context_of
 from metarun.backbones.network import Network
 
 Activation = Literal["relu", "tanh"]
@@ -30,9 +30,11 @@ class MLP(Network):
         batch_norm: Normalise before each activation.
         init: `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `truncated_normal` is the MAML
             code's: standard deviation 0.01 cut at two of them, biases 0.
+        context_dim: Size of `Pass.context`, which every input is joined with; 0 reads none.
 
     Raises:
-        ValueError: A width is not positive, or a word is not one of those above.
+        ValueError: A width is not positive, a word is not one of those above, or batch norm
+            would undo the context.
     """
 
     def __init__(
@@ -44,9 +46,15 @@ class MLP(Network):
         activation: Activation = "relu",
         batch_norm: bool = False,
         init: Init = "torch",
+        context_dim: int = 0,
     ) -> None:
         _check(hidden, activation, init)
-        body = _Dense(math.prod(input_shape), hidden, activation, batch_norm)
+        if batch_norm and context_dim:
+            raise ValueError(
+                "backbone.batch_norm=true takes away again what a context adds to every row "
+                "alike: set backbone.batch_norm=false, or use backbone=conv4 on images"
+            )
+        body = _Dense(math.prod(input_shape), hidden, activation, batch_norm, context_dim)
         super().__init__(body, input_shape, output_dim)
         if init == "truncated_normal":
             for module in self.modules():
@@ -57,10 +65,16 @@ class MLP(Network):
 
 class _Dense(nn.Module):
     def __init__(
-        self, input_dim: int, hidden: Sequence[int], activation: str, batch_norm: bool
+        self,
+        input_dim: int,
+        hidden: Sequence[int],
+        activation: str,
+        batch_norm: bool,
+        context_dim: int,
     ) -> None:
         super().__init__()
-        widths = [input_dim, *hidden]
+        self.context_dim = context_dim
+        widths = [input_dim + context_dim, *hidden]
         self.linears = nn.ModuleList(
             nn.Linear(before, after) for before, after in zip(widths, hidden, strict=False)
         )
@@ -71,6 +85,9 @@ class _Dense(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         x = x.flatten(1)
+        if self.context_dim:
+            context = context_of(how, self.context_dim, x)
+            x = torch.cat([x, context.expand(x.shape[0], -1)], 1)
         for i, linear in enumerate(self.linears):
             x = linear(x)
             if len(self.norms):

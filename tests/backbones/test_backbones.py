@@ -31,6 +31,26 @@ def test_conv4_features_of_an_84_pixel_photograph_are_800_for_32_filters() -> No
     assert Conv4((3, 84, 84), 5, filters=32).feature_dim == 800
 
 
+def test_a_context_costs_columns_of_the_first_layer_or_a_film_layer_and_else_nothing() -> None:
+    assert count(MLP((1,), 1, context_dim=5)) == count(MLP((1,), 1)) + 5 * 40
+    shape = (3, 84, 84)
+    film = (100 + 1) * 2 * 32
+    wide = Conv4(shape, 5, filters=32, context_dim=100)
+    assert count(wide) == count(Conv4(shape, 5, filters=32)) + film
+    assert wide.body.film_block == 2
+
+
+def test_a_dense_network_at_a_context_of_zero_is_the_one_without() -> None:
+    joined, plain = MLP((3,), 2, context_dim=4), MLP((3,), 2)
+    state = joined.state_dict()
+    state["body.linears.0.weight"] = state["body.linears.0.weight"][:, :3]
+    plain.load_state_dict(state)
+    x = torch.randn(5, 3)
+    torch.testing.assert_close(joined(x), plain(x))
+    torch.testing.assert_close(joined(x, Pass(context=torch.zeros(4))), plain(x))
+    assert not torch.allclose(joined(x, Pass(context=torch.ones(4))), plain(x))
+
+
 def test_stride_2_rounds_up_and_the_mean_leaves_one_feature_per_filter() -> None:
     assert Conv4((1, 28, 28), 5, downsample="stride").feature_dim == 2 * 2 * 64
     assert Conv4((1, 28, 28), 5, downsample="stride", pool="mean").feature_dim == 64
@@ -79,6 +99,7 @@ def test_truncated_normal_weights_are_within_two_deviations_and_biases_zero() ->
         (lambda: Conv4((1,), 1), "needs images"),
         (lambda: Conv4((1, 8, 8), 5), "16 pixels"),
         (lambda: MLP((1,), 1, hidden=[]), "backbone.hidden"),
+        (lambda: MLP((1,), 1, batch_norm=True, context_dim=2), "batch_norm=false"),
         (lambda: MLP((1,), 1, activation="swish"), "relu or tanh"),  # type: ignore[arg-type]
         (lambda: ResNet12((1, 28, 28), 5, drop_rate=1.0), "drop_rate=1.0"),
     ],

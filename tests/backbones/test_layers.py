@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, Pass, drop_blocks, update_running
+from metarun.backbones.layers import BatchNorm, FiLM, Pass, drop_blocks, update_running
 
 
 @pytest.fixture
@@ -52,6 +52,19 @@ def test_batch_norm_is_exact_to_second_order(images: Tensor) -> None:
 
     assert torch.autograd.gradcheck(run, (x, weight))
     assert torch.autograd.gradgradcheck(run, (x, weight))
+
+
+def test_film_scales_and_shifts_each_channel_by_a_linear_layer_of_the_context() -> None:
+    film = FiLM(context_dim=2, num_features=2)
+    with torch.no_grad():
+        film.linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]))
+        film.linear.bias.copy_(torch.tensor([0.5, 0.0, 0.0, 1.0]))
+    x = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    # gamma = (1 + 0.5, -1), beta = (2, -3 + 1)
+    moved = film(x, Pass(context=torch.tensor([1.0, -1.0])))
+    assert moved.tolist() == [[[[3.5, 5.0]], [[-5.0, -6.0]]]]
+    # At a context of zero what is left is the bias: gamma = (0.5, 0), beta = (0, 1).
+    assert film(x, Pass()).tolist() == [[[[0.5, 1.0]], [[1.0, 1.0]]]]
 
 
 def _second_order(normalise: Callable[..., Tensor], batched: bool) -> Tensor:
