@@ -1,0 +1,85 @@
+"""Learners whose update is the loss of their own answers: no inner loop, one pass for a task.
+
+Shapes: S support rows, Q query rows, W ways, D outputs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, own_parameters, task_metric
+from metarun.algorithms.inner import Params
+from metarun.backbones.layers import Pass, update_running
+from metarun.types import Metrics, Prediction, Progress, TaskBatch
+
+
+class EpisodicLearner(Algorithm):
+    """Learns what `answers` of one task needs, everything in `self.net`.
+
+    A subclass sets `self.net` and its optimiser and writes `answers`.
+    """
+
+    @abstractmethod
+    def answers(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        ways: int,
+        how: Pass,
+    ) -> Tensor:
+        """Answer the queries of one task.
+
+        Args:
+            net: The network, or its replica.
+            params: Its parameters by name.
+            support_x: (S, *input_shape).
+            support_y: (S,) labels, or (S, D) values.
+            query_x: (Q, *input_shape).
+            ways: W of a classification.
+            how: Of the pass; `rows` counts support rows, which come first.
+
+        Returns:
+            (Q, W) logits, or (Q, D) values.
+        """
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        ways = self.spec.train_way
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            support_x, support_y, query_x, query_y, noise = rows
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            how = Pass(moments=moments, noise=noise)
+            outputs = self.answers(net, params, support_x, support_y, query_x, ways, how)
+            loss = self.loss(outputs, query_y)
+            return loss, (loss, task_metric(self.spec, outputs, query_y), moments)
+
+        rows = self.training_rows(batch, progress)
+        grads, (losses, scores, moments) = self.settled_engine().gradients(
+            task, self.net, own_parameters(self.net), rows
+        )
+        grads = self.clipped(grads)
+        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
+        update_running(self.net, moments)
+        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        classes = self.spec.kind == "classification"
+        ways = int(support_y.max()) + 1 if classes else self.spec.train_way
+        how = Pass(
+            rows=support_x.shape[1] if self.bn == "support" else None, running=self.bn == "running"
+        )
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
+            return self.answers(net, params, rows[0], rows[1], rows[2], ways, how)
+
+        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
+
+    def clipped(self, grads: Params) -> Params:
+        """The gradients by name, as they go to the outer optimiser."""
+        return grads
