@@ -77,7 +77,8 @@ class Head:
 
 def unit(features: Tensor) -> Tensor:
     """(…, F) vectors of length 1; the code's small number keeps zeros zero."""
-    return features / (features.norm(dim=-1, keepdim=True) + 1e-5)
+    scaled: Tensor = features / (features.norm(dim=-1, keepdim=True) + 1e-5)
+    return scaled
 
 
 class Pretrained(Algorithm):
