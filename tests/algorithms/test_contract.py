@@ -43,7 +43,7 @@ def suited(data: str) -> list[str]:
 PAIRS = [(algo, data) for data in SMALL for algo in suited(data)]
 
 
-@pytest.fixture(params=PAIRS, ids=lambda pair: "-".join(pair))
+@pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
 def trained(request: Any) -> tuple[Algorithm, TaskBatch]:
     """An algorithm after one update, and test tasks."""
     made = build(*request.param, "train.tasks_per_step=3")
