@@ -5,6 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, D outputs.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -138,6 +139,19 @@ class Algorithm(nn.Module, ABC):
     def build_network(self, output_dim: int | None) -> nn.Module:
         """Make the network; None leaves out the head."""
         return self._backbone(input_shape=self.spec.input_shape, output_dim=output_dim)
+
+    def build_maps(self) -> nn.Module:
+        """Make a network that ends at its feature maps, (N, C, H, W).
+
+        Raises:
+            ValueError: The backbone has none to give.
+        """
+        if "maps" not in inspect.signature(self._backbone).parameters:
+            raise ValueError(
+                f"{type(self).__name__} compares feature maps, which this backbone does not "
+                "give: use backbone=conv4"
+            )
+        return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=True)
 
     def build_optimizer(self) -> OuterOptimizer:
         """Make the outer optimiser of every parameter registered so far."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
 from metarun.algorithms.inner import Params
+from metarun.algorithms.outer import OuterOptimizer
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -19,8 +20,10 @@ from metarun.types import Metrics, Prediction, Progress, TaskBatch
 class EpisodicLearner(Algorithm):
     """Learns what `answers` of one task needs, everything in `self.net`.
 
-    A subclass sets `self.net` and its optimiser and writes `answers`.
+    A subclass sets `self.net` and `self.optimizer` and writes `answers`.
     """
+
+    optimizer: OuterOptimizer
 
     @abstractmethod
     def answers(

@@ -29,6 +29,8 @@ class Conv4(Network):
         downsample: `max_pool` halves rounding down, `stride` rounding up.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
             does on Omniglot.
+        maps: End at feature maps (N, C, H, W), as relation networks do: only the first two
+            blocks halve, and they do not pad (Sung et al. 2018). An algorithm asks for it.
 
     Raises:
         ValueError: The input is not an image, or too small for that many halvings.
@@ -43,8 +45,10 @@ class Conv4(Network):
         blocks: int = 4,
         downsample: Downsample = "max_pool",
         pool: Pool = "flatten",
+        maps: bool = False,
     ) -> None:
-        check_image(input_shape, blocks if downsample == "max_pool" else 0, "conv4")
+        halving = min(blocks, 2) if maps else blocks
+        check_image(input_shape, halving if downsample == "max_pool" else 0, "conv4")
         if filters < 1 or blocks < 1:
             raise ValueError(
                 f"backbone.filters={filters}, backbone.blocks={blocks}: expected 1 or more"
@@ -53,25 +57,40 @@ class Conv4(Network):
             raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
         if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
-        body = _Blocks(input_shape[0], filters, blocks, downsample, pool)
+        if maps:
+            _check_maps(input_shape, pool)
+        body = _Blocks(input_shape[0], filters, blocks, halving, downsample, pool, maps)
         super().__init__(body, input_shape, output_dim)
 
 
 class _Blocks(nn.Module):
     def __init__(
-        self, channels: int, filters: int, blocks: int, downsample: str, pool: str
+        self,
+        channels: int,
+        filters: int,
+        blocks: int,
+        halving: int,
+        downsample: str,
+        pool: str,
+        maps: bool,
     ) -> None:
         super().__init__()
-        stride = 2 if downsample == "stride" else 1
         # A bias before batch norm has no effect on the output, but the papers' networks carry
         # one and adapt it; it is kept so that parameter counts agree.
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels if i == 0 else filters, filters, 3, stride=stride, padding=1)
+            nn.Conv2d(
+                channels if i == 0 else filters,
+                filters,
+                3,
+                stride=2 if downsample == "stride" and i < halving else 1,
+                padding=0 if maps and i < halving else 1,
+            )
             for i in range(blocks)
         )
         self.norms = nn.ModuleList(BatchNorm(filters, f"norms.{i}") for i in range(blocks))
-        self.max_pool = downsample == "max_pool"
+        self.num_pooled = halving if downsample == "max_pool" else 0
         self.mean = pool == "mean"
+        self.maps = maps
         self.native = False
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
@@ -81,11 +100,23 @@ class _Blocks(nn.Module):
                 # On a CPU pooling and batch norm have vector code for this layout alone.
                 x = x.contiguous(memory_format=torch.channels_last)
             x = norm(x, how)
-            if self.max_pool:
+            if i < self.num_pooled:
                 # Before ReLU, which is the same thing and leaves it a quarter of the work.
                 x = nn.functional.max_pool2d(x, 2)
             x = torch.relu(x)
+        if self.maps:
+            return x
         return x.mean((2, 3)) if self.mean else x.flatten(1)
+
+
+def _check_maps(input_shape: tuple[int, ...], pool: str) -> None:
+    if pool == "mean":
+        raise ValueError("backbone.pool=mean leaves no feature maps to compare: use flatten")
+    if min(input_shape[1:]) < 10:
+        raise ValueError(
+            f"backbone=conv4 has no feature maps of images of {input_shape[1]}x{input_shape[2]}: "
+            "use images of 10 pixels or more a side"
+        )
 
 
 def check_image(input_shape: tuple[int, ...], halvings: int, name: str) -> None:
