@@ -17,7 +17,7 @@ CONF = config.conf_dir()
 GIVEN = {
     "algo": {"spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed"},
     "data": {"sizes", "seed", "eval_seed", "device", "dtype", "val_way"},
-    "backbone": {"input_shape", "output_dim", "context_dim"},
+    "backbone": {"input_shape", "output_dim", "context_dim", "maps"},
     "optim": {"parameters"},
 }
 """What a constructor is handed besides its options."""

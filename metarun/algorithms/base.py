@@ -170,6 +170,19 @@ class Algorithm(nn.Module, ABC):
             )
         return self._backbone(**shape, context_dim=context_dim)
 
+    def build_maps(self) -> nn.Module:
+        """Make a network that ends at its feature maps, (N, C, H, W).
+
+        Raises:
+            ValueError: The backbone has none to give.
+        """
+        if "maps" not in inspect.signature(self._backbone).parameters:
+            raise ValueError(
+                f"{type(self).__name__} compares feature maps, which this backbone does not "
+                "give: use backbone=conv4"
+            )
+        return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=True)
+
     def build_optimizer(self) -> OuterOptimizer:
         """Make the outer optimiser of every parameter registered so far."""
         return self._optim(list(self.named_parameters()))

@@ -20,7 +20,7 @@ from metarun.types import Metrics, Prediction, Progress, TaskBatch
 class EpisodicLearner(Algorithm):
     """Learns what `answers` of one task needs, everything in `self.net`.
 
-    A subclass sets `self.net` and its optimiser and writes `answers`.
+    A subclass sets `self.net` and `self.optimizer` and writes `answers`.
     """
 
     optimizer: OuterOptimizer

@@ -20,9 +20,9 @@ class MatchingNet(EpisodicLearner):
 
     p(y | x) = sum_i a(x, x_i) y_i, with a the softmax over the support rows of `scale` times
     the cosine similarity of f(x) and g(x_i) (eq. 1 and section 2.1.1); the loss is -log p. There
-    is no official code. In the paper `scale` is 1, which leaves the attention nearly flat (with
-    two rows it is at most 0.88); wyharveychen/CloserLookFewShot, which has it at 100, also cuts
-    similarities below 0, and we do not.
+    is no official code. In the paper `scale` is 1, which leaves the attention nearly flat (of two
+    rows one gets 0.88 at most). Ours is 100 after wyharveychen/CloserLookFewShot, which also cuts
+    similarities below 0; we do not.
 
     With `full_context` the embeddings depend on the whole support set (FCE): g is a
     bidirectional LSTM over the support rows in the order they come in (appendix A.2), f reads
@@ -49,7 +49,7 @@ class MatchingNet(EpisodicLearner):
     def __init__(
         self,
         *,
-        scale: float = 10.0,
+        scale: float = 100.0,
         full_context: bool = False,
         processing_steps: int = 5,
         **common: Any,

@@ -31,6 +31,8 @@ class Conv4(Network):
             does on Omniglot.
         context_dim: Size of `Pass.context`, from which a FiLM layer scales and shifts the maps
             of the last block but one, before ReLU (Zintgraf et al. 2019); 0 reads none.
+        maps: End at feature maps (N, C, H, W), as relation networks do: only the first two
+            blocks halve, and they do not pad (Sung et al. 2018). An algorithm asks for it.
 
     Raises:
         ValueError: The input is not an image, or too small for that many halvings.
@@ -46,8 +48,10 @@ class Conv4(Network):
         downsample: Downsample = "max_pool",
         pool: Pool = "flatten",
         context_dim: int = 0,
+        maps: bool = False,
     ) -> None:
-        check_image(input_shape, blocks if downsample == "max_pool" else 0, "conv4")
+        halving = min(blocks, 2) if maps else blocks
+        check_image(input_shape, halving if downsample == "max_pool" else 0, "conv4")
         if filters < 1 or blocks < 1:
             raise ValueError(
                 f"backbone.filters={filters}, backbone.blocks={blocks}: expected 1 or more"
@@ -56,7 +60,11 @@ class Conv4(Network):
             raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
         if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
-        body = _Blocks(input_shape[0], filters, blocks, downsample, pool, context_dim)
+        if maps:
+            _check_maps(input_shape, pool)
+        body = _Blocks(
+            input_shape[0], filters, blocks, halving, downsample, pool, maps, context_dim
+        )
         super().__init__(body, input_shape, output_dim)
 
 
@@ -66,23 +74,31 @@ class _Blocks(nn.Module):
         channels: int,
         filters: int,
         blocks: int,
+        halving: int,
         downsample: str,
         pool: str,
+        maps: bool,
         context_dim: int,
     ) -> None:
         super().__init__()
-        stride = 2 if downsample == "stride" else 1
         # A bias before batch norm has no effect on the output, but the papers' networks carry
         # one and adapt it; it is kept so that parameter counts agree.
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels if i == 0 else filters, filters, 3, stride=stride, padding=1)
+            nn.Conv2d(
+                channels if i == 0 else filters,
+                filters,
+                3,
+                stride=2 if downsample == "stride" and i < halving else 1,
+                padding=0 if maps and i < halving else 1,
+            )
             for i in range(blocks)
         )
         self.norms = nn.ModuleList(BatchNorm(filters, f"norms.{i}") for i in range(blocks))
         self.film = FiLM(context_dim, filters) if context_dim else None
         self.film_block = max(blocks - 2, 0)
-        self.max_pool = downsample == "max_pool"
+        self.num_pooled = halving if downsample == "max_pool" else 0
         self.mean = pool == "mean"
+        self.maps = maps
         self.native = False
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
@@ -92,13 +108,25 @@ class _Blocks(nn.Module):
                 # On a CPU pooling and batch norm have vector code for this layout alone.
                 x = x.contiguous(memory_format=torch.channels_last)
             x = norm(x, how)
-            if self.max_pool:
+            if i < self.num_pooled:
                 # Before ReLU, which is the same thing and leaves it a quarter of the work.
                 x = nn.functional.max_pool2d(x, 2)
             if self.film is not None and i == self.film_block:
                 x = self.film(x, how)
             x = torch.relu(x)
+        if self.maps:
+            return x
         return x.mean((2, 3)) if self.mean else x.flatten(1)
+
+
+def _check_maps(input_shape: tuple[int, ...], pool: str) -> None:
+    if pool == "mean":
+        raise ValueError("backbone.pool=mean leaves no feature maps to compare: use flatten")
+    if min(input_shape[1:]) < 10:
+        raise ValueError(
+            f"backbone=conv4 has no feature maps of images of {input_shape[1]}x{input_shape[2]}: "
+            "use images of 10 pixels or more a side"
+        )
 
 
 def check_image(input_shape: tuple[int, ...], halvings: int, name: str) -> None:
