@@ -69,15 +69,14 @@ class Head:
         """Logits (…, N, W) of (…, N, F) features; each weight may have the leading …, too."""
         if self.kind == "linear":
             return torch.matmul(features, weights["weight"].mT) + weights["bias"].unsqueeze(-2)
-        direction = weights["direction"]
-        normal = direction * (weights["length"] / direction.norm(dim=-1, keepdim=True))
+        normal = nn.functional.normalize(weights["direction"], dim=-1) * weights["length"]
         scale = self.scale or (2.0 if normal.shape[-2] <= _MANY_OUTPUTS else 10.0)
-        return scale * torch.matmul(unit(features), normal.mT)
+        return torch.matmul(unit(features), normal.mT) * scale
 
 
 def unit(features: Tensor) -> Tensor:
     """(…, F) vectors of length 1; the code's small number keeps zeros zero."""
-    return features / (features.norm(dim=-1, keepdim=True) + 1e-5)
+    return features / (torch.linalg.vector_norm(features, dim=-1, keepdim=True) + 1e-5)
 
 
 class Pretrained(Algorithm):

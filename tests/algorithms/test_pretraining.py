@@ -30,14 +30,13 @@ class Classifier(nn.Module):
         blocks: list[nn.Module] = []
         for conv, norm in zip(body.convs, body.norms, strict=True):
             channels = conv.weight.shape[1]
-            ours = [nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3)]
+            ours = [nn.Conv2d(channels, 3, 3, padding=1).double(), nn.BatchNorm2d(3).double()]
             ours[0].load_state_dict(conv.state_dict())
             ours[1].load_state_dict(norm.state_dict(), strict=False)
             blocks += [*ours, nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*blocks, nn.Flatten())
-        self.head = nn.Linear(12, 7)
+        self.head = nn.Linear(12, 7).double()
         self.head.load_state_dict(algorithm.classifier.state_dict())
-        self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.head(self.body(x))
