@@ -159,6 +159,7 @@ def load_parameters(
             f"which algo={facts.get('algo')} cannot read"
         )
     stored: Mapping[str, Any] = checkpoint["state"]
+    algorithm.make_room(stored)
     here = algorithm.state_dict()
     for name in sorted(stored.keys() ^ here.keys()):
         where = "the checkpoint" if name in stored else "this algorithm"

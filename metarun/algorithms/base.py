@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -138,6 +138,15 @@ class Algorithm(nn.Module, ABC):
     ) -> Tensor | None:
         """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
         return None
+
+    def make_room(self, state: Mapping[str, Any]) -> None:
+        """Take the shapes of a state to be loaded where the data that it learned on set them.
+
+        A meta-test may be on other data, with another number of training classes.
+
+        Args:
+            state: A `state_dict`, which may be of another algorithm or of other options.
+        """
 
     @property
     def bn_statistics(self) -> str:

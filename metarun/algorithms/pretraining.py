@@ -8,6 +8,7 @@ outputs of a head, F features, … any leading dimensions, such as one of tasks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -69,16 +70,15 @@ class Head:
         """Logits (…, N, W) of (…, N, F) features; each weight may have the leading …, too."""
         if self.kind == "linear":
             return torch.matmul(features, weights["weight"].mT) + weights["bias"].unsqueeze(-2)
-        direction = weights["direction"]
-        normal = direction * (weights["length"] / direction.norm(dim=-1, keepdim=True))
+        normal: Tensor = nn.functional.normalize(weights["direction"], dim=-1) * weights["length"]
         scale = self.scale or (2.0 if normal.shape[-2] <= _MANY_OUTPUTS else 10.0)
-        return scale * torch.matmul(unit(features), normal.mT)
+        return torch.matmul(unit(features), normal.mT) * scale
 
 
 def unit(features: Tensor) -> Tensor:
     """(…, F) vectors of length 1; the code's small number keeps zeros zero."""
-    scaled: Tensor = features / (features.norm(dim=-1, keepdim=True) + 1e-5)
-    return scaled
+    length: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features / (length + 1e-5)
 
 
 class Pretrained(Algorithm):
@@ -142,6 +142,12 @@ class Pretrained(Algorithm):
         self.optimizer.step(grads, progress)
         update_running(self.net, moments)
         return {"loss": losses[0], self.spec.metric: scores[0]}
+
+    def make_room(self, state: Mapping[str, Any]) -> None:
+        for name, weights in self.classifier.items():
+            stored = state.get(f"classifier.{name}")
+            if stored is not None and stored.shape[1:] == weights.shape[1:]:
+                weights.data = weights.new_zeros(stored.shape)
 
     def features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S, F) and (T, Q, F) features, with batch norm as `bn` says."""

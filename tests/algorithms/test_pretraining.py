@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from metarun.algorithms.baseline import Baseline
 from metarun.algorithms.outer import OuterOptimizer
 from metarun.algorithms.pretraining import Head
+from metarun.trainer import load_parameters
 from metarun.types import Progress
 from tests.helpers import TINY_BACKBONES, image_spec, make, moved
 from tests.helpers import labelled_batch as batch_of
@@ -30,14 +32,13 @@ class Classifier(nn.Module):
         blocks: list[nn.Module] = []
         for conv, norm in zip(body.convs, body.norms, strict=True):
             channels = conv.weight.shape[1]
-            ours = [nn.Conv2d(channels, 3, 3, padding=1), nn.BatchNorm2d(3)]
+            ours = [nn.Conv2d(channels, 3, 3, padding=1).double(), nn.BatchNorm2d(3).double()]
             ours[0].load_state_dict(conv.state_dict())
             ours[1].load_state_dict(norm.state_dict(), strict=False)
             blocks += [*ours, nn.ReLU(), nn.MaxPool2d(2)]
         self.body = nn.Sequential(*blocks, nn.Flatten())
-        self.head = nn.Linear(12, 7)
+        self.head = nn.Linear(12, 7).double()
         self.head.load_state_dict(algorithm.classifier.state_dict())
-        self.double()
 
     def forward(self, x: Tensor) -> Tensor:
         answer: Tensor = self.head(self.body(x))
@@ -163,3 +164,25 @@ def test_data_that_do_not_count_their_classes_are_refused() -> None:
 def test_options_out_of_range_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(Baseline, spec_of(), CONV, **options)
+
+
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_what_was_learned_on_other_data_with_more_classes_can_be_tested(
+    head: str, tmp_path: Path
+) -> None:
+    batch = batch_of()
+    trained = make(Baseline, spec_of(), CONV, head=head)
+    trained.update(batch, Progress(0, 1))
+    other = make(Baseline, replace(spec_of(), num_train_classes=4), CONV, head=head)
+    checkpoint = {"algo": "baseline", "state": trained.state_dict()}
+    load_parameters(other, checkpoint, {"algo": "baseline"}, tmp_path)
+    rows = (batch.support_x, batch.support_y, batch.query_x)
+    assert torch.equal(other.predict(*rows).outputs, trained.predict(*rows).outputs)
+
+
+def test_a_body_of_another_shape_is_still_refused(tmp_path: Path) -> None:
+    trained = make(Baseline, spec_of(), CONV)
+    other = make(Baseline, spec_of(), TINY_BACKBONES["conv4 stride"])
+    checkpoint = {"algo": "baseline", "state": trained.state_dict()}
+    with pytest.raises(ValueError, match=r"classifier\.weight is"):
+        load_parameters(other, checkpoint, {"algo": "baseline"}, tmp_path)
