@@ -172,6 +172,7 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
 
 # Outer rates and steps at which each learns fast; what is held is that it learns at all.
 FAST: dict[str, list[str]] = {
+    "imaml": ["algo.inner_lr=0.2", "algo.inner_steps=5", "optim.lr=0.003"],
     "metasgd": ["algo.inner_lr=0.05"],
     "protonet": ["train.way=5"],
     "reptile": ["algo.inner_lr=0.02", "optim.schedule=constant", "eval.inner_steps=8"],
