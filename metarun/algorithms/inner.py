@@ -105,6 +105,17 @@ def sgd_adapt(
     return params
 
 
+def flatten(params: Params) -> Tensor:
+    """All parameters as one vector, in their order."""
+    return torch.cat([param.reshape(-1) for param in params.values()])
+
+
+def unflatten(vector: Tensor, like: Params) -> Params:
+    """The inverse of `flatten`: names, shapes and order are those of `like`."""
+    parts = vector.split([param.numel() for param in like.values()])
+    return {n: part.view(p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
+
+
 @dataclass(frozen=True, slots=True)
 class AdamState:
     """Moments of Adam by parameter name, and the number of updates made (0-dimensional)."""

@@ -173,6 +173,7 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
 # Outer rates and steps at which each learns fast; what is held is that it learns at all.
 FAST: dict[str, list[str]] = {
     "boil": ["algo.inner_lr=0.2"],
+    "imaml": ["algo.inner_lr=0.2", "algo.inner_steps=5", "optim.lr=0.003"],
     "matching": ["train.way=5"],
     "matching_fce": ["train.way=5"],
     "metasgd": ["algo.inner_lr=0.05"],
