@@ -178,7 +178,8 @@ FAST: dict[str, list[str]] = {
     "matching_fce": ["train.way=5"],
     "metasgd": ["algo.inner_lr=0.05"],
     "protonet": ["train.way=5"],
-    "relation": ["train.way=5"],
+    "r2d2": ["optim.lr=0.005"],
+    "relation": ["train.way=5", "optim.lr=0.01"],
     "reptile": ["algo.inner_lr=0.02", "optim.schedule=constant", "eval.inner_steps=8"],
 }
 
