@@ -28,7 +28,8 @@ class SimpleShot(Pretrained):
     The code computes the mean training feature over all training images, unaugmented, once
     training is over. Here it is gathered in training, as batch norm gathers its statistics: after
     each update the mini-batch passes once more, with running statistics, and the mean follows it
-    with weight `mean_momentum` (1 / (number of updates) at first).
+    with weight `mean_momentum` (1 / (number of updates) at first). It is the mean of what the
+    training sees, augmentation included: that is most of its distance to the code's.
 
     Args:
         transform: `none`, `l2` or `cl2`.
@@ -44,7 +45,7 @@ class SimpleShot(Pretrained):
     feature_mean: Tensor
 
     def __init__(
-        self, *, transform: Transform = "cl2", mean_momentum: float = 0.02, **common: Any
+        self, *, transform: Transform = "cl2", mean_momentum: float = 0.1, **common: Any
     ) -> None:
         super().__init__(**common)
         if transform not in ("none", "l2", "cl2"):
