@@ -176,6 +176,7 @@ FAST: dict[str, list[str]] = {
     "imaml": ["algo.inner_lr=0.2", "algo.inner_steps=5", "optim.lr=0.003"],
     "matching": ["train.way=5"],
     "matching_fce": ["train.way=5"],
+    "metalstm": ["algo.inner_steps=5", "optim.lr=0.01"],
     "metasgd": ["algo.inner_lr=0.05"],
     "protonet": ["train.way=5"],
     "r2d2": ["optim.lr=0.005"],
