@@ -171,7 +171,7 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
         (["algo.inner_lr=fast"], "algo.inner_lr=fast: expected a number or a list"),
         (["algo.inner_steps=1.5"], "algo.inner_steps=1.5: expected a whole number"),
         (["algo.inner_steps=-1"], "inner_steps"),
-        (["algo.adapt=tail"], "algo.adapt=tail: expected all or head"),
+        (["algo.adapt=tail"], "algo.adapt=tail: expected all, head or body"),
         (["optim.lr=-1"], "optim.lr=-1"),
         (["backbone.hidden=[]"], "backbone.hidden=[]"),
         (["backbone.hidden=40"], "backbone.hidden=40: expected a list, each item a whole number"),
