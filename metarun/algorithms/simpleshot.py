@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward
+from metarun.algorithms.inner import prototypes
 from metarun.algorithms.pretraining import Pretrained, Weights, labelled_rows
 from metarun.backbones.layers import Pass
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -68,8 +69,8 @@ class SimpleShot(Pretrained):
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         support, query = map(self.transformed, self.features(support_x, query_x))
-        member = nn.functional.one_hot(support_y).mT.to(support.dtype)
-        centres = (member @ support) / member.sum(-1, keepdim=True)
+        ways = int(support_y.max()) + 1
+        centres = torch.vmap(lambda x, y: prototypes(x, y, ways))(support, support_y)
         return Prediction(-(query[:, :, None] - centres[:, None]).square().sum(-1))
 
     def transformed(self, features: Tensor) -> Tensor:
