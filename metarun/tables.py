@@ -77,7 +77,7 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     regression = any(result.record["metric"] == "mse" for result in results)
     title = "MSE" if regression else "accuracy, %"
     heads = ["`algo=`", "method", *(f"{name}: {title}" for name in columns)]
-    heads += ["before training", "training", "parameters", "batch norm"]
+    heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
     counts = sorted({len(result.episodes) for result in results})
     seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
@@ -93,7 +93,7 @@ def _cells(row: Row) -> list[str]:
     results = [result for cell in row.cells for result in cell]
     figures = [_figure(cell) for cell in row.cells]
     if not results:
-        return [f"`{row.name}`", row.method, *figures, "", "", "", ""]
+        return [f"`{row.name}`", row.method, *figures, "", "", "", "", ""]
     record = results[0].record
     seconds = [_mean([r.record["train_seconds"] for r in cell], duration) for cell in row.cells]
     return [
@@ -101,6 +101,7 @@ def _cells(row: Row) -> list[str]:
         row.method,
         *figures,
         " / ".join(_untrained(cell) for cell in row.cells),
+        f"{record['steps'] * record['tasks_per_step']:,}",
         " / ".join(seconds),
         f"{record['parameters']:,}",
         record["bn_statistics"],
