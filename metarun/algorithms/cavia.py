@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
 from metarun.algorithms.engine import TaskFunction
-from metarun.algorithms.inner import Loss, Params, sgd_adapt, sgd_path
+from metarun.algorithms.inner import Loss, Params, check_inner_loop, sgd_adapt, sgd_path
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -54,7 +54,11 @@ class CAVIA(Algorithm):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        _check(num_context, inner_lr, inner_steps, second_order_from, task_clip)
+        check_inner_loop(inner_lr, inner_steps, second_order_from)
+        if num_context < 1:
+            raise ValueError(f"algo.num_context={num_context}: expected 1 or more")
+        if task_clip is not None and task_clip <= 0:
+            raise ValueError(f"algo.task_clip={task_clip}: expected a positive number, or null")
         self.num_context = num_context
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
@@ -140,24 +144,3 @@ class CAVIA(Algorithm):
 
         grads, extras = engine.map(gradient, self.net, params, rows)
         return {name: grad.clamp(-clip, clip).mean(0) for name, grad in grads.items()}, extras
-
-
-def _check(
-    num_context: int,
-    inner_lr: float,
-    inner_steps: int,
-    second_order_from: int | None,
-    task_clip: float | None,
-) -> None:
-    if num_context < 1:
-        raise ValueError(f"algo.num_context={num_context}: expected 1 or more")
-    if not 0.0 < inner_lr < float("inf"):
-        raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
-    if inner_steps < 0:
-        raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-    if second_order_from is not None and second_order_from < 0:
-        raise ValueError(
-            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
-        )
-    if task_clip is not None and task_clip <= 0:
-        raise ValueError(f"algo.task_clip={task_clip}: expected a positive number, or null")

@@ -6,6 +6,7 @@ the adapted parameters by qualified name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,30 @@ from torch import Tensor
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
 LossAndExtras = Callable[[Params], tuple[Tensor, Any]]
+
+
+def check_inner_loop(
+    inner_lr: float, inner_steps: int, second_order_from: int | None, *, fewest: int = 0
+) -> None:
+    """Refuse settings that no inner loop of gradient steps can have.
+
+    Args:
+        inner_lr: Inner learning rate.
+        inner_steps: Inner steps in training.
+        second_order_from: Update from which inner gradients are differentiated; None is never.
+        fewest: Least number of inner steps.
+
+    Raises:
+        ValueError: One is out of range.
+    """
+    if not 0.0 < inner_lr < math.inf:
+        raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
+    if inner_steps < fewest:
+        raise ValueError(f"algo.inner_steps={inner_steps}: expected {fewest} or more")
+    if second_order_from is not None and second_order_from < 0:
+        raise ValueError(
+            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
+        )
 
 
 def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, task_metric
-from metarun.algorithms.inner import Params, sgd_adapt, sgd_path
+from metarun.algorithms.inner import Params, check_inner_loop, sgd_adapt, sgd_path
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -177,18 +177,11 @@ def _check(
     rates: str,
     inner_clip: float | None,
 ) -> None:
-    if not 0.0 < low <= high < float("inf"):
-        raise ValueError(
-            f"algo.inner_lr={[low, high] if low < high else low}: expected a positive number"
-        )
+    if not low <= high < float("inf"):
+        raise ValueError(f"algo.inner_lr={[low, high]}: expected [low, high], positive numbers")
+    check_inner_loop(low, inner_steps, second_order_from)
     if low < high and rates == "fixed":
         raise ValueError("algo.inner_lr: a range is the start of learned rates: set algo.rates")
-    if inner_steps < 0:
-        raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-    if second_order_from is not None and second_order_from < 0:
-        raise ValueError(
-            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
-        )
     if adapt not in ("all", "head", "body"):
         raise ValueError(f"algo.adapt={adapt}: expected all, head or body")
     if rates not in ("fixed", "tensor", "element"):

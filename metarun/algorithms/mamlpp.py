@@ -5,7 +5,6 @@ Shapes: T tasks, S support rows, Q query rows, D outputs, K inner steps, C chann
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,12 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, task_metric
 from metarun.algorithms.engine import TaskFunction
-from metarun.algorithms.inner import Params, descend, gradient_and_extras
+from metarun.algorithms.inner import (
+    Params,
+    check_inner_loop,
+    descend,
+    gradient_and_extras,
+)
 from metarun.backbones.layers import BatchNorm, Pass, norm_parameters, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -71,7 +75,11 @@ class MAMLpp(Algorithm):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        _check(inner_lr, inner_steps, second_order_from, multi_step_loss)
+        check_inner_loop(inner_lr, inner_steps, second_order_from, fewest=1)
+        if not 0.0 <= multi_step_loss <= 1.0:
+            raise ValueError(
+                f"algo.multi_step_loss={multi_step_loss}: expected a share of training in [0, 1]"
+            )
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from
@@ -249,20 +257,3 @@ def _split(params: Params) -> tuple[Params, Params]:
 def _key(name: str) -> str:
     """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
     return name.replace(".", "/")
-
-
-def _check(
-    inner_lr: float, inner_steps: int, second_order_from: int | None, multi_step_loss: float
-) -> None:
-    if not (inner_lr > 0 and math.isfinite(inner_lr)):
-        raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
-    if inner_steps < 1:
-        raise ValueError(f"algo.inner_steps={inner_steps}: expected 1 or more")
-    if second_order_from is not None and second_order_from < 0:
-        raise ValueError(
-            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
-        )
-    if not 0.0 <= multi_step_loss <= 1.0:
-        raise ValueError(
-            f"algo.multi_step_loss={multi_step_loss}: expected a share of training in [0, 1]"
-        )

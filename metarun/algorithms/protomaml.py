@@ -5,14 +5,19 @@ Shapes: T tasks, S support rows, Q query rows, W ways, F features.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
-from metarun.algorithms.inner import Params, prototypes, sgd_adapt, sgd_path
+from metarun.algorithms.inner import (
+    Params,
+    check_inner_loop,
+    prototypes,
+    sgd_adapt,
+    sgd_path,
+)
 from metarun.backbones.layers import Pass, norm_parameters, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -57,14 +62,7 @@ class ProtoMAML(Algorithm):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if not (inner_lr > 0 and math.isfinite(inner_lr)):
-            raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
-        if inner_steps < 0:
-            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-        if second_order_from is not None and second_order_from < 0:
-            raise ValueError(
-                f"algo.second_order_from={second_order_from}: expected an update, or null for never"
-            )
+        check_inner_loop(inner_lr, inner_steps, second_order_from)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from
