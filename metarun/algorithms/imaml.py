@@ -35,7 +35,7 @@ class IMAML(Algorithm):
     steps, then one on lam / 2 |phi - theta|^2 alone; `proximal=each_step` has that term in
     every step, as the paper does. It solves ((1 + cg_damping) I + H / (lam + lam_damping)) v = g
     where the paper has `cg_damping=0 lam_damping=0`. Its evaluation has no proximal term,
-    and with `eval_lam` one in every step.
+    and with `eval_lam` one in every step. Its outer Adam has eps=1e-3, ours torch's 1e-8.
 
     Args:
         inner_lr: Inner learning rate.
