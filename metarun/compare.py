@@ -13,7 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from metarun import again, config
@@ -26,18 +26,6 @@ from metarun.tables import UNTRAINED, Result, Row, comparison, read_result
 
 _HOW_IT_RUNS = ("device", "engine", "tasks_per_chunk", "threads", "debug")
 """What does not change what a run computes: left out of the hash."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A run of the comparison, and the folder where it is or will be."""
-
-    job: Job
-    folder: Path
-
-    def result(self) -> Result | None:
-        """What it has reached; None while it is not finished."""
-        return read_result(RunFolder(self.folder)) if self.folder.is_dir() else None
 
 
 def run(argv: Sequence[str]) -> int:
@@ -59,7 +47,7 @@ def run(argv: Sequence[str]) -> int:
             raise ValueError(f"{word!r} is not KEY=VALUE, as in `metarun compare data=sinusoid`")
     with composer(args.config_dir) as compose:
         jobs = compose.jobs(_with_algorithms(compose, args.words), sweep=True)
-    plan = [Planned(job, args.dir / folder_name(job)) for job in jobs]
+    plan = [replace(job, folder=args.dir / folder_name(job)) for job in jobs]
     failed = [] if args.table else _run_missing(plan, args.config_dir)
     table = _table(plan)
     print(f"\n{table}")
@@ -96,60 +84,64 @@ def _with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     return [f"algo={','.join(suited)}", *words]
 
 
-def _run_missing(plan: Sequence[Planned], config_dir: str | None) -> list[Path]:
+def result_of(job: Job) -> Result | None:
+    """What a run has reached; None while it is not finished."""
+    return read_result(RunFolder(job.folder)) if job.folder.is_dir() else None
+
+
+def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
     """Make or continue what is not finished; returns the folders of what has failed."""
-    missing = [planned for planned in plan if planned.result() is None]
+    missing = [job for job in plan if result_of(job) is None]
+    check_jobs([job for job in missing if not job.folder.exists()])
     print(f"{len(plan) - len(missing)} of {len(plan)} runs are finished", flush=True)
-    check_jobs([planned.job for planned in missing if not planned.folder.exists()])
     failed: list[Path] = []
-    for number, planned in enumerate(missing, 1):
-        print(f"\nrun {number} of {len(missing)}: {planned.folder}", flush=True)
-        if _run(planned, config_dir) != EXIT_OK:
-            failed.append(planned.folder)
-    for planned in plan:
-        result = planned.result()
+    for number, job in enumerate(missing, 1):
+        print(f"\nrun {number} of {len(missing)}: {job.folder}", flush=True)
+        if _run(job, config_dir) != EXIT_OK:
+            failed.append(job.folder)
+    for job in plan:
+        result = result_of(job)
         if result is not None and result.untrained is None:
-            _measure_untrained(planned)
+            _measure_untrained(job)
     return failed
 
 
-def _run(planned: Planned, config_dir: str | None) -> int:
+def _run(job: Job, config_dir: str | None) -> int:
     """Train and test one run; returns its exit code."""
-    job, folder = planned.job, planned.folder
-    if not folder.exists():
+    if not job.folder.exists():
         return guarded(
-            lambda: train(job.plain, folder, job.overrides), debug=bool(job.plain["debug"])
+            lambda: train(job.plain, job.folder, job.overrides), debug=bool(job.plain["debug"])
         )
     try:
-        return again.resume(str(folder), [], config_dir)
+        return again.resume(str(job.folder), [], config_dir)
     # Another process may be at work there, or the folder be damaged: the others go on.
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
 
 
-def _measure_untrained(planned: Planned) -> None:
+def _measure_untrained(job: Job) -> None:
     """What the learner reaches with its initial parameters, on the run's test episodes."""
     from metarun.evaluate import evaluate, interval
 
-    made = config.build(planned.job.plain)
+    made = config.build(job.plain)
     measured = evaluate(
         made.algorithm, made.source, "test", made.eval.episodes, made.eval.tasks_per_batch
     )
     mean, ci95 = interval(measured.values)
     record = {"mean": mean, "ci95": ci95, "episodes": made.eval.episodes}
-    RunFolder(planned.folder).write_json(UNTRAINED, record)
+    RunFolder(job.folder).write_json(UNTRAINED, record)
 
 
-def _table(plan: Sequence[Planned]) -> str:
+def _table(plan: Sequence[Job]) -> str:
     """A row for each algorithm, a column for each size, the seeds together."""
     cells: dict[str, dict[str, list[Result]]] = {}
     columns: list[str] = []
-    for planned in plan:
-        column = _size_name(planned)
+    for job in plan:
+        column = _size_name(job)
         columns += [] if column in columns else [column]
-        row = cells.setdefault(planned.job.plain["names"]["algo"], {})
-        result = planned.result()
+        row = cells.setdefault(job.plain["names"]["algo"], {})
+        result = result_of(job)
         row.setdefault(column, []).extend([] if result is None else [result])
     rows = [
         Row(name, _method(name), [found.get(column, []) for column in columns])
@@ -158,8 +150,8 @@ def _table(plan: Sequence[Planned]) -> str:
     return comparison(rows, columns)
 
 
-def _size_name(planned: Planned) -> str:
-    plain = planned.job.plain
+def _size_name(job: Job) -> str:
+    plain = job.plain
     if plain["way"] == 1:
         return f"{plain['shot']} points"
     return f"{plain['way']}-way {plain['shot']}-shot"
