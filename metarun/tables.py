@@ -114,11 +114,11 @@ def _figure(cell: Sequence[Result]) -> str:
         return "not run"
     metric = cell[0].record["metric"]
     mean, ci95 = interval(np.mean([result.episodes for result in cell], axis=0))
-    text = f"{_number(metric, mean)} ± {_number(metric, ci95)}"
+    text = f"{_number(metric, mean)} ± {_number(metric, ci95, mean)}"
     if len(cell) == 1:
         return text
     spread = interval([result.episodes.mean() for result in cell])[1]
-    return f"{text} (± {_number(metric, spread)} over {len(cell)} seeds)"
+    return f"{text} (± {_number(metric, spread, mean)} over {len(cell)} seeds)"
 
 
 def _untrained(cell: Sequence[Result]) -> str:
@@ -131,10 +131,13 @@ def _mean(values: Sequence[float], show: Any) -> str:
     return show(float(np.mean(values))) if values else "–"
 
 
-def _number(metric: str, value: float) -> str:
+def _number(metric: str, value: float, beside: float | None = None) -> str:
+    """An accuracy in percent; an error with two digits or more, as many as the figure beside it."""
     if metric == "accuracy":
         return f"{100 * value:.1f}"
-    return f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"
+    size = abs(value if beside is None else beside)
+    places = 2 if size >= 0.1 or size == 0.0 else 1 - math.floor(math.log10(size))
+    return f"{value:.{places}f}"
 
 
 def _order(row: Row, regression: bool) -> float:

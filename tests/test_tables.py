@@ -56,7 +56,7 @@ def test_of_errors_the_smallest_stands_first() -> None:
     ]
     lines = comparison(rows, ["5 points"]).splitlines()
     assert "5 points: MSE" in lines[0]
-    assert "0.015 ± 0.064" in lines[2]
+    assert "0.015 ± 0.064" in lines[2]  # as many places as the mean has
     assert "3.00 ± 12.71" in lines[3]
 
 
