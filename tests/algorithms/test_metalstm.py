@@ -324,10 +324,10 @@ def test_the_trace_passes_through_the_prediction() -> None:
 def test_it_starts_as_gradient_descent_with_slowly_fading_weights() -> None:
     algorithm = make(MetaLSTM, image_spec(), TINY_BACKBONES["mlp"])
     rule = algorithm.rule
-    assert 4.0 <= float(rule["forget_bias"]) <= 5.0
-    assert -5.0 <= float(rule["rate_bias"]) <= -4.0
+    assert 4.0 <= rule["forget_bias"].item() <= 5.0
+    assert -5.0 <= rule["rate_bias"].item() <= -4.0
     for name in rule.keys() - {"forget_bias", "rate_bias"}:
-        assert 0.0 < float(rule[name].abs().max()) <= 0.01
+        assert 0.0 < rule[name].abs().max().item() <= 0.01
     assert rule["hidden"].shape == (20, 80)
 
 
