@@ -33,7 +33,7 @@ metarun: meta-learning experiments
   metarun experiment=NAME                a published setting with its recipe
   metarun resume=RUN                     continue a run, exactly
   metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
-  metarun compare data=NAME              every algorithm on a data set, as a table
+  metarun compare data=NAME              every algorithm, in one table
   metarun list                           what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
   metarun bench                          speed of a meta-step on this machine

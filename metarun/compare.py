@@ -46,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
         if "=" not in word:
             raise ValueError(f"{word!r} is not KEY=VALUE, as in `metarun compare data=sinusoid`")
     with composer(args.config_dir) as compose:
-        jobs = compose.jobs(_with_algorithms(compose, args.words), sweep=True)
+        jobs = compose.jobs(with_algorithms(compose, args.words), sweep=True)
     plan = [replace(job, folder=args.dir / folder_name(job)) for job in jobs]
     failed = [] if args.table else _run_missing(plan, args.config_dir)
     table = _table(plan)
@@ -70,7 +70,7 @@ def folder_name(job: Job) -> str:
     return _slug([f"{names['algo']}-{names['data']}-{sizes}-{digest.hexdigest()}"])
 
 
-def _with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
+def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     """The words, with every algorithm that can learn the data unless some are named."""
     if any(word.partition("=")[0] == "algo" for word in words):
         return list(words)

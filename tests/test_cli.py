@@ -82,7 +82,16 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
 def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for word in ("resume=", "test=", "metarun list", "metarun data", "bench", "protonet", "-m"):
+    for word in (
+        "resume=",
+        "test=",
+        "compare",
+        "metarun list",
+        "metarun data",
+        "bench",
+        "protonet",
+        "-m",
+    ):
         assert word in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "for_sinusoid" not in done.stdout
@@ -103,7 +112,7 @@ def test_hydras_own_flags_work(words: list[str], tmp_path: Path) -> None:
 
 
 def test_completion_offers_the_algorithms(tmp_path: Path) -> None:
-    line = "metarun algo=pro"
+    line = "metarun algo=proton"
     done = run("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
     assert done.stdout.split() == ["algo=protonet"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from metarun.cli import main
-from metarun.compare import folder_name
+from metarun.compare import folder_name, with_algorithms
 from metarun.request import composer
 
 TINY = [
@@ -70,16 +70,14 @@ def test_the_untrained_line_is_the_learner_with_its_initial_parameters(
     assert stored["mean"] == pytest.approx(values.mean(), rel=1e-12)
 
 
-def test_all_algorithms_that_can_learn_the_data_take_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(["compare", "--table", "data=sinusoid"]) == 0
-    table = capsys.readouterr().out
-    assert "`reptile`" in table
-    assert "`protonet`" not in table
-    assert main(["compare", "--table", "data=omniglot_small"]) == 0
-    assert "`protonet`" in capsys.readouterr().out
+def test_all_algorithms_that_can_learn_the_data_take_part() -> None:
+    with composer() as compose:
+        words = with_algorithms(compose, ["data=linear", "shot=2"])
+        assert with_algorithms(compose, ["algo=maml"]) == ["algo=maml"]
+    assert words[1:] == ["data=linear", "shot=2"]
+    names = words[0].removeprefix("algo=").split(",")
+    assert "reptile" in names
+    assert "protonet" not in names
 
 
 def test_a_folder_is_named_after_what_a_run_computes_and_not_how() -> None:
