@@ -66,7 +66,8 @@ def _list(root: str | None, *, verify: bool) -> int:
     base = catalogue.resolve_root(root)
     table = Table(box=None, show_header=False, expand=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
-    table.add_column(ratio=1)
+    # A path that is longer than a line is needed whole.
+    table.add_column(ratio=1, overflow="fold")
     for entry in catalogue.DATASETS.values():
         table.add_row(entry.name, entry.line)
         table.add_row("", _state(entry, base, root, verify=verify))
