@@ -43,6 +43,16 @@ def check_inner_loop(
         )
 
 
+def under(prefix: str, params: Params) -> Params:
+    """The parameters whose names begin with a prefix, by their names below it."""
+    return {n.removeprefix(prefix): p for n, p in params.items() if n.startswith(prefix)}
+
+
+def dict_key(name: str) -> str:
+    """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
+    return name.replace(".", "/")
+
+
 def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
     """Gradient of a loss by the parameters.
 

@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, task_metric
-from metarun.algorithms.inner import Params, check_inner_loop, sgd_adapt, sgd_path
+from metarun.algorithms.inner import (
+    Params,
+    check_inner_loop,
+    dict_key,
+    sgd_adapt,
+    sgd_path,
+    under,
+)
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -78,7 +85,7 @@ class MAML(Algorithm):
                 if name in self.adapted:
                     shape = param.shape if rates == "element" else ()
                     start = torch.empty(shape).uniform_(low, high) if low < high else low
-                    self.rates[_key(name)] = nn.Parameter(torch.zeros(shape) + start)
+                    self.rates[dict_key(name)] = nn.Parameter(torch.zeros(shape) + start)
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -146,17 +153,14 @@ class MAML(Algorithm):
 
     def _split(self, params: Params) -> tuple[Params, float | Params]:
         """The network's parameters and the inner rates, from all that is meta-learned."""
-        theta = {n.removeprefix("net."): p for n, p in params.items() if n.startswith("net.")}
-        rates = {n.removeprefix("rates."): p for n, p in params.items() if n.startswith("rates.")}
+        theta = under("net.", params)
+        rates = under("rates.", params)
         return theta, self._rates(rates)
 
     def _rates(self, learned: Params) -> float | Params:
-        return {name: learned[_key(name)] for name in self.adapted} if learned else self.inner_lr
-
-
-def _key(name: str) -> str:
-    """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
-    return name.replace(".", "/")
+        return (
+            {name: learned[dict_key(name)] for name in self.adapted} if learned else self.inner_lr
+        )
 
 
 def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:

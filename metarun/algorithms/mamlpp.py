@@ -19,7 +19,9 @@ from metarun.algorithms.inner import (
     Params,
     check_inner_loop,
     descend,
+    dict_key,
     gradient_and_extras,
+    under,
 )
 from metarun.backbones.layers import BatchNorm, Pass, norm_parameters, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -97,7 +99,7 @@ class MAMLpp(Algorithm):
         if per_step_rates:
             start = torch.full((inner_steps,), inner_lr)
             for name in self.adapted:
-                self.rates[_key(name)] = nn.Parameter(start.clone())
+                self.rates[dict_key(name)] = nn.Parameter(start.clone())
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -208,7 +210,7 @@ class MAMLpp(Algorithm):
         if not rates:
             return self.inner_lr
         row = min(step, self.inner_steps - 1)
-        return {name: rates[_key(name)][row] for name in self.adapted}
+        return {name: rates[dict_key(name)][row] for name in self.adapted}
 
     def _loss_weights(self, progress: Progress) -> list[float]:
         if progress.fraction < self.multi_step_loss:
@@ -249,11 +251,6 @@ def _stack_moments(seen: list[list[Moments]]) -> Moments:
 
 def _split(params: Params) -> tuple[Params, Params]:
     """The network's parameters and the learned rates, from all that is meta-learned."""
-    theta = {n.removeprefix("net."): p for n, p in params.items() if n.startswith("net.")}
-    rates = {n.removeprefix("rates."): p for n, p in params.items() if n.startswith("rates.")}
+    theta = under("net.", params)
+    rates = under("rates.", params)
     return theta, rates
-
-
-def _key(name: str) -> str:
-    """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
-    return name.replace(".", "/")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
-from metarun.algorithms.inner import Params, flatten, unflatten
+from metarun.algorithms.inner import Params, flatten, under, unflatten
 from metarun.backbones.layers import BatchNorm, Pass
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -103,8 +103,8 @@ class MetaLSTM(Algorithm):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
-            theta = {n.removeprefix("net."): p for n, p in params.items() if n.startswith("net.")}
-            rule = {n.removeprefix("rule."): p for n, p in params.items() if n.startswith("rule.")}
+            theta = under("net.", params)
+            rule = under("rule.", params)
             state = self._begin(net, theta)
             for _ in range(self.inner_steps):
                 state = self._step(net, rule, state, support_x, support_y, noise)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.inner import under
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
@@ -128,8 +129,8 @@ class Pretrained(Algorithm):
         def task(net: nn.Module, params: Weights, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            features = forward(net, _part("net.", params), x, Pass(moments=moments, noise=noise))
-            scores = self.head.scores(_part("classifier.", params), features)
+            features = forward(net, under("net.", params), x, Pass(moments=moments, noise=noise))
+            scores = self.head.scores(under("classifier.", params), features)
             loss = self.loss(scores, y)
             return loss, (loss, task_metric(self.spec, scores, y), moments)
 
@@ -166,8 +167,3 @@ def labelled_rows(batch: TaskBatch) -> tuple[Tensor, Tensor]:
     assert batch.class_ids is not None
     labels = batch.class_ids.gather(1, torch.cat([batch.support_y, batch.query_y], 1))
     return torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1), labels.flatten()
-
-
-def _part(prefix: str, params: Weights) -> Weights:
-    """The parameters under a prefix, by their names below it."""
-    return {n.removeprefix(prefix): p for n, p in params.items() if n.startswith(prefix)}
