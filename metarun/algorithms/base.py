@@ -158,6 +158,10 @@ class Algorithm(nn.Module, ABC):
         """Whether an answer depends on the other queries of its task."""
         return self.bn_statistics == "transductive"
 
+    def evaluation_steps(self, trained: int) -> int:
+        """Inner steps at evaluation: `eval.inner_steps`, or as many as in training."""
+        return trained if self.eval_inner_steps is None else self.eval_inner_steps
+
     def build_network(self, output_dim: int | None, *, context_dim: int = 0) -> nn.Module:
         """Make the network; None leaves out the head.
 

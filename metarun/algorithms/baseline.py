@@ -74,7 +74,7 @@ class Baseline(Pretrained):
         self.order_free = head_batch is None
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        epochs = self.head_epochs if self.eval_inner_steps is None else self.eval_inner_steps
+        epochs = self.evaluation_steps(self.head_epochs)
         support, query = self.features(support_x, query_x)
         weights = deque(self.fitted_heads(support, support_y, epochs), maxlen=1).pop()
         return Prediction(self.head.scores(weights, query))

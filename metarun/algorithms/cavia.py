@@ -94,7 +94,7 @@ class CAVIA(Algorithm):
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         """As in `Algorithm`; the adapted context is the embedding of the task."""
-        steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
+        steps = self.evaluation_steps(self.inner_steps)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
             context = self._path(net, params, rows[0], rows[1], steps)[-1]

@@ -136,7 +136,7 @@ class MAMLpp(Algorithm):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
+        steps = self.evaluation_steps(self.inner_steps)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             last = self._visited(net, params, rows[0], rows[1], steps)[-1]

@@ -120,7 +120,7 @@ class MetaLSTM(Algorithm):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
+        steps = self.evaluation_steps(self.inner_steps)
         rule = own_parameters(self.rule)
 
         def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class ProtoMAML(Algorithm):
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.inner_steps if self.eval_inner_steps is None else self.eval_inner_steps
+        steps = self.evaluation_steps(self.inner_steps)
         ways = int(support_y.max()) + 1
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
