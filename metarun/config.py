@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast
 
 from metarun.allocator import keep_large_blocks
-from metarun.settings import EvalSettings, TrainSettings
+from metarun.settings import EvalSettings, Published, SweepSettings, TrainSettings
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +79,8 @@ class Settings:
         train, eval: See `TrainSettings` and `EvalSettings`.
         names: The words chosen for `algo`, `data` and `backbone`, for the records.
         debug: Show where an error came from.
+        sweep: See `SweepSettings`.
+        published: What a paper reports for these very settings.
         resume, test: Always None here: they are requests about another run.
     """
 
@@ -100,6 +102,8 @@ class Settings:
     eval: EvalSettings
     names: dict[str, str]
     debug: bool = False
+    sweep: SweepSettings | None = None
+    published: Published | None = None
     resume: str | None = None
     test: str | None = None
 
@@ -501,11 +505,19 @@ def _structure(prefix: str, plain: Any, kind: Any) -> Any:
             if field.default is not MISSING:
                 continue
             raise ValueError(f"{key} is missing: type {key}=…")
-        value = given[field.name]
-        values[field.name] = (
-            _structure(key, value, hint) if is_dataclass(hint) else convert(key, value, hint)
-        )
+        values[field.name] = _typed(key, given[field.name], hint)
     return kind(**values)
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """A value as its hint asks for, where X, X | None or list[X] may be a dataclass X."""
+    options = [option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)]
+    if not options or (value is None and options[0] is not hint):
+        return convert(key, value, hint)
+    if typing.get_origin(hint) is list:
+        items = convert(key, value, list[Any])
+        return [_structure(f"{key}[{i}]", item, options[0]) for i, item in enumerate(items)]
+    return _structure(key, value, options[0])
 
 
 def one_line(error: BaseException) -> str:

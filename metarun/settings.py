@@ -1,8 +1,9 @@
-"""The typed nodes `train` and `eval` of a configuration; plain data, no torch."""
+"""The typed nodes of a configuration: train, eval, sweep, published; plain data, no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -49,3 +50,55 @@ class EvalSettings:
     curve_steps: int = 10
     tasks_per_batch: int = 25
     seed: int = 1
+
+
+@dataclass
+class SweepSettings:
+    """How the runs of a sweep depend on each other.
+
+    Attributes:
+        fail_fast: Start no further run once one has failed.
+    """
+
+    fail_fast: bool = False
+
+
+@dataclass
+class PublishedCell:
+    """One printed figure, an accuracy in percent.
+
+    Attributes:
+        value: The figure.
+        inner_steps: Adaptation steps after which it was taken; None where there is one figure.
+        ci95: Half-width of its 95 % interval over episodes; None where none is printed.
+        spread: Half-width of another spread (over seeds or runs), which compares with no
+            interval over episodes.
+    """
+
+    value: float
+    inner_steps: int | None = None
+    ci95: float | None = None
+    spread: float | None = None
+
+
+@dataclass
+class Published:
+    """What a paper reports for an experiment.
+
+    Attributes:
+        paper: Who and when, as `Finn et al. 2017`.
+        table: Where in the paper.
+        row: The method, as the table calls it.
+        cells: The figures that one run of the recipe is held against.
+        steps: Meta-updates of the recipe: a run of fewer is a rehearsal.
+        confidence: `verified` was read in a source, `recalled` is from memory.
+        source: Where the figures were read.
+    """
+
+    paper: str
+    table: str
+    row: str
+    cells: list[PublishedCell]
+    steps: int
+    confidence: Literal["verified", "recalled"]
+    source: str
