@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -15,8 +14,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun import config
-from metarun.config import Plain
-from metarun.launch import check_data, guarded, to_yaml, warnings_held
+from metarun.config import Experiment, Plain
+from metarun.launch import EXIT_OK, check_data, guarded, to_yaml, train_in, warnings_held
+from metarun.naming import HOW_IT_RUNS, slug
 from metarun.request import Composer, composer, leaves, parse_value
 from metarun.runs import RunFolder, write_atomically
 
@@ -43,7 +43,27 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     Raises:
         ValueError: It is no run, or something was typed that may not change.
     """
+    from metarun.screen import Screen
+
     run = RunFolder.open(path)
+    experiment = continuation(run, words, config_dir)
+    if experiment is None:
+        print(
+            f"{path} is finished, after {_stored(run)['train']['steps']} steps: type a larger "
+            f"train.steps to go on, or test={path} to meta-test it"
+        )
+        return EXIT_OK
+    return guarded(
+        lambda: train_in(run, experiment, Screen()), debug=bool(experiment.record["debug"])
+    )
+
+
+def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
+    """The parts of a run that goes on; None if it is finished.
+
+    Raises:
+        ValueError: Something was typed that may not change.
+    """
     stored = _stored(run)
     typed = dict(map(parse_value, words))
     for key in typed:
@@ -52,11 +72,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     plain = _with(stored, typed)
     settings = config.check(plain)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
-        print(
-            f"{path} is finished, after {stored['train']['steps']} steps: type a larger "
-            f"train.steps to go on, or test={path} to meta-test it"
-        )
-        return 0
+        return None
     with warnings_held():
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)
@@ -67,22 +83,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
             overrides = [*run.overrides(), *words]
             write_atomically(run.path / "config.yaml", to_yaml(experiment.record).encode())
             write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
-    from metarun import trainer
-    from metarun.screen import Screen
-
-    return guarded(
-        lambda: trainer.train(
-            experiment.algorithm,
-            experiment.source,
-            experiment.train,
-            experiment.eval,
-            run,
-            experiment.facts,
-            Screen(),
-            experiment.seed,
-        ),
-        debug=settings.debug,
-    )
+    return experiment
 
 
 def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
@@ -118,7 +119,7 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     from metarun import trainer
     from metarun.screen import Screen
 
-    folder = run.test_folder(_slug(words))
+    folder = run.test_folder(slug(words, 80) or "same")
     return guarded(
         lambda: trainer.test(
             experiment.algorithm, experiment.source, experiment.eval, run, folder,
@@ -190,7 +191,7 @@ def _changes(
     then, now = _flat(stored), _flat(plain)
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
-        settled = key in (*_HOW_TASKS_RUN, *typed) or key.startswith("names.")
+        settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
         if not settled and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is {now.get(key, _ABSENT)} in the configuration by now and was "
@@ -210,8 +211,3 @@ def _flat(node: Plain, prefix: str = "") -> Plain:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _slug(words: Sequence[str]) -> str:
-    """A folder's name for a meta-test, from what was typed."""
-    return re.sub(r"[^\w.=-]+", "_", ",".join(words)).strip("_.")[:80] or "same"

@@ -33,6 +33,8 @@ metarun: meta-learning experiments
   metarun experiment=NAME                a published setting with its recipe
   metarun resume=RUN                     continue a run, exactly
   metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
+  metarun paper=NAME                     a paper's table, as a sweep
+  metarun table PATH…                    published against measured
   metarun compare data=NAME              every algorithm, in one table
   metarun list                           what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
@@ -91,6 +93,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "data": _data,
         "list": _list,
+        "table": _tables,
     }
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
@@ -107,7 +110,7 @@ def _dispatch(argv: list[str]) -> int:
         return _hand_over(args, _never)
     if args.help:
         return _help(args)
-    return _application(args)
+    return _application(args, argv)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -137,7 +140,7 @@ def _help(args: argparse.Namespace) -> int:
         lines = [
             f"  {group + '=':<12}{_wrapped(_visible(compose.options(group)), 14)}\n"
             for group in compose.groups()
-            if not group.startswith("hydra") and group not in ("recipe", "experiment")
+            if not group.startswith("hydra") and group not in ("recipe", "experiment", "paper")
         ]
     print(HELP.format(groups="".join(lines)), end="")
     return EXIT_OK
@@ -172,13 +175,19 @@ def _compare(argv: list[str]) -> int:
     return run(argv)
 
 
+def _tables(argv: list[str]) -> int:
+    from metarun.papers import run
+
+    return run(argv)
+
+
 def _bench(argv: list[str]) -> int:
     from metarun.bench import run
 
     return run(argv)
 
 
-def _application(args: argparse.Namespace) -> int:
+def _application(args: argparse.Namespace, typed: list[str]) -> int:
     """Train, resume or test, after everything about the request has been checked."""
     from metarun.request import composer
 
@@ -199,10 +208,13 @@ def _application(args: argparse.Namespace) -> int:
     bare = not words and not args.multirun
     if bare:
         words = [f"experiment={QUICK_START}"]
-    args.overrides = words
     with composer(args.config_dir, args.config_path, args.config_name) as compose:
         sweep = compose.is_sweep(words, args.multirun)
+        if sweep:
+            words = compose.sweep_words(words)
         jobs = compose.jobs(words, sweep)
+        way = compose.way(words) if sweep else None
+    args.overrides = words
     if shows:
         for job in jobs:
             check(job.plain)
@@ -212,9 +224,14 @@ def _application(args: argparse.Namespace) -> int:
     from metarun.launch import Launch, check_jobs
 
     check_jobs(jobs)
-    launch = Launch(len(jobs))
-    code = _hand_over(args, launch.run)
-    return code or launch.code
+    if way is None:
+        launch = Launch()
+        code = _hand_over(args, launch.run)
+        return code or launch.code
+    from metarun.sweep import check_direction, run
+
+    check_direction(way, jobs[0])
+    return run(jobs, way, typed, args.config_dir, lambda task: _hand_over(args, task))
 
 
 def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:

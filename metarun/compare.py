@@ -8,24 +8,22 @@ its learner reaches before any training, on the same test episodes.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from metarun import again, config
+from metarun import config
 from metarun.config import conf_dir
-from metarun.launch import EXIT_FAILED, EXIT_OK, check_jobs, guarded, train
+from metarun.intervals import interval
+from metarun.jobs import make_or_continue
+from metarun.launch import EXIT_FAILED, EXIT_OK, check_jobs
 from metarun.listing import description
+from metarun.naming import digest, slug
 from metarun.request import Composer, Job, composer
 from metarun.runs import RunFolder, write_atomically
+from metarun.screen import Screen
 from metarun.tables import UNTRAINED, Result, Row, comparison, read_result
-
-_HOW_IT_RUNS = ("device", "engine", "tasks_per_chunk", "threads", "debug")
-"""What does not change what a run computes: left out of the hash."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -52,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
     table = _table(plan)
     print(f"\n{table}")
     if not args.table:
-        path = args.dir / f"{_slug(args.words)}.md"
+        path = args.dir / f"{slug(args.words, 120) or 'all'}.md"
         write_atomically(path, f"{table}\n".encode())
         print(f"\nwritten to {path}")
     for folder in failed:
@@ -64,10 +62,8 @@ def folder_name(job: Job) -> str:
     """What a run is called: its algorithm, data and sizes, and a hash of what it computes."""
     plain = job.plain
     names = plain["names"]
-    hashed = {key: value for key, value in plain.items() if key not in _HOW_IT_RUNS}
-    digest = hashlib.blake2b(json.dumps(hashed, sort_keys=True).encode(), digest_size=4)
     sizes = f"{plain['way']}way-{plain['shot']}shot-seed{plain['seed']}"
-    return _slug([f"{names['algo']}-{names['data']}-{sizes}-{digest.hexdigest()}"])
+    return slug([f"{names['algo']}-{names['data']}-{sizes}-{digest(plain)}"], 120)
 
 
 def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
@@ -107,22 +103,23 @@ def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
 
 
 def _run(job: Job, config_dir: str | None) -> int:
-    """Train and test one run; returns its exit code."""
-    if not job.folder.exists():
-        return guarded(
-            lambda: train(job.plain, job.folder, job.overrides), debug=bool(job.plain["debug"])
-        )
-    try:
-        return again.resume(str(job.folder), [], config_dir)
-    # Another process may be at work there, or the folder be damaged: the others go on.
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_FAILED
+    """Train and test one run; returns its exit code.
+
+    Raises:
+        SystemExit: It was interrupted.
+    """
+    outcome = make_or_continue(job.plain, job.folder, job.overrides, config_dir, Screen())
+    if outcome.state == "finished":
+        return EXIT_OK
+    print(f"error: {outcome.why}", file=sys.stderr)
+    if outcome.state == "interrupted":
+        raise SystemExit(128 + outcome.signum)
+    return EXIT_FAILED
 
 
 def _measure_untrained(job: Job) -> None:
     """What the learner reaches with its initial parameters, on the run's test episodes."""
-    from metarun.evaluate import evaluate, interval
+    from metarun.evaluate import evaluate
 
     made = config.build(job.plain)
     measured = evaluate(
@@ -160,7 +157,3 @@ def _size_name(job: Job) -> str:
 def _method(name: str) -> str:
     """The name and the paper, which open the description of an algorithm."""
     return description(conf_dir() / "algo" / f"{name}.yaml").partition(":")[0]
-
-
-def _slug(words: Sequence[str]) -> str:
-    return re.sub(r"[^\w.=-]+", "_", "-".join(words)).strip("_.")[:120] or "all"

@@ -7,22 +7,19 @@ E numbers of a task's embedding.
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, task_metric
+from metarun.intervals import Floats
 from metarun.types import EpisodeSource, Split, TaskBatch, TaskSpec
 
-Floats = npt.NDArray[np.float64]
 Digest = Any
 """A running hash of hashlib, which names no public type for it."""
 
@@ -95,47 +92,6 @@ def evaluate(
         embeddings=_array(torch.cat(embeddings)) if embeddings else None,
         digest=digest.hexdigest(),
     )
-
-
-def interval(values: npt.ArrayLike) -> tuple[float, float]:
-    """Mean of N values and the half-width of its 95 % confidence interval.
-
-    The half-width is t(0.975, N - 1) s / sqrt(N), with s of N - 1 degrees of freedom; of a
-    single value it is not a number.
-    """
-    numbers = np.asarray(values, dtype=np.float64)
-    count = numbers.size
-    mean = float(numbers.mean())
-    if count < 2:
-        return mean, math.nan
-    return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
-
-
-@lru_cache
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution.
-
-    With t = sqrt(v) tan(a), P(|T| < t) is the integral of c cos(a)^(v - 1): smooth, so that
-    Gauss's rule is exact to rounding. Newton's method climbs from below, since the
-    distribution function is concave there.
-
-    >>> round(t_quantile(1), 4), round(t_quantile(4), 4), round(t_quantile(599), 4)
-    (12.7062, 2.7764, 1.9639)
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(100)
-    constant = 2.0 / math.sqrt(math.pi)
-    constant *= math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2))
-    t = 1.95
-    for _ in range(50):
-        angle = math.atan(t / math.sqrt(freedom))
-        inside = np.cos(angle * (nodes + 1.0) / 2.0) ** (freedom - 1)
-        probability = constant * angle / 2.0 * float(weights @ inside)
-        density = constant / math.sqrt(freedom) * (1.0 + t * t / freedom) ** (-(freedom + 1) / 2)
-        step = (0.95 - probability) / density
-        t += step
-        if abs(step) < 1e-13 * t:
-            break
-    return t
 
 
 def _curve(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, steps: int) -> Tensor | None:

@@ -17,7 +17,9 @@ from metarun.runs import Interrupted, RunError, RunFolder, check_space
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from metarun.config import Experiment
     from metarun.request import Job
+    from metarun.screen import Screen
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
@@ -30,7 +32,8 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     """
     for job in jobs:
         config.check(job.plain)
-        _check_folder(job.folder)
+        if not job.may_be_there:
+            _check_folder(job.folder)
     for job in jobs:
         check_data(job.plain)
     from metarun.trainer import required_bytes
@@ -99,34 +102,39 @@ def _check_folder(folder: Path) -> None:
         raise ValueError(f"{folder} cannot be made: {parent} is not a folder that you can write")
 
 
+def asked_for(cfg: DictConfig) -> tuple[Plain, Path, list[str]]:
+    """What Hydra hands to a run: its resolved configuration, its folder and its words."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    from metarun.request import names_of
+
+    hydra = HydraConfig.get()
+    plain = cast(Plain, OmegaConf.to_container(cfg, resolve=True))
+    choices = cast("dict[str, Any]", OmegaConf.to_container(hydra.runtime.choices))
+    plain["names"] = names_of(choices, plain)
+    overrides = [str(word) for word in hydra.overrides.task]
+    return plain, _from_here(Path(str(hydra.runtime.output_dir))), overrides
+
+
 class Launch:
-    """Trains the runs that Hydra hands over, and counts those that fail.
+    """Trains the one run that Hydra hands over.
 
     Attributes:
-        code: The exit code so far.
+        code: The exit code.
     """
 
-    def __init__(self, num_jobs: int) -> None:
-        self.code = 0
-        self._num_jobs = num_jobs
+    def __init__(self) -> None:
+        self.code = EXIT_OK
 
     def run(self, cfg: DictConfig) -> None:
-        """Train one run in the folder that Hydra made; a failure leaves the others alone."""
-        from hydra.core.hydra_config import HydraConfig
-        from omegaconf import OmegaConf
+        """Train a run in the folder that Hydra made."""
+        from metarun.screen import Screen
 
-        from metarun.request import names_of
-
-        hydra = HydraConfig.get()
-        plain = cast(Plain, OmegaConf.to_container(cfg, resolve=True))
-        choices = cast("dict[str, Any]", OmegaConf.to_container(hydra.runtime.choices))
-        plain["names"] = names_of(choices, plain)
-        overrides = [str(word) for word in hydra.overrides.task]
-        if self._num_jobs > 1:
-            print(f"\nrun {int(hydra.job.num) + 1} of {self._num_jobs}: {' '.join(overrides)}")
-        folder = _from_here(Path(str(hydra.runtime.output_dir)))
-        code = guarded(lambda: train(plain, folder, overrides), debug=plain["debug"])
-        self.code = self.code or code
+        plain, folder, overrides = asked_for(cfg)
+        self.code = guarded(
+            lambda: train(plain, folder, overrides, Screen()), debug=bool(plain["debug"])
+        )
 
 
 def _from_here(folder: Path) -> Path:
@@ -136,13 +144,17 @@ def _from_here(folder: Path) -> Path:
     return folder.relative_to(here) if below else folder
 
 
-def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
+def train(plain: Plain, folder: Path, overrides: Sequence[str], screen: Screen) -> None:
     """Make the parts of a run and train it in a new folder."""
-    from metarun import trainer
-    from metarun.screen import Screen
-
     experiment = config.build(plain)
     run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
+    train_in(run, experiment, screen)
+
+
+def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
+    """Train what was made of a run's configuration, from where its folder stands."""
+    from metarun import trainer
+
     trainer.train(
         experiment.algorithm,
         experiment.source,
@@ -150,7 +162,7 @@ def train(plain: Plain, folder: Path, overrides: Sequence[str]) -> None:
         experiment.eval,
         run,
         experiment.facts,
-        Screen(),
+        screen,
         experiment.seed,
     )
 
@@ -161,7 +173,7 @@ def guarded(work: Callable[[], object], *, debug: bool) -> int:
     A `ValueError` is a refusal, before anything has changed, but for a `RunError`.
 
     Raises:
-        SystemExit: The run was interrupted, which ends a sweep, too.
+        SystemExit: The run was interrupted.
     """
     try:
         work()

@@ -17,6 +17,7 @@ GROUPS = {
     "data": "data sets",
     "backbone": "backbones",
     "experiment": "experiments",
+    "paper": "tables of papers",
 }
 _NARROWEST = 40
 

@@ -6,6 +6,7 @@ sometimes (`+key`) not at all. Here every word is looked up first. No torch is i
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import secrets
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
@@ -33,9 +34,17 @@ from omegaconf.errors import (
 )
 
 from metarun.config import NODES, Plain, conf_dir, nearest, one_line, unknown_key
+from metarun.naming import job_name, slug
 
 HYDRA_VERSION_BASE = "1.3"
 _MOST_JOBS = 10_000
+_EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "optuna": "optuna",
+}
+"""The extra of the package that brings a launcher or a sweeper."""
 _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
 
 
@@ -46,14 +55,42 @@ class Job:
     Attributes:
         overrides: What was typed for it, without sweeps.
         plain: Its resolved configuration.
-        folder: The folder that it makes, or that all runs of its sweep make.
+        folder: The folder that it makes.
         has_recipe: Whether there is a recipe for its pair of algorithm and data.
+        may_be_there: Whether the folder may be there already, because it is named after what
+            the run computes.
     """
 
     overrides: list[str]
     plain: Plain
     folder: Path
     has_recipe: bool
+    may_be_there: bool = False
+
+
+@dataclass(frozen=True)
+class Way:
+    """How Hydra goes through a sweep.
+
+    Attributes:
+        launcher: The word for `hydra/launcher`.
+        sweeper: The word for `hydra/sweeper`.
+        direction: `minimize` or `maximize`, where the sweeper has one.
+    """
+
+    launcher: str
+    sweeper: str
+    direction: str | None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the sweeper chooses runs by the results of others."""
+        return self.sweeper != "basic"
+
+    @property
+    def beside(self) -> bool:
+        """Whether runs happen in other processes, several at a time."""
+        return self.launcher != "basic"
 
 
 def register_resolvers() -> None:
@@ -62,6 +99,22 @@ def register_resolvers() -> None:
     OmegaConf.register_new_resolver(
         "metarun_unique", lambda: secrets.token_hex(3), replace=True, use_cache=True
     )
+    OmegaConf.register_new_resolver("metarun_job", _job_name, replace=True)
+
+
+def _job_name(*, _root_: DictConfig) -> str:
+    """The name of a sweep's run: `_root_` is its configuration, Hydra's node included."""
+    plain = _plain(_root_)
+    hydra = HydraConfig.get()
+    plain["names"] = names_of(cast("dict[str, Any]", dict(hydra.runtime.choices)), plain)
+    parser = OverridesParser.create()
+    words = [parser.parse_override(str(word)) for word in hydra.overrides.task]
+    return job_name([_as_hydra_writes(word) for word in words], plain)
+
+
+def _as_hydra_writes(override: Override) -> str:
+    """`seed=1e3` as `seed=1000.0`: a sweep's words are written by Hydra, typed ones are not."""
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 @contextmanager
@@ -169,8 +222,42 @@ class Composer:
             )
         return False
 
+    def way(self, overrides: Sequence[str]) -> Way:
+        """How Hydra would go through a sweep of these words."""
+        simple = [_text(o) for o in self._parse(overrides) if not o.is_sweep_override()]
+        hydra = self._compose(simple, RunMode.MULTIRUN).hydra
+        choices = hydra.runtime.choices
+        direction = hydra.sweeper.get("direction")
+        return Way(
+            str(choices["hydra/launcher"]),
+            str(choices["hydra/sweeper"]),
+            None if direction is None else str(getattr(direction, "name", direction)),
+        )
+
+    def sweep_words(self, overrides: Sequence[str]) -> list[str]:
+        """The words of a sweep with what its sweeper needs and was not typed.
+
+        Optuna writes its result into the folder of the sweep, which then is its own, and would
+        stop at the first run that fails.
+        """
+        self._check_words([_text(o) for o in self._parse(overrides) if not o.is_sweep_override()])
+        if not self.way(overrides).searches:
+            return list(overrides)
+        typed = {override.key_or_group for override in self._parse(overrides)}
+        told = sorted(word for word in overrides if not word.startswith("hydra"))
+        own = hashlib.blake2b(" ".join(told).encode(), digest_size=4).hexdigest()
+        added = {
+            "hydra.sweep.dir": f"outputs/sweeps/{slug(told, 60)}-{own}",
+            "hydra.sweeper.max_failure_rate": "1.0",
+        }
+        more = [f"{key}='{value}'" for key, value in added.items() if key not in typed]
+        return [*overrides, *more]
+
     def jobs(self, overrides: Sequence[str], sweep: bool) -> list[Job]:
         """Every run of a request, composed and looked up.
+
+        Where a sweeper chooses values as it goes, the runs are some that meet every listed value
+        and the ends of every interval.
 
         Raises:
             ValueError: A word is unknown, or a sweep selects no run or too many.
@@ -180,16 +267,20 @@ class Composer:
         parsed = self._parse(overrides)
         simple = [_text(o) for o in parsed if not o.is_sweep_override()]
         self._check_words(simple)
+        searches = self.way(overrides).searches
         for override in parsed:
-            if override.is_sweep_override():
+            if override.is_sweep_override() and not searches:
                 self._check_sweep_key(override)
         sweeper = self._compose(simple, RunMode.MULTIRUN).hydra.sweeper
-        if not str(sweeper.get("_target_")).endswith(".BasicSweeper"):
-            # Another sweeper chooses values as it goes: what is fixed can be checked.
-            return [self.job(simple, sweep)]
         params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
         parsed = [*self._parse([f"{key}={value}" for key, value in params.items()]), *parsed]
-        return [self.job(list(words), sweep) for words in _product(parsed)]
+        combine = _corners if searches else _product
+        return [self.job(list(words), sweep) for words in combine(parsed)]
+
+    def paper(self, name: str) -> list[str]:
+        """The experiments of a paper's table, in its order."""
+        jobs = self.jobs([f"paper={name}"], sweep=True)
+        return list(dict.fromkeys(job.plain["names"]["experiment"] for job in jobs))
 
     def job(self, overrides: Sequence[str], sweep: bool = False) -> Job:
         """One run: every word looked up, composed, resolved.
@@ -209,7 +300,7 @@ class Composer:
         plain, folder = _resolve(cfg, "sweep" if sweep else "run")
         plain["names"] = names_of(choices, plain)
         recipes = self.options("recipe") if "recipe" in self.groups() else []
-        return Job(list(overrides), plain, folder, choices.get("recipe") in recipes)
+        return Job(list(overrides), plain, folder, choices.get("recipe") in recipes, sweep)
 
     def _check_words(self, overrides: Sequence[str]) -> Plain:
         """Look up every group and key; returns the structure that the groups compose to."""
@@ -243,6 +334,7 @@ class Composer:
             hint = f"expected {self._one_of(group)}" if group in NODES else f"type ~{group}"
             raise ValueError(f"{group}=null: {hint}")
         if not isinstance(value, str) or value not in self.options(group):
+            _check_plugin(group, str(value))
             near = nearest(str(value), self.options(group))
             raise ValueError(f"{group}={value}: " + (near[2:] or f"expected {self._one_of(group)}"))
         if override.is_force_add() or (override.is_add() and group in self._default_groups()):
@@ -295,6 +387,14 @@ class Composer:
             raise ValueError(f"the configuration cannot be read: {one_line(error)}") from error
 
 
+def _check_plugin(group: str, value: str) -> None:
+    """Name the extra that brings one of Hydra's plugins, where it is missing."""
+    if group in ("hydra/launcher", "hydra/sweeper") and value in _EXTRAS:
+        raise ValueError(
+            f"{group}={value} needs a plugin of Hydra's: pip install 'metarun[{_EXTRAS[value]}]'"
+        )
+
+
 def _check_config_dir(config_dir: str, shipped: Path) -> None:
     folder = Path(config_dir).resolve()
     if not folder.is_dir():
@@ -310,8 +410,8 @@ def _check_config_dir(config_dir: str, shipped: Path) -> None:
             )
 
 
-def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
-    """The words of every job, in the order of Hydra's basic sweeper."""
+def _choices(parsed: Sequence[Override]) -> dict[str, list[str]]:
+    """The words that each key is set to; of an interval its ends."""
     choices: dict[str, list[str]] = {}
     for override in parsed:
         key = override.get_key_element()
@@ -319,12 +419,30 @@ def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
             choices[key] = [_text(override)]
             continue
         try:
-            texts = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
+            value = override.value()
+            if isinstance(value, IntervalSweep):
+                texts: Iterator[Any] = iter((value.start, value.end))
+            else:
+                texts = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
             choices[key] = [f"{key}={text}" for text in texts]
         except (HydraException, ValueError, ArithmeticError) as error:
             raise ValueError(f"{override.input_line}: {one_line(error)}") from error
         if not choices[key]:
             raise ValueError(f"{override.input_line} selects nothing: `metarun list` shows names")
+    return choices
+
+
+def _corners(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
+    """Few jobs that together meet every word: one key changes at a time."""
+    choices = _choices(parsed)
+    first = {key: words[0] for key, words in choices.items()}
+    changed = [{**first, key: word} for key, words in choices.items() for word in words[1:]]
+    return [tuple(words.values()) for words in (first, *changed)]
+
+
+def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
+    """The words of every job, in the order of Hydra's basic sweeper."""
+    choices = _choices(parsed)
     count = 1
     for values in choices.values():
         count *= len(values)
@@ -385,10 +503,9 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Pat
     before = holder.cfg
     holder.set_config(cfg)
     try:
+        plain = _plain(cfg)
         folder = Path(str(cfg.hydra[mode].dir))
-        task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-        plain = OmegaConf.to_container(task, resolve=True, throw_on_missing=True)
-        return cast(Plain, plain), folder
+        return plain, folder / str(cfg.hydra.sweep.subdir) if mode == "sweep" else folder
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing: type {error.full_key}=…") from error
     except InterpolationResolutionError as error:
@@ -399,6 +516,12 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Pat
         raise ValueError("a value refers to itself by ${…}") from error
     finally:
         holder.cfg = before
+
+
+def _plain(cfg: DictConfig) -> Plain:
+    """A configuration without Hydra's node, resolved."""
+    task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return cast(Plain, OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
 
 
 def names_of(choices: Plain, plain: Plain) -> dict[str, str]:

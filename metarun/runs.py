@@ -60,6 +60,10 @@ class Interrupted(Exception):  # noqa: N818 - a wish of the user's, not an error
         self.exit_code = 128 + signum
 
 
+class InUse(ValueError):  # noqa: N818 - a state of the folder's
+    """Another process is at work in the folder of a run."""
+
+
 class RunFolder:
     """The files of one run. Made by `RunFolder.create` or `RunFolder.open`.
 
@@ -81,6 +85,7 @@ class RunFolder:
 
         Raises:
             ValueError: Something is there already.
+            InUse: It is another run's that started at the same moment.
         """
         run = cls(Path(path))
         run.path.mkdir(parents=True, exist_ok=True)
@@ -89,7 +94,7 @@ class RunFolder:
         try:
             run._file("config.yaml").open("x").close()
         except FileExistsError:
-            raise ValueError(f"{run.path} belongs to another run that started just now") from None
+            raise InUse(f"{run.path} belongs to another run that started just now") from None
         (run.path / "checkpoints").mkdir()
         listed = "".join(f"- {json.dumps(override)}\n" for override in overrides)
         write_atomically(run._file("overrides.yaml"), (listed or "[]\n").encode())
@@ -265,7 +270,7 @@ class RunFolder:
         """Keep other processes out of the folder; a lock whose process is gone is taken over.
 
         Raises:
-            ValueError: Another process is at work here.
+            InUse: Another process is at work here.
         """
         path = self._file("lock")
         file = _locked_file(path)
@@ -444,7 +449,7 @@ def _locked_file(path: Path) -> IO[str]:
         if not _held(file, owner):
             file.close()
             who = f"process {owner[1]} on {owner[0]}" if len(owner) == 2 else "another process"
-            raise ValueError(
+            raise InUse(
                 f"{path.parent} is in use by {who}: wait for it, or stop it, "
                 f"or remove {path} if it is gone"
             )

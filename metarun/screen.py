@@ -56,7 +56,7 @@ class Screen:
     """The screen of one run.
 
     Args:
-        console: Where to write; standard output unless given.
+        console: Where to write; standard output unless given. A quiet one shows nothing.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -94,7 +94,7 @@ class Screen:
 
     def show(self, record: logging.LogRecord) -> None:
         """Write one record of the log."""
-        if getattr(record, "file_only", False) or self._closed:
+        if getattr(record, "file_only", False) or self._closed or self.console.quiet:
             return
         if self._progress is not None and getattr(record, "bar_shows_it", False):
             return
@@ -116,7 +116,11 @@ class Screen:
     def _live(self) -> Iterator[None]:
         console = self.console
         # Not `is_terminal` alone, which variables for coloured logs turn on.
-        if not (console.is_interactive and console.file.isatty()) or console.is_jupyter:
+        if (
+            console.quiet
+            or not (console.is_interactive and console.file.isatty())
+            or console.is_jupyter
+        ):
             yield
             return
         with Progress(

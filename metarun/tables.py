@@ -6,19 +6,80 @@ are averaged first, and the interval over the seeds stands apart.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from metarun.evaluate import Floats, interval
+from metarun.intervals import Floats, interval
 from metarun.runs import RunFolder
 from metarun.screen import duration
 
 UNTRAINED = "untrained.json"
 """What a run's learner reaches before any training, on the same test episodes."""
+
+
+Style = Literal["terminal", "markdown", "csv", "latex"]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean with its 95 % intervals, in the unit in which it is shown.
+
+    Attributes:
+        mean: Over test episodes; over several seeds the episodes are averaged first.
+        ci95: Half-width of the interval over episodes; None or not a number where there is none.
+        episodes: Their number; 0 where it is not known.
+        seeds: Number of runs.
+        seeds_ci95: Half-width of the interval over the seeds, where there are several.
+        places: Digits behind the point; None takes two digits or more of an error.
+        mark: A remark behind it.
+    """
+
+    mean: float
+    ci95: float | None = None
+    episodes: int = 0
+    seeds: int = 1
+    seeds_ci95: float | None = None
+    places: int | None = None
+    mark: str = ""
+
+    def __str__(self) -> str:
+        """`93.4 ± 0.5`, with `(± 0.7 over 3 seeds)` behind it where there are several."""
+        text = self._number(self.mean)
+        if self.ci95 is not None and not math.isnan(self.ci95):
+            text += f" ± {self._number(self.ci95)}"
+        if self.seeds_ci95 is not None:
+            text += f" (± {self._number(self.seeds_ci95)} over {self.seeds} seeds)"
+        return f"{text} ({self.mark})" if self.mark else text
+
+    def meets(self, other: Figure) -> bool:
+        """Whether the intervals overlap; a figure without one is a point."""
+        widths = [w for w in (self.ci95, other.ci95) if w is not None and not math.isnan(w)]
+        return abs(self.mean - other.mean) <= sum(widths)
+
+    def columns(self) -> dict[str, str]:
+        """The numbers apart, for a program to read."""
+        return {
+            "": f"{self.mean:.6g}",
+            " ci95": "" if self.ci95 is None or math.isnan(self.ci95) else f"{self.ci95:.6g}",
+            " ci95 over seeds": "" if self.seeds_ci95 is None else f"{self.seeds_ci95:.6g}",
+            " mark": self.mark,
+        }
+
+    def _number(self, value: float) -> str:
+        if self.places is not None:
+            return f"{value:.{self.places}f}"
+        size = abs(self.mean)
+        places = 2 if size >= 0.1 or size == 0.0 else 1 - math.floor(math.log10(size))
+        return f"{value:.{places}f}"
+
+
+Line = Mapping[str, "str | Figure"]
 
 
 @dataclass(frozen=True)
@@ -28,12 +89,14 @@ class Result:
     Attributes:
         record: Its `results.json`.
         episodes: (N,) the metric of each test episode.
+        curve: (P, N) the same after 0 … P - 1 inner steps; None where it was not taken.
         untrained: The mean with the initial parameters; None where it was not measured.
     """
 
     record: Mapping[str, Any]
     episodes: Floats
     untrained: float | None
+    curve: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +125,122 @@ def read_result(run: RunFolder) -> Result | None:
     record = run.read_json("results.json")
     with np.load(run.path / "episodes.npz") as arrays:
         episodes = np.asarray(arrays[record["metric"]], dtype=np.float64)
+        curve = np.asarray(arrays["curve"], dtype=np.float64) if "curve" in arrays else None
     untrained = run.read_json(UNTRAINED)["mean"] if run.has(UNTRAINED) else None
-    return Result(record, episodes, untrained)
+    return Result(record, episodes, untrained, curve)
+
+
+def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figure:
+    """What runs that differ in their seed have reached; an accuracy in percent.
+
+    Args:
+        results: One for each seed, on the same episodes.
+        inner_steps: A point of the adaptation curve; None takes the reported figure.
+
+    Raises:
+        ValueError: A run has no such point.
+    """
+    values = [_values(result, inner_steps) for result in results]
+    mean, ci95 = interval(np.mean(values, axis=0))
+    several = len(values) > 1
+    over_seeds = interval([v.mean() for v in values])[1] if several else None
+    places = 1 if results[0].record["metric"] == "accuracy" else None
+    return Figure(mean, ci95, len(values[0]), len(values), over_seeds, places)
+
+
+def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
+    """The mean difference of two methods on the same episodes, with its interval.
+
+    The interval of paired differences leaves out zero where a paired t-test at the 5 % level
+    tells the methods apart. Over several seeds each episode is averaged first.
+    """
+    one, other = (
+        np.mean([_values(result, None) for result in results], axis=0)
+        for results in (better, worse)
+    )
+    mean, ci95 = interval(one - other)
+    places = 1 if better[0].record["metric"] == "accuracy" else None
+    return Figure(mean, ci95, len(one), places=places)
+
+
+def _values(result: Result, inner_steps: int | None) -> Floats:
+    """(N,) figures of the episodes in the unit in which they are shown."""
+    values = result.episodes
+    if inner_steps is not None:
+        if result.curve is None or inner_steps >= len(result.curve):
+            raise ValueError(f"the run has no figure after {inner_steps} steps")
+        values = result.curve[inner_steps]
+    return 100.0 * values if result.record["metric"] == "accuracy" else values
+
+
+def table(style: Style, title: str, lines: Sequence[Line]) -> str:
+    """Lines under their heads, which are the keys of the first.
+
+    Args:
+        style: `terminal` fits the screen, `csv` has the numbers of a figure apart.
+        title: What it is a table of.
+        lines: At least one, all with the same keys.
+    """
+    if style == "csv":
+        return _csv(lines)
+    heads = list(lines[0])
+    cells = [[str(line[head]) for head in heads] for line in lines]
+    if style == "markdown":
+        body = [_line(heads), _line(["---"] * len(heads)), *map(_line, cells)]
+        return "\n".join([f"**{title}**", "", *body, ""])
+    return _latex(title, heads, cells) if style == "latex" else _terminal(title, heads, cells)
+
+
+def _csv(lines: Sequence[Line]) -> str:
+    rows: list[dict[str, str]] = []
+    for line in lines:
+        row: dict[str, str] = {}
+        for head, cell in line.items():
+            if isinstance(cell, Figure):
+                row |= {f"{head}{name}": text for name, text in cell.columns().items()}
+            else:
+                row[head] = cell
+        rows.append(row)
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _latex(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = [" & ".join(map(_escaped, row)) + r" \\" for row in (heads, *cells)]
+    columns = "l" * len(heads)
+    return "\n".join(
+        [
+            f"% {title}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\hline",
+            rows[0],
+            r"\hline",
+            *rows[1:],
+            r"\hline",
+            r"\end{tabular}",
+            "",
+        ]
+    )
+
+
+def _escaped(text: str) -> str:
+    """Text as LaTeX prints it."""
+    marked = "".join("\\" + c if c in "&%$#_{}" else c for c in text)
+    return marked.replace("±", r"$\pm$").replace("–", "--")
+
+
+def _terminal(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, those without any content left out; a figure is never cut or wrapped."""
+    kept = [column for column in range(len(heads)) if any(row[column] for row in cells)]
+    rows = [[row[column] for column in kept] for row in (heads, *cells)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    rule = "─" * max(map(len, lines))
+    return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, ""])
 
 
 def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -109,35 +286,22 @@ def _cells(row: Row) -> list[str]:
 
 
 def _figure(cell: Sequence[Result]) -> str:
-    """`93.4 ± 0.5`, with `(± 0.7 over 3 seeds)` behind it where there are several."""
-    if not cell:
-        return "not run"
-    metric = cell[0].record["metric"]
-    mean, ci95 = interval(np.mean([result.episodes for result in cell], axis=0))
-    text = f"{_number(metric, mean)} ± {_number(metric, ci95, mean)}"
-    if len(cell) == 1:
-        return text
-    spread = interval([result.episodes.mean() for result in cell])[1]
-    return f"{text} (± {_number(metric, spread, mean)} over {len(cell)} seeds)"
+    return str(figure_of(cell)) if cell else "not run"
 
 
 def _untrained(cell: Sequence[Result]) -> str:
-    metric = cell[0].record["metric"] if cell else ""
     found = [result.untrained for result in cell if result.untrained is not None]
-    return _mean(found, lambda mean: _number(metric, mean))
+    accuracy = bool(cell) and cell[0].record["metric"] == "accuracy"
+    return _mean(found, lambda mean: str(shown(mean, accuracy=accuracy)))
 
 
 def _mean(values: Sequence[float], show: Any) -> str:
     return show(float(np.mean(values))) if values else "–"
 
 
-def _number(metric: str, value: float, beside: float | None = None) -> str:
-    """An accuracy in percent; an error with two digits or more, as many as the figure beside it."""
-    if metric == "accuracy":
-        return f"{100 * value:.1f}"
-    size = abs(value if beside is None else beside)
-    places = 2 if size >= 0.1 or size == 0.0 else 1 - math.floor(math.log10(size))
-    return f"{value:.{places}f}"
+def shown(value: float, *, accuracy: bool) -> Figure:
+    """A fraction as an accuracy in percent, or an error."""
+    return Figure(100.0 * value, places=1) if accuracy else Figure(value)
 
 
 def _order(row: Row, regression: bool) -> float:

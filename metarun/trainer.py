@@ -28,7 +28,8 @@ from torch import Tensor
 from metarun import environment, seeding
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.outer import NonFiniteError
-from metarun.evaluate import EpisodeMetrics, Floats, evaluate, interval
+from metarun.evaluate import EpisodeMetrics, evaluate
+from metarun.intervals import Floats, interval
 from metarun.runs import (
     DISK_FULL,
     Interrupted,

@@ -10,7 +10,8 @@ import torch
 
 from metarun.algorithms.maml import MAML
 from metarun.data.synthetic import Linear
-from metarun.evaluate import evaluate, interval, t_quantile
+from metarun.evaluate import evaluate
+from metarun.intervals import interval, t_quantile
 from metarun.types import EpisodeSize, Prediction
 from tests.helpers import linear_backbone, make
 

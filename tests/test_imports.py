@@ -15,7 +15,7 @@ import metarun
 PACKAGE = Path(metarun.__file__).parent
 
 RANKS = {
-    "types": 0, "settings": 0, "seeding": 0, "allocator": 0,
+    "types": 0, "settings": 0, "seeding": 0, "allocator": 0, "naming": 0, "intervals": 0,
     "data": 1, "backbones": 1, "runs": 1, "screen": 1, "environment": 1,
     "algorithms": 2,
     "evaluate": 3, "bench": 3,
@@ -23,10 +23,12 @@ RANKS = {
     "config": 5,
     "request": 6, "listing": 6,
     "launch": 7, "predict": 7,
+    "papers": 8,
     "again": 8,
-    "compare": 9,
-    "cli": 10,
-    "__main__": 11,
+    "jobs": 9,
+    "compare": 10, "sweep": 10,
+    "cli": 11,
+    "__main__": 12,
 }  # fmt: skip
 
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
@@ -97,6 +99,7 @@ def test_the_trainer_knows_no_algorithm_by_name() -> None:
     [
         ["--version"], ["--help"], ["--cfg", "job"], ["list"], ["algo=mml"],
         ["--info", "defaults"], ["data=omniglot", "way=0"],
+        ["table", "--paper", "zintgraf2019_sinusoid"],
     ],
     ids=" ".join,
 )  # fmt: skip

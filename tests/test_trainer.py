@@ -23,7 +23,8 @@ from torch import Tensor
 
 from metarun import runs, trainer
 from metarun.algorithms.outer import NonFiniteError
-from metarun.evaluate import evaluate, interval
+from metarun.evaluate import evaluate
+from metarun.intervals import interval
 from metarun.runs import Interrupted, RunError, RunFolder, read_checkpoint
 from metarun.screen import Screen
 from metarun.settings import EvalSettings

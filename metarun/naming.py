@@ -1,0 +1,52 @@
+"""Names of folders: what was asked for in words, and a hash of what is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+HOW_IT_RUNS = (
+    "device", "engine", "tasks_per_chunk", "threads", "debug", "sweep", "published", "paper",
+    "hydra",
+)  # fmt: skip
+"""Root keys that do not change what a run computes: left out of its hash."""
+
+
+def slug(words: Sequence[str], longest: int) -> str:
+    """Words as one that any file system takes; empty if nothing is left of them."""
+    return re.sub(r"[^\w.=-]+", "_", ",".join(words)).strip("_.,")[:longest]
+
+
+def digest(plain: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits of what a configuration computes.
+
+    Args:
+        plain: A resolved configuration, with `names`.
+    """
+    hashed = {key: value for key, value in plain.items() if key not in HOW_IT_RUNS}
+    hashed["names"] = {key: plain["names"][key] for key in ("algo", "data", "backbone")}
+    text = json.dumps(hashed, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def job_name(words: Sequence[str], plain: Mapping[str, Any]) -> str:
+    """The folder of a sweep's run: its words in alphabetical order, and its hash.
+
+    The order of the words and how the run is run are not part of the name, so that the same run
+    asked for in another way is found again.
+
+    Args:
+        words: `KEY=VALUE` of the run, as Hydra writes values.
+        plain: Its resolved configuration, with `names`.
+    """
+    told = sorted(word for word in words if root_of(word) not in HOW_IT_RUNS)
+    named = slug(told, 160) or f"{plain['names']['algo']}_{plain['names']['data']}"
+    return f"{named}-{digest(plain)}"
+
+
+def root_of(word: str) -> str:
+    """The first part of the key of `KEY=VALUE`."""
+    return re.split(r"[.=/@]", word.lstrip("+~"))[0]
