@@ -11,7 +11,7 @@ import math
 import pickle
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,16 +52,6 @@ def text(group: str, name: str) -> str:
     return (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def variants_slow() -> list[Any]:
-    """All experiments; one that takes its algorithm from another is slow."""
-    return [
-        name
-        if "override /algo" in text("experiment", name)
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in EXPERIMENTS
-    ]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Small copies of Omniglot and miniImageNet, where metarun looks for them."""
@@ -92,7 +82,7 @@ def write_photographs(folder: Path) -> None:
         (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content))
 
 
-@lru_cache(maxsize=None)
+@cache
 def composed(name: str) -> Plain:
     """What an experiment says; by Hydra alone, since looking up every word takes much longer."""
     register_resolvers()
@@ -143,13 +133,13 @@ def test_an_experiment_says_what_it_is(name: str) -> None:
     assert name == "quick_start" or f"# metarun experiment={name} seed=0" in rest
 
 
-@pytest.mark.parametrize("name", variants_slow())
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains_and_is_tested(name: str, tmp_path: Path) -> None:
     launch.train(cut_down(composed(name)), tmp_path / "run", [])
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["experiment"] == name
-    assert math.isfinite(results["mean"])
-    assert results["episodes"] == 2
+    assert math.isfinite(results["test"]["mean"])
+    assert results["test"]["episodes"] == 2
 
 
 @pytest.mark.parametrize("name", PAPERS)
