@@ -6,6 +6,7 @@ characters and images; a run of an experiment is cut down to one small update.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -19,12 +20,14 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from metarun import config, launch
 from metarun.data import miniimagenet_files, omniglot, omniglot_files
 from metarun.data.miniimagenet_files import NUM_CLASSES, import_miniimagenet
 from metarun.data.omniglot_files import Character, import_omniglot
 from metarun.request import composer, names_of, register_resolvers
+from metarun.screen import Screen
 from metarun.types import SPLITS
 from tests.data import sources
 from tests.data.sources import write_omniglot_zips
@@ -135,7 +138,8 @@ def test_an_experiment_says_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains_and_is_tested(name: str, tmp_path: Path) -> None:
-    launch.train(cut_down(composed(name)), tmp_path / "run", [])
+    screen = Screen(Console(file=io.StringIO()))
+    launch.train(cut_down(composed(name)), tmp_path / "run", [], screen)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["experiment"] == name
     assert math.isfinite(results["test"]["mean"])
