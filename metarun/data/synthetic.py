@@ -15,7 +15,7 @@ from torch import Tensor
 from metarun import seeding
 from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
 
-_SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE = range(4)
+_SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD = range(5)
 
 
 class FunctionEpisodes(ABC):
@@ -86,10 +86,11 @@ class FunctionEpisodes(ABC):
 
 
 class Sinusoid(FunctionEpisodes):
-    """y = A sin(x - phi), the regression of Finn et al. (2017), section 5.1.
+    """y = A sin(omega x - phi), the regression of Finn et al. (2017), section 5.1.
 
     Args:
         amplitude: Range of A.
+        frequency: Range of omega: 1 but for Li et al. (2017), who have [0.8, 1.2].
         phase: Range of phi.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
@@ -99,6 +100,7 @@ class Sinusoid(FunctionEpisodes):
         self,
         *,
         amplitude: Sequence[float] = (0.1, 5.0),
+        frequency: Sequence[float] = (1.0, 1.0),
         phase: Sequence[float] = (0.0, math.pi),
         x: Sequence[float] = (-5.0, 5.0),
         noise: float = 0.0,
@@ -120,10 +122,13 @@ class Sinusoid(FunctionEpisodes):
             val_way=val_way,
         )
         self._amplitude = check_range("amplitude", amplitude)
+        self._frequency = check_range("frequency", frequency)
         self._phase = check_range("phase", phase)
 
     def _facts(self) -> tuple[float, ...]:
-        return (*self._amplitude, *self._phase)
+        # A frequency of 1 goes unsaid, as in the runs from before there was another.
+        frequency = () if self._frequency == (1.0, 1.0) else self._frequency
+        return (*self._amplitude, *self._phase, *frequency)
 
     def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
         return (
@@ -133,7 +138,10 @@ class Sinusoid(FunctionEpisodes):
 
     def _values(self, keys: Tensor, x: Tensor) -> Tensor:
         amplitude, phase = self._parameters(keys)
-        return amplitude[:, None, None] * torch.sin(x - phase[:, None, None])
+        frequency = draw_in(keys, _SLOT_THIRD, self._frequency)
+        return amplitude[:, None, None] * torch.sin(
+            frequency[:, None, None] * x - phase[:, None, None]
+        )
 
 
 class Linear(FunctionEpisodes):

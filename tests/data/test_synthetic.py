@@ -54,6 +54,22 @@ def test_a_linear_function_is_slope_times_x_plus_offset() -> None:
     torch.testing.assert_close(batch.support_y.double(), expected, rtol=1e-6, atol=1e-6)
 
 
+def test_a_frequency_stretches_the_sine_of_each_task() -> None:
+    still, source = sinusoid(), sinusoid(frequency=(0.8, 1.2))
+    batch = source.batch("train", 3, 500)
+    amplitude, phase = source.parameters("train", 3, 500)
+    assert torch.equal(batch.query_x, still.batch("train", 3, 500).query_x)
+    # Where the sine is steep and its branch is known the frequency can be read off.
+    x = batch.query_x.double()[:, :, 0]
+    angle = torch.asin((batch.query_y.double()[:, :, 0] / amplitude[:, None]).clamp(-1, 1))
+    frequency = (angle + phase[:, None]) / x
+    read = frequency[(x - phase[:, None]).abs().lt(0.5) & x.gt(1.0) & angle.abs().lt(1.0)]
+    assert 0.8 <= read.min() < 0.85
+    assert 1.15 < read.max() <= 1.2 + 1e-4
+    assert source.fingerprint() != still.fingerprint()
+    assert sinusoid(frequency=(1.0, 1.0)).fingerprint() == still.fingerprint()
+
+
 @pytest.mark.parametrize("source", [sinusoid(), linear(), sinusoid(noise=0.3)])
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_batch_is_the_stack_of_its_tasks(source: FunctionEpisodes, split: Split) -> None:
