@@ -178,6 +178,7 @@ FAST: dict[str, list[str]] = {
     "matching_fce": ["train.way=5"],
     "metalstm": ["algo.inner_steps=5", "optim.lr=0.01"],
     "metasgd": ["algo.inner_lr=0.05"],
+    "multitask": ["algo.fit_steps=10", "algo.fit_lr=0.03", "algo.inner_lr=0.3"],
     "protonet": ["train.way=5"],
     "r2d2": ["optim.lr=0.005"],
     "relation": ["train.way=5", "optim.lr=0.01"],
