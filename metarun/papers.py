@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from metarun.config import Plain, check
+from metarun.config import Plain, check, conf_dir
 from metarun.launch import EXIT_OK
 from metarun.naming import HOW_IT_RUNS, digest, root_of
-from metarun.request import Composer, composer
+from metarun.request import composer
 from metarun.runs import RunFolder
 from metarun.screen import duration
 from metarun.settings import Published, PublishedCell
@@ -155,12 +155,11 @@ def report(
     groups = group(runs)
     own = [g for g in groups if not g.plain.get("published")]
     parts: list[str] = []
-    with composer(config_dir) as compose:
-        known = {str(g.experiment) for g in groups if g not in own}
-        for title, names in _papers(compose, known, paper):
-            rows = [g for name in names for g in _runs_of(compose, name, groups)]
-            lines = [line for g in rows for line in published_lines(g)]
-            parts += [table(style, title, lines), *_pairs(style, rows)]
+    cells = [g for g in groups if g not in own]
+    for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
+        rows = _rows(names, cells, config_dir)
+        lines = [line for g in rows for line in published_lines(g)]
+        parts += [table(style, title, lines), *_pairs(style, rows)]
     if own:
         ranked = sorted(_labelled(own), key=lambda g: _by_val(g))
         parts += [table(style, "runs", [_own_line(g) for g in ranked]), *_pairs(style, ranked)]
@@ -334,26 +333,42 @@ def _against_best(groups: Sequence[Group]) -> list[Line]:
 
 
 def _papers(
-    compose: Composer, experiments: set[str], paper: str | None
+    experiments: set[str], config_dir: str | None, paper: str | None
 ) -> Iterator[tuple[str, list[str]]]:
     """Tables of papers with the names of their experiments: those that any run is about."""
     left = set(experiments)
-    options = compose.options("paper") if "paper" in compose.groups() else []
-    if paper is not None and paper not in options:
-        raise ValueError(f"--paper {paper}: expected one of {', '.join(options)}")
-    for name in options:
-        names = compose.paper(name)
-        if name == paper or (paper is None and experiments & set(names)):
+    files = _paper_files(config_dir)
+    if paper is not None and paper not in files:
+        raise ValueError(f"--paper {paper}: expected one of {', '.join(files)}")
+    for name in [paper] if paper is not None else files if experiments else ():
+        names = _experiments_of(files[name])
+        if name == paper or experiments & set(names):
             left -= set(names)
             yield name, names
     if left and paper is None:
         yield "experiments", sorted(left)
 
 
-def _runs_of(compose: Composer, name: str, groups: Sequence[Group]) -> list[Group]:
-    """The groups of an experiment; one without runs where there is none."""
-    found = [g for g in groups if g.experiment == name]
-    return found or [Group((), compose.job([f"experiment={name}"]).plain, name)]
+def _paper_files(config_dir: str | None) -> dict[str, Path]:
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    paths = [path for folder in folders for path in (folder / "paper").glob("*.yaml")]
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
+
+
+def _experiments_of(path: Path) -> list[str]:
+    """The experiments that a paper's sweep lists; read, not composed, which takes seconds."""
+    listed = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params.experiment")
+    return [name.strip() for name in str(listed or "").split(",") if name.strip()]
+
+
+def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None) -> list[Group]:
+    """The groups of a paper's experiments in its order; one without runs where there is none."""
+    rows: list[Group] = []
+    with composer(config_dir) as compose:
+        for name in names:
+            found = [g for g in groups if g.experiment == name]
+            rows += found or [Group((), compose.job([f"experiment={name}"]).plain, name)]
+    return rows
 
 
 def _task(plain: Plain, inner_steps: int | None) -> str:

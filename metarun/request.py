@@ -277,11 +277,6 @@ class Composer:
         combine = _corners if searches else _product
         return [self.job(list(words), sweep) for words in combine(parsed)]
 
-    def paper(self, name: str) -> list[str]:
-        """The experiments of a paper's table, in its order."""
-        jobs = self.jobs([f"paper={name}"], sweep=True)
-        return list(dict.fromkeys(job.plain["names"]["experiment"] for job in jobs))
-
     def job(self, overrides: Sequence[str], sweep: bool = False) -> Job:
         """One run: every word looked up, composed, resolved.
 
