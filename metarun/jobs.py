@@ -69,13 +69,20 @@ def make_or_continue(
     except Exception as error:
         if plain["debug"]:
             raise
-        with suppress(OSError):
+        if _finished(folder):  # by another process, a moment ago
+            return Outcome("kept")
+        with suppress(OSError, InUse):
             _record_failure(plain, folder, overrides, error)
         return Outcome("failed", launch.describe(error))
 
 
 def _begun(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
+
+
+def _finished(folder: Path) -> bool:
+    path = folder / "status.json"
+    return path.exists() and RunFolder(folder).status().get("state") == "finished"
 
 
 def _clear_false_start(folder: Path) -> None:
@@ -97,8 +104,8 @@ def _record_failure(plain: Plain, folder: Path, overrides: Sequence[str], error:
     if not (folder / "status.json").exists():
         RunFolder.create(folder, config=launch.to_yaml(plain), overrides=list(overrides))
     run = RunFolder(folder)
-    status = run.status()
-    if status["state"] != "failed":
-        run.set_status("failed", step=status.get("step"), why=launch.describe(error))
-        with run.logging():
+    with run.locked(), run.logging():
+        status = run.status()
+        if status["state"] != "failed":
+            run.set_status("failed", step=status.get("step"), why=launch.describe(error))
             _log.info("failed: %s", error, extra=FILE_ONLY, exc_info=error)

@@ -61,7 +61,7 @@ class Interrupted(Exception):  # noqa: N818 - a wish of the user's, not an error
 
 
 class InUse(ValueError):  # noqa: N818 - a state of the folder's
-    """Another process is at work in the folder of a run."""
+    """The folder is another run's, or another process is at work in it."""
 
 
 class RunFolder:
@@ -84,13 +84,12 @@ class RunFolder:
             overrides: What was typed, for `resume`.
 
         Raises:
-            ValueError: Something is there already.
-            InUse: It is another run's that started at the same moment.
+            InUse: Something is there already.
         """
         run = cls(Path(path))
         run.path.mkdir(parents=True, exist_ok=True)
         if any(run.path.iterdir()):
-            raise ValueError(f"{run.path} is not empty: every run has a folder of its own")
+            raise InUse(f"{run.path} is not empty: every run has a folder of its own")
         try:
             run._file("config.yaml").open("x").close()
         except FileExistsError:

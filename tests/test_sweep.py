@@ -176,10 +176,30 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path: Path) -> None:
         holder.communicate()
 
 
+def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with request.composer() as compose:
+        job = compose.job(TINY)
+    folder = tmp_path / "run"
+
+    def make() -> str:
+        return jobs.make_or_continue(job.plain, folder, TINY, None, Screen()).state
+
+    assert make() == "finished"
+    # As seen by a process that looked before the other began, and before it was finished.
+    monkeypatch.setattr(jobs, "_begun", lambda _: False)
+    assert make() == "elsewhere"
+    monkeypatch.undo()
+    monkeypatch.setattr(jobs.again, "continuation", lambda *_: jobs.launch.config.build(job.plain))
+    assert make() == "kept"
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
 def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     tmp_path: Path,
 ) -> None:
-    words = ["-m", "algo=maml,anil,reptile", "seed=1,2,3,4", *TINY, "train.steps=60"]
+    words = ["-m", "algo=maml,anil,reptile", "seed=1,2,3,4", *TINY, "train.steps=20"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
     killed.mkdir()
