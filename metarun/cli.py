@@ -36,7 +36,7 @@ metarun: meta-learning experiments
   metarun paper=NAME                     a paper's table, as a sweep
   metarun table PATH…                    published against measured
   metarun compare data=NAME              every algorithm, in one table
-  metarun list                           what there is, with one line for each
+  metarun list [algo|experiment|…]       what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
   metarun bench                          speed of a meta-step on this machine
 

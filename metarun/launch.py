@@ -32,8 +32,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     """
     for job in jobs:
         config.check(job.plain)
-        if not job.may_be_there:
-            _check_folder(job.folder)
+        _check_folder(job)
     for job in jobs:
         check_data(job.plain)
     from metarun.trainer import required_bytes
@@ -94,8 +93,10 @@ def to_yaml(plain: Any) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(plain))
 
 
-def _check_folder(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def _check_folder(job: Job) -> None:
+    folder = job.folder
+    in_the_way = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if in_the_way and not job.may_be_there:
         raise ValueError(f"{folder} exists and is not empty: a run is never written over another")
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):

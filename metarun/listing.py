@@ -23,23 +23,27 @@ _NARROWEST = 40
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun list [--config-dir DIR]`; returns the exit code."""
+    """Answer `metarun list [GROUP…] [--config-dir DIR]`; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="metarun list", description="Algorithms, data sets, backbones and experiments."
     )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
     args, unknown = parser.parse_known_args(list(argv))
     if unknown:
         raise ValueError(f"metarun list takes no {unknown[0]}: only --config-dir DIR")
+    for word in args.groups:
+        if word not in GROUPS:
+            raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")
     if args.config_dir is not None and not args.config_dir.is_dir():
         raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
     folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])
     width = max(_NARROWEST, min(80, shutil.get_terminal_size((80, 24)).columns))
     console = Console(width=width, highlight=False)
-    for group, title in GROUPS.items():
+    for group in args.groups or GROUPS:
         found = entries(folders, group)
         if found:
-            console.print(_table(group, title, found))
+            console.print(_table(group, GROUPS[group], found))
     return 0
 
 
