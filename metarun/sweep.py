@@ -49,11 +49,14 @@ class Journal:
         self.path = path
 
     def add(self, event: str, **facts: Any) -> None:
-        """Append a line; the system keeps lines of several processes apart."""
+        """Append a line; the system keeps lines of several processes apart.
+
+        Once nobody waits for the sweep, its journal is gone, and nothing is written.
+        """
         line = json.dumps({"event": event, **facts}) + "\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.encode())
+        if self.path.exists():
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
 
     def lines(self) -> list[Line]:
         """Every line that is whole."""
@@ -158,7 +161,10 @@ def run(
         config_dir: The user's YAML files.
         hand_over: Gives Hydra what to call for each run.
     """
-    journal = Journal(plan[0].folder.parent / f".sweep-{secrets.token_hex(4)}.jsonl")
+    place = plan[0].folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
+    journal.path.touch()
     number = None if way.searches else len(plan)
     worker = Worker(journal.path, config_dir, number)
     try:
@@ -295,6 +301,10 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
     def receive(signum: int, _: FrameType | None) -> None:
         if stop.signum or detached:
             stop.signum = signum
+            if detached:
+                os.write(
+                    2, b"\nno longer waiting; the cluster's queue goes on (scancel stops it)\n"
+                )
             raise KeyboardInterrupt
         stop.signum = signum
         os.write(2, b"\nstopping and saving every run; once more stops at once\n")

@@ -354,6 +354,9 @@ def test_a_plugin_that_is_missing_is_named_by_its_extra(
 
 def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
+    journal.add("stop")
+    assert not journal.path.exists()
+    journal.path.touch()
     journal.add("start", folder="a", host="h", process=1)
     journal.add("end", folder="a", state="finished", why="", signum=0)
     journal.add("start", folder="b", host="h", process=1)
