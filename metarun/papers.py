@@ -225,18 +225,23 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
     }
     if not group.runs:
         return line
-    ours = replace(figure_of(group.results, cell.inner_steps), places=places)
     record = group.results[0].record
-    return line | {
-        "ours": ours,
-        "seeds": str(ours.seeds),
-        "episodes": str(ours.episodes),
-        "difference": f"{ours.mean - cell.value:+.{places}f}",
-        "intervals meet": "yes" if ours.meets(printed) else "no",
+    line |= {
+        "seeds": str(len(group.runs)),
         "batch norm": str(record["bn_statistics"]),
         "steps": f"{record['steps']:,} of {published.steps:,}",
         "time": _time(group),
         "note": _note(group, published),
+    }
+    try:
+        ours = replace(figure_of(group.results, cell.inner_steps), places=places)
+    except LookupError:
+        return line | {"ours": f"not measured after {cell.inner_steps} steps: eval.curve_steps"}
+    return line | {
+        "ours": ours,
+        "episodes": str(ours.episodes),
+        "difference": f"{ours.mean - cell.value:+.{places}f}",
+        "intervals meet": "yes" if ours.meets(printed) else "no",
     }
 
 

@@ -118,6 +118,8 @@ class Worker:
         plain, folder, words = asked_for(cfg)
         if not self._journal.stopped():
             self._run(plain, folder, words)
+        with suppress(OSError):
+            folder.rmdir()  # Hydra makes it, also for a run that never began.
         return _val(folder)
 
     def _run(self, plain: Any, folder: Path, words: Sequence[str]) -> None:
@@ -173,7 +175,9 @@ def run(
             with monitor:
                 failed = _handed_over(hand_over, worker)
         folders = list(journal.ends()) if way.searches else [str(job.folder) for job in plan]
-        return _sum_up(journal, folders, words, stop.signum, failed)
+        code = _sum_up(journal, folders, words, stop.signum, failed)
+        _show_tables([Path(folder) for folder in folders], config_dir)
+        return code
     finally:
         journal.path.unlink(missing_ok=True)
 
@@ -231,8 +235,6 @@ def _sum_up(
     for folder, end in ends.items():
         if end["state"] in ("failed", "elsewhere"):
             _say(f"error: {folder}: {_described(end['state'], end['why'])}")
-    tables = papers.report(papers.read_runs([Path(f) for f in folders if Path(f).is_dir()]))
-    print(f"\n{tables}", end="", flush=True)
     if failed:
         _say(f"error: {failed}")
     signum = signum or next((end["signum"] for end in ends.values() if end["signum"]), 0)
@@ -242,6 +244,16 @@ def _sum_up(
     if signum:
         return 128 + signum
     return EXIT_FAILED if failed or done < len(folders) else EXIT_OK
+
+
+def _show_tables(folders: Sequence[Path], config_dir: str | None) -> None:
+    try:
+        found = list(papers.read_runs([folder for folder in folders if folder.is_dir()]))
+        if any(run.result is not None for run in found):
+            print(f"\n{papers.report(found, config_dir=config_dir)}", end="", flush=True)
+    # The runs are what counts, and are there.
+    except (ValueError, OSError) as error:
+        _say(f"error: {describe(error)}")
 
 
 def _described(state: str, why: str) -> str:

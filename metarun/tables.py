@@ -138,7 +138,7 @@ def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figu
         inner_steps: A point of the adaptation curve; None takes the reported figure.
 
     Raises:
-        ValueError: A run has no such point.
+        LookupError: A run has no such point.
     """
     values = [_values(result, inner_steps) for result in results]
     mean, ci95 = interval(np.mean(values, axis=0))
@@ -168,7 +168,7 @@ def _values(result: Result, inner_steps: int | None) -> Floats:
     values = result.episodes
     if inner_steps is not None:
         if result.curve is None or inner_steps >= len(result.curve):
-            raise ValueError(f"the run has no figure after {inner_steps} steps")
+            raise LookupError(f"the run has no figure after {inner_steps} steps")
         values = result.curve[inner_steps]
     return 100.0 * values if result.record["metric"] == "accuracy" else values
 

@@ -40,7 +40,7 @@ def test_a_point_of_the_curve_stands_for_the_figure_after_so_many_steps() -> Non
     one = type(one)(one.record, one.episodes, None, curve)
     assert figure_of([one]).mean == 62.5
     assert figure_of([one], inner_steps=1).mean == 75.0
-    with pytest.raises(ValueError, match="no figure after 2 steps"):
+    with pytest.raises(LookupError, match="no figure after 2 steps"):
         figure_of([one], inner_steps=2)
 
 
@@ -95,6 +95,15 @@ def test_a_paper_is_held_against_what_was_run(metarun: Command, tmp_path: Path) 
     # The other rows of the paper's table say that they were not run.
     other = found["zintgraf2019_sinusoid_50context"]
     assert (other["ours"], other["steps"]) == ("not run", "0 of 50,000")
+
+
+def test_a_figure_that_was_not_measured_says_so(metarun: Command) -> None:
+    words = ["experiment=finn2017_sinusoid_5shot", *SMALL, "eval.curve_steps=5"]
+    assert metarun(*words).code == 0
+    rows = rows_of(metarun("table", "outputs", "--format", "csv").out)
+    found = {row["task"]: row["ours"] for row in rows if row.get("experiment") == words[0][11:]}
+    assert float(found["5 points, 5 steps"]) > 0
+    assert found["5 points, 10 steps"] == "not measured after 10 steps: eval.curve_steps"
 
 
 @pytest.mark.parametrize("style", ["terminal", "markdown", "latex"])
