@@ -12,10 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.adapting import AdaptingLearner
+from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.inner import Loss, Params, flatten, sgd_adapt, sgd_path, unflatten
 from metarun.backbones.layers import Pass, update_running
-from metarun.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.types import Metrics, Progress, TaskBatch
 
 Proximal = Literal["after", "each_step"]
 
@@ -23,7 +24,7 @@ Proximal = Literal["after", "each_step"]
 _TOLERANCE = 1e-10
 
 
-class IMAML(Algorithm):
+class IMAML(AdaptingLearner):
     """Differentiates the point where adaptation ends, not the path that led to it.
 
     Adaptation solves phi = argmin L(phi; support) + lam / 2 |phi - theta|^2 (eq. 3), so that the
@@ -124,22 +125,6 @@ class IMAML(Algorithm):
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.evaluation_steps(self.inner_steps)
-
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = self._path(net, params, rows[0], rows[1], steps)
-            return self.answer(net, path[-1], rows[0], rows[2])
-
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
-
-    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = self._path(net, params, rows[0], rows[1], steps)
-            return torch.stack([self.answer(net, phi, rows[0], rows[2]) for phi in path])
-
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
-
     def _solve(self, loss: Loss, theta: Params) -> Params:
         """The adapted parameters in training, without a graph."""
         throughout = self.proximal == "each_step"
@@ -170,9 +155,7 @@ class IMAML(Algorithm):
         solution = conjugate_gradients(matrix_times, flatten(grads), self.cg_steps)
         return unflatten(solution, phi)
 
-    def _path(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int
-    ) -> list[Params]:
+    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """The parameters before and after each inner step at evaluation."""
 
         def loss(params: Params) -> Tensor:

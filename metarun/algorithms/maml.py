@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.adapting import AdaptingLearner
+from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.inner import (
     Params,
     check_inner_loop,
@@ -24,13 +25,13 @@ from metarun.algorithms.inner import (
     under,
 )
 from metarun.backbones.layers import Pass, update_running
-from metarun.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.types import Metrics, Progress, TaskBatch
 
 Adapted = Literal["all", "head", "body"]
 Rates = Literal["fixed", "tensor", "element"]
 
 
-class MAML(Algorithm):
+class MAML(AdaptingLearner):
     """Learns an initialisation from which a few gradient steps solve a task.
 
     Minimises sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
@@ -119,31 +120,13 @@ class MAML(Algorithm):
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.evaluation_steps(self.inner_steps)
-
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = [params, *self._path(net, params, rows[0], rows[1], steps)]
-            return self.answer(net, path[-1], rows[0], rows[2])
-
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
-
-    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = [params, *self._path(net, params, rows[0], rows[1], steps)]
-            return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in path])
-
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
-
-    def _path(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int
-    ) -> list[Params]:
-        """All parameters after each inner step at evaluation."""
+    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
+        """All parameters before and after each inner step at evaluation."""
         loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
         start = {name: theta[name] for name in self.adapted}
         rates = self._rates(dict(self.rates.named_parameters()))
         path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
-        return [{**theta, **adapted} for adapted in path]
+        return [theta, *({**theta, **adapted} for adapted in path)]
 
     def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Any:
         def loss(adapted: Params) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.adapting import AdaptingLearner
+from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.inner import (
     Params,
     adam_start,
@@ -24,12 +25,12 @@ from metarun.algorithms.inner import (
 )
 from metarun.algorithms.outer import NonFiniteError
 from metarun.backbones.layers import Pass, update_running
-from metarun.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.types import Metrics, Progress, TaskBatch
 
 Penalty = Literal["none", "l2", "mean"]
 
 
-class MultiTask(Algorithm):
+class MultiTask(AdaptingLearner):
     """Fits a model to each training task, from a start of its own, and fine-tunes their mean.
 
     An update fits T models by Adam on all of their task's rows (support and, where there are
@@ -120,22 +121,6 @@ class MultiTask(Algorithm):
         score = task_metric(self.spec, outputs, y)
         return {"loss": loss, self.spec.metric: score.mean()}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.evaluation_steps(self.inner_steps)
-
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = self._path(net, params, rows[0], rows[1], steps)
-            return self.answer(net, path[-1], rows[0], rows[2])
-
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
-
-    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = self._path(net, params, rows[0], rows[1], steps)
-            return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in path])
-
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
-
     def _starts(self, first: int, count: int) -> Tensor:
         """(T, P) random starts of the models `first …`, each as the backbone draws its own."""
         starts = []
@@ -177,9 +162,7 @@ class MultiTask(Algorithm):
             params, state = adam_step(params, grads, state, lr=self.fit_lr, betas=self.betas)
         return params["theta"]
 
-    def _path(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int
-    ) -> list[Params]:
+    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """The parameters before and after each step of the fine-tuning."""
         how = Pass(running=self.bn == "running")
 

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.adapting import AdaptingLearner
+from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.inner import AdamState, Params, adam_start, adam_step, gradient
 from metarun.backbones.layers import Pass, update_running
-from metarun.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.types import Metrics, Progress, TaskBatch
 
 Inner = Literal["adam", "sgd"]
 
 
-class Reptile(Algorithm):
+class Reptile(AdaptingLearner):
     """Moves the initialisation towards the weights that each task's training ends with.
 
     theta <- theta + epsilon * mean_i (U_i(theta) - theta) (Algorithm 2): the outer optimiser is
@@ -113,23 +114,7 @@ class Reptile(Algorithm):
             self.spec.metric: torch.stack(scores).mean(),
         }
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.evaluation_steps(self.inner_steps)
-
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            weights = self._path(net, params, rows[0], rows[1], steps)[-1]
-            return self.answer(net, weights, rows[0], rows[2])
-
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
-
-    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            path = self._path(net, params, rows[0], rows[1], steps)
-            return torch.stack([self.answer(net, weights, rows[0], rows[2]) for weights in path])
-
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
-
-    def _path(
+    def path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
     ) -> list[Params]:
         """The weights before and after each mini-batch at evaluation."""
