@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from metarun import seeding
 
-_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR = range(3)
+_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR, _SLOT_ELASTIC = range(4)
+_CONTROL_POINTS = 5
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -29,6 +30,8 @@ class Augmentation:
         affine_translate: Shift along each axis, from ± this fraction of the side.
         affine_scale: Size, from 1 ± this factor.
         affine_shear: Slant, from ± this many degrees.
+        elastic: Shifts of 5 x 5 points of a grid over the image, each from ± this fraction of
+            the side; what lies between them moves smoothly, as from one hand to another.
         flip: Mirror left and right, with probability one half.
         colour: Brightness, contrast and saturation, each from 1 ± this factor.
         padding: What an affine map brings in from outside: paper, or the mirrored picture.
@@ -38,6 +41,7 @@ class Augmentation:
     affine_translate: float = 0.0
     affine_scale: float = 0.0
     affine_shear: float = 0.0
+    elastic: float = 0.0
     flip: bool = False
     colour: float = 0.0
     padding: Literal["zeros", "reflection"] = "zeros"
@@ -47,18 +51,29 @@ class Augmentation:
         _check("affine_translate", self.affine_translate, 1.0)
         _check("affine_scale", self.affine_scale, 0.9)
         _check("affine_shear", self.affine_shear, 60.0)
+        _check("elastic", self.elastic, 0.5)
         _check("colour", self.colour, 1.0)
 
     @property
-    def has_affine(self) -> bool:
-        return bool(
-            self.affine_degrees or self.affine_translate or self.affine_scale or self.affine_shear
+    def moves(self) -> bool:
+        """Whether pixels change their places, apart from a mirror."""
+        return any(
+            (
+                self.affine_degrees,
+                self.affine_translate,
+                self.affine_scale,
+                self.affine_shear,
+                self.elastic,
+            )
         )
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
         """Change (T, R, C, H, W) images in [0, 1], given one key for each task."""
-        if self.has_affine:
-            images = self._affine(images, keys)
+        if self.moves:
+            grid = self._affine(images, keys)
+            if self.elastic:
+                grid = grid + self._elastic(images, keys)
+            images = _warp(images.flatten(0, 1), grid, self.padding).reshape(images.shape)
         if self.flip:
             images = _flip(images, keys)
         if self.colour:
@@ -66,6 +81,7 @@ class Augmentation:
         return images
 
     def _affine(self, images: Tensor, keys: Tensor) -> Tensor:
+        """(2, B, H, W) places to take the pixels from, in [-1, 1]."""
         # float64, so that the last bit of a sine, which may depend on the batch, is rounded away.
         draw = seeding.uniform(
             keys, _SLOT_AFFINE, (images.shape[1], 5), low=-1.0, dtype=torch.float64
@@ -78,16 +94,29 @@ class Augmentation:
         to_x = torch.stack([cos, slant * cos - sin, draw[:, 3] * shift])
         to_y = torch.stack([sin, slant * sin + cos, draw[:, 4] * shift])
         maps = torch.stack([to_x, to_y]).to(images.dtype)
-        return _warp(images.flatten(0, 1), maps, self.padding).reshape(images.shape)
+        height, width = images.shape[-2:]
+        # Stacking in front and moving the axis is several times faster than stacking behind.
+        return torch.stack([_plane(coefficients, height, width) for coefficients in maps.unbind()])
+
+    def _elastic(self, images: Tensor, keys: Tensor) -> Tensor:
+        """(2, B, H, W) shifts of these places."""
+        shape = (images.shape[1], 2, _CONTROL_POINTS, _CONTROL_POINTS)
+        most = 2.0 * self.elastic
+        shifts = seeding.uniform(keys, _SLOT_ELASTIC, shape, low=-most, high=most)
+        smooth: Tensor = functional.interpolate(
+            shifts.flatten(0, 1).to(images.dtype),
+            size=images.shape[-2:],
+            mode="bicubic",
+            align_corners=True,
+        )
+        return smooth.movedim(1, 0)
 
 
-def _warp(images: Tensor, maps: Tensor, padding: str) -> Tensor:
-    """Move (B, C, H, W) images by (2, 3, B) affine maps from new to old places in [-1, 1]."""
-    height, width = images.shape[-2:]
-    planes = [_plane(coefficients, height, width) for coefficients in maps.unbind()]
-    # Stacking in front and moving the axis is several times faster than stacking behind.
-    grid = torch.stack(planes, dim=1).movedim(1, -1)
-    moved: Tensor = functional.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+def _warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
+    """Fill (B, C, H, W) images with pixels from (2, B, H, W) places in [-1, 1]."""
+    moved: Tensor = functional.grid_sample(
+        images, grid.movedim(0, -1), padding_mode=padding, align_corners=False
+    )
     return moved
 
 

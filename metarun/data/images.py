@@ -24,11 +24,13 @@ from metarun.data.pictures import picture
 from metarun.data.store import Pixels
 from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
 
-Rotations = Literal["none", "classes", "per_task"]
+Rotations = Literal["none", "classes", "mirrored", "per_task"]
 Episodes = Literal["any", "within_alphabet"]
 
 _LOG = logging.getLogger(__name__)
 _NUM_ROTATIONS = 4
+_CLASSES_OF_ONE = {"none": 1, "classes": 4, "mirrored": 8, "per_task": 1}
+"""Classes that a class becomes by `rotations`."""
 _SLOT_GROUP, _SLOT_CLASSES, _SLOT_CLASS_ORDER, _SLOT_ROTATIONS = range(4)
 _SLOT_IMAGES, _SLOT_ROW_ORDER, _SLOT_IMAGE_ORDER = 4, 5, 14
 _KEY_SUPPORT, _KEY_QUERY = 100, 101
@@ -72,11 +74,12 @@ class _Resident:
     """A split on the device, and where its classes and groups begin.
 
     Attributes:
-        images: (N, C, H, W) uint8, or (4 N, C, H, W) with the rotated copies behind.
+        images: (N, C, H, W) uint8, or (4 N, C, H, W) with the rotated copies behind, or (8 N,
+            C, H, W) with the mirrored ones behind those.
         num_images: N.
         starts, counts: (classes,) first image and number of images of each class.
         group_starts, group_counts: (groups,) first class and number of classes to choose from.
-        group_rotations: Rotations that count as classes of their own, 1 or 4.
+        rotation_classes: Copies that count as classes of their own: 1, 4 or 8.
     """
 
     images: Tensor
@@ -99,8 +102,9 @@ class ClassEpisodes:
         seed: Of the training tasks.
         eval_seed: Of the val and test tasks.
         rotations: For training: `none`; `classes` makes each quarter turn a class of its own;
-            `per_task` turns each class of a task by one random quarter turn.
-        rotations_eval: The same for val and test.
+            `mirrored` its mirror image too; `per_task` turns each class of a task by one random
+            quarter turn.
+        rotations_eval: The same for val and test, but for `mirrored`.
         episodes: `any`, or `within_alphabet` to take a task's classes from one group.
         augmentation: Changes to training images.
         mean, std: Per channel, in [0, 1] units; None leaves pixels in [0, 1].
@@ -128,7 +132,7 @@ class ClassEpisodes:
         prepare: Callable[[Image.Image], Pixels],
         can_drop: bool = False,
     ) -> None:
-        _one_of("rotations", rotations, ("none", "classes", "per_task"))
+        _one_of("rotations", rotations, ("none", "classes", "mirrored", "per_task"))
         _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
         _one_of("episodes", episodes, ("any", "within_alphabet"))
         self._name = name
@@ -179,15 +183,17 @@ class ClassEpisodes:
 
     def num_classes(self, split: Split) -> int:
         """Classes to choose from, with rotations where each is a class: what `class_ids` name."""
-        turns = _NUM_ROTATIONS if self._rotations[split] == "classes" else 1
-        return turns * len(self._tables[split].counts)
+        return self._copies(split) * len(self._tables[split].counts)
 
     def class_names(self, split: Split) -> tuple[str, ...]:
         """The name behind each number in `class_ids`."""
         names = self._tables[split].names
-        if self._rotations[split] != "classes":
+        copies = self._copies(split)
+        if copies == 1:
             return names
-        return tuple(f"{name}/rot{90 * turn:03d}" for turn in range(4) for name in names)
+        turned = [f"rot{90 * turn:03d}" for turn in range(_NUM_ROTATIONS)]
+        shown = [*turned, *(f"mirror_{turn}" for turn in turned)][:copies]
+        return tuple(f"{name}/{turn}" for turn in shown for name in names)
 
     def prepare(self, images: Any) -> Tensor:
         """Turn a user's pictures into rows (N, C, H, W), as this data set's images were.
@@ -288,7 +294,9 @@ class ClassEpisodes:
         images = table.images.to(self.device)
         rotations = self._rotations[split]
         if rotations != "none":
-            turned = [images.rot90(turn, dims=(-2, -1)) for turn in range(_NUM_ROTATIONS)]
+            sides = [images, images.flip(-1)] if rotations == "mirrored" else [images]
+            turns = range(_NUM_ROTATIONS)
+            turned = [side.rot90(turn, dims=(-2, -1)) for side in sides for turn in turns]
             images = torch.cat(turned).contiguous()
         counts = torch.tensor(table.counts)
         starts = counts.cumsum(0) - counts
@@ -301,7 +309,7 @@ class ClassEpisodes:
             counts=counts.to(self.device),
             group_starts=torch.tensor(first, device=self.device),
             group_counts=torch.tensor(number, device=self.device),
-            rotation_classes=_NUM_ROTATIONS if rotations == "classes" else 1,
+            rotation_classes=self._copies(split),
         )
 
     def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
@@ -314,15 +322,17 @@ class ClassEpisodes:
                 f"data.episodes=within_alphabet needs alphabets, {self._name} has none: "
                 "leave it at any"
             )
-        turns = _NUM_ROTATIONS if self._rotations[split] == "classes" else 1
         names = dict.fromkeys(table.groups)
         spans = [(table.groups.index(name), table.groups.count(name)) for name in names]
-        return [span for span in spans if turns * span[1] >= way]
+        return [span for span in spans if self._copies(split) * span[1] >= way]
+
+    def _copies(self, split: Split) -> int:
+        """Classes that each class of the table counts as."""
+        return _CLASSES_OF_ONE[self._rotations[split]]
 
     def _most_classes(self, split: Split) -> int:
         """The largest number of classes that one task can have."""
-        turns = _NUM_ROTATIONS if self._rotations[split] == "classes" else 1
-        return turns * max(count for _, count in self._groups(split, 0))
+        return self._copies(split) * max(count for _, count in self._groups(split, 0))
 
     def _fit_val_way(self, typed: int | None) -> None:
         """Lower val's way to the classes there are, unless it was typed."""

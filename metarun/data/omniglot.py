@@ -40,14 +40,16 @@ class OmniglotSmall(ClassEpisodes):
 
     Args:
         resize: See `pictures.drawing`.
+        image_size: Side of the images; the drawings have 105 pixels.
         rotations, rotations_eval, episodes: See `ClassEpisodes`.
-        affine_degrees, affine_translate, affine_scale, affine_shear: See `Augmentation`.
+        affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
     def __init__(
         self,
         *,
         resize: Resize = "paper",
+        image_size: int = DRAWING_SIZE,
         rotations: Rotations = "none",
         rotations_eval: Rotations = "none",
         episodes: Episodes = "any",
@@ -55,6 +57,7 @@ class OmniglotSmall(ClassEpisodes):
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
+        elastic: float = 0.0,
         sizes: Mapping[Split, EpisodeSize],
         seed: int,
         eval_seed: int,
@@ -63,9 +66,11 @@ class OmniglotSmall(ClassEpisodes):
         val_way: int | None = None,
     ) -> None:
         _check_resize(resize)
+        if not 8 <= image_size <= 105:
+            raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
         super().__init__(
             name="omniglot_small",
-            tables=_small_tables(resize),
+            tables=_small_tables(resize, image_size),
             sizes=sizes,
             val_way=val_way,
             seed=seed,
@@ -80,8 +85,9 @@ class OmniglotSmall(ClassEpisodes):
                 affine_translate=affine_translate,
                 affine_scale=affine_scale,
                 affine_shear=affine_shear,
+                elastic=elastic,
             ),
-            prepare=lambda image: drawing(image, resize)[None],
+            prepare=lambda image: drawing(image, resize, image_size)[None],
         )
 
 
@@ -98,7 +104,7 @@ class Omniglot(ClassEpisodes):
         rotations: Vinyals's and ProtoNet's protocol has `classes` in every split, MAML's has
             `per_task` in every split. See `ClassEpisodes`.
         rotations_eval, episodes: See `ClassEpisodes`.
-        affine_degrees, affine_translate, affine_scale, affine_shear: See `Augmentation`.
+        affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
     def __init__(
@@ -114,6 +120,7 @@ class Omniglot(ClassEpisodes):
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
+        elastic: float = 0.0,
         sizes: Mapping[Split, EpisodeSize],
         seed: int,
         eval_seed: int,
@@ -141,6 +148,7 @@ class Omniglot(ClassEpisodes):
                 affine_translate=affine_translate,
                 affine_scale=affine_scale,
                 affine_shear=affine_shear,
+                elastic=elastic,
             ),
             prepare=lambda image: drawing(image, resize)[None],
         )
@@ -179,8 +187,8 @@ def _full_tables(
 
 
 @lru_cache(maxsize=2)
-def _small_tables(resize: Resize) -> dict[Split, ClassTable]:
-    archives = {name: _read_archive(name, resize) for name in _SMALL_ARCHIVES}
+def _small_tables(resize: Resize, side: int) -> dict[Split, ClassTable]:
+    archives = {name: _read_archive(name, resize, side) for name in _SMALL_ARCHIVES}
     return {
         split: _table(
             (name, drawings)
@@ -192,13 +200,13 @@ def _small_tables(resize: Resize) -> dict[Split, ClassTable]:
     }
 
 
-def _read_archive(archive: str, resize: Resize) -> dict[str, list[Pixels]]:
+def _read_archive(archive: str, resize: Resize, side: int) -> dict[str, list[Pixels]]:
     """The drawings of each character, `Alphabet/characterNN`, in the order of their names."""
     found: dict[str, list[Pixels]] = {}
     with zipfile.ZipFile(FILES / f"{archive}.zip") as file:
         for name in sorted(name for name in file.namelist() if name.endswith(".png")):
             _, alphabet, character, _ = name.split("/")
-            pixels = drawing(open_image(file.read(name), name), resize)
+            pixels = drawing(open_image(file.read(name), name), resize, side)
             found.setdefault(f"{alphabet}/{character}", []).append(pixels)
     return found
 

@@ -39,14 +39,14 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         ) from None
 
 
-def drawing(image: Image.Image, resize: Resize) -> Pixels:
-    """A drawing of any size as (28, 28) uint8, ink 255 and paper 0.
+def drawing(image: Image.Image, resize: Resize, side: int = DRAWING_SIZE) -> Pixels:
+    """A drawing of any size as (side, side) uint8, ink 255 and paper 0.
 
     `paper` keeps 1-bit pictures at 1 bit and takes the nearest pixel: what Pillow does with any
     filter on such pictures, and so what the code of MAML and ProtoNet did. `antialias` makes
     greys.
     """
-    size = (DRAWING_SIZE, DRAWING_SIZE)
+    size = (side, side)
     if image.mode != "1":
         image = on_paper(image, "L")
     if resize == "antialias":

@@ -76,6 +76,7 @@ def augmented(**how: Any) -> ClassEpisodes:
         affine_translate=0.2,
         affine_scale=0.3,
         affine_shear=10.0,
+        elastic=0.05,
         flip=True,
         colour=0.4,
     )

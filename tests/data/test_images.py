@@ -132,10 +132,35 @@ def test_rotations_as_classes_turn_every_image_of_a_class_alike() -> None:
     assert source.class_names("train")[8] == "train1/rot090"
 
 
+def test_mirrored_classes_are_the_mirror_images_of_the_turned_ones() -> None:
+    source = numbered(rotations="mirrored", sizes=sizes(train=EpisodeSize(20, 2, 2)))
+    names = source.class_names("train")
+    assert (names[8], names[29]) == ("train1/rot090", "train1/mirror_rot000")
+    batch = source.batch("train", 0, 30)
+    assert batch.class_ids is not None
+    assert int(batch.class_ids.max()) >= 28
+    for task in range(30):
+        for x, label in zip(batch.support_x[task], batch.support_y[task], strict=True):
+            turn, class_id = divmod(int(batch.class_ids[task, label]), 7)
+            upright = x.rot90(-(turn % 4), dims=(-2, -1))
+            upright = upright.flip(-1) if turn >= 4 else upright
+            assert identities(upright[0])[0] == class_id
+
+
+def test_a_mirrored_test_class_would_be_another_character() -> None:
+    with pytest.raises(ValueError, match=r"data\.rotations_eval=mirrored is unknown"):
+        numbered(rotations_eval="mirrored")
+
+
 @pytest.mark.parametrize(
     ("options", "classes"),
-    [({}, 7), ({"rotations": "classes"}, 28), ({"rotations": "per_task"}, 7)],
-    ids=["upright", "rotations are classes", "rotations per task"],
+    [
+        ({}, 7),
+        ({"rotations": "classes"}, 28),
+        ({"rotations": "mirrored"}, 56),
+        ({"rotations": "per_task"}, 7),
+    ],
+    ids=["upright", "rotations are classes", "mirrors are classes", "rotations per task"],
 )
 def test_class_ids_number_the_training_classes_that_the_spec_counts(
     options: dict[str, Any], classes: int
@@ -271,7 +296,8 @@ def test_a_fingerprint_follows_the_images() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["affine_degrees", "affine_translate", "affine_scale", "affine_shear", "colour"]
+    "key",
+    ["affine_degrees", "affine_translate", "affine_scale", "affine_shear", "colour", "elastic"],
 )
 def test_augmentation_out_of_range_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.{key}=-0\.1 is out of range"):
@@ -332,6 +358,20 @@ def test_a_shear_keeps_the_area() -> None:
         changed.sum(dim=(1, 2, 3)), torch.full((200,), 64.0), rtol=0.02, atol=0.0
     )
     assert not torch.allclose(changed[0], image, atol=0.1)
+
+
+def test_an_elastic_change_moves_parts_apart_and_none_farther_than_its_fraction() -> None:
+    parts = []
+    for corner in (4, 30):
+        image = torch.zeros(1, 41, 41)
+        image[0, corner : corner + 5, corner : corner + 5] = 1.0
+        changed = drawn(Augmentation(elastic=0.05), image)
+        parts.append(centroid(changed) - (corner + 2))
+    # Bicubic curves overshoot their points a little.
+    assert torch.cat(parts).abs().max() < 1.2 * 0.05 * 41
+    assert torch.cat(parts).abs().max() > 1.0
+    assert (parts[0] - parts[1]).abs().mean() > 0.5
+    assert torch.stack(parts).mean(dim=(0, 1)).abs().max() < 0.2
 
 
 def test_a_flip_mirrors_about_half_of_the_images() -> None:

@@ -45,6 +45,21 @@ def episode_hash(source: EpisodeSource) -> str:
     return digest.hexdigest()[:16]
 
 
+def test_the_characters_come_in_any_size_up_to_their_own() -> None:
+    large = small(image_size=48, resize="antialias")
+    assert large.spec.input_shape == (1, 48, 48)
+    batch, before = large.batch("test", 0, 2), small(resize="antialias").batch("test", 0, 2)
+    assert batch.class_ids is not None
+    assert before.class_ids is not None
+    assert torch.equal(batch.class_ids, before.class_ids)
+    shrunk = torch.nn.functional.interpolate(batch.support_x.flatten(0, 1), 28, mode="area")
+    likeness = torch.corrcoef(torch.stack([shrunk.flatten(), before.support_x.flatten()]))[0, 1]
+    assert likeness > 0.95
+    for side in (7, 106):
+        with pytest.raises(ValueError, match=rf"data\.image_size={side} is out of range"):
+            small(image_size=side)
+
+
 def test_the_small_set_has_the_alphabets_of_its_splits() -> None:
     source = small()
     assert [source.num_classes(split) for split in SPLITS] == [136, 17, 89]
