@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import NamedTuple
 import pytest
 
 from metarun.cli import main
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread for each worker and what it starts, before torch is imported: OpenMP stalls where
+    # more threads than cores wait for each other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Answer(NamedTuple):
