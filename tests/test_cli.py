@@ -279,7 +279,6 @@ def test_options_and_words_mix_in_any_order(metarun: Command, tmp_path: Path) ->
     assert answer.code == 0, answer.err
     first, second = runs(tmp_path)
     assert first.parent == second.parent
-    assert [path.name for path in (first, second)] == ["0-maml-sinusoid", "1-maml-sinusoid"]
     seeds = [json.loads((f / "results.json").read_text())["seed"] for f in (first, second)]
     assert seeds == [1, 2]
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import pytest
 from metarun import jobs, request
 from metarun.screen import Screen
 from metarun.sweep import Journal
-from tests.conftest import Command
+from tests.conftest import Answer, Command
 from tests.test_cli import own
 
 TINY = [
@@ -27,6 +27,8 @@ TINY = [
     "train.log_every=1", "train.checkpoint_every=1", "eval.episodes=4", "eval.val_episodes=4",
     "eval.curve_steps=0", "device=cpu", "threads=1",
 ]  # fmt: skip
+
+Inside = Callable[[Path, Sequence[str]], Answer]
 
 
 def start(words: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
@@ -44,6 +46,18 @@ def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     process = start(words, cwd)
     out, err = process.communicate(timeout=300)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def inside(metarun: Command, monkeypatch: pytest.MonkeyPatch) -> Inside:
+    """The command in this process and another folder, which is made where it is missing."""
+
+    def call(place: Path, words: Sequence[str]) -> Answer:
+        place.mkdir(exist_ok=True)
+        monkeypatch.chdir(place)
+        return metarun(*words)
+
+    return call
 
 
 def folders(place: Path) -> dict[str, Path]:
@@ -197,13 +211,12 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
 
 
 def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
-    tmp_path: Path,
+    tmp_path: Path, inside: Inside
 ) -> None:
     words = ["-m", "algo=maml,anil,reptile", "seed=1,2,3,4", *TINY, "train.steps=20"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
     killed.mkdir()
-    assert run(words, whole).returncode == 0
+    assert inside(whole, words).code == 0
     draw = random.Random(0)
     for target in sorted(draw.sample(range(1, 11), 3)):
         process = start(words, killed)
@@ -213,31 +226,29 @@ def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
         time.sleep(draw.uniform(0.0, 0.4))
         process.kill()
         process.communicate()
-    done = run(words, killed)
-    assert done.returncode == 0, done.stderr
+    done = inside(killed, words)
+    assert done.code == 0, done.err
     expected, found = folders(whole), folders(killed)
     assert set(expected) == set(found)
     assert len(found) == 12
     for name, folder in found.items():
         assert numbers(folder) == numbers(expected[name]), name
     # The journal of a sweep that was killed is of no use to anybody, and in nobody's way.
-    assert "12 of 12 runs are finished" in done.stdout
+    assert "12 of 12 runs are finished" in done.out
 
 
-def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path) -> None:
+def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) -> None:
     words = ["-m", "seed=1,2,3,4", *TINY, "train.steps=40"]
     first, second = start(words, tmp_path), start(words, tmp_path)
     for process in (first, second):
         _, err = process.communicate(timeout=300)
         assert "Traceback" not in err
-    assert run(words, tmp_path).returncode == 0
+    assert inside(tmp_path, words).code == 0
     assert states(tmp_path) == ["finished"] * 4
-    shutil.copytree(tmp_path / "outputs", tmp_path / "both/outputs")
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    assert run(words, alone).returncode == 0
+    found, alone = folders(tmp_path), tmp_path / "alone"
+    assert inside(alone, words).code == 0
     for name, folder in folders(alone).items():
-        assert numbers(folder) == numbers(folders(tmp_path / "both")[name])
+        assert numbers(folder) == numbers(found[name])
 
 
 @pytest.mark.parametrize(
@@ -249,7 +260,7 @@ def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path) -> None:
     ids=["joblib", "submitit_local"],
 )
 def test_runs_of_other_processes_are_told_of_and_computed_alike(
-    launcher: list[str], tmp_path: Path
+    launcher: list[str], tmp_path: Path, inside: Inside
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
@@ -261,16 +272,13 @@ def test_runs_of_other_processes_are_told_of_and_computed_alike(
     assert done.stderr.count("failed: RuntimeError: out of luck") == 2
     assert done.stdout.count("test mse") >= 2
     assert "step 1/4" not in done.stdout
-    here = run([*words, "algo=mine"], tmp_path)
-    assert "2 of 2 runs are finished, 2 of them before" in here.stdout
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    here = inside(tmp_path, [*words, "algo=mine"])
+    assert "2 of 2 runs are finished, 2 of them before" in here.out
+    found, alone = folders(tmp_path), tmp_path / "alone"
     shutil.copytree(tmp_path / "conf", alone / "conf")
-    for module in tmp_path.glob("own_*.py"):
-        shutil.copy(module, alone)
-    assert run([*words, "algo=mine"], alone).returncode == 0
+    assert inside(alone, [*words, "algo=mine"]).code == 0
     for name, folder in folders(alone).items():
-        assert numbers(folder) == numbers(folders(tmp_path)[name])
+        assert numbers(folder) == numbers(found[name])
 
 
 def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path: Path) -> None:
@@ -288,28 +296,28 @@ def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path:
     assert "the same command makes what is missing: metarun -m seed=1,2,3,4" in err
 
 
-def test_optuna_searches_by_meta_val(tmp_path: Path) -> None:
+def test_optuna_searches_by_meta_val(tmp_path: Path, inside: Inside) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     words += ["hydra.sweeper.sampler.seed=1", "algo.inner_lr=interval(0.001,0.1)", *TINY]
-    done = run(words, tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = inside(tmp_path, words)
+    assert done.code == 0, done.err
     (found,) = tmp_path.rglob("optimization_results.yaml")
     best = min(numbers(folder)[2]["mean"] for folder in folders(tmp_path).values())
     assert f"best_value: {best}" in found.read_text()
     assert len(folders(tmp_path)) == 3
-    again = run(words, tmp_path)
-    assert "3 of 3 runs are finished, 3 of them before" in again.stdout
+    again = inside(tmp_path, words)
+    assert "3 of 3 runs are finished, 3 of them before" in again.out
 
 
-def test_a_search_survives_a_run_that_fails(tmp_path: Path) -> None:
+def test_a_search_survives_a_run_that_fails(tmp_path: Path, inside: Inside) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     conf = own(tmp_path, error="RuntimeError('out of luck')")
     words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1"]
     words += ["hydra.sweeper.sampler.seed=1", "algo=mine,fails", *TINY]
-    done = run([*conf, *words], tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    done = inside(tmp_path, [*conf, *words])
+    assert done.code == 1
+    assert "Traceback" not in done.err
     assert set(states(tmp_path)) == {"failed", "finished"}
 
 
