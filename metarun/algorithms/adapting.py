@@ -29,7 +29,7 @@ class AdaptingLearner(Algorithm):
 
         Args:
             net: As in a task function.
-            theta: Where the path begins: the parameters of `self.net`.
+            theta: Where the path begins: what `map_tasks` maps over.
             x, y: (S, …) support rows of one task.
             steps: K.
         """

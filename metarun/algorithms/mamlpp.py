@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, task_metric
+from metarun.algorithms.adapting import AdaptingLearner
+from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.engine import TaskFunction
 from metarun.algorithms.inner import (
     Params,
@@ -24,12 +25,12 @@ from metarun.algorithms.inner import (
     under,
 )
 from metarun.backbones.layers import BatchNorm, Pass, norm_parameters, update_running
-from metarun.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.types import Metrics, Progress, TaskBatch
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
 
-class MAMLpp(Algorithm):
+class MAMLpp(AdaptingLearner):
     """MAML with the parts that make it train well, each a switch; all off it is MAML.
 
     - Multi-step loss (section 4, eq. 3): early in training the outer loss is a weighted sum of
@@ -110,7 +111,7 @@ class MAMLpp(Algorithm):
             support_x, support_y, query_x, query_y, noise = rows
             how = Pass(noise=noise)
             steps = self.inner_steps
-            path = self._path(
+            path = self._descent(
                 net, params, support_x, support_y, how, steps=steps, first_order=first_order
             )
             loss = support_x.new_zeros(())
@@ -135,38 +136,20 @@ class MAMLpp(Algorithm):
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.evaluation_steps(self.inner_steps)
-
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            last = self._visited(net, params, rows[0], rows[1], steps)[-1]
-            return self.answer(net, last, rows[0], rows[2])
-
-        return Prediction(self._map(task, support_x, support_y, query_x))
-
-    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            visited = self._visited(net, params, rows[0], rows[1], steps)
-            return torch.stack([self.answer(net, theta, rows[0], rows[2]) for theta in visited])
-
-        return self._map(task, support_x, support_y, query_x).movedim(1, 0)
-
-    def _map(self, task: TaskFunction, *rows: Tensor) -> Tensor:
-        """As `map_tasks`, of all that is meta-learned."""
+    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Tensor:
+        """As in `Algorithm`, of all that is meta-learned."""
         params: Params = {**self.optimizer.targets}
         outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
         return outputs
 
-    def _visited(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
-    ) -> list[Params]:
-        """What the network reads after 0 ... `steps` inner steps at evaluation."""
+    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
+        """What the network reads before and after each inner step at evaluation."""
         how = Pass(running=self.bn == "running")
-        path = self._path(net, params, x, y, how, steps=steps, first_order=True)
-        start = self._at(net, _split(params)[0], 0)
-        return [start, *(self._at(net, theta, step) for step, (theta, _) in enumerate(path))]
+        descent = self._descent(net, theta, x, y, how, steps=steps, first_order=True)
+        start = self._at(net, _split(theta)[0], 0)
+        return [start, *(self._at(net, weights, step) for step, (weights, _) in enumerate(descent))]
 
-    def _path(
+    def _descent(
         self,
         net: nn.Module,
         params: Params,
