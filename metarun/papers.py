@@ -154,14 +154,14 @@ def report(
     runs = list(runs)
     groups = group(runs)
     own = [g for g in groups if not g.plain.get("published")]
+    cells = [g for g in groups if g.plain.get("published")]
     parts: list[str] = []
-    cells = [g for g in groups if g not in own]
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
         rows = _rows(names, cells, config_dir)
         lines = [line for g in rows for line in published_lines(g)]
         parts += [table(style, title, lines), *_pairs(style, rows)]
     if own:
-        ranked = sorted(_labelled(own), key=lambda g: _by_val(g))
+        ranked = sorted(_labelled(own), key=_by_val)
         parts += [table(style, "runs", [_own_line(g) for g in ranked]), *_pairs(style, ranked)]
     unfinished = [run for run in runs if run.result is None]
     if unfinished and style in ("terminal", "markdown"):

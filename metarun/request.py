@@ -190,6 +190,7 @@ class Composer:
         self._config_name = config_name
         self._parser = OverridesParser.create(config_loader=self._loader)
         self._bases: dict[tuple[str, ...], Plain] = {}
+        self._sweeps: dict[tuple[str, ...], DictConfig] = {}
         if config_name not in self._loader.get_group_options("", ObjectType.CONFIG):
             raise ValueError(f"--config-name {config_name}: there is no {config_name}.yaml")
 
@@ -213,7 +214,7 @@ class Composer:
         swept = [o for o in parsed if o.is_sweep_override()]
         simple = [_text(o) for o in parsed if not o.is_sweep_override()]
         self._check_words(simple)
-        if self._compose(simple, RunMode.MULTIRUN).hydra.mode == RunMode.MULTIRUN:
+        if self._sweep_node(simple).mode == RunMode.MULTIRUN:
             return True
         if swept:
             raise ValueError(
@@ -225,7 +226,7 @@ class Composer:
     def way(self, overrides: Sequence[str]) -> Way:
         """How Hydra would go through a sweep of these words."""
         simple = [_text(o) for o in self._parse(overrides) if not o.is_sweep_override()]
-        hydra = self._compose(simple, RunMode.MULTIRUN).hydra
+        hydra = self._sweep_node(simple)
         choices = hydra.runtime.choices
         direction = hydra.sweeper.get("direction")
         return Way(
@@ -233,6 +234,13 @@ class Composer:
             str(choices["hydra/sweeper"]),
             None if direction is None else str(getattr(direction, "name", direction)),
         )
+
+    def _sweep_node(self, simple: Sequence[str]) -> DictConfig:
+        """Hydra's node of a sweep, from its words without those that are swept."""
+        words = tuple(simple)
+        if words not in self._sweeps:
+            self._sweeps[words] = self._compose(words, RunMode.MULTIRUN).hydra
+        return self._sweeps[words]
 
     def sweep_words(self, overrides: Sequence[str]) -> list[str]:
         """The words of a sweep with what its sweeper needs and was not typed.
@@ -271,7 +279,7 @@ class Composer:
         for override in parsed:
             if override.is_sweep_override() and not searches:
                 self._check_sweep_key(override)
-        sweeper = self._compose(simple, RunMode.MULTIRUN).hydra.sweeper
+        sweeper = self._sweep_node(simple).sweeper
         params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
         parsed = [*self._parse([f"{key}={value}" for key, value in params.items()]), *parsed]
         combine = _corners if searches else _product

@@ -30,7 +30,7 @@ from metarun import config, jobs, papers
 from metarun.launch import EXIT_FAILED, EXIT_OK, asked_for, describe
 from metarun.request import Job, Way, register_resolvers
 from metarun.runs import RunFolder
-from metarun.screen import Screen
+from metarun.screen import Screen, figure, number
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -126,10 +126,9 @@ class Worker:
         if self._quiet:
             _leave_terminal()
         name = str(folder)
-        number = len(self._journal.ends()) + 1
         if not self._quiet:
             of = "" if self._number is None else f" of {self._number}"
-            print(f"\nrun {number}{of}: {' '.join(words)}", flush=True)
+            print(f"\nrun {len(self._journal.ends()) + 1}{of}: {' '.join(words)}", flush=True)
         self._journal.add("start", folder=name, host=socket.gethostname(), process=os.getpid())
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
         try:
@@ -167,11 +166,11 @@ def run(
     place.mkdir(parents=True, exist_ok=True)
     journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
     journal.path.touch()
-    number = None if way.searches else len(plan)
-    worker = Worker(journal.path, config_dir, number)
+    count = None if way.searches else len(plan)
+    worker = Worker(journal.path, config_dir, count)
     try:
         with _stopping(journal, detached=way.launcher == "submitit_slurm") as stop:
-            monitor = _Monitor(journal, number).showing() if way.beside else nullcontext()
+            monitor = _Monitor(journal, count).showing() if way.beside else nullcontext()
             with monitor:
                 failed = _handed_over(hand_over, worker)
         folders = list(journal.ends()) if way.searches else [str(job.folder) for job in plan]
@@ -270,15 +269,18 @@ def _state(folder: Path) -> str:
     return "missing"
 
 
+def _results(folder: Path) -> Line | None:
+    """What a finished run has reached; None of any other."""
+    with suppress(OSError, ValueError):
+        if _state(folder) == "finished":
+            return RunFolder(folder).read_json("results.json")
+    return None
+
+
 def _val(folder: Path) -> float | None:
     """The figure on meta-val by which a finished run chose its parameters."""
-    with suppress(OSError, ValueError):
-        run = RunFolder(folder)
-        if run.status().get("state") == "finished":
-            chosen = run.read_json("results.json").get("val")
-            mean = None if chosen is None else chosen["mean"]
-            return None if mean is None or not math.isfinite(mean) else float(mean)
-    return None
+    mean = ((_results(folder) or {}).get("val") or {}).get("mean")
+    return None if mean is None or not math.isfinite(mean) else float(mean)
 
 
 def _leave_terminal() -> None:
@@ -326,12 +328,12 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
                 with suppress(OSError):
                     os.kill(start["process"], signal.SIGTERM)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {code: signal.signal(code, receive) for code in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for code, handler in before.items():
+            signal.signal(code, handler)
 
 
 class _Monitor:
@@ -394,21 +396,15 @@ class _Monitor:
 
 def _reached(folder: Path) -> str:
     """What a finished run says of its test, in one line."""
-    from metarun.screen import figure
-
-    with suppress(OSError, ValueError, KeyError):
-        run = RunFolder(folder)
-        if run.status().get("state") == "finished":
-            results = run.read_json("results.json")
-            test, metric = results["test"], results["metric"]
-            return f"test {metric} {figure(metric, test['mean'], test['ci95'])}"
-    return ""
+    results = _results(folder)
+    if results is None:
+        return ""
+    test, metric = results["test"], results["metric"]
+    return f"test {metric} {figure(metric, test['mean'], test['ci95'])}"
 
 
 def _progress(folder: Path) -> tuple[str, str]:
     """How far a run is: `500/4000`, and its last line of metrics."""
-    from metarun.screen import number
-
     with suppress(OSError, ValueError, KeyError):
         steps = RunFolder(folder).status().get("steps", "?")
         with (folder / "metrics.jsonl").open("rb") as file:

@@ -144,8 +144,7 @@ def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figu
     mean, ci95 = interval(np.mean(values, axis=0))
     several = len(values) > 1
     over_seeds = interval([v.mean() for v in values])[1] if several else None
-    places = 1 if results[0].record["metric"] == "accuracy" else None
-    return Figure(mean, ci95, len(values[0]), len(values), over_seeds, places)
+    return Figure(mean, ci95, len(values[0]), len(values), over_seeds, _places(results))
 
 
 def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
@@ -159,8 +158,12 @@ def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
         for results in (better, worse)
     )
     mean, ci95 = interval(one - other)
-    places = 1 if better[0].record["metric"] == "accuracy" else None
-    return Figure(mean, ci95, len(one), places=places)
+    return Figure(mean, ci95, len(one), places=_places(better))
+
+
+def _places(results: Sequence[Result]) -> int | None:
+    """Digits behind the point of a `Figure`: one of an accuracy in percent."""
+    return 1 if results[0].record["metric"] == "accuracy" else None
 
 
 def _values(result: Result, inner_steps: int | None) -> Floats:
