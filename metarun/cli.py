@@ -139,7 +139,7 @@ def _help(args: argparse.Namespace) -> int:
     with composer(args.config_dir, args.config_path, args.config_name) as compose:
         lines = [
             f"  {group + '=':<12}{_wrapped(_visible(compose.options(group)), 14)}\n"
-            for group in compose.groups()
+            for group in compose.groups
             if not group.startswith("hydra") and group not in ("recipe", "experiment", "paper")
         ]
     print(HELP.format(groups="".join(lines)), end="")

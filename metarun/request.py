@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -189,6 +190,7 @@ class Composer:
         self._loader = hydra.config_loader
         self._config_name = config_name
         self._parser = OverridesParser.create(config_loader=self._loader)
+        self._options: dict[str, list[str]] = {}
         self._bases: dict[tuple[str, ...], Plain] = {}
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
         if config_name not in self._loader.get_group_options("", ObjectType.CONFIG):
@@ -196,15 +198,23 @@ class Composer:
 
     def options(self, group: str) -> list[str]:
         """The words that a group can be set to."""
-        return sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
+        if group not in self._options:
+            self._options[group] = sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
+        return self._options[group]
 
-    def groups(self, parent: str = "") -> list[str]:
-        """Every config group, those inside others as `outer/inner`."""
-        found: list[str] = []
+    @cached_property
+    def groups(self) -> list[str]:
+        """Every config group, those inside others as `outer/inner`.
+
+        Hydra copies everything it has read to answer this, which takes as long as composing.
+        """
+        return list(self._groups_in(""))
+
+    def _groups_in(self, parent: str) -> Iterator[str]:
         for name in self._loader.list_groups(parent):
             group = f"{parent}/{name}" if parent else name
-            found += [group, *self.groups(group)]
-        return found
+            yield group
+            yield from self._groups_in(group)
 
     def is_sweep(self, overrides: Sequence[str], multirun: bool) -> bool:
         """Whether a request is for several runs, by `-m` or by its own configuration."""
@@ -302,7 +312,7 @@ class Composer:
             )
         plain, folder = _resolve(cfg, "sweep" if sweep else "run")
         plain["names"] = names_of(choices, plain)
-        recipes = self.options("recipe") if "recipe" in self.groups() else []
+        recipes = self.options("recipe") if "recipe" in self.groups else []
         return Job(list(overrides), plain, folder, choices.get("recipe") in recipes, sweep)
 
     def _check_words(self, overrides: Sequence[str]) -> Plain:
@@ -313,7 +323,7 @@ class Composer:
                 raise ValueError(
                     f"{_text(override)}: metarun alone writes a run's folder, its log among it"
                 )
-        groups = set(self.groups())
+        groups = set(self.groups)
         in_groups = [o for o in parsed if o.key_or_group in groups]
         for override in in_groups:
             self._check_group(override)
@@ -345,7 +355,7 @@ class Composer:
 
     def _check_sweep_key(self, override: Override) -> None:
         """A swept key that is unknown fails in every job; a group is looked up there."""
-        if override.key_or_group not in self.groups() and not override.is_discrete_sweep():
+        if override.key_or_group not in self.groups and not override.is_discrete_sweep():
             raise ValueError(
                 f"{override.input_line}: a sweep takes lists, range() and glob(), not interval()"
             )
@@ -354,7 +364,7 @@ class Composer:
         key = override.key_or_group
         if override.package is not None or "/" in key:
             group = key.partition("@")[0]
-            raise ValueError(f"there is no group {group}{nearest(group, self.groups())}")
+            raise ValueError(f"there is no group {group}{nearest(group, self.groups)}")
         if key.startswith("hydra.") and override.is_add():
             return  # Hydra's own nodes hold open dictionaries, as hydra.job.env_set.
         if not _has(base, key.split(".")):

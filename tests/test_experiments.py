@@ -156,12 +156,13 @@ def test_a_paper_is_a_list_of_experiments(name: str) -> None:
     chosen = named["hydra"]["sweeper"]["params"]["experiment"].split(",")
     assert set(chosen) <= set(EXPERIMENTS)
     assert len(set(chosen)) == len(chosen) > 0
+    with composer() as look_up:
+        assert look_up.is_sweep([f"paper={name}"], multirun=False)
 
 
 def test_a_paper_and_an_experiment_are_found_by_the_command() -> None:
     with composer() as look_up:
         assert look_up.options("experiment") == EXPERIMENTS
         assert look_up.options("paper") == PAPERS
-        assert look_up.is_sweep(["paper=raghu2020_omniglot"], multirun=False)
         plain = look_up.job(["experiment=raghu2020_omniglot_anil_20way_5shot"]).plain
     assert plain == composed("raghu2020_omniglot_anil_20way_5shot")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,17 @@ def build(algo: str, data: str, *words: str) -> config.Experiment:
     return config.build(job.plain)
 
 
+@cache
+def kinds() -> dict[str, tuple[str, ...]]:
+    """The kinds of tasks that each algorithm learns."""
+    with composer() as compose:
+        targets = {a: compose.job([f"algo={a}"]).plain["algo"]["_target_"] for a in ALGORITHMS}
+    return {a: config.locate("algo._target_", t).kinds for a, t in targets.items()}  # type: ignore[attr-defined]
+
+
 def suited(data: str) -> list[str]:
     kind = "regression" if data == "sinusoid" else "classification"
-    names = []
-    for algo in ALGORITHMS:
-        with composer() as compose:
-            plain = compose.job([f"algo={algo}"]).plain
-        target = config.locate("algo._target_", plain["algo"]["_target_"])
-        if kind in target.kinds:  # type: ignore[attr-defined]
-            names.append(algo)
-    return names
+    return [algo for algo in ALGORITHMS if kind in kinds()[algo]]
 
 
 PAIRS = [(algo, data) for data in SMALL for algo in suited(data)]
@@ -190,6 +192,7 @@ FAST: dict[str, list[str]] = {
 def test_a_short_training_beats_chance(algo: str) -> None:
     words = ["engine=auto", "precision=float32", "backbone.filters=16", *FAST.get(algo, [])]
     words += ["algo.inner_lr=0.4"] if algo in ("maml", "fomaml", "anil") else []
+    words += [f"data.image_size={28 if algo in ('metalstm', 'relation') else 20}"]
     made = build(algo, "omniglot_small", *words)
     for step in range(60):
         made.algorithm.update(made.source.batch("train", 4 * step, 4), Progress(step, 60))
