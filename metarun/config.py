@@ -73,7 +73,8 @@ class Settings:
         way, shot, query: Size of a task at evaluation.
         seed: Of the initial parameters, the training tasks and every other draw of a run.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        precision: Of parameters and data.
+        precision: Of parameters and data; `mixed` is float32 with networks that compute in
+            bfloat16.
         bn: Where batch norm takes its statistics from at evaluation.
         engine, tasks_per_chunk, threads: How the tasks of a batch run.
         train, eval: See `TrainSettings` and `EvalSettings`.
@@ -93,7 +94,7 @@ class Settings:
     query: int
     seed: int
     device: str
-    precision: Literal["float32", "float64"]
+    precision: Literal["float32", "float64", "mixed"]
     bn: Literal["transductive", "support", "running"]
     engine: Literal["auto", "vmap", "loop", "threads"]
     tasks_per_chunk: int | None
@@ -265,6 +266,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
 
     from metarun.algorithms.base import Algorithm
     from metarun.algorithms.engine import Engine
+    from metarun.backbones.network import set_mixed
 
     injected = {
         "spec": source.spec,
@@ -283,6 +285,11 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     if not isinstance(algorithm, Algorithm):
         target = settings.algo["_target_"]
         raise ValueError(f"algo._target_={target} is not a subclass of metarun's Algorithm")
+    if settings.precision == "mixed" and not set_mixed(algorithm):
+        raise ValueError(
+            "precision=mixed needs a network (metarun.backbones.network.Network), and "
+            f"algo={settings.names['algo']} has none: use precision=float32"
+        )
     return algorithm
 
 

@@ -147,7 +147,7 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
         ("way=null", "way=null: expected a whole number"),
         ("debug=1", "debug=1: expected true or false"),
         ("engine=vamp", "engine=vamp: expected auto, vmap, loop or threads"),
-        ("precision=16", "precision=16: expected float32 or float64"),
+        ("precision=16", "precision=16: expected float32, float64 or mixed"),
         ("train=3", "train=3: expected keys and values"),
         ("algo._target_=null", "algo._target_ is missing"),
         ("way=0", "way=0 is out of range: expected 1 or more"),

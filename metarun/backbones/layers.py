@@ -79,7 +79,7 @@ class BatchNorm(nn.Module):
         scale = self.weight * torch.rsqrt(var + self.eps)
         shift = self.bias - mean * scale
         shape = (1, -1) + (1,) * (x.dim() - 2)
-        return x * scale.view(shape) + shift.view(shape)
+        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
 
     def _fused(self, x: Tensor, how: Pass) -> Tensor:
         out, mean, inverse_std = torch.native_batch_norm(
@@ -93,6 +93,8 @@ class BatchNorm(nn.Module):
     def _moments(self, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
         if how.running:
             return self.running_mean, self.running_var
+        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        x = x.to(self.running_mean.dtype)
         seen = x if how.rows is None else x[: how.rows]
         dims = (0, *range(2, x.dim()))
         # Not var_mean, which is several times slower over these dimensions on a CPU.
@@ -130,7 +132,7 @@ class FiLM(nn.Module):
 
 def context_of(how: Pass, context_dim: int, like: Tensor) -> Tensor:
     """The (context_dim,) context of a pass."""
-    return like.new_zeros(context_dim) if how.context is None else how.context
+    return like.new_zeros(context_dim) if how.context is None else how.context.to(like.dtype)
 
 
 def _unbiased(var: Tensor, x: Tensor) -> Tensor:

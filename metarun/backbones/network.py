@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BATCH, Pass
+from metarun.backbones.layers import BATCH, Pass, norm_parameters
 
 
 class Network(nn.Module):
@@ -25,14 +25,46 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.body = body
+        self.mixed = False
         self.feature_dim = measure_features(body, input_shape)
         self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
 
     def forward(self, x: Tensor, how: Pass = BATCH) -> Tensor:
         """Answer (N, *input_shape) with (N, output_dim), or (N, F) where there is no head."""
+        if self.mixed:
+            return self._mixed_answers(x, how)
         features = self.body(x, how)
         answers: Tensor = features if self.head is None else self.head(features)
         return answers
+
+    def _mixed_answers(self, x: Tensor, how: Pass) -> Tensor:
+        # Casts in sight, since under vmap torch.autocast leaves most operators as they are.
+        kept = norm_parameters(self.body)
+        halved = {
+            name: p if name in kept else p.bfloat16() for name, p in self.body.named_parameters()
+        }
+        features: Tensor = torch.func.functional_call(self.body, halved, (x.bfloat16(), how))
+        if self.head is None:
+            return features.float()
+        weight, bias = self.head.weight.bfloat16(), self.head.bias.bfloat16()
+        return nn.functional.linear(features, weight, bias).float()
+
+
+def set_mixed(module: nn.Module) -> int:
+    """Let networks compute in bfloat16; parameters, gradients and answers stay float32.
+
+    Batch norm keeps its sums, its scale and its shift in float32, too.
+
+    Args:
+        module: Whatever holds them.
+
+    Returns:
+        How many networks there are in it.
+    """
+    found = [part for part in module.modules() if isinstance(part, Network)]
+    for network in found:
+        network.mixed = True
+    return len(found)
 
 
 def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:

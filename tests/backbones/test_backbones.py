@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from metarun.backbones.conv import Conv4
 from metarun.backbones.layers import Pass
 from metarun.backbones.mlp import MLP
+from metarun.backbones.network import Network, set_mixed
 from metarun.backbones.resnet import ResNet12
 from tests.helpers import TINY_BACKBONES
 
@@ -107,3 +109,45 @@ def test_truncated_normal_weights_are_within_two_deviations_and_biases_zero() ->
 def test_a_misfit_is_refused_with_what_would_do(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("make", [Conv4, ResNet12])
+def test_a_mixed_network_differs_by_bfloat16_alone_and_learns_in_float32(
+    make: type[Network],
+) -> None:
+    torch.manual_seed(0)
+    net = make((1, 16, 16), 3)
+    x, y = torch.rand(20, 1, 16, 16), torch.arange(20) % 3
+
+    def answers_and_gradients() -> tuple[Tensor, list[Tensor]]:
+        outputs = net(x)
+        loss = nn.functional.cross_entropy(outputs, y)
+        return outputs, list(torch.autograd.grad(loss, list(net.parameters())))
+
+    exact, gradients = answers_and_gradients()
+    assert set_mixed(nn.ModuleList([net])) == 1
+    mixed, rounded = answers_and_gradients()
+    assert all(tensor.dtype is torch.float32 for tensor in [mixed, *rounded])
+    assert not torch.equal(mixed, exact)
+    # bfloat16 keeps 8 bits, which a dozen layers lose a few of.
+    torch.testing.assert_close(mixed, exact, rtol=0, atol=0.05 * exact.detach().abs().max().item())
+    one, other = (torch.cat([g.flatten() for g in each]) for each in (gradients, rounded))
+    assert nn.functional.cosine_similarity(one, other, dim=0) > 0.95
+
+
+def test_a_mixed_network_computes_under_vmap_what_it_computes_alone() -> None:
+    torch.manual_seed(0)
+    net = Conv4((1, 16, 16), 3, filters=8)
+    set_mixed(net)
+    x = torch.rand(2, 6, 1, 16, 16)
+    weight = "head.weight"
+    own = torch.stack([dict(net.named_parameters())[weight] * scale for scale in (1.0, 2.0)])
+
+    def answers(weights: Tensor, rows: Tensor) -> Tensor:
+        outputs: Tensor = torch.func.functional_call(net, {weight: weights}, (rows,))
+        return outputs
+
+    alone = torch.stack([answers(*pair) for pair in zip(own, x, strict=True)])
+    # The same roundings; sums in another order.
+    torch.testing.assert_close(torch.vmap(answers)(own, x), alone, rtol=0, atol=0.02)
+    assert not torch.allclose(alone[0], net(x[1]))
