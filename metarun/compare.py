@@ -123,7 +123,12 @@ def _measure_untrained(job: Job) -> None:
 
     made = config.build(job.plain)
     measured = evaluate(
-        made.algorithm, made.source, "test", made.eval.episodes, made.eval.tasks_per_batch
+        made.algorithm,
+        made.source,
+        "test",
+        made.eval.episodes,
+        made.eval.tasks_per_batch,
+        views=made.eval.views,
     )
     mean, ci95 = interval(measured.values)
     record = {"mean": mean, "ci95": ci95, "episodes": made.eval.episodes}

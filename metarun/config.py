@@ -57,6 +57,7 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "eval.inner_steps": (0, _LARGEST),
     "eval.curve_steps": (0, _LARGEST),
     "eval.tasks_per_batch": (1, _LARGEST),
+    "eval.views": (1, 1000),
     "eval.seed": (0, 2**63 - 1),
 }
 """Least and greatest value of every whole number."""
@@ -202,6 +203,11 @@ def build(plain: Mapping[str, Any]) -> Experiment:
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
             if way < 2:
                 raise ValueError(f"{key}={way} is out of range: a classification needs 2 or more")
+    if settings.eval.views > 1 and len(source.spec.input_shape) != 3:
+        raise ValueError(
+            f"eval.views={settings.eval.views} is for images, and data={settings.names['data']} "
+            "has none: use eval.views=1"
+        )
     device = source.device
     if device.type == "cpu":
         keep_large_blocks()

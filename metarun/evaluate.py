@@ -19,6 +19,7 @@ from metarun import seeding
 from metarun.algorithms.base import Algorithm, task_metric
 from metarun.intervals import Floats
 from metarun.types import EpisodeSource, Split, TaskBatch, TaskSpec
+from metarun.views import predict
 
 Digest = Any
 """A running hash of hashlib, which names no public type for it."""
@@ -49,6 +50,7 @@ def evaluate(
     episodes: int,
     tasks_per_batch: int,
     *,
+    views: int = 1,
     curve_steps: int | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> EpisodeMetrics:
@@ -60,7 +62,8 @@ def evaluate(
         split: `val` or `test`, or `train` for a look at the training tasks.
         episodes: N.
         tasks_per_batch: Episodes that are evaluated together.
-        curve_steps: Also take the metric after 0 … this many inner steps.
+        views: Of each image that an answer is averaged over; see `views.predict`.
+        curve_steps: Also take the metric after 0 … this many inner steps, without other views.
         tick: Called with the number of episodes done after each batch; may raise to stop.
     """
     values: list[Tensor] = []
@@ -76,7 +79,7 @@ def evaluate(
                 _add(digest, batch)
                 # An algorithm that draws numbers to answer answers the same each time.
                 torch.manual_seed(seeding.key("evaluation", split, start))
-                answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
+                answer = predict(algorithm, batch.support_x, batch.support_y, batch.query_x, views)
                 values.append(_figures(source.spec, answer.outputs, batch.query_y))
                 embeddings += [] if answer.embedding is None else [answer.embedding]
                 if curve_steps is not None:

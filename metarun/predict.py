@@ -23,6 +23,7 @@ from metarun import config, trainer
 from metarun.algorithms.base import Algorithm
 from metarun.runs import RunFolder
 from metarun.types import EpisodeSource
+from metarun.views import predict
 
 Array = npt.NDArray[Any]
 
@@ -56,7 +57,7 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
         raise ValueError(f"{run} has saved nothing yet: let it run first")
     experiment = config.build(plain)
     trainer.load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
-    return Learner(experiment.algorithm, experiment.source)
+    return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
 
 
 class Learner:
@@ -65,6 +66,7 @@ class Learner:
     Args:
         algorithm: What was meta-learned.
         source: The data that it was learned on, which says how inputs are prepared.
+        views: Of each image that an answer is averaged over.
 
     Attributes:
         classes_: (W,) the labels of the task, sorted, after `fit`; the columns of
@@ -73,8 +75,9 @@ class Learner:
 
     classes_: Array
 
-    def __init__(self, algorithm: Algorithm, source: EpisodeSource) -> None:
+    def __init__(self, algorithm: Algorithm, source: EpisodeSource, views: int = 1) -> None:
         self._algorithm = algorithm.eval()
+        self._views = views
         self._source = source
         self._spec = source.spec
         self._support: tuple[Tensor, Tensor] | None = None
@@ -153,7 +156,8 @@ class Learner:
         with torch.no_grad(), torch.random.fork_rng(devices):
             for part in rows.split(max(1, size)):
                 torch.manual_seed(0)
-                parts.append(self._algorithm.predict(x, y, part[None]).outputs[0])
+                answer = predict(self._algorithm, x, y, part[None], self._views)
+                parts.append(answer.outputs[0])
         return torch.cat(parts)
 
     def _prepared(self, inputs: Any) -> Tensor:

@@ -40,6 +40,8 @@ class EvalSettings:
         inner_steps: Adaptation steps at evaluation; None takes the training's.
         curve_steps: The adaptation curve reports the metric after 0 … this many steps.
         tasks_per_batch: Episodes that are evaluated together.
+        views: Of each image that an answer on meta-test is averaged over: 1 asks once, more also
+            ask about the images slightly turned, moved, stretched and slanted.
         seed: Seed of the val and test episodes, so that every run meets the same ones.
     """
 
@@ -49,6 +51,7 @@ class EvalSettings:
     inner_steps: int | None = None
     curve_steps: int = 10
     tasks_per_batch: int = 25
+    views: int = 1
     seed: int = 1
 
 

@@ -620,6 +620,7 @@ def _meta_test(
             "test",
             evaluation.episodes,
             evaluation.tasks_per_batch,
+            views=evaluation.views,
             curve_steps=evaluation.curve_steps,
             tick=_ticker(bar, signals),
         )

@@ -169,6 +169,8 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
         (["data=sinusoid", "way=5"], "way=5 has no meaning in a regression"),
         (["data=omniglot_small", "way=500"], "500"),
         (["data=omniglot_small", "shot=15", "query=15"], "15"),
+        (["data=sinusoid", "eval.views=3"], "eval.views=3 is for images"),
+        (["algo=nearest", "precision=mixed"], "precision=mixed needs a network"),
         (["algo.inner_lr=fast"], "algo.inner_lr=fast: expected a number or a list"),
         (["algo.inner_steps=1.5"], "algo.inner_steps=1.5: expected a whole number"),
         (["algo.inner_steps=-1"], "inner_steps"),

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from metarun import seeding
 
-_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR, _SLOT_ELASTIC = range(4)
+_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
 _CONTROL_POINTS = 5
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -86,6 +86,15 @@ class Augmentation:
         draw = seeding.uniform(
             keys, _SLOT_AFFINE, (images.shape[1], 5), low=-1.0, dtype=torch.float64
         ).flatten(0, 1)
+        return self.places(draw, images)
+
+    def places(self, draw: Tensor, images: Tensor) -> Tensor:
+        """(2, B, H, W) places in [-1, 1] that an affine map takes the pixels from.
+
+        Args:
+            draw: (B, 5) float64 in [-1, 1]: how much of the rotation, slant, size and shifts.
+            images: (…, H, W), for their size and precision.
+        """
         angle = draw[:, 0] * math.radians(self.affine_degrees)
         slant = torch.tan(draw[:, 1] * math.radians(self.affine_shear))
         zoom = 1.0 / (1.0 + draw[:, 2] * self.affine_scale)
@@ -118,6 +127,25 @@ def _warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
         images, grid.movedim(0, -1), padding_mode=padding, align_corners=False
     )
     return moved
+
+
+def view(images: Tensor, number: int) -> Tensor:
+    """(…, C, H, W) images as another hand might have placed them, all moved by one affine map.
+
+    Args:
+        images: To be moved; what comes in from outside is 0.
+        number: Of the map: 0 changes nothing, 2k undoes about what 2k - 1 does.
+    """
+    if number == 0:
+        return images
+    key = torch.tensor((number + 1) // 2, device=images.device)
+    draw = seeding.uniform(key, _SLOT_VIEW, (1, 5), low=-1.0, dtype=torch.float64)
+    most = Augmentation(
+        affine_degrees=12.0, affine_translate=0.06, affine_scale=0.12, affine_shear=12.0
+    )
+    grid = most.places(draw if number % 2 else -draw, images)
+    rows = images.flatten(0, -4)
+    return _warp(rows, grid.expand(-1, len(rows), -1, -1), "zeros").reshape(images.shape)
 
 
 def _plane(coefficients: Tensor, height: int, width: int) -> Tensor:

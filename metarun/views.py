@@ -1,0 +1,32 @@
+"""Answers averaged over several views of a task: an algorithm is asked more than once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.data.augmentation import view
+from metarun.types import Prediction
+
+
+def predict(
+    algorithm: Algorithm, support_x: Tensor, support_y: Tensor, query_x: Tensor, views: int = 1
+) -> Prediction:
+    """`algorithm.predict`, its outputs averaged over views of support and query images alike.
+
+    Args:
+        algorithm: Adapts to each view of the tasks and answers it.
+        support_x: (T, S, C, H, W), or any shape where `views` is 1.
+        support_y: (T, S).
+        query_x: (T, Q, C, H, W).
+        views: How many; the first is the task as it is.
+    """
+    answers = [
+        algorithm.predict(view(support_x, number), support_y, view(query_x, number))
+        for number in range(views)
+    ]
+    outputs = torch.stack([answer.outputs for answer in answers]).mean(0)
+    return answers[0] if views == 1 else replace(answers[0], outputs=outputs)
