@@ -6,6 +6,7 @@ convolutions the one of MAML's Omniglot experiments (Finn et al. 2017, section 5
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -24,7 +25,7 @@ class Conv4(Network):
     Args:
         input_shape: (C, H, W).
         output_dim: Outputs of the head; None ends at the features.
-        filters: Channels of each block (the papers use 32 and 64).
+        filters: Channels of each block (the papers use 32 and 64), or a list of one for each.
         blocks: Number of blocks.
         downsample: `max_pool` halves rounding down, `stride` rounding up.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
@@ -43,7 +44,7 @@ class Conv4(Network):
         input_shape: tuple[int, ...],
         output_dim: int | None,
         *,
-        filters: int = 64,
+        filters: int | Sequence[int] = 64,
         blocks: int = 4,
         downsample: Downsample = "max_pool",
         pool: Pool = "flatten",
@@ -52,9 +53,15 @@ class Conv4(Network):
     ) -> None:
         halving = min(blocks, 2) if maps else blocks
         check_image(input_shape, halving if downsample == "max_pool" else 0, "conv4")
-        if filters < 1 or blocks < 1:
+        widths = [filters] * blocks if isinstance(filters, int) else list(filters)
+        if min(widths, default=0) < 1 or blocks < 1:
             raise ValueError(
                 f"backbone.filters={filters}, backbone.blocks={blocks}: expected 1 or more"
+            )
+        if len(widths) != blocks:
+            raise ValueError(
+                f"backbone.filters={filters} are not backbone.blocks={blocks}: give one number "
+                "for all blocks, or one for each"
             )
         if downsample not in ("max_pool", "stride"):
             raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
@@ -62,18 +69,14 @@ class Conv4(Network):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
         if maps:
             _check_maps(input_shape, pool)
-        body = _Blocks(
-            input_shape[0], filters, blocks, halving, downsample, pool, maps, context_dim
-        )
+        body = _Blocks([input_shape[0], *widths], halving, downsample, pool, maps, context_dim)
         super().__init__(body, input_shape, output_dim)
 
 
 class _Blocks(nn.Module):
     def __init__(
         self,
-        channels: int,
-        filters: int,
-        blocks: int,
+        channels: Sequence[int],
         halving: int,
         downsample: str,
         pool: str,
@@ -81,21 +84,24 @@ class _Blocks(nn.Module):
         context_dim: int,
     ) -> None:
         super().__init__()
+        blocks = len(channels) - 1
         # A bias before batch norm has no effect on the output, but the papers' networks carry
         # one and adapt it; it is kept so that parameter counts agree.
         self.convs = nn.ModuleList(
             nn.Conv2d(
-                channels if i == 0 else filters,
-                filters,
+                channels[i],
+                channels[i + 1],
                 3,
                 stride=2 if downsample == "stride" and i < halving else 1,
                 padding=0 if maps and i < halving else 1,
             )
             for i in range(blocks)
         )
-        self.norms = nn.ModuleList(BatchNorm(filters, f"norms.{i}") for i in range(blocks))
-        self.film = FiLM(context_dim, filters) if context_dim else None
+        self.norms = nn.ModuleList(
+            BatchNorm(width, f"norms.{i}") for i, width in enumerate(channels[1:])
+        )
         self.film_block = max(blocks - 2, 0)
+        self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
         self.num_pooled = halving if downsample == "max_pool" else 0
         self.mean = pool == "mean"
         self.maps = maps

@@ -33,6 +33,18 @@ def test_conv4_features_of_an_84_pixel_photograph_are_800_for_32_filters() -> No
     assert Conv4((3, 84, 84), 5, filters=32).feature_dim == 800
 
 
+def test_blocks_of_different_widths_are_counted_by_hand() -> None:
+    net = Conv4((1, 48, 48), None, filters=[4, 8, 16], blocks=3, pool="mean")
+    convolutions = (9 * 4 + 4) + (9 * 4 * 8 + 8) + (9 * 8 * 16 + 16)
+    assert count(net) == convolutions + 2 * (4 + 8 + 16)
+    assert net.feature_dim == 16
+    assert (
+        Conv4((1, 48, 48), None, filters=[4, 8, 16], blocks=3, context_dim=5).body.film_block == 1
+    )
+    with pytest.raises(ValueError, match=r"one for each"):
+        Conv4((1, 48, 48), None, filters=[4, 8])
+
+
 def test_a_context_costs_columns_of_the_first_layer_or_a_film_layer_and_else_nothing() -> None:
     assert count(MLP((1,), 1, context_dim=5)) == count(MLP((1,), 1)) + 5 * 40
     shape = (3, 84, 84)
