@@ -71,7 +71,8 @@ def make_or_continue(
             raise
         if _finished(folder):  # by another process, a moment ago
             return Outcome("kept")
-        with suppress(OSError, InUse):
+        # A damaged status.json is a ValueError; whatever it is, it is told below.
+        with suppress(OSError, InUse, ValueError):
             _record_failure(plain, folder, overrides, error)
         return Outcome("failed", launch.describe(error))
 
@@ -81,8 +82,9 @@ def _begun(folder: Path) -> bool:
 
 
 def _finished(folder: Path) -> bool:
-    path = folder / "status.json"
-    return path.exists() and RunFolder(folder).status().get("state") == "finished"
+    with suppress(OSError, ValueError):
+        return bool(RunFolder(folder).status().get("state") == "finished")
+    return False
 
 
 def _clear_false_start(folder: Path) -> None:

@@ -7,6 +7,7 @@ without a printed figure are listed by what was typed for them.
 from __future__ import annotations
 
 import argparse
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from metarun.config import Plain, check, conf_dir
-from metarun.launch import EXIT_OK
+from metarun.launch import EXIT_FAILED, EXIT_OK
 from metarun.naming import HOW_IT_RUNS, digest, root_of
 from metarun.request import composer
 from metarun.runs import RunFolder
@@ -32,10 +33,12 @@ from metarun.tables import (
     paired,
     read_result,
     shown,
-    table,
+    tables,
 )
 
 FORMATS = typing.get_args(Style)
+DAMAGED = "damaged"
+"""The state of a run whose files cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,26 @@ def run(argv: Sequence[str]) -> int:
     if not found and args.paper is None:
         raise ValueError(f"{args.paths[0]}: there is no run in it")
     print(report(found, args.format, args.config_dir, args.paper), end="")
-    return EXIT_OK
+    return EXIT_FAILED if tell_damaged(found) else EXIT_OK
+
+
+def tell_damaged(runs: Iterable[Run]) -> int:
+    """Name the runs whose files cannot be read; returns how many they are."""
+    damaged = [run for run in runs if run.status["state"] == DAMAGED]
+    for run in damaged:
+        print(
+            f"error: {run.path} is damaged: {run.status['why']}: remove the folder, and the "
+            "command that made it makes it again",
+            file=sys.stderr,
+        )
+    return len(damaged)
 
 
 def read_runs(paths: Iterable[Path]) -> Iterator[Run]:
     """The runs in and below folders, in the order of their names, each once.
 
     Raises:
-        ValueError: A folder is not there, or a run is damaged.
+        ValueError: A folder is not there.
     """
     met: set[Path] = set()
     for path in paths:
@@ -134,7 +149,8 @@ def _read(folder: Path) -> Run:
         return Run(folder, plain, words, read_result(run), run.status())  # type: ignore[arg-type]
     # YAML's errors have many classes, numpy's and json's others.
     except Exception as error:
-        raise ValueError(f"{folder} is damaged: {' '.join(str(error).split())}") from error
+        why = " ".join(str(error).split()).removeprefix(f"{folder}/")
+        return Run(folder, {}, (), None, {"state": DAMAGED, "why": why})
 
 
 def report(
@@ -155,18 +171,20 @@ def report(
     groups = group(runs)
     own = [g for g in groups if not g.plain.get("published")]
     cells = [g for g in groups if g.plain.get("published")]
-    parts: list[str] = []
+    parts: list[tuple[str, list[Line]]] = []
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
         rows = _rows(names, cells, config_dir)
         lines = [line for g in rows for line in published_lines(g)]
-        parts += [table(style, title, lines), *_pairs(style, rows)]
+        parts += [(title, lines), *_pairs(rows)]
     if own:
         ranked = sorted(_labelled(own), key=_by_val)
-        parts += [table(style, "runs", [_own_line(g) for g in ranked]), *_pairs(style, ranked)]
-    unfinished = [run for run in runs if run.result is None]
+        parts += [("runs", [_own_line(g) for g in ranked]), *_pairs(ranked)]
+    written = tables(style, parts)
+    unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
     if unfinished and style in ("terminal", "markdown"):
-        parts.append("not finished:\n" + "".join(f"  {_stand(run)}\n" for run in unfinished))
-    return "\n".join(parts)
+        named = "".join(f"  {_stand(run)}\n" for run in unfinished)
+        written += ("\n" if written else "") + f"not finished:\n{named}"
+    return written
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
@@ -253,7 +271,9 @@ def _marks(published: Published, cell: PublishedCell) -> str:
 def _note(group: Group, published: Published) -> str:
     """What keeps runs from being the recipe's."""
     steps = int(group.results[0].record["steps"])
-    notes = [f"rehearsal of {steps / published.steps:.1%}"] if steps < published.steps else []
+    share = steps / published.steps
+    part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+    notes = [f"rehearsal of {part}"] if share < 1.0 else []
     changed = [word for word in group.runs[0].told if not word.startswith("train.steps=")]
     return "; ".join([*notes, f"changed: {' '.join(changed)}"] if changed else notes)
 
@@ -297,15 +317,15 @@ def _by_val(group: Group) -> float:
 def _labelled(groups: Sequence[Group]) -> list[Group]:
     """Groups named by what was typed for each and not for all of them."""
     told = [set(g.runs[0].told) for g in groups]
-    common = set.intersection(*told) if len(told) > 1 else set()
+    common = set.intersection(*told)
     return [
         replace(g, label=" ".join(word for word in g.runs[0].told if word not in common) or g.label)
         for g in groups
     ]
 
 
-def _pairs(style: Style, groups: Sequence[Group]) -> list[str]:
-    """The best of those that met the same episodes against each other one."""
+def _pairs(groups: Sequence[Group]) -> list[tuple[str, list[Line]]]:
+    """The best, by meta-val, of those that met the same episodes against each other one."""
     together: dict[str, list[Group]] = {}
     for g in groups:
         if g.runs:
@@ -314,20 +334,18 @@ def _pairs(style: Style, groups: Sequence[Group]) -> list[str]:
             together.setdefault(key, []).append(g)
     lines = [line for members in together.values() for line in _against_best(members)]
     title = "on the same episodes, paired: mean difference ± 95 % interval"
-    return [table(style, title, lines)] if lines else []
+    return [(title, lines)] if lines else []
 
 
 def _against_best(groups: Sequence[Group]) -> list[Line]:
-    accuracy = groups[0].results[0].record["metric"] == "accuracy"
-    means = {id(g): figure_of(g.results).mean for g in groups}
-    best, *others = sorted(groups, key=lambda g: means[id(g)], reverse=accuracy)
+    best, *others = sorted(groups, key=_by_val)
     lines: list[Line] = []
     for other in others:
         difference = paired(best.results, other.results)
         told_apart = not difference.meets(Figure(0.0))
         lines.append(
             {
-                "best": best.label,
+                "best on meta-val": best.label,
                 "other": other.label,
                 "best - other": difference,
                 "leaves out zero": "yes" if told_apart else "no",

@@ -46,6 +46,7 @@ _EXTRAS = {
     "optuna": "optuna",
 }
 """The extra of the package that brings a launcher or a sweeper."""
+_FOLDER_OF_A_RUN = "hydra.sweep.subdir"
 _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
 
 
@@ -289,6 +290,11 @@ class Composer:
         for override in parsed:
             if override.is_sweep_override() and not searches:
                 self._check_sweep_key(override)
+            elif override.is_sweep_override() and override.key_or_group == "seed":
+                raise ValueError(
+                    f"{_text(override)}: a search would choose the luckiest seed; search with "
+                    "one, then repeat the best run with seed=0,1,2"
+                )
         sweeper = self._sweep_node(simple).sweeper
         params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
         parsed = [*self._parse([f"{key}={value}" for key, value in params.items()]), *parsed]
@@ -322,6 +328,11 @@ class Composer:
             if override.key_or_group in _FILES_OF_HYDRA:
                 raise ValueError(
                     f"{_text(override)}: metarun alone writes a run's folder, its log among it"
+                )
+            if override.key_or_group == _FOLDER_OF_A_RUN:
+                raise ValueError(
+                    f"{_text(override)}: a run's folder is named after what it computes; type "
+                    "hydra.sweep.dir=… to put them all elsewhere"
                 )
         groups = set(self.groups)
         in_groups = [o for o in parsed if o.key_or_group in groups]

@@ -7,6 +7,7 @@ other how they ended: a journal beside their folders, of one line for each start
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -17,8 +18,9 @@ import signal
 import socket
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -91,9 +93,13 @@ class Worker:
         journal: Of the sweep.
         config_dir: The user's YAML files.
         number: Runs of the sweep; None where a sweeper finds them as it goes.
+        bound: Whether other processes are this one's children, and end with it.
     """
 
-    def __init__(self, journal: Path, config_dir: str | None, number: int | None) -> None:
+    def __init__(
+        self, journal: Path, config_dir: str | None, number: int | None, *, bound: bool = False
+    ) -> None:
+        self._bound = bound
         self._journal = Journal(journal)
         self._config_dir = config_dir
         self._number = number
@@ -103,6 +109,8 @@ class Worker:
         """A copy in another process, whose screen is the sweep's and whose signals are too."""
         self.__dict__.update(state)
         self._quiet = True
+        if self._bound:
+            _end_with_parent()
         register_resolvers()
         logging.getLogger("metarun").addHandler(logging.NullHandler())
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -131,10 +139,13 @@ class Worker:
             print(f"\nrun {len(self._journal.ends()) + 1}{of}: {' '.join(words)}", flush=True)
         self._journal.add("start", folder=name, host=socket.gethostname(), process=os.getpid())
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
+        _at_work.set()
         try:
             outcome = jobs.make_or_continue(plain, folder, words, self._config_dir, screen)
         except KeyboardInterrupt:
             outcome = jobs.Outcome("interrupted", "stopped before it began", signal.SIGTERM)
+        finally:
+            _at_work.clear()
         self._journal.add(
             "end", folder=name, state=outcome.state, why=outcome.why, signum=outcome.signum
         )
@@ -167,7 +178,7 @@ def run(
     journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
     journal.path.touch()
     count = None if way.searches else len(plan)
-    worker = Worker(journal.path, config_dir, count)
+    worker = Worker(journal.path, config_dir, count, bound=way.launcher == "joblib")
     try:
         with _stopping(journal, detached=way.launcher == "submitit_slurm") as stop:
             monitor = _Monitor(journal, count).showing() if way.beside else nullcontext()
@@ -175,8 +186,8 @@ def run(
                 failed = _handed_over(hand_over, worker)
         folders = list(journal.ends()) if way.searches else [str(job.folder) for job in plan]
         code = _sum_up(journal, folders, words, stop.signum, failed)
-        _show_tables([Path(folder) for folder in folders], config_dir)
-        return code
+        shown = _show_tables([Path(folder) for folder in folders], config_dir)
+        return code or shown
     finally:
         journal.path.unlink(missing_ok=True)
 
@@ -234,9 +245,13 @@ def _sum_up(
     for folder, end in ends.items():
         if end["state"] in ("failed", "elsewhere"):
             _say(f"error: {folder}: {_described(end['state'], end['why'])}")
-    if failed:
+    # A search of which every run has failed says so once more, in its own words.
+    if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):
         _say(f"error: {failed}")
-    signum = signum or next((end["signum"] for end in ends.values() if end["signum"]), 0)
+    begun = len(ends)
+    if journal.stopped() and begun < len(folders) and not signum and not _interrupted(ends):
+        _say(f"stopped at the first failure: {len(folders) - begun} runs were not begun")
+    signum = signum or _interrupted(ends)
     if done < len(folders) or failed:
         verb = "interrupted; " if signum else ""
         _say(f"{verb}the same command makes what is missing: metarun {shlex.join(words)}")
@@ -245,14 +260,22 @@ def _sum_up(
     return EXIT_FAILED if failed or done < len(folders) else EXIT_OK
 
 
-def _show_tables(folders: Sequence[Path], config_dir: str | None) -> None:
+def _interrupted(ends: Mapping[str, Line]) -> int:
+    """The signal that interrupted a run, or 0."""
+    return next((int(end["signum"]) for end in ends.values() if end["signum"]), 0)
+
+
+def _show_tables(folders: Sequence[Path], config_dir: str | None) -> int:
+    """Show what the runs reached; returns the exit code that this asks for, or 0."""
     try:
         found = list(papers.read_runs([folder for folder in folders if folder.is_dir()]))
         if any(run.result is not None for run in found):
             print(f"\n{papers.report(found, config_dir=config_dir)}", end="", flush=True)
+        return EXIT_FAILED if papers.tell_damaged(found) else EXIT_OK
     # The runs are what counts, and are there.
     except (ValueError, OSError) as error:
         _say(f"error: {describe(error)}")
+        return EXIT_FAILED
 
 
 def _described(state: str, why: str) -> str:
@@ -290,6 +313,30 @@ def _leave_terminal() -> None:
             os.setpgid(0, 0)
     with suppress(ValueError):  # Python sets handlers in the main thread alone.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+_at_work = threading.Event()
+"""Whether a run is under way in this process."""
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """Watch for the end of the sweep: a process that outlived it would wait for work for ever.
+
+    The run under way is saved first, as by a signal.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        if _at_work.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+        while _at_work.is_set():
+            time.sleep(0.1)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class _Stop:

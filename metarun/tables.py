@@ -176,16 +176,26 @@ def _values(result: Result, inner_steps: int | None) -> Floats:
     return 100.0 * values if result.record["metric"] == "accuracy" else values
 
 
+def tables(style: Style, parts: Sequence[tuple[str, Sequence[Line]]]) -> str:
+    """Tables below each other; in `csv` one table of them all, whose first column tells them apart.
+
+    Args:
+        style: See `table`; `csv` has the numbers of a figure in columns of their own.
+        parts: The title and the lines of each; see `table`.
+    """
+    if style == "csv":
+        return _csv([{"table": title, **line} for title, lines in parts for line in lines])
+    return "\n".join(table(style, title, lines) for title, lines in parts)
+
+
 def table(style: Style, title: str, lines: Sequence[Line]) -> str:
     """Lines under their heads, which are the keys of the first.
 
     Args:
-        style: `terminal` fits the screen, `csv` has the numbers of a figure apart.
+        style: `terminal` fits the screen.
         title: What it is a table of.
         lines: At least one, all with the same keys.
     """
-    if style == "csv":
-        return _csv(lines)
     heads = list(lines[0])
     cells = [[str(line[head]) for head in heads] for line in lines]
     if style == "markdown":

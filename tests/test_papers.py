@@ -25,9 +25,8 @@ CELL = "zintgraf2019_sinusoid_2context"
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
-    """The rows of every table in CSV."""
-    parts = text.split("\n\n")
-    return [row for part in parts for row in csv.DictReader(io.StringIO(part.lstrip("\n")))]
+    """The rows of every table in CSV, which are one table."""
+    return list(csv.DictReader(io.StringIO(text)))
 
 
 def cells(rows: list[dict[str, str]]) -> Mapping[str, dict[str, str]]:
@@ -127,8 +126,8 @@ def test_runs_of_no_paper_are_ranked_by_meta_val_and_named_by_what_differs(
     assert {row["run"] for row in own} == {"optim.lr=0.0001", "optim.lr=0.05"}
     assert float(own[0]["meta-val"]) < float(own[1]["meta-val"])
     assert [row["seeds"] for row in own] == ["2", "2"]
-    (pair,) = (row for row in rows if row.get("best"))
-    assert {pair["best"], pair["other"]} == {"optim.lr=0.0001", "optim.lr=0.05"}
+    (pair,) = (row for row in rows if row["table"].startswith("on the same episodes"))
+    assert (pair["best on meta-val"], pair["other"]) == (own[0]["run"], own[1]["run"])
 
 
 def test_a_seed_that_was_run_twice_counts_once(metarun: Command, tmp_path: Path) -> None:
@@ -161,10 +160,13 @@ def test_a_table_of_nothing_is_refused(words: list[str], message: str, metarun: 
     assert answer.err.startswith(f"error: {message}")
 
 
-def test_a_damaged_run_is_named(metarun: Command, tmp_path: Path) -> None:
-    assert metarun("data=linear", *SMALL).code == 0
-    (results,) = tmp_path.rglob("results.json")
+def test_a_damaged_run_is_named_and_hides_no_other(metarun: Command, tmp_path: Path) -> None:
+    words = ["-m", "data=linear", "algo=maml,anil", *SMALL]
+    assert metarun(*words).code == 0
+    (results,) = (tmp_path / "outputs/sweeps").glob("algo=anil*/results.json")
     results.write_text("{")
-    answer = metarun("table", "outputs")
-    assert answer.code == 2
-    assert "is damaged" in answer.err
+    for answer in (metarun("table", "outputs"), metarun(*words)):
+        assert answer.code == 1
+        assert f"{results.parent.name} is damaged: results.json" in answer.err
+        assert "remove the folder" in answer.err
+        assert "algo=maml" in answer.out.split("meta-test")[1]

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from metarun import jobs, request
@@ -322,6 +323,18 @@ def test_a_search_survives_a_run_that_fails(tmp_path: Path) -> None:
     assert set(states(tmp_path)) == {"failed", "finished"}
 
 
+def test_processes_whose_sweep_was_killed_save_their_runs_and_end(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3,4", *TINY]
+    sweep = start([*words, "train.steps=1000000"], tmp_path)
+    while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and sweep.poll() is None:
+        time.sleep(0.05)
+    children = psutil.Process(sweep.pid).children(recursive=True)
+    sweep.kill()
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert states(tmp_path) == ["interrupted", "interrupted"]
+
+
 def test_a_search_for_the_worst_is_refused(metarun: Command, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["-m", "hydra/sweeper=optuna", "optim.lr=interval(0.001,0.1)", *TINY]
@@ -329,6 +342,37 @@ def test_a_search_for_the_worst_is_refused(metarun: Command, tmp_path: Path) -> 
     assert answer.code == 2
     assert "looks for the worst mse: type hydra.sweeper.direction=minimize" in answer.err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["hydra/sweeper=optuna", "seed=1,2", "optim.lr=interval(0.001,0.1)"],
+            "seed=1,2: a search would choose the luckiest seed",
+        ),
+        (["seed=1,2", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: a run's folder is named"),
+    ],
+)
+def test_what_would_mix_up_runs_is_refused(
+    words: list[str], message: str, metarun: Command, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    answer = metarun("-m", *words, *TINY)
+    assert answer.code == 2
+    assert message in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_damaged_status_fails_its_run_alone(metarun: Command, tmp_path: Path) -> None:
+    assert metarun("-m", "seed=1,2", *TINY).code == 0
+    broken, _ = sorted(tmp_path.rglob("status.json"))
+    broken.write_text('{"state": "fin')
+    answer = metarun("-m", "seed=1,2,3", *TINY)
+    assert answer.code == 1
+    assert "Hydra" not in answer.err
+    assert "2 of 3 runs are finished, 1 of them before" in answer.out
+    assert "status.json is damaged" in answer.err
 
 
 def test_every_listed_value_of_a_search_is_looked_up_first(metarun: Command) -> None:
