@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
@@ -248,21 +248,16 @@ def _sum_up(
     # A search of which every run has failed says so once more, in its own words.
     if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):
         _say(f"error: {failed}")
-    begun = len(ends)
-    if journal.stopped() and begun < len(folders) and not signum and not _interrupted(ends):
-        _say(f"stopped at the first failure: {len(folders) - begun} runs were not begun")
-    signum = signum or _interrupted(ends)
+    signum = signum or next((end["signum"] for end in ends.values() if end["signum"]), 0)
+    left = len(folders) - len(ends)
+    if journal.stopped() and left > 0 and not signum:
+        _say(f"stopped at the first failure: {left} runs were not begun")
     if done < len(folders) or failed:
         verb = "interrupted; " if signum else ""
         _say(f"{verb}the same command makes what is missing: metarun {shlex.join(words)}")
     if signum:
         return 128 + signum
     return EXIT_FAILED if failed or done < len(folders) else EXIT_OK
-
-
-def _interrupted(ends: Mapping[str, Line]) -> int:
-    """The signal that interrupted a run, or 0."""
-    return next((int(end["signum"]) for end in ends.values() if end["signum"]), 0)
 
 
 def _show_tables(folders: Sequence[Path], config_dir: str | None) -> int:
