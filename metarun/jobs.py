@@ -69,7 +69,7 @@ def make_or_continue(
     except Exception as error:
         if plain["debug"]:
             raise
-        if _finished(folder):  # by another process, a moment ago
+        if finished(folder):  # by another process, a moment ago
             return Outcome("kept")
         # A damaged status.json is a ValueError; whatever it is, it is told below.
         with suppress(OSError, InUse, ValueError):
@@ -81,7 +81,8 @@ def _begun(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def _finished(folder: Path) -> bool:
+def finished(folder: Path) -> bool:
+    """Whether the run of a folder says that it is; one that cannot be read is not."""
     with suppress(OSError, ValueError):
         return bool(RunFolder(folder).status().get("state") == "finished")
     return False

@@ -237,9 +237,8 @@ def _sum_up(
 ) -> int:
     """Say how many runs are finished, which failed and why, and how to go on."""
     ends = journal.ends()
-    states = [_state(Path(folder)) for folder in folders]
     kept = sum(ends.get(folder, {}).get("state") == "kept" for folder in folders)
-    done = states.count("finished")
+    done = sum(jobs.finished(Path(folder)) for folder in folders)
     before = f", {kept} of them before" if kept else ""
     print(f"\n{done} of {len(folders)} runs are finished{before}")
     for folder, end in ends.items():
@@ -281,16 +280,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _state(folder: Path) -> str:
-    with suppress(OSError, ValueError):
-        return str(RunFolder(folder).status().get("state"))
-    return "missing"
-
-
 def _results(folder: Path) -> Line | None:
     """What a finished run has reached; None of any other."""
     with suppress(OSError, ValueError):
-        if _state(folder) == "finished":
+        if jobs.finished(folder):
             return RunFolder(folder).read_json("results.json")
     return None
 
