@@ -41,7 +41,8 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "seed": (0, 2**63 - 1),
     "tasks_per_chunk": (1, _LARGEST),
     "threads": (1, 1024),
-    "train.steps": (1, _LARGEST),
+    # Learners that live along a stream from the start train on nothing before.
+    "train.steps": (0, _LARGEST),
     "train.tasks_per_step": (1, _LARGEST),
     "train.way": (1, _LARGEST),
     "train.shot": (1, _LARGEST),
@@ -201,7 +202,7 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     source = _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
-            if way < 2:
+            if way < 2 and source.spec.streams is None:
                 raise ValueError(f"{key}={way} is out of range: a classification needs 2 or more")
     if settings.eval.views > 1 and len(source.spec.input_shape) != 3:
         raise ValueError(
@@ -212,8 +213,10 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     if device.type == "cpu":
         keep_large_blocks()
     algorithm = _algorithm(settings, source).to(device, _dtype(settings))
+    train = _training(settings, algorithm)
     engine = algorithm.settled_engine().describe()
     record = {**plain, **engine, "device": str(device)}
+    record["train"] = {**plain["train"], "steps": train.steps}
     facts = {
         **settings.names,
         "way": settings.way,
@@ -227,7 +230,19 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     }
     # The source may have lowered the ways on meta-val; the records say what was done.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
-    return Experiment(algorithm, source, settings.train, evaluation, facts, record, settings.seed)
+    return Experiment(algorithm, source, train, evaluation, facts, record, settings.seed)
+
+
+def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
+    """The meta-training that an algorithm has: no steps where it has nothing to meta-learn."""
+    if not algorithm.meta_trains:
+        return replace(settings.train, steps=0)
+    if not settings.train.steps:
+        raise ValueError(
+            f"train.steps=0: algo={settings.names['algo']} learns from training tasks: "
+            "expected 1 or more"
+        )
+    return settings.train
 
 
 def source(plain: Mapping[str, Any]) -> EpisodeSource:

@@ -7,7 +7,7 @@ E numbers of a task's embedding.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, task_metric
+from metarun.algorithms.online import OnlineLearner
 from metarun.intervals import Floats
+from metarun.lifetimes import Lifetimes
 from metarun.types import EpisodeSource, Split, TaskBatch, TaskSpec
 from metarun.views import predict
 
@@ -35,12 +37,15 @@ class EpisodeMetrics:
             algorithm does not adapt by steps.
         embeddings: (N, E) what the algorithm made of each task; None if it makes no vector.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
+        lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
+            `Lifetimes.measured`, and `untaught`.
     """
 
     values: Floats
     curve: Floats | None
     embeddings: Floats | None
     digest: str
+    lived: Mapping[str, Floats] | None = None
 
 
 def evaluate(
@@ -66,6 +71,9 @@ def evaluate(
         curve_steps: Also take the metric after 0 … this many inner steps, without other views.
         tick: Called with the number of episodes done after each batch; may raise to stop.
     """
+    if source.spec.streams is not None:
+        living = Living(algorithm, source, split, episodes, tasks_per_batch, follow=False)
+        return living.run(None if tick is None else lambda _: tick(0))
     values: list[Tensor] = []
     curves: list[Tensor] = []
     embeddings: list[Tensor] = []
@@ -95,6 +103,100 @@ def evaluate(
         embeddings=_array(torch.cat(embeddings)) if embeddings else None,
         digest=digest.hexdigest(),
     )
+
+
+class Living:
+    """All the lifetimes of a split, some side by side, the others after them; can be taken up.
+
+    Args:
+        algorithm: Who lives.
+        source: A stream.
+        split: Of which trajectories.
+        episodes: N.
+        tasks_per_batch: Lifetimes side by side.
+        follow: As in `Lifetimes`.
+
+    Attributes:
+        steps: Steps of all batches together.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        source: EpisodeSource,
+        split: Split,
+        episodes: int,
+        tasks_per_batch: int,
+        *,
+        follow: bool = True,
+    ) -> None:
+        assert isinstance(algorithm, OnlineLearner)
+        assert source.spec.streams is not None
+        self._algorithm = algorithm
+        self._source = source
+        self._split: Split = split
+        self._stream = source.spec.streams[split]
+        self._follow = follow
+        self._starts = list(range(0, episodes, tasks_per_batch))
+        self._sizes = [min(tasks_per_batch, episodes - start) for start in self._starts]
+        self.steps = len(self._starts) * self._stream.num_steps
+        self._done: list[dict[str, Tensor]] = []
+        self._lives: Lifetimes | None = None
+
+    def run(self, tick: Callable[[int], None] | None = None) -> EpisodeMetrics:
+        """Live to the end.
+
+        Args:
+            tick: Called after each step with the steps done; may raise to stop, and `run` goes
+                on where it was.
+        """
+        was_training = self._algorithm.training
+        self._algorithm.eval()
+        try:
+            while len(self._done) < len(self._starts):
+                lives = self._lives = self._lives or self._begin()
+                while not lives.finished:
+                    lives.advance()
+                    if tick is not None:
+                        tick(len(self._done) * self._stream.num_steps + lives.step)
+                measured = lives.measured() if self._follow else {}
+                extra = {"untaught": lives.untaught()} if self._follow else {}
+                self._done.append({**measured, **extra, "final": lives.final()})
+                self._lives = None
+        finally:
+            self._algorithm.train(was_training)
+        lived = {n: _array(torch.cat([part[n] for part in self._done])) for n in self._done[0]}
+        return EpisodeMetrics(
+            values=lived.pop("final"),
+            curve=None,
+            embeddings=None,
+            digest=self._digest(),
+            lived=lived if self._follow else None,
+        )
+
+    def save(self) -> dict[str, Any]:
+        """All that a later `restore` needs."""
+        return {"done": self._done, "lives": None if self._lives is None else self._lives.save()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on where the same lifetimes were saved."""
+        self._done = list(saved["done"])
+        if saved["lives"] is not None:
+            self._lives = self._begin()
+            self._lives.restore(saved["lives"])
+
+    def _begin(self) -> Lifetimes:
+        batch = self._batch(len(self._done))
+        return Lifetimes(self._algorithm, batch, self._stream, follow=self._follow)
+
+    def _batch(self, number: int) -> TaskBatch:
+        return self._source.batch(self._split, self._starts[number], self._sizes[number])
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for number in range(len(self._starts)):
+            _add(digest, self._batch(number))
+        return digest.hexdigest()
 
 
 def _curve(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, steps: int) -> Tensor | None:

@@ -43,6 +43,8 @@ class EvalSettings:
         views: Of each image that an answer on meta-test is averaged over: 1 asks once, more also
             ask about the images slightly turned, moved, stretched and slanted.
         seed: Seed of the val and test episodes, so that every run meets the same ones.
+        proficiency: The metric from which on a task of a stream counts as learned; None asks
+            for no count of the rows that it takes.
     """
 
     episodes: int = 600
@@ -53,6 +55,7 @@ class EvalSettings:
     tasks_per_batch: int = 25
     views: int = 1
     seed: int = 1
+    proficiency: float | None = None
 
 
 @dataclass

@@ -25,10 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarun import environment, seeding
+from metarun import continual, environment, seeding
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.outer import NonFiniteError
-from metarun.evaluate import EpisodeMetrics, evaluate
+from metarun.evaluate import EpisodeMetrics, Living, evaluate
 from metarun.intervals import Floats, interval
 from metarun.runs import (
     DISK_FULL,
@@ -42,7 +42,7 @@ from metarun.runs import (
 )
 from metarun.screen import BAR_SHOWS_IT, FILE_ONLY, Bar, Screen, duration, figure, number, summary
 from metarun.settings import EvalSettings, TrainSettings
-from metarun.types import EpisodeSource, Progress
+from metarun.types import EpisodeSource, Progress, TaskSpec
 
 __all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
 
@@ -126,13 +126,13 @@ def test(
             raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
         results: Record = {
             **_about(algorithm, source, facts),
-            **_test_record(measured),
+            **_test_record(measured, source.spec, evaluation),
             "parameters_from": kind,
             "parameters_step": checkpoint["step"],
             "seconds": time.perf_counter() - began,
         }
         results = finite(results)
-        _write_test(folder, source.spec.metric, measured)
+        _write_test(folder, source.spec, measured)
         RunFolder(folder).write_json("results.json", results)
         _log.info("%s", summary(results, str(folder)))
         return results
@@ -240,8 +240,11 @@ class _Loop:
 
     Attributes:
         step: Updates done.
-        validated: Step of the last evaluation on meta-val, 0 before the first.
+        validated: Step of the last evaluation on meta-val, 0 before the first; -1 where there is
+            nothing to train, and one evaluation all the same.
         best: Step, value, interval and state of the best evaluation on meta-val.
+        trained: State at the end of training, once the best has taken its place.
+        lives: How far the test lifetimes of a stream have come; None before they begin.
         sums, count: Metrics of the updates since the last line, on the device, and their number.
     """
 
@@ -269,8 +272,10 @@ class _Loop:
         self.metric = source.spec.metric
         self.step = 0
         self.saved: int | None = None
-        self.validated = 0
+        self.validated = 0 if train.steps else -1
         self.best: Record | None = None
+        self.trained: Record | None = None
+        self.lives: Record | None = None
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.seconds_before = 0.0
@@ -305,6 +310,7 @@ class _Loop:
         self.seconds_before = checkpoint["seconds"]
         self.train_seconds = checkpoint["train_seconds"]
         self.window_seconds = checkpoint["window_seconds"]
+        self.lives = checkpoint.get("lives") if step == total else None
         self.run.cut(checkpoint["lengths"])
 
     def begin(self) -> None:
@@ -482,29 +488,27 @@ class _Loop:
         if self.step == self.validated or not self._due(self.settings.eval_every):
             return
         num_episodes = self.evaluation.val_episodes
-        with self.screen.bar("val", num_episodes) as bar:
-            measured = evaluate(
-                self.algorithm,
-                self.source,
-                "val",
-                num_episodes,
-                self.evaluation.tasks_per_batch,
-                tick=_ticker(bar, self.signals),
-            )
-        mean, ci95 = interval(measured.values)
+        option, mean, ci95 = self._best_option()
+        chosen = {f"val/{name}": value for name, value in option.items()}
         self.run.append(
             "metrics.jsonl",
-            {"step": self.step, f"val/{self.metric}": mean, f"val/{self.metric}_ci95": ci95},
+            {
+                "step": self.step,
+                f"val/{self.metric}": mean,
+                f"val/{self.metric}_ci95": ci95,
+                **chosen,
+            },
         )
         self.validated = self.step
         better = self._is_better(mean)
         _log.info(
-            "step %d/%d  val %s %s (%d episodes)%s",
+            "step %d/%d  val %s %s (%d episodes%s)%s",
             self.step,
             self.settings.steps,
             self.metric,
             figure(self.metric, mean, ci95),
             num_episodes,
+            "".join(f", {name} {value:g}" for name, value in option.items()),
             ", the best so far" if better else "",
         )
         if better:
@@ -518,12 +522,35 @@ class _Loop:
             }
             self.run.save_best(self.best)
 
+    def _best_option(self) -> tuple[Mapping[str, float], float, float]:
+        """What the algorithm is to choose, which it does, and its figure on meta-val."""
+        found: tuple[Mapping[str, float], float, float] | None = None
+        for option in self.algorithm.options or [{}]:
+            self.algorithm.choose(option)
+            with self.screen.bar("val", self.evaluation.val_episodes) as bar:
+                measured = evaluate(
+                    self.algorithm,
+                    self.source,
+                    "val",
+                    self.evaluation.val_episodes,
+                    self.evaluation.tasks_per_batch,
+                    tick=_ticker(bar, self.signals),
+                )
+            mean, ci95 = interval(measured.values)
+            if found is None or self._better(mean, found[1]):
+                found = option, mean, ci95
+        assert found is not None
+        self.algorithm.choose(found[0])
+        return found
+
     def _is_better(self, mean: float) -> bool:
-        if not math.isfinite(mean):
-            return False
         if self.best is None:
-            return True
-        before: float = self.best["mean"]
+            return math.isfinite(mean)
+        return self._better(mean, self.best["mean"])
+
+    def _better(self, mean: float, before: float) -> bool:
+        if not math.isfinite(mean) or not math.isfinite(before):
+            return math.isfinite(mean)
         return mean > before if self.source.spec.higher_is_better else mean < before
 
     # Checkpoints.
@@ -546,7 +573,8 @@ class _Loop:
                 "train_seconds": self.train_seconds,
                 "window_seconds": self.window_seconds,
                 "lengths": self.run.lengths(),
-                "state": self.algorithm.state_dict(),
+                "state": self.trained or self.algorithm.state_dict(),
+                "lives": self.lives,
             }
         )
         self.saved = self.step
@@ -563,6 +591,7 @@ class _Loop:
     def finish(self) -> Record:
         """Open the test split, for the first time and once, and sum up."""
         chosen = self.best
+        self.trained = copy.deepcopy(self.algorithm.state_dict())
         if chosen is not None:
             self.algorithm.load_state_dict(chosen["state"])
         _log.info(
@@ -571,12 +600,15 @@ class _Loop:
             chosen["step"] if chosen else self.step,
             extra=BAR_SHOWS_IT,
         )
-        measured = _meta_test(
-            self.algorithm, self.source, self.evaluation, self.screen, self.signals
-        )
+        if self.source.spec.streams is None:
+            measured = _meta_test(
+                self.algorithm, self.source, self.evaluation, self.screen, self.signals
+            )
+        else:
+            measured = self._live()
         results: Record = {
             **_about(self.algorithm, self.source, self.facts),
-            **_test_record(measured),
+            **_test_record(measured, self.source.spec, self.evaluation),
             "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
             "parameters_from": "best" if chosen else "last",
             "parameters_step": chosen["step"] if chosen else self.step,
@@ -589,11 +621,32 @@ class _Loop:
             / max(self.train_seconds, 1e-9),
         }
         results = finite(results)
-        _write_test(self.run.path, self.metric, measured)
+        _write_test(self.run.path, self.source.spec, measured)
         self.run.write_json("results.json", results)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
         return results
+
+    def _live(self) -> EpisodeMetrics:
+        """Live through the test trajectories; a run that was stopped goes on in the midst."""
+        living = _test_lifetimes(self.algorithm, self.source, self.evaluation)
+        if self.lives is not None:
+            living.restore(self.lives)
+        with self.screen.bar("test", living.steps) as bar:
+            tick = _ticker(bar, self.signals)
+
+            def keep(done: int) -> None:
+                if self.settings.checkpoint_every and done % self.settings.checkpoint_every == 0:
+                    self.lives = living.save()
+                    self.save()
+                tick(done)
+
+            try:
+                return living.run(keep)
+            except _StopError:
+                self.lives = living.save()
+                self.save()
+                raise
 
 
 @contextmanager
@@ -613,6 +666,10 @@ def _meta_test(
     screen: Screen,
     signals: _Signals,
 ) -> EpisodeMetrics:
+    if source.spec.streams is not None:
+        living = _test_lifetimes(algorithm, source, evaluation)
+        with screen.bar("test", living.steps) as bar:
+            return living.run(_ticker(bar, signals))
     with screen.bar("test", evaluation.episodes) as bar:
         measured = evaluate(
             algorithm,
@@ -633,6 +690,12 @@ def _meta_test(
             source.spec.metric,
         )
     return measured
+
+
+def _test_lifetimes(
+    algorithm: Algorithm, source: EpisodeSource, evaluation: EvalSettings
+) -> Living:
+    return Living(algorithm, source, "test", evaluation.episodes, evaluation.tasks_per_batch)
 
 
 def _ticker(bar: Bar, signals: _Signals) -> Any:
@@ -656,8 +719,9 @@ def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]
     }
 
 
-def _test_record(measured: EpisodeMetrics) -> Record:
+def _test_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings) -> Record:
     return {
+        **_stream_record(measured, spec, evaluation),
         "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
         "curve": None
         if measured.curve is None
@@ -669,14 +733,27 @@ def _test_record(measured: EpisodeMetrics) -> Record:
     }
 
 
+def _stream_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings) -> Record:
+    """The figures of a stream, each with its interval over lifetimes."""
+    if measured.lived is None or spec.streams is None:
+        return {}
+    figures = continual.summary(
+        measured.lived,
+        spec.streams["test"],
+        higher=spec.higher_is_better,
+        proficiency=evaluation.proficiency,
+    )
+    return {"stream": {name: _interval_record(values) for name, values in figures.items()}}
+
+
 def _interval_record(values: Floats) -> Record:
     mean, ci95 = interval(values)
     return {"mean": mean, "ci95": ci95}
 
 
-def _write_test(folder: Path, metric: str, measured: EpisodeMetrics) -> None:
+def _write_test(folder: Path, spec: TaskSpec, measured: EpisodeMetrics) -> None:
     """Write the figure of every test episode, and what the algorithm made of its task."""
-    arrays = {metric: measured.values}
+    arrays = {spec.metric: measured.values, **(measured.lived or {})}
     if measured.curve is not None:
         arrays["curve"] = measured.curve
     if measured.embeddings is not None:
@@ -684,3 +761,6 @@ def _write_test(folder: Path, metric: str, measured: EpisodeMetrics) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / "episodes.npz", buffer.getbuffer())
+    if measured.lived is not None and spec.streams is not None:
+        table = continual.curves(measured.lived, spec.streams["test"])
+        write_atomically(folder / "stream.csv", table.encode())

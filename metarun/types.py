@@ -5,7 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, D outputs of a regression
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -33,6 +33,41 @@ class EpisodeSize:
 
 
 @dataclass(frozen=True, slots=True)
+class Stream:
+    """How the rows of a trajectory follow each other: a long task, learned online.
+
+    A trajectory is a task of a `TaskBatch` whose support rows are its steps in order, and whose
+    query rows are held-out rows of its own tasks, one task after another. All trajectories of
+    a split have the same layout; what differs is what its tasks are.
+
+    Attributes:
+        visits: The task of each visit, in order; tasks are numbered by their first visit.
+        steps: Steps of a visit.
+        rows: Rows of a step.
+        queries: Held-out rows of each task.
+        told: Whether a learner may know which task a row is of.
+    """
+
+    visits: tuple[int, ...]
+    steps: int
+    rows: int
+    queries: int
+    told: bool = True
+
+    @property
+    def num_tasks(self) -> int:
+        return max(self.visits) + 1
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.visits) * self.steps
+
+    def task(self, step: int) -> int:
+        """The task that a step is of."""
+        return self.visits[step // self.steps]
+
+
+@dataclass(frozen=True, slots=True)
 class TaskSpec:
     """What a task asks for.
 
@@ -44,6 +79,9 @@ class TaskSpec:
         num_train_classes: Classes of the training split, which `TaskBatch.class_ids` numbers from
             0, so that `class_ids.gather(1, support_y)` are labels among all of them; rotations
             count where each is a class. None in regression.
+        streams: Layout of the trajectories of each split; None where tasks are not streams.
+            The labels of a trajectory are numbers below `output_dim`, which is wide enough for
+            those of every split.
     """
 
     kind: Literal["classification", "regression"]
@@ -51,6 +89,7 @@ class TaskSpec:
     output_dim: int
     train_way: int
     num_train_classes: int | None = None
+    streams: Mapping[Split, Stream] | None = None
 
     @property
     def metric(self) -> str:

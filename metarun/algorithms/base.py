@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +58,10 @@ class Algorithm(nn.Module, ABC):
     """Whether a task may have another number of ways than it was trained for."""
     label_equivariant: ClassVar[bool] = False
     """Whether permuting the labels of a task permutes the answers."""
+    lives_online: ClassVar[bool] = False
+    """Whether its tasks are trajectories of a stream, which it is judged on while it learns."""
+    meta_trains: ClassVar[bool] = True
+    """Whether there is anything to learn from training tasks."""
     order_free: bool = True
     """Whether the order of support rows is without meaning."""
 
@@ -82,7 +86,16 @@ class Algorithm(nn.Module, ABC):
                 f"{name} learns {' and '.join(self.kinds)}, and the data ask for {spec.kind}: "
                 "choose another algo (`metarun list`)"
             )
-        if not self.accepts_any_way and spec.train_way != spec.output_dim:
+        if self.lives_online and spec.streams is None:
+            raise ValueError(
+                f"{name} lives along a stream, and the data are none: use data=stream_…"
+            )
+        if spec.streams is not None and not self.lives_online:
+            raise ValueError(
+                f"the data are a stream, and {name} learns tasks one by one: use an algo for "
+                "streams, such as online or oml (`metarun list`)"
+            )
+        if spec.streams is None and not self.accepts_any_way and spec.train_way != spec.output_dim:
             raise ValueError(
                 f"train.way={spec.train_way} differs from way={spec.output_dim}, but {name} has "
                 "a head of fixed width: make them equal"
@@ -138,6 +151,14 @@ class Algorithm(nn.Module, ABC):
     ) -> Tensor | None:
         """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
         return None
+
+    @property
+    def options(self) -> Sequence[Mapping[str, float]]:
+        """Settings by name that meta-val is to choose among; none where there is no choice."""
+        return []
+
+    def choose(self, option: Mapping[str, float]) -> None:
+        """Take one of `options` from now on."""
 
     def make_room(self, state: Mapping[str, Any]) -> None:
         """Take the shapes of a state to be loaded where the data that it learned on set them.

@@ -165,7 +165,7 @@ def adam_step(
     grads: Params,
     state: AdamState,
     *,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float = 1e-8,
 ) -> tuple[Params, AdamState]:

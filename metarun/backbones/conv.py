@@ -1,4 +1,4 @@
-"""Conv4: four blocks of 3x3 convolution, batch norm, ReLU and a halving of the image.
+"""Conv4: four blocks of 3x3 convolution, a normalisation, ReLU and a halving of the image.
 
 With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017, with stride-2
 convolutions the one of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
@@ -12,11 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, FiLM, Pass, many_rows
+from metarun.backbones.layers import BatchNorm, FiLM, InstanceNorm, Pass, Unchanged, many_rows
 from metarun.backbones.network import Network
 
 Downsample = Literal["max_pool", "stride"]
 Pool = Literal["flatten", "mean"]
+Norm = Literal["batch", "instance", "none"]
 
 
 class Conv4(Network):
@@ -30,6 +31,8 @@ class Conv4(Network):
         downsample: `max_pool` halves rounding down, `stride` rounding up.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
             does on Omniglot.
+        norm: `batch` norm; `instance` norm, whose answer to an image does not depend on others,
+            as learners need that meet one at a time; or `none`.
         context_dim: Size of `Pass.context`, from which a FiLM layer scales and shifts the maps
             of the last block but one, before ReLU (Zintgraf et al. 2019); 0 reads none.
         maps: End at feature maps (N, C, H, W), as relation networks do: only the first two
@@ -48,6 +51,7 @@ class Conv4(Network):
         blocks: int = 4,
         downsample: Downsample = "max_pool",
         pool: Pool = "flatten",
+        norm: Norm = "batch",
         context_dim: int = 0,
         maps: bool = False,
     ) -> None:
@@ -67,9 +71,12 @@ class Conv4(Network):
             raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
         if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
+        if norm not in ("batch", "instance", "none"):
+            raise ValueError(f"backbone.norm={norm}: expected batch, instance or none")
         if maps:
             _check_maps(input_shape, pool)
-        body = _Blocks([input_shape[0], *widths], halving, downsample, pool, maps, context_dim)
+        channels = [input_shape[0], *widths]
+        body = _Blocks(channels, halving, downsample, pool, norm, maps, context_dim)
         super().__init__(body, input_shape, output_dim)
 
 
@@ -80,6 +87,7 @@ class _Blocks(nn.Module):
         halving: int,
         downsample: str,
         pool: str,
+        norm: str,
         maps: bool,
         context_dim: int,
     ) -> None:
@@ -98,7 +106,7 @@ class _Blocks(nn.Module):
             for i in range(blocks)
         )
         self.norms = nn.ModuleList(
-            BatchNorm(width, f"norms.{i}") for i, width in enumerate(channels[1:])
+            _norm(norm, width, f"norms.{i}") for i, width in enumerate(channels[1:])
         )
         self.film_block = max(blocks - 2, 0)
         self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
@@ -123,6 +131,12 @@ class _Blocks(nn.Module):
         if self.maps:
             return x
         return x.mean((2, 3)) if self.mean else x.flatten(1)
+
+
+def _norm(kind: str, width: int, name: str) -> nn.Module:
+    if kind == "batch":
+        return BatchNorm(width, name)
+    return InstanceNorm(width) if kind == "instance" else Unchanged()
 
 
 def _check_maps(input_shape: tuple[int, ...], pool: str) -> None:

@@ -106,6 +106,38 @@ class BatchNorm(nn.Module):
         return mean, var
 
 
+class InstanceNorm(nn.Module):
+    """Instance normalisation (Ulyanov et al. 2016): each map of each row by its own statistics.
+
+    It is batch norm of a batch of one image, which is what a learner has that meets one at a
+    time.
+
+    Args:
+        num_features: C of (N, C, H, W) inputs.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+        """Normalise (N, C, H, W)."""
+        centred = x - x.mean((2, 3), keepdim=True)
+        scale = torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + self.eps)
+        return centred * scale * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+class Unchanged(nn.Module):
+    """The place of a normalisation in a network that has none."""
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+        """The input."""
+        return x
+
+
 class FiLM(nn.Module):
     """Feature-wise linear modulation (Perez et al. 2018) by the context of a task.
 

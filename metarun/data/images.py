@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -112,6 +112,9 @@ class ClassEpisodes:
         can_drop: Whether the data set has `min_per_class`, to leave out small classes.
     """
 
+    least_way: ClassVar[int] = 2
+    """Fewest classes of a task."""
+
     def __init__(
         self,
         *,
@@ -173,7 +176,7 @@ class ClassEpisodes:
         classes, turns = self._choose_classes(split, data, keys)
         class_ids = classes + turns * len(data.counts)
         if self._rotations[split] == "per_task":
-            turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (size.way,))
+            turns = self._turns(keys, size.way)
             class_ids = classes
         picks = self._choose_images(data, keys, classes, size.shot + size.query)
         picks = picks + (data.starts[classes] + turns * data.num_images)[..., None]
@@ -238,6 +241,10 @@ class ClassEpisodes:
         turns = chosen // count[:, None]
         return data.group_starts[group][:, None] + chosen % count[:, None], turns
 
+    def _turns(self, keys: Tensor, ways: int) -> Tensor:
+        """(T, W) a random quarter turn for each class of a task."""
+        return seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (ways,))
+
     def _choose_images(
         self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int
     ) -> Tensor:
@@ -253,16 +260,20 @@ class ClassEpisodes:
         self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
     ) -> tuple[Tensor, Tensor]:
         """Inputs (T, R, C, H, W) and labels (T, R) of the picked images, in random order."""
-        num_tasks, way, num = picks.shape
+        _, way, num = picks.shape
         keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
         order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
         labels = order // max(num, 1)
         index = picks.flatten(1).gather(-1, order)
+        return self._inputs(split, data, keys, index), labels
+
+    def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:
+        """(T, R, C, H, W) the images of an index (T, R), those of training tasks augmented."""
         images = data.images.index_select(0, index.flatten()).to(self._dtype).div_(255.0)
-        images = images.unflatten(0, (num_tasks, way * num))
-        if split == "train" and num:
+        images = images.unflatten(0, index.shape)
+        if split == "train" and index.shape[1]:
             images = self._augmentation(images, keys)
-        return self._normalise(images), labels
+        return self._normalise(images)
 
     def _normalisation(
         self, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
@@ -352,7 +363,7 @@ class ClassEpisodes:
         """Compare the rows a task needs with what the split has, before any work."""
         size, table = self.sizes[split], self._tables[split]
         keys = _SIZE_KEYS[split]
-        least = {"way": 2, "shot": 1, "query": 0 if split == "train" else 1}
+        least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
         for field, low in least.items():
             value = getattr(size, field)
             if value < low:

@@ -54,18 +54,23 @@ class FunctionEpisodes(ABC):
         rows = (size.shot + size.query, 1)
         low, high = self._x
         x = seeding.uniform(keys, _SLOT_X, rows, low=low, high=high, dtype=self._dtype)
-        # float64 throughout, so that the same task has the same rounded values everywhere.
-        y = self._values(keys, x.double())
-        if self._noise:
-            y = y + self._noise * seeding.normal(keys, _SLOT_NOISE, rows, dtype=torch.float64)
-        y = y.to(self._dtype)
+        parameters = [parameter[:, None, None] for parameter in self._parameters(keys)]
+        y = self._noisy(self._values(parameters, x.double()), keys)
         cut = size.shot
         return TaskBatch(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:])
 
-    def parameters(self, split: Split, index: int, num_tasks: int) -> tuple[Tensor, Tensor]:
-        """The two parameters (T,) of each task's function, in float64: the truth behind it."""
+    def parameters(self, split: Split, index: int, num_tasks: int) -> tuple[Tensor, ...]:
+        """The parameters (T,) of each task's function, in float64: the truth behind it."""
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
         return self._parameters(keys)
+
+    def _noisy(self, y: Tensor, keys: Tensor) -> Tensor:
+        """The values of each key's rows in the data's precision, with noise where there is any."""
+        # float64 until here, so that the same task has the same rounded values everywhere.
+        if self._noise:
+            shape = y.shape[keys.dim() :]
+            y = y + self._noise * seeding.normal(keys, _SLOT_NOISE, shape, dtype=torch.float64)
+        return y.to(self._dtype)
 
     def fingerprint(self) -> str:
         """A hash of the family, its ranges and the seed of its test tasks."""
@@ -77,12 +82,12 @@ class FunctionEpisodes(ABC):
         """The numbers that define the family."""
 
     @abstractmethod
-    def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Both parameters of each task, (T,)."""
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """The parameters that each key draws, in its shape."""
 
     @abstractmethod
-    def _values(self, keys: Tensor, x: Tensor) -> Tensor:
-        """f(x) of each task, (T, R, 1)."""
+    def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        """f(x), by broadcasting the parameters against x."""
 
 
 class Sinusoid(FunctionEpisodes):
@@ -130,18 +135,16 @@ class Sinusoid(FunctionEpisodes):
         frequency = () if self._frequency == (1.0, 1.0) else self._frequency
         return (*self._amplitude, *self._phase, *frequency)
 
-    def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
         return (
             draw_in(keys, _SLOT_FIRST, self._amplitude),
             draw_in(keys, _SLOT_SECOND, self._phase),
+            draw_in(keys, _SLOT_THIRD, self._frequency),
         )
 
-    def _values(self, keys: Tensor, x: Tensor) -> Tensor:
-        amplitude, phase = self._parameters(keys)
-        frequency = draw_in(keys, _SLOT_THIRD, self._frequency)
-        return amplitude[:, None, None] * torch.sin(
-            frequency[:, None, None] * x - phase[:, None, None]
-        )
+    def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        amplitude, phase, frequency = parameters
+        return amplitude * torch.sin(frequency * x - phase)
 
 
 class Linear(FunctionEpisodes):
@@ -184,12 +187,12 @@ class Linear(FunctionEpisodes):
     def _facts(self) -> tuple[float, ...]:
         return (*self._a, *self._b)
 
-    def _parameters(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
         return draw_in(keys, _SLOT_FIRST, self._a), draw_in(keys, _SLOT_SECOND, self._b)
 
-    def _values(self, keys: Tensor, x: Tensor) -> Tensor:
-        slope, offset = self._parameters(keys)
-        return slope[:, None, None] * x + offset[:, None, None]
+    def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        slope, offset = parameters
+        return slope * x + offset
 
 
 def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:

@@ -28,7 +28,7 @@ def linear(**options: Any) -> Linear:
 def test_a_sinusoid_is_its_amplitude_times_a_shifted_sine() -> None:
     source = sinusoid()
     batch = source.batch("train", 3, 20)
-    amplitude, phase = source.parameters("train", 3, 20)
+    amplitude, phase, _ = source.parameters("train", 3, 20)
     expected = amplitude[:, None, None] * torch.sin(batch.query_x.double() - phase[:, None, None])
     torch.testing.assert_close(batch.query_y.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -57,7 +57,7 @@ def test_a_linear_function_is_slope_times_x_plus_offset() -> None:
 def test_a_frequency_stretches_the_sine_of_each_task() -> None:
     still, source = sinusoid(), sinusoid(frequency=(0.8, 1.2))
     batch = source.batch("train", 3, 500)
-    amplitude, phase = source.parameters("train", 3, 500)
+    amplitude, phase, _ = source.parameters("train", 3, 500)
     assert torch.equal(batch.query_x, still.batch("train", 3, 500).query_x)
     # Where the sine is steep and its branch is known the frequency can be read off.
     x = batch.query_x.double()[:, :, 0]
@@ -92,7 +92,7 @@ def test_any_cut_of_a_batch_gives_the_same_tasks(
 
 def test_parameters_and_inputs_fill_their_ranges() -> None:
     source = sinusoid(amplitude=(2.0, 3.0), phase=(1.0, 1.5), x=(4.0, 6.0))
-    amplitude, phase = source.parameters("train", 0, 4000)
+    amplitude, phase, _ = source.parameters("train", 0, 4000)
     x = source.batch("train", 0, 400).query_x
     for values, low, high in ((amplitude, 2.0, 3.0), (phase, 1.0, 1.5), (x, 4.0, 6.0)):
         assert low <= values.min() < low + 0.01 * (high - low)

@@ -1,0 +1,348 @@
+"""Learners that live along a stream, judged on each step before they learn from it.
+
+A lifetime is one trajectory, lived through from `start` to its end. Its state is a dictionary of
+tensors, so that T lifetimes run together and a killed one goes on where it was. `learn` and
+`respond` are pure functions of one lifetime; the engine maps them over all.
+
+Shapes: T lifetimes, B rows of a step, R rows, M rows of a memory, D outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun import seeding
+from metarun.algorithms.base import Algorithm, forward, own_parameters
+from metarun.algorithms.inner import (
+    AdamState,
+    Params,
+    adam_start,
+    adam_step,
+    descend,
+    gradient,
+    under,
+)
+from metarun.algorithms.rules import Rule, State, Step
+from metarun.backbones.layers import Pass, has_batch_norm
+from metarun.backbones.mlp import MLP
+from metarun.types import Metrics, Prediction, Progress, TaskBatch
+
+_SLOT_HEAD = 33
+
+
+class OnlineLearner(Algorithm):
+    """A learner that is judged on a stream while it learns from it.
+
+    Whatever it meta-learns, if anything, is in its parameters and buffers as everywhere; what it
+    learns in a lifetime is in the lifetime's `State` alone.
+
+    A subclass sets `self.net` and writes `begin`, `learn` and `respond`, and `update` where it
+    learns something before it lives.
+    """
+
+    lives_online: ClassVar[bool] = True
+    order_free: bool = False
+    meta_trains: ClassVar[bool] = False
+    asks_for_tasks: ClassVar[bool] = False
+    """Whether an answer depends on which task is asked about, where that is told."""
+
+    def __init__(self, **common: Any) -> None:
+        super().__init__(**common)
+        assert self.spec.streams is not None
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        raise NotImplementedError(f"{type(self).__name__} learns online alone")
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Make the network, which `net` is one of."""
+
+    @property
+    def plastic(self) -> nn.Module:
+        """The network that lives: the part of `net` whose weights change along the stream."""
+        return self.net
+
+    def perceive(self, x: Tensor) -> Tensor:
+        """What the plastic part sees of rows (T, R, …): they themselves, or features of them.
+
+        Whatever is here stays as it is for a lifetime, so that it is computed once.
+        """
+        return x
+
+    @abstractmethod
+    def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
+        """The state of one lifetime before its first step.
+
+        Args:
+            theta: Parameters of the plastic part.
+            x, y: (S, …) perceived rows of the stream, for their number and shapes alone.
+        """
+
+    @abstractmethod
+    def learn(
+        self, net: nn.Module, theta: Params, state: State, x: Tensor, y: Tensor, step: Step
+    ) -> State:
+        """The state of one lifetime after a step of its stream.
+
+        Args:
+            net: The plastic part, or its replica.
+            theta: Its parameters by name.
+            state: As it was.
+            x, y: (B, …) perceived rows and their targets.
+            step: Where it stands.
+        """
+
+    @abstractmethod
+    def respond(
+        self, net: nn.Module, theta: Params, state: State, x: Tensor, task: int | None
+    ) -> Tensor:
+        """Answer (R, D) to perceived rows (R, …) of a task, in one lifetime.
+
+        Args:
+            net, theta, state: As in `learn`.
+            x: The rows.
+            task: Which task they are of; None where it is not told.
+        """
+
+    # Over all lifetimes.
+
+    def start(self, x: Tensor, y: Tensor) -> State:
+        """The states (T, …) of T lifetimes, from the perceived rows (T, S, …) of their streams."""
+        state = self.begin(own_parameters(self.plastic), x[0], y[0])
+        return {n: v.detach().expand(len(x), *v.shape).clone() for n, v in state.items()}
+
+    def observe(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
+        """The states after a step with perceived rows (T, B, …)."""
+
+        def one(net: nn.Module, theta: Params, *rows: Tensor) -> State:
+            own = dict(zip(state, rows[2:], strict=True))
+            return self.learn(net, theta, own, rows[0], rows[1], step)
+
+        after: State = self._map(one, x, y, *state.values())
+        return after
+
+    def answers(self, state: State, x: Tensor, task: int | None) -> Tensor:
+        """(T, R, D) answers to perceived rows (T, R, …)."""
+
+        def one(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
+            own = dict(zip(state, rows[1:], strict=True))
+            return self.respond(net, theta, own, rows[0], task)
+
+        outputs: Tensor = self._map(one, x, *state.values())
+        return outputs
+
+    def untaught(self, x: Tensor) -> Tensor:
+        """(T, R, D) answers of a network drawn anew to rows (T, R, …) as the data have them."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeding.key(self.seed, "untaught"))
+            fresh = self.build().to(self.device, self.dtype)
+        return torch.stack([fresh(rows, Pass()).detach() for rows in x])
+
+    def _map(self, task: Any, *rows: Tensor) -> Any:
+        net = self.plastic
+        return self.engine.resolved(net, self.device).map(task, net, own_parameters(net), rows)
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        """Live through T streams that say nothing of their tasks, then answer."""
+        assert self.spec.streams is not None
+        size = self.spec.streams["test"].rows
+        x = self.perceive(support_x)
+        state = self.start(x, support_y)
+        for number, first in enumerate(range(0, x.shape[1], size)):
+            rows = slice(first, first + size)
+            step = Step(number, first, None, begins=False)
+            state = self.observe(state, x[:, rows], support_y[:, rows], step)
+        return Prediction(self.answers(state, self.perceive(query_x), None))
+
+
+class Predictor(nn.Module):
+    """A body that represents and a head of any depth that predicts.
+
+    Args:
+        body: Maps rows to features (R, F), as `Algorithm.build_network(None)` makes it.
+        feature_dim: F.
+        hidden: Widths of the head's hidden layers.
+        output_dim: D.
+    """
+
+    def __init__(
+        self, body: nn.Module, feature_dim: int, hidden: Sequence[int], output_dim: int
+    ) -> None:
+        super().__init__()
+        self.body = body
+        self.head = Head(feature_dim, hidden, output_dim)
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        answers: Tensor = self.head(self.body(x, how), how)
+        return answers
+
+
+class Head(nn.Module):
+    """Dense layers with ReLU between them; `last` is the one that answers."""
+
+    def __init__(self, feature_dim: int, hidden: Sequence[int], output_dim: int) -> None:
+        super().__init__()
+        self.hidden = MLP((feature_dim,), None, hidden=hidden) if hidden else None
+        self.last = nn.Linear(hidden[-1] if hidden else feature_dim, output_dim)
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        x = x if self.hidden is None else self.hidden(x, how)
+        answers: Tensor = self.last(x)
+        return answers
+
+
+class WeightLearner(OnlineLearner):
+    """Lives by gradient steps on the weights of its plastic part, by a rule.
+
+    A subclass sets `self.rule` where it is not plain online learning.
+
+    Args:
+        online_lr: Learning rate of a lifetime; of a list, the best on meta-val is taken.
+        online_optim: `sgd`, or `adam` (betas 0.9 and 0.999), as Javed & White's code has it for
+            characters.
+        adapt: What learns in a lifetime: `all` weights, or the `head`.
+        head: Widths of the head's hidden layers.
+        reset: Whether a lifetime begins with a last layer drawn anew: Kaiming normal weights and
+            no biases, as in Javed & White's code for characters.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the backbone has batch norm.
+    """
+
+    rate: Tensor
+    net: Predictor
+
+    def __init__(
+        self,
+        *,
+        online_lr: float | Sequence[float] = 0.003,
+        online_optim: Literal["sgd", "adam"] = "sgd",
+        adapt: Literal["all", "head"] = "all",
+        head: Sequence[int] = (),
+        reset: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        rates = [online_lr] if isinstance(online_lr, int | float) else list(online_lr)
+        if not rates or not all(0.0 < rate < math.inf for rate in rates):
+            raise ValueError(f"algo.online_lr={online_lr}: expected positive numbers")
+        if online_optim not in ("sgd", "adam"):
+            raise ValueError(f"algo.online_optim={online_optim}: expected sgd or adam")
+        if adapt not in ("all", "head"):
+            raise ValueError(f"algo.adapt={adapt}: expected all or head")
+        self.rates = rates
+        self.online_optim = online_optim
+        self.adapt = adapt
+        self.reset = reset
+        self.rule = Rule()
+        self.register_buffer("rate", torch.tensor(rates[0]))
+        if any(width < 1 for width in head):
+            raise ValueError(f"algo.head={list(head)}: expected positive widths")
+        self.head = list(head)
+        self.net = self.build()
+        if has_batch_norm(self.net):
+            raise ValueError(
+                f"{type(self).__name__} meets a few rows at a time, which have no batch to be "
+                "normalised by: use backbone.norm=none or instance, or backbone.batch_norm=false"
+            )
+
+    def build(self) -> Predictor:
+        body = self.build_network(None)
+        return Predictor(body, body.feature_dim, self.head, self.spec.output_dim)  # type: ignore[arg-type]
+
+    @property
+    def options(self) -> Sequence[Mapping[str, float]]:
+        return [{"online_lr": rate} for rate in self.rates] if len(self.rates) > 1 else []
+
+    def choose(self, option: Mapping[str, float]) -> None:
+        self.rate.fill_(option.get("online_lr", self.rates[0]))
+
+    @property
+    def plastic(self) -> nn.Module:
+        return self.net.head if self.adapt == "head" else self.net
+
+    def perceive(self, x: Tensor) -> Tensor:
+        if self.adapt == "all":
+            return x
+        return torch.stack([self.net.body(rows, Pass()) for rows in x])
+
+    def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
+        weights = self._reset(theta) if self.reset else dict(theta)
+        state = {f"weights.{name}": value for name, value in weights.items()}
+        if self.online_optim == "adam":
+            start = adam_start(weights)
+            state |= {f"first.{name}": value for name, value in start.first.items()}
+            state |= {f"second.{name}": value for name, value in start.second.items()}
+            state["count"] = start.count
+        key = torch.tensor(seeding.key(self.seed, "lifetime"), device=x.device)
+        return {**state, "key": key, "rate": self.rate, **self.rule.begin(weights, x, y)}
+
+    def learn(
+        self,
+        net: nn.Module,
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        step: Step,
+    ) -> State:
+        def loss(weights: Params, x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(forward(net, weights, x, Pass()), y)
+
+        state = self.rule.enter(state, under("weights.", state), loss, step)
+        for update in range(self.rule.updates):
+            rows = self.rule.rows(state, x, y, step, update)
+            state = self._descend(state, loss, *rows)
+        return self.rule.leave(state, x, y, step)
+
+    def respond(
+        self,
+        net: nn.Module,
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        task: int | None,  # noqa: ARG002
+    ) -> Tensor:
+        return forward(net, under("weights.", state), x, Pass())
+
+    def _descend(self, state: State, loss: Any, x: Tensor, y: Tensor) -> State:
+        """The state after one gradient step."""
+        weights = under("weights.", state)
+
+        def held(weights: Params) -> Tensor:
+            penalty = self.rule.penalty(state, weights)
+            own: Tensor = loss(weights, x, y)
+            return own if penalty is None else own + penalty
+
+        grads = gradient(held, weights, first_order=True)
+        if self.online_optim == "sgd":
+            moved = descend(weights, grads, lr=dict.fromkeys(weights, state["rate"]))
+            return {**state, **{f"weights.{name}": value for name, value in moved.items()}}
+        before = AdamState(under("first.", state), under("second.", state), state["count"])
+        moved, after = adam_step(weights, grads, before, lr=state["rate"], betas=(0.9, 0.999))
+        return {
+            **state,
+            **{f"weights.{name}": value for name, value in moved.items()},
+            **{f"first.{name}": value for name, value in after.first.items()},
+            **{f"second.{name}": value for name, value in after.second.items()},
+            "count": after.count,
+        }
+
+    def _reset(self, theta: Params) -> Params:
+        """The parameters with the last layer drawn anew."""
+        prefix = "last." if self.adapt == "head" else "head.last."
+        weight = theta[f"{prefix}weight"]
+        key = torch.tensor(seeding.key(self.seed, "head"), device=weight.device)
+        drawn = seeding.normal(key, _SLOT_HEAD, weight.shape, dtype=weight.dtype)
+        return {
+            **theta,
+            f"{prefix}weight": drawn * math.sqrt(2.0 / weight.shape[1]),
+            f"{prefix}bias": torch.zeros_like(theta[f"{prefix}bias"]),
+        }

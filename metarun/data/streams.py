@@ -1,0 +1,316 @@
+"""Streams: trajectories of tasks, one after another, over functions and over images.
+
+A trajectory is one task of a batch: its support rows are the stream, in order, and its query
+rows are held-out rows of the tasks in it. `metarun.types.Stream` says which rows are whose.
+Shapes: T trajectories, J tasks in each, V visits to tasks, S rows of a trajectory, Q held-out
+rows of a task, M remembered rows, W classes of a trajectory, K rows of a class, N outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from metarun import seeding
+from metarun.data.images import ClassEpisodes
+from metarun.data.omniglot import Omniglot, OmniglotSmall
+from metarun.data.synthetic import FunctionEpisodes, Linear, Sinusoid
+from metarun.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
+
+Order = Literal["once", "returning", "drifting"]
+ORDERS: tuple[Order, ...] = ("once", "returning", "drifting")
+
+_SLOT_STREAM_X, _SLOT_QUERY_X, _SLOT_FUNCTION = 20, 21, 22
+_SLOT_SHUFFLE, _SLOT_REMEMBERED_CLASS, _SLOT_REMEMBERED_IMAGE = 23, 24, 25
+_KEY_STREAM, _KEY_HELD_OUT = 102, 103
+
+
+class FunctionStream(FunctionEpisodes):
+    """Trajectories over a family of functions; mixed into one of them.
+
+    A task is a function. `shot` counts the rows of a visit and `query` the held-out rows of a
+    task.
+
+    Args:
+        tasks: Functions of a trajectory, J.
+        rows: Rows that arrive together, in one step; `shot` is a multiple of it.
+        order: `once` goes through the tasks; `returning` goes through them `visits` times, each
+            time but the first in another order; `drifting` moves the parameters in equal steps
+            from one function to the next while a task lasts, whose held-out rows are of where
+            it ends.
+        visits: Of each task, in `returning`.
+        told: Whether a learner may know when a task begins and which one it is.
+        indexed: Join to each input which task it is of, one-hot, before the variable itself.
+        functions: Number of different functions in training; None draws new ones for ever.
+        **common: Those of the family.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        tasks: int = 10,
+        rows: int = 1,
+        order: Order = "once",
+        visits: int = 3,
+        told: bool = True,
+        indexed: bool = False,
+        functions: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if order not in ORDERS:
+            raise ValueError(f"data.order={order}: expected {', '.join(ORDERS)}")
+        for name, value in (("tasks", tasks), ("rows", rows), ("visits", visits)):
+            if value < 1:
+                raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
+        if functions is not None and functions < tasks:
+            raise ValueError(
+                f"data.functions={functions} are too few for data.tasks={tasks} different ones"
+            )
+        if functions is not None and order == "drifting":
+            raise ValueError("data.functions has no meaning where functions drift: leave it out")
+        self._order = order
+        self._told = told
+        self._indexed = indexed
+        self._functions = functions
+        visited = _visits(tasks, visits if order == "returning" else 1)
+        shape = (tasks + 1,) if indexed else (1,)
+        streams = {split: self._layout(split, visited, rows) for split in SPLITS}
+        self.spec = replace(self.spec, streams=streams, input_shape=shape)
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Draw trajectories `index … index + num_tasks - 1` of a split."""
+        assert self.spec.streams is not None
+        stream = self.spec.streams[split]
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        visits = torch.tensor(stream.visits, device=self.device)
+        of_row = visits.repeat_interleave(stream.steps * stream.rows)
+        of_query = torch.arange(stream.num_tasks, device=self.device)
+        of_query = of_query.repeat_interleave(stream.queries)
+        functions = self._drawn(split, keys, stream.num_tasks + (self._order == "drifting"))
+        support = [parameter[:, of_row] for parameter in functions]
+        query = [parameter[:, of_query] for parameter in functions]
+        if self._order == "drifting":
+            ends = [parameter[:, of_row + 1] for parameter in functions]
+            share = self._way_there(stream)
+            pairs = zip(support, ends, strict=True)
+            support = [torch.lerp(begin, end, share) for begin, end in pairs]
+            query = [parameter[:, of_query + 1] for parameter in functions]
+        return TaskBatch(
+            *self._points(keys, _SLOT_STREAM_X, support, of_row, _KEY_STREAM),
+            *self._points(keys, _SLOT_QUERY_X, query, of_query, _KEY_HELD_OUT),
+        )
+
+    def _facts(self) -> tuple[float, ...]:
+        assert self.spec.streams is not None
+        stream = self.spec.streams["test"]
+        own = (ORDERS.index(self._order), stream.told, self._indexed, stream.steps, stream.rows)
+        family = super()._facts()  # type: ignore[safe-super]
+        return (*family, *own, stream.queries, *stream.visits)
+
+    def _layout(self, split: Split, visits: tuple[int, ...], rows: int) -> Stream:
+        size = self.sizes[split]
+        _check_rows(split, size, rows, size.shot)
+        return Stream(visits, size.shot // rows, rows, size.query, self._told)
+
+    def _drawn(self, split: Split, keys: Tensor, count: int) -> list[Tensor]:
+        """The parameters (T, count) of each trajectory's functions."""
+        places = torch.arange(count, device=self.device)
+        owners = seeding.fold(keys[:, None], places)
+        if split == "train" and self._functions is not None:
+            chosen = seeding.choose(keys, _SLOT_FUNCTION, self._functions, count)
+            owners = seeding.fold(seeding.key(self._seeds["train"], "function"), chosen)
+        return list(self._parameters(owners))
+
+    def _way_there(self, stream: Stream) -> Tensor:
+        """(S,) how far each row of a drifting trajectory is on its way, in [0, 1)."""
+        step = torch.arange(stream.steps, device=self.device, dtype=torch.float64) / stream.steps
+        return step.repeat_interleave(stream.rows).repeat(len(stream.visits))
+
+    def _points(
+        self,
+        keys: Tensor,
+        slot: int,
+        parameters: Sequence[Tensor],
+        tasks: Tensor,
+        purpose: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs (T, R, …) and values (T, R, 1) of rows with parameters (T, R) of tasks (R,)."""
+        low, high = self._x
+        shape = (len(tasks),)
+        z = seeding.uniform(keys, slot, shape, low=low, high=high, dtype=self._dtype)
+        values = self._values(parameters, z.double())[..., None]
+        y = self._noisy(values, seeding.fold(keys, torch.tensor(purpose, device=self.device)))
+        x = z[..., None]
+        if self._indexed:
+            index = torch.nn.functional.one_hot(tasks, self.spec.input_shape[0] - 1)
+            x = torch.cat([index.to(self._dtype).expand(len(keys), -1, -1), x], -1)
+        return x, y
+
+
+class SinusoidStream(FunctionStream, Sinusoid):
+    """Trajectories of sinusoids."""
+
+
+class LinearStream(FunctionStream, Linear):
+    """Trajectories of lines."""
+
+
+class ClassStream(ClassEpisodes):
+    """Trajectories that meet classes one after another, each once; mixed into a set of images.
+
+    A trajectory is a `way`-way episode with `shot` drawings of each class for the stream and
+    `query` held out. The classes arrive in random order, those of a task mixed. Labels are the
+    classes' places in that order; in training they are the classes' numbers in the training
+    split, as in the code of Javed & White (2019), so that other classes can be asked for.
+
+    Args:
+        classes_per_task: Classes that arrive mixed with each other.
+        rows: Rows that arrive together, in one step.
+        remember: Random rows of the training split that the query of a training trajectory
+            ends with, drawn from all of its classes.
+        told: Whether a learner may know when a task begins and which one it is.
+        **common: Those of the set of images.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    least_way = 1
+
+    def __init__(
+        self,
+        *,
+        classes_per_task: int = 1,
+        rows: int = 1,
+        remember: int = 0,
+        told: bool = True,
+        **common: Any,
+    ) -> None:
+        for name, value, least in (
+            ("classes_per_task", classes_per_task, 1),
+            ("rows", rows, 1),
+            ("remember", remember, 0),
+        ):
+            if value < least:
+                raise ValueError(f"data.{name}={value} is out of range: {least} or more is allowed")
+        super().__init__(**common)
+        self._remember = remember
+        self._classes_per_task = classes_per_task
+        self._told = told
+        streams = {split: self._layout(split, rows) for split in SPLITS}
+        ways = [self.num_classes("train"), *(self.sizes[split].way for split in SPLITS)]
+        self.spec = replace(self.spec, streams=streams, output_dim=max(ways))
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Draw trajectories `index … index + num_tasks - 1` of a split."""
+        size = self.sizes[split]
+        data = self._on_device(split)
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        classes, turns = self._choose_classes(split, data, keys)
+        class_ids = classes + turns * len(data.counts)
+        if self._rotations[split] == "per_task":
+            turns = self._turns(keys, size.way)
+            class_ids = classes
+        picks = self._choose_images(data, keys, classes, size.shot + size.query)
+        picks = picks + (data.starts[classes] + turns * data.num_images)[..., None]
+        labels = torch.arange(size.way, device=self.device).expand(num_tasks, -1)
+        labels = class_ids if split == "train" else labels
+        support = self._mixed(keys, picks[..., : size.shot], labels)
+        query = self._by_class(picks[..., size.shot :], labels)
+        if split == "train" and self._remember:
+            query = [
+                torch.cat(pair, 1) for pair in zip(query, self._remembered(data, keys), strict=True)
+            ]
+        streaming, held_out = (
+            seeding.fold(keys, torch.tensor(purpose, device=self.device))
+            for purpose in (_KEY_STREAM, _KEY_HELD_OUT)
+        )
+        return TaskBatch(
+            self._inputs(split, data, streaming, support[0]),
+            support[1],
+            self._inputs(split, data, held_out, query[0]),
+            query[1],
+            class_ids,
+        )
+
+    def fingerprint(self) -> str:
+        """A hash of every split's classes and images, and of the layout of the test stream."""
+        assert self.spec.streams is not None
+        facts = f"{super().fingerprint()};{self.spec.streams['test']}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+    def _layout(self, split: Split, rows: int) -> Stream:
+        size, together = self.sizes[split], self._classes_per_task
+        if size.way % together:
+            raise ValueError(
+                f"data.classes_per_task={together} does not divide the {size.way} classes of a "
+                f"{split} trajectory: choose another, or another number of ways"
+            )
+        _check_rows(split, size, rows, together * size.shot)
+        return Stream(
+            visits=tuple(range(size.way // together)),
+            steps=together * size.shot // rows,
+            rows=rows,
+            queries=together * size.query,
+            told=self._told,
+        )
+
+    def _by_class(self, picks: Tensor, labels: Tensor) -> list[Tensor]:
+        """Images and labels, (T, W K) each, of picks (T, W, K), one class after another."""
+        return [picks.flatten(1), labels[..., None].expand_as(picks).flatten(1)]
+
+    def _mixed(self, keys: Tensor, picks: Tensor, labels: Tensor) -> list[Tensor]:
+        """As `_by_class`, with the rows of the classes of a task in random order."""
+        parts = self._by_class(picks, labels)
+        together = self._classes_per_task * picks.shape[2]
+        shape = (picks.shape[1] // self._classes_per_task, together)
+        order = seeding.bits(keys, _SLOT_SHUFFLE, shape).argsort(dim=-1, stable=True)
+        return [part.unflatten(1, (-1, together)).gather(2, order).flatten(1) for part in parts]
+
+    def _remembered(self, data: Any, keys: Tensor) -> list[Tensor]:
+        """Images and labels, (T, M) each, drawn evenly from the classes of training."""
+        count = (self._remember,)
+        labels = seeding.integers(keys, _SLOT_REMEMBERED_CLASS, self.num_classes("train"), count)
+        classes, turns = labels % len(data.counts), labels // len(data.counts)
+        number = seeding.bits(keys, _SLOT_REMEMBERED_IMAGE, count) & (2**62 - 1)
+        picks = data.starts[classes] + number % data.counts[classes] + turns * data.num_images
+        return [picks, labels]
+
+
+class OmniglotSmallStream(ClassStream, OmniglotSmall):
+    """Trajectories over the characters that ship with the package."""
+
+
+class OmniglotStream(ClassStream, Omniglot):
+    """Trajectories over all of Omniglot."""
+
+
+def _visits(tasks: int, rounds: int) -> tuple[int, ...]:
+    """Which task each visit is to: in order at first, then in another order each round."""
+    visits = list(range(tasks))
+    for number in range(1, rounds):
+        key = torch.tensor(seeding.key("visits", number))
+        following = seeding.choose(key, 0, tasks, tasks).tolist()
+        if following[0] == visits[-1]:
+            following = following[1:] + following[:1]
+        visits += following
+    return tuple(visits)
+
+
+def _check_rows(split: Split, size: EpisodeSize, rows: int, visit: int) -> None:
+    """Refuse visits that are not a whole number of steps."""
+    if visit % rows:
+        key = "train.shot" if split == "train" else "shot"
+        raise ValueError(
+            f"data.rows={rows} does not divide the {visit} rows of a visit ({key}={size.shot}): "
+            "choose another"
+        )
