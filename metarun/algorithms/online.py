@@ -230,9 +230,7 @@ class WeightLearner(OnlineLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        rates = [online_lr] if isinstance(online_lr, int | float) else list(online_lr)
-        if not rates or not all(0.0 < rate < math.inf for rate in rates):
-            raise ValueError(f"algo.online_lr={online_lr}: expected positive numbers")
+        rates = candidates("online_lr", online_lr)
         if online_optim not in ("sgd", "adam"):
             raise ValueError(f"algo.online_optim={online_optim}: expected sgd or adam")
         if adapt not in ("all", "head"):
@@ -242,7 +240,7 @@ class WeightLearner(OnlineLearner):
         self.adapt = adapt
         self.reset = reset
         self.rule = Rule()
-        self.register_buffer("rate", torch.tensor(rates[0]))
+        self.register_buffer("rate", torch.tensor(rates[0], dtype=torch.float64))
         if any(width < 1 for width in head):
             raise ValueError(f"algo.head={list(head)}: expected positive widths")
         self.head = list(head)
@@ -346,3 +344,15 @@ class WeightLearner(OnlineLearner):
             f"{prefix}weight": drawn * math.sqrt(2.0 / weight.shape[1]),
             f"{prefix}bias": torch.zeros_like(theta[f"{prefix}bias"]),
         }
+
+
+def candidates(name: str, rates: float | Sequence[float]) -> list[float]:
+    """The learning rates that meta-val is to choose among, from an option of an algorithm's.
+
+    Raises:
+        ValueError: There are none, or one is not positive.
+    """
+    found = [rates] if isinstance(rates, int | float) else list(rates)
+    if not found or not all(0.0 < rate < math.inf for rate in found):
+        raise ValueError(f"algo.{name}={rates}: expected positive numbers")
+    return found

@@ -283,7 +283,7 @@ def test_predict_lives_through_a_stream_that_tells_nothing() -> None:
         (ExperienceReplay, {"memory": 0}, r"algo\.memory=0: expected 1 or more"),
         (EWC, {"strength": -1.0}, r"algo\.strength=-1\.0: expected 0 or more"),
         (JointTraining, {"batch": 0}, r"algo\.batch=0: expected 1 or more"),
-        (Online, {"backbone": partial(MLP, hidden=[4], batch_norm=True)}, r"use backbone\.norm=none"),
+        (Online, {"backbone": partial(MLP, batch_norm=True)}, r"use backbone\.norm=none"),
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_is_refused(kind: Any, options: dict[str, Any], says: str) -> None:
