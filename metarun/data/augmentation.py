@@ -73,7 +73,7 @@ class Augmentation:
             grid = self._affine(images, keys)
             if self.elastic:
                 grid = grid + self._elastic(images, keys)
-            images = _warp(images.flatten(0, 1), grid, self.padding).reshape(images.shape)
+            images = warp(images.flatten(0, 1), grid, self.padding).reshape(images.shape)
         if self.flip:
             images = _flip(images, keys)
         if self.colour:
@@ -102,10 +102,7 @@ class Augmentation:
         shift = 2.0 * self.affine_translate
         to_x = torch.stack([cos, slant * cos - sin, draw[:, 3] * shift])
         to_y = torch.stack([sin, slant * sin + cos, draw[:, 4] * shift])
-        maps = torch.stack([to_x, to_y]).to(images.dtype)
-        height, width = images.shape[-2:]
-        # Stacking in front and moving the axis is several times faster than stacking behind.
-        return torch.stack([_plane(coefficients, height, width) for coefficients in maps.unbind()])
+        return places_of(torch.stack([to_x, to_y]).to(images.dtype), images)
 
     def _elastic(self, images: Tensor, keys: Tensor) -> Tensor:
         """(2, B, H, W) shifts of these places."""
@@ -121,7 +118,19 @@ class Augmentation:
         return smooth.movedim(1, 0)
 
 
-def _warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
+def places_of(maps: Tensor, images: Tensor) -> Tensor:
+    """(2, B, H, W) places in [-1, 1] that affine maps take the pixels of images from.
+
+    Args:
+        maps: (2, 3, B): for x and for y, a, b and c of a x + b y + c.
+        images: (…, H, W), for their size.
+    """
+    height, width = images.shape[-2:]
+    # Stacking in front and moving the axis is several times faster than stacking behind.
+    return torch.stack([_plane(coefficients, height, width) for coefficients in maps.unbind()])
+
+
+def warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
     """Fill (B, C, H, W) images with pixels from (2, B, H, W) places in [-1, 1]."""
     moved: Tensor = functional.grid_sample(
         images, grid.movedim(0, -1), padding_mode=padding, align_corners=False
@@ -145,7 +154,7 @@ def view(images: Tensor, number: int) -> Tensor:
     )
     grid = most.places(draw if number % 2 else -draw, images)
     rows = images.flatten(0, -4)
-    return _warp(rows, grid.expand(-1, len(rows), -1, -1), "zeros").reshape(images.shape)
+    return warp(rows, grid.expand(-1, len(rows), -1, -1), "zeros").reshape(images.shape)
 
 
 def _plane(coefficients: Tensor, height: int, width: int) -> Tensor:

@@ -70,7 +70,7 @@ class OmniglotSmall(ClassEpisodes):
             raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
         super().__init__(
             name="omniglot_small",
-            tables=_small_tables(resize, image_size),
+            tables=small_tables(resize, image_size),
             sizes=sizes,
             val_way=val_way,
             seed=seed,
@@ -187,7 +187,7 @@ def _full_tables(
 
 
 @lru_cache(maxsize=2)
-def _small_tables(resize: Resize, side: int) -> dict[Split, ClassTable]:
+def small_tables(resize: Resize, side: int) -> dict[Split, ClassTable]:
     archives = {name: _read_archive(name, resize, side) for name in _SMALL_ARCHIVES}
     return {
         split: _table(
