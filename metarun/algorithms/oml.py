@@ -1,109 +1,18 @@
-"""OML: a representation that does not forget (Javed & White 2019; code khurramjaved96/mrcl).
-
-Shapes: T trajectories, S rows of a trajectory, B rows of a step, Q query rows, W classes.
-"""
+"""OML: a representation that does not forget (Javed & White 2019; code khurramjaved96/mrcl)."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from metarun.algorithms.base import forward, own_parameters, task_metric
-from metarun.algorithms.inner import Params, check_inner_loop, descend, gradient, under
-from metarun.algorithms.online import WeightLearner
-from metarun.backbones.layers import Pass
-from metarun.types import Metrics, Progress, TaskBatch
+from metarun.algorithms.trajectory import TrajectoryLearner
 
 
-class OML(WeightLearner):
+class OML(TrajectoryLearner):
     """Learns a representation on which online learning interferes little with what was learned.
 
     The representation network (the backbone's body) stays as it is along a trajectory; the
-    prediction network (the head) takes a gradient step on each step of it. The meta-loss is that
-    of the last head on the query rows: held-out rows of the trajectory's tasks and, where
-    `data.remember` says so, random rows of all training classes (Javed & White 2019, eq. 3 and
-    Algorithm 2). The start of the head is learned with the representation.
-
-    The official code takes the inner gradients as constants, and so do we unless
-    `second_order_from` says otherwise; the paper's Algorithm 2 differentiates them. With
-    `reset`, the last layer's rows of a trajectory's classes are drawn anew before it, as in the
-    code for characters, so that no class can be known by heart.
-
-    Args:
-        inner_lr: Learning rate along a training trajectory.
-        second_order_from: Update from which inner gradients are differentiated; None is never.
-        **common: Those of `WeightLearner` and `Algorithm`.
-
-    Raises:
-        ValueError: A number is out of range, or a lifetime is to change the representation.
+    prediction network (the head) takes a gradient step on each step of it, from a start that is
+    learned with the representation (Javed & White 2019, eq. 3). See `TrajectoryLearner`.
     """
 
-    meta_trains: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        *,
-        inner_lr: float = 0.003,
-        second_order_from: int | None = None,
-        **common: Any,
-    ) -> None:
-        super().__init__(**common)
-        check_inner_loop(inner_lr, 1, second_order_from)
-        if self.adapt != "head":
-            raise ValueError("OML's representation stays as it is along a stream: use adapt=head")
-        self.inner_lr = inner_lr
-        self.second_order_from = second_order_from
-        self.optimizer = self.build_optimizer()
-
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        assert self.spec.streams is not None
-        rows = self.spec.streams["train"].rows
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
-        if self.reset:
-            self._forget(batch.support_y)
-
-        def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y = parts
-            head = self._live(net, params, support_x, support_y, rows, first_order)
-            features = forward(net.body, under("body.", params), query_x, Pass())
-            outputs = forward(net.head, head, features, Pass())
-            loss = self.loss(outputs, query_y)
-            return loss, (loss, outputs)
-
-        parts = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-        grads, (losses, outputs) = self.settled_engine().gradients(
-            task, self.net, own_parameters(self.net), parts
-        )
-        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        score = task_metric(self.spec, outputs, batch.query_y)
-        return {"loss": losses.mean(), self.spec.metric: score.mean()}
-
-    def _live(
-        self, net: Any, params: Params, x: Tensor, y: Tensor, rows: int, first_order: bool
-    ) -> Params:
-        """The head after the rows (S, …) of one trajectory."""
-        # Once for all steps: the representation is the same at each.
-        features = forward(net.body, under("body.", params), x, Pass())
-        head = under("head.", params)
-        for first in range(0, len(x), rows):
-            seen, target = features[first : first + rows], y[first : first + rows]
-
-            def loss(head: Params, seen: Tensor = seen, target: Tensor = target) -> Tensor:
-                return self.loss(forward(net.head, head, seen, Pass()), target)
-
-            grads = gradient(loss, head, first_order=first_order)
-            head = descend(head, grads, lr=self.inner_lr)
-        return head
-
-    def _forget(self, labels: Tensor) -> None:
-        """Draw the last layer's rows of these classes anew: N(0, 2 / F), as Kaiming normal."""
-        if self.spec.kind != "classification":
-            return
-        weight = self.net.head.last.weight
-        classes = labels.unique()
-        drawn = torch.randn(len(classes), weight.shape[1], dtype=weight.dtype).to(weight.device)
-        with torch.no_grad():
-            weight[classes] = drawn * math.sqrt(2.0 / weight.shape[1])
+    inside: ClassVar[tuple[str, ...]] = ("head.",)

@@ -1,4 +1,4 @@
-"""OML and pre-training, against loops written here in plain torch."""
+"""OML, ANML and pre-training, against loops written here in plain torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metarun.algorithms.anml import ANML
 from metarun.algorithms.oml import OML
 from metarun.algorithms.transfer import Pretrained
 from metarun.backbones.mlp import MLP
@@ -127,7 +128,7 @@ def test_the_classes_of_a_trajectory_are_forgotten_before_it() -> None:
 
 
 def test_a_representation_that_would_change_along_the_stream_is_refused() -> None:
-    with pytest.raises(ValueError, match="use adapt=head"):
+    with pytest.raises(ValueError, match=r"use algo\.adapt=head"):
         make(OML, spec(), TINY, adapt="all")
 
 
@@ -145,3 +146,58 @@ def test_pre_training_is_ordinary_training_on_all_rows() -> None:
     found = moved(algorithm, tasks)
     torch.testing.assert_close(found["net.head.last.weight"], expected[0])
     torch.testing.assert_close(found["net.head.last.bias"], expected[1])
+
+
+def test_a_wide_open_gate_leaves_features_as_they_are() -> None:
+    gated = make(ANML, spec(), TINY, adapt="head")
+    gate = gated.net.body.gate
+    with torch.no_grad():
+        gate.head.weight.zero_()
+        gate.head.bias.fill_(50.0)
+    x = batch().query_x[0]
+    features = gated.net.body.features(x)
+    torch.testing.assert_close(gated.perceive(x[None])[0], features)
+    with torch.no_grad():
+        gate.head.bias.fill_(0.0)
+    torch.testing.assert_close(gated.perceive(x[None])[0], features / 2)
+
+
+@pytest.mark.parametrize("engine", ["loop", "vmap"])
+def test_anml_changes_all_but_the_gate_along_a_trajectory(engine: str) -> None:
+    tasks = batch()
+    algorithm = make(ANML, spec(), TINY, engine=engine, adapt="head", inner_lr=0.1)
+    named = dict(algorithm.net.named_parameters())
+    names = list(named)
+    params = [p.detach().clone().requires_grad_() for p in named.values()]
+
+    def answer(w: dict[str, Tensor], x: Tensor) -> Tensor:
+        layer = torch.nn.functional.linear
+        hidden = [
+            torch.tanh(layer(x, w[f"{p}.body.linears.0.weight"], w[f"{p}.body.linears.0.bias"]))
+            for p in ("body.features", "body.gate")
+        ]
+        gate = torch.sigmoid(layer(hidden[1], w["body.gate.head.weight"], w["body.gate.head.bias"]))
+        return layer(hidden[0] * gate, w["head.last.weight"], w["head.last.bias"])
+
+    losses = []
+    for task in range(2):
+        w = dict(zip(names, params, strict=True))
+        inside = [name for name in names if not name.startswith("body.gate.")]
+        for row in range(0, 12, 2):
+            x, y = tasks.support_x[task, row : row + 2], tasks.support_y[task, row : row + 2]
+            loss = (answer(w, x) - y).square().mean()
+            grads = torch.autograd.grad(loss, [w[name] for name in inside])
+            for name, grad in zip(inside, grads, strict=True):
+                w[name] = w[name] - 0.1 * grad
+        losses.append((answer(w, tasks.query_x[task]) - tasks.query_y[task]).square().mean())
+    expected = torch.autograd.grad(torch.stack(losses).mean(), params)
+    found = moved(algorithm, tasks)
+    for name, grad in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[f"net.{name}"], grad)
+
+
+def test_a_gate_may_be_another_size_and_not_another_thing() -> None:
+    algorithm = make(ANML, spec(), TINY, adapt="head", gate={"hidden": [3]})
+    assert algorithm.net.body.gate.body.linears[0].out_features == 3
+    with pytest.raises(ValueError, match=r"algo\.gate=\{'petals': 3\}"):
+        make(ANML, spec(), TINY, adapt="head", gate={"petals": 3})
