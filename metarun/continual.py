@@ -27,7 +27,8 @@ def summary(
         lived: What `Lifetimes.measured` gives, with `untaught`.
         stream: The layout.
         higher: Whether a higher metric is better.
-        proficiency: See `to_proficiency`; None leaves it out.
+        proficiency: See `to_proficiency`; None leaves it out. Where tasks return, first and later
+            visits are also counted apart.
     """
     visits, after = stream.visits, lived["matrix"][:, 1:]
     figures = {
@@ -43,6 +44,10 @@ def summary(
             lived["current"], proficiency, len(visits), stream.rows, higher=higher
         )
         figures["rows_to_proficiency"] = needed.mean(-1)
+        new = [list(visits).index(task) == visit for visit, task in enumerate(visits)]
+        if not all(new):
+            figures["rows_to_proficiency_new"] = needed[:, new].mean(-1)
+            figures["rows_to_proficiency_returning"] = needed[:, np.logical_not(new)].mean(-1)
     return {name: values for name, values in figures.items() if not np.isnan(values).all()}
 
 

@@ -289,15 +289,10 @@ class FTML(OnlineLearner):
 
         def loss(weights: Params) -> Tensor:
             outputs = forward(net, weights, x, Pass())
-            return (self._row_losses(outputs, y) * weigh).sum() / total
+            return (self.row_losses(outputs, y) * weigh).sum() / total
 
         rates = dict.fromkeys(weights, rate)
         return sgd_adapt(loss, weights, lr=rates, steps=self.inner_steps, first_order=first_order)
-
-    def _row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        if self.spec.kind == "classification":
-            return nn.functional.cross_entropy(outputs, targets, reduction="none")
-        return (outputs - targets).square().mean(-1)
 
     def _first(self, count: Tensor, most: int) -> Tensor:
         """(K,) one for the first `count` rows of K, zero for the others."""

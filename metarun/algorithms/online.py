@@ -144,6 +144,12 @@ class OnlineLearner(Algorithm):
             fresh = self.build().to(self.device, self.dtype)
         return torch.stack([fresh(rows, Pass()).detach() for rows in x])
 
+    def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(R,) the loss of each row, whose mean is `loss`."""
+        if self.spec.kind == "classification":
+            return nn.functional.cross_entropy(outputs, targets, reduction="none")
+        return (outputs - targets).square().mean(-1)
+
     def _map(self, task: Any, *rows: Tensor) -> Any:
         net = self.plastic
         return self.engine.resolved(net, self.device).map(task, net, own_parameters(net), rows)
