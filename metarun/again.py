@@ -15,7 +15,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metarun import config
 from metarun.config import Experiment, Plain
-from metarun.launch import EXIT_OK, check_data, guarded, to_yaml, train_in, warnings_held
+from metarun.launch import (
+    EXIT_OK,
+    check_data,
+    draw_figures,
+    guarded,
+    to_yaml,
+    train_in,
+    warnings_held,
+)
 from metarun.naming import HOW_IT_RUNS, slug
 from metarun.request import Composer, composer, leaves, parse_value
 from metarun.runs import RunFolder, write_atomically
@@ -120,13 +128,20 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     from metarun.screen import Screen
 
     folder = run.test_folder(slug(words, 80) or "same")
-    return guarded(
-        lambda: trainer.test(
-            experiment.algorithm, experiment.source, experiment.eval, run, folder,
-            experiment.facts, Screen(),
-        ),
-        debug=settings.debug,
-    )  # fmt: skip
+
+    def work() -> None:
+        trainer.test(
+            experiment.algorithm,
+            experiment.source,
+            experiment.eval,
+            run,
+            folder,
+            experiment.facts,
+            Screen(),
+        )
+        draw_figures(folder)
+
+    return guarded(work, debug=settings.debug)
 
 
 def _stored(run: RunFolder) -> Plain:

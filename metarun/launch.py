@@ -166,6 +166,19 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
         screen,
         experiment.seed,
     )
+    draw_figures(run.path)
+
+
+def draw_figures(folder: Path) -> None:
+    """Draw what there is to draw of a finished run or test; a figure that fails fails nothing."""
+    if not (folder / "stream.csv").exists():
+        return
+    from metarun.report import streams
+
+    try:
+        streams.draw(folder)
+    except OSError as error:
+        print(f"warning: {folder}/figures cannot be written: {error}", file=sys.stderr)
 
 
 def guarded(work: Callable[[], object], *, debug: bool) -> int:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -743,7 +744,10 @@ def _stream_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSet
         higher=spec.higher_is_better,
         proficiency=evaluation.proficiency,
     )
-    return {"stream": {name: _interval_record(values) for name, values in figures.items()}}
+    return {
+        "layout": asdict(spec.streams["test"]),
+        "stream": {name: _interval_record(values) for name, values in figures.items()},
+    }
 
 
 def _interval_record(values: Floats) -> Record:

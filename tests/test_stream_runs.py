@@ -137,3 +137,15 @@ def test_what_does_not_suit_a_stream_is_one_line(
     assert says in answer.err
     assert len(answer.err.strip().splitlines()) == 1
     assert not Path("outputs").exists()
+
+
+def test_a_stream_is_drawn(metarun: Command) -> None:
+    assert metarun("algo=oml", *TINY).code == 0
+    names = {"matrix.png", "matrix.svg", "stream.png", "stream.svg"}
+    assert {path.name for path in (folder() / "figures").iterdir()} == names
+    assert metarun(f"test={folder()}", "data.tasks=2").code == 0
+    (tested,) = (folder() / "tests").glob("*/figures")
+    assert {path.name for path in tested.iterdir()} == names
+    text = (tested / "stream.svg").read_text()
+    assert "cumulative loss" in text
+    assert "oml on stream_linear, seed 0" in text

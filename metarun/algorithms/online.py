@@ -47,6 +47,7 @@ class OnlineLearner(Algorithm):
     """
 
     lives_online: ClassVar[bool] = True
+    accepts_any_way: ClassVar[bool] = True
     order_free: bool = False
     meta_trains: ClassVar[bool] = False
     asks_for_tasks: ClassVar[bool] = False

@@ -33,9 +33,9 @@ class TaskMemory(OnlineLearner):
     """Adapts to the task at hand from a start, or from what it knew of the task if it was met.
 
     A visit begins where the stream tells so or, where it does not, where after five steps or
-    more the loss of incoming rows is above the mean of the last five by `surprise` deviations, and
-    above a twentieth of what the start loses on them: a small loss surprises nobody. What was learned is then
-    kept: the weights, and as the task's embedding the answers that they give to the first
+    more the loss of incoming rows is above the mean of the last five by `surprise` deviations,
+    and above a twentieth of what the start loses on them: a small loss surprises nobody. What
+    was learned is then kept: the weights, and as the task's embedding the answers that they give to the first
     `probes` rows of the stream; a task whose embedding is near one in the memory takes its
     place there. The start moves by `start_lr` towards the weights, and the new visit begins from
     it. After every step the rows of the visit so far judge all weights in the memory; where the
