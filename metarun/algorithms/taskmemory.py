@@ -1,9 +1,8 @@
 """A memory of tasks: what was learned of each is kept, and taken up again when it returns.
 
-It follows no single paper: weights per task found by their loss on incoming rows as in the
-model selection of Rusu et al. and Nagabandi, Finn & Levine (2019), a start that moves towards
-what tasks have in common as in Reptile (Nichol et al. 2018), and a change that is noticed by the
-surprise of the incoming loss.
+It follows no single paper: the weights of a task are found again by the likelihood of incoming
+rows, as Nagabandi, Finn & Levine (2019) find one of a mixture of models, and the start moves
+towards what tasks have in common, as Reptile's does (Nichol et al. 2018).
 
 Shapes: B rows of a step, V rows of a visit, M tasks of the memory, P weights, E numbers of an
 embedding, D outputs.
@@ -35,9 +34,9 @@ class TaskMemory(OnlineLearner):
     A visit begins where the stream tells so or, where it does not, where after five steps or
     more the loss of incoming rows is above the mean of the last five by `surprise` deviations,
     and above a twentieth of what the start loses on them: a small loss surprises nobody. What
-    was learned is then kept: the weights, and as the task's embedding the answers that they give to the first
-    `probes` rows of the stream; a task whose embedding is near one in the memory takes its
-    place there. The start moves by `start_lr` towards the weights, and the new visit begins from
+    was learned is then kept: the weights, and as the task's embedding the answers that they give
+    to the first `probes` rows of the stream; a task whose embedding is near one in the memory
+    takes its place there. The start moves by `start_lr` towards the weights, and the new visit begins from
     it. After every step the rows of the visit so far judge all weights in the memory; where the
     best have less than `accept` times the loss of those at hand, they are taken up. Which task
     is visited is never told. Without a memory (`memory=0`) this is task-free adaptation.
