@@ -156,16 +156,20 @@ class OnlineLearner(Algorithm):
         return self.engine.resolved(net, self.device).map(task, net, own_parameters(net), rows)
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """Live through T streams that say nothing of their tasks, then answer."""
+        """Live through T streams that say nothing of their tasks, then answer.
+
+        A learner that asks for tasks takes all rows for those of one.
+        """
         assert self.spec.streams is not None
         size = self.spec.streams["test"].rows
+        task = 0 if self.asks_for_tasks else None
         x = self.perceive(support_x)
         state = self.start(x, support_y)
         for number, first in enumerate(range(0, x.shape[1], size)):
             rows = slice(first, first + size)
-            step = Step(number, first, None, begins=False)
+            step = Step(number, first, task, begins=task is not None and number == 0)
             state = self.observe(state, x[:, rows], support_y[:, rows], step)
-        return Prediction(self.answers(state, self.perceive(query_x), None))
+        return Prediction(self.answers(state, self.perceive(query_x), task))
 
 
 class Predictor(nn.Module):

@@ -34,12 +34,13 @@ class TaskMemory(OnlineLearner):
     A visit begins where the stream tells so or, where it does not, where after five steps or
     more the loss of incoming rows is above the mean of the last five by `surprise` deviations,
     and above a twentieth of what the start loses on them: a small loss surprises nobody. What
-    was learned is then kept: the weights, and as the task's embedding the answers that they give
-    to the first `probes` rows of the stream; a task whose embedding is near one in the memory
-    takes its place there. The start moves by `start_lr` towards the weights, and the new visit begins from
-    it. After every step the rows of the visit so far judge all weights in the memory; where the
-    best have less than `accept` times the loss of those at hand, they are taken up. Which task
-    is visited is never told. Without a memory (`memory=0`) this is task-free adaptation.
+    was learned is then kept: the weights, and as the task's embedding the answers that they
+    give to the first `probes` rows of the stream; a task whose embedding is near one in the
+    memory takes its place there. The start moves by `start_lr` towards the weights, and the new
+    visit begins from it. After every step the rows of the visit so far judge all weights in the
+    memory; where the best have less than `accept` times the loss of those at hand, they are
+    taken up. Which task is visited is never told. Without a memory (`memory=0`) this is task-
+    free adaptation.
 
     Args:
         online_lr: Learning rate; of a list, the best on meta-val is taken.

@@ -43,7 +43,11 @@ def classes() -> dict[str, type[Algorithm]]:
 def suited(data: str) -> list[str]:
     kind = "classification" if "omniglot" in data else "regression"
     streams = data.startswith("stream_")
-    return [a for a, c in classes().items() if kind in c.kinds and c.lives_online == streams]
+    found = {a: c for a, c in classes().items() if kind in c.kinds and c.lives_online == streams}
+    if streams:
+        # One of each class: the others are settings of it that `learn` reads alone.
+        found = {a: c for a, c in found.items() if a == min(b for b in found if found[b] is c)}
+    return list(found)
 
 
 PAIRS = [(algo, data) for data in SMALL for algo in suited(data)]
@@ -226,8 +230,11 @@ def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
 
 @pytest.mark.parametrize("algo", suited("stream_linear"))
 def test_a_lifetime_among_lines_ends_better_than_it_began(algo: str) -> None:
-    words = ["algo.strength=1.0"] if algo == "ewc" else []
-    made = build(algo, "stream_linear", "shot=20", "algo.online_lr=0.1", *words)
+    node = build(algo, "stream_linear").record["algo"]
+    words = ["algo.online_lr=0.1"] if "online_lr" in node else []
+    words += ["algo.strength=1.0"] if algo == "ewc" else []
+    words += ["algo.inner_steps=5"] if "inner_steps" in node else []
+    made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)
     stream = made.source.spec.streams["test"]  # type: ignore[index]
     lives = Lifetimes(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
     while not lives.finished:
