@@ -70,12 +70,16 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     """The words, with every algorithm that can learn the data unless some are named."""
     if any(word.partition("=")[0] == "algo" for word in words):
         return list(words)
-    kind = config.source(compose.jobs(words, sweep=True)[0].plain).spec.kind
+    spec = config.source(compose.jobs(words, sweep=True)[0].plain).spec
+    streams = spec.streams is not None
     suited: list[str] = []
     for name in compose.options("algo"):
         node = compose.job([f"algo={name}", "~recipe"]).plain["algo"]
         target = config.locate("algo._target_", node["_target_"])
-        if kind in getattr(target, "kinds", ()):
+        if (
+            spec.kind in getattr(target, "kinds", ())
+            and getattr(target, "lives_online", False) == streams
+        ):
             suited.append(name)
     return [f"algo={','.join(suited)}", *words]
 

@@ -78,6 +78,12 @@ def test_all_algorithms_that_can_learn_the_data_take_part() -> None:
     names = words[0].removeprefix("algo=").split(",")
     assert "reptile" in names
     assert "protonet" not in names
+    assert "oml" not in names
+    with composer() as compose:
+        words = with_algorithms(compose, ["data=stream_linear"])
+    names = words[0].removeprefix("algo=").split(",")
+    assert {"oml", "ftml", "lamaml", "online", "replay"} <= set(names)
+    assert not {"maml", "pretrained"} & set(names)
 
 
 def test_a_folder_is_named_after_what_a_run_computes_and_not_how() -> None:
