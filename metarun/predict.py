@@ -158,7 +158,10 @@ class Learner:
                 torch.manual_seed(0)
                 answer = predict(self._algorithm, x, y, part[None], self._views)
                 parts.append(answer.outputs[0])
-        return torch.cat(parts)
+        outputs = torch.cat(parts)
+        # A learner of streams has outputs for more classes than those it was given.
+        wider = self._spec.kind == "classification" and self._spec.streams is not None
+        return outputs[:, : len(self.classes_)] if wider else outputs
 
     def _prepared(self, inputs: Any) -> Tensor:
         """(N, *input_shape) on the device."""
@@ -191,6 +194,8 @@ class Learner:
                 f"fit got {len(classes)} classes and this {name} has learned tasks of {ways}: "
                 f"give {ways}, or train with way={len(classes)}, or use algo=protonet"
             )
+        if self._spec.streams is not None and len(classes) > ways:
+            raise ValueError(f"fit got {len(classes)} classes, and the run has a head for {ways}")
         return classes, labels.astype(np.int64)
 
     def _values(self, values: Array) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from metarun import load
 from metarun.lifetimes import Lifetimes
 from metarun.runs import read_checkpoint
 from tests.conftest import Command
@@ -137,6 +138,20 @@ def test_what_does_not_suit_a_stream_is_one_line(
     assert says in answer.err
     assert len(answer.err.strip().splitlines()) == 1
     assert not Path("outputs").exists()
+
+
+def test_a_run_on_a_stream_of_images_learns_ones_own_in_the_order_given(metarun: Command) -> None:
+    words = [word for word in TINY if not word.startswith(("data.", "data=", "shot", "backbone"))]
+    data = ("data=stream_rainbow", "data.tasks=2", "way=3", "data.rows=3", "shot=4")
+    answer = metarun("algo=online", *data, "train.shot=4", *words)
+    assert answer.code == 0, answer.err
+    draw = np.random.default_rng(0)
+    images = [draw.integers(0, 255, (16, 16), dtype=np.uint8) for _ in range(6)]
+    learner = load(folder()).fit(images, ["a", "b", "c"] * 2)
+    assert learner.predict_proba(images).shape == (6, 3)
+    assert set(learner.predict(images)) <= {"a", "b", "c"}
+    with pytest.raises(ValueError, match="fit got 4 classes, and the run has a head for 3"):
+        load(folder()).fit(images[:4], list("abcd"))
 
 
 def test_a_stream_is_drawn(metarun: Command) -> None:

@@ -125,9 +125,12 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
         """Normalise (N, C, H, W)."""
-        centred = x - x.mean((2, 3), keepdim=True)
+        # The sums of a mixed pass in float32, as of batch norm.
+        wide = x.to(self.weight.dtype)
+        centred = wide - wide.mean((2, 3), keepdim=True)
         scale = torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + self.eps)
-        return centred * scale * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        scaled = centred * scale * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return scaled.to(x.dtype)
 
 
 class Unchanged(nn.Module):
@@ -216,11 +219,11 @@ def has_batch_norm(net: nn.Module) -> bool:
 
 
 def norm_parameters(net: nn.Module) -> set[str]:
-    """Qualified names of the scale and shift of every batch norm."""
+    """Qualified names of the scale and shift of every batch or instance norm."""
     return {
         f"{name}.{own}"
         for name, module in net.named_modules()
-        if isinstance(module, BatchNorm)
+        if isinstance(module, BatchNorm | InstanceNorm)
         for own, _ in module.named_parameters()
     }
 

@@ -85,16 +85,18 @@ class TransformedStream(ClassEpisodes):
             raise ValueError(
                 f"data.tasks={tasks} is out of range: there are {self.most_tasks} ways to look"
             )
+        tables = digits() if source == "digits" else small_tables("antialias", 28)
+        side = tables["test"].images.shape[-1]
         super().__init__(
             name=source,
-            tables=digits() if source == "digits" else small_tables("antialias", 28),
+            tables=tables,
             sizes=sizes,
             val_way=val_way,
             seed=seed,
             eval_seed=eval_seed,
             device=device,
             dtype=dtype,
-            prepare=lambda image: photograph(image, 28, crop=True, grey=True),
+            prepare=lambda image: photograph(image, side, crop=True, grey=True),
         )
         self._tasks = tasks
         self._pools = {split: self._shared(split, pool) for split in SPLITS}
@@ -134,6 +136,11 @@ class TransformedStream(ClassEpisodes):
             labels[1].flatten(1),
             classes,
         )
+
+    def prepare(self, images: Any) -> Tensor:
+        """As `ClassEpisodes.prepare`, unchanged by any task."""
+        rows = super().prepare(images)
+        return rows.expand(-1, self.channels, -1, -1)
 
     def fingerprint(self) -> str:
         """A hash of the images, of the way they are changed, and of the layout."""

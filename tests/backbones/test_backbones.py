@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.conv import Conv4
-from metarun.backbones.layers import Pass
+from metarun.backbones.layers import Pass, has_batch_norm
 from metarun.backbones.mlp import MLP
 from metarun.backbones.network import Network, set_mixed
 from metarun.backbones.resnet import ResNet12
@@ -163,3 +163,15 @@ def test_a_mixed_network_computes_under_vmap_what_it_computes_alone() -> None:
     # The same roundings; sums in another order.
     torch.testing.assert_close(torch.vmap(answers)(own, x), alone, rtol=0, atol=0.02)
     assert not torch.allclose(alone[0], net(x[1]))
+
+
+def test_a_conv4_without_batch_norm_answers_each_row_alone() -> None:
+    x = torch.rand(5, 1, 20, 20)
+    for norm, per_block in (("instance", 2), ("none", 0)):
+        net = Conv4((1, 20, 20), 3, filters=4, blocks=2, norm=norm)  # type: ignore[arg-type]
+        torch.testing.assert_close(net(x)[2:3], net(x[2:3]))
+        norms = [name for name, _ in net.named_parameters() if ".norms." in name]
+        assert len(norms) == 2 * per_block
+        assert not has_batch_norm(net)
+    with pytest.raises(ValueError, match=r"backbone\.norm=some: expected batch, instance or none"):
+        Conv4((1, 20, 20), 3, norm="some")  # type: ignore[arg-type]

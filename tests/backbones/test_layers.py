@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, FiLM, Pass, drop_blocks, update_running
+from metarun.backbones.layers import (
+    BatchNorm,
+    FiLM,
+    InstanceNorm,
+    Pass,
+    drop_blocks,
+    update_running,
+)
 
 
 @pytest.fixture
@@ -125,3 +132,19 @@ def test_dropblock_repeats_for_a_key_and_differs_for_another() -> None:
     assert torch.equal(first, drop_blocks(x, torch.tensor(3), 0, 0.3, 2))
     assert not torch.equal(first, drop_blocks(x, torch.tensor(4), 0, 0.3, 2))
     assert not torch.equal(first, drop_blocks(x, torch.tensor(3), 1, 0.3, 2))
+
+
+def test_instance_norm_is_torchs_and_each_row_is_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 5, 6, generator=draw, dtype=torch.float64)
+    norm = InstanceNorm(3).double()
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 2.0)
+        norm.bias.uniform_(-1.0, 1.0)
+    expected = nn.functional.instance_norm(x, weight=norm.weight, bias=norm.bias)
+    torch.testing.assert_close(norm(x, Pass()), expected)
+    torch.testing.assert_close(norm(x[1:2], Pass()), expected[1:2])
+    # It is batch norm of a batch of one.
+    batch = BatchNorm(3, "norm").double()
+    batch.load_state_dict(norm.state_dict(), strict=False)
+    torch.testing.assert_close(batch(x[1:2], Pass()), expected[1:2])
