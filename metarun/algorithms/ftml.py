@@ -22,9 +22,9 @@ from metarun.algorithms.inner import (
     sgd_adapt,
     under,
 )
-from metarun.algorithms.online import OnlineLearner, Predictor, candidates
+from metarun.algorithms.online import OnlineLearner, candidates
 from metarun.algorithms.rules import State, Step, draw_key, positive
-from metarun.backbones.layers import Pass, has_batch_norm
+from metarun.backbones.layers import Pass
 
 _SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
 
@@ -63,7 +63,6 @@ class FTML(OnlineLearner):
     """
 
     asks_for_tasks = True
-    net: Predictor
     meta_rate: Tensor
     inner_rate: Tensor
 
@@ -112,13 +111,7 @@ class FTML(OnlineLearner):
         self.freeze_after = freeze_after
         self.register_buffer("meta_rate", torch.tensor(meta_rates[0], dtype=torch.float64))
         self.register_buffer("inner_rate", torch.tensor(inner_rates[0], dtype=torch.float64))
-        self.net = self.build()
-        if has_batch_norm(self.net):
-            raise ValueError(f"{type(self).__name__} cannot live with batch norm: use none")
-
-    def build(self) -> Predictor:
-        body = self.build_network(None)
-        return Predictor(body, body.feature_dim, [], self.spec.output_dim)  # type: ignore[arg-type]
+        self.net = self.made()
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

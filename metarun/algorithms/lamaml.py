@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.base import forward
 from metarun.algorithms.inner import Params, gradient, under
-from metarun.algorithms.online import OnlineLearner, Predictor
+from metarun.algorithms.online import OnlineLearner
 from metarun.algorithms.rules import Replay, State, Step, draw_key, positive
-from metarun.backbones.layers import Pass, has_batch_norm
+from metarun.backbones.layers import Pass
 
 _SLOT_ORDER = 34
 
@@ -52,8 +52,6 @@ class LaMAML(OnlineLearner):
     Raises:
         ValueError: A number or a word is out of range, or the backbone has batch norm.
     """
-
-    net: Predictor
 
     def __init__(
         self,
@@ -93,13 +91,7 @@ class LaMAML(OnlineLearner):
         self.clip_norm = clip_norm
         self.second_order = second_order
         self.reservoir = Replay(glances, memory, replayed)
-        self.net = self.build()
-        if has_batch_norm(self.net):
-            raise ValueError(f"{type(self).__name__} cannot live with batch norm: use none")
-
-    def build(self) -> Predictor:
-        body = self.build_network(None)
-        return Predictor(body, body.feature_dim, [], self.spec.output_dim)  # type: ignore[arg-type]
+        self.net = self.made()
 
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
         rates = {name: torch.full_like(value, self.rates_start) for name, value in theta.items()}

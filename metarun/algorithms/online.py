@@ -42,8 +42,11 @@ class OnlineLearner(Algorithm):
     Whatever it meta-learns, if anything, is in its parameters and buffers as everywhere; what it
     learns in a lifetime is in the lifetime's `State` alone.
 
-    A subclass sets `self.net` and writes `begin`, `learn` and `respond`, and `update` where it
-    learns something before it lives.
+    A subclass sets `self.net` to what `made` gives and writes `begin`, `learn` and `respond`,
+    and `update` where it learns something before it lives.
+
+    Raises:
+        ValueError: The backbone has batch norm.
     """
 
     lives_online: ClassVar[bool] = True
@@ -53,16 +56,32 @@ class OnlineLearner(Algorithm):
     asks_for_tasks: ClassVar[bool] = False
     """Whether an answer depends on which task is asked about, where that is told."""
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
-        assert self.spec.streams is not None
+    net: Predictor
+    head: Sequence[int] = ()
+    """Widths of the head's hidden layers."""
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         raise NotImplementedError(f"{type(self).__name__} learns online alone")
 
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """Make the network, which `net` is one of."""
+    def build(self) -> Predictor:
+        """Draw a network."""
+        body = self.build_network(None)
+        size: int = body.feature_dim  # type: ignore[assignment]
+        return Predictor(body, size, self.head, self.spec.output_dim)
+
+    def made(self) -> Predictor:
+        """Draw the network that is to live.
+
+        Raises:
+            ValueError: The backbone has batch norm.
+        """
+        net = self.build()
+        if has_batch_norm(net):
+            raise ValueError(
+                f"{type(self).__name__} meets a few rows at a time, which have no batch to be "
+                "normalised by: use backbone.norm=none or instance, or backbone.batch_norm=false"
+            )
+        return net
 
     @property
     def plastic(self) -> nn.Module:
@@ -228,7 +247,6 @@ class WeightLearner(OnlineLearner):
     """
 
     rate: Tensor
-    net: Predictor
 
     def __init__(
         self,
@@ -255,16 +273,7 @@ class WeightLearner(OnlineLearner):
         if any(width < 1 for width in head):
             raise ValueError(f"algo.head={list(head)}: expected positive widths")
         self.head = list(head)
-        self.net = self.build()
-        if has_batch_norm(self.net):
-            raise ValueError(
-                f"{type(self).__name__} meets a few rows at a time, which have no batch to be "
-                "normalised by: use backbone.norm=none or instance, or backbone.batch_norm=false"
-            )
-
-    def build(self) -> Predictor:
-        body = self.build_network(None)
-        return Predictor(body, body.feature_dim, self.head, self.spec.output_dim)  # type: ignore[arg-type]
+        self.net = self.made()
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

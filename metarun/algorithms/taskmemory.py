@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import forward
 from metarun.algorithms.inner import Params, flatten, unflatten
-from metarun.algorithms.online import OnlineLearner, Predictor, candidates
+from metarun.algorithms.online import OnlineLearner, candidates
 from metarun.algorithms.rules import State, Step, expanded, positive
-from metarun.backbones.layers import Pass, has_batch_norm
+from metarun.backbones.layers import Pass
 
 _SMALL = 0.05
 _LOSSES = 5
@@ -59,7 +59,6 @@ class TaskMemory(OnlineLearner):
         ValueError: A number is out of range, or the backbone has batch norm.
     """
 
-    net: Predictor
     rate: Tensor
 
     def __init__(
@@ -97,13 +96,7 @@ class TaskMemory(OnlineLearner):
         self.start_lr = start_lr
         self.surprise = surprise
         self.register_buffer("rate", torch.tensor(rates[0], dtype=torch.float64))
-        self.net = self.build()
-        if has_batch_norm(self.net):
-            raise ValueError(f"{type(self).__name__} cannot live with batch norm: use none")
-
-    def build(self) -> Predictor:
-        body = self.build_network(None)
-        return Predictor(body, body.feature_dim, [], self.spec.output_dim)  # type: ignore[arg-type]
+        self.net = self.made()
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

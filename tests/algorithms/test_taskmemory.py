@@ -101,7 +101,7 @@ def test_surprise_finds_the_changes_and_nothing_else() -> None:
 
 def test_without_surprise_nothing_begins_where_nothing_is_told() -> None:
     stream = layout((0, 1), told=False)
-    lives = Lifetimes(learner(stream, surprise=1e30), batch(stream), stream)
+    lives = Lifetimes(learner(stream, surprise=1e30, updates=1), batch(stream), stream)
     state = after(lives, 2 * STEPS)
     assert (state["visit.rows"] == 2 * STEPS * ROWS).all()
     assert (state["memory.kept"] == 0).all()
