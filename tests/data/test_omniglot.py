@@ -20,6 +20,7 @@ from metarun.data.omniglot import Omniglot, OmniglotSmall, split_of
 from metarun.data.omniglot_files import FILES, PARTS, Character, characters, import_omniglot
 from metarun.data.pictures import drawing
 from metarun.data.store import Store, open_store
+from metarun.data.streams import OmniglotStream
 from metarun.data.synthetic import Linear, Sinusoid
 from metarun.types import SPLITS, EpisodeSize, EpisodeSource
 from tests.data.sources import injected, omniglot_drawings, png, sizes, write_omniglot_zips
@@ -357,3 +358,19 @@ def test_the_full_layout_with_all_its_characters_is_imported(tmp_path: Path) -> 
     assert [source.num_classes(split) for split in SPLITS] == [4112, 688, 1692]
     assert isinstance(source, ClassEpisodes)
     assert source.batch("test", 0, 2).query_x.shape == (2, 60, 1, 28, 28)
+
+
+def test_an_imported_set_streams_its_evaluation_characters(tiny: Path, tmp_path: Path) -> None:
+    import_omniglot(tiny, tmp_path)
+    sizes = {
+        "train": EpisodeSize(1, 3, 2),
+        "val": EpisodeSize(2, 3, 2),
+        "test": EpisodeSize(5, 3, 2),
+    }
+    options = injected(sizes=sizes, root=str(tmp_path), split="background", rotations="none")
+    source = OmniglotStream(remember=4, rotations_eval="none", **options)
+    batch = source.batch("test", 0, 2)
+    assert batch.support_x.shape == (2, 15, 1, 28, 28)
+    assert batch.support_y[0].tolist() == [label for label in range(5) for _ in range(3)]
+    assert source.batch("train", 0, 2).query_x.shape[1] == 2 + 4
+    assert source.spec.output_dim == 5
