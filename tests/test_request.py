@@ -152,7 +152,7 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
         ("algo._target_=null", "algo._target_ is missing"),
         ("way=0", "way=0 is out of range: expected 1 or more"),
         ("way=99999999999", "way=99999999999 is out of range: expected at most 2147483647"),
-        ("train.steps=-1", "train.steps=-1 is out of range: expected 1 or more"),
+        ("train.steps=-1", "train.steps=-1 is out of range: expected 0 or more"),
         ("eval.episodes=1", "eval.episodes=1 is out of range: expected 2 or more"),
         ("device=gpu", "device=gpu: expected auto, cpu, cuda or cuda:N"),
         ("seed=1,2", "seed=1,2 names several values: add -m"),

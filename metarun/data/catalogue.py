@@ -59,9 +59,12 @@ def resolve_root(root: str | os.PathLike[str] | None) -> Path:
 def missing(name: str, root: str | os.PathLike[str] | None = None) -> str | None:
     """What to do about a data set that is not here, in one line; None if it is.
 
+    A stream is here where the data set is that it goes through.
+
     Raises:
         ValueError: It is here but damaged.
     """
+    name = name.removeprefix("stream_")
     entry = DATASETS.get(name)
     if entry is None or entry.place in ("made", "shipped"):
         return None
