@@ -49,7 +49,12 @@ class Figure:
     mark: str = ""
 
     def __str__(self) -> str:
-        """`93.4 ± 0.5`, with `(± 0.7 over 3 seeds)` behind it where there are several."""
+        """`93.4 ± 0.5`, with `(± 0.7 over 3 seeds)` behind it where there are several.
+
+        A run that diverged has no number to show.
+        """
+        if not math.isfinite(self.mean):
+            return f"not finite ({self.mark})" if self.mark else "not finite"
         text = self._number(self.mean)
         if self.ci95 is not None and not math.isnan(self.ci95):
             text += f" ± {self._number(self.ci95)}"
@@ -318,10 +323,11 @@ def shown(value: float, *, accuracy: bool) -> Figure:
 
 
 def _order(row: Row, regression: bool) -> float:
-    """Best first; what was not run last."""
-    if not row.cells[0]:
+    """Best first; what diverged or was not run last."""
+    means = [float(result.episodes.mean()) for result in row.cells[0]]
+    if not means or not np.isfinite(means).all():
         return math.inf
-    mean = float(np.mean([result.episodes.mean() for result in row.cells[0]]))
+    mean = float(np.mean(means))
     return mean if regression else -mean
 
 

@@ -60,6 +60,15 @@ def test_of_errors_the_smallest_stands_first() -> None:
     assert "3.00 ± 12.71" in lines[3]
 
 
+def test_a_run_that_diverged_stands_last_and_says_so() -> None:
+    rows = [
+        Row("diverged", "", [[result([0.1, float("nan")], "mse")]]),
+        Row("worse", "", [[result([2.0, 4.0], "mse")]]),
+    ]
+    lines = comparison(rows, ["5 points"]).splitlines()
+    assert lines[3].startswith("| `diverged` |  | not finite |")
+
+
 def test_a_transductive_figure_says_so() -> None:
     found = result([0.5, 0.6], bn_statistics="transductive", transductive=True)
     assert "| transductive |" in comparison([Row("a", "", [[found]])], ["5-way 1-shot"])

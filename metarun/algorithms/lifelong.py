@@ -59,7 +59,7 @@ class EWC(WeightLearner):
         self,
         *,
         updates: int = 1,
-        strength: float = 100.0,
+        strength: float = 1.0,
         fisher_rows: int = 100,
         **common: Any,
     ) -> None:

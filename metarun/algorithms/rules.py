@@ -205,7 +205,7 @@ class Elastic(Rule):
         fisher_rows: Rows of a task, its last ones, that F_k is taken over.
     """
 
-    strength: float = 100.0
+    strength: float = 1.0
     fisher_rows: int = 100
 
     def __post_init__(self) -> None:
