@@ -592,7 +592,9 @@ class _Loop:
     def finish(self) -> Record:
         """Open the test split, for the first time and once, and sum up."""
         chosen = self.best
-        self.trained = copy.deepcopy(self.algorithm.state_dict())
+        if self.source.spec.streams is not None:
+            # What is saved while the best lives.
+            self.trained = copy.deepcopy(self.algorithm.state_dict())
         if chosen is not None:
             self.algorithm.load_state_dict(chosen["state"])
         _log.info(

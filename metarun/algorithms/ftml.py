@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from metarun import seeding
 from metarun.algorithms.base import forward
-from metarun.algorithms.inner import (
-    AdamState,
-    Params,
-    adam_start,
-    adam_step,
-    sgd_adapt,
-    under,
-)
+from metarun.algorithms.inner import Params, sgd_adapt, under
 from metarun.algorithms.online import OnlineLearner, candidates
-from metarun.algorithms.rules import State, Step, draw_key, positive
+from metarun.algorithms.rules import (
+    State,
+    Step,
+    adam_moved,
+    draw_key,
+    expanded,
+    positive,
+    with_adam,
+)
 from metarun.backbones.layers import Pass
 
 _SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
@@ -132,15 +133,11 @@ class FTML(OnlineLearner):
             for stream in layouts
             for task in range(stream.num_tasks)
         )
-        start = adam_start(theta)
         return {
-            **{f"weights.{name}": value for name, value in theta.items()},
-            **{f"first.{name}": value for name, value in start.first.items()},
-            **{f"second.{name}": value for name, value in start.second.items()},
-            "updates": start.count,
+            **with_adam(theta),
             "meta_rate": self.meta_rate,
             "inner_rate": self.inner_rate,
-            "key": torch.tensor(seeding.key(self.seed, "lifetime"), device=x.device),
+            "key": self.lifetime_key(),
             "tasks.x": x.new_zeros(slots, most, *x.shape[1:]),
             "tasks.y": y.new_zeros(slots, most, *y.shape[1:]),
             "tasks.rows": torch.zeros(slots, dtype=torch.int64, device=x.device),
@@ -202,10 +199,8 @@ class FTML(OnlineLearner):
         kept: State = {}
         for name, incoming in (("tasks.x", x), ("tasks.y", y)):
             before = state[name][slot]
-            mask = taken.reshape(most, *(1,) * (before.dim() - 1))
-            after = torch.where(mask, incoming[which], before)
-            spread = here.reshape(slots, *(1,) * before.dim())
-            kept[name] = torch.where(spread, after, state[name])
+            after = torch.where(expanded(taken, before), incoming[which], before)
+            kept[name] = torch.where(expanded(here, state[name]), after, state[name])
         return {
             **state,
             **kept,
@@ -244,14 +239,7 @@ class FTML(OnlineLearner):
             return mapped(weights, support_x, support_y, query_x, query_y).mean()
 
         grads = torch.func.grad(loss)(weights)
-        before = AdamState(under("first.", state), under("second.", state), state["updates"])
-        moved, after = adam_step(weights, grads, before, lr=state["meta_rate"], betas=(0.9, 0.999))
-        new = {
-            **{f"weights.{name}": value for name, value in moved.items()},
-            **{f"first.{name}": value for name, value in after.first.items()},
-            **{f"second.{name}": value for name, value in after.second.items()},
-            "updates": after.count,
-        }
+        new = adam_moved(state, grads, state["meta_rate"])
         if self.freeze_after is not None:
             learns = state["tasks.visits"] <= self.freeze_after
             new = {name: torch.where(learns, value, state[name]) for name, value in new.items()}

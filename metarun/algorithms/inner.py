@@ -48,6 +48,11 @@ def under(prefix: str, params: Params) -> Params:
     return {n.removeprefix(prefix): p for n, p in params.items() if n.startswith(prefix)}
 
 
+def above(prefix: str, params: Params) -> Params:
+    """The parameters with a prefix before their names: the inverse of `under`."""
+    return {f"{prefix}{name}": param for name, param in params.items()}
+
+
 def dict_key(name: str) -> str:
     """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
     return name.replace(".", "/")

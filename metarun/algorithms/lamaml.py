@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarun import seeding
 from metarun.algorithms.base import forward
-from metarun.algorithms.inner import Params, gradient, under
+from metarun.algorithms.inner import Params, above, gradient, under
 from metarun.algorithms.online import OnlineLearner
 from metarun.algorithms.rules import Replay, State, Step, draw_key, positive
 from metarun.backbones.layers import Pass
@@ -96,9 +96,9 @@ class LaMAML(OnlineLearner):
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
         rates = {name: torch.full_like(value, self.rates_start) for name, value in theta.items()}
         return {
-            **{f"weights.{name}": value for name, value in theta.items()},
-            **{f"rates.{name}": value for name, value in rates.items()},
-            "key": torch.tensor(seeding.key(self.seed, "lifetime"), device=x.device),
+            **above("weights.", theta),
+            **above("rates.", rates),
+            "key": self.lifetime_key(),
             **self.reservoir.begin(theta, x, y),
         }
 
@@ -118,16 +118,6 @@ class LaMAML(OnlineLearner):
             bx, by = self.reservoir.rows(state, x, y, step, glance)
             state = self._glance(net, state, x[order], y[order], bx, by)
         return self.reservoir.leave(state, x, y, step)
-
-    def respond(
-        self,
-        net: nn.Module,
-        theta: Params,  # noqa: ARG002
-        state: State,
-        x: Tensor,
-        task: int | None,  # noqa: ARG002
-    ) -> Tensor:
-        return forward(net, under("weights.", state), x, Pass())
 
     def _glance(
         self, net: nn.Module, state: State, x: Tensor, y: Tensor, bx: Tensor, by: Tensor
@@ -154,11 +144,7 @@ class LaMAML(OnlineLearner):
             - (rates[name].relu() if self.moves == "rates" else self.step_lr) * of_weights[name]
             for name, weight in weights.items()
         }
-        return {
-            **state,
-            **{f"weights.{name}": value for name, value in moved.items()},
-            **{f"rates.{name}": value for name, value in rates.items()},
-        }
+        return {**state, **above("weights.", moved), **above("rates.", rates)}
 
     def _look_ahead(
         self, net: nn.Module, fast: Params, rates: Params, x: Tensor, y: Tensor

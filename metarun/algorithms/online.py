@@ -19,16 +19,8 @@ from torch import Tensor, nn
 
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, forward, own_parameters
-from metarun.algorithms.inner import (
-    AdamState,
-    Params,
-    adam_start,
-    adam_step,
-    descend,
-    gradient,
-    under,
-)
-from metarun.algorithms.rules import Rule, State, Step
+from metarun.algorithms.inner import Params, above, descend, gradient, under
+from metarun.algorithms.rules import Rule, State, Step, adam_moved, with_adam
 from metarun.backbones.layers import Pass, has_batch_norm
 from metarun.backbones.mlp import MLP
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -42,8 +34,9 @@ class OnlineLearner(Algorithm):
     Whatever it meta-learns, if anything, is in its parameters and buffers as everywhere; what it
     learns in a lifetime is in the lifetime's `State` alone.
 
-    A subclass sets `self.net` to what `made` gives and writes `begin`, `learn` and `respond`,
-    and `update` where it learns something before it lives.
+    A subclass sets `self.net` to what `made` gives and writes `begin` and `learn`, `respond`
+    where it does not answer by its weights as they are, and `update` where it learns something
+    before it lives.
 
     Raises:
         ValueError: The backbone has batch norm.
@@ -118,17 +111,24 @@ class OnlineLearner(Algorithm):
             step: Where it stands.
         """
 
-    @abstractmethod
     def respond(
-        self, net: nn.Module, theta: Params, state: State, x: Tensor, task: int | None
+        self,
+        net: nn.Module,
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        task: int | None,  # noqa: ARG002
     ) -> Tensor:
         """Answer (R, D) to perceived rows (R, …) of a task, in one lifetime.
+
+        With the weights of the state, unless a subclass knows better.
 
         Args:
             net, theta, state: As in `learn`.
             x: The rows.
             task: Which task they are of; None where it is not told.
         """
+        return forward(net, under("weights.", state), x, Pass())
 
     # Over all lifetimes.
 
@@ -163,6 +163,10 @@ class OnlineLearner(Algorithm):
             torch.manual_seed(seeding.key(self.seed, "untaught"))
             fresh = self.build().to(self.device, self.dtype)
         return torch.stack([fresh(rows, Pass()).detach() for rows in x])
+
+    def lifetime_key(self) -> Tensor:
+        """The key of all draws of a lifetime, 0-dimensional; every lifetime has the same."""
+        return torch.tensor(seeding.key(self.seed, "lifetime"), device=self.device)
 
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(R,) the loss of each row, whose mean is `loss`."""
@@ -293,14 +297,13 @@ class WeightLearner(OnlineLearner):
 
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
         weights = self._reset(theta) if self.reset else dict(theta)
-        state = {f"weights.{name}": value for name, value in weights.items()}
-        if self.online_optim == "adam":
-            start = adam_start(weights)
-            state |= {f"first.{name}": value for name, value in start.first.items()}
-            state |= {f"second.{name}": value for name, value in start.second.items()}
-            state["count"] = start.count
-        key = torch.tensor(seeding.key(self.seed, "lifetime"), device=x.device)
-        return {**state, "key": key, "rate": self.rate, **self.rule.begin(weights, x, y)}
+        adam = self.online_optim == "adam"
+        return {
+            **(with_adam(weights) if adam else above("weights.", weights)),
+            "key": self.lifetime_key(),
+            "rate": self.rate,
+            **self.rule.begin(weights, x, y),
+        }
 
     def learn(
         self,
@@ -320,16 +323,6 @@ class WeightLearner(OnlineLearner):
             state = self._descend(state, loss, *rows)
         return self.rule.leave(state, x, y, step)
 
-    def respond(
-        self,
-        net: nn.Module,
-        theta: Params,  # noqa: ARG002
-        state: State,
-        x: Tensor,
-        task: int | None,  # noqa: ARG002
-    ) -> Tensor:
-        return forward(net, under("weights.", state), x, Pass())
-
     def _descend(self, state: State, loss: Any, x: Tensor, y: Tensor) -> State:
         """The state after one gradient step."""
         weights = under("weights.", state)
@@ -340,18 +333,10 @@ class WeightLearner(OnlineLearner):
             return own if penalty is None else own + penalty
 
         grads = gradient(held, weights, first_order=True)
-        if self.online_optim == "sgd":
-            moved = descend(weights, grads, lr=dict.fromkeys(weights, state["rate"]))
-            return {**state, **{f"weights.{name}": value for name, value in moved.items()}}
-        before = AdamState(under("first.", state), under("second.", state), state["count"])
-        moved, after = adam_step(weights, grads, before, lr=state["rate"], betas=(0.9, 0.999))
-        return {
-            **state,
-            **{f"weights.{name}": value for name, value in moved.items()},
-            **{f"first.{name}": value for name, value in after.first.items()},
-            **{f"second.{name}": value for name, value in after.second.items()},
-            "count": after.count,
-        }
+        if self.online_optim == "adam":
+            return {**state, **adam_moved(state, grads, state["rate"])}
+        moved = descend(weights, grads, lr=dict.fromkeys(weights, state["rate"]))
+        return {**state, **above("weights.", moved)}
 
     def _reset(self, theta: Params) -> Params:
         """The parameters with the last layer drawn anew."""

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from metarun import seeding
-from metarun.algorithms.inner import Params, gradient, under
+from metarun.algorithms.inner import (
+    AdamState,
+    Params,
+    above,
+    adam_start,
+    adam_step,
+    gradient,
+    under,
+)
 
 State = dict[str, Tensor]
 """What a lifetime has become, by name; nothing else is remembered of it."""
@@ -167,9 +175,6 @@ class Joint(Rule):
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:  # noqa: ARG002
         return {"memory.x": torch.zeros_like(x), "memory.y": torch.zeros_like(y)}
 
-    def enter(self, state: State, weights: Params, loss: RowLoss, step: Step) -> State:  # noqa: ARG002
-        return state
-
     def rows(
         self, state: State, x: Tensor, y: Tensor, step: Step, update: int
     ) -> tuple[Tensor, Tensor]:
@@ -217,8 +222,8 @@ class Elastic(Rule):
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:
         zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
         return {
-            **{f"fisher.{name}": value for name, value in zeros.items()},
-            **{f"pull.{name}": value.clone() for name, value in zeros.items()},
+            **above("fisher.", zeros),
+            **above("pull.", zeros),
             "recent.x": x.new_zeros(self.fisher_rows, *x.shape[1:]),
             "recent.y": y.new_zeros(self.fisher_rows, *y.shape[1:]),
             "recent.count": torch.zeros((), dtype=torch.int64, device=x.device),
@@ -260,6 +265,27 @@ class Elastic(Rule):
             "recent.y": torch.cat([state["recent.y"], y])[-keep:],
             "recent.count": state["recent.count"] + len(x),
         }
+
+
+def with_adam(weights: Params) -> State:
+    """Weights that Adam is to move, with its state, as entries of a lifetime's."""
+    return _entries(weights, adam_start(weights))
+
+
+def adam_moved(state: State, grads: Params, lr: Tensor) -> State:
+    """The entries of `with_adam` after one update, with betas 0.9 and 0.999."""
+    before = AdamState(under("first.", state), under("second.", state), state["updates"])
+    weights = under("weights.", state)
+    return _entries(*adam_step(weights, grads, before, lr=lr, betas=(0.9, 0.999)))
+
+
+def _entries(weights: Params, adam: AdamState) -> State:
+    return {
+        **above("weights.", weights),
+        **above("first.", adam.first),
+        **above("second.", adam.second),
+        "updates": adam.count,
+    }
 
 
 def draw_key(state: State, step: Step, update: int, device: torch.device) -> Tensor:

@@ -173,13 +173,7 @@ class ClassEpisodes:
         size = self.sizes[split]
         data = self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
-        classes, turns = self._choose_classes(split, data, keys)
-        class_ids = classes + turns * len(data.counts)
-        if self._rotations[split] == "per_task":
-            turns = self._turns(keys, size.way)
-            class_ids = classes
-        picks = self._choose_images(data, keys, classes, size.shot + size.query)
-        picks = picks + (data.starts[classes] + turns * data.num_images)[..., None]
+        picks, class_ids = self._pick(split, data, keys)
         support = self._rows(split, data, keys, picks[..., : size.shot], _KEY_SUPPORT)
         query = self._rows(split, data, keys, picks[..., size.shot :], _KEY_QUERY)
         return TaskBatch(*support, *query, class_ids)
@@ -241,9 +235,16 @@ class ClassEpisodes:
         turns = chosen // count[:, None]
         return data.group_starts[group][:, None] + chosen % count[:, None], turns
 
-    def _turns(self, keys: Tensor, ways: int) -> Tensor:
-        """(T, W) a random quarter turn for each class of a task."""
-        return seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (ways,))
+    def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, W, K + Q) rows in `data.images` for each class of a task, and the (T, W) classes."""
+        size = self.sizes[split]
+        classes, turns = self._choose_classes(split, data, keys)
+        class_ids = classes + turns * len(data.counts)
+        if self._rotations[split] == "per_task":
+            turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (size.way,))
+            class_ids = classes
+        picks = self._choose_images(data, keys, classes, size.shot + size.query)
+        return picks + (data.starts[classes] + turns * data.num_images)[..., None], class_ids
 
     def _choose_images(
         self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int

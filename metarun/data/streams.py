@@ -215,13 +215,7 @@ class ClassStream(ClassEpisodes):
         size = self.sizes[split]
         data = self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
-        classes, turns = self._choose_classes(split, data, keys)
-        class_ids = classes + turns * len(data.counts)
-        if self._rotations[split] == "per_task":
-            turns = self._turns(keys, size.way)
-            class_ids = classes
-        picks = self._choose_images(data, keys, classes, size.shot + size.query)
-        picks = picks + (data.starts[classes] + turns * data.num_images)[..., None]
+        picks, class_ids = self._pick(split, data, keys)
         labels = torch.arange(size.way, device=self.device).expand(num_tasks, -1)
         labels = class_ids if split == "train" else labels
         support = self._mixed(keys, picks[..., : size.shot], labels)
