@@ -23,7 +23,14 @@ from metarun.naming import digest, slug
 from metarun.request import Composer, Job, composer
 from metarun.runs import RunFolder, write_atomically
 from metarun.screen import Screen
-from metarun.tables import UNTRAINED, Result, Row, comparison, read_result
+from metarun.tables import (
+    UNTRAINED,
+    Result,
+    Row,
+    comparison,
+    read_result,
+    stream_comparison,
+)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -38,6 +45,9 @@ def run(argv: Sequence[str]) -> int:
         "--dir", type=Path, default=Path("outputs/compare"), help="where the runs are"
     )
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument(
+        "--against", metavar="ALGO", help="on a stream: whom of the algorithms regret is against"
+    )
     parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
     args = parser.parse_intermixed_args(list(argv))
     for word in args.words:
@@ -46,13 +56,15 @@ def run(argv: Sequence[str]) -> int:
     with composer(args.config_dir) as compose:
         jobs = compose.jobs(with_algorithms(compose, args.words), sweep=True)
     plan = [replace(job, folder=args.dir / folder_name(job)) for job in jobs]
+    _check_against(args.against, plan)
     failed = [] if args.table else _run_missing(plan, args.config_dir)
-    table = _table(plan)
+    table = _table(plan, args.against)
     print(f"\n{table}")
     if not args.table:
         path = args.dir / f"{slug(args.words, 120) or 'all'}.md"
         write_atomically(path, f"{table}\n".encode())
-        print(f"\nwritten to {path}")
+        written = [path, *_figures(plan, path)]
+        print(f"\nwritten to {', '.join(map(str, written))}")
     for folder in failed:
         print(f"error: {folder} has failed: the same command tries it again", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_OK
@@ -101,7 +113,7 @@ def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
             failed.append(job.folder)
     for job in plan:
         result = result_of(job)
-        if result is not None and result.untrained is None:
+        if result is not None and result.untrained is None and "stream" not in result.record:
             _measure_untrained(job)
     return failed
 
@@ -139,21 +151,70 @@ def _measure_untrained(job: Job) -> None:
     RunFolder(job.folder).write_json(UNTRAINED, record)
 
 
-def _table(plan: Sequence[Job]) -> str:
-    """A row for each algorithm, a column for each size, the seeds together."""
-    cells: dict[str, dict[str, list[Result]]] = {}
-    columns: list[str] = []
-    for job in plan:
-        column = _size_name(job)
-        columns += [] if column in columns else [column]
-        row = cells.setdefault(job.plain["names"]["algo"], {})
-        result = result_of(job)
-        row.setdefault(column, []).extend([] if result is None else [result])
-    rows = [
-        Row(name, _method(name), [found.get(column, []) for column in columns])
-        for name, found in cells.items()
-    ]
-    return comparison(rows, columns)
+def _check_against(name: str | None, plan: Sequence[Job]) -> None:
+    """Refuse a comparator that is not among the runs, or that no stream is for.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if name is None:
+        return
+    names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
+    if not _on_streams(plan):
+        raise ValueError("--against is for streams: use data=stream_…")
+    if name not in names:
+        raise ValueError(f"--against {name} is none of the algorithms: {', '.join(names)}")
+
+
+def _on_streams(plan: Sequence[Job]) -> bool:
+    target = config.locate("algo._target_", plan[0].plain["algo"]["_target_"])
+    return bool(getattr(target, "lives_online", False))
+
+
+def _table(plan: Sequence[Job], against: str | None) -> str:
+    """A row for each algorithm, a column for each size, the seeds together.
+
+    On streams, which have many figures, a table for each size.
+    """
+    columns = list(dict.fromkeys(map(_size_name, plan)))
+    names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
+    cells = {(name, column): _finished(plan, name, column) for name in names for column in columns}
+    if not _on_streams(plan):
+        rows = [
+            Row(name, _method(name), [cells[name, column] for column in columns]) for name in names
+        ]
+        return comparison(rows, columns)
+    parts: list[str] = []
+    for column in columns:
+        rows = [Row(name, _method(name), [cells[name, column]]) for name in names]
+        comparator = next((row for row in rows if row.name == against), None)
+        table = stream_comparison(rows, comparator)
+        parts.append(f"**{column}**\n\n{table}" if len(columns) > 1 else table)
+    return "\n\n".join(parts)
+
+
+def _finished(plan: Sequence[Job], name: str, column: str) -> list[Result]:
+    """What an algorithm has reached at a size, one for each seed."""
+    jobs = [j for j in plan if j.plain["names"]["algo"] == name and _size_name(j) == column]
+    return [result for job in jobs if (result := result_of(job)) is not None]
+
+
+def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
+    """The curves of learners along the same streams, in one figure beside the table."""
+    if not _on_streams(plan):
+        return []
+    from metarun.report import streams
+
+    sizes = list(dict.fromkeys(map(_size_name, plan)))
+    paths: list[Path] = []
+    for size in sizes:
+        folders: dict[str, list[Path]] = {}
+        for job in plan:
+            if _size_name(job) == size and result_of(job) is not None:
+                folders.setdefault(job.plain["names"]["algo"], []).append(job.folder)
+        name = table.stem if len(sizes) == 1 else f"{table.stem}-{slug([size], 40)}"
+        paths += streams.draw_together(folders, table.with_name(name)) if folders else []
+    return paths
 
 
 def _size_name(job: Job) -> str:

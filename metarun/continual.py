@@ -11,11 +11,18 @@ Shapes: N lifetimes, V visits, J tasks, K steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from metarun.intervals import Floats, interval
-from metarun.types import Stream
+
+if TYPE_CHECKING:
+    # Tables are printed at once, without torch.
+    from metarun.types import Stream
+
+FIGURE = "figure/"
+"""What the names of `summary` begin with where they stand beside those of `Lifetimes.measured`."""
 
 
 def summary(

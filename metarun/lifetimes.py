@@ -51,7 +51,8 @@ class Lifetimes:
             self._x = algorithm.perceive(batch.support_x)
             held_x = algorithm.perceive(batch.query_x)
             self._held_x = held_x.unflatten(1, (stream.num_tasks, stream.queries))
-            self.state = algorithm.start(self._x, self._y)
+            state = algorithm.start(self._x, self._y)
+            self.state = algorithm.foresee(state, self._x, self._y, stream)
         self.step = 0
         self._kept: dict[str, list[Tensor]] = {name: [] for name in MEASURED}
 

@@ -10,11 +10,12 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
+from metarun import continual
 from metarun.intervals import Floats, interval
 from metarun.runs import RunFolder
 from metarun.screen import duration
@@ -96,12 +97,16 @@ class Result:
         episodes: (N,) the metric of each test episode.
         curve: (P, N) the same after 0 … P - 1 inner steps; None where it was not taken.
         untrained: The mean with the initial parameters; None where it was not measured.
+        figures: On a stream, (N,) each of `continual.summary`.
+        losses: On a stream, (N, K) the loss of each step before it was learned.
     """
 
     record: Mapping[str, Any]
     episodes: Floats
     untrained: float | None
     curve: Floats | None = None
+    figures: Mapping[str, Floats] = field(default_factory=dict)
+    losses: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -128,11 +133,18 @@ def read_result(run: RunFolder) -> Result | None:
     if not run.has("results.json") or run.status().get("state") != "finished":
         return None
     record = run.read_json("results.json")
-    with np.load(run.path / "episodes.npz") as arrays:
-        episodes = np.asarray(arrays[record["metric"]], dtype=np.float64)
-        curve = np.asarray(arrays["curve"], dtype=np.float64) if "curve" in arrays else None
+    with np.load(run.path / "episodes.npz") as file:
+        arrays = {name: np.asarray(file[name], dtype=np.float64) for name in file}
     untrained = run.read_json(UNTRAINED)["mean"] if run.has(UNTRAINED) else None
-    return Result(record, episodes, untrained, curve)
+    prefix = continual.FIGURE
+    return Result(
+        record,
+        arrays[record["metric"]],
+        untrained,
+        arrays.get("curve"),
+        {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
+        arrays.get("incoming_loss"),
+    )
 
 
 def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figure:
@@ -146,10 +158,7 @@ def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figu
         LookupError: A run has no such point.
     """
     values = [_values(result, inner_steps) for result in results]
-    mean, ci95 = interval(np.mean(values, axis=0))
-    several = len(values) > 1
-    over_seeds = interval([v.mean() for v in values])[1] if several else None
-    return Figure(mean, ci95, len(values[0]), len(values), over_seeds, _places(results))
+    return _over_seeds(values, _places(results))
 
 
 def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
@@ -282,6 +291,100 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     )
     lines = [_line(heads), _line(["---"] * len(heads)), *(_line(_cells(row)) for row in ordered)]
     return "\n".join([*lines, "", note] if results else lines)
+
+
+STREAM_HEADS = {
+    "anytime": "anytime",
+    "cumulative_loss": "cumulative loss",
+    "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
+    "forgetting": "forgetting",
+    "rows_to_proficiency": "rows to proficiency",
+    "rows_to_proficiency_new": "of new tasks",
+    "rows_to_proficiency_returning": "of returning tasks",
+}
+"""What a figure of `continual.summary` is called in a table; accuracies are in percent there."""
+
+_NOT_METRICS = ("cumulative_loss", "rows_to")
+
+
+def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
+    """Learners along the same streams as a table in Markdown, the best at the end first.
+
+    Args:
+        rows: One for each algorithm, with one cell: the seeds.
+        against: Whom regret is counted against; it has the seeds of the others.
+    """
+    results = [result for row in rows for cell in row.cells for result in cell]
+    if not results:
+        return "nothing is finished yet"
+    regression = results[0].record["metric"] == "mse"
+    shown_figures = [n for n in STREAM_HEADS if any(n in result.figures for result in results)]
+    title = "MSE" if regression else "accuracy, %"
+    heads = ["`algo=`", "method", f"{title}, at the end"]
+    heads += [STREAM_HEADS[name] for name in shown_figures]
+    if against is not None:
+        heads += [f"regret against `{against.name}`", "grows as rows to the power"]
+    heads += ["training", "parameters"]
+    ordered = sorted(rows, key=lambda row: _order(row, regression))
+    lines = [_line(heads), _line(["---"] * len(heads))]
+    lines += [_line(_stream_cells(row, shown_figures, against)) for row in ordered]
+    counts = sorted({len(result.episodes) for result in results})
+    seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
+    note = (
+        f"{_either(counts)} lifetimes; mean ± 95 % interval over them; {_either(seeds)} seed(s), "
+        "with the interval over seeds in brackets where there are several."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _stream_cells(row: Row, names: Sequence[str], against: Row | None) -> list[str]:
+    cell = row.cells[0]
+    cells = [f"`{row.name}`", row.method, _figure(cell)]
+    if not cell:
+        return [*cells, *[""] * (len(names) + (2 if against else 0) + 2)]
+    percent = 100.0 if cell[0].record["metric"] == "accuracy" else 1.0
+    for name in names:
+        scale = 1.0 if name.startswith(_NOT_METRICS) else percent
+        values = [scale * result.figures[name] for result in cell if name in result.figures]
+        places = 1 if scale != 1.0 or name.startswith("rows_to") else None
+        cells.append(str(_over_seeds(values, places)) if values else "")
+    if against is not None:
+        curves = _regrets(cell, against.cells[0])
+        cells.append(str(_over_seeds([c[:, -1] for c in curves])) if curves else "")
+        cells.append(str(_over_seeds([continual.growth(c) for c in curves])) if curves else "")
+    seconds = _mean([result.record["train_seconds"] for result in cell], duration)
+    return [*cells, seconds, f"{cell[0].record['parameters']:,}"]
+
+
+def _regrets(cell: Sequence[Result], against: Sequence[Result]) -> list[Floats]:
+    """(N, K) the regret of each run against that with its seed; of the comparator itself none.
+
+    Raises:
+        ValueError: The two have lived along different streams.
+    """
+    comparators = {result.record["seed"]: result for result in against}
+    curves: list[Floats] = []
+    for result in cell:
+        other = comparators.get(result.record["seed"])
+        if other is result or other is None or result.losses is None or other.losses is None:
+            continue
+        if result.record["algo"] == other.record["algo"]:
+            continue
+        if result.record["episodes_hash"] != other.record["episodes_hash"]:
+            raise ValueError(
+                f"algo={other.record['algo']} has lived along other streams than "
+                f"algo={result.record['algo']}: no regret can be counted"
+            )
+        curves.append(continual.regret(result.losses, other.losses))
+    return curves
+
+
+def _over_seeds(values: Sequence[Floats], places: int | None = None) -> Figure:
+    """Arrays (N,) of the same lifetimes, one for each seed, as a figure."""
+    mean, ci95 = interval(np.mean(values, axis=0))
+    over_seeds = interval([v.mean() for v in values])[1] if len(values) > 1 else None
+    return Figure(mean, ci95, len(values[0]), len(values), over_seeds, places)
 
 
 def _cells(row: Row) -> list[str]:

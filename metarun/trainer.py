@@ -133,7 +133,7 @@ def test(
             "seconds": time.perf_counter() - began,
         }
         results = finite(results)
-        _write_test(folder, source.spec, measured)
+        _write_test(folder, source.spec, evaluation, measured)
         RunFolder(folder).write_json("results.json", results)
         _log.info("%s", summary(results, str(folder)))
         return results
@@ -624,7 +624,7 @@ class _Loop:
             / max(self.train_seconds, 1e-9),
         }
         results = finite(results)
-        _write_test(self.run.path, self.source.spec, measured)
+        _write_test(self.run.path, self.source.spec, self.evaluation, measured)
         self.run.write_json("results.json", results)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
@@ -723,8 +723,7 @@ def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]
 
 
 def _test_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings) -> Record:
-    return {
-        **_stream_record(measured, spec, evaluation),
+    record: Record = {
         "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
         "curve": None
         if measured.curve is None
@@ -734,22 +733,25 @@ def _test_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSetti
         ],
         "episodes_hash": measured.digest,
     }
+    if spec.streams is not None:
+        figures = _stream_figures(measured, spec, evaluation)
+        record["layout"] = asdict(spec.streams["test"])
+        record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
+    return record
 
 
-def _stream_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings) -> Record:
-    """The figures of a stream, each with its interval over lifetimes."""
+def _stream_figures(
+    measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings
+) -> dict[str, Floats]:
+    """The figures of a stream, (N,) of the lifetimes each; none of other tasks."""
     if measured.lived is None or spec.streams is None:
         return {}
-    figures = continual.summary(
+    return continual.summary(
         measured.lived,
         spec.streams["test"],
         higher=spec.higher_is_better,
         proficiency=evaluation.proficiency,
     )
-    return {
-        "layout": asdict(spec.streams["test"]),
-        "stream": {name: _interval_record(values) for name, values in figures.items()},
-    }
 
 
 def _interval_record(values: Floats) -> Record:
@@ -757,9 +759,13 @@ def _interval_record(values: Floats) -> Record:
     return {"mean": mean, "ci95": ci95}
 
 
-def _write_test(folder: Path, spec: TaskSpec, measured: EpisodeMetrics) -> None:
+def _write_test(
+    folder: Path, spec: TaskSpec, evaluation: EvalSettings, measured: EpisodeMetrics
+) -> None:
     """Write the figure of every test episode, and what the algorithm made of its task."""
+    figures = _stream_figures(measured, spec, evaluation)
     arrays = {spec.metric: measured.values, **(measured.lived or {})}
+    arrays |= {f"{continual.FIGURE}{name}": values for name, values in figures.items()}
     if measured.curve is not None:
         arrays["curve"] = measured.curve
     if measured.embeddings is not None:

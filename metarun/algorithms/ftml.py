@@ -26,6 +26,7 @@ from metarun.algorithms.rules import (
     with_adam,
 )
 from metarun.backbones.layers import Pass
+from metarun.types import Stream
 
 _SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
 
@@ -278,3 +279,57 @@ class FTML(OnlineLearner):
     def _first(self, count: Tensor, most: int) -> Tensor:
         """(K,) one for the first `count` rows of K, zero for the others."""
         return (torch.arange(most, device=count.device) < count).to(self.dtype)
+
+
+class FTMLHindsight(FTML):
+    """The best start in hindsight: `FTML`'s weights, meta-learned on the whole stream beforehand.
+
+    Along the stream it adapts to the rows of a task that came, from weights that stay: what
+    Finn et al. (2019, eq. 2) count regret against, as near to their minimum over all weights as
+    the updates come.
+
+    Args:
+        meta_updates: Of the weights, before the stream begins.
+        **common: Those of `FTML`.
+
+    Raises:
+        ValueError: The memory does not hold all tasks of a stream.
+    """
+
+    def __init__(self, *, meta_updates: int = 5000, **common: Any) -> None:
+        super().__init__(meta_updates=meta_updates, **common)
+        assert self.spec.streams is not None
+        tasks = max(stream.num_tasks for stream in self.spec.streams.values())
+        if self.memory < tasks:
+            raise ValueError(
+                f"algo.memory={self.memory}: expected {tasks} or more, which the stream has"
+            )
+
+    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> State:
+        known = state
+        for number in range(stream.num_steps):
+            step = Step(number, number * stream.rows, stream.task(number), begins=False)
+            here = slice(step.rows, step.rows + stream.rows)
+            known = self.observe(known, x[:, here], y[:, here], step)
+        for update in range(self.meta_updates):
+            known = self._each(self._updated(update), known)
+        return {n: known[n] if n.startswith("weights.") else v for n, v in state.items()}
+
+    def learn(
+        self,
+        net: nn.Module,  # noqa: ARG002
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        step: Step,
+    ) -> State:
+        return self._keep(state, x, y, step)
+
+    def _updated(self, update: int) -> Any:
+        """The meta-update of this number, as a function of one lifetime."""
+
+        def one(net: nn.Module, theta: Params, own: State) -> State:  # noqa: ARG001
+            return self._meta_update(net, own, Step(0, 0, None, begins=False), update)
+
+        return one

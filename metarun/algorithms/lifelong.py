@@ -1,15 +1,33 @@
 """Online learners that learn nothing before they live: the lines that others are held to.
 
 Plain online learning, experience replay, elastic weight consolidation and joint training, from a
-random start.
+random start; and what regret is counted against. Shapes: T lifetimes, S rows of a stream.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor, nn
+
+from metarun import seeding
+from metarun.algorithms.base import forward
+from metarun.algorithms.inner import Params
 from metarun.algorithms.online import WeightLearner
-from metarun.algorithms.rules import Elastic, Joint, Replay, Rule
+from metarun.algorithms.rules import (
+    Elastic,
+    Joint,
+    Replay,
+    Rule,
+    State,
+    Step,
+    draw_key,
+    positive,
+)
+from metarun.backbones.layers import Pass
+from metarun.types import Stream
+
+_SLOT_HINDSIGHT = 38
 
 
 class Online(WeightLearner):
@@ -82,3 +100,56 @@ class JointTraining(WeightLearner):
     def __init__(self, *, updates: int = 1, batch: int = 32, **common: Any) -> None:
         super().__init__(**common)
         self.rule = Joint(updates, batch)
+
+
+class JointHindsight(WeightLearner):
+    """Weights that were trained on the whole stream before it began, and then stay.
+
+    Nobody can have them: the comparator of `continual.regret` for a learner that does not adapt
+    to tasks.
+
+    Args:
+        updates: Gradient steps of that training.
+        batch: Rows of each, drawn evenly with replacement.
+        **common: Those of `WeightLearner` and `Algorithm`.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    def __init__(self, *, updates: int = 5000, batch: int = 32, **common: Any) -> None:
+        super().__init__(**common)
+        positive("updates", updates)
+        positive("batch", batch)
+        self.updates = updates
+        self.batch = batch
+
+    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> State:  # noqa: ARG002
+        for update in range(self.updates):
+            step = Step(update, 0, None, begins=False)
+            state = self._each(self._trained(step), state, x, y)
+        return state
+
+    def learn(
+        self,
+        net: nn.Module,  # noqa: ARG002
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,  # noqa: ARG002
+        y: Tensor,  # noqa: ARG002
+        step: Step,  # noqa: ARG002
+    ) -> State:
+        return state
+
+    def _trained(self, step: Step) -> Any:
+        """The gradient step of this number, as a function of one lifetime."""
+
+        def one(net: nn.Module, theta: Params, own: State, x: Tensor, y: Tensor) -> State:  # noqa: ARG001
+            def loss(weights: Params, x: Tensor, y: Tensor) -> Tensor:
+                return self.loss(forward(net, weights, x, Pass()), y)
+
+            key = draw_key(own, step, 0, x.device)
+            rows = seeding.integers(key, _SLOT_HINDSIGHT, len(x), (self.batch,))
+            return self._descend(own, loss, x.index_select(0, rows), y.index_select(0, rows))
+
+        return one

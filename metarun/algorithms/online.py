@@ -23,7 +23,7 @@ from metarun.algorithms.inner import Params, above, descend, gradient, under
 from metarun.algorithms.rules import Rule, State, Step, adam_moved, with_adam
 from metarun.backbones.layers import Pass, has_batch_norm
 from metarun.backbones.mlp import MLP
-from metarun.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.types import Metrics, Prediction, Progress, Stream, TaskBatch
 
 _SLOT_HEAD = 33
 
@@ -137,24 +137,32 @@ class OnlineLearner(Algorithm):
         state = self.begin(own_parameters(self.plastic), x[0], y[0])
         return {n: v.detach().expand(len(x), *v.shape).clone() for n, v in state.items()}
 
+    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> State:  # noqa: ARG002
+        """The states before the first step of one who has had the whole stream; ours have not.
+
+        Args:
+            state: What `start` gives.
+            x, y: (T, S, …) the perceived rows of the streams and their targets.
+            stream: The layout.
+        """
+        return state
+
     def observe(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
         """The states after a step with perceived rows (T, B, …)."""
 
-        def one(net: nn.Module, theta: Params, *rows: Tensor) -> State:
-            own = dict(zip(state, rows[2:], strict=True))
-            return self.learn(net, theta, own, rows[0], rows[1], step)
+        def one(net: nn.Module, theta: Params, own: State, x: Tensor, y: Tensor) -> State:
+            return self.learn(net, theta, own, x, y, step)
 
-        after: State = self._map(one, x, y, *state.values())
+        after: State = self._each(one, state, x, y)
         return after
 
     def answers(self, state: State, x: Tensor, task: int | None) -> Tensor:
         """(T, R, D) answers to perceived rows (T, R, …)."""
 
-        def one(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-            own = dict(zip(state, rows[1:], strict=True))
-            return self.respond(net, theta, own, rows[0], task)
+        def one(net: nn.Module, theta: Params, own: State, x: Tensor) -> Tensor:
+            return self.respond(net, theta, own, x, task)
 
-        outputs: Tensor = self._map(one, x, *state.values())
+        outputs: Tensor = self._each(one, state, x)
         return outputs
 
     def untaught(self, x: Tensor) -> Tensor:
@@ -174,9 +182,16 @@ class OnlineLearner(Algorithm):
             return nn.functional.cross_entropy(outputs, targets, reduction="none")
         return (outputs - targets).square().mean(-1)
 
-    def _map(self, task: Any, *rows: Tensor) -> Any:
+    def _each(self, lifetime: Any, state: State, *rows: Tensor) -> Any:
+        """Map `lifetime(net, theta, state, *rows)` over T states and rows (T, …)."""
         net = self.plastic
-        return self.engine.resolved(net, self.device).map(task, net, own_parameters(net), rows)
+
+        def one(net: nn.Module, theta: Params, *values: Tensor) -> Any:
+            own = dict(zip(state, values[len(rows) :], strict=True))
+            return lifetime(net, theta, own, *values[: len(rows)])
+
+        engine = self.engine.resolved(net, self.device)
+        return engine.map(one, net, own_parameters(net), (*rows, *state.values()))
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         """Live through T streams that say nothing of their tasks, then answer.
@@ -218,12 +233,19 @@ class Predictor(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense layers with ReLU between them; `last` is the one that answers."""
+    """Dense layers with ReLU between them; `last` is the one that answers.
+
+    They start Kaiming normal with no biases, as in the official codes of OML and ANML.
+    """
 
     def __init__(self, feature_dim: int, hidden: Sequence[int], output_dim: int) -> None:
         super().__init__()
-        self.hidden = MLP((feature_dim,), None, hidden=hidden) if hidden else None
+        self.hidden = (
+            MLP((feature_dim,), None, hidden=hidden, init="kaiming_normal") if hidden else None
+        )
         self.last = nn.Linear(hidden[-1] if hidden else feature_dim, output_dim)
+        nn.init.kaiming_normal_(self.last.weight, nonlinearity="relu")
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         x = x if self.hidden is None else self.hidden(x, how)

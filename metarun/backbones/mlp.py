@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from metarun.backbones.layers import BatchNorm, Pass, context_of
 from metarun.backbones.network import Network
 
 Activation = Literal["relu", "tanh"]
-Init = Literal["torch", "truncated_normal"]
+Init = Literal["torch", "truncated_normal", "kaiming_normal"]
 
 
 class MLP(Network):
@@ -29,7 +29,8 @@ class MLP(Network):
         activation: `relu` or `tanh`.
         batch_norm: Normalise before each activation.
         init: `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `truncated_normal` is the MAML
-            code's: standard deviation 0.01 cut at two of them, biases 0.
+            code's: standard deviation 0.01 cut at two of them, biases 0; `kaiming_normal` is
+            N(0, 2 / fan_in), biases 0, which carries the inputs' size through many layers.
         context_dim: Size of `Pass.context`, which every input is joined with; 0 reads none.
 
     Raises:
@@ -56,10 +57,13 @@ class MLP(Network):
             )
         body = _Dense(math.prod(input_shape), hidden, activation, batch_norm, context_dim)
         super().__init__(body, input_shape, output_dim)
-        if init == "truncated_normal":
+        if init != "torch":
             for module in self.modules():
                 if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)
+                    if init == "kaiming_normal":
+                        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                    else:
+                        nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)
                     nn.init.zeros_(module.bias)
 
 
@@ -101,5 +105,5 @@ def _check(hidden: Sequence[int], activation: str, init: str) -> None:
         raise ValueError(f"backbone.hidden={list(hidden)}: expected one or more positive widths")
     if activation not in ("relu", "tanh"):
         raise ValueError(f"backbone.activation={activation}: expected relu or tanh")
-    if init not in ("torch", "truncated_normal"):
-        raise ValueError(f"backbone.init={init}: expected torch or truncated_normal")
+    if init not in get_args(Init):
+        raise ValueError(f"backbone.init={init}: expected {', '.join(get_args(Init))}")

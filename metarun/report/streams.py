@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from metarun import continual
 from metarun.intervals import Floats
+from metarun.types import Stream
 
-_BLUE = "#0072B2"  # of Okabe and Ito's colours, which colour-blind people tell apart
+# Okabe and Ito's colours, which colour-blind people tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_DASHES = ("-", "--", ":")
 _STYLE: Any = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -45,9 +50,11 @@ def draw(folder: Path) -> list[Path]:
     with rc_context(_STYLE):
         figures = {
             "matrix": _matrix(matrix, results, title),
-            "stream": _curves(rows, results, title),
+            "stream": _panels({results["algo"]: rows}, results, title),
         }
-        return [path for name, figure in figures.items() for path in _save(folder, name, figure)]
+        place = folder / "figures"
+        place.mkdir(exist_ok=True)
+        return [path for name, figure in figures.items() for path in _save(place, name, figure)]
 
 
 def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
@@ -66,37 +73,79 @@ def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
     return figure
 
 
-def _curves(rows: list[dict[str, str]], results: dict[str, Any], title: str) -> Figure:
+def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
+    """Write the curves of several algorithms along the same streams as one PNG and SVG.
+
+    Args:
+        folders: Of the runs of each algorithm, one for each seed; a lifetime is averaged over
+            the seeds before the interval is taken.
+        name: Of the files, without what they end with.
+
+    Returns:
+        The files.
+    """
+    curves: dict[str, list[dict[str, str]]] = {}
+    for algo, runs in folders.items():
+        records = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs]
+        lived = [_lived(run) for run in runs]
+        mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
+        layout = records[0]["layout"]
+        stream = Stream(**{**layout, "visits": tuple(layout["visits"])})
+        curves[algo] = list(csv.DictReader(io.StringIO(continual.curves(mean, stream))))
+        about = records[0]
+    with rc_context(_STYLE):
+        return _save(name.parent, name.name, _panels(curves, about, f"on {about['data']}"))
+
+
+def _lived(run: Path) -> dict[str, Floats]:
+    with np.load(run / "episodes.npz") as arrays:
+        return {
+            n: np.asarray(arrays[n]) for n in ("incoming", "incoming_loss", "current", "matrix")
+        }
+
+
+def _panels(
+    curves: Mapping[str, list[dict[str, str]]], results: Mapping[str, Any], title: str
+) -> Figure:
     """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
     metric = results["metric"]
     figure = Figure(figsize=(6.4, 7.2))
     figure.suptitle(title)
     panels = figure.subplots(3, 1)
-    met = [row for row in rows if row["seen"]]
-    _band(panels[0], rows, "rows", "current")
-    panels[0].set(xlabel="rows of the stream", ylabel=f"{metric}\non the task at hand")
-    _band(panels[1], rows, "rows", "cumulative_loss")
-    panels[1].set(xlabel="rows of the stream", ylabel="cumulative loss\nof incoming rows")
-    _band(panels[2], met, "rows", "seen")
-    panels[2].set(xlabel="rows of the stream", ylabel=f"{metric}\non all tasks met")
-    for axes in panels:
-        axes.set_xlim(left=0)
-        axes.set_ylim(bottom=0)
+    names = ("current", "cumulative_loss", "seen")
+    labels = (
+        f"{metric}\non the task at hand",
+        "cumulative loss\nof incoming rows",
+        f"{metric}\non all tasks met",
+    )
+    for axes, name, label in zip(panels, names, labels, strict=True):
+        tops = []
+        for number, (algo, rows) in enumerate(curves.items()):
+            x, y, width = _columns([row for row in rows if row[name]], name)
+            colour = _COLOURS[number % len(_COLOURS)]
+            dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+            axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
+            axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
+            tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
+        axes.set(xlabel="rows of the stream", ylabel=label, xlim=(0, None), ylim=(0, None))
+        # One that diverges would leave no room for the others.
+        if min(tops) > 0 and max(tops) > 20 * float(np.median(tops)):
+            axes.set_ylim(top=4 * float(np.median(tops)))
+    if len(curves) > 1:
+        handles, texts = panels[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
-def _band(axes: Axes, rows: list[dict[str, str]], across: str, name: str) -> None:
-    x = np.array([float(row[across]) for row in rows])
-    y = np.array([float(row[name] or "nan") for row in rows])
-    width = np.array([float(row[f"{name}_ci95"] or "nan") for row in rows])
-    axes.plot(x, y, color=_BLUE, linewidth=1.5)
-    axes.fill_between(x, y - width, y + width, color=_BLUE, alpha=0.2, linewidth=0)
+def _columns(rows: list[dict[str, str]], name: str) -> tuple[Floats, Floats, Floats]:
+    """Rows of the stream so far, a curve, and the half-width of its interval."""
+    columns = [[float(row[n] or "nan") for row in rows] for n in ("rows", name, f"{name}_ci95")]
+    x, y, width = (np.array(column) for column in columns)
+    return x, y, width
 
 
 def _save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    place = folder / "figures"
-    place.mkdir(exist_ok=True)
-    paths = [place / f"{name}.{kind}" for kind in ("png", "svg")]
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
