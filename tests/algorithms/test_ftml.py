@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarun.algorithms.ftml import FTML
+from metarun.algorithms.ftml import FTML, FTMLHindsight
 from metarun.backbones.mlp import MLP
 from metarun.lifetimes import Lifetimes
 from metarun.types import Stream, TaskBatch
@@ -21,10 +21,12 @@ LAYOUT = Stream(visits=(0, 1, 2), steps=2, rows=2, queries=5)
 TINY = partial(MLP, hidden=[4], activation="tanh")
 
 
-def learner(stream: Stream = LAYOUT, engine: str = "loop", **options: Any) -> Any:
+def learner(
+    stream: Stream = LAYOUT, engine: str = "loop", kind: Any = FTML, **options: Any
+) -> Any:
     spec = replace(regression_spec(), streams={"train": stream, "val": stream, "test": stream})
     how = {"meta_lr": 0.01, "inner_lr": 0.1, "inner_steps": 2, "meta_tasks": 3, "meta_rows": 4}
-    return make(FTML, spec, TINY, engine=engine, **how | options)
+    return make(kind, spec, TINY, engine=engine, **how | options)
 
 
 def trajectories(stream: Stream = LAYOUT, tasks: int = 2) -> TaskBatch:
@@ -207,3 +209,36 @@ def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         learner(**options)
+
+
+def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None:
+    algorithm = learner(kind=FTMLHindsight, meta_updates=400)
+    batch = trajectories()
+    lives = Lifetimes(algorithm, batch, LAYOUT)
+    begun = end(lives, 0)
+    # Before the first step nothing of a task has come, so that it is answered by the start.
+    x, y = batch.support_x[0], batch.support_y[0]
+    torch.testing.assert_close(
+        algorithm.answers(lives.state, batch.query_x, 1)[0], answer(begun, batch.query_x[0])
+    )
+
+    def after_adaptation(weights: list[Tensor]) -> float:
+        weights = [w.detach().clone().requires_grad_() for w in weights]
+        parts = [(x[first : first + 4], y[first : first + 4]) for first in (0, 4, 8)]
+        losses = [(answer(adapted(weights, *p), p[0]) - p[1]).square().mean() for p in parts]
+        return float(torch.stack(losses).mean())
+
+    assert after_adaptation(begun) < 0.5 * after_adaptation(start(algorithm))
+    while not lives.finished:
+        lives.advance()
+    torch.testing.assert_close(end(lives, 0), begun, rtol=0, atol=0)
+    # By then all rows of a task have come.
+    weights = adapted([w.clone().requires_grad_() for w in begun], x[4:8], y[4:8])
+    torch.testing.assert_close(
+        algorithm.answers(lives.state, batch.query_x, 1)[0], answer(weights, batch.query_x[0])
+    )
+
+
+def test_in_hindsight_all_tasks_must_fit_into_the_memory() -> None:
+    with pytest.raises(ValueError, match=r"algo\.memory=2: expected 3 or more"):
+        learner(kind=FTMLHindsight, memory=2)
