@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metarun.cli import main
@@ -151,4 +152,50 @@ def test_a_mistake_is_one_line_and_makes_nothing(
     assert said.startswith("error: ")
     assert said.count("\n") == 1
     assert part in said
+    assert not list(tmp_path.iterdir())
+
+
+STREAM = [
+    "data=stream_linear", "data.tasks=3", "shot=4", "query=3", "backbone.hidden=[6]",
+    "algo=online,replay,joint_hindsight", "seed=0,1", "eval.episodes=5", "eval.val_episodes=2",
+    "eval.proficiency=0.05", "device=cpu", "threads=1",
+]  # fmt: skip
+
+
+def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *STREAM, "--against", "joint_hindsight"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    heads = [head.strip() for head in lines[0].split("|")]
+    rows = {line.split("`")[1]: [c.strip() for c in line.split("|")] for line in lines[2:]}
+    assert set(rows) == {"online", "replay", "joint_hindsight"}
+    assert {"backward transfer", "rows to proficiency", "cumulative loss"} <= set(heads)
+    regret = heads.index("regret against `joint_hindsight`")
+    assert rows["joint_hindsight"][regret] == ""
+
+    losses = {"online": [], "joint_hindsight": []}
+    for folder in sorted((tmp_path / "outputs/compare").glob("*/")):
+        algo = folder.name.partition("-")[0]
+        if algo in losses:
+            losses[algo].append(np.load(folder / "episodes.npz")["incoming_loss"].sum(1))
+        assert not (folder / "untrained.json").exists()
+    by_hand = np.subtract(losses["online"], losses["joint_hindsight"]).mean()
+    assert rows["online"][regret].startswith(f"{by_hand:.2f} ± ")
+    assert "over 2 seeds" in rows["online"][regret]
+    pictures = sorted((tmp_path / "outputs/compare").glob("*.??g"))
+    assert [path.suffix for path in pictures] == [".png", ".svg"]
+    svg = pictures[1].read_text()
+    assert all(f">{name}<" in svg for name in rows)
+
+
+def test_regret_is_counted_against_one_of_the_learners_on_a_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", *STREAM, "--against", "joint"]) == 2
+    assert "--against joint is none of the algorithms: online, replay" in capsys.readouterr().err
+    assert main(["compare", *WORDS, "--against", "maml"]) == 2
+    assert "--against is for streams" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

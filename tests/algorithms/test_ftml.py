@@ -21,9 +21,7 @@ LAYOUT = Stream(visits=(0, 1, 2), steps=2, rows=2, queries=5)
 TINY = partial(MLP, hidden=[4], activation="tanh")
 
 
-def learner(
-    stream: Stream = LAYOUT, engine: str = "loop", kind: Any = FTML, **options: Any
-) -> Any:
+def learner(stream: Stream = LAYOUT, engine: str = "loop", kind: Any = FTML, **options: Any) -> Any:
     spec = replace(regression_spec(), streams={"train": stream, "val": stream, "test": stream})
     how = {"meta_lr": 0.01, "inner_lr": 0.1, "inner_steps": 2, "meta_tasks": 3, "meta_rows": 4}
     return make(kind, spec, TINY, engine=engine, **how | options)
@@ -226,7 +224,7 @@ def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None
         weights = [w.detach().clone().requires_grad_() for w in weights]
         parts = [(x[first : first + 4], y[first : first + 4]) for first in (0, 4, 8)]
         losses = [(answer(adapted(weights, *p), p[0]) - p[1]).square().mean() for p in parts]
-        return float(torch.stack(losses).mean())
+        return float(torch.stack(losses).mean().detach())
 
     assert after_adaptation(begun) < 0.5 * after_adaptation(start(algorithm))
     while not lives.finished:

@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarun.algorithms.lifelong import EWC, ExperienceReplay, JointTraining, Online
+from metarun.algorithms.lifelong import (
+    EWC,
+    ExperienceReplay,
+    JointHindsight,
+    JointTraining,
+    Online,
+)
 from metarun.algorithms.rules import Replay, Step
 from metarun.backbones.mlp import MLP
 from metarun.lifetimes import Lifetimes
@@ -237,6 +243,26 @@ def test_joint_training_solves_tasks_that_online_learning_forgets() -> None:
     assert joint.final() < 0.01
     assert online.measured()["matrix"][0, -1, 2] < 1e-6
     assert online.final() > 0.5
+
+
+def test_in_hindsight_everything_is_known_before_the_stream_begins_and_nothing_learned() -> None:
+    """A linear network's minimum over all rows is the least-squares solution."""
+    batch = trajectories()
+    algorithm = learner(
+        JointHindsight, linear_backbone, updates=3000, batch=24, online_optim="adam", online_lr=0.01
+    )
+    lives = Lifetimes(algorithm, batch, LAYOUT)
+    x = torch.cat([batch.support_x, torch.ones_like(batch.support_x[..., :1])], -1)
+    best = torch.linalg.lstsq(x, batch.support_y).solution
+    squares = (x @ best - batch.support_y).square().mean((1, 2))
+    begun = {name: value.clone() for name, value in lives.state.items()}
+    while not lives.finished:
+        lives.advance()
+    losses = lives.measured()["incoming_loss"].mean(1)
+    assert (losses < 1.05 * squares).all()
+    assert (losses >= squares).all()
+    for name, value in begun.items():
+        torch.testing.assert_close(lives.state[name], value, rtol=0, atol=0)
 
 
 def test_the_head_alone_may_learn_and_begin_anew() -> None:
