@@ -29,6 +29,9 @@ class Conv4(Network):
         filters: Channels of each block (the papers use 32 and 64), or a list of one for each.
         blocks: Number of blocks.
         downsample: `max_pool` halves rounding down, `stride` rounding up.
+        strides: Of the convolution of each block, instead of a halving in all of them: Javed &
+            White (2019) have six blocks of strides 2, 1, 2, 1, 2, 2.
+        padding: Of each convolution, in pixels.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
             does on Omniglot.
         norm: `batch` norm; `instance` norm, whose answer to an image does not depend on others,
@@ -50,13 +53,21 @@ class Conv4(Network):
         filters: int | Sequence[int] = 64,
         blocks: int = 4,
         downsample: Downsample = "max_pool",
+        strides: Sequence[int] | None = None,
+        padding: int = 1,
         pool: Pool = "flatten",
         norm: Norm = "batch",
         context_dim: int = 0,
         maps: bool = False,
     ) -> None:
         halving = min(blocks, 2) if maps else blocks
-        check_image(input_shape, halving if downsample == "max_pool" else 0, "conv4")
+        pooled = halving if downsample == "max_pool" and strides is None else 0
+        check_image(input_shape, pooled, "conv4")
+        if downsample not in ("max_pool", "stride"):
+            raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
+        if padding < 0:
+            raise ValueError(f"backbone.padding={padding}: expected 0 or more")
+        steps = _strides(strides, blocks, halving if downsample == "stride" else 0)
         widths = [filters] * blocks if isinstance(filters, int) else list(filters)
         if min(widths, default=0) < 1 or blocks < 1:
             raise ValueError(
@@ -67,16 +78,16 @@ class Conv4(Network):
                 f"backbone.filters={filters} are not backbone.blocks={blocks}: give one number "
                 "for all blocks, or one for each"
             )
-        if downsample not in ("max_pool", "stride"):
-            raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
         if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
         if norm not in ("batch", "instance", "none"):
             raise ValueError(f"backbone.norm={norm}: expected batch, instance or none")
         if maps:
             _check_maps(input_shape, pool)
+        paddings = [0 if maps and i < halving else padding for i in range(blocks)]
+        _check_size(input_shape, steps, paddings)
         channels = [input_shape[0], *widths]
-        body = _Blocks(channels, halving, downsample, pool, norm, maps, context_dim)
+        body = _Blocks(channels, steps, paddings, pooled, pool, norm, maps, context_dim)
         super().__init__(body, input_shape, output_dim)
 
 
@@ -84,8 +95,9 @@ class _Blocks(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        halving: int,
-        downsample: str,
+        strides: Sequence[int],
+        paddings: Sequence[int],
+        num_pooled: int,
         pool: str,
         norm: str,
         maps: bool,
@@ -100,8 +112,8 @@ class _Blocks(nn.Module):
                 channels[i],
                 channels[i + 1],
                 3,
-                stride=2 if downsample == "stride" and i < halving else 1,
-                padding=0 if maps and i < halving else 1,
+                stride=strides[i],
+                padding=paddings[i],
             )
             for i in range(blocks)
         )
@@ -110,7 +122,7 @@ class _Blocks(nn.Module):
         )
         self.film_block = max(blocks - 2, 0)
         self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
-        self.num_pooled = halving if downsample == "max_pool" else 0
+        self.num_pooled = num_pooled
         self.mean = pool == "mean"
         self.maps = maps
         self.native = False
@@ -137,6 +149,32 @@ def _norm(kind: str, width: int, name: str) -> nn.Module:
     if kind == "batch":
         return BatchNorm(width, name)
     return InstanceNorm(width) if kind == "instance" else Unchanged()
+
+
+def _strides(strides: Sequence[int] | None, blocks: int, halving: int) -> list[int]:
+    """The stride of each block, of which the first `halving` have two where nothing is said."""
+    if strides is None:
+        return [2 if i < halving else 1 for i in range(blocks)]
+    if len(strides) != blocks or min(strides) < 1:
+        raise ValueError(
+            f"backbone.strides={list(strides)}: expected {blocks} positive numbers, one for each "
+            "of backbone.blocks"
+        )
+    return list(strides)
+
+
+def _check_size(
+    input_shape: tuple[int, ...], strides: Sequence[int], paddings: Sequence[int]
+) -> None:
+    """Refuse images that vanish in the convolutions."""
+    size = min(input_shape[1:])
+    for stride, padding in zip(strides, paddings, strict=True):
+        size = (size + 2 * padding - 3) // stride + 1
+        if size < 1:
+            raise ValueError(
+                f"backbone.padding={padding}: images of {input_shape[1]}x{input_shape[2]} pixels "
+                "vanish in the convolutions: use larger ones, or backbone.padding=1"
+            )
 
 
 def _check_maps(input_shape: tuple[int, ...], pool: str) -> None:

@@ -173,7 +173,8 @@ class ClassStream(ClassEpisodes):
     split, as in the code of Javed & White (2019), so that other classes can be asked for.
 
     Args:
-        classes_per_task: Classes that arrive mixed with each other.
+        classes_per_task: Classes that arrive mixed with each other; a trajectory of fewer is
+            one task.
         rows: Rows that arrive together, in one step.
         remember: Random rows of the training split that the query of a training trajectory
             ends with, drawn from all of its classes.
@@ -243,7 +244,8 @@ class ClassStream(ClassEpisodes):
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def _layout(self, split: Split, rows: int) -> Stream:
-        size, together = self.sizes[split], self._classes_per_task
+        size = self.sizes[split]
+        together = min(self._classes_per_task, size.way)
         if size.way % together:
             raise ValueError(
                 f"data.classes_per_task={together} does not divide the {size.way} classes of a "
@@ -265,8 +267,9 @@ class ClassStream(ClassEpisodes):
     def _mixed(self, keys: Tensor, picks: Tensor, labels: Tensor) -> list[Tensor]:
         """As `_by_class`, with the rows of the classes of a task in random order."""
         parts = self._by_class(picks, labels)
-        together = self._classes_per_task * picks.shape[2]
-        shape = (picks.shape[1] // self._classes_per_task, together)
+        classes = min(self._classes_per_task, picks.shape[1])
+        together = classes * picks.shape[2]
+        shape = (picks.shape[1] // classes, together)
         order = seeding.bits(keys, _SLOT_SHUFFLE, shape).argsort(dim=-1, stable=True)
         return [part.unflatten(1, (-1, together)).gather(2, order).flatten(1) for part in parts]
 

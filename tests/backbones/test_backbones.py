@@ -65,6 +65,22 @@ def test_a_dense_network_at_a_context_of_zero_is_the_one_without() -> None:
     assert not torch.allclose(joined(x, Pass(context=torch.ones(4))), plain(x))
 
 
+def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
+    """Of 84 pixels 3 are left, as the official code's dense layer of 9 x 256 inputs expects."""
+    how = {"filters": 16, "blocks": 6, "strides": [2, 1, 2, 1, 2, 2], "norm": "none"}
+    net = Conv4((1, 84, 84), None, padding=0, **how)
+    assert net.feature_dim == 3 * 3 * 16
+    assert [conv.stride for conv in net.body.convs] == [(s, s) for s in how["strides"]]
+    assert net(torch.zeros(2, 1, 84, 84), Pass()).shape == (2, 144)
+    for wrong, says in (
+        ({"strides": [2, 1]}, r"backbone\.strides=\[2, 1\]: expected 6 positive numbers"),
+        ({"padding": -1}, r"backbone\.padding=-1"),
+        ({"padding": 0}, "images of 28x28 pixels vanish"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Conv4((1, 28, 28), None, **{**how, **wrong})
+
+
 def test_stride_2_rounds_up_and_the_mean_leaves_one_feature_per_filter() -> None:
     assert Conv4((1, 28, 28), 5, downsample="stride").feature_dim == 2 * 2 * 64
     assert Conv4((1, 28, 28), 5, downsample="stride", pool="mean").feature_dim == 64

@@ -207,7 +207,7 @@ def test_the_alphabets_that_ship_stream_to_the_last_class() -> None:
         (lambda: lines(rows=4), "data.rows=4 does not divide the 6 rows of a visit"),
         (lambda: lines(functions=2), "data.functions=2 are too few for data.tasks=3"),
         (lambda: lines(functions=9, order="drifting"), "no meaning where functions drift"),
-        (lambda: characters(classes_per_task=3), "per_task=3 does not divide the 2 classes"),
+        (lambda: characters(classes_per_task=3), "per_task=3 does not divide the 4 classes"),
         (lambda: characters(remember=-1), "data.remember=-1 is out of range: 0 or more"),
         (lambda: characters(rows=2), "data.rows=2 does not divide the 3 rows of a visit"),
     ],
