@@ -169,19 +169,20 @@ class FTML(OnlineLearner):
         theta: Params,  # noqa: ARG002
         state: State,
         x: Tensor,
-        task: int | None,
+        task: Tensor | None,
     ) -> Tensor:
         weights = under("weights.", state)
         if task is None or not self.inner_steps:
             return forward(net, weights, x, Pass())
         # Rows that are not the task's weigh nothing, so that one never met leaves the weights.
-        slot = task % len(state["tasks.owner"])
-        own = state["tasks.owner"][slot] == task
-        known = torch.where(own, state["tasks.rows"][slot], 0)
-        weigh = self._first(known, state["tasks.x"].shape[1])
-        rows = state["tasks.x"][slot], state["tasks.y"][slot]
+        slot = (task % len(state["tasks.owner"])).reshape(1)
+        names = ("owner", "rows", "x", "y")
+        owner, count, kept_x, kept_y = (
+            state[f"tasks.{name}"].index_select(0, slot)[0] for name in names
+        )
+        weigh = self._first(torch.where(owner == task, count, 0), len(kept_x))
         rate = state["inner_rate"]
-        adapted = self._adapt(net, weights, rate, *rows, weigh, first_order=True)
+        adapted = self._adapt(net, weights, rate, kept_x, kept_y, weigh, first_order=True)
         return forward(net, adapted, x, Pass())
 
     def _keep(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:

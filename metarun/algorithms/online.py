@@ -117,7 +117,7 @@ class OnlineLearner(Algorithm):
         theta: Params,  # noqa: ARG002
         state: State,
         x: Tensor,
-        task: int | None,  # noqa: ARG002
+        task: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
         """Answer (R, D) to perceived rows (R, …) of a task, in one lifetime.
 
@@ -126,7 +126,7 @@ class OnlineLearner(Algorithm):
         Args:
             net, theta, state: As in `learn`.
             x: The rows.
-            task: Which task they are of; None where it is not told.
+            task: Which task they are of, 0-dimensional; None where it is not told.
         """
         return forward(net, under("weights.", state), x, Pass())
 
@@ -159,8 +159,24 @@ class OnlineLearner(Algorithm):
     def answers(self, state: State, x: Tensor, task: int | None) -> Tensor:
         """(T, R, D) answers to perceived rows (T, R, …)."""
 
+        number = None if task is None else torch.tensor(task, device=x.device)
+
         def one(net: nn.Module, theta: Params, own: State, x: Tensor) -> Tensor:
-            return self.respond(net, theta, own, x, task)
+            return self.respond(net, theta, own, x, number)
+
+        outputs: Tensor = self._each(one, state, x)
+        return outputs
+
+    def answers_of_tasks(self, state: State, x: Tensor) -> Tensor:
+        """(T, J, R, D) answers to perceived rows (T, J, R, …), those at j of task j."""
+        tasks = torch.arange(x.shape[1], device=x.device)
+
+        def one(net: nn.Module, theta: Params, own: State, x: Tensor) -> Tensor:
+            def of_task(rows: Tensor, task: Tensor) -> Tensor:
+                return self.respond(net, theta, own, rows, task)
+
+            together: Tensor = torch.func.vmap(of_task)(x, tasks)
+            return together
 
         outputs: Tensor = self._each(one, state, x)
         return outputs

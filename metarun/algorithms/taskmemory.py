@@ -149,7 +149,7 @@ class TaskMemory(OnlineLearner):
         theta: Params,
         state: State,
         x: Tensor,
-        task: int | None,  # noqa: ARG002
+        task: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
         return forward(net, unflatten(state["weights"], theta), x, Pass())
 
