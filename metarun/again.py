@@ -207,6 +207,8 @@ def _changes(
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
         settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
+        # Of a learner that has nothing to meta-learn; no words of a user's say it.
+        settled |= key == "train.steps" and then.get(key) == 0
         if not settled and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is {now.get(key, _ABSENT)} in the configuration by now and was "

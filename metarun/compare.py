@@ -8,6 +8,7 @@ its learner reaches before any training, on the same test episodes.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -61,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
     table = _table(plan, args.against)
     print(f"\n{table}")
     if not args.table:
-        path = args.dir / f"{slug(args.words, 120) or 'all'}.md"
+        path = args.dir / f"{_file_name(args.words, args.against)}.md"
         write_atomically(path, f"{table}\n".encode())
         written = [path, *_figures(plan, path)]
         print(f"\nwritten to {', '.join(map(str, written))}")
@@ -84,10 +85,13 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
         return list(words)
     spec = config.source(compose.jobs(words, sweep=True)[0].plain).spec
     streams = spec.streams is not None
+    told = spec.streams is None or spec.streams["test"].told
     suited: list[str] = []
     for name in compose.options("algo"):
         node = compose.job([f"algo={name}", "~recipe"]).plain["algo"]
         target = config.locate("algo._target_", node["_target_"])
+        if getattr(target, "needs_told", False) and not told:
+            continue
         if (
             spec.kind in getattr(target, "kinds", ())
             and getattr(target, "lives_online", False) == streams
@@ -176,9 +180,13 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
 
     On streams, which have many figures, a table for each size.
     """
-    columns = list(dict.fromkeys(map(_size_name, plan)))
+    settings = _settings(plan)
+    columns = list(dict.fromkeys(settings))
     names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
-    cells = {(name, column): _finished(plan, name, column) for name in names for column in columns}
+    cells: dict[tuple[str, str], list[Result]] = {(n, c): [] for n in names for c in columns}
+    for job, setting in zip(plan, settings, strict=True):
+        result = result_of(job)
+        cells[job.plain["names"]["algo"], setting] += [] if result is None else [result]
     if not _on_streams(plan):
         rows = [
             Row(name, _method(name), [cells[name, column] for column in columns]) for name in names
@@ -193,28 +201,37 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
     return "\n\n".join(parts)
 
 
-def _finished(plan: Sequence[Job], name: str, column: str) -> list[Result]:
-    """What an algorithm has reached at a size, one for each seed."""
-    jobs = [j for j in plan if j.plain["names"]["algo"] == name and _size_name(j) == column]
-    return [result for job in jobs if (result := result_of(job)) is not None]
-
-
 def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
     """The curves of learners along the same streams, in one figure beside the table."""
     if not _on_streams(plan):
         return []
     from metarun.report import streams
 
-    sizes = list(dict.fromkeys(map(_size_name, plan)))
+    settings = _settings(plan)
+    columns = list(dict.fromkeys(settings))
     paths: list[Path] = []
-    for size in sizes:
+    for number, column in enumerate(columns, 1):
         folders: dict[str, list[Path]] = {}
-        for job in plan:
-            if _size_name(job) == size and result_of(job) is not None:
+        for job, setting in zip(plan, settings, strict=True):
+            if setting == column and result_of(job) is not None:
                 folders.setdefault(job.plain["names"]["algo"], []).append(job.folder)
-        name = table.stem if len(sizes) == 1 else f"{table.stem}-{slug([size], 40)}"
+        name = table.name.removesuffix(".md") + ("" if len(columns) == 1 else f"-{number}")
         paths += streams.draw_together(folders, table.with_name(name)) if folders else []
     return paths
+
+
+def _settings(plan: Sequence[Job]) -> list[str]:
+    """Where each job belongs: its size, and the words that differ from one job to another.
+
+    Jobs that differ in their seed alone belong together.
+    """
+    apart = ("algo", "seed", "way", "shot")
+    words = [[w for w in job.overrides if w.partition("=")[0] not in apart] for job in plan]
+    common = set(words[0]).intersection(*words)
+    return [
+        ", ".join([_size_name(job), *(word for word in own if word not in common)])
+        for job, own in zip(plan, words, strict=True)
+    ]
 
 
 def _size_name(job: Job) -> str:
@@ -222,6 +239,15 @@ def _size_name(job: Job) -> str:
     if plain["way"] == 1:
         return f"{plain['shot']} points"
     return f"{plain['way']}-way {plain['shot']}-shot"
+
+
+def _file_name(words: Sequence[str], against: str | None) -> str:
+    """The command's words; a hash of them where they are too long for a name."""
+    said = [*words, *([] if against is None else [f"against={against}"])]
+    if len(whole := slug(said, 1000)) <= 120:
+        return whole or "all"
+    own = hashlib.blake2b(" ".join(said).encode(), digest_size=4).hexdigest()
+    return f"{slug(said, 110)}-{own}"
 
 
 def _method(name: str) -> str:

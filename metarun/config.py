@@ -11,6 +11,7 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -179,6 +180,9 @@ def check(plain: Mapping[str, Any]) -> Settings:
         if value is not None and not least <= value <= greatest:
             expected = f"{least} or more" if value < least else f"at most {greatest}"
             raise ValueError(f"{key}={value} is out of range: expected {expected}")
+    threshold = settings.eval.proficiency
+    if threshold is not None and not 0.0 < threshold < math.inf:
+        raise ValueError(f"eval.proficiency={threshold}: expected a positive number")
     if not _DEVICE.fullmatch(settings.device):
         raise ValueError(
             f"device={settings.device}: expected auto, cpu, cuda or cuda:N with a number N"
@@ -208,6 +212,11 @@ def build(plain: Mapping[str, Any]) -> Experiment:
         raise ValueError(
             f"eval.views={settings.eval.views} is for images, and data={settings.names['data']} "
             "has none: use eval.views=1"
+        )
+    proficiency = settings.eval.proficiency
+    if proficiency is not None and source.spec.kind == "classification" and proficiency > 1.0:
+        raise ValueError(
+            f"eval.proficiency={proficiency}: an accuracy is a fraction; expected 1 or less"
         )
     device = source.device
     if device.type == "cpu":

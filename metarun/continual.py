@@ -41,11 +41,14 @@ def summary(
     figures = {
         "average": average(after),
         "anytime": prequential(lived["incoming"])[:, -1],
-        "cumulative_loss": lived["incoming_loss"].sum(-1),
-        "backward_transfer": backward_transfer(after, visits, higher=higher),
-        "forward_transfer": forward_transfer(after, lived["untaught"], visits, higher=higher),
-        "forgetting": forgetting(after, visits, higher=higher),
+        "cumulative_loss": cumulative(lived["incoming_loss"], stream)[:, -1],
     }
+    if stream.num_tasks > 1:  # else there is none to transfer to, or to forget
+        figures |= {
+            "backward_transfer": backward_transfer(after, visits, higher=higher),
+            "forward_transfer": forward_transfer(after, lived["untaught"], visits, higher=higher),
+            "forgetting": forgetting(after, visits, higher=higher),
+        }
     if proficiency is not None:
         needed = to_proficiency(
             lived["current"], proficiency, len(visits), stream.rows, higher=higher
@@ -55,7 +58,7 @@ def summary(
         if not all(new):
             figures["rows_to_proficiency_new"] = needed[:, new].mean(-1)
             figures["rows_to_proficiency_returning"] = needed[:, np.logical_not(new)].mean(-1)
-    return {name: values for name, values in figures.items() if not np.isnan(values).all()}
+    return figures
 
 
 def curves(lived: Mapping[str, Floats], stream: Stream) -> str:
@@ -69,7 +72,7 @@ def curves(lived: Mapping[str, Floats], stream: Stream) -> str:
     columns = {
         "incoming": lived["incoming"],
         "current": lived["current"],
-        "cumulative_loss": lived["incoming_loss"].cumsum(-1),
+        "cumulative_loss": cumulative(lived["incoming_loss"], stream),
     }
     head = ["step", "rows", "task", "tasks_met"]
     head += [name + part for name in (*columns, "seen") for part in ("", "_ci95")]
@@ -158,22 +161,34 @@ def prequential(incoming: Floats) -> Floats:
     return means
 
 
-def regret(losses: Floats, comparator: Floats) -> Floats:
-    """(N, K) cumulative loss above a comparator's on the same steps (Finn et al. 2019, eq. 2).
+def cumulative(losses: Floats, stream: Stream) -> Floats:
+    """(N, K) the loss of all rows up to each step, each judged before it was learned.
 
     Args:
-        losses: (N, K) of the learner.
-        comparator: (N, K) of one that had learned the whole stream before it began.
+        losses: (N, K) the mean loss of the rows of each step.
+        stream: The layout, for the rows of a step.
     """
-    curve: Floats = (losses - comparator).cumsum(-1)
+    curve: Floats = stream.rows * losses.cumsum(-1)
     return curve
+
+
+def regret(losses: Floats, comparator: Floats, stream: Stream) -> Floats:
+    """(N, K) cumulative loss above a comparator's on the same rows (Finn et al. 2019, eq. 2).
+
+    Args:
+        losses: (N, K) of the learner, as in `cumulative`.
+        comparator: (N, K) of one that had learned the whole stream before it began.
+        stream: The layout.
+    """
+    return cumulative(losses - comparator, stream)
 
 
 def growth(curve: Floats) -> Floats:
     """(N,) the exponent p of the power law that fits a growing curve best, of c k^p.
 
     By least squares between log k and log curve over the steps from the first tenth on, where
-    the curve is positive; not a number where it is so at fewer than two.
+    the curve is positive; not a number of a curve that does not end above zero, or is so at
+    fewer than two steps.
     """
     steps = np.arange(1, curve.shape[-1] + 1)
     late = steps > curve.shape[-1] // 10
@@ -181,7 +196,7 @@ def growth(curve: Floats) -> Floats:
     fitted = np.full(len(rows), np.nan)
     for number, row in enumerate(rows):
         use = late & (row > 0)
-        if use.sum() > 1:
+        if use.sum() > 1 and row[-1] > 0:
             fitted[number] = np.polyfit(np.log(steps[use]), np.log(row[use]), 1)[0]
     return fitted.reshape(curve.shape[:-1])
 

@@ -155,10 +155,16 @@ class Living:
         try:
             while len(self._done) < len(self._starts):
                 lives = self._lives = self._lives or self._begin()
+                before = len(self._done) * self._stream.num_steps
+
+                def look(lives: Lifetimes = lives, before: int = before) -> None:
+                    if tick is not None:
+                        tick(before + lives.step)
+
+                lives.begin(look)
                 while not lives.finished:
                     lives.advance()
-                    if tick is not None:
-                        tick(len(self._done) * self._stream.num_steps + lives.step)
+                    look()
                 measured = lives.measured() if self._follow else {}
                 extra = {"untaught": lives.untaught()} if self._follow else {}
                 self._done.append({**measured, **extra, "final": lives.final()})

@@ -19,10 +19,12 @@ def interval(values: npt.ArrayLike) -> tuple[float, float]:
     """
     numbers = np.asarray(values, dtype=np.float64)
     count = numbers.size
-    mean = float(numbers.mean())
-    if count < 2:
-        return mean, math.nan
-    return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
+    # What diverged is infinite: its interval is not a number, and nothing to warn of.
+    with np.errstate(all="ignore"):
+        mean = float(numbers.mean())
+        if count < 2:
+            return mean, math.nan
+        return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
 
 
 @lru_cache

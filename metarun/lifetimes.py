@@ -7,7 +7,7 @@ a task, D outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,9 +51,9 @@ class Lifetimes:
             self._x = algorithm.perceive(batch.support_x)
             held_x = algorithm.perceive(batch.query_x)
             self._held_x = held_x.unflatten(1, (stream.num_tasks, stream.queries))
-            state = algorithm.start(self._x, self._y)
-            self.state = algorithm.foresee(state, self._x, self._y, stream)
+            self.state = algorithm.start(self._x, self._y)
         self.step = 0
+        self._begun = False
         self._kept: dict[str, list[Tensor]] = {name: [] for name in MEASURED}
 
     @property
@@ -61,8 +61,24 @@ class Lifetimes:
         return self.step >= self._stream.num_steps
 
     @torch.no_grad()
+    def begin(self, tick: Callable[[], None] | None = None) -> None:
+        """Get ready for the first step, once.
+
+        Args:
+            tick: Called now and then; may raise to stop, after which it begins anew.
+        """
+        if self._begun:
+            return
+        after = self.state
+        for after in self._algorithm.foresee(self.state, self._x, self._y, self._stream):  # noqa: B007
+            if tick is not None:
+                tick()
+        self.state, self._begun = after, True
+
+    @torch.no_grad()
     def advance(self) -> None:
         """Be judged on the next step, then learn from it."""
+        self.begin()
         stream, number = self._stream, self.step
         told = stream.task(number) if stream.told else None
         begins = number % stream.steps == 0
@@ -108,12 +124,17 @@ class Lifetimes:
 
     def save(self) -> dict[str, Any]:
         """All that a later `restore` needs."""
-        return {"step": self.step, "state": self.state, "kept": self._kept}
+        return {
+            "step": self.step,
+            "state": self.state,
+            "kept": self._kept,
+            "begun": self._begun,
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on where lifetimes with the same trajectories were saved."""
         device = self._x.device
-        self.step = saved["step"]
+        self.step, self._begun = saved["step"], saved["begun"]
         self.state = {name: value.to(device) for name, value in saved["state"].items()}
         self._kept = {
             name: [value.to(device) for value in values] for name, values in saved["kept"].items()

@@ -223,7 +223,7 @@ class Composer:
             return True
         parsed = self._parse(overrides)
         swept = [o for o in parsed if o.is_sweep_override()]
-        simple = [_text(o) for o in parsed if not o.is_sweep_override()]
+        simple = self._one_of_each(parsed)
         self._check_words(simple)
         if self._sweep_node(simple).mode == RunMode.MULTIRUN:
             return True
@@ -236,8 +236,7 @@ class Composer:
 
     def way(self, overrides: Sequence[str]) -> Way:
         """How Hydra would go through a sweep of these words."""
-        simple = [_text(o) for o in self._parse(overrides) if not o.is_sweep_override()]
-        hydra = self._sweep_node(simple)
+        hydra = self._sweep_node(self._one_of_each(self._parse(overrides)))
         choices = hydra.runtime.choices
         direction = hydra.sweeper.get("direction")
         return Way(
@@ -245,6 +244,20 @@ class Composer:
             str(choices["hydra/sweeper"]),
             None if direction is None else str(getattr(direction, "name", direction)),
         )
+
+    def _one_of_each(self, parsed: Sequence[Override]) -> list[str]:
+        """The words without what is swept, but the first choice of a swept group.
+
+        What keys there are depends on the groups; each run's own are looked up with it.
+        """
+        words: list[str] = []
+        for override in parsed:
+            if not override.is_sweep_override():
+                words.append(_text(override))
+            elif override.key_or_group in self.groups and override.is_choice_sweep():
+                first = next(iter(override.sweep_string_iterator()))
+                words.append(f"{override.key_or_group}={first}")
+        return words
 
     def _sweep_node(self, simple: Sequence[str]) -> DictConfig:
         """Hydra's node of a sweep, from its words without those that are swept."""
@@ -259,7 +272,7 @@ class Composer:
         Optuna writes its result into the folder of the sweep, which then is its own, and would
         stop at the first run that fails.
         """
-        self._check_words([_text(o) for o in self._parse(overrides) if not o.is_sweep_override()])
+        self._check_words(self._one_of_each(self._parse(overrides)))
         if not self.way(overrides).searches:
             return list(overrides)
         typed = {override.key_or_group for override in self._parse(overrides)}
@@ -284,7 +297,7 @@ class Composer:
         if not sweep:
             return [self.job(overrides, sweep)]
         parsed = self._parse(overrides)
-        simple = [_text(o) for o in parsed if not o.is_sweep_override()]
+        simple = self._one_of_each(parsed)
         self._check_words(simple)
         searches = self.way(overrides).searches
         for override in parsed:

@@ -10,8 +10,8 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from metarun import continual
 from metarun.intervals import Floats, interval
 from metarun.runs import RunFolder
 from metarun.screen import duration
+
+if TYPE_CHECKING:
+    from metarun.types import Stream
 
 UNTRAINED = "untrained.json"
 """What a run's learner reaches before any training, on the same test episodes."""
@@ -78,6 +81,8 @@ class Figure:
         }
 
     def _number(self, value: float) -> str:
+        if abs(value) >= 1e6:
+            return f"{value:.2e}"
         if self.places is not None:
             return f"{value:.{self.places}f}"
         size = abs(self.mean)
@@ -99,6 +104,7 @@ class Result:
         untrained: The mean with the initial parameters; None where it was not measured.
         figures: On a stream, (N,) each of `continual.summary`.
         losses: On a stream, (N, K) the loss of each step before it was learned.
+        stream: Its layout.
     """
 
     record: Mapping[str, Any]
@@ -107,6 +113,7 @@ class Result:
     curve: Floats | None = None
     figures: Mapping[str, Floats] = field(default_factory=dict)
     losses: Floats | None = None
+    stream: Stream | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,15 @@ def read_result(run: RunFolder) -> Result | None:
         arrays.get("curve"),
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
+        read_layout(record) if "layout" in record else None,
     )
+
+
+def read_layout(record: Mapping[str, Any]) -> Stream:
+    """The layout of the stream that a run's `results.json` is of."""
+    from metarun.types import Stream
+
+    return Stream(**{**record["layout"], "visits": tuple(record["layout"]["visits"])})
 
 
 def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figure:
@@ -280,7 +295,9 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     results = [result for row in rows for cell in row.cells for result in cell]
     regression = any(result.record["metric"] == "mse" for result in results)
     title = "MSE" if regression else "accuracy, %"
-    heads = ["`algo=`", "method", *(f"{name}: {title}" for name in columns)]
+    # What is measured is known from a run alone.
+    named = [f"{name}: {title}" if results else name for name in columns]
+    heads = ["`algo=`", "method", *named]
     heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
     counts = sorted({len(result.episodes) for result in results})
@@ -350,34 +367,43 @@ def _stream_cells(row: Row, names: Sequence[str], against: Row | None) -> list[s
         places = 1 if scale != 1.0 or name.startswith("rows_to") else None
         cells.append(str(_over_seeds(values, places)) if values else "")
     if against is not None:
-        curves = _regrets(cell, against.cells[0])
-        cells.append(str(_over_seeds([c[:, -1] for c in curves])) if curves else "")
-        cells.append(str(_over_seeds([continual.growth(c) for c in curves])) if curves else "")
+        cells += _regret_cells(row, against)
     seconds = _mean([result.record["train_seconds"] for result in cell], duration)
     return [*cells, seconds, f"{cell[0].record['parameters']:,}"]
 
 
-def _regrets(cell: Sequence[Result], against: Sequence[Result]) -> list[Floats]:
-    """(N, K) the regret of each run against that with its seed; of the comparator itself none.
+def _regret_cells(row: Row, against: Row) -> list[str]:
+    """The regret at the end and how fast it grows, or why it is not there.
 
     Raises:
         ValueError: The two have lived along different streams.
     """
-    comparators = {result.record["seed"]: result for result in against}
+    if row.name == against.name:
+        return ["–", "–"]
+    comparators = {result.record["seed"]: result for result in against.cells[0]}
     curves: list[Floats] = []
-    for result in cell:
-        other = comparators.get(result.record["seed"])
-        if other is result or other is None or result.losses is None or other.losses is None:
-            continue
-        if result.record["algo"] == other.record["algo"]:
-            continue
+    for result in row.cells[0]:
+        seed = result.record["seed"]
+        if seed not in comparators:
+            return [f"no `{against.name}` with seed {seed}", "–"]
+        other = comparators[seed]
         if result.record["episodes_hash"] != other.record["episodes_hash"]:
             raise ValueError(
-                f"algo={other.record['algo']} has lived along other streams than "
-                f"algo={result.record['algo']}: no regret can be counted"
+                f"algo={against.name} has lived along other streams than algo={row.name}: no "
+                "regret can be counted"
             )
-        curves.append(continual.regret(result.losses, other.losses))
-    return curves
+        assert result.losses is not None
+        assert other.losses is not None
+        assert result.stream is not None
+        curves.append(continual.regret(result.losses, other.losses, result.stream))
+    ends = _over_seeds([curve[:, -1] for curve in curves])
+    powers = np.concatenate([continual.growth(curve) for curve in curves])
+    growing = np.isfinite(powers)
+    if not growing.any():
+        return [str(ends), "–"]
+    # Lifetimes that regret nothing have no power; how many have one is said.
+    mark = "" if growing.all() else f"{growing.sum()} of {len(powers)} lifetimes"
+    return [str(ends), str(replace(_over_seeds([powers[growing]]), mark=mark))]
 
 
 def _over_seeds(values: Sequence[Floats], places: int | None = None) -> Figure:

@@ -638,8 +638,12 @@ class _Loop:
         with self.screen.bar("test", living.steps) as bar:
             tick = _ticker(bar, self.signals)
 
+            every, kept = self.settings.checkpoint_every, 0
+
             def keep(done: int) -> None:
-                if self.settings.checkpoint_every and done % self.settings.checkpoint_every == 0:
+                nonlocal kept
+                if every and done % every == 0 and done != kept:
+                    kept = done
                     self.lives = living.save()
                     self.save()
                 tick(done)

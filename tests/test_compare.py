@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from metarun.cli import main
-from metarun.compare import folder_name, with_algorithms
+from metarun.compare import _file_name, folder_name, with_algorithms
 from metarun.request import composer
 
 TINY = [
@@ -199,3 +199,56 @@ def test_regret_is_counted_against_one_of_the_learners_on_a_stream(
     assert main(["compare", *WORDS, "--against", "maml"]) == 2
     assert "--against is for streams" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_differs_but_in_the_seed_stands_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in STREAM if not word.startswith(("algo=", "data.tasks"))]
+    words += ["algo=online,joint_hindsight", "algo.online_lr=0.03", "data.tasks=2,3"]
+    assert main(["compare", *words, "--against", "joint_hindsight"]) == 0
+    out = capsys.readouterr().out
+    first, second = (out.index(f"**4 points, data.tasks={tasks}**") for tasks in (2, 3))
+    for part in (out[first:second], out[second:]):
+        assert part.count("| `online` |") == part.count("| `joint_hindsight` |") == 1
+        assert "over 2 seeds" in part
+    assert len(list((tmp_path / "outputs/compare").glob("*.png"))) == 2
+    # A comparator that lacks a seed is said, not left out.
+    assert main(["compare", *words[:-1], "data.tasks=2", "seed=0,1,2", "--table"]) == 0
+    capsys.readouterr()
+    plain = [word for word in words if not word.startswith(("seed", "data.tasks", "algo="))]
+    assert main(["compare", *plain, "data.tasks=2", "algo=online", "seed=0,1,2"]) == 0
+    capsys.readouterr()
+    more = [*plain, "data.tasks=2", "algo=online,joint_hindsight", "seed=0,1,2", "--table"]
+    assert main(["compare", *more, "--against", "joint_hindsight"]) == 0
+    assert "no `joint_hindsight` with seed 2" in capsys.readouterr().out
+
+
+def test_a_diverged_run_is_said_in_every_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [word for word in STREAM if not word.startswith(("algo=", "seed="))]
+    assert main(["compare", *words, "algo=online", "seed=0", "algo.online_lr=1e6"]) == 0
+    answer = capsys.readouterr()
+    (line,) = [line for line in answer.out.splitlines() if line.startswith("| `online`")]
+    assert line.count("not finite") == 6
+    assert "Warning" not in answer.err
+
+
+def test_where_nothing_is_told_those_who_need_it_stay_away() -> None:
+    with composer() as compose:
+        told = with_algorithms(compose, ["data=stream_linear"])[0]
+        untold = with_algorithms(compose, ["data=stream_linear", "data.told=false"])[0]
+    apart = {"ewc", "ftml", "ftml_hindsight", "ftl", "toe", "from_scratch", "maml_frozen"}
+    assert set(told.split("=")[1].split(",")) - set(untold.split("=")[1].split(",")) == apart
+
+
+def test_long_commands_that_differ_at_their_end_write_different_files() -> None:
+    words = [f"algo.word_{number}=long_value" for number in range(9)]
+    names = {_file_name([*words, last], None) for last in ("seed=1", "seed=2")}
+    names.add(_file_name([*words, "seed=1"], "joint"))
+    assert len(names) == 3
+    assert max(map(len, names)) <= 120
+    assert _file_name(["data=linear"], None) == "data=linear"

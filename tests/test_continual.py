@@ -78,16 +78,22 @@ def test_the_prequential_figure_is_a_running_mean() -> None:
 
 
 def test_regret_is_the_loss_above_the_comparator_so_far() -> None:
-    found = continual.regret(np.array([[3.0, 2.0, 1.0]]), np.array([[1.0, 1.0, 2.0]]))
-    assert found[0] == pytest.approx([2.0, 3.0, 2.0])
+    stream = Stream(visits=(0,), steps=3, rows=1, queries=1)
+    losses = np.array([[3.0, 2.0, 1.0]]), np.array([[1.0, 1.0, 2.0]])
+    assert continual.regret(*losses, stream)[0] == pytest.approx([2.0, 3.0, 2.0])
+    # A step's loss is a mean over its rows.
+    several = Stream(visits=(0,), steps=3, rows=4, queries=1)
+    assert continual.regret(*losses, several)[0] == pytest.approx([8.0, 12.0, 8.0])
+    assert continual.cumulative(losses[0], several)[0] == pytest.approx([12.0, 20.0, 24.0])
 
 
 def test_growth_is_the_exponent_of_a_power_law() -> None:
     steps = np.arange(1, 101)
-    curves = np.stack([3.0 * steps, np.sqrt(steps), -1.0 * steps])
+    late = np.where(steps < 50, 1.0, -1.0)
+    curves = np.stack([3.0 * steps, np.sqrt(steps), -1.0 * steps, late])
     found = continual.growth(curves)
     assert found[:2] == pytest.approx([1.0, 0.5])
-    assert np.isnan(found[2])
+    assert np.isnan(found[2:]).all()
 
 
 def test_rows_to_proficiency_count_until_the_threshold_is_reached_first() -> None:
@@ -127,6 +133,7 @@ def test_the_curves_have_a_line_for_each_step_and_the_tasks_met_where_a_visit_en
     rows = [dict(zip(head, line.split(","), strict=True)) for line in lines[1:]]
     assert [row["rows"] for row in rows] == ["3", "6", "9", "12"]
     assert [row["tasks_met"] for row in rows] == ["1", "1", "2", "2"]
-    assert [float(row["cumulative_loss"]) for row in rows] == [0.5, 1.0, 1.5, 2.0]
+    # Three rows a step, each of a loss of a half.
+    assert [float(row["cumulative_loss"]) for row in rows] == [1.5, 3.0, 4.5, 6.0]
     assert [row["seen"] for row in rows] == ["", "0.5", "", "0.5"]
     assert float(rows[1]["incoming"]) == 0.5

@@ -266,3 +266,14 @@ def test_hostile_words_are_composed_or_refused_in_one_line(
             message = str(error)
     assert message
     assert "\n" not in message
+
+
+def test_keys_of_a_swept_group_may_be_typed() -> None:
+    words = ["algo=online,replay", "data=stream_linear,stream_sinusoid", "data.tasks=3"]
+    with composer() as compose:
+        jobs = compose.jobs([*words, "algo.online_lr=0.03"], sweep=True)
+        assert {job.plain["algo"]["online_lr"] for job in jobs} == {0.03}
+        assert {job.plain["data"]["tasks"] for job in jobs} == {3}
+        assert len(jobs) == 4
+        with pytest.raises(ValueError, match=r"there is no key algo\.memory"):
+            compose.jobs([*words, "algo.memory=10"], sweep=True)

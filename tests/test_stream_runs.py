@@ -164,3 +164,28 @@ def test_a_stream_is_drawn(metarun: Command) -> None:
     text = (tested / "stream.svg").read_text()
     assert "cumulative loss" in text
     assert "oml on stream_linear, seed 0" in text
+
+
+@pytest.mark.parametrize("algo", ["task_memory", "ftml"])
+def test_learners_that_map_over_tasks_live_on_images_too(metarun: Command, algo: str) -> None:
+    words = ("way=3", "shot=2", "query=1", "train.way=1", "train.shot=2", "train.query=1")
+    small = ("backbone.filters=4", "eval.episodes=2", "eval.val_episodes=2", "threads=1")
+    less = ("algo.meta_lr=0.001", "algo.inner_lr=0.01", "algo.meta_updates=1")
+    few = less if algo == "ftml" else ("algo.online_lr=0.01", "algo.updates=1")
+    answer = metarun(f"algo={algo}", "data=stream_omniglot_small", *words, *small, *few)
+    assert answer.code == 0, answer.err
+
+
+def test_the_gate_of_anml_may_have_another_width(metarun: Command) -> None:
+    words = ("algo=anml", "algo.gate.hidden=[3]", "algo.inner_lr=0.001", "algo.online_lr=0.01")
+    answer = metarun(*words, *TINY)
+    assert answer.code == 0, answer.err
+    # Six hidden units of two numbers each, a gate of 1-3-6, and the last layer.
+    assert results(folder())["parameters"] == 6 * 2 + (3 * 2 + 6 * 4) + 7
+
+
+@pytest.mark.parametrize("threshold", ["-1", "0", "nan"])
+def test_proficiency_is_something_that_can_be_reached(metarun: Command, threshold: str) -> None:
+    answer = metarun("algo=online", *TINY, f"eval.proficiency={threshold}")
+    assert answer.code == 2
+    assert "eval.proficiency=" in answer.err

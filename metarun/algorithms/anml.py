@@ -30,7 +30,7 @@ class ANML(TrajectoryLearner):
 
     Args:
         gate: Options of the gating network's backbone that differ from the other's, such as
-            `{filters: 32}`; the paper has 112 channels there and 256 here.
+            `{filters: 32}`; null is as there. The paper has 112 channels there and 256 here.
         **common: Those of `TrajectoryLearner`, `WeightLearner` and `Algorithm`.
 
     Raises:
@@ -40,7 +40,7 @@ class ANML(TrajectoryLearner):
     inside: ClassVar[tuple[str, ...]] = ("body.features.", "head.")
 
     def __init__(self, *, gate: Mapping[str, Any] | None = None, **common: Any) -> None:
-        self.gate_options = dict(gate or {})
+        self.gate_options = {n: v for n, v in (gate or {}).items() if v is not None}
         super().__init__(**common)
 
     def build(self) -> Predictor:

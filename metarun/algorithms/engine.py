@@ -42,6 +42,8 @@ class Engine:
             for `threads` an equal share each where tasks have few rows, else one at a time.
         threads: Python threads of `threads`, each with an equal share of the cores; None
             takes one for each core.
+        native: Whether tasks outside vmap may use layers as `set_native` makes them, which a
+            function that calls vmap itself cannot.
 
     Raises:
         ValueError: A word or a number is not allowed.
@@ -50,6 +52,7 @@ class Engine:
     kind: Kind = "auto"
     tasks_per_chunk: int | None = None
     threads: int | None = None
+    native: bool = True
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -135,11 +138,11 @@ class Engine:
         batched = size > 1
         chunks = list(_chunks(rows, size))
         if workers == 1 or len(chunks) == 1:
-            own = net if batched else _replicate(net)
+            own = net if batched else _replicate(net, native=self.native)
             for chunk in chunks:
                 yield work(own, chunk, batched)
             return
-        yield from _over_threads(work, net, chunks, batched, workers)
+        yield from _over_threads(work, net, chunks, batched, workers, self.native)
 
     def _chunk(self, rows: Tensors, workers: int) -> int:
         """Tasks that run together: by vmap if there is more than one."""
@@ -168,6 +171,7 @@ def _over_threads(
     chunks: list[Tensors],
     batched: bool,
     workers: int,
+    native: bool,
 ) -> Iterator[Any]:
     def begin() -> None:
         torch.set_num_threads(max(1, _cores() // workers))
@@ -175,7 +179,7 @@ def _over_threads(
     def share(worker: int) -> list[Any]:
         # functional_call swaps the parameters of the module that it runs, so that each thread
         # needs modules of its own; the tensors in them stay shared.
-        replica = _replicate(net, native=not batched)
+        replica = _replicate(net, native=native and not batched)
         return [work(replica, chunk, batched) for chunk in chunks[worker::workers]]
 
     with ThreadPoolExecutor(workers, initializer=begin) as pool:

@@ -6,7 +6,7 @@ Shapes: B rows of a step, M tasks of a memory, K rows of a task in it, N tasks o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -55,7 +55,8 @@ class FTML(OnlineLearner):
             meta-val is taken.
         inner_steps: Its steps.
         second_order: Differentiate inner gradients.
-        memory: Tasks remembered, M; beyond, the one that was met longest ago is given up.
+        memory: Tasks remembered, M; beyond, task j takes the place of task j - M, which is the
+            one met longest ago where none returns.
         freeze_after: Visits after which w stays as it is; None is never.
         **common: Those of `Algorithm`.
 
@@ -65,6 +66,7 @@ class FTML(OnlineLearner):
     """
 
     asks_for_tasks = True
+    needs_told = True
     meta_rate: Tensor
     inner_rate: Tensor
 
@@ -98,9 +100,6 @@ class FTML(OnlineLearner):
             raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
         if freeze_after is not None:
             positive("freeze_after", freeze_after)
-        assert self.spec.streams is not None
-        if not self.spec.streams["test"].told:
-            raise ValueError(f"{type(self).__name__} keeps tasks apart: use data.told=true")
         self.objective = objective
         self.meta_rates = meta_rates
         self.inner_rates = inner_rates
@@ -306,7 +305,7 @@ class FTMLHindsight(FTML):
                 f"algo.memory={self.memory}: expected {tasks} or more, which the stream has"
             )
 
-    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> State:
+    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> Iterator[State]:
         known = state
         for number in range(stream.num_steps):
             step = Step(number, number * stream.rows, stream.task(number), begins=False)
@@ -314,7 +313,7 @@ class FTMLHindsight(FTML):
             known = self.observe(known, x[:, here], y[:, here], step)
         for update in range(self.meta_updates):
             known = self._each(self._updated(update), known)
-        return {n: known[n] if n.startswith("weights.") else v for n, v in state.items()}
+            yield {n: known[n] if n.startswith("weights.") else v for n, v in state.items()}
 
     def learn(
         self,

@@ -6,6 +6,7 @@ random start; and what regret is counted against. Shapes: T lifetimes, S rows of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,6 +74,8 @@ class EWC(WeightLearner):
         ValueError: The stream does not tell when a task ends.
     """
 
+    needs_told = True
+
     def __init__(
         self,
         *,
@@ -82,10 +85,10 @@ class EWC(WeightLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        self.rule = Elastic(updates, strength, fisher_rows)
         assert self.spec.streams is not None
-        if not self.spec.streams["test"].told:
-            raise ValueError("EWC consolidates where a task ends: use data.told=true")
+        visits = [stream.steps * stream.rows for stream in self.spec.streams.values()]
+        # No task has more.
+        self.rule = Elastic(updates, strength, min(fisher_rows, max(visits)))
 
 
 class JointTraining(WeightLearner):
@@ -124,11 +127,17 @@ class JointHindsight(WeightLearner):
         self.updates = updates
         self.batch = batch
 
-    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> State:  # noqa: ARG002
+    def foresee(
+        self,
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        stream: Stream,  # noqa: ARG002
+    ) -> Iterator[State]:
         for update in range(self.updates):
             step = Step(update, 0, None, begins=False)
             state = self._each(self._trained(step), state, x, y)
-        return state
+            yield state
 
     def learn(
         self,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -49,6 +50,11 @@ class OnlineLearner(Algorithm):
     asks_for_tasks: ClassVar[bool] = False
     """Whether an answer depends on which task is asked about, where that is told."""
 
+    maps_inside: ClassVar[bool] = False
+    """Whether `learn` or `respond` themselves map over something, by torch's vmap."""
+    needs_told: ClassVar[bool] = False
+    """Whether it can live only where the stream tells which task is which."""
+
     net: Predictor
     head: Sequence[int] = ()
     """Widths of the head's hidden layers."""
@@ -66,8 +72,11 @@ class OnlineLearner(Algorithm):
         """Draw the network that is to live.
 
         Raises:
-            ValueError: The backbone has batch norm.
+            ValueError: The backbone has batch norm, or the stream does not tell what is needed.
         """
+        assert self.spec.streams is not None
+        if self.needs_told and not self.spec.streams["test"].told:
+            raise ValueError(f"{type(self).__name__} keeps tasks apart: use data.told=true")
         net = self.build()
         if has_batch_norm(net):
             raise ValueError(
@@ -137,15 +146,23 @@ class OnlineLearner(Algorithm):
         state = self.begin(own_parameters(self.plastic), x[0], y[0])
         return {n: v.detach().expand(len(x), *v.shape).clone() for n, v in state.items()}
 
-    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> State:  # noqa: ARG002
-        """The states before the first step of one who has had the whole stream; ours have not.
+    def foresee(
+        self,
+        state: State,  # noqa: ARG002
+        x: Tensor,  # noqa: ARG002
+        y: Tensor,  # noqa: ARG002
+        stream: Stream,  # noqa: ARG002
+    ) -> Iterator[State]:
+        """What the states become before the first step, bit by bit, so that it can be stopped.
+
+        Nobody knows what is to come but those whom regret is counted against.
 
         Args:
             state: What `start` gives.
             x, y: (T, S, …) the perceived rows of the streams and their targets.
             stream: The layout.
         """
-        return state
+        return iter(())
 
     def observe(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
         """The states after a step with perceived rows (T, B, …)."""
@@ -207,6 +224,8 @@ class OnlineLearner(Algorithm):
             return lifetime(net, theta, own, *values[: len(rows)])
 
         engine = self.engine.resolved(net, self.device)
+        if self.maps_inside or self.asks_for_tasks:
+            engine = replace(engine, native=False)
         return engine.map(one, net, own_parameters(net), (*rows, *state.values()))
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:

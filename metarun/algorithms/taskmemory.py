@@ -47,7 +47,7 @@ class TaskMemory(OnlineLearner):
         updates: Gradient steps for each step of the stream, on the rows of the visit.
         visit_rows: Rows of a visit that are learned from, the last ones, V.
         memory: Tasks remembered, M; beyond, the one kept longest ago is given up.
-        probes: Rows that embeddings are taken at.
+        probes: Rows that embeddings are taken at; zeros where a first visit has fewer.
         same: Mean square difference of embeddings, over the mean square of the new one, below
             which two tasks are the same.
         accept: See above.
@@ -59,6 +59,7 @@ class TaskMemory(OnlineLearner):
         ValueError: A number is out of range, or the backbone has batch norm.
     """
 
+    maps_inside = True
     rate: Tensor
 
     def __init__(

@@ -295,10 +295,15 @@ def _visits(tasks: int, rounds: int) -> tuple[int, ...]:
     """Which task each visit is to: in order at first, then in another order each round."""
     visits = list(range(tasks))
     for number in range(1, rounds):
-        key = torch.tensor(seeding.key("visits", number))
-        following = seeding.choose(key, 0, tasks, tasks).tolist()
-        if following[0] == visits[-1]:
-            following = following[1:] + following[:1]
+        for attempt in range(100):
+            words = ("visits", number, attempt) if attempt else ("visits", number)
+            key = torch.tensor(seeding.key(*words))
+            following = seeding.choose(key, 0, tasks, tasks).tolist()
+            if following[0] == visits[-1]:
+                following = following[1:] + following[:1]
+            # Of two tasks there is no other order in which none comes twice in a row.
+            if following != visits[-tasks:]:
+                break
         visits += following
     return tuple(visits)
 

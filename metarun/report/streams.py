@@ -21,6 +21,8 @@ from metarun.types import Stream
 # Okabe and Ito's colours, which colour-blind people tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":")
+_FAR = 1000.0
+"""How many times worse than the best a curve is that has left the others' scale."""
 _STYLE: Any = {
     "figure.constrained_layout.use": True,
     "axes.spines.top": False,
@@ -89,12 +91,11 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
         records = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs]
         lived = [_lived(run) for run in runs]
         mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
-        layout = records[0]["layout"]
-        stream = Stream(**{**layout, "visits": tuple(layout["visits"])})
+        stream = Stream(**{**records[0]["layout"], "visits": tuple(records[0]["layout"]["visits"])})
         curves[algo] = list(csv.DictReader(io.StringIO(continual.curves(mean, stream))))
         about = records[0]
     with rc_context(_STYLE):
-        return _save(name.parent, name.name, _panels(curves, about, f"on {about['data']}"))
+        return _save(name.parent, name.name, _panels(curves, about, f"along {about['data']}"))
 
 
 def _lived(run: Path) -> dict[str, Floats]:
@@ -125,12 +126,14 @@ def _panels(
             colour = _COLOURS[number % len(_COLOURS)]
             dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
             axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
-            axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
+            if len(curves) <= len(_COLOURS):
+                axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
             tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
         axes.set(xlabel="rows of the stream", ylabel=label, xlim=(0, None), ylim=(0, None))
         # One that diverges would leave no room for the others.
-        if min(tops) > 0 and max(tops) > 20 * float(np.median(tops)):
-            axes.set_ylim(top=4 * float(np.median(tops)))
+        positive = [top for top in tops if top > 0]
+        if positive and max(positive) > _FAR * min(positive):
+            axes.set_ylim(top=_FAR / 10 * min(positive))
     if len(curves) > 1:
         handles, texts = panels[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False)

@@ -213,6 +213,7 @@ def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None
     algorithm = learner(kind=FTMLHindsight, meta_updates=400)
     batch = trajectories()
     lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives.begin()
     begun = end(lives, 0)
     # Before the first step nothing of a task has come, so that it is answered by the start.
     x, y = batch.support_x[0], batch.support_y[0]

@@ -252,6 +252,7 @@ def test_in_hindsight_everything_is_known_before_the_stream_begins_and_nothing_l
         JointHindsight, linear_backbone, updates=3000, batch=24, online_optim="adam", online_lr=0.01
     )
     lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives.begin()
     x = torch.cat([batch.support_x, torch.ones_like(batch.support_x[..., :1])], -1)
     best = torch.linalg.lstsq(x, batch.support_y).solution
     squares = (x @ best - batch.support_y).square().mean((1, 2))
@@ -325,3 +326,31 @@ def test_streams_and_their_learners_belong_together() -> None:
         make(Online, regression_spec(), TINY)
     with pytest.raises(ValueError, match="such as online or oml"):
         make(MAML, spec(), TINY)
+
+
+def test_what_was_learned_in_hindsight_is_not_learned_again_by_one_who_was_stopped() -> None:
+    batch = trajectories()
+    algorithm = learner(JointHindsight, updates=30)
+    looks: list[int] = []
+    whole = Lifetimes(algorithm, batch, LAYOUT)
+    whole.begin(lambda: looks.append(1))
+    assert len(looks) == 30
+    whole.advance()
+    later = Lifetimes(algorithm, batch, LAYOUT)
+    later.restore(whole.save())
+    later.begin(lambda: looks.append(1))
+    assert len(looks) == 30
+    for name, value in whole.state.items():
+        torch.testing.assert_close(later.state[name], value, rtol=0, atol=0)
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    stopped = Lifetimes(algorithm, batch, LAYOUT)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.begin(stop)
+    again = Lifetimes(algorithm, batch, LAYOUT)
+    again.restore(stopped.save())
+    again.advance()
+    for name, value in whole.state.items():
+        torch.testing.assert_close(again.state[name], value, rtol=0, atol=0)

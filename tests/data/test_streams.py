@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -221,3 +222,13 @@ def test_the_fingerprint_knows_the_layout() -> None:
     prints = {lines(**how).fingerprint() for how in ({}, {"rows": 2}, {"order": "drifting"})}
     assert len(prints) == 3
     assert characters().fingerprint() != characters(rows=3).fingerprint()
+
+
+@pytest.mark.parametrize("tasks", [3, 4, 5, 8])
+def test_tasks_return_in_another_order_each_time(tasks: int) -> None:
+    rounds = 4
+    visits = stream(lines(order="returning", visits=rounds, tasks=tasks)).visits
+    orders = [visits[first : first + tasks] for first in range(0, rounds * tasks, tasks)]
+    assert all(sorted(order) == list(range(tasks)) for order in orders)
+    assert all(before != after for before, after in pairwise(orders))
+    assert all(one != other for one, other in pairwise(visits))
