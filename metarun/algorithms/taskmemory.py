@@ -39,7 +39,8 @@ class TaskMemory(OnlineLearner):
     memory takes its place there. The start moves by `start_lr` towards the weights, and the new
     visit begins from it. After every step the rows of the visit so far judge all weights in the
     memory; where the best have less than `accept` times the loss of those at hand, they are
-    taken up. Which task is visited is never told. Without a memory (`memory=0`) this is task-
+    taken up, and where all rows of the visit say so too, replaced in the end. Which task is
+    visited is never told. Without a memory (`memory=0`) this is task-
     free adaptation.
 
     Args:
@@ -203,7 +204,12 @@ class TaskMemory(OnlineLearner):
         near = away.min() < self.same * embedding.square().mean()
         free = state["memory.kept"] % self.memory
         place = torch.where(near, away.argmin(), free)
-        place = torch.where(state["visit.place"] >= 0, state["visit.place"], place)
+        # The first rows of a visit may have spoken for a task that it was not of.
+        taken = state["visit.place"]
+        before = state["memory.weights"].index_select(0, taken.clamp(min=0).reshape(1))[0]
+        loss = self._visit_loss(net, theta, before, state)
+        right = loss < self.accept * self._visit_loss(net, theta, state["start"], state)
+        place = torch.where((taken >= 0) & right, taken, place)
         here = torch.arange(self.memory, device=place.device) == place
         new = {
             "memory.weights": state["weights"],

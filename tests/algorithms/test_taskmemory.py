@@ -41,7 +41,11 @@ def batch(stream: Stream, lives: int = 2) -> TaskBatch:
 def learner(stream: Stream, engine: str = "vmap", **options: Any) -> Any:
     spec = replace(regression_spec(), streams={"train": stream, "val": stream, "test": stream})
     how = {"online_lr": 0.1, "updates": 20, "visit_rows": 20, "memory": 4, "probes": 6}
-    return make(TaskMemory, spec, linear_backbone, engine=engine, **how | options)
+    made = make(TaskMemory, spec, linear_backbone, engine=engine, **how | options)
+    with torch.no_grad():
+        for param in made.net.parameters():
+            param.zero_()
+    return made
 
 
 def after(lives: Lifetimes, steps: int) -> dict[str, Tensor]:
@@ -162,3 +166,27 @@ def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         learner(layout((0, 1)), **options)
+
+
+def test_a_task_that_was_mistaken_for_another_does_not_take_its_place() -> None:
+    """The first step of task 1 is where both tasks give the same answers."""
+    stream = layout((0, 1))
+    tasks = batch(stream)
+    x, y = tasks.support_x.clone(), tasks.support_y.clone()
+    away = TRUTH[1] - TRUTH[0]
+    first = slice(STEPS * ROWS, STEPS * ROWS + ROWS)
+    # Along the first input, so that (w1 - w0) x + b1 - b0 = 0.
+    x[:, first, 0] -= ((x[:, first] * away[:3]).sum(-1) + away[3]) / away[0]
+    y[:, first, 0] = (x[:, first] * TRUTH[1, :3]).sum(-1) + TRUTH[1, 3]
+    lives = Lifetimes(learner(stream), replace(tasks, support_x=x, support_y=y), stream)
+    assert (after(lives, STEPS + 1)["visit.place"] == 0).all()
+    state = after(lives, 2 * STEPS)
+    algorithm = lives._algorithm
+    kept = [
+        algorithm._keep(algorithm.net, dict(algorithm.net.named_parameters()), own)
+        for own in ({n: v[life] for n, v in state.items()} for life in range(2))
+    ]
+    for one in kept:
+        assert one["memory.kept"] == 2
+        torch.testing.assert_close(one["memory.weights"][0, 1:], TRUTH[0], atol=1e-3, rtol=0.0)
+        torch.testing.assert_close(one["memory.weights"][1, 1:], TRUTH[1], atol=1e-3, rtol=0.0)
