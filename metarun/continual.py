@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     # Tables are printed at once, without torch.
     from metarun.types import Stream
 
+# What diverged is infinite, and differences of it are not numbers: that is what its figures say.
+_quiet = np.errstate(over="ignore", invalid="ignore")
+
 FIGURE = "figure/"
 """What the names of `summary` begin with where they stand beside those of `Lifetimes.measured`."""
 
 
+@_quiet
 def summary(
     lived: Mapping[str, Floats], stream: Stream, *, higher: bool, proficiency: float | None = None
 ) -> dict[str, Floats]:
@@ -61,6 +65,7 @@ def summary(
     return figures
 
 
+@_quiet
 def curves(lived: Mapping[str, Floats], stream: Stream) -> str:
     """What happens along a stream, as CSV: a line for each step, means and 95 % intervals.
 
@@ -172,6 +177,7 @@ def cumulative(losses: Floats, stream: Stream) -> Floats:
     return curve
 
 
+@_quiet
 def regret(losses: Floats, comparator: Floats, stream: Stream) -> Floats:
     """(N, K) cumulative loss above a comparator's on the same rows (Finn et al. 2019, eq. 2).
 

@@ -255,8 +255,8 @@ class Composer:
             if not override.is_sweep_override():
                 words.append(_text(override))
             elif override.key_or_group in self.groups and override.is_choice_sweep():
-                first = next(iter(override.sweep_string_iterator()))
-                words.append(f"{override.key_or_group}={first}")
+                first = next(iter(override.sweep_string_iterator()), None)
+                words += [] if first is None else [f"{override.key_or_group}={first}"]
         return words
 
     def _sweep_node(self, simple: Sequence[str]) -> DictConfig:

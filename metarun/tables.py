@@ -325,6 +325,7 @@ STREAM_HEADS = {
 _NOT_METRICS = ("cumulative_loss", "rows_to")
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
     """Learners along the same streams as a table in Markdown, the best at the end first.
 

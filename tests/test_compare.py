@@ -158,7 +158,7 @@ def test_a_mistake_is_one_line_and_makes_nothing(
 STREAM = [
     "data=stream_linear", "data.tasks=3", "shot=4", "query=3", "backbone.hidden=[6]",
     "algo=online,replay,joint_hindsight", "seed=0,1", "eval.episodes=5", "eval.val_episodes=2",
-    "eval.proficiency=0.05", "device=cpu", "threads=1",
+    "eval.proficiency=0.05", "device=cpu", "threads=1", "algo.online_lr=0.03", "algo.updates=5",
 ]  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
     assert set(rows) == {"online", "replay", "joint_hindsight"}
     assert {"backward transfer", "rows to proficiency", "cumulative loss"} <= set(heads)
     regret = heads.index("regret against `joint_hindsight`")
-    assert rows["joint_hindsight"][regret] == ""
+    assert rows["joint_hindsight"][regret] == "–"
 
     losses = {"online": [], "joint_hindsight": []}
     for folder in sorted((tmp_path / "outputs/compare").glob("*/")):
@@ -182,7 +182,7 @@ def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
             losses[algo].append(np.load(folder / "episodes.npz")["incoming_loss"].sum(1))
         assert not (folder / "untrained.json").exists()
     by_hand = np.subtract(losses["online"], losses["joint_hindsight"]).mean()
-    assert rows["online"][regret].startswith(f"{by_hand:.2f} ± ")
+    assert float(rows["online"][regret].split(" ± ")[0]) == pytest.approx(by_hand, rel=0.02)
     assert "over 2 seeds" in rows["online"][regret]
     pictures = sorted((tmp_path / "outputs/compare").glob("*.??g"))
     assert [path.suffix for path in pictures] == [".png", ".svg"]
@@ -206,7 +206,7 @@ def test_what_differs_but_in_the_seed_stands_apart(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [word for word in STREAM if not word.startswith(("algo=", "data.tasks"))]
-    words += ["algo=online,joint_hindsight", "algo.online_lr=0.03", "data.tasks=2,3"]
+    words += ["algo=online,joint_hindsight", "data.tasks=2,3"]
     assert main(["compare", *words, "--against", "joint_hindsight"]) == 0
     out = capsys.readouterr().out
     first, second = (out.index(f"**4 points, data.tasks={tasks}**") for tasks in (2, 3))
@@ -215,8 +215,6 @@ def test_what_differs_but_in_the_seed_stands_apart(
         assert "over 2 seeds" in part
     assert len(list((tmp_path / "outputs/compare").glob("*.png"))) == 2
     # A comparator that lacks a seed is said, not left out.
-    assert main(["compare", *words[:-1], "data.tasks=2", "seed=0,1,2", "--table"]) == 0
-    capsys.readouterr()
     plain = [word for word in words if not word.startswith(("seed", "data.tasks", "algo="))]
     assert main(["compare", *plain, "data.tasks=2", "algo=online", "seed=0,1,2"]) == 0
     capsys.readouterr()
@@ -229,7 +227,7 @@ def test_a_diverged_run_is_said_in_every_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = [word for word in STREAM if not word.startswith(("algo=", "seed="))]
+    words = [word for word in STREAM if not word.startswith(("algo", "seed="))]
     assert main(["compare", *words, "algo=online", "seed=0", "algo.online_lr=1e6"]) == 0
     answer = capsys.readouterr()
     (line,) = [line for line in answer.out.splitlines() if line.startswith("| `online`")]

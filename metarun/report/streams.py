@@ -33,6 +33,7 @@ _STYLE: Any = {
 _DPI = 150
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def draw(folder: Path) -> list[Path]:
     """Write `figures/matrix` and `figures/stream`, each as PNG and SVG.
 
@@ -75,6 +76,7 @@ def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
     return figure
 
 
+@np.errstate(over="ignore", invalid="ignore")
 def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
     """Write the curves of several algorithms along the same streams as one PNG and SVG.
 
