@@ -181,6 +181,8 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
     second.algorithm.seed = first.algorithm.seed
     second.algorithm.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for made in (first, second):
+        # As the trainer does before every update, for algorithms that draw numbers.
+        torch.manual_seed(2)
         made.algorithm.update(first.source.batch("train", 6, 3), Progress(2, 10))
     one, other = state(first.algorithm), state(second.algorithm)
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -234,9 +236,13 @@ def test_a_lifetime_among_lines_ends_better_than_it_began(algo: str) -> None:
     words = ["algo.online_lr=0.1"] if "online_lr" in node else []
     words += ["algo.strength=1.0"] if algo == "ewc" else []
     words += ["algo.inner_steps=5"] if "inner_steps" in node else []
+    words += ["algo.step_lr=0.03", "algo.rates_start=0.03"] if algo == "cmaml" else []
     made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)
     stream = made.source.spec.streams["test"]  # type: ignore[index]
     lives = Lifetimes(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
     while not lives.finished:
         lives.advance()
-    assert lives.final().mean() < lives.measured()["matrix"][:, 0].mean()
+    # One who has had the stream beforehand, and does not adapt, is held against knowing nothing.
+    knew = algo == "joint_hindsight"
+    began = lives.untaught() if knew else lives.measured()["matrix"][:, 0]
+    assert lives.final().mean() < began.mean()
