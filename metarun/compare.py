@@ -8,7 +8,6 @@ its learner reaches before any training, on the same test episodes.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from metarun.intervals import interval
 from metarun.jobs import make_or_continue
 from metarun.launch import EXIT_FAILED, EXIT_OK, check_jobs
 from metarun.listing import description
-from metarun.naming import digest, slug
+from metarun.naming import digest, hashed_slug, slug
 from metarun.request import Composer, Job, composer
 from metarun.runs import RunFolder, write_atomically
 from metarun.screen import Screen
@@ -180,25 +179,26 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
 
     On streams, which have many figures, a table for each size.
     """
-    settings = _settings(plan)
-    columns = list(dict.fromkeys(settings))
+    columns = _by_setting(plan)
     names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
-    cells: dict[tuple[str, str], list[Result]] = {(n, c): [] for n in names for c in columns}
-    for job, setting in zip(plan, settings, strict=True):
-        result = result_of(job)
-        cells[job.plain["names"]["algo"], setting] += [] if result is None else [result]
+    rows = {
+        name: Row(name, _method(name), [_results(jobs, name) for jobs in columns.values()])
+        for name in names
+    }
     if not _on_streams(plan):
-        rows = [
-            Row(name, _method(name), [cells[name, column] for column in columns]) for name in names
-        ]
-        return comparison(rows, columns)
+        return comparison(list(rows.values()), list(columns))
     parts: list[str] = []
-    for column in columns:
-        rows = [Row(name, _method(name), [cells[name, column]]) for name in names]
-        comparator = next((row for row in rows if row.name == against), None)
-        table = stream_comparison(rows, comparator)
+    for number, column in enumerate(columns):
+        here = {name: replace(row, cells=[row.cells[number]]) for name, row in rows.items()}
+        table = stream_comparison(list(here.values()), here.get(against or ""))
         parts.append(f"**{column}**\n\n{table}" if len(columns) > 1 else table)
     return "\n\n".join(parts)
+
+
+def _results(jobs: Sequence[Job], name: str) -> list[Result]:
+    """What an algorithm's finished ones among these jobs have reached, one for each seed."""
+    found = [result_of(job) for job in jobs if job.plain["names"]["algo"] == name]
+    return [result for result in found if result is not None]
 
 
 def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
@@ -207,31 +207,31 @@ def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
         return []
     from metarun.report import streams
 
-    settings = _settings(plan)
-    columns = list(dict.fromkeys(settings))
+    columns = _by_setting(plan)
     paths: list[Path] = []
-    for number, column in enumerate(columns, 1):
+    for number, jobs in enumerate(columns.values(), 1):
         folders: dict[str, list[Path]] = {}
-        for job, setting in zip(plan, settings, strict=True):
-            if setting == column and result_of(job) is not None:
+        for job in jobs:
+            if result_of(job) is not None:
                 folders.setdefault(job.plain["names"]["algo"], []).append(job.folder)
         name = table.name.removesuffix(".md") + ("" if len(columns) == 1 else f"-{number}")
         paths += streams.draw_together(folders, table.with_name(name)) if folders else []
     return paths
 
 
-def _settings(plan: Sequence[Job]) -> list[str]:
-    """Where each job belongs: its size, and the words that differ from one job to another.
+def _by_setting(plan: Sequence[Job]) -> dict[str, list[Job]]:
+    """The jobs that belong together, by their size and the words that not all jobs have.
 
     Jobs that differ in their seed alone belong together.
     """
     apart = ("algo", "seed", "way", "shot")
     words = [[w for w in job.overrides if w.partition("=")[0] not in apart] for job in plan]
     common = set(words[0]).intersection(*words)
-    return [
-        ", ".join([_size_name(job), *(word for word in own if word not in common)])
-        for job, own in zip(plan, words, strict=True)
-    ]
+    found: dict[str, list[Job]] = {}
+    for job, own in zip(plan, words, strict=True):
+        setting = ", ".join([_size_name(job), *(word for word in own if word not in common)])
+        found.setdefault(setting, []).append(job)
+    return found
 
 
 def _size_name(job: Job) -> str:
@@ -246,8 +246,7 @@ def _file_name(words: Sequence[str], against: str | None) -> str:
     said = [*words, *([] if against is None else [f"against={against}"])]
     if len(whole := slug(said, 1000)) <= 120:
         return whole or "all"
-    own = hashlib.blake2b(" ".join(said).encode(), digest_size=4).hexdigest()
-    return f"{slug(said, 110)}-{own}"
+    return hashed_slug(said, 110)
 
 
 def _method(name: str) -> str:

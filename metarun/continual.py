@@ -15,20 +15,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metarun.intervals import Floats, interval
+from metarun.intervals import Floats, interval, quiet
 
 if TYPE_CHECKING:
     # Tables are printed at once, without torch.
     from metarun.types import Stream
 
-# What diverged is infinite, and differences of it are not numbers: that is what its figures say.
-_quiet = np.errstate(over="ignore", invalid="ignore")
-
 FIGURE = "figure/"
 """What the names of `summary` begin with where they stand beside those of `Lifetimes.measured`."""
 
 
-@_quiet
+@quiet
 def summary(
     lived: Mapping[str, Floats], stream: Stream, *, higher: bool, proficiency: float | None = None
 ) -> dict[str, Floats]:
@@ -65,7 +62,7 @@ def summary(
     return figures
 
 
-@_quiet
+@quiet
 def curves(lived: Mapping[str, Floats], stream: Stream) -> str:
     """What happens along a stream, as CSV: a line for each step, means and 95 % intervals.
 
@@ -177,7 +174,7 @@ def cumulative(losses: Floats, stream: Stream) -> Floats:
     return curve
 
 
-@_quiet
+@quiet
 def regret(losses: Floats, comparator: Floats, stream: Stream) -> Floats:
     """(N, K) cumulative loss above a comparator's on the same rows (Finn et al. 2019, eq. 2).
 

@@ -10,7 +10,11 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+quiet = np.errstate(over="ignore", invalid="ignore")
+"""For functions of what may have diverged: their figures say so, and numpy need not warn."""
 
+
+@quiet
 def interval(values: npt.ArrayLike) -> tuple[float, float]:
     """Mean of N values and the half-width of its 95 % confidence interval.
 
@@ -19,12 +23,10 @@ def interval(values: npt.ArrayLike) -> tuple[float, float]:
     """
     numbers = np.asarray(values, dtype=np.float64)
     count = numbers.size
-    # What diverged is infinite: its interval is not a number, and nothing to warn of.
-    with np.errstate(all="ignore"):
-        mean = float(numbers.mean())
-        if count < 2:
-            return mean, math.nan
-        return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
+    mean = float(numbers.mean())
+    if count < 2:
+        return mean, math.nan
+    return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
 
 
 @lru_cache

@@ -20,6 +20,12 @@ def slug(words: Sequence[str], longest: int) -> str:
     return re.sub(r"[^\w.=-]+", "_", ",".join(words)).strip("_.,")[:longest]
 
 
+def hashed_slug(words: Sequence[str], longest: int) -> str:
+    """As much of `slug` as is allowed, and eight hexadecimal digits of all the words."""
+    own = hashlib.blake2b(" ".join(words).encode(), digest_size=4).hexdigest()
+    return f"{slug(words, longest)}-{own}"
+
+
 def digest(plain: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of what a configuration computes.
 

@@ -6,7 +6,6 @@ sometimes (`+key`) not at all. Here every word is looked up first. No torch is i
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import secrets
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from omegaconf.errors import (
 )
 
 from metarun.config import NODES, Plain, conf_dir, nearest, one_line, unknown_key
-from metarun.naming import job_name, slug
+from metarun.naming import hashed_slug, job_name
 
 HYDRA_VERSION_BASE = "1.3"
 _MOST_JOBS = 10_000
@@ -277,9 +276,8 @@ class Composer:
             return list(overrides)
         typed = {override.key_or_group for override in self._parse(overrides)}
         told = sorted(word for word in overrides if not word.startswith("hydra"))
-        own = hashlib.blake2b(" ".join(told).encode(), digest_size=4).hexdigest()
         added = {
-            "hydra.sweep.dir": f"outputs/sweeps/{slug(told, 60)}-{own}",
+            "hydra.sweep.dir": f"outputs/sweeps/{hashed_slug(told, 60)}",
             "hydra.sweeper.max_failure_rate": "1.0",
         }
         more = [f"{key}='{value}'" for key, value in added.items() if key not in typed]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from metarun import continual
-from metarun.intervals import Floats, interval
+from metarun.intervals import Floats, interval, quiet
 from metarun.runs import RunFolder
 from metarun.screen import duration
 
@@ -140,10 +140,12 @@ def read_result(run: RunFolder) -> Result | None:
     if not run.has("results.json") or run.status().get("state") != "finished":
         return None
     record = run.read_json("results.json")
+    prefix, wanted = continual.FIGURE, (record["metric"], "curve", "incoming_loss")
     with np.load(run.path / "episodes.npz") as file:
-        arrays = {name: np.asarray(file[name], dtype=np.float64) for name in file}
+        # What else there is of a stream is large, and read by its figures alone.
+        names = [name for name in file if name in wanted or name.startswith(prefix)]
+        arrays = {name: np.asarray(file[name], dtype=np.float64) for name in names}
     untrained = run.read_json(UNTRAINED)["mean"] if run.has(UNTRAINED) else None
-    prefix = continual.FIGURE
     return Result(
         record,
         arrays[record["metric"]],
@@ -151,15 +153,17 @@ def read_result(run: RunFolder) -> Result | None:
         arrays.get("curve"),
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
-        read_layout(record) if "layout" in record else None,
+        _layout(record),
     )
 
 
-def read_layout(record: Mapping[str, Any]) -> Stream:
-    """The layout of the stream that a run's `results.json` is of."""
+def _layout(record: Mapping[str, Any]) -> Stream | None:
+    """The layout of the stream that a run is on; torch is loaded for streams alone."""
+    if "layout" not in record:
+        return None
     from metarun.types import Stream
 
-    return Stream(**{**record["layout"], "visits": tuple(record["layout"]["visits"])})
+    return Stream.of(record["layout"])
 
 
 def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figure:
@@ -325,7 +329,7 @@ STREAM_HEADS = {
 _NOT_METRICS = ("cumulative_loss", "rows_to")
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@quiet
 def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
     """Learners along the same streams as a table in Markdown, the best at the end first.
 

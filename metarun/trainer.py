@@ -125,15 +125,16 @@ def test(
             measured = _meta_test(algorithm, source, evaluation, screen, signals)
         except _StopError as stop:
             raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
+        figures = _stream_figures(measured, source.spec, evaluation)
         results: Record = {
             **_about(algorithm, source, facts),
-            **_test_record(measured, source.spec, evaluation),
+            **_test_record(measured, source.spec, figures),
             "parameters_from": kind,
             "parameters_step": checkpoint["step"],
             "seconds": time.perf_counter() - began,
         }
         results = finite(results)
-        _write_test(folder, source.spec, evaluation, measured)
+        _write_test(folder, source.spec, measured, figures)
         RunFolder(folder).write_json("results.json", results)
         _log.info("%s", summary(results, str(folder)))
         return results
@@ -609,9 +610,10 @@ class _Loop:
             )
         else:
             measured = self._live()
+        figures = _stream_figures(measured, self.source.spec, self.evaluation)
         results: Record = {
             **_about(self.algorithm, self.source, self.facts),
-            **_test_record(measured, self.source.spec, self.evaluation),
+            **_test_record(measured, self.source.spec, figures),
             "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
             "parameters_from": "best" if chosen else "last",
             "parameters_step": chosen["step"] if chosen else self.step,
@@ -624,7 +626,7 @@ class _Loop:
             / max(self.train_seconds, 1e-9),
         }
         results = finite(results)
-        _write_test(self.run.path, self.source.spec, self.evaluation, measured)
+        _write_test(self.run.path, self.source.spec, measured, figures)
         self.run.write_json("results.json", results)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
@@ -726,7 +728,7 @@ def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]
     }
 
 
-def _test_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings) -> Record:
+def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, Floats]) -> Record:
     record: Record = {
         "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
         "curve": None
@@ -738,7 +740,6 @@ def _test_record(measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSetti
         "episodes_hash": measured.digest,
     }
     if spec.streams is not None:
-        figures = _stream_figures(measured, spec, evaluation)
         record["layout"] = asdict(spec.streams["test"])
         record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
     return record
@@ -764,10 +765,9 @@ def _interval_record(values: Floats) -> Record:
 
 
 def _write_test(
-    folder: Path, spec: TaskSpec, evaluation: EvalSettings, measured: EpisodeMetrics
+    folder: Path, spec: TaskSpec, measured: EpisodeMetrics, figures: Mapping[str, Floats]
 ) -> None:
     """Write the figure of every test episode, and what the algorithm made of its task."""
-    figures = _stream_figures(measured, spec, evaluation)
     arrays = {spec.metric: measured.values, **(measured.lived or {})}
     arrays |= {f"{continual.FIGURE}{name}": values for name, values in figures.items()}
     if measured.curve is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +53,11 @@ class Stream:
     rows: int
     queries: int
     told: bool = True
+
+    @classmethod
+    def of(cls, layout: Mapping[str, Any]) -> Stream:
+        """From its entries in a run's `results.json`, where a tuple is a list."""
+        return cls(**{**layout, "visits": tuple(layout["visits"])})
 
     @property
     def num_tasks(self) -> int:

@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import forward
 from metarun.algorithms.inner import Params
 from metarun.algorithms.online import WeightLearner
 from metarun.algorithms.rules import (
@@ -25,7 +24,6 @@ from metarun.algorithms.rules import (
     draw_key,
     positive,
 )
-from metarun.backbones.layers import Pass
 from metarun.types import Stream
 
 _SLOT_HINDSIGHT = 38
@@ -154,11 +152,9 @@ class JointHindsight(WeightLearner):
         """The gradient step of this number, as a function of one lifetime."""
 
         def one(net: nn.Module, theta: Params, own: State, x: Tensor, y: Tensor) -> State:  # noqa: ARG001
-            def loss(weights: Params, x: Tensor, y: Tensor) -> Tensor:
-                return self.loss(forward(net, weights, x, Pass()), y)
-
             key = draw_key(own, step, 0, x.device)
             rows = seeding.integers(key, _SLOT_HINDSIGHT, len(x), (self.batch,))
+            loss = self._loss_of(net)
             return self._descend(own, loss, x.index_select(0, rows), y.index_select(0, rows))
 
         return one

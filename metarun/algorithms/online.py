@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, forward, own_parameters
 from metarun.algorithms.inner import Params, above, descend, gradient, under
-from metarun.algorithms.rules import Rule, State, Step, adam_moved, with_adam
+from metarun.algorithms.rules import RowLoss, Rule, State, Step, adam_moved, with_adam
 from metarun.backbones.layers import Pass, has_batch_norm
 from metarun.backbones.mlp import MLP
 from metarun.types import Metrics, Prediction, Progress, Stream, TaskBatch
@@ -371,22 +371,24 @@ class WeightLearner(OnlineLearner):
         y: Tensor,
         step: Step,
     ) -> State:
-        def loss(weights: Params, x: Tensor, y: Tensor) -> Tensor:
-            return self.loss(forward(net, weights, x, Pass()), y)
-
+        loss = self._loss_of(net)
         state = self.rule.enter(state, under("weights.", state), loss, step)
         for update in range(self.rule.updates):
             rows = self.rule.rows(state, x, y, step, update)
             state = self._descend(state, loss, *rows)
         return self.rule.leave(state, x, y, step)
 
-    def _descend(self, state: State, loss: Any, x: Tensor, y: Tensor) -> State:
+    def _loss_of(self, net: nn.Module) -> RowLoss:
+        """The mean loss of weights of the plastic part on perceived rows."""
+        return lambda weights, x, y: self.loss(forward(net, weights, x, Pass()), y)
+
+    def _descend(self, state: State, loss: RowLoss, x: Tensor, y: Tensor) -> State:
         """The state after one gradient step."""
         weights = under("weights.", state)
 
         def held(weights: Params) -> Tensor:
             penalty = self.rule.penalty(state, weights)
-            own: Tensor = loss(weights, x, y)
+            own = loss(weights, x, y)
             return own if penalty is None else own + penalty
 
         grads = gradient(held, weights, first_order=True)

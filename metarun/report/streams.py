@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from metarun import continual
-from metarun.intervals import Floats
+from metarun.intervals import Floats, quiet
 from metarun.types import Stream
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
@@ -33,7 +33,7 @@ _STYLE: Any = {
 _DPI = 150
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@quiet
 def draw(folder: Path) -> list[Path]:
     """Write `figures/matrix` and `figures/stream`, each as PNG and SVG.
 
@@ -76,7 +76,7 @@ def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
     return figure
 
 
-@np.errstate(over="ignore", invalid="ignore")
+@quiet
 def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
     """Write the curves of several algorithms along the same streams as one PNG and SVG.
 
@@ -90,12 +90,11 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
     """
     curves: dict[str, list[dict[str, str]]] = {}
     for algo, runs in folders.items():
-        records = [json.loads((run / "results.json").read_text(encoding="utf-8")) for run in runs]
+        about = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))
         lived = [_lived(run) for run in runs]
         mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
-        stream = Stream(**{**records[0]["layout"], "visits": tuple(records[0]["layout"]["visits"])})
+        stream = Stream.of(about["layout"])
         curves[algo] = list(csv.DictReader(io.StringIO(continual.curves(mean, stream))))
-        about = records[0]
     with rc_context(_STYLE):
         return _save(name.parent, name.name, _panels(curves, about, f"along {about['data']}"))
 
