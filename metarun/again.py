@@ -10,7 +10,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun import config
@@ -56,9 +55,10 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     run = RunFolder.open(path)
     experiment = continuation(run, words, config_dir)
     if experiment is None:
+        steps = run.configuration()["train"]["steps"]
         print(
-            f"{path} is finished, after {_stored(run)['train']['steps']} steps: type a larger "
-            f"train.steps to go on, or test={path} to meta-test it"
+            f"{path} is finished, after {steps} steps: type a larger train.steps to go on, or "
+            f"test={path} to meta-test it"
         )
         return EXIT_OK
     return guarded(
@@ -72,7 +72,7 @@ def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -
     Raises:
         ValueError: Something was typed that may not change.
     """
-    stored = _stored(run)
+    stored = run.configuration()
     typed = dict(map(parse_value, words))
     for key in typed:
         if key not in RESUMABLE:
@@ -101,7 +101,7 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
         ValueError: It is no run, or something was typed that belongs to training.
     """
     run = RunFolder.open(path)
-    stored = _stored(run)
+    stored = run.configuration()
     typed = dict(map(parse_value, words))
     name = typed.pop("data", None)
     for key in typed:
@@ -142,18 +142,6 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
         draw_figures(folder)
 
     return guarded(work, debug=settings.debug)
-
-
-def _stored(run: RunFolder) -> Plain:
-    path = run.path / "config.yaml"
-    try:
-        stored = OmegaConf.to_container(OmegaConf.create(run.config_text()), resolve=True)
-        if not isinstance(stored, dict) or "names" not in stored:
-            raise ValueError("it is not a run's configuration")
-        return cast(Plain, stored)
-    # YAML's own errors have several lines and classes.
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {config.one_line(error)}") from error
 
 
 def _check_steps(run: RunFolder, steps: int) -> None:

@@ -182,14 +182,22 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
     columns = _by_setting(plan)
     names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
     rows = {
-        name: Row(name, _method(name), [_results(jobs, name) for jobs in columns.values()])
+        name: Row(
+            name,
+            _method(name),
+            [_results(jobs, name) for jobs in columns.values()],
+            [_failed(jobs, name) for jobs in columns.values()],
+        )
         for name in names
     }
     if not _on_streams(plan):
         return comparison(list(rows.values()), list(columns))
     parts: list[str] = []
     for number, column in enumerate(columns):
-        here = {name: replace(row, cells=[row.cells[number]]) for name, row in rows.items()}
+        here = {
+            name: replace(row, cells=[row.cells[number]], failed=[row.failed[number]])
+            for name, row in rows.items()
+        }
         table = stream_comparison(list(here.values()), here.get(against or ""))
         parts.append(f"**{column}**\n\n{table}" if len(columns) > 1 else table)
     return "\n\n".join(parts)
@@ -199,6 +207,12 @@ def _results(jobs: Sequence[Job], name: str) -> list[Result]:
     """What an algorithm's finished ones among these jobs have reached, one for each seed."""
     found = [result_of(job) for job in jobs if job.plain["names"]["algo"] == name]
     return [result for result in found if result is not None]
+
+
+def _failed(jobs: Sequence[Job], name: str) -> int:
+    """How many of an algorithm's runs among these jobs have failed."""
+    own = [job.folder for job in jobs if job.plain["names"]["algo"] == name]
+    return sum(f.is_dir() and RunFolder(f).status().get("state") == "failed" for f in own)
 
 
 def _figures(plan: Sequence[Job], table: Path) -> list[Path]:

@@ -143,10 +143,8 @@ def read_runs(paths: Iterable[Path]) -> Iterator[Run]:
 def _read(folder: Path) -> Run:
     run = RunFolder(folder)
     try:
-        plain = OmegaConf.to_container(OmegaConf.create(run.config_text()), resolve=True)
-        assert isinstance(plain, dict)
         words = tuple(run.overrides())
-        return Run(folder, plain, words, read_result(run), run.status())  # type: ignore[arg-type]
+        return Run(folder, run.configuration(), words, read_result(run), run.status())
     # YAML's errors have many classes, numpy's and json's others.
     except Exception as error:
         why = " ".join(str(error).split()).removeprefix(f"{folder}/")

@@ -16,7 +16,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from metarun import config, trainer
@@ -48,7 +47,7 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
         ValueError: It is no run, or has no parameters yet, or its data are not there.
     """
     folder = RunFolder.open(run)
-    plain = _configuration(folder)
+    plain = folder.configuration()
     plain["bn"] = bn or ("support" if plain["bn"] == "transductive" else plain["bn"])
     # How the run's batches of tasks were spread is of no use to one task.
     plain |= {"device": device, "engine": "auto", "tasks_per_chunk": None, "threads": None}
@@ -222,15 +221,3 @@ def _numbers(name: str, values: Sequence[Any] | Array) -> Array:
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} contain values that are not finite")
     return numbers
-
-
-def _configuration(folder: RunFolder) -> dict[str, Any]:
-    path = folder.path / "config.yaml"
-    try:
-        plain = OmegaConf.to_container(OmegaConf.create(folder.config_text()), resolve=True)
-    # YAML's errors are of many classes.
-    except Exception as error:
-        raise ValueError(f"{path} is damaged: {config.one_line(error)}") from error
-    if not isinstance(plain, dict) or "bn" not in plain:
-        raise ValueError(f"{path} is not the configuration of a run")
-    return cast("dict[str, Any]", plain)

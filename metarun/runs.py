@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, cast
 
 try:
     import fcntl
@@ -124,6 +124,26 @@ class RunFolder:
     def config_text(self) -> str:
         """The resolved configuration, as YAML."""
         return self._file("config.yaml").read_text(encoding="utf-8")
+
+    def configuration(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            ValueError: The file is no YAML, or no run's.
+        """
+        from omegaconf import OmegaConf
+
+        try:
+            stored = OmegaConf.to_container(OmegaConf.create(self.config_text()), resolve=True)
+        # YAML's own errors have several lines and classes.
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{self._file('config.yaml')} is damaged: {why}") from error
+        if not isinstance(stored, dict) or "names" not in stored:
+            raise ValueError(
+                f"{self._file('config.yaml')} is damaged: it is not a run's configuration"
+            )
+        return cast("dict[str, Any]", stored)
 
     def overrides(self) -> list[str]:
         """What was typed when the run was started."""

@@ -124,11 +124,13 @@ class Row:
         name: As it is typed.
         method: What it is, in a few words.
         cells: For each column (a size of task) the finished runs, one for each seed.
+        failed: How many runs of each column have failed; empty stands for none.
     """
 
     name: str
     method: str
     cells: Sequence[Sequence[Result]]
+    failed: Sequence[int] = ()
 
 
 def read_result(run: RunFolder) -> Result | None:
@@ -362,7 +364,7 @@ def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
 
 def _stream_cells(row: Row, names: Sequence[str], against: Row | None) -> list[str]:
     cell = row.cells[0]
-    cells = [f"`{row.name}`", row.method, _figure(cell)]
+    cells = [f"`{row.name}`", row.method, *_figures(row)]
     if not cell:
         return [*cells, *[""] * (len(names) + (2 if against else 0) + 2)]
     percent = 100.0 if cell[0].record["metric"] == "accuracy" else 1.0
@@ -420,7 +422,7 @@ def _over_seeds(values: Sequence[Floats], places: int | None = None) -> Figure:
 
 def _cells(row: Row) -> list[str]:
     results = [result for cell in row.cells for result in cell]
-    figures = [_figure(cell) for cell in row.cells]
+    figures = _figures(row)
     if not results:
         return [f"`{row.name}`", row.method, *figures, "", "", "", "", ""]
     record = results[0].record
@@ -437,8 +439,16 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def _figure(cell: Sequence[Result]) -> str:
-    return str(figure_of(cell)) if cell else "not run"
+def _figures(row: Row) -> list[str]:
+    """What each column shows: a figure, or why there is none; seeds that failed are counted."""
+    shown_figures: list[str] = []
+    for cell, failed in zip(row.cells, row.failed or [0] * len(row.cells), strict=True):
+        if not cell:
+            shown_figures.append("failed" if failed else "not run")
+        else:
+            mark = f"{failed} failed" if failed else ""
+            shown_figures.append(str(replace(figure_of(cell), mark=mark)))
+    return shown_figures
 
 
 def _untrained(cell: Sequence[Result]) -> str:

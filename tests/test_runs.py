@@ -36,6 +36,16 @@ def test_a_new_run_holds_its_configuration_and_what_was_typed(run: RunFolder) ->
     assert again.load_learned() is None
 
 
+@pytest.mark.parametrize("text", ["{a: [", "algo: x\n", "names: ${nothing}\n"])
+def test_a_configuration_that_is_none_is_named_in_one_line(tmp_path: Path, text: str) -> None:
+    run = RunFolder.create(tmp_path / "run", text)
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged: ") as error:
+        run.configuration()
+    assert "\n" not in str(error.value)
+    whole = RunFolder.create(tmp_path / "whole", "names: {algo: x}\nway: 5\n")
+    assert whole.configuration() == {"names": {"algo": "x"}, "way": 5}
+
+
 def test_a_run_without_words_has_no_overrides(tmp_path: Path) -> None:
     assert RunFolder.create(tmp_path / "run", "").overrides() == []
 

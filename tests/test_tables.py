@@ -49,6 +49,16 @@ def test_the_best_stands_first_and_what_was_not_run_last_and_says_so() -> None:
     assert "not run" in lines[4]
 
 
+def test_what_failed_is_told_from_what_was_not_run() -> None:
+    rows = [
+        Row("a", "", [[], [result([0.5, 0.5])]], failed=[2, 1]),
+        Row("b", "", [[], [result([0.5, 0.5])]]),
+    ]
+    lines = comparison(rows, ["1-shot", "5-shot"]).splitlines()
+    assert "| failed | 50.0 ± 0.0 (1 failed) |" in lines[2]
+    assert "| not run | 50.0 ± 0.0 |" in lines[3]
+
+
 def test_of_errors_the_smallest_stands_first() -> None:
     rows = [
         Row("worse", "", [[result([2.0, 4.0], "mse")]]),

@@ -105,6 +105,8 @@ class ClassEpisodes:
             `mirrored` its mirror image too; `per_task` turns each class of a task by one random
             quarter turn.
         rotations_eval: The same for val and test, but for `mirrored`.
+        rotations_val: The same for val alone, to choose on more classes than it has; None is as
+            `rotations_eval`.
         episodes: `any`, or `within_alphabet` to take a task's classes from one group.
         augmentation: Changes to training images.
         mean, std: Per channel, in [0, 1] units; None leaves pixels in [0, 1].
@@ -128,6 +130,7 @@ class ClassEpisodes:
         dtype: torch.dtype,
         rotations: Rotations = "none",
         rotations_eval: Rotations = "none",
+        rotations_val: Rotations | None = None,
         episodes: Episodes = "any",
         augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
@@ -137,12 +140,14 @@ class ClassEpisodes:
     ) -> None:
         _one_of("rotations", rotations, ("none", "classes", "mirrored", "per_task"))
         _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
+        if rotations_val is not None:
+            _one_of("rotations_val", rotations_val, ("none", "classes", "per_task"))
         _one_of("episodes", episodes, ("any", "within_alphabet"))
         self._name = name
         self._tables = dict(tables)
         self._rotations: dict[Split, Rotations] = {
             "train": rotations,
-            "val": rotations_eval,
+            "val": rotations_eval if rotations_val is None else rotations_val,
             "test": rotations_eval,
         }
         self._by_group = episodes == "within_alphabet"

@@ -41,7 +41,7 @@ class OmniglotSmall(ClassEpisodes):
     Args:
         resize: See `pictures.drawing`.
         image_size: Side of the images; the drawings have 105 pixels.
-        rotations, rotations_eval, episodes: See `ClassEpisodes`.
+        rotations, rotations_eval, rotations_val, episodes: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
@@ -52,6 +52,7 @@ class OmniglotSmall(ClassEpisodes):
         image_size: int = DRAWING_SIZE,
         rotations: Rotations = "none",
         rotations_eval: Rotations = "none",
+        rotations_val: Rotations | None = None,
         episodes: Episodes = "any",
         affine_degrees: float = 0.0,
         affine_translate: float = 0.0,
@@ -79,6 +80,7 @@ class OmniglotSmall(ClassEpisodes):
             dtype=dtype,
             rotations=rotations,
             rotations_eval=rotations_eval,
+            rotations_val=rotations_val,
             episodes=episodes,
             augmentation=Augmentation(
                 affine_degrees=affine_degrees,

@@ -144,6 +144,16 @@ def test_tagalog_has_seventeen_characters_for_a_task_of_twenty() -> None:
     assert rotated.sizes["val"].way == 20
 
 
+def test_val_alone_can_have_its_rotations_as_classes() -> None:
+    source = small(sizes=sizes(way=60), rotations_val="classes")
+    assert source.sizes["val"].way == 60
+    assert (source.num_classes("val"), source.num_classes("test")) == (4 * 17, 89)
+    plain, turned = small(sizes=sizes(way=5)), small(sizes=sizes(way=5), rotations_val="classes")
+    assert torch.equal(plain.batch("test", 0, 2).support_x, turned.batch("test", 0, 2).support_x)
+    with pytest.raises(ValueError, match=r"data\.rotations_val=mirrored is unknown"):
+        small(rotations_val="mirrored")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
