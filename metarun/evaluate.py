@@ -1,7 +1,7 @@
 """What an algorithm reaches on a split: a metric for each episode, its mean and its interval.
 
 Shapes: T tasks, Q query rows, W ways, D outputs, N episodes, P points of the adaptation curve,
-E numbers of a task's embedding.
+E numbers of a task's embedding, S support rows, K presentations of a class.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class EpisodeMetrics:
         curve: (P, N) the same after 0 … P - 1 inner steps; None if it was not asked for or the
             algorithm does not adapt by steps.
         embeddings: (N, E) what the algorithm made of each task; None if it makes no vector.
+        presentations: (N, K) accuracy at the first to the K-th presentation of a class along the
+            support; None if the algorithm does not answer along it.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
         lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
             `Lifetimes.measured`, and `untaught`.
@@ -46,6 +48,7 @@ class EpisodeMetrics:
     embeddings: Floats | None
     digest: str
     lived: Mapping[str, Floats] | None = None
+    presentations: Floats | None = None
 
 
 def evaluate(
@@ -77,6 +80,7 @@ def evaluate(
     values: list[Tensor] = []
     curves: list[Tensor] = []
     embeddings: list[Tensor] = []
+    presentations: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
@@ -90,6 +94,8 @@ def evaluate(
                 answer = predict(algorithm, batch.support_x, batch.support_y, batch.query_x, views)
                 values.append(_figures(source.spec, answer.outputs, batch.query_y))
                 embeddings += [] if answer.embedding is None else [answer.embedding]
+                if answer.sequence is not None:
+                    presentations.append(by_presentation(answer.sequence, batch.support_y))
                 if curve_steps is not None:
                     curve = _curve(algorithm, source.spec, batch, curve_steps)
                     curves += [] if curve is None else [curve]
@@ -102,7 +108,23 @@ def evaluate(
         curve=_array(torch.cat(curves, dim=1)) if curves else None,
         embeddings=_array(torch.cat(embeddings)) if embeddings else None,
         digest=digest.hexdigest(),
+        presentations=_array(torch.cat(presentations)) if presentations else None,
     )
+
+
+def by_presentation(outputs: Tensor, labels: Tensor) -> Tensor:
+    """(T, K) accuracy at the first to the K-th presentation of a class (Santoro et al. 2016).
+
+    Args:
+        outputs: (T, S, W) answers along a sequence, each given the labels of the rows before.
+        labels: (T, S), each class K times.
+    """
+    same = labels[:, :, None] == labels[:, None]
+    presentation = same.tril(-1).sum(2)
+    right = (outputs.argmax(2) == labels).double()
+    times = torch.arange(int(presentation.max()) + 1, device=labels.device)
+    at = (presentation[:, None] == times[:, None]).double()
+    return (at * right[:, None]).sum(2) / at.sum(2)
 
 
 class Living:

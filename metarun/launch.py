@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -171,12 +172,16 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
 
 def draw_figures(folder: Path) -> None:
     """Draw what there is to draw of a finished run or test; a figure that fails fails nothing."""
-    if not (folder / "stream.csv").exists():
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    draw: Callable[[Path], object]
+    if "stream" in results:
+        from metarun.report.streams import draw
+    elif "presentations" in results:
+        from metarun.report.presentations import draw
+    else:
         return
-    from metarun.report import streams
-
     try:
-        streams.draw(folder)
+        draw(folder)
     except OSError as error:
         print(f"warning: {folder}/figures cannot be written: {error}", file=sys.stderr)
 

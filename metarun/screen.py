@@ -199,6 +199,12 @@ def summary(results: Mapping[str, Any], where: str) -> str:
     if "parameters_from" in results:
         note += f", parameters of step {results['parameters_step']} ({results['parameters_from']})"
     rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
+    presentations = results.get("presentations", [])
+    for number in sorted({1, 2, 5, len(presentations)}):
+        if 1 <= number <= len(presentations):
+            here = presentations[number - 1]
+            row = (f"presentation {number}", figure(metric, here["mean"], here["ci95"]), "")
+            rows.append(row)
     note = ""
     if "tasks_per_second" in results:
         note = f"{results['steps']} steps, {results['tasks_per_second'] or 0:,.0f} tasks/s"

@@ -739,6 +739,8 @@ def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str,
         ],
         "episodes_hash": measured.digest,
     }
+    if measured.presentations is not None:
+        record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
     if spec.streams is not None:
         record["layout"] = asdict(spec.streams["test"])
         record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
@@ -774,6 +776,8 @@ def _write_test(
         arrays["curve"] = measured.curve
     if measured.embeddings is not None:
         arrays["embeddings"] = measured.embeddings
+    if measured.presentations is not None:
+        arrays["presentations"] = measured.presentations
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(folder / "episodes.npz", buffer.getbuffer())

@@ -84,6 +84,7 @@ class TaskSpec:
         num_train_classes: Classes of the training split, which `TaskBatch.class_ids` numbers from
             0, so that `class_ids.gather(1, support_y)` are labels among all of them; rotations
             count where each is a class. None in regression.
+        train_shot: Support rows of each class of a training task; None where it is not known.
         streams: Layout of the trajectories of each split; None where tasks are not streams.
             The labels of a trajectory are numbers below `output_dim`, which is wide enough for
             those of every split.
@@ -94,6 +95,7 @@ class TaskSpec:
     output_dim: int
     train_way: int
     num_train_classes: int | None = None
+    train_shot: int | None = None
     streams: Mapping[Split, Stream] | None = None
 
     @property

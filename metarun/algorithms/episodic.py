@@ -1,6 +1,6 @@
 """Learners whose update is the loss of their own answers: no inner loop, one pass for a task.
 
-Shapes: S support rows, Q query rows, W ways, D outputs.
+Shapes: S support rows, Q query rows, J judged rows, W ways, D outputs.
 """
 
 from __future__ import annotations
@@ -51,16 +51,31 @@ class EpisodicLearner(Algorithm):
             (Q, W) logits, or (Q, D) values.
         """
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        ways = self.spec.train_way
+    def judged(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        how: Pass,
+    ) -> tuple[Tensor, Tensor]:
+        """Answers (J, W) or (J, D) of one training task that the loss is of, and their targets.
 
+        Those of the queries, unless a subclass knows better.
+        """
+        ways = self.spec.train_way
+        return self.answers(net, params, support_x, support_y, query_x, ways, how), query_y
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y, noise = rows
+            *parts, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             how = Pass(moments=moments, noise=noise)
-            outputs = self.answers(net, params, support_x, support_y, query_x, ways, how)
-            loss = self.loss(outputs, query_y)
-            return loss, (loss, task_metric(self.spec, outputs, query_y), moments)
+            outputs, targets = self.judged(net, params, *parts, how)  # type: ignore[call-arg, arg-type]
+            loss = self.loss(outputs, targets)
+            return loss, (loss, task_metric(self.spec, outputs, targets), moments)
 
         rows = self.training_rows(batch, progress)
         grads, (losses, scores, moments) = self.settled_engine().gradients(
@@ -74,14 +89,17 @@ class EpisodicLearner(Algorithm):
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         classes = self.spec.kind == "classification"
         ways = int(support_y.max()) + 1 if classes else self.spec.train_way
-        how = Pass(
-            rows=support_x.shape[1] if self.bn == "support" else None, running=self.bn == "running"
-        )
+        how = self.answering(support_x.shape[1])
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             return self.answers(net, params, rows[0], rows[1], rows[2], ways, how)
 
         return Prediction(self.map_tasks(task, support_x, support_y, query_x))
+
+    def answering(self, support_rows: int) -> Pass:
+        """How a pass over the support and query rows of a task is made at evaluation."""
+        rows = support_rows if self.bn == "support" else None
+        return Pass(rows=rows, running=self.bn == "running")
 
     def clipped(self, grads: Params) -> Params:
         """The gradients by name, as they go to the outer optimiser."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
 from metarun.backbones.layers import Pass
+from metarun.backbones.recurrent import LSTMCell
 
 
 class MatchingNet(EpisodicLearner):
@@ -140,30 +141,6 @@ class FullContext(nn.Module):
             out, cell = self.attending(torch.cat([rows, read], 1), hidden, cell)
             hidden = out + rows
         return hidden
-
-
-class LSTMCell(nn.Module):
-    """The step of `nn.LSTMCell` as plain products, which vmap bears; the same parameters.
-
-    Args:
-        inputs: Features of an input.
-        hidden: H, hidden units.
-    """
-
-    def __init__(self, inputs: int, hidden: int) -> None:
-        super().__init__()
-        bound = hidden**-0.5
-        self.weight_ih = nn.Parameter(torch.empty(4 * hidden, inputs).uniform_(-bound, bound))
-        self.weight_hh = nn.Parameter(torch.empty(4 * hidden, hidden).uniform_(-bound, bound))
-        self.bias_ih = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
-        self.bias_hh = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """The next (N, H) output and cell from (N, inputs), (N, H) and (N, H)."""
-        gates = x @ self.weight_ih.T + self.bias_ih + hidden @ self.weight_hh.T + self.bias_hh
-        enter, forget, candidate, leave = gates.chunk(4, 1)
-        cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
-        return leave.sigmoid() * cell.tanh(), cell
 
 
 def _run(lstm: LSTMCell, rows: Tensor) -> Tensor:

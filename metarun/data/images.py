@@ -171,6 +171,7 @@ class ClassEpisodes:
             output_dim=self.sizes["test"].way,
             train_way=self.sizes["train"].way,
             num_train_classes=self.num_classes("train"),
+            train_shot=self.sizes["train"].shot,
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:

@@ -16,21 +16,12 @@ from matplotlib.ticker import MaxNLocator
 
 from metarun import continual
 from metarun.intervals import Floats, quiet
+from metarun.report.drawing import COLOURS, STYLE, save
 from metarun.types import Stream
 
-# Okabe and Ito's colours, which colour-blind people tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DASHES = ("-", "--", ":")
 _FAR = 1000.0
 """How many times worse than the best a curve is that has left the others' scale."""
-_STYLE: Any = {
-    "figure.constrained_layout.use": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "metarun",
-}
-_DPI = 150
 
 
 @quiet
@@ -50,14 +41,14 @@ def draw(folder: Path) -> list[Path]:
     with (folder / "stream.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     title = f"{results['algo']} on {results['data']}, seed {results['seed']}"
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figures = {
             "matrix": _matrix(matrix, results, title),
             "stream": _panels({results["algo"]: rows}, results, title),
         }
         place = folder / "figures"
         place.mkdir(exist_ok=True)
-        return [path for name, figure in figures.items() for path in _save(place, name, figure)]
+        return [path for name, figure in figures.items() for path in save(place, name, figure)]
 
 
 def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
@@ -95,8 +86,8 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
         mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
         stream = Stream.of(about["layout"])
         curves[algo] = list(csv.DictReader(io.StringIO(continual.curves(mean, stream))))
-    with rc_context(_STYLE):
-        return _save(name.parent, name.name, _panels(curves, about, f"along {about['data']}"))
+    with rc_context(STYLE):
+        return save(name.parent, name.name, _panels(curves, about, f"along {about['data']}"))
 
 
 def _lived(run: Path) -> dict[str, Floats]:
@@ -124,10 +115,10 @@ def _panels(
         tops = []
         for number, (algo, rows) in enumerate(curves.items()):
             x, y, width = _columns([row for row in rows if row[name]], name)
-            colour = _COLOURS[number % len(_COLOURS)]
-            dash = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+            colour = COLOURS[number % len(COLOURS)]
+            dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
             axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
-            if len(curves) <= len(_COLOURS):
+            if len(curves) <= len(COLOURS):
                 axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
             tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
         axes.set(xlabel="rows of the stream", ylabel=label, xlim=(0, None), ylim=(0, None))
@@ -146,10 +137,3 @@ def _columns(rows: list[dict[str, str]], name: str) -> tuple[Floats, Floats, Flo
     columns = [[float(row[n] or "nan") for row in rows] for n in ("rows", name, f"{name}_ci95")]
     x, y, width = (np.array(column) for column in columns)
     return x, y, width
-
-
-def _save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths

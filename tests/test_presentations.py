@@ -1,0 +1,53 @@
+"""What a run of a learner that remembers writes and says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from metarun.cli import main
+
+TINY = [
+    "data=omniglot_small", "way=3", "shot=6", "query=1", "backbone.filters=4", "train.steps=2",
+    "train.tasks_per_step=2", "eval.episodes=6", "eval.val_episodes=2", "eval.tasks_per_batch=4",
+    "device=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["algo=mann", "algo.locations=8"], ["algo=snail"]])
+def test_accuracy_by_presentation_is_written_drawn_and_said(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, *TINY]) == 0
+    run = next(tmp_path.rglob("results.json")).parent
+    results = json.loads((run / "results.json").read_text())
+    episodes = np.load(run / "episodes.npz")["presentations"]
+    assert episodes.shape == (6, 6)
+    written = [each["mean"] for each in results["presentations"]]
+    np.testing.assert_allclose(written, episodes.mean(0))
+    said = capsys.readouterr().out
+    for number in (1, 2, 5, 6):
+        assert f"presentation {number}" in said
+    assert f"{100 * written[1]:.2f} ±" in said
+    assert (run / "figures" / "presentations.svg").exists()
+    with Image.open(run / "figures" / "presentations.png") as picture:
+        assert picture.size == (960, 600)
+
+
+def test_a_learner_without_memory_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["algo=protonet", *TINY]) == 0
+    run = next(tmp_path.rglob("results.json")).parent
+    assert "presentations" not in json.loads((run / "results.json").read_text())
+    assert "presentation" not in capsys.readouterr().out
+    assert not (run / "figures").exists()
