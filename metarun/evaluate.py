@@ -7,8 +7,9 @@ E numbers of a task's embedding, S support rows, K presentations of a class.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,11 @@ from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.online import OnlineLearner
 from metarun.intervals import Floats
 from metarun.lifetimes import Lifetimes
-from metarun.types import EpisodeSource, Split, TaskBatch, TaskSpec
+from metarun.types import EpisodeSource, Prediction, Split, TaskBatch, TaskSpec
 from metarun.views import predict
+
+_TWO_SIDED_95 = 1.959963984540054
+"""Spreads on either side of the mean that hold 95 % of a normal."""
 
 Digest = Any
 """A running hash of hashlib, which names no public type for it."""
@@ -38,6 +42,9 @@ class EpisodeMetrics:
         embeddings: (N, E) what the algorithm made of each task; None if it makes no vector.
         presentations: (N, K) accuracy at the first to the K-th presentation of a class along the
             support; None if the algorithm does not answer along it.
+        beside: (N,) each by name, where the algorithm says how sure it is: `log_likelihood` of the
+            targets under normals with the answers' means and spreads, and `coverage`, the share
+            of targets within 1.96 spreads of the mean.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
         lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
             `Lifetimes.measured`, and `untaught`.
@@ -49,6 +56,7 @@ class EpisodeMetrics:
     digest: str
     lived: Mapping[str, Floats] | None = None
     presentations: Floats | None = None
+    beside: Mapping[str, Floats] = field(default_factory=dict)
 
 
 def evaluate(
@@ -81,6 +89,7 @@ def evaluate(
     curves: list[Tensor] = []
     embeddings: list[Tensor] = []
     presentations: list[Tensor] = []
+    beside: dict[str, list[Tensor]] = {}
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
@@ -99,6 +108,9 @@ def evaluate(
                 if curve_steps is not None:
                     curve = _curve(algorithm, source.spec, batch, curve_steps)
                     curves += [] if curve is None else [curve]
+                if answer.spread is not None:
+                    for name, here in sureness(answer, batch.query_y).items():
+                        beside.setdefault(name, []).append(here)
                 if tick is not None:
                     tick(start + batch.num_tasks)
     finally:
@@ -109,6 +121,7 @@ def evaluate(
         embeddings=_array(torch.cat(embeddings)) if embeddings else None,
         digest=digest.hexdigest(),
         presentations=_array(torch.cat(presentations)) if presentations else None,
+        beside={name: _array(torch.cat(parts)) for name, parts in beside.items()},
     )
 
 
@@ -125,6 +138,23 @@ def by_presentation(outputs: Tensor, labels: Tensor) -> Tensor:
     times = torch.arange(int(presentation.max()) + 1, device=labels.device)
     at = (presentation[:, None] == times[:, None]).double()
     return (at * right[:, None]).sum(2) / at.sum(2)
+
+
+def sureness(answer: Prediction, targets: Tensor) -> dict[str, Tensor]:
+    """(T,) figures by name of answers that have a spread; see `EpisodeMetrics.beside`.
+
+    Args:
+        answer: With means and spreads (T, Q, D).
+        targets: (T, Q, D).
+    """
+    assert answer.spread is not None
+    spread = answer.spread.double()
+    away = (targets.double() - answer.outputs.double()) / spread
+    density = -0.5 * (away.square() + math.log(2.0 * math.pi)) - spread.log()
+    return {
+        "log_likelihood": density.mean((1, 2)),
+        "coverage": (away.abs() <= _TWO_SIDED_95).double().mean((1, 2)),
+    }
 
 
 class Living:

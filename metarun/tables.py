@@ -304,6 +304,8 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     # What is measured is known from a run alone.
     named = [f"{name}: {title}" if results else name for name in columns]
     heads = ["`algo=`", "method", *named]
+    beside = [n for n in BESIDE if any(n in result.record for result in results)]
+    heads += [BESIDE[name] for name in beside]
     heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
     counts = sorted({len(result.episodes) for result in results})
@@ -312,9 +314,16 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
         f"{_either(counts)} test episodes; mean ± 95 % interval over episodes; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    lines = [_line(heads), _line(["---"] * len(heads)), *(_line(_cells(row)) for row in ordered)]
+    lines = [
+        _line(heads),
+        _line(["---"] * len(heads)),
+        *(_line(_cells(row, beside)) for row in ordered),
+    ]
     return "\n".join([*lines, "", note] if results else lines)
 
+
+BESIDE = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
+"""What a record has beside the metric, and what it is called in a table."""
 
 STREAM_HEADS = {
     "anytime": "anytime",
@@ -420,17 +429,18 @@ def _over_seeds(values: Sequence[Floats], places: int | None = None) -> Figure:
     return Figure(mean, ci95, len(values[0]), len(values), over_seeds, places)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, beside: Sequence[str]) -> list[str]:
     results = [result for cell in row.cells for result in cell]
     figures = _figures(row)
     if not results:
-        return [f"`{row.name}`", row.method, *figures, "", "", "", "", ""]
+        return [f"`{row.name}`", row.method, *figures, *[""] * (len(beside) + 5)]
     record = results[0].record
     seconds = [_mean([r.record["train_seconds"] for r in cell], duration) for cell in row.cells]
     return [
         f"`{row.name}`",
         row.method,
         *figures,
+        *(" / ".join(_beside(cell, name) for cell in row.cells) for name in beside),
         " / ".join(_untrained(cell) for cell in row.cells),
         f"{record['steps'] * record['tasks_per_step']:,}",
         " / ".join(seconds),
@@ -449,6 +459,18 @@ def _figures(row: Row) -> list[str]:
             mark = f"{failed} failed" if failed else ""
             shown_figures.append(str(replace(figure_of(cell), mark=mark)))
     return shown_figures
+
+
+def _beside(cell: Sequence[Result], name: str) -> str:
+    """A figure beside the metric, over the seeds that have it; a share is in percent."""
+    records = [result.record for result in cell if name in result.record]
+    if not records:
+        return "–"
+    scale, places = (100.0, 1) if name == "coverage" else (1.0, 2)
+    means = [scale * record[name]["mean"] for record in records]
+    # Over several seeds the spread over them, for want of the episodes.
+    ci95 = scale * records[0][name]["ci95"] if len(records) == 1 else interval(means)[1]
+    return str(Figure(float(np.mean(means)), ci95, places=places))
 
 
 def _untrained(cell: Sequence[Result]) -> str:

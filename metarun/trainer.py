@@ -738,6 +738,7 @@ def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str,
             for steps, values in enumerate(measured.curve)
         ],
         "episodes_hash": measured.digest,
+        **{name: _interval_record(values) for name, values in measured.beside.items()},
     }
     if measured.presentations is not None:
         record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
@@ -770,7 +771,7 @@ def _write_test(
     folder: Path, spec: TaskSpec, measured: EpisodeMetrics, figures: Mapping[str, Floats]
 ) -> None:
     """Write the figure of every test episode, and what the algorithm made of its task."""
-    arrays = {spec.metric: measured.values, **(measured.lived or {})}
+    arrays = {spec.metric: measured.values, **(measured.lived or {}), **measured.beside}
     arrays |= {f"{continual.FIGURE}{name}": values for name, values in figures.items()}
     if measured.curve is not None:
         arrays["curve"] = measured.curve

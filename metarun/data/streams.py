@@ -19,7 +19,7 @@ from torch import Tensor
 from metarun import seeding
 from metarun.data.images import ClassEpisodes
 from metarun.data.omniglot import Omniglot, OmniglotSmall
-from metarun.data.synthetic import FunctionEpisodes, Linear, Sinusoid
+from metarun.data.synthetic import Formulas, Linear, Sinusoid
 from metarun.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
 
 Order = Literal["once", "returning", "drifting"]
@@ -30,7 +30,7 @@ _SLOT_SHUFFLE, _SLOT_REMEMBERED_CLASS, _SLOT_REMEMBERED_IMAGE = 23, 24, 25
 _KEY_STREAM, _KEY_HELD_OUT = 102, 103
 
 
-class FunctionStream(FunctionEpisodes):
+class FunctionStream(Formulas):
     """Trajectories over a family of functions; mixed into one of them.
 
     A task is a function. `shot` counts the rows of a visit and `query` the held-out rows of a

@@ -16,6 +16,7 @@ from metarun import seeding
 from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
 
 _SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD = range(5)
+_JITTER = 1e-10
 
 
 class FunctionEpisodes(ABC):
@@ -54,8 +55,7 @@ class FunctionEpisodes(ABC):
         rows = (size.shot + size.query, 1)
         low, high = self._x
         x = seeding.uniform(keys, _SLOT_X, rows, low=low, high=high, dtype=self._dtype)
-        parameters = [parameter[:, None, None] for parameter in self._parameters(keys)]
-        y = self._noisy(self._values(parameters, x.double()), keys)
+        y = self._noisy(self._at(keys, x.double()), keys)
         cut = size.shot
         return TaskBatch(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:])
 
@@ -86,11 +86,22 @@ class FunctionEpisodes(ABC):
         """The parameters that each key draws, in its shape."""
 
     @abstractmethod
+    def _at(self, keys: Tensor, x: Tensor) -> Tensor:
+        """f(x) of each key's (T,) function at rows (T, R, 1), in float64."""
+
+
+class Formulas(FunctionEpisodes):
+    """Functions that a few numbers say, such as an amplitude and a phase."""
+
+    def _at(self, keys: Tensor, x: Tensor) -> Tensor:
+        return self._values([parameter[:, None, None] for parameter in self._parameters(keys)], x)
+
+    @abstractmethod
     def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         """f(x), by broadcasting the parameters against x."""
 
 
-class Sinusoid(FunctionEpisodes):
+class Sinusoid(Formulas):
     """y = A sin(omega x - phi), the regression of Finn et al. (2017), section 5.1.
 
     Args:
@@ -147,7 +158,7 @@ class Sinusoid(FunctionEpisodes):
         return amplitude * torch.sin(frequency * x - phase)
 
 
-class Linear(FunctionEpisodes):
+class Linear(Formulas):
     """y = a x + b.
 
     Args:
@@ -193,6 +204,70 @@ class Linear(FunctionEpisodes):
     def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
         slope, offset = parameters
         return slope * x + offset
+
+
+class GaussianProcess(FunctionEpisodes):
+    """Curves of a Gaussian process: mean 0, covariance s^2 exp(-(x - x')^2 / (2 l^2)).
+
+    The regression of Garnelo et al. (2018), section 4.1, with the numbers of its official code.
+
+    Args:
+        lengthscale: Range of l, drawn for each task.
+        scale: Range of s.
+        x: Range of the inputs.
+        noise: Standard deviation of the noise on y.
+
+    Raises:
+        ValueError: A range is none, or not above zero.
+    """
+
+    def __init__(
+        self,
+        *,
+        lengthscale: Sequence[float] = (0.4, 0.4),
+        scale: Sequence[float] = (1.0, 1.0),
+        x: Sequence[float] = (-2.0, 2.0),
+        noise: float = 0.02,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
+    ) -> None:
+        super().__init__(
+            x=x,
+            noise=noise,
+            sizes=sizes,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            val_way=val_way,
+        )
+        self._lengthscale = check_range("lengthscale", lengthscale)
+        self._scale = check_range("scale", scale)
+        for name, (low, high) in (("lengthscale", self._lengthscale), ("scale", self._scale)):
+            if low <= 0.0:
+                raise ValueError(f"data.{name}=[{low:g},{high:g}]: expected two positive numbers")
+
+    def _facts(self) -> tuple[float, ...]:
+        return (*self._lengthscale, *self._scale)
+
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
+        return (
+            draw_in(keys, _SLOT_FIRST, self._lengthscale),
+            draw_in(keys, _SLOT_SECOND, self._scale),
+        )
+
+    def _at(self, keys: Tensor, x: Tensor) -> Tensor:
+        lengthscale, scale = (parameter[:, None, None] for parameter in self._parameters(keys))
+        covariance = (-0.5 * ((x - x.mT) / lengthscale).square()).exp()
+        # Else rows that nearly coincide leave no positive definite matrix.
+        covariance += _JITTER * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        white = seeding.normal(keys, _SLOT_THIRD, x.shape[1:], dtype=torch.float64)
+        root: Tensor = torch.linalg.cholesky(covariance)
+        return scale * (root @ white)
 
 
 def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:

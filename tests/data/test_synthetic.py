@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
-from metarun.data.synthetic import FunctionEpisodes, Linear, Sinusoid
+from metarun.data.synthetic import FunctionEpisodes, GaussianProcess, Linear, Sinusoid
 from metarun.types import SPLITS, EpisodeSize, Split
 from tests.data.sources import assert_same, injected
 
@@ -23,6 +25,10 @@ def sinusoid(**options: Any) -> Sinusoid:
 
 def linear(**options: Any) -> Linear:
     return Linear(**injected(sizes=SIZES), **options)
+
+
+def process(**options: Any) -> GaussianProcess:
+    return GaussianProcess(**injected(sizes=SIZES), **options)
 
 
 def test_a_sinusoid_is_its_amplitude_times_a_shifted_sine() -> None:
@@ -70,7 +76,31 @@ def test_a_frequency_stretches_the_sine_of_each_task() -> None:
     assert sinusoid(frequency=(1.0, 1.0)).fingerprint() == still.fingerprint()
 
 
-@pytest.mark.parametrize("source", [sinusoid(), linear(), sinusoid(noise=0.3)])
+def test_curves_of_a_gaussian_process_have_its_covariance() -> None:
+    source = process(lengthscale=(0.3, 0.6), scale=(0.5, 2.0), noise=0.1)
+    batch = source.batch("train", 0, 400)
+    lengthscale, scale = (p.numpy()[:, None, None] for p in source.parameters("train", 0, 400))
+    assert 0.3 <= lengthscale.min() < 0.31
+    assert 1.95 < scale.max() <= 2.0
+    x = torch.cat([batch.support_x, batch.query_x], 1).double().numpy()
+    y = torch.cat([batch.support_y, batch.query_y], 1).double().numpy()
+    away = (x - x.transpose(0, 2, 1)) / lengthscale
+    covariance = scale**2 * np.exp(-0.5 * away**2) + 0.1**2 * np.eye(15)
+    # Whitened by it, the values are independent standard normals.
+    white = np.linalg.solve(np.linalg.cholesky(covariance), y).ravel()
+    assert stats.kstest(white, "norm").pvalue > 0.01
+    assert abs(white.std() - 1.0) < 0.03
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0)])
+def test_a_process_needs_a_lengthscale_and_a_scale(bounds: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"data\.lengthscale=.*expected two positive numbers"):
+        process(lengthscale=bounds)
+    with pytest.raises(ValueError, match=r"data\.scale=.*expected two positive numbers"):
+        process(scale=bounds)
+
+
+@pytest.mark.parametrize("source", [sinusoid(), linear(), sinusoid(noise=0.3), process()])
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_batch_is_the_stack_of_its_tasks(source: FunctionEpisodes, split: Split) -> None:
     batch = source.batch(split, 11, 9)
