@@ -90,6 +90,8 @@ class Learner:
     def fit(self, inputs: Any, targets: Any) -> Learner:
         """Take the examples of one task; those of an earlier `fit` are forgotten.
 
+        A learner whose answers depend on the order of examples gets them in random order.
+
         Args:
             inputs: N rows. Pictures as a list of arrays, PIL images or paths, or as one array,
                 are prepared as the run's data were; other inputs are arrays of numbers.
@@ -114,6 +116,11 @@ class Learner:
         else:
             self._support = rows, self._values(values)
             self._flat_targets = values.ndim == 1
+        if not self._algorithm.order_free and self._spec.streams is None:
+            # It was trained on rows in random order; examples mostly come class by class.
+            draw = torch.Generator().manual_seed(0)
+            order = torch.randperm(len(rows), generator=draw).to(self._source.device)
+            self._support = rows[order], self._support[1][order]
         return self
 
     def predict(self, inputs: Any) -> Array:

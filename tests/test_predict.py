@@ -240,6 +240,23 @@ def test_an_unreadable_picture_is_named(
         )
 
 
+def test_a_learner_that_minds_the_order_gets_examples_in_random_order(
+    tmp_path: Path, pictures: list[list[Picture]]
+) -> None:
+    words = ["algo=mann", "data=omniglot_small", "way=3", "shot=4", "train.steps=2"]
+    learner = metarun.load(trained(tmp_path / "mann", words), device="cpu")
+    shown = [drawing for drawings in pictures[:3] for drawing in drawings[:4]]
+    labels = [name for name in "abc" for _ in range(4)]
+    learner.fit(shown, labels)
+    assert learner._support is not None
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    kept = learner._support[1]
+    assert torch.equal(kept, torch.arange(3).repeat_interleave(4)[order])
+    assert len(set(kept[:5].tolist())) > 1
+    answers = [learner.fit(shown, labels).predict_proba(pictures[0][5:7]) for _ in range(2)]
+    assert np.array_equal(*answers)
+
+
 def test_what_is_no_run_or_has_nothing_yet_cannot_be_loaded(tmp_path: Path, maml: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         metarun.load(tmp_path / "nothing")
