@@ -226,7 +226,7 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
     line: dict[str, str | Figure] = {
         "experiment": str(group.experiment),
         "method": published.row,
-        "task": _task(group.plain, cell.inner_steps),
+        "task": _task(group.plain, cell),
         "published": printed,
         "ours": "not run",
         "seeds": "0",
@@ -250,9 +250,10 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
         "note": _note(group, published),
     }
     try:
-        ours = replace(figure_of(group.results, cell.inner_steps), places=places)
-    except LookupError:
-        return line | {"ours": f"not measured after {cell.inner_steps} steps: eval.curve_steps"}
+        ours = figure_of(group.results, cell.inner_steps, cell.presentation)
+        ours = replace(ours, places=places)
+    except LookupError as error:
+        return line | {"ours": str(error)}
     return line | {
         "ours": ours,
         "episodes": str(ours.episodes),
@@ -263,7 +264,8 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
 
 def _marks(published: Published, cell: PublishedCell) -> str:
     marks = [] if cell.spread is None else [f"± {cell.spread:g} over runs"]
-    return ", ".join([*marks, "recalled"] if published.confidence == "recalled" else marks)
+    recalled = cell.recalled or published.confidence == "recalled"
+    return ", ".join([*marks, "recalled"] if recalled else marks)
 
 
 def _note(group: Group, published: Published) -> str:
@@ -281,7 +283,7 @@ def _own_line(group: Group) -> Line:
     record, measured, val = group.results[0].record, figure_of(group.results), _val(group)
     return {
         "run": group.label,
-        "task": _task(group.plain, None),
+        "task": _task(group.plain),
         "meta-val": "–" if val is None else shown(val, accuracy=record["metric"] == "accuracy"),
         "meta-test": measured,
         "seeds": str(measured.seeds),
@@ -392,12 +394,15 @@ def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None)
     return rows
 
 
-def _task(plain: Plain, inner_steps: int | None) -> str:
+def _task(plain: Plain, cell: PublishedCell | None = None) -> str:
     size = f"{plain['shot']} points"
     if plain["way"] > 1:
         size = f"{plain['way']}-way {plain['shot']}-shot"
-    after = "" if inner_steps is None else f", {inner_steps} step{'s' * (inner_steps != 1)}"
-    return size + after
+    if cell is not None and cell.inner_steps is not None:
+        size += f", {cell.inner_steps} step{'s' * (cell.inner_steps != 1)}"
+    if cell is not None and cell.presentation is not None:
+        size += f", presentation {cell.presentation}"
+    return size
 
 
 def _split(plain: Plain) -> str:

@@ -76,6 +76,9 @@ class PublishedCell:
     Attributes:
         value: The figure.
         inner_steps: Adaptation steps after which it was taken; None where there is one figure.
+        presentation: Of a class at which it was taken, from 1, where a learner answers along a
+            sequence; None is the figure of the queries.
+        recalled: Whether it is from memory where the others of the experiment were read.
         ci95: Half-width of its 95 % interval over episodes; None where none is printed.
         spread: Half-width of another spread (over seeds or runs), which compares with no
             interval over episodes.
@@ -83,6 +86,8 @@ class PublishedCell:
 
     value: float
     inner_steps: int | None = None
+    presentation: int | None = None
+    recalled: bool = False
     ci95: float | None = None
     spread: float | None = None
 

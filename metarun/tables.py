@@ -101,6 +101,7 @@ class Result:
         record: Its `results.json`.
         episodes: (N,) the metric of each test episode.
         curve: (P, N) the same after 0 … P - 1 inner steps; None where it was not taken.
+        presentations: (N, K) the same at each presentation of a class; None where there are none.
         untrained: The mean with the initial parameters; None where it was not measured.
         figures: On a stream, (N,) each of `continual.summary`.
         losses: On a stream, (N, K) the loss of each step before it was learned.
@@ -111,6 +112,7 @@ class Result:
     episodes: Floats
     untrained: float | None
     curve: Floats | None = None
+    presentations: Floats | None = None
     figures: Mapping[str, Floats] = field(default_factory=dict)
     losses: Floats | None = None
     stream: Stream | None = None
@@ -142,7 +144,15 @@ def read_result(run: RunFolder) -> Result | None:
     if not run.has("results.json") or run.status().get("state") != "finished":
         return None
     record = run.read_json("results.json")
-    prefix, wanted = continual.FIGURE, (record["metric"], "curve", "incoming_loss")
+    prefix, wanted = (
+        continual.FIGURE,
+        (
+            record["metric"],
+            "curve",
+            "presentations",
+            "incoming_loss",
+        ),
+    )
     with np.load(run.path / "episodes.npz") as file:
         # What else there is of a stream is large, and read by its figures alone.
         names = [name for name in file if name in wanted or name.startswith(prefix)]
@@ -153,6 +163,7 @@ def read_result(run: RunFolder) -> Result | None:
         arrays[record["metric"]],
         untrained,
         arrays.get("curve"),
+        arrays.get("presentations"),
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
         _layout(record),
@@ -168,17 +179,20 @@ def _layout(record: Mapping[str, Any]) -> Stream | None:
     return Stream.of(record["layout"])
 
 
-def figure_of(results: Sequence[Result], inner_steps: int | None = None) -> Figure:
+def figure_of(
+    results: Sequence[Result], inner_steps: int | None = None, presentation: int | None = None
+) -> Figure:
     """What runs that differ in their seed have reached; an accuracy in percent.
 
     Args:
         results: One for each seed, on the same episodes.
         inner_steps: A point of the adaptation curve; None takes the reported figure.
+        presentation: That of a class, from 1; None takes the reported figure.
 
     Raises:
         LookupError: A run has no such point.
     """
-    values = [_values(result, inner_steps) for result in results]
+    values = [_values(result, inner_steps, presentation) for result in results]
     return _over_seeds(values, _places(results))
 
 
@@ -189,8 +203,7 @@ def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
     tells the methods apart. Over several seeds each episode is averaged first.
     """
     one, other = (
-        np.mean([_values(result, None) for result in results], axis=0)
-        for results in (better, worse)
+        np.mean([_values(result) for result in results], axis=0) for results in (better, worse)
     )
     mean, ci95 = interval(one - other)
     return Figure(mean, ci95, len(one), places=_places(better))
@@ -201,12 +214,18 @@ def _places(results: Sequence[Result]) -> int | None:
     return 1 if results[0].record["metric"] == "accuracy" else None
 
 
-def _values(result: Result, inner_steps: int | None) -> Floats:
+def _values(
+    result: Result, inner_steps: int | None = None, presentation: int | None = None
+) -> Floats:
     """(N,) figures of the episodes in the unit in which they are shown."""
     values = result.episodes
+    if presentation is not None:
+        if result.presentations is None or presentation > result.presentations.shape[1]:
+            raise LookupError(f"not measured at presentation {presentation}: shot")
+        values = result.presentations[:, presentation - 1]
     if inner_steps is not None:
         if result.curve is None or inner_steps >= len(result.curve):
-            raise LookupError(f"the run has no figure after {inner_steps} steps")
+            raise LookupError(f"not measured after {inner_steps} steps: eval.curve_steps")
         values = result.curve[inner_steps]
     return 100.0 * values if result.record["metric"] == "accuracy" else values
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,18 @@ def test_a_point_of_the_curve_stands_for_the_figure_after_so_many_steps() -> Non
     one = type(one)(one.record, one.episodes, None, curve)
     assert figure_of([one]).mean == 62.5
     assert figure_of([one], inner_steps=1).mean == 75.0
-    with pytest.raises(LookupError, match="no figure after 2 steps"):
+    with pytest.raises(LookupError, match="not measured after 2 steps"):
         figure_of([one], inner_steps=2)
+
+
+def test_a_presentation_of_a_class_stands_for_the_figure_there() -> None:
+    one = result([0.5, 0.75])
+    one = replace(one, presentations=np.asarray([[0.25, 0.75], [0.25, 1.0]]))
+    assert figure_of([one]).mean == 62.5
+    assert figure_of([one], presentation=1).mean == 25.0
+    assert figure_of([one], presentation=2).mean == 87.5
+    with pytest.raises(LookupError, match="not measured at presentation 3"):
+        figure_of([one], presentation=3)
 
 
 def test_a_pair_is_told_apart_where_the_paired_t_test_says_so() -> None:

@@ -67,6 +67,23 @@ class MLP(Network):
                     nn.init.zeros_(module.bias)
 
 
+class Flat(Network):
+    """The inputs themselves, flattened: for learners that read raw pixels.
+
+    Args:
+        input_shape: Shape of one input.
+        output_dim: Outputs of a linear head; None leaves the inputs as features.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], output_dim: int | None) -> None:
+        super().__init__(_Flatten(), input_shape, output_dim)
+
+
+class _Flatten(nn.Module):
+    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+        return x.flatten(1)
+
+
 class _Dense(nn.Module):
     def __init__(
         self,

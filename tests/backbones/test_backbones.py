@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metarun.backbones.conv import Conv4
 from metarun.backbones.layers import Pass, has_batch_norm
-from metarun.backbones.mlp import MLP
+from metarun.backbones.mlp import MLP, Flat
 from metarun.backbones.network import Network, set_mixed
 from metarun.backbones.resnet import ResNet12
 from tests.helpers import TINY_BACKBONES
@@ -20,6 +20,13 @@ def count(net: torch.nn.Module) -> int:
 
 def test_the_sinusoid_network_has_the_parameters_of_1_40_40_1() -> None:
     assert count(MLP((1,), 1)) == (40 + 40) + (40 * 40 + 40) + (40 + 1)
+
+
+def test_flat_is_the_inputs_themselves() -> None:
+    images = torch.randn(2, 1, 3, 4)
+    assert torch.equal(Flat((1, 3, 4), None)(images), images.reshape(2, 12))
+    assert Flat((1, 3, 4), None).feature_dim == 12
+    assert Flat((1, 3, 4), 5)(images).shape == (2, 5)
 
 
 def test_conv4_64_has_the_published_number_of_parameters_and_features() -> None:
