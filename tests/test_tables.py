@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,23 @@ def test_what_failed_is_told_from_what_was_not_run() -> None:
     lines = comparison(rows, ["1-shot", "5-shot"]).splitlines()
     assert "| failed | 50.0 ± 0.0 (1 failed) |" in lines[2]
     assert "| not run | 50.0 ± 0.0 |" in lines[3]
+
+
+def test_how_sure_answers_are_stands_beside_the_error_where_any_has_it() -> None:
+    sure = result([2.0, 4.0], "mse")
+    figures = {"mean": -0.512, "ci95": 0.08}, {"mean": 0.951, "ci95": 0.004}
+    record = {**sure.record, "log_likelihood": figures[0], "coverage": figures[1]}
+    other = {**record, "log_likelihood": {"mean": -0.312, "ci95": 0.08}}
+    sure, again = replace(sure, record=record), replace(sure, record=other)
+    rows = [Row("unsure", "", [[result([1.0, 1.0], "mse")]]), Row("sure", "", [[sure]])]
+    lines = comparison(rows, ["5 points"]).splitlines()
+    assert "| log-likelihood | within the 95 % band, % | before training |" in lines[0]
+    assert "| 1.00 ± 0.00 | – | – |" in lines[2]
+    assert "| -0.51 ± 0.08 | 95.1 ± 0.4 |" in lines[3]
+    both = comparison([Row("sure", "", [[sure, again]])], ["5 points"])
+    half = stats.t.ppf(0.975, 1) * 0.2 / 2
+    assert f"| -0.41 ± {half:.2f} |" in both
+    assert "log-likelihood" not in comparison(rows[:1], ["5 points"])
 
 
 def test_of_errors_the_smallest_stands_first() -> None:

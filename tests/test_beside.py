@@ -1,4 +1,4 @@
-"""What a run of a learner that remembers writes and says."""
+"""What runs write and say beside the metric: presentations of a class, and how sure they are."""
 
 from __future__ import annotations
 
@@ -51,3 +51,20 @@ def test_a_learner_without_memory_has_none(
     assert "presentations" not in json.loads((run / "results.json").read_text())
     assert "presentation" not in capsys.readouterr().out
     assert not (run / "figures").exists()
+
+
+def test_how_sure_a_regression_is_is_written_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["algo=anp", "data=gp", "algo.width=16", "train.steps=2", "eval.episodes=6"]
+    assert main([*words, "eval.val_episodes=2", "device=cpu"]) == 0
+    run = next(tmp_path.rglob("results.json")).parent
+    results = json.loads((run / "results.json").read_text())
+    with np.load(run / "episodes.npz") as episodes:
+        for name in ("log_likelihood", "coverage"):
+            assert episodes[name].shape == (6,)
+            assert results[name]["mean"] == pytest.approx(episodes[name].mean())
+    said = capsys.readouterr().out
+    assert f"{results['log_likelihood']['mean']:.3f} ±" in said
+    assert f"{100 * results['coverage']['mean']:.1f} % within the 95 % band" in said
