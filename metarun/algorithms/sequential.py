@@ -6,11 +6,13 @@ Shapes: T tasks, S support rows, Q query rows, N rows, F features, W ways.
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.engine import Engine
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
 from metarun.backbones.layers import Pass
@@ -56,6 +58,15 @@ class SequenceLearner(EpisodicLearner):
         if judged not in ("sequence", "query"):
             raise ValueError(f"algo.judged={judged}: expected sequence or query")
         self.loss_of: Judged = judged
+
+    def settled_engine(self) -> Engine:
+        """`auto` is vmap: weights are those of all tasks, so that a batch of rows is one batch.
+
+        The many small steps along a sequence are shared by the tasks, several times faster.
+        """
+        auto = self.engine.kind == "auto"
+        engine = replace(self.engine, kind="vmap") if auto else self.engine
+        return engine.resolved(self.net, self.device)
 
     def with_reader(self, features: nn.Module, reader: Reader) -> nn.Module:
         """The network: a body of the backbone whose features (N, F) a reader remembers."""

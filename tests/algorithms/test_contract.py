@@ -192,7 +192,7 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
 FAST: dict[str, list[str]] = {
     "boil": ["algo.inner_lr=0.2"],
     "imaml": ["algo.inner_lr=0.2", "algo.inner_steps=5", "optim.lr=0.003"],
-    "mann": ["optim.lr=0.01", "algo.controller=64", "engine=vmap"],
+    "mann": ["optim.lr=0.01", "algo.controller=64"],
     "matching": ["train.way=5"],
     "matching_fce": ["train.way=5"],
     "metalstm": ["algo.inner_steps=5", "optim.lr=0.01"],

@@ -118,6 +118,11 @@ def test_learning_from_queries_alone_needs_some() -> None:
         made.algorithm.update(made.source.batch("train", 0, 2), Progress(0, 10))
 
 
+def test_tasks_run_together_unless_another_engine_is_asked_for() -> None:
+    kinds = [build("algo=snail", f"engine={e}").facts["engine"] for e in ("auto", "threads")]
+    assert kinds == ["vmap", "threads"]
+
+
 # Accuracy by presentation.
 
 
