@@ -20,6 +20,7 @@ from metarun.report.drawing import COLOURS, STYLE, save
 from metarun.types import Stream
 
 _DASHES = ("-", "--", ":")
+_MANY_VISITS = 20
 _FAR = 1000.0
 """How many times worse than the best a curve is that has left the others' scale."""
 
@@ -102,19 +103,23 @@ def _panels(
 ) -> Figure:
     """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
     metric = results["metric"]
+    # Where there are many visits a curve within each of them would be a block of colour.
+    many = len(results["layout"]["visits"]) > _MANY_VISITS
     figure = Figure(figsize=(6.4, 7.2))
     figure.suptitle(title)
     panels = figure.subplots(3, 1)
     names = ("current", "cumulative_loss", "seen")
     labels = (
-        f"{metric}\non the task at hand",
+        f"{metric}\non the task just learned" if many else f"{metric}\non the task at hand",
         "cumulative loss\nof incoming rows",
         f"{metric}\non all tasks met",
     )
     for axes, name, label in zip(panels, names, labels, strict=True):
         tops = []
         for number, (algo, rows) in enumerate(curves.items()):
-            x, y, width = _columns([row for row in rows if row[name]], name)
+            ends = many and name == "current"
+            here = [row for row in rows if row[name] and (row["seen"] or not ends)]
+            x, y, width = _columns(here, name)
             colour = COLOURS[number % len(COLOURS)]
             dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
             axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
