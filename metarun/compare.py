@@ -11,6 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from metarun import config
@@ -90,6 +91,10 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
         node = compose.job([f"algo={name}", "~recipe"]).plain["algo"]
         target = config.locate("algo._target_", node["_target_"])
         if getattr(target, "needs_told", False) and not told:
+            continue
+        package = getattr(target, "package", None)
+        if package is not None and find_spec(package) is None:
+            print(f"warning: algo={name} is left out: it needs {package}", file=sys.stderr)
             continue
         if (
             spec.kind in getattr(target, "kinds", ())

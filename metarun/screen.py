@@ -200,9 +200,11 @@ def summary(results: Mapping[str, Any], where: str) -> str:
         note += f", parameters of step {results['parameters_step']} ({results['parameters_from']})"
     rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
     if "log_likelihood" in results:
-        here = results["log_likelihood"]
-        within = f"{100.0 * results['coverage']['mean']:.1f} % within the 95 % band"
-        rows.append(("log-likelihood", f"{here['mean']:.3f} ± {here['ci95']:.3f}", within))
+        here, covered = results["log_likelihood"], results["coverage"]
+        within = f"{figure('accuracy', covered['mean'], covered['ci95'])} within the 95 % band"
+        rows.append(
+            ("log-likelihood", figure("log_likelihood", here["mean"], here["ci95"]), within)
+        )
     presentations = results.get("presentations", [])
     for number in sorted({1, 2, 5, len(presentations)}):
         if 1 <= number <= len(presentations):

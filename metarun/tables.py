@@ -27,6 +27,9 @@ UNTRAINED = "untrained.json"
 """What a run's learner reaches before any training, on the same test episodes."""
 
 
+BESIDE = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
+"""What a record has beside the metric, and what it is called in a table."""
+
 Style = Literal["terminal", "markdown", "csv", "latex"]
 
 
@@ -103,6 +106,7 @@ class Result:
         curve: (P, N) the same after 0 … P - 1 inner steps; None where it was not taken.
         presentations: (N, K) the same at each presentation of a class; None where there are none.
         untrained: The mean with the initial parameters; None where it was not measured.
+        beside: (N,) each of `BESIDE` that it has.
         figures: On a stream, (N,) each of `continual.summary`.
         losses: On a stream, (N, K) the loss of each step before it was learned.
         stream: Its layout.
@@ -113,6 +117,7 @@ class Result:
     untrained: float | None
     curve: Floats | None = None
     presentations: Floats | None = None
+    beside: Mapping[str, Floats] = field(default_factory=dict)
     figures: Mapping[str, Floats] = field(default_factory=dict)
     losses: Floats | None = None
     stream: Stream | None = None
@@ -144,15 +149,8 @@ def read_result(run: RunFolder) -> Result | None:
     if not run.has("results.json") or run.status().get("state") != "finished":
         return None
     record = run.read_json("results.json")
-    prefix, wanted = (
-        continual.FIGURE,
-        (
-            record["metric"],
-            "curve",
-            "presentations",
-            "incoming_loss",
-        ),
-    )
+    prefix = continual.FIGURE
+    wanted = (record["metric"], "curve", "presentations", "incoming_loss", *BESIDE)
     with np.load(run.path / "episodes.npz") as file:
         # What else there is of a stream is large, and read by its figures alone.
         names = [name for name in file if name in wanted or name.startswith(prefix)]
@@ -164,6 +162,7 @@ def read_result(run: RunFolder) -> Result | None:
         untrained,
         arrays.get("curve"),
         arrays.get("presentations"),
+        {name: arrays[name] for name in BESIDE if name in arrays},
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
         _layout(record),
@@ -323,7 +322,7 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     # What is measured is known from a run alone.
     named = [f"{name}: {title}" if results else name for name in columns]
     heads = ["`algo=`", "method", *named]
-    beside = [n for n in BESIDE if any(n in result.record for result in results)]
+    beside = [n for n in BESIDE if any(n in result.beside for result in results)]
     heads += [BESIDE[name] for name in beside]
     heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
@@ -340,9 +339,6 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     ]
     return "\n".join([*lines, "", note] if results else lines)
 
-
-BESIDE = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
-"""What a record has beside the metric, and what it is called in a table."""
 
 STREAM_HEADS = {
     "anytime": "anytime",
@@ -482,14 +478,9 @@ def _figures(row: Row) -> list[str]:
 
 def _beside(cell: Sequence[Result], name: str) -> str:
     """A figure beside the metric, over the seeds that have it; a share is in percent."""
-    records = [result.record for result in cell if name in result.record]
-    if not records:
-        return "–"
     scale, places = (100.0, 1) if name == "coverage" else (1.0, 2)
-    means = [scale * record[name]["mean"] for record in records]
-    # Over several seeds the spread over them, for want of the episodes.
-    ci95 = scale * records[0][name]["ci95"] if len(records) == 1 else interval(means)[1]
-    return str(Figure(float(np.mean(means)), ci95, places=places))
+    values = [scale * result.beside[name] for result in cell if name in result.beside]
+    return str(_over_seeds(values, places)) if values else "–"
 
 
 def _untrained(cell: Sequence[Result]) -> str:

@@ -17,6 +17,8 @@ def predict(
 ) -> Prediction:
     """`algorithm.predict`, its outputs averaged over views of support and query images alike.
 
+    Those along a sequence, too.
+
     Args:
         algorithm: Adapts to each view of the tasks and answers it.
         support_x: (T, S, C, H, W), or any shape where `views` is 1.
@@ -29,4 +31,8 @@ def predict(
         for number in range(views)
     ]
     outputs = torch.stack([answer.outputs for answer in answers]).mean(0)
-    return answers[0] if views == 1 else replace(answers[0], outputs=outputs)
+    if views == 1:
+        return answers[0]
+    along = [answer.sequence for answer in answers if answer.sequence is not None]
+    sequence = torch.stack(along).mean(0) if along else None
+    return replace(answers[0], outputs=outputs, sequence=sequence)

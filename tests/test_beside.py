@@ -10,6 +10,8 @@ import pytest
 from PIL import Image
 
 from metarun.cli import main
+from metarun.report import presentations
+from metarun.screen import figure, summary
 
 TINY = [
     "data=omniglot_small", "way=3", "shot=6", "query=1", "backbone.filters=4", "train.steps=2",
@@ -40,6 +42,9 @@ def test_accuracy_by_presentation_is_written_drawn_and_said(
     assert (run / "figures" / "presentations.svg").exists()
     with Image.open(run / "figures" / "presentations.png") as picture:
         assert picture.size == (960, 600)
+    assert main([f"test={run}", "shot=2", "eval.episodes=3"]) == 0
+    tested = json.loads(next((run / "tests").rglob("results.json")).read_text())
+    assert len(tested["presentations"]) == 2
 
 
 def test_a_learner_without_memory_has_none(
@@ -66,5 +71,20 @@ def test_how_sure_a_regression_is_is_written_and_said(
             assert episodes[name].shape == (6,)
             assert results[name]["mean"] == pytest.approx(episodes[name].mean())
     said = capsys.readouterr().out
-    assert f"{results['log_likelihood']['mean']:.3f} ±" in said
-    assert f"{100 * results['coverage']['mean']:.1f} % within the 95 % band" in said
+    here, covered = results["log_likelihood"], results["coverage"]
+    assert figure("log_likelihood", here["mean"], here["ci95"]) in said
+    assert figure("accuracy", covered["mean"], covered["ci95"]) in said
+    assert "within the 95 % band" in said
+
+
+def test_a_regression_that_diverged_is_summed_up_and_drawn(tmp_path: Path) -> None:
+    nothing = {"mean": None, "ci95": None}
+    results = {
+        "algo": "anp", "data": "gp", "seed": 0, "way": 5, "shot": 2,
+        "metric": "mse", "seconds": 1.0,
+        "test": {**nothing, "episodes": 6}, "log_likelihood": nothing, "coverage": nothing,
+        "presentations": [nothing, nothing],
+    }  # fmt: skip
+    assert "log-likelihood" in summary(results, "here")
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert presentations.draw(tmp_path)

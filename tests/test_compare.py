@@ -71,6 +71,16 @@ def test_the_untrained_line_is_the_learner_with_its_initial_parameters(
     assert stored["mean"] == pytest.approx(values.mean(), rel=1e-12)
 
 
+def test_an_algorithm_whose_package_is_missing_is_left_out_and_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("metarun.compare.find_spec", lambda _: None)
+    with composer() as compose:
+        words = with_algorithms(compose, ["data=linear"])
+    assert "gp_exact" not in words[0].removeprefix("algo=").split(",")
+    assert "algo=gp_exact is left out: it needs sklearn" in capsys.readouterr().err
+
+
 def test_all_algorithms_that_can_learn_the_data_take_part() -> None:
     with composer() as compose:
         words = with_algorithms(compose, ["data=linear", "shot=2"])
@@ -78,6 +88,7 @@ def test_all_algorithms_that_can_learn_the_data_take_part() -> None:
     assert words[1:] == ["data=linear", "shot=2"]
     names = words[0].removeprefix("algo=").split(",")
     assert "reptile" in names
+    assert "gp_exact" in names
     assert "protonet" not in names
     assert "oml" not in names
     with composer() as compose:

@@ -62,18 +62,17 @@ def test_what_failed_is_told_from_what_was_not_run() -> None:
 
 def test_how_sure_answers_are_stands_beside_the_error_where_any_has_it() -> None:
     sure = result([2.0, 4.0], "mse")
-    figures = {"mean": -0.512, "ci95": 0.08}, {"mean": 0.951, "ci95": 0.004}
-    record = {**sure.record, "log_likelihood": figures[0], "coverage": figures[1]}
-    other = {**record, "log_likelihood": {"mean": -0.312, "ci95": 0.08}}
-    sure, again = replace(sure, record=record), replace(sure, record=other)
+    likelihood, covered = np.array([-0.6, -0.4]), np.array([0.9, 1.0])
+    sure = replace(sure, beside={"log_likelihood": likelihood, "coverage": covered})
+    again = replace(sure, beside={"log_likelihood": likelihood + 0.2, "coverage": covered})
     rows = [Row("unsure", "", [[result([1.0, 1.0], "mse")]]), Row("sure", "", [[sure]])]
     lines = comparison(rows, ["5 points"]).splitlines()
     assert "| log-likelihood | within the 95 % band, % | before training |" in lines[0]
     assert "| 1.00 ± 0.00 | – | – |" in lines[2]
-    assert "| -0.51 ± 0.08 | 95.1 ± 0.4 |" in lines[3]
+    episodes = stats.t.ppf(0.975, 1) * 0.1
+    assert f"| -0.50 ± {episodes:.2f} | 95.0 ± {50 * episodes:.1f} |" in lines[3]
     both = comparison([Row("sure", "", [[sure, again]])], ["5 points"])
-    half = stats.t.ppf(0.975, 1) * 0.2 / 2
-    assert f"| -0.41 ± {half:.2f} |" in both
+    assert f"| -0.40 ± {episodes:.2f} (± {episodes:.2f} over 2 seeds) |" in both
     assert "log-likelihood" not in comparison(rows[:1], ["5 points"])
 
 

@@ -1,4 +1,4 @@
-"""Gaussian-process regression with the kernel that the data have: what no learner can beat.
+"""Gaussian-process regression, where it can with the kernel that the data have.
 
 Rasmussen & Williams 2006, algorithm 2.1, by scikit-learn. Shapes: T tasks, S support rows, Q
 query rows, D outputs.
@@ -23,9 +23,10 @@ Bounds = float | Sequence[float]
 class ExactGP(Algorithm):
     """Answers with the posterior of a Gaussian process with an RBF kernel.
 
-    Where the data's lengthscale and scale are numbers, it is the posterior of the process that
-    `data=gp` draws from: the best possible mean and spread. Where they are ranges, they are
-    fitted to each support set by maximum likelihood within them. It has no parameters, ignores
+    Where the lengthscale and the scale of `data=gp` are numbers, it is the posterior of the
+    process that the curves are drawn from: the best possible mean and spread. Where they are
+    ranges, as they are of data without a kernel, they are fitted to each support set by maximum
+    likelihood within them. It has no parameters, ignores
     backbone and optimiser, and an update changes nothing: one is enough (`train.steps=1`).
 
     Args:
@@ -40,6 +41,7 @@ class ExactGP(Algorithm):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("regression",)
+    package: ClassVar[str | None] = "sklearn"
 
     def __init__(
         self, *, lengthscale: Bounds = 1.0, scale: Bounds = 1.0, noise: float = 0.02, **common: Any
@@ -48,9 +50,7 @@ class ExactGP(Algorithm):
         try:
             import sklearn.gaussian_process  # noqa: F401
         except ImportError:
-            raise ValueError(
-                "algo=gp_exact needs scikit-learn: pip install 'metarun[sklearn]'"
-            ) from None
+            raise ValueError("algo=gp_exact needs scikit-learn: pip install '.[sklearn]'") from None
         self.lengthscale = _bounds("lengthscale", lengthscale)
         self.scale = _bounds("scale", scale)
         if not 0.0 <= noise < math.inf:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
 from metarun.algorithms.inner import Params
-from metarun.backbones.layers import BATCH
+from metarun.backbones.layers import BATCH, has_batch_norm
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Path = Literal["mean", "attention", "none"]
@@ -37,9 +37,10 @@ class NeuralProcess(Algorithm):
 
     The loss is minus the mean log-likelihood of all targets: the support and query rows, of
     which the first N are the context; N is drawn for each update from `context` to all support
-    rows, as in the code. With a latent path z comes from q(z | targets), and KL(q(z | targets) ||
-    q(z | context)) over the number of targets is added (Garnelo et al. 2018b, eq. 8). Spreads
-    are 0.1 + 0.9 softplus in the code; `min_spread` is their floor.
+    rows (in the code to all but one, and the number of further targets is drawn too). With a
+    latent path z comes from q(z | targets), and KL(q(z | targets) || q(z | context)) over the
+    number of target values is added (Garnelo et al. 2018b, eq. 8). Spreads are 0.1 + 0.9
+    softplus in the code; `min_spread` is their floor.
 
     At evaluation the context is the support. With a latent path the answer is the mean and the
     standard deviation of the mixture over `samples` of z, the same draws for every task.
@@ -57,8 +58,8 @@ class NeuralProcess(Algorithm):
         **common: Those of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range, there is no path, or the data are no
-            regression.
+        ValueError: A number or a word is out of range, there is no path, the backbone has batch
+            norm, or the data are no regression.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("regression",)
@@ -106,6 +107,11 @@ class NeuralProcess(Algorithm):
             heads,
             min_spread,
         )
+        if has_batch_norm(self.net):
+            raise ValueError(
+                "a neural process answers each row by itself, which batch norm does not: use "
+                "backbone.batch_norm=false"
+            )
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -122,8 +128,9 @@ class NeuralProcess(Algorithm):
             means, spreads, divergence = torch.func.functional_call(
                 net, params, (x[:size], y[:size], x, noise, y)
             )
-            loss = -log_density(y, means[0], spreads[0]).mean() + divergence / len(y)
-            return loss, (loss, task_metric(self.spec, means[0, size:], y[size:]))
+            loss = -log_density(y, means[0], spreads[0]).mean() + divergence / y.numel()
+            unseen = slice(size if size < len(y) else 0, None)
+            return loss, (loss, task_metric(self.spec, means[0, unseen], y[unseen]))
 
         grads, (losses, scores) = self.settled_engine().gradients(
             task, self.net, own_parameters(self.net), (targets_x, targets_y, noise)

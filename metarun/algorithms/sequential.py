@@ -39,7 +39,9 @@ class SequenceLearner(EpisodicLearner):
     """Learns to answer along the support rows, in the order in which they come.
 
     It answers a row before it is told its label; a query is a row that follows the whole
-    support, and knows of no other query. A subclass sets `self.net` by `with_reader`.
+    support, and knows of no other query. Batch norm alone looks at all rows of a task: in
+    training, and at evaluation unless `bn=running`, which is the default here. A subclass sets
+    `self.net` by `with_reader`.
 
     Args:
         judged: Answers that the loss is of: those along the whole `sequence`, queries included,

@@ -7,6 +7,7 @@ rows, A rows that are asked about, C channels, W ways.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -46,11 +47,22 @@ class SNAIL(SequenceLearner):
             length = self.spec.train_way * self.spec.train_shot + 1
         if length < 2:
             raise ValueError(f"algo.length={length}: expected 2 or more")
+        self.filters = filters
+        self._make(math.ceil(math.log2(length)))
+
+    def make_room(self, state: Mapping[str, Any]) -> None:
+        # A meta-test with other shots is of the network that was trained.
+        taps = [name for name in state if name.endswith(".taps.weight")]
+        if taps and len(taps) // 2 != self.depth:
+            self._make(len(taps) // 2)
+
+    def _make(self, depth: int) -> None:
+        """Make the network with blocks of so many dense blocks, and its optimiser."""
+        self.depth = depth
         features = self.build_network(None)
         size: int = features.feature_dim  # type: ignore[assignment]
-        self.net = self.with_reader(
-            features, _Reader(size, self.spec.output_dim, math.ceil(math.log2(length)), filters)
-        )
+        reader = _Reader(size, self.spec.output_dim, depth, self.filters)
+        self.net = self.with_reader(features, reader).to(self.device, self.dtype)
         self.optimizer = self.build_optimizer()
 
 

@@ -210,6 +210,7 @@ class GaussianProcess(FunctionEpisodes):
     """Curves of a Gaussian process: mean 0, covariance s^2 exp(-(x - x')^2 / (2 l^2)).
 
     The regression of Garnelo et al. (2018), section 4.1, with the numbers of its official code.
+    The last bit of a value may differ between devices, as their Cholesky factors do.
 
     Args:
         lengthscale: Range of l, drawn for each task.

@@ -33,7 +33,9 @@ def draw(folder: Path) -> list[Path]:
 
 def _curve(results: Mapping[str, Any]) -> Figure:
     figures = results["presentations"]
-    mean, ci95 = (np.array([100.0 * f[key] for f in figures]) for key in ("mean", "ci95"))
+    mean, ci95 = (
+        100.0 * np.array([f[key] for f in figures], dtype=float) for key in ("mean", "ci95")
+    )
     times = np.arange(1, len(figures) + 1)
     figure = Figure(figsize=(6.4, 4.0))
     axes = figure.add_subplot()

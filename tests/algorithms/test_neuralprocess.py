@@ -24,7 +24,7 @@ SMALL = [
     "data=gp", "shot=6", "query=4", "backbone.hidden=[8,8]", "precision=float64", "device=cpu",
     "engine=loop",
 ]  # fmt: skip
-NARROW = ["algo.width=8", "algo.heads=2"]
+NARROW = ["algo.width=8", "algo.heads=2", "algo.min_spread=0.1"]
 
 
 def build(*words: str) -> config.Experiment:
@@ -156,12 +156,13 @@ def test_contexts_of_training_have_every_size_that_is_allowed() -> None:
         (["algo=np", "algo.width=0"], "algo.width=0: expected 1 or more"),
         (["algo=anp", "algo.heads=3"], "algo.heads=3 do not share algo.width=8 evenly"),
         (["algo=cnp", "algo.min_spread=0"], "algo.min_spread=0.0: expected a positive number"),
+        (["algo=cnp", "backbone.batch_norm=true"], "use backbone.batch_norm=false"),
         (["algo=gp_exact", "algo.lengthscale=-1"], "algo.lengthscale=-1.0: expected a positive"),
         (["algo=gp_exact", "algo.noise=-1"], "algo.noise=-1.0: expected 0 or more"),
     ],
 )
 def test_what_cannot_be_is_refused(words: list[str], part: str) -> None:
-    with pytest.raises(ValueError, match="algo") as error:
+    with pytest.raises(ValueError, match=r"algo|backbone") as error:
         build(*words)
     assert part in str(error.value)
 

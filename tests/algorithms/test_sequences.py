@@ -329,6 +329,21 @@ def test_every_answer_is_that_of_the_papers_network_to_a_sequence_that_ends_ther
         torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-11)
 
 
+def test_a_test_with_other_shots_is_of_the_network_that_was_trained() -> None:
+    trained, other = (build("algo=snail", "algo.filters=2", f"train.shot={n}") for n in (1, 4))
+    state = trained.algorithm.state_dict()
+    with pytest.raises((RuntimeError, ValueError)):
+        other.algorithm.load_state_dict(state)
+    other.algorithm.make_room(state)
+    other.algorithm.load_state_dict(state)
+    batch = trained.source.batch("test", 0, 2)
+    one, two = (
+        made.algorithm.eval().predict(batch.support_x, batch.support_y, batch.query_x).outputs
+        for made in (trained, other)
+    )
+    assert torch.equal(one, two)
+
+
 def test_its_depth_follows_the_length_of_a_training_sequence() -> None:
     def dilations(*words: str) -> list[int]:
         net: Any = build("algo=snail", "algo.filters=2", *words).algorithm.net
