@@ -30,9 +30,9 @@ def predict(
         algorithm.predict(view(support_x, number), support_y, view(query_x, number))
         for number in range(views)
     ]
-    outputs = torch.stack([answer.outputs for answer in answers]).mean(0)
     if views == 1:
         return answers[0]
+    outputs = torch.stack([answer.outputs for answer in answers]).mean(0)
     along = [answer.sequence for answer in answers if answer.sequence is not None]
     sequence = torch.stack(along).mean(0) if along else None
     return replace(answers[0], outputs=outputs, sequence=sequence)

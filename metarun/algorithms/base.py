@@ -287,6 +287,16 @@ def _takes(make: Backbone, keyword: str) -> bool:
     return any(p.name == keyword or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
+def positive(name: str, value: int) -> None:
+    """Refuse a number of an algorithm's below one.
+
+    Raises:
+        ValueError: It is.
+    """
+    if value < 1:
+        raise ValueError(f"algo.{name}={value}: expected 1 or more")
+
+
 def own_parameters(net: nn.Module) -> dict[str, Tensor]:
     """A network's parameters by name, as the engine takes them."""
     return {name: param for name, param in net.named_parameters()}  # noqa: C416

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.algorithms.engine import TaskFunction
 from metarun.algorithms.inner import Loss, Params, check_inner_loop, sgd_adapt, sgd_path
 from metarun.backbones.layers import Pass, update_running
@@ -55,8 +55,7 @@ class CAVIA(Algorithm):
     ) -> None:
         super().__init__(**common)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
-        if num_context < 1:
-            raise ValueError(f"algo.num_context={num_context}: expected 1 or more")
+        positive("num_context", num_context)
         if task_clip is not None and task_clip <= 0:
             raise ValueError(f"algo.task_clip={task_clip}: expected a positive number, or null")
         self.num_context = num_context

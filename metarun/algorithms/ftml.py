@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import forward
+from metarun.algorithms.base import forward, positive
 from metarun.algorithms.inner import Params, sgd_adapt, under
 from metarun.algorithms.online import OnlineLearner, candidates
 from metarun.algorithms.rules import (
@@ -22,7 +22,6 @@ from metarun.algorithms.rules import (
     adam_moved,
     draw_key,
     expanded,
-    positive,
     with_adam,
 )
 from metarun.backbones.layers import Pass

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
-from metarun.algorithms.base import forward
+from metarun.algorithms.base import forward, positive
 from metarun.algorithms.inner import Params, above, gradient, under
 from metarun.algorithms.online import OnlineLearner
-from metarun.algorithms.rules import Replay, State, Step, draw_key, positive
+from metarun.algorithms.rules import Replay, State, Step, draw_key
 from metarun.backbones.layers import Pass
 
 _SLOT_ORDER = 34

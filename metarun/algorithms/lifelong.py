@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metarun import seeding
+from metarun.algorithms.base import positive
 from metarun.algorithms.inner import Params
 from metarun.algorithms.online import WeightLearner
 from metarun.algorithms.rules import (
@@ -22,7 +23,6 @@ from metarun.algorithms.rules import (
     State,
     Step,
     draw_key,
-    positive,
 )
 from metarun.types import Stream
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import positive
 from metarun.algorithms.sequential import Reader, SequenceLearner
 from metarun.backbones.recurrent import LSTMCell
 
@@ -81,8 +82,7 @@ class MANN(SequenceLearner):
             ("cells", cells),
             ("heads", heads),
         ):
-            if value < 1:
-                raise ValueError(f"algo.{name}={value}: expected 1 or more")
+            positive(name, value)
         if heads > locations:
             raise ValueError(f"algo.heads={heads} are more than algo.locations={locations}")
         if not 0.0 <= usage_decay <= 1.0:
@@ -242,13 +242,13 @@ class TuringMachine(_Memory):
         """(N, heads, L) weights by eq. 5 to 9."""
         cells = self.shape[2]
         key, beta, g, shift, gamma = where.split([cells, 1, 1, 3, 1], 2)
-        positive = nn.functional.softplus
-        content = (positive(beta) * cosine(key.tanh(), memory)).softmax(2)
+        softplus = nn.functional.softplus
+        content = (softplus(beta) * cosine(key.tanh(), memory)).softmax(2)
         gated = g.sigmoid() * content + (1.0 - g.sigmoid()) * before
         back, stay, ahead = shift.softmax(2).split(1, 2)
         shifted = back * gated.roll(-1, 2) + stay * gated + ahead * gated.roll(1, 2)
         # Not zero, where the power has no gradient.
-        sharp = (shifted + 1e-12) ** (1.0 + positive(gamma))
+        sharp = (shifted + 1e-12) ** (1.0 + softplus(gamma))
         weights: Tensor = sharp / sharp.sum(2, keepdim=True)
         return weights
 

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import positive
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
 from metarun.backbones.layers import Pass
@@ -58,8 +59,7 @@ class MatchingNet(EpisodicLearner):
         super().__init__(**common)
         if not 0.0 < scale < float("inf"):
             raise ValueError(f"algo.scale={scale}: expected a positive number")
-        if processing_steps < 1:
-            raise ValueError(f"algo.processing_steps={processing_steps}: expected 1 or more")
+        positive("processing_steps", processing_steps)
         self.scale = scale
         self.order_free = not full_context
         self.net = _Embedding(self.build_network(None), processing_steps if full_context else 0)

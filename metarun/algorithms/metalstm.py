@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.algorithms.inner import Params, flatten, under, unflatten
 from metarun.backbones.layers import BatchNorm, Pass
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -82,8 +82,7 @@ class MetaLSTM(Algorithm):
         super().__init__(**common)
         if inner_steps < 0:
             raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-        if hidden_size < 1:
-            raise ValueError(f"algo.hidden_size={hidden_size}: expected 1 or more")
+        positive("hidden_size", hidden_size)
         for name, span in (("forget_bias", forget_bias), ("rate_bias", rate_bias)):
             if len(span) != 2 or not -math.inf < span[0] <= span[1] < math.inf:
                 raise ValueError(f"algo.{name}={list(span)}: expected [low, high]")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import positive
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
 from metarun.backbones.layers import BatchNorm, Pass
@@ -52,8 +53,7 @@ class RelationNet(EpisodicLearner):
         self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any
     ) -> None:
         super().__init__(**common)
-        if hidden < 1:
-            raise ValueError(f"algo.hidden={hidden}: expected 1 or more")
+        positive("hidden", hidden)
         if padding not in (0, 1):
             raise ValueError(f"algo.padding={padding}: expected 0 or 1")
         if clip_norm is not None and not clip_norm > 0:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metarun import seeding
 from metarun.algorithms.adapting import AdaptingLearner
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import forward, positive, task_metric
 from metarun.algorithms.inner import AdamState, Params, adam_start, adam_step, gradient
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
@@ -63,8 +63,7 @@ class Reptile(AdaptingLearner):
         super().__init__(**common)
         if not 0.0 < inner_lr < float("inf"):
             raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
-        if inner_steps < 1:
-            raise ValueError(f"algo.inner_steps={inner_steps}: expected 1 or more")
+        positive("inner_steps", inner_steps)
         for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):
             if size is not None and size < 1:
                 raise ValueError(f"algo.{name}={size}: expected 1 or more, or null for all rows")

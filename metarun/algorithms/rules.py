@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metarun import seeding
+from metarun.algorithms.base import positive
 from metarun.algorithms.inner import (
     AdamState,
     Params,
@@ -297,13 +298,3 @@ def draw_key(state: State, step: Step, update: int, device: torch.device) -> Ten
 def expanded(mask: Tensor, like: Tensor) -> Tensor:
     """A mask (M,) of the rows of a tensor (M, …), to broadcast against it."""
     return mask.reshape(len(mask), *(1,) * (like.dim() - 1))
-
-
-def positive(name: str, value: int) -> None:
-    """Refuse a number of an algorithm's below one.
-
-    Raises:
-        ValueError: It is.
-    """
-    if value < 1:
-        raise ValueError(f"algo.{name}={value}: expected 1 or more")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import positive
 from metarun.algorithms.sequential import Reader, SequenceLearner
 
 
@@ -39,8 +40,7 @@ class SNAIL(SequenceLearner):
 
     def __init__(self, *, filters: int = 128, length: int | None = None, **common: Any) -> None:
         super().__init__(**common)
-        if filters < 1:
-            raise ValueError(f"algo.filters={filters}: expected 1 or more")
+        positive("filters", filters)
         if length is None:
             if self.spec.train_shot is None:
                 raise ValueError("the data do not say how long a sequence is: use algo.length=26")
@@ -73,15 +73,14 @@ class _Reader(Reader):
         super().__init__()
         self.layers = nn.ModuleList()
         channels = inputs + ways
-        for keys, values in ((64, 32), (256, 128), (512, 256)):
+        for keys, values in ((64, 32), (256, 128)):
             self.layers.append(Attention(channels, keys, values))
             channels += values
-            if keys == 512:
-                break
             for level in range(1, depth + 1):
                 self.layers.append(DenseBlock(channels, filters, 2**level))
                 channels += filters
-        self.answer = nn.Linear(channels, ways)
+        self.layers.append(Attention(channels, 512, 256))
+        self.answer = nn.Linear(channels + 256, ways)
 
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         told = torch.cat([rows, labels], 1)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward
+from metarun.algorithms.base import forward, positive
 from metarun.algorithms.inner import Params, flatten, unflatten
 from metarun.algorithms.online import OnlineLearner, candidates
-from metarun.algorithms.rules import State, Step, expanded, positive
+from metarun.algorithms.rules import State, Step, expanded
 from metarun.backbones.layers import Pass
 
 _SMALL = 0.05
