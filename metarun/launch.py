@@ -178,6 +178,8 @@ def draw_figures(folder: Path) -> None:
         from metarun.report.streams import draw
     elif "presentations" in results:
         from metarun.report.presentations import draw
+    elif (folder / "samples.npz").exists():
+        from metarun.report.samples import draw
     else:
         return
     try:

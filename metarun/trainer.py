@@ -49,6 +49,10 @@ __all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test
 
 _log = logging.getLogger(__name__)
 
+_SAMPLED_TASKS = 8
+_SAMPLES = 10
+"""Made for each of them."""
+
 
 def train(
     algorithm: Algorithm,
@@ -135,6 +139,7 @@ def test(
         }
         results = finite(results)
         _write_test(folder, source.spec, measured, figures)
+        _write_samples(folder, algorithm, source)
         RunFolder(folder).write_json("results.json", results)
         _log.info("%s", summary(results, str(folder)))
         return results
@@ -627,6 +632,7 @@ class _Loop:
         }
         results = finite(results)
         _write_test(self.run.path, self.source.spec, measured, figures)
+        _write_samples(self.run.path, self.algorithm, self.source)
         self.run.write_json("results.json", results)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
@@ -779,9 +785,24 @@ def _write_test(
         arrays["embeddings"] = measured.embeddings
     if measured.presentations is not None:
         arrays["presentations"] = measured.presentations
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(folder / "episodes.npz", buffer.getbuffer())
+    _write_arrays(folder / "episodes.npz", arrays)
     if measured.lived is not None and spec.streams is not None:
         table = continual.curves(measured.lived, spec.streams["test"])
         write_atomically(folder / "stream.csv", table.encode())
+
+
+def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
+    """Write what an algorithm that makes rows makes for the first test tasks, and their support."""
+    if source.spec.streams is not None:
+        return
+    support = source.batch("test", 0, _SAMPLED_TASKS).support_x
+    made = algorithm.generated(support, _SAMPLES)
+    if made is not None:
+        arrays = {"support": support.cpu().numpy(), "made": made.cpu().numpy()}
+        _write_arrays(folder / "samples.npz", arrays)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getbuffer())

@@ -58,6 +58,29 @@ def test_a_learner_without_memory_has_none(
     assert not (run / "figures").exists()
 
 
+@pytest.mark.parametrize("algo", ["metagan_maml", "metagan_relation"])
+def test_what_is_made_for_a_task_is_written_and_drawn(
+    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [f"algo={algo}", "algo.filters=2", "train.query=1", *TINY]
+    assert main(words) == 0
+    run = next(tmp_path.rglob("results.json")).parent
+    with np.load(run / "samples.npz") as arrays:
+        assert arrays["support"].shape == (8, 18, 1, 28, 28)
+        assert arrays["made"].shape == (8, 10, 1, 28, 28)
+        assert arrays["support"].min() <= arrays["made"].min()
+        assert arrays["made"].max() <= arrays["support"].max()
+    assert (run / "figures" / "samples.svg").exists()
+    with Image.open(run / "figures" / "samples.png") as picture:
+        assert picture.size[0] > picture.size[1]
+    assert main([f"test={run}", "eval.episodes=3"]) == 0
+    assert (next((run / "tests").rglob("samples.npz")).parent / "figures" / "samples.png").exists()
+    assert main([*words, "algo.fakes=0", "hydra.run.dir=off"]) == 0
+    assert not (tmp_path / "off" / "samples.npz").exists()
+    assert not (tmp_path / "off" / "figures").exists()
+
+
 def test_how_sure_a_regression_is_is_written_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

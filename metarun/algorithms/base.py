@@ -154,6 +154,14 @@ class Algorithm(nn.Module, ABC):
         """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
         return None
 
+    def generated(
+        self,
+        support_x: Tensor,  # noqa: ARG002
+        count: int,  # noqa: ARG002
+    ) -> Tensor | None:
+        """Rows (T, count, *input_shape) made for T tasks; None if it makes none."""
+        return None
+
     @property
     def options(self) -> Sequence[Mapping[str, float]]:
         """Settings by name that meta-val is to choose among; none where there is no choice."""

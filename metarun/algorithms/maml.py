@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.inner import (
+    Loss,
     Params,
     check_inner_loop,
     dict_key,
@@ -24,6 +25,7 @@ from metarun.algorithms.inner import (
     sgd_path,
     under,
 )
+from metarun.algorithms.metagan import Answer, MetaGAN, taken_for_made, taken_for_real
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
@@ -90,23 +92,13 @@ class MAML(AdaptingLearner):
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
-
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
             theta, rates = self._split(params)
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise))
-            adapted = sgd_adapt(
-                loss,
-                {name: theta[name] for name in self.adapted},
-                lr=rates,
-                steps=self.inner_steps,
-                first_order=first_order,
-                clip=self.inner_clip,
-            )
-            how = Pass(moments=moments, noise=noise)
-            outputs = forward(net, {**theta, **adapted}, query_x, how)
+            weights = self._adapted(loss, theta, rates, progress)
+            outputs = forward(net, weights, query_x, Pass(moments=moments, noise=noise))
             query_loss = self.loss(outputs, query_y)
             return query_loss, (query_loss, outputs, moments)
 
@@ -120,6 +112,20 @@ class MAML(AdaptingLearner):
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
+    def _adapted(
+        self, loss: Loss, theta: Params, rates: float | Params, progress: Progress
+    ) -> Params:
+        """All parameters after the inner steps of training."""
+        adapted = sgd_adapt(
+            loss,
+            {name: theta[name] for name in self.adapted},
+            lr=rates,
+            steps=self.inner_steps,
+            first_order=self.second_order_from is None or progress.step < self.second_order_from,
+            clip=self.inner_clip,
+        )
+        return {**theta, **adapted}
+
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """All parameters before and after each inner step at evaluation."""
         loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
@@ -128,7 +134,7 @@ class MAML(AdaptingLearner):
         path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
         return [theta, *({**theta, **adapted} for adapted in path)]
 
-    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Any:
+    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Loss:
         def loss(adapted: Params) -> Tensor:
             return self.loss(forward(net, {**theta, **adapted}, x, how), y)
 
@@ -144,6 +150,64 @@ class MAML(AdaptingLearner):
         return (
             {name: learned[dict_key(name)] for name in self.adapted} if learned else self.inner_lr
         )
+
+
+class MetaGANMAML(MetaGAN, MAML):
+    """MAML with an adversary (Zhang et al. 2018, section 3.2).
+
+    The inner loss is that of the outer loop: a task's support is told from rows made for it.
+    At evaluation those are made from the same latent numbers for every task.
+
+    Args:
+        inner_fakes: Rows made for the support; 0 leaves MAML's inner loss as it is.
+        **common: Those of `MetaGAN` and of `MAML`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no images.
+    """
+
+    def __init__(self, *, inner_fakes: int = 5, **common: Any) -> None:
+        super().__init__(**common)
+        if inner_fakes < 0:
+            raise ValueError(f"algo.inner_fakes={inner_fakes}: expected 0 or more")
+        if self.generator is not None:
+            self.inner_fakes = inner_fakes
+
+    def solved(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        made: Tensor,
+        noise: Tensor,
+        progress: Progress,
+    ) -> Answer:
+        theta, rates = self._split(params)
+        loss = self._judged(net, theta, support_x, support_y, made, Pass(noise=noise))
+        weights = self._adapted(loss, theta, rates, progress)
+        return lambda x, how: forward(net, weights, x, how)
+
+    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Loss:
+        if not self.inner_fakes:
+            return super()._support_loss(net, theta, x, y, how)
+        return self._judged(net, theta, x, y, self.made_at_evaluation(x), how)
+
+    def _judged(
+        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, made: Tensor, how: Pass
+    ) -> Loss:
+        """Inner loss over real and made rows."""
+        if not self.inner_fakes:
+            return super()._support_loss(net, theta, x, y, how)
+
+        def loss(adapted: Params) -> Tensor:
+            weights = {**theta, **adapted}
+            outputs = forward(net, weights, x, how)
+            of_made = forward(net, weights, made, how)
+            told = taken_for_real(outputs) + taken_for_made(of_made)
+            return self.class_loss(outputs, y) + self.weight * told
+
+        return loss
 
 
 def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
 from metarun.algorithms.episodic import EpisodicLearner
-from metarun.algorithms.inner import Params
+from metarun.algorithms.inner import Params, above, under
+from metarun.algorithms.metagan import Answer, MetaGAN
 from metarun.backbones.layers import BatchNorm, Pass
+from metarun.types import Progress
 
 
 class RelationNet(EpisodicLearner):
@@ -95,6 +97,33 @@ class RelationNet(EpisodicLearner):
             for module in ("embedding", "relation")
         }
         return {name: grad * factors[name.partition(".")[0]] for name, grad in grads.items()}
+
+
+class MetaGANRelation(MetaGAN, RelationNet):
+    """Relation networks with an adversary (Zhang et al. 2018, section 3.2).
+
+    The scores before their sigmoid are the logits of the classes. The paper judges these by
+    their softmax; `classes=own` leaves the squared error of the scores in its place.
+
+    Args:
+        **common: Those of `MetaGAN` and of `RelationNet`.
+    """
+
+    def solved(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        made: Tensor,  # noqa: ARG002
+        noise: Tensor,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+    ) -> Answer:
+        theta, ways = under("net.", params), self.spec.train_way
+        return lambda x, how: self.answers(net, theta, support_x, support_y, x, ways, how)
+
+    def limited(self, grads: Params) -> Params:
+        return above("net.", self.clipped(under("net.", grads)))
 
 
 class _Relation(nn.Module):

@@ -195,6 +195,8 @@ FAST: dict[str, list[str]] = {
     "mann": ["optim.lr=0.01", "algo.controller=64"],
     "matching": ["train.way=5"],
     "matching_fce": ["train.way=5"],
+    "metagan_maml": ["algo.inner_lr=0.4"],
+    "metagan_relation": ["train.way=5", "optim.lr=0.01"],
     "metalstm": ["algo.inner_steps=5", "optim.lr=0.01"],
     "metasgd": ["algo.inner_lr=0.05"],
     "multitask": ["algo.fit_steps=10", "algo.fit_lr=0.03", "algo.inner_lr=0.3"],
@@ -212,7 +214,8 @@ STEPS = {"mann": 600, "snail": 300}
 def test_a_short_training_beats_chance(algo: str) -> None:
     words = ["engine=auto", "precision=float32", "backbone.filters=16", *FAST.get(algo, [])]
     words += ["algo.inner_lr=0.4"] if algo in ("maml", "fomaml", "anil") else []
-    words += [f"data.image_size={28 if algo in ('metalstm', 'relation') else 20}"]
+    large = algo in ("metalstm", "relation", "metagan_relation")
+    words += [f"data.image_size={28 if large else 20}"]
     made = build(algo, "omniglot_small", *words)
     steps = STEPS.get(algo, 60)
     for step in range(steps):
