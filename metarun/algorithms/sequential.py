@@ -16,7 +16,7 @@ from metarun.algorithms.engine import Engine
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
 from metarun.backbones.layers import Pass
-from metarun.types import Prediction
+from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Judged = Literal["sequence", "query"]
 
@@ -46,6 +46,10 @@ class SequenceLearner(EpisodicLearner):
     Args:
         judged: Answers that the loss is of: those along the whole `sequence`, queries included,
             or those to the `query` rows.
+        curriculum: [rows, from, until]: training sequences are cut to so many rows up to update
+            `from`, then to ever more of them, and are whole from update `until` on; null cuts
+            none. What binds a drawing to its label is learned sooner from short sequences;
+            Santoro et al. (2016, section 4.3) let the number of classes grow.
         **common: Those of `Algorithm`.
 
     Raises:
@@ -55,11 +59,40 @@ class SequenceLearner(EpisodicLearner):
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     order_free: bool = False
 
-    def __init__(self, *, judged: Judged = "sequence", **common: Any) -> None:
+    def __init__(
+        self,
+        *,
+        judged: Judged = "sequence",
+        curriculum: tuple[int, int, int] | None = None,
+        **common: Any,
+    ) -> None:
         super().__init__(**common)
         if judged not in ("sequence", "query"):
             raise ValueError(f"algo.judged={judged}: expected sequence or query")
+        if curriculum is not None:
+            rows, first, last = curriculum
+            if rows < 1 or not 0 <= first <= last:
+                raise ValueError(
+                    f"algo.curriculum={list(curriculum)}: expected [rows, from, until], 1 or more "
+                    "rows and updates in their order"
+                )
         self.loss_of: Judged = judged
+        self.curriculum = curriculum
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        rows = self.rows_at(progress.step, batch.support_x.shape[1])
+        cut = replace(
+            batch, support_x=batch.support_x[:, :rows], support_y=batch.support_y[:, :rows]
+        )
+        return super().update(cut, progress)
+
+    def rows_at(self, step: int, whole: int) -> int:
+        """Rows of a training sequence of `whole` rows at an update."""
+        if self.curriculum is None or step >= self.curriculum[2]:
+            return whole
+        rows, first, last = self.curriculum
+        share = max(0.0, step - first) / max(1, last - first)
+        return min(whole, rows + int(share * (whole - rows)))
 
     def settled_engine(self) -> Engine:
         """`auto` is vmap: weights are those of all tasks, so that a batch of rows is one batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,6 +111,26 @@ def test_the_loss_is_of_the_answers_that_are_judged() -> None:
             torch.testing.assert_close(torch.stack(outputs).detach(), expected)
             assert torch.equal(torch.stack(targets)[:, -6:], batch.query_y)
         assert losses == {"sequence": [18, 18], "query": [6, 6]}
+
+
+@pytest.mark.parametrize("words", [["algo=mann", *MEMORY], ["algo=snail", "algo.filters=5"]])
+def test_a_curriculum_learns_from_the_first_rows_and_later_from_all(words: list[str]) -> None:
+    grown, plain = (
+        build(*words, "optim.method=sgd", *more)
+        for more in (["algo.curriculum=[5,2,6]"], ["algo.curriculum=null"])
+    )
+    lengths = [grown.algorithm.rows_at(step, 12) for step in range(8)]
+    assert lengths == [5, 5, 5, 6, 8, 10, 12, 12]
+    plain.algorithm.load_state_dict(grown.algorithm.state_dict())
+    for step in range(8):
+        batch, rows = grown.source.batch("train", 2 * step, 2), lengths[step]
+        cut = replace(
+            batch, support_x=batch.support_x[:, :rows], support_y=batch.support_y[:, :rows]
+        )
+        grown.algorithm.update(batch, Progress(step, 8))
+        plain.algorithm.update(cut, Progress(step, 8))
+    one, other = (dict(a.algorithm.named_parameters()) for a in (grown, plain))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_learning_from_queries_alone_needs_some() -> None:
@@ -275,6 +296,9 @@ def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late() -> None:
         (["algo=mann", "algo.heads=0"], "algo.heads=0: expected 1 or more"),
         (["algo=mann", "algo.locations=3"], "algo.heads=4 are more than algo.locations=3"),
         (["algo=mann", "algo.usage_decay=2"], "algo.usage_decay=2.0: expected 0 to 1"),
+        (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
+        (["algo=snail", "algo.curriculum=[5,3,2]"], "1 or more rows and updates in their order"),
+        (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
         (["algo=snail", "algo.filters=0"], "algo.filters=0: expected 1 or more"),
         (["algo=snail", "algo.length=1"], "algo.length=1: expected 2 or more"),
         (["algo=snail", "algo.judged=rows"], "algo.judged=rows: expected sequence or query"),
