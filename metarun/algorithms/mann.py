@@ -7,6 +7,7 @@ hidden units, R heads, L locations, D cells of a location.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -49,6 +50,9 @@ class MANN(SequenceLearner):
         usage_decay: gamma of eq. 5.
         gate: alpha of eq. 7.
         written: What is added to a location.
+        label_scale: Told labels enter as one-hot vectors times this: 1 in the paper. A
+            backbone's features outweigh a single 1 among them.
+        forget_bias: Of the controller at the start; see `LSTMCell`.
         **common: Those of `SequenceLearner` and `Algorithm`.
 
     Raises:
@@ -66,6 +70,8 @@ class MANN(SequenceLearner):
         usage_decay: float = 0.99,
         gate: Literal["learned", "emitted"] = "learned",
         written: Literal["keys", "vectors"] = "keys",
+        label_scale: float = 1.0,
+        forget_bias: float = 0.0,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -87,6 +93,8 @@ class MANN(SequenceLearner):
             raise ValueError(f"algo.heads={heads} are more than algo.locations={locations}")
         if not 0.0 <= usage_decay <= 1.0:
             raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
+        if not (label_scale > 0.0 and math.isfinite(label_scale)):
+            raise ValueError(f"algo.label_scale={label_scale}: expected a positive number")
         features = self.build_network(None)
         memory: _Memory | None = None
         if access == "lrua":
@@ -96,7 +104,8 @@ class MANN(SequenceLearner):
         elif access == "ntm":
             memory = TuringMachine(controller, locations, cells, heads)
         size: int = features.feature_dim  # type: ignore[assignment]
-        reader = _Controller(size, self.spec.output_dim, controller, memory)
+        lstm = LSTMCell(size + self.spec.output_dim + reads(memory), controller, forget_bias)
+        reader = _Controller(lstm, self.spec.output_dim, memory, label_scale)
         self.net = self.with_reader(features, reader)
         self.optimizer = self.build_optimizer()
 
@@ -115,20 +124,27 @@ class _Memory(nn.Module):
         raise NotImplementedError
 
 
+def reads(memory: _Memory | None) -> int:
+    """Numbers that a controller gets from its memory at each step."""
+    return 0 if memory is None else memory.read_dim
+
+
 class _Controller(Reader):
     """An LSTM along the rows, with a memory or without."""
 
-    def __init__(self, inputs: int, ways: int, hidden: int, memory: _Memory | None) -> None:
+    def __init__(
+        self, lstm: LSTMCell, ways: int, memory: _Memory | None, label_scale: float
+    ) -> None:
         super().__init__()
-        read = 0 if memory is None else memory.read_dim
-        self.hidden = hidden
-        self.lstm = LSTMCell(inputs + ways + read, hidden)
+        self.hidden = lstm.weight_hh.shape[1]
+        self.lstm = lstm
         self.memory = memory
-        self.answer = nn.Linear(hidden + read, ways)
+        self.label_scale = label_scale
+        self.answer = nn.Linear(self.hidden + reads(memory), ways)
 
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         # A label arrives with the row after its own; nothing comes with the first.
-        late = torch.cat([torch.zeros_like(labels[:1]), labels])
+        late = self.label_scale * torch.cat([torch.zeros_like(labels[:1]), labels])
         empty = rows.new_zeros(1, self.hidden)
         state = {"hidden": empty, "cell": empty}
         if self.memory is not None:

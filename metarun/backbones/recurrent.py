@@ -15,15 +15,19 @@ class LSTMCell(nn.Module):
     Args:
         inputs: Features of an input.
         hidden: H, hidden units.
+        forget_bias: Added to the bias of the forget gate at the start: with 1 a cell keeps at
+            first what it has (Jozefowicz et al. 2015), with 0 half of it.
     """
 
-    def __init__(self, inputs: int, hidden: int) -> None:
+    def __init__(self, inputs: int, hidden: int, forget_bias: float = 0.0) -> None:
         super().__init__()
         bound = hidden**-0.5
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden, inputs).uniform_(-bound, bound))
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden, hidden).uniform_(-bound, bound))
         self.bias_ih = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
         self.bias_hh = nn.Parameter(torch.empty(4 * hidden).uniform_(-bound, bound))
+        with torch.no_grad():
+            self.bias_ih[hidden : 2 * hidden] += forget_bias
 
     def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """The next (N, H) output and cell from (N, inputs), (N, H) and (N, H)."""

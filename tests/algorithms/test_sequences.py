@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from metarun import config
 from metarun.algorithms.mann import MANN, LeastRecentlyUsed, TuringMachine
 from metarun.algorithms.snail import SNAIL
+from metarun.backbones.recurrent import LSTMCell
 from metarun.evaluate import by_presentation, evaluate
 from metarun.request import composer
 from metarun.types import Progress
@@ -269,8 +270,10 @@ def test_access_of_a_turing_machine_is_its_equations_step_by_step() -> None:
         np.testing.assert_allclose(state["read"][0].detach().numpy(), read, atol=1e-10)
 
 
-def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late() -> None:
-    made = build("algo=mann", "algo.access=none", "algo.controller=6")
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late(scale: float) -> None:
+    words = ["algo.access=none", "algo.controller=6", f"algo.label_scale={scale}"]
+    made = build("algo=mann", *words)
     algorithm = made.algorithm.eval()
     assert isinstance(algorithm, MANN)
     batch = made.source.batch("test", 0, 1)
@@ -280,13 +283,23 @@ def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late() -> None:
         getattr(lstm, f"{name}_l0").data.copy_(getattr(reader.lstm, name).data)
     rows = torch.cat([batch.support_x[0], batch.query_x[0, :1]])
     features = algorithm.net.features(rows, algorithm.answering(len(rows)))  # type: ignore[operator]
-    labels = nn.functional.one_hot(batch.support_y[0], 3).double()
+    labels = scale * nn.functional.one_hot(batch.support_y[0], 3).double()
     late = torch.cat([torch.zeros(1, 3, dtype=torch.float64), labels])
     outputs = reader.answer(lstm(torch.cat([features, late], 1))[0]).detach()
     answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
     assert answer.sequence is not None
     torch.testing.assert_close(answer.sequence[0], outputs[:-1])
     torch.testing.assert_close(answer.outputs[0, 0], outputs[-1])
+
+
+def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
+    torch.manual_seed(3)
+    plain = LSTMCell(4, 5)
+    torch.manual_seed(3)
+    biased = LSTMCell(4, 5, forget_bias=1.0)
+    more = torch.tensor([0.0] * 5 + [1.0] * 5 + [0.0] * 10)
+    assert torch.equal(biased.bias_ih, plain.bias_ih + more)
+    assert torch.equal(biased.bias_hh, plain.bias_hh)
 
 
 @pytest.mark.parametrize(
@@ -299,6 +312,7 @@ def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late() -> None:
         (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
         (["algo=snail", "algo.curriculum=[5,3,2]"], "1 or more rows and updates in their order"),
         (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
+        (["algo=mann", "algo.label_scale=0"], "algo.label_scale=0.0: expected a positive number"),
         (["algo=snail", "algo.filters=0"], "algo.filters=0: expected 1 or more"),
         (["algo=snail", "algo.length=1"], "algo.length=1: expected 2 or more"),
         (["algo=snail", "algo.judged=rows"], "algo.judged=rows: expected sequence or query"),
