@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from metarun import seeding
 from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
 
-_SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD = range(5)
+_SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD, _SLOT_FAMILY = range(6)
 _JITTER = 1e-10
 
 
@@ -78,8 +80,8 @@ class FunctionEpisodes(ABC):
         return f"{seeding.key(type(self).__name__, *map(repr, parts)) & (2**64 - 1):016x}"
 
     @abstractmethod
-    def _facts(self) -> tuple[float, ...]:
-        """The numbers that define the family."""
+    def _facts(self) -> tuple[float | str, ...]:
+        """What defines the family."""
 
     @abstractmethod
     def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
@@ -269,6 +271,116 @@ class GaussianProcess(FunctionEpisodes):
         white = seeding.normal(keys, _SLOT_THIRD, x.shape[1:], dtype=torch.float64)
         root: Tensor = torch.linalg.cholesky(covariance)
         return scale * (root @ white)
+
+
+Numbers = tuple[Tensor, Tensor, Tensor]
+
+
+def _wave(keys: Tensor) -> Numbers:
+    amplitude = draw_in(keys, _SLOT_FIRST, (0.1, 5.0))
+    frequency = draw_in(keys, _SLOT_SECOND, (0.5, 2.0))
+    return amplitude, frequency, draw_in(keys, _SLOT_THIRD, (0.0, 2.0 * math.pi))
+
+
+def _three(keys: Tensor) -> Numbers:
+    one, other, third = (
+        draw_in(keys, slot, (-3.0, 3.0)) for slot in (_SLOT_FIRST, _SLOT_SECOND, _SLOT_THIRD)
+    )
+    return one, other, third
+
+
+def _parabola(keys: Tensor) -> Numbers:
+    curvature, offset, centre = _three(keys)
+    steepness = 0.02 + 0.13 * curvature.abs() / 3.0
+    return steepness.copysign(curvature), offset, centre
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """How the three numbers of a function are drawn, and its values at x."""
+
+    draw: Callable[[Tensor], Numbers]
+    values: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+_FAMILIES = {
+    "sinusoid": _Family(_wave, lambda a, omega, phi, x: a * torch.sin(omega * x + phi)),
+    "line": _Family(_three, lambda a, b, _, x: a * x + b),
+    "quadratic": _Family(_parabola, lambda a, b, c, x: a * (x - c).square() + b),
+    "sawtooth": _Family(
+        _wave,
+        lambda a, omega, phi, x: a * (2.0 * ((omega * x + phi) / (2.0 * math.pi) % 1.0) - 1.0),
+    ),
+    "tanh": _Family(_three, lambda a, b, c, x: a * torch.tanh(x - c) + b),
+}
+
+
+class Multimodal(Formulas):
+    """Each task is a function of one of several families.
+
+    The regression of mixtures of initialisations (Vuorio et al. 2019, section 5.1; Jerfel et
+    al. 2019, section 5.1), with Vuorio's ranges: `sinusoid` A sin(omega x + phi), `line`
+    a x + b, `quadratic` a (x - c)^2 + b with |a| in [0.02, 0.15], and `tanh` a tanh(x - c) + b;
+    `sawtooth` A (2 t - 1), t the fraction of (omega x + phi) / (2 pi), has the sinusoid's ranges.
+
+    The family of a task, its number among `families`, is in `TaskBatch.class_ids` (T, 1): it is
+    what a mixture is to find, and no learner is shown it.
+
+    Args:
+        families: Which there are, each as likely.
+        x: Range of the inputs.
+        noise: Standard deviation of the noise on y.
+        **common: Those of `FunctionEpisodes`.
+
+    Raises:
+        ValueError: A family is unknown, or named twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        families: Sequence[str] = ("sinusoid", "line", "quadratic", "sawtooth", "tanh"),
+        x: Sequence[float] = (-5.0, 5.0),
+        noise: float = 0.3,
+        **common: Any,
+    ) -> None:
+        super().__init__(x=x, noise=noise, **common)
+        for family in families:
+            if family not in _FAMILIES:
+                raise ValueError(
+                    f"data.families: there is no {family}, expected some of {', '.join(_FAMILIES)}"
+                )
+        if not families or len(set(families)) < len(families):
+            raise ValueError("data.families: expected one or more, each once")
+        self.families = tuple(families)
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        tasks = super().batch(split, index, num_tasks)
+        family = self.parameters(split, index, num_tasks)[0]
+        return replace(tasks, class_ids=family.long()[:, None])
+
+    def _facts(self) -> tuple[float | str, ...]:
+        return self.families
+
+    def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """The number of the family, and the three numbers that it takes."""
+        family = seeding.integers(keys, _SLOT_FAMILY, len(self.families))
+        numbers = [torch.zeros_like(family, dtype=torch.float64)] * 3
+        for number, name in enumerate(self.families):
+            drawn = _FAMILIES[name].draw(keys)
+            numbers = [
+                torch.where(family == number, own, others)
+                for own, others in zip(drawn, numbers, strict=True)
+            ]
+        return family.double(), *numbers
+
+    def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
+        family, *numbers = parameters
+        values = torch.zeros_like(x)
+        for number, name in enumerate(self.families):
+            own = _FAMILIES[name].values(numbers[0], numbers[1], numbers[2], x)
+            values = torch.where(family == number, own, values)
+        return values
 
 
 def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
