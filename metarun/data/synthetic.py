@@ -22,7 +22,20 @@ _JITTER = 1e-10
 
 
 class FunctionEpisodes(ABC):
-    """Regression tasks y = f(x) + noise, one function for each task."""
+    """Regression tasks y = f(x) + noise, one function for each task.
+
+    Args:
+        x: Range of the inputs.
+        noise: Standard deviation of the noise on y.
+        sizes: Rows of a task of each split.
+        seed, eval_seed: Of training tasks, and of the others.
+        device: Where tasks are made.
+        dtype: Precision of their rows.
+        val_way: None or 1: a regression has one way.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
 
     def __init__(
         self,
@@ -33,8 +46,8 @@ class FunctionEpisodes(ABC):
         seed: int,
         eval_seed: int,
         device: torch.device,
-        dtype: torch.dtype,
-        val_way: int | None,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
     ) -> None:
         self._x = check_range("x", x)
         if not (noise >= 0.0 and math.isfinite(noise)):
@@ -80,8 +93,8 @@ class FunctionEpisodes(ABC):
         return f"{seeding.key(type(self).__name__, *map(repr, parts)) & (2**64 - 1):016x}"
 
     @abstractmethod
-    def _facts(self) -> tuple[float | str, ...]:
-        """What defines the family."""
+    def _facts(self) -> tuple[float, ...]:
+        """The numbers that define the family."""
 
     @abstractmethod
     def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
@@ -112,6 +125,7 @@ class Sinusoid(Formulas):
         phase: Range of phi.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
+        **common: Those of `FunctionEpisodes`.
     """
 
     def __init__(
@@ -122,23 +136,9 @@ class Sinusoid(Formulas):
         phase: Sequence[float] = (0.0, math.pi),
         x: Sequence[float] = (-5.0, 5.0),
         noise: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            x=x,
-            noise=noise,
-            sizes=sizes,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
-            val_way=val_way,
-        )
+        super().__init__(x=x, noise=noise, **common)
         self._amplitude = check_range("amplitude", amplitude)
         self._frequency = check_range("frequency", frequency)
         self._phase = check_range("phase", phase)
@@ -168,6 +168,7 @@ class Linear(Formulas):
         b: Range of the offset.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
+        **common: Those of `FunctionEpisodes`.
     """
 
     def __init__(
@@ -177,23 +178,9 @@ class Linear(Formulas):
         b: Sequence[float] = (0.0, 1.0),
         x: Sequence[float] = (0.0, 1.0),
         noise: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            x=x,
-            noise=noise,
-            sizes=sizes,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
-            val_way=val_way,
-        )
+        super().__init__(x=x, noise=noise, **common)
         self._a = check_range("a", a)
         self._b = check_range("b", b)
 
@@ -219,6 +206,7 @@ class GaussianProcess(FunctionEpisodes):
         scale: Range of s.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
+        **common: Those of `FunctionEpisodes`.
 
     Raises:
         ValueError: A range is none, or not above zero.
@@ -231,23 +219,9 @@ class GaussianProcess(FunctionEpisodes):
         scale: Sequence[float] = (1.0, 1.0),
         x: Sequence[float] = (-2.0, 2.0),
         noise: float = 0.02,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
+        **common: Any,
     ) -> None:
-        super().__init__(
-            x=x,
-            noise=noise,
-            sizes=sizes,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
-            val_way=val_way,
-        )
+        super().__init__(x=x, noise=noise, **common)
         self._lengthscale = check_range("lengthscale", lengthscale)
         self._scale = check_range("scale", scale)
         for name, (low, high) in (("lengthscale", self._lengthscale), ("scale", self._scale)):
@@ -359,8 +333,8 @@ class Multimodal(Formulas):
         family = self.parameters(split, index, num_tasks)[0]
         return replace(tasks, class_ids=family.long()[:, None])
 
-    def _facts(self) -> tuple[float | str, ...]:
-        return self.families
+    def _facts(self) -> tuple[float, ...]:
+        return tuple(list(_FAMILIES).index(family) for family in self.families)
 
     def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
         """The number of the family, and the three numbers that it takes."""

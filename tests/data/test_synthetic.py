@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from metarun.data.synthetic import FunctionEpisodes, GaussianProcess, Linear, Sinusoid
+from metarun.data.synthetic import FunctionEpisodes, GaussianProcess, Linear, Multimodal, Sinusoid
 from metarun.types import SPLITS, EpisodeSize, Split
 from tests.data.sources import assert_same, injected
 
@@ -29,6 +29,10 @@ def linear(**options: Any) -> Linear:
 
 def process(**options: Any) -> GaussianProcess:
     return GaussianProcess(**injected(sizes=SIZES), **options)
+
+
+def multimodal(**options: Any) -> Multimodal:
+    return Multimodal(**injected(sizes=SIZES), **options)
 
 
 def test_a_sinusoid_is_its_amplitude_times_a_shifted_sine() -> None:
@@ -100,7 +104,68 @@ def test_a_process_needs_a_lengthscale_and_a_scale(bounds: tuple[float, float]) 
         process(scale=bounds)
 
 
-@pytest.mark.parametrize("source", [sinusoid(), linear(), sinusoid(noise=0.3), process()])
+def by_hand(family: str, a: float, b: float, c: float, x: float) -> float:
+    if family == "sinusoid":
+        return a * math.sin(b * x + c)
+    if family == "sawtooth":
+        turns = (b * x + c) / (2 * math.pi)
+        return a * (2 * (turns - math.floor(turns)) - 1)
+    if family == "quadratic":
+        return a * (x - c) ** 2 + b
+    return a * math.tanh(x - c) + b if family == "tanh" else a * x + b
+
+
+def test_each_multimodal_task_is_a_function_of_its_family() -> None:
+    source = multimodal(noise=0.0)
+    batch, parameters = source.batch("train", 3, 60), source.parameters("train", 3, 60)
+    assert batch.class_ids is not None
+    assert batch.class_ids.shape == (60, 1)
+    seen = set()
+    for task, (number, *numbers) in enumerate(torch.stack(parameters, 1).tolist()):
+        family = source.families[int(number)]
+        assert batch.class_ids[task, 0] == number
+        seen.add(family)
+        for x, y in zip(batch.query_x[task], batch.query_y[task], strict=True):
+            assert float(y) == pytest.approx(by_hand(family, *numbers, float(x)), abs=1e-4)
+    assert seen == set(source.families)
+
+
+def test_families_are_as_likely_and_fill_their_ranges() -> None:
+    family, *numbers = multimodal().parameters("train", 0, 10_000)
+    counts = np.bincount(family.int().numpy())
+    assert stats.chisquare(counts).pvalue > 0.01
+    pi = math.pi
+    expected = {
+        "sinusoid": [(0.1, 5.0), (0.5, 2.0), (0.0, 2 * pi)],
+        "line": [(-3.0, 3.0), (-3.0, 3.0)],
+        "quadratic": [(-0.15, 0.15), (-3.0, 3.0), (-3.0, 3.0)],
+        "sawtooth": [(0.1, 5.0), (0.5, 2.0), (0.0, 2 * pi)],
+        "tanh": [(-3.0, 3.0)] * 3,
+    }
+    for number, ranges in enumerate(expected.values()):
+        own = [values[family == number] for values in numbers]
+        for values, (low, high) in zip(own, ranges, strict=False):
+            assert low <= values.min() < low + 0.02 * (high - low)
+            assert high - 0.02 * (high - low) < values.max() <= high
+    assert numbers[0][family == 2].abs().min() >= 0.02
+
+
+def test_fewer_families_are_other_data_and_unknown_ones_are_refused() -> None:
+    some = multimodal(families=["line", "tanh"])
+    assert set(some.parameters("test", 0, 50)[0].tolist()) == {0.0, 1.0}
+    assert some.fingerprint() != multimodal().fingerprint()
+    with pytest.raises(
+        ValueError, match=r"data\.families: there is no cubic, expected some of sin"
+    ):
+        multimodal(families=["line", "cubic"])
+    with pytest.raises(ValueError, match=r"data\.families: expected one or more, each once"):
+        multimodal(families=["line", "line"])
+
+
+SOURCES = [sinusoid(), linear(), sinusoid(noise=0.3), process(), multimodal()]
+
+
+@pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_batch_is_the_stack_of_its_tasks(source: FunctionEpisodes, split: Split) -> None:
     batch = source.batch(split, 11, 9)
