@@ -1,0 +1,235 @@
+"""Mixtures of initialisations, fitted by expectation-maximisation over tasks (Jerfel et al. 2019).
+
+There is no official code. Shapes: T tasks, S support rows, Q query rows, D outputs, K components.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.inner import Params, check_inner_loop, sgd_adapt, sgd_path, under
+from metarun.backbones.layers import Pass, update_running
+from metarun.types import Metrics, Prediction, Progress, TaskBatch
+
+Assignment = Literal["soft", "hard"]
+Prior = Literal["uniform", "learned", "crp"]
+
+
+class Mixture(Algorithm):
+    """K initialisations, of which each task is learned from the one that fits it.
+
+    The E-step adapts every initialisation to a task's support by gradient steps and takes the
+    support loss L_k after them for minus a log-likelihood: with the sum over rows S L_k, the
+    responsibilities are softmax_k(log pi_k - S L_k / temperature) (Jerfel et al. 2019, section
+    3.2). `assign=hard` gives all to the greatest. The M-step is a step of the outer optimiser on
+    sum_k gamma_k L_k(query), in which the responsibilities are constants. With one component
+    it is MAML.
+
+    For a squared error a temperature of 2 sigma^2 makes the likelihood that of normals with a
+    deviation of sigma; for a cross-entropy it is 1.
+
+    `prior=uniform` has pi_k = 1 / K, `learned` the share of all tasks so far, and `crp` a
+    Chinese restaurant (section 3.3): there is one component at first, each later task is of
+    a component with the number of its tasks as weight, or of the next one with `concentration`;
+    that one joins when it is the likeliest of any task. The paper starts a new component from
+    the shared prior over all; here each has a start of its own, drawn as any network's.
+
+    The answer mixes those of the components by the responsibilities (their probabilities in a
+    classification); with `assign=hard` it is that of one.
+
+    Args:
+        components: K; the most there can be, with `prior=crp`.
+        inner_lr: Inner learning rate.
+        inner_steps: Inner steps in training.
+        second_order_from: Update from which inner gradients are differentiated; 0 always, None
+            never (first order).
+        assign: How tasks are given to components.
+        temperature: Of the responsibilities, in the unit of the loss.
+        prior: pi_k.
+        concentration: Of `prior=crp`.
+        memory: What remains at each update of the numbers of tasks that pi_k is made of.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    net: nn.ModuleList
+    counts: Tensor
+    grown: Tensor
+
+    def __init__(
+        self,
+        *,
+        components: int = 5,
+        inner_lr: float = 0.01,
+        inner_steps: int = 1,
+        second_order_from: int | None = 0,
+        assign: Assignment = "soft",
+        temperature: float = 1.0,
+        prior: Prior = "uniform",
+        concentration: float = 1.0,
+        memory: float = 1.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_inner_loop(inner_lr, inner_steps, second_order_from)
+        positive("components", components)
+        for name, value in (("temperature", temperature), ("concentration", concentration)):
+            if not (value > 0.0 and math.isfinite(value)):
+                raise ValueError(f"algo.{name}={value}: expected a positive number")
+        if not 0.0 <= memory <= 1.0:
+            raise ValueError(f"algo.memory={memory}: expected 0 to 1")
+        if assign not in ("soft", "hard"):
+            raise ValueError(f"algo.assign={assign}: expected soft or hard")
+        if prior not in ("uniform", "learned", "crp"):
+            raise ValueError(f"algo.prior={prior}: expected uniform, learned or crp")
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.second_order_from = second_order_from
+        self.assign: Assignment = assign
+        self.temperature = temperature
+        self.prior: Prior = prior
+        self.concentration = concentration
+        self.memory = memory
+        self.net = nn.ModuleList(
+            self.build_network(self.spec.output_dim) for _ in range(components)
+        )
+        self.register_buffer("counts", torch.zeros(components))
+        self.register_buffer("grown", torch.tensor(1 if prior == "crp" else components))
+        self.optimizer = self.build_optimizer()
+
+    @property
+    def log_prior(self) -> Tensor:
+        """(K,) log pi_k, of `crp` not normalised."""
+        if self.prior == "uniform":
+            return torch.zeros_like(self.counts)
+        if self.prior == "learned":
+            # One more of each: a component that has no task may yet get one.
+            return ((self.counts + 1.0) / (self.counts + 1.0).sum()).log()
+        number = torch.arange(len(self.counts), device=self.device)
+        weights = torch.where(number < self.grown, self.counts, 0.0)
+        # With none seated yet the first table is the new one.
+        weights = torch.where(
+            (number == self.grown) & (weights.sum() > 0), self.concentration, weights
+        )
+        weights = torch.where((number == 0) & (weights.sum() == 0), self.concentration, weights)
+        return weights.log()
+
+    def responsibilities(self, fits: Tensor, rows: int) -> Tensor:
+        """(…, K) of tasks with support losses (…, K), means over so many rows."""
+        scores = self.log_prior.to(fits) - rows * fits / self.temperature
+        if self.assign == "soft":
+            return scores.softmax(-1)
+        return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(fits)
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        first_order = self.second_order_from is None or progress.step < self.second_order_from
+
+        def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            support_x, support_y, query_x, query_y, noise = rows
+            fits, losses, answers, moments = [], [], [], []
+            for number, net in enumerate(nets):
+                seen: dict[str, tuple[Tensor, Tensor]] = {}
+                loss = self._support_loss(net, support_x, support_y, Pass(noise=noise))
+                weights = sgd_adapt(
+                    loss,
+                    under(f"{number}.", params),
+                    lr=self.inner_lr,
+                    steps=self.inner_steps,
+                    first_order=first_order,
+                )
+                fits.append(loss(weights).detach())
+                answers.append(forward(net, weights, query_x, Pass(moments=seen, noise=noise)))
+                losses.append(self.loss(answers[-1], query_y))
+                moments.append(seen)
+            shares = self.responsibilities(torch.stack(fits), rows_of(support_y))
+            loss_of = torch.stack(losses)
+            mixed = self.mixed(torch.stack(answers).detach(), shares)
+            return (shares * loss_of).sum(), ((shares * loss_of).sum(), mixed, shares, moments)
+
+        grads, (losses, outputs, shares, moments) = self.settled_engine().gradients(
+            task, self.net, own_parameters(self.net), self.training_rows(batch, progress)
+        )
+        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
+        for number, seen in enumerate(moments):
+            update_running(self.net[number], seen)
+        self._seat(shares)
+        score = task_metric(self.spec, outputs, batch.query_y)
+        used = (shares.mean(0) > 0.5 / len(self.counts)).to(losses.dtype).sum()
+        return {"loss": losses.mean(), self.spec.metric: score.mean(), "components": used}
+
+    def mixed(self, answers: Tensor, shares: Tensor) -> Tensor:
+        """(Q, D) answer of a mixture of answers (K, Q, D) with shares (K,)."""
+        shares = shares[:, None, None]
+        if self.spec.kind == "regression":
+            return (shares * answers).sum(0)
+        return (answers.log_softmax(2) + shares.log()).logsumexp(0)
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        """As in `Algorithm`; the responsibilities are the embedding of the task."""
+        steps = self.evaluation_steps(self.inner_steps)
+
+        def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
+            return self._along(nets, params, *rows, steps=steps, every=False)[-1]
+
+        rows = (support_x, support_y, query_x)
+        outputs, shares = self.settled_engine().map(task, self.net, own_parameters(self.net), rows)
+        return Prediction(outputs, embedding=shares)
+
+    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
+        def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> Tensor:
+            visited = self._along(nets, params, *rows, steps=steps, every=True)
+            return torch.stack([outputs for outputs, _ in visited])
+
+        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
+
+    def _along(
+        self,
+        nets: nn.ModuleList,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        *,
+        steps: int,
+        every: bool,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Answers (Q, D) and responsibilities (K,) after all inner steps, or after every one."""
+        how = Pass(running=self.bn == "running")
+        fits, answers = [], []
+        for number, net in enumerate(nets):
+            theta = under(f"{number}.", params)
+            loss = self._support_loss(net, support_x, support_y, how)
+            path = [theta, *sgd_path(loss, theta, lr=self.inner_lr, steps=steps, first_order=True)]
+            visited = path if every else path[-1:]
+            fits.append(torch.stack([loss(weights) for weights in visited]))
+            answers.append(
+                torch.stack([self.answer(net, weights, support_x, query_x) for weights in visited])
+            )
+        shares = self.responsibilities(torch.stack(fits, 1), rows_of(support_y))
+        by_step = torch.stack(answers, 1)
+        return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
+
+    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, how: Pass) -> Any:
+        def loss(weights: Params) -> Tensor:
+            return self.loss(forward(net, weights, x, how), y)
+
+        return loss
+
+    def _seat(self, shares: Tensor) -> None:
+        """Count the tasks (T, K) of an update; open the next component if it won one."""
+        self.counts.mul_(self.memory).add_(shares.sum(0))
+        if self.prior == "crp":
+            won = shares.argmax(1) == self.grown
+            self.grown.add_(won.any().to(self.grown.dtype)).clamp_(max=len(self.counts))
+
+
+def rows_of(support_y: Tensor) -> int:
+    """Numbers that a support loss is the mean of: labels (S,), or values (S, D)."""
+    return support_y.numel()
