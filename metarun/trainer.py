@@ -51,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 _SAMPLED_TASKS = 8
 _SAMPLES = 10
-"""Made for each of them."""
+"""Rows made for each of them, and the most that are shown of its support."""
 
 
 def train(
@@ -139,8 +139,8 @@ def test(
         }
         results = finite(results)
         _write_test(folder, source.spec, measured, figures)
-        _write_samples(folder, algorithm, source)
         RunFolder(folder).write_json("results.json", results)
+        _write_samples(folder, algorithm, source)
         _log.info("%s", summary(results, str(folder)))
         return results
 
@@ -632,8 +632,8 @@ class _Loop:
         }
         results = finite(results)
         _write_test(self.run.path, self.source.spec, measured, figures)
-        _write_samples(self.run.path, self.algorithm, self.source)
         self.run.write_json("results.json", results)
+        _write_samples(self.run.path, self.algorithm, self.source)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
         return results
@@ -798,7 +798,9 @@ def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) ->
     support = source.batch("test", 0, _SAMPLED_TASKS).support_x
     made = algorithm.generated(support, _SAMPLES)
     if made is not None:
-        arrays = {"support": support.cpu().numpy(), "made": made.cpu().numpy()}
+        # Evenly from all of it, so that there are rows of many classes.
+        shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
+        arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
         _write_arrays(folder / "samples.npz", arrays)
 
 

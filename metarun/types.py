@@ -117,7 +117,8 @@ class TaskBatch:
         support_y: (T, S) int64 labels, or (T, S, D) values.
         query_x: (T, Q, *input_shape).
         query_y: As `support_y`, for the query rows.
-        class_ids: (T, W) int64, the data-set class behind each local label; None in regression.
+        class_ids: (T, W) int64, the data-set class behind each local label; of a regression
+            (T, 1), the family of each task's function, or None where there is but one.
     """
 
     support_x: Tensor

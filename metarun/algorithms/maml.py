@@ -159,7 +159,8 @@ class MetaGANMAML(MetaGAN, MAML):
     At evaluation those are made from the same latent numbers for every task.
 
     Args:
-        inner_fakes: Rows made for the support; 0 leaves MAML's inner loss as it is.
+        inner_fakes: Rows made for the support; 0, as without a generator, leaves MAML's inner
+            loss as it is.
         **common: Those of `MetaGAN` and of `MAML`.
 
     Raises:
@@ -184,26 +185,28 @@ class MetaGANMAML(MetaGAN, MAML):
         progress: Progress,
     ) -> Answer:
         theta, rates = self._split(params)
-        loss = self._judged(net, theta, support_x, support_y, made, Pass(noise=noise))
+        loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise), made)
         weights = self._adapted(loss, theta, rates, progress)
         return lambda x, how: forward(net, weights, x, how)
 
-    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Loss:
-        if not self.inner_fakes:
-            return super()._support_loss(net, theta, x, y, how)
-        return self._judged(net, theta, x, y, self.made_at_evaluation(x), how)
-
-    def _judged(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, made: Tensor, how: Pass
+    def _support_loss(
+        self,
+        net: nn.Module,
+        theta: Params,
+        x: Tensor,
+        y: Tensor,
+        how: Pass,
+        made: Tensor | None = None,
     ) -> Loss:
-        """Inner loss over real and made rows."""
+        """Inner loss over real and made rows; at evaluation those are made here."""
         if not self.inner_fakes:
             return super()._support_loss(net, theta, x, y, how)
+        rows = self.made_at_evaluation(x) if made is None else made
 
         def loss(adapted: Params) -> Tensor:
             weights = {**theta, **adapted}
             outputs = forward(net, weights, x, how)
-            of_made = forward(net, weights, made, how)
+            of_made = forward(net, weights, rows, how)
             told = taken_for_real(outputs) + taken_for_made(of_made)
             return self.class_loss(outputs, y) + self.weight * told
 

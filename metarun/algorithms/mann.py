@@ -95,6 +95,8 @@ class MANN(SequenceLearner):
             raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
         if not (label_scale > 0.0 and math.isfinite(label_scale)):
             raise ValueError(f"algo.label_scale={label_scale}: expected a positive number")
+        if not math.isfinite(forget_bias):
+            raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
         features = self.build_network(None)
         memory: _Memory | None = None
         if access == "lrua":
@@ -104,7 +106,7 @@ class MANN(SequenceLearner):
         elif access == "ntm":
             memory = TuringMachine(controller, locations, cells, heads)
         size: int = features.feature_dim  # type: ignore[assignment]
-        lstm = LSTMCell(size + self.spec.output_dim + reads(memory), controller, forget_bias)
+        lstm = LSTMCell(size + self.spec.output_dim + _reads(memory), controller, forget_bias)
         reader = _Controller(lstm, self.spec.output_dim, memory, label_scale)
         self.net = self.with_reader(features, reader)
         self.optimizer = self.build_optimizer()
@@ -124,7 +126,7 @@ class _Memory(nn.Module):
         raise NotImplementedError
 
 
-def reads(memory: _Memory | None) -> int:
+def _reads(memory: _Memory | None) -> int:
     """Numbers that a controller gets from its memory at each step."""
     return 0 if memory is None else memory.read_dim
 
@@ -140,7 +142,7 @@ class _Controller(Reader):
         self.lstm = lstm
         self.memory = memory
         self.label_scale = label_scale
-        self.answer = nn.Linear(self.hidden + reads(memory), ways)
+        self.answer = nn.Linear(self.hidden + _reads(memory), ways)
 
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         # A label arrives with the row after its own; nothing comes with the first.

@@ -8,6 +8,7 @@ image.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
@@ -42,8 +43,9 @@ class MetaGAN(Algorithm):
     nothing elsewhere (Salimans et al. 2016, section 5): p(y <= W | x) is the sigmoid of the
     logsumexp of the W logits. Rows without labels, the paper's semi-supervised setting, are not
     part of it. The learner's query rows are the real ones; made rows pass through it by
-    themselves, so that batch norm never mixes the two. Both learn from one pass: the generator
-    sees the learner as it was before the update, after its inner steps, as a constant.
+    themselves, so that batch norm never mixes the two. Both move at once: the generator sees the
+    learner as it was before the update, after its inner steps, as a constant. Its rate is
+    constant, whatever the schedule of the learner's.
 
     A subclass stands before its learner among the bases, `class MetaGANMAML(MetaGAN, MAML)`, and
     writes `solved`. With `fakes=0` it is its learner, bit for bit.
@@ -84,9 +86,9 @@ class MetaGAN(Algorithm):
             raise ValueError(f"algo.fakes={fakes}: expected 0 or more")
         positive("latent", latent)
         positive("filters", filters)
-        if not generator_lr > 0:
+        if not (generator_lr > 0 and math.isfinite(generator_lr)):
             raise ValueError(f"algo.generator_lr={generator_lr}: expected a positive number")
-        if weight < 0:
+        if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"algo.weight={weight}: expected 0 or more")
         if classes not in ("softmax", "own"):
             raise ValueError(f"algo.classes={classes}: expected softmax or own")
@@ -129,6 +131,9 @@ class MetaGAN(Algorithm):
             made: (inner_fakes, C, H, W') rows made for the support.
             noise: Key of the pass's random masks.
             progress: Where training stands.
+
+        Returns:
+            What answers any rows of the task.
         """
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -161,10 +166,11 @@ class MetaGAN(Algorithm):
         pulls = torch.autograd.grad(
             made[:, self.inner_fakes :], list(theirs.values()), pull / batch.num_tasks
         )
+        turn = {f"generator.{name}": grad for name, grad in zip(theirs, pulls, strict=True)}
+        # Before either moves: a step is made by both or by none.
+        self.adversary.check(turn)
         self.optimizer.step(self.limited(grads), progress)
-        self.adversary.step(
-            {f"generator.{name}": grad for name, grad in zip(theirs, pulls, strict=True)}, progress
-        )
+        self.adversary.step(turn, progress)
         update_running(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {
@@ -209,9 +215,9 @@ class MetaGAN(Algorithm):
 class Generator(nn.Module):
     """Images of a task from random numbers (section 3.3).
 
-    A dataset encoder embeds each support row by convolutions and takes the mean; the rest grows
-    an image out of that and the latent numbers. Its layers are ours: a fully connected one and
-    two that double the size, with group norm, which knows of no other task and no other row.
+    A dataset encoder embeds each support row by up to three convolutions and takes the mean; the
+    rest grows an image out of that and the latent numbers. Its layers are ours: a fully connected
+    one and two that double the size, with group norm, which knows of no other task or row.
     A made pixel lies between the darkest and the brightest of the task's support, by channel.
 
     Args:
@@ -225,9 +231,12 @@ class Generator(nn.Module):
         channels, *sides = input_shape
         self.sides = sides
         self.start = [-(-side // 4) for side in sides]
-        self.encoder = nn.Sequential()
-        for i in range(3):
-            self.encoder.extend(_block(filters if i else channels, filters, stride=2))
+        self.encoder = nn.Sequential(*_block(channels, filters, stride=2))
+        side = -(-min(sides) // 2)
+        # Two more, but none to fewer than four pixels a side: of one pixel a norm leaves nothing.
+        while len(self.encoder) < 3 * 3 and -(-side // 2) >= 4:
+            self.encoder.extend(_block(filters, filters, stride=2))
+            side = -(-side // 2)
         # Half as many channels wherever the sides double, which costs the same at each size.
         widths = [4 * filters, 2 * filters, filters]
         self.first = nn.Linear(filters + latent, widths[0] * self.start[0] * self.start[1])

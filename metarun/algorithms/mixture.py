@@ -19,6 +19,9 @@ from metarun.types import Metrics, Prediction, Progress, TaskBatch
 Assignment = Literal["soft", "hard"]
 Prior = Literal["uniform", "learned", "crp"]
 
+_LEAST_COUNT = 1e-6
+"""Of tasks of a component that has opened."""
+
 
 class Mixture(Algorithm):
     """K initialisations, of which each task is learned from the one that fits it.
@@ -27,17 +30,18 @@ class Mixture(Algorithm):
     support loss L_k after them for minus a log-likelihood: with the sum over rows S L_k, the
     responsibilities are softmax_k(log pi_k - S L_k / temperature) (Jerfel et al. 2019, section
     3.2). `assign=hard` gives all to the greatest. The M-step is a step of the outer optimiser on
-    sum_k gamma_k L_k(query), in which the responsibilities are constants. With one component
-    it is MAML.
+    sum_k gamma_k L_k(query), in which the responsibilities gamma are constants. With one
+    component it is MAML.
 
     For a squared error a temperature of 2 sigma^2 makes the likelihood that of normals with a
     deviation of sigma; for a cross-entropy it is 1.
 
-    `prior=uniform` has pi_k = 1 / K, `learned` the share of all tasks so far, and `crp` a
-    Chinese restaurant (section 3.3): there is one component at first, each later task is of
-    a component with the number of its tasks as weight, or of the next one with `concentration`;
-    that one joins when it is the likeliest of any task. The paper starts a new component from
-    the shared prior over all; here each has a start of its own, drawn as any network's.
+    `prior=uniform` has pi_k = 1 / K, `learned` (n_k + 1) / (N + K) with n_k of the N tasks so
+    far, and `crp` a Chinese restaurant (section 3.3): there is one component at first, each task
+    of training is of a component with the number of its tasks as weight, or of the next one with
+    `concentration`; that one opens when it is the likeliest of any task, and keeps what part of
+    other tasks it has had. At evaluation none opens. The paper starts a new component from the
+    shared prior over all; here each has a start of its own, drawn as any network's.
 
     The answer mixes those of the components by the responsibilities (their probabilities in a
     classification); with `assign=hard` it is that of one.
@@ -104,26 +108,24 @@ class Mixture(Algorithm):
         self.register_buffer("grown", torch.tensor(1 if prior == "crp" else components))
         self.optimizer = self.build_optimizer()
 
-    @property
-    def log_prior(self) -> Tensor:
-        """(K,) log pi_k, of `crp` not normalised."""
+    def log_prior(self, *, opening: bool) -> Tensor:
+        """(K,) log pi_k up to a constant, with or without the component that may open next."""
         if self.prior == "uniform":
             return torch.zeros_like(self.counts)
         if self.prior == "learned":
-            # One more of each: a component that has no task may yet get one.
-            return ((self.counts + 1.0) / (self.counts + 1.0).sum()).log()
+            return (self.counts + 1.0).log()
         number = torch.arange(len(self.counts), device=self.device)
-        weights = torch.where(number < self.grown, self.counts, 0.0)
-        # With none seated yet the first table is the new one.
-        weights = torch.where(
-            (number == self.grown) & (weights.sum() > 0), self.concentration, weights
-        )
-        weights = torch.where((number == 0) & (weights.sum() == 0), self.concentration, weights)
+        # What has opened stays possible, however long ago its tasks were.
+        weights = torch.where(number < self.grown, self.counts.clamp(min=_LEAST_COUNT), 0.0)
+        if opening:
+            # The first task of all finds one component, and no other to choose.
+            some = self.counts.sum() > 0
+            weights = torch.where((number == self.grown) & some, self.concentration, weights)
         return weights.log()
 
-    def responsibilities(self, fits: Tensor, rows: int) -> Tensor:
-        """(…, K) of tasks with support losses (…, K), means over so many rows."""
-        scores = self.log_prior.to(fits) - rows * fits / self.temperature
+    def responsibilities(self, fits: Tensor, rows: int, *, opening: bool = False) -> Tensor:
+        """(…, K) of tasks with support losses (…, K), means over so many numbers."""
+        scores = self.log_prior(opening=opening).to(fits) - rows * fits / self.temperature
         if self.assign == "soft":
             return scores.softmax(-1)
         return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(fits)
@@ -148,10 +150,10 @@ class Mixture(Algorithm):
                 answers.append(forward(net, weights, query_x, Pass(moments=seen, noise=noise)))
                 losses.append(self.loss(answers[-1], query_y))
                 moments.append(seen)
-            shares = self.responsibilities(torch.stack(fits), rows_of(support_y))
-            loss_of = torch.stack(losses)
+            shares = self.responsibilities(torch.stack(fits), support_y.numel(), opening=True)
+            total = (shares * torch.stack(losses)).sum()
             mixed = self.mixed(torch.stack(answers).detach(), shares)
-            return (shares * loss_of).sum(), ((shares * loss_of).sum(), mixed, shares, moments)
+            return total, (total, mixed, shares, moments)
 
         grads, (losses, outputs, shares, moments) = self.settled_engine().gradients(
             task, self.net, own_parameters(self.net), self.training_rows(batch, progress)
@@ -161,8 +163,9 @@ class Mixture(Algorithm):
             update_running(self.net[number], seen)
         self._seat(shares)
         score = task_metric(self.spec, outputs, batch.query_y)
+        # Those that more than half of an even share of these tasks is of.
         used = (shares.mean(0) > 0.5 / len(self.counts)).to(losses.dtype).sum()
-        return {"loss": losses.mean(), self.spec.metric: score.mean(), "components": used}
+        return {"loss": losses.mean(), self.spec.metric: score.mean(), "num_components": used}
 
     def mixed(self, answers: Tensor, shares: Tensor) -> Tensor:
         """(Q, D) answer of a mixture of answers (K, Q, D) with shares (K,)."""
@@ -212,7 +215,7 @@ class Mixture(Algorithm):
             answers.append(
                 torch.stack([self.answer(net, weights, support_x, query_x) for weights in visited])
             )
-        shares = self.responsibilities(torch.stack(fits, 1), rows_of(support_y))
+        shares = self.responsibilities(torch.stack(fits, 1), support_y.numel())
         by_step = torch.stack(answers, 1)
         return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
 
@@ -228,8 +231,3 @@ class Mixture(Algorithm):
         if self.prior == "crp":
             won = shares.argmax(1) == self.grown
             self.grown.add_(won.any().to(self.grown.dtype)).clamp_(max=len(self.counts))
-
-
-def rows_of(support_y: Tensor) -> int:
-    """Numbers that a support loss is the mean of: labels (S,), or values (S, D)."""
-    return support_y.numel()

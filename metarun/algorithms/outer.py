@@ -129,10 +129,7 @@ class OuterOptimizer(nn.Module):
         Raises:
             NonFiniteError: One of them is not finite; nothing has changed.
         """
-        assert grads.keys() == self.targets.keys(), "gradients and parameters differ in names"
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(grads.values()))))
-        if not torch.isfinite(norm):
-            raise _locate(grads, norm)
+        norm = self.check(grads)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(progress)
         for name, parameter in self.targets.items():
@@ -143,6 +140,19 @@ class OuterOptimizer(nn.Module):
             parameter.grad = grad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def check(self, grads: dict[str, Tensor]) -> Tensor:
+        """The Euclidean norm (0-dimensional) of gradients that `step` would take.
+
+        Raises:
+            NonFiniteError: One of them is not finite.
+        """
+        assert grads.keys() == self.targets.keys(), "gradients and parameters differ in names"
+        norms = torch._foreach_norm(list(grads.values()))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if not torch.isfinite(norm):
+            raise _locate(grads, norm)
+        return norm
 
     def rate(self, progress: Progress) -> float:
         """The step size at a point of the run."""

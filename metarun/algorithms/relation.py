@@ -107,6 +107,9 @@ class MetaGANRelation(MetaGAN, RelationNet):
 
     Args:
         **common: Those of `MetaGAN` and of `RelationNet`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no images.
     """
 
     def solved(

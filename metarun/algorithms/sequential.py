@@ -49,7 +49,8 @@ class SequenceLearner(EpisodicLearner):
         curriculum: [rows, from, until]: training sequences are cut to so many rows up to update
             `from`, then to ever more of them, and are whole from update `until` on; null cuts
             none. What binds a drawing to its label is learned sooner from short sequences;
-            Santoro et al. (2016, section 4.3) let the number of classes grow.
+            Santoro et al. (2016, section 4.3) let the number of classes grow. Queries are left
+            out as long as sequences are cut: their classes may be.
         **common: Those of `Algorithm`.
 
     Raises:
@@ -76,13 +77,23 @@ class SequenceLearner(EpisodicLearner):
                     f"algo.curriculum={list(curriculum)}: expected [rows, from, until], 1 or more "
                     "rows and updates in their order"
                 )
+            if judged == "query":
+                raise ValueError(
+                    "algo.curriculum has no queries to judge: use algo.judged=sequence"
+                )
         self.loss_of: Judged = judged
         self.curriculum = curriculum
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        rows = self.rows_at(progress.step, batch.support_x.shape[1])
-        cut = replace(
-            batch, support_x=batch.support_x[:, :rows], support_y=batch.support_y[:, :rows]
+        whole = batch.support_x.shape[1]
+        rows = self.rows_at(progress.step, whole)
+        if rows == whole:
+            return super().update(batch, progress)
+        cut = TaskBatch(
+            batch.support_x[:, :rows],
+            batch.support_y[:, :rows],
+            batch.query_x[:, :0],
+            batch.query_y[:, :0],
         )
         return super().update(cut, progress)
 

@@ -247,23 +247,23 @@ class GaussianProcess(FunctionEpisodes):
         return scale * (root @ white)
 
 
-Numbers = tuple[Tensor, Tensor, Tensor]
+_Numbers = tuple[Tensor, Tensor, Tensor]
 
 
-def _wave(keys: Tensor) -> Numbers:
+def _wave(keys: Tensor) -> _Numbers:
     amplitude = draw_in(keys, _SLOT_FIRST, (0.1, 5.0))
     frequency = draw_in(keys, _SLOT_SECOND, (0.5, 2.0))
     return amplitude, frequency, draw_in(keys, _SLOT_THIRD, (0.0, 2.0 * math.pi))
 
 
-def _three(keys: Tensor) -> Numbers:
+def _three(keys: Tensor) -> _Numbers:
     one, other, third = (
         draw_in(keys, slot, (-3.0, 3.0)) for slot in (_SLOT_FIRST, _SLOT_SECOND, _SLOT_THIRD)
     )
     return one, other, third
 
 
-def _parabola(keys: Tensor) -> Numbers:
+def _parabola(keys: Tensor) -> _Numbers:
     curvature, offset, centre = _three(keys)
     steepness = 0.02 + 0.13 * curvature.abs() / 3.0
     return steepness.copysign(curvature), offset, centre
@@ -273,7 +273,7 @@ def _parabola(keys: Tensor) -> Numbers:
 class _Family:
     """How the three numbers of a function are drawn, and its values at x."""
 
-    draw: Callable[[Tensor], Numbers]
+    draw: Callable[[Tensor], _Numbers]
     values: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -298,7 +298,7 @@ class Multimodal(Formulas):
     `sawtooth` A (2 t - 1), t the fraction of (omega x + phi) / (2 pi), has the sinusoid's ranges.
 
     The family of a task, its number among `families`, is in `TaskBatch.class_ids` (T, 1): it is
-    what a mixture is to find, and no learner is shown it.
+    what a mixture is to find; no learner reads it.
 
     Args:
         families: Which there are, each as likely.

@@ -1,4 +1,7 @@
-"""Images that an algorithm made for its test tasks, beside the real ones."""
+"""Images that an algorithm made for its test tasks, beside the real ones.
+
+Shapes: T tasks, S rows of a support, M made rows, C H W of an image.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +36,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _grid(support: Floats, made: Floats, title: str) -> Figure:
+    """A figure of (T, S, C, H, W) and (T, M, C, H, W)."""
     tasks, shots, samples = len(made), support.shape[1], made.shape[1]
     figure = Figure(figsize=(0.4 * (shots + samples) + 0.6, 0.4 * tasks + 0.9))
     panels = figure.subplots(1, 2, width_ratios=[shots, samples], squeeze=False)[0]
@@ -43,7 +47,7 @@ def _grid(support: Floats, made: Floats, title: str) -> Figure:
         shares = (images - low[:, None, :, None, None]) / np.maximum(
             (high - low)[:, None, :, None, None], 1e-12
         )
-        panel.imshow(_mosaic(shares), cmap="gray", vmin=0.0, vmax=1.0)
+        panel.imshow(_mosaic(shares))
         panel.set_title(name, fontsize=9)
         panel.set_axis_off()
     figure.suptitle(title, fontsize=10)

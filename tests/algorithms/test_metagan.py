@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from metarun import seeding
 from metarun.algorithms.maml import MAML, MetaGANMAML
 from metarun.algorithms.metagan import Generator, taken_for_made, taken_for_real
-from metarun.algorithms.outer import OuterOptimizer
+from metarun.algorithms.outer import NonFiniteError, OuterOptimizer
 from metarun.algorithms.relation import MetaGANRelation, RelationNet
 from metarun.backbones.conv import Conv4
 from metarun.backbones.layers import Pass
@@ -156,8 +157,10 @@ def test_a_relation_network_is_clipped_as_without_an_adversary() -> None:
         assert norms[1] == pytest.approx(1e-5)
 
 
-def test_evaluation_adapts_on_rows_made_for_the_support() -> None:
-    algorithm = make(MetaGANMAML, SPEC, BACKBONE, inner_fakes=3, inner_lr=0.1, **SMALL)
+@pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
+def test_evaluation_adapts_on_rows_made_for_the_support(engine: str) -> None:
+    options = {"inner_fakes": 3, "inner_lr": 0.1, "engine": engine}
+    algorithm = make(MetaGANMAML, SPEC, BACKBONE, **options, **SMALL)
     tasks, net = batch_of(), algorithm.net
     support, labels = tasks.support_x[1], tasks.support_y[1]
     key = seeding.task_keys(algorithm.seed, "made anew", 0, 1, support.device)
@@ -189,10 +192,16 @@ def test_a_generator_keeps_size_and_range_and_heeds_task_and_chance(
             here, real = made[task, :, channel], support[task, :, channel]
             assert real.min() <= here.min()
             assert here.max() <= real.max()
-    # The order of the support is nothing, what it shows and the numbers are something.
+    # The order of the support is nothing, what it shows and the numbers are something: not its
+    # range alone, which is the same here for both tasks.
     torch.testing.assert_close(generator(support.flip(1), latent), made)
     assert not torch.allclose(generator(support, latent.flip(1)), made)
-    assert not torch.allclose(generator(support.roll(1, 0), latent), made)
+    support[:, 0] = support[:1, 0].clamp(-0.9, 1.9)
+    support[:, 0, :, 0, :2] = torch.tensor([-1.0, 2.0], dtype=torch.float64)
+    assert torch.equal(support[0].amax((0, 2, 3)), support[1].amax((0, 2, 3)))
+    other = generator(support, latent[:1].expand(2, -1, -1))
+    assert (other[0] - other[1]).abs().max() > 1e-3
+    made = generator(support, latent)
     # No task and no row knows of another.
     torch.testing.assert_close(generator(support[1:], latent[1:, 2:]), made[1:, 2:])
 
@@ -208,12 +217,25 @@ def test_a_generator_learns_to_fool_a_learner_that_stands_still() -> None:
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
+def test_neither_moves_if_the_gradient_of_one_is_not_finite() -> None:
+    algorithm = make(MetaGANMAML, SPEC, BACKBONE, **SMALL)
+    first = next(algorithm.generator.parameters())
+    before = {name: value.clone() for name, value in algorithm.named_parameters()}
+    first.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NonFiniteError, match=r"generator\.encoder"):
+        algorithm.update(batch_of(), Progress(0, 9))
+    for name, value in algorithm.named_parameters():
+        assert torch.equal(value, before[name])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"fakes": -1}, "algo.fakes=-1: expected 0 or more"),
         ({"inner_fakes": -1}, "algo.inner_fakes=-1: expected 0 or more"),
         ({"generator_lr": 0.0}, "algo.generator_lr=0.0: expected a positive number"),
+        ({"generator_lr": math.inf}, "algo.generator_lr=inf: expected a positive number"),
+        ({"weight": math.nan}, "algo.weight=nan: expected 0 or more"),
         ({"weight": -0.5}, "algo.weight=-0.5: expected 0 or more"),
         ({"classes": "hinge"}, "algo.classes=hinge: expected softmax or own"),
         ({"latent": 0}, "algo.latent=0: expected 1 or more"),

@@ -141,12 +141,13 @@ def test_on_linear_gaussian_tasks_the_likelihood_never_falls_and_the_lines_are_f
 
 def test_a_prior_that_is_learned_is_the_share_of_tasks_with_one_more_each() -> None:
     algorithm = mixture(prior="learned", memory=0.5)
-    torch.testing.assert_close(algorithm.log_prior.exp(), torch.full((3,), 1 / 3).double())
+    assert algorithm.log_prior(opening=False).tolist() == [0.0, 0.0, 0.0]
     algorithm._seat(torch.tensor([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]]).double())
     algorithm._seat(torch.tensor([[0.0, 0.0, 1.0]]).double())
     counts = torch.tensor([0.75, 0.25, 1.0]).double()
     torch.testing.assert_close(algorithm.counts, counts)
-    torch.testing.assert_close(algorithm.log_prior.exp(), (counts + 1) / (counts + 1).sum())
+    shares = algorithm.log_prior(opening=True).softmax(0)
+    torch.testing.assert_close(shares, (counts + 1) / (counts + 1).sum())
     fits = torch.tensor([1.0, 2.0, 3.0]).double()
     scores = (counts + 1) * torch.exp(-4 * fits)
     torch.testing.assert_close(algorithm.responsibilities(fits, 4), scores / scores.sum())
@@ -155,25 +156,64 @@ def test_a_prior_that_is_learned_is_the_share_of_tasks_with_one_more_each() -> N
 def test_a_restaurant_begins_with_one_table_and_opens_the_next_when_it_is_likeliest() -> None:
     algorithm = mixture(prior="crp", concentration=2.0)
     near, far = torch.tensor([0.0, 9.0, 9.0]).double(), torch.tensor([9.0, 0.0, 0.0]).double()
-    assert algorithm.responsibilities(far, 5).tolist() == [1.0, 0.0, 0.0]
-    algorithm._seat(algorithm.responsibilities(torch.stack([near, near, near]), 5))
+    given = partial(algorithm.responsibilities, rows=5, opening=True)
+    assert given(far).tolist() == [1.0, 0.0, 0.0]
+    algorithm._seat(given(torch.stack([near, near, near])))
     # Three at the first table, and two for the next: 3 : 2, and nothing for the one after.
     flat = torch.zeros(3).double()
-    torch.testing.assert_close(
-        algorithm.responsibilities(flat, 5), torch.tensor([0.6, 0.4, 0.0]).double()
-    )
+    torch.testing.assert_close(given(flat), torch.tensor([0.6, 0.4, 0.0]).double())
+    # A test opens none.
+    assert algorithm.responsibilities(far, 5).tolist() == [1.0, 0.0, 0.0]
     assert int(algorithm.grown) == 1
-    algorithm._seat(algorithm.responsibilities(far[None], 5))
+    algorithm._seat(given(far[None]))
     assert int(algorithm.grown) == 2
+    torch.testing.assert_close(given(flat), torch.tensor([3 / 6, 1 / 6, 2 / 6]).double())
     torch.testing.assert_close(
-        algorithm.responsibilities(flat, 5), torch.tensor([3 / 6, 1 / 6, 2 / 6]).double()
+        algorithm.responsibilities(flat, 5), torch.tensor([3 / 4, 1 / 4, 0]).double()
     )
-    algorithm._seat(torch.tensor([[0.0, 0.0, 1.0]]).double())
-    algorithm._seat(torch.tensor([[0.0, 0.0, 1.0]]).double())
+    for _ in range(2):
+        algorithm._seat(torch.tensor([[0.0, 0.0, 1.0]]).double())
     assert int(algorithm.grown) == 3
     again = mixture(prior="crp", concentration=2.0)
     again.load_state_dict(algorithm.state_dict())
-    assert torch.equal(again.log_prior, algorithm.log_prior)
+    assert torch.equal(again.log_prior(opening=True), algorithm.log_prior(opening=True))
+
+
+@pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
+@pytest.mark.parametrize("assign", ["soft", "hard"])
+def test_updates_open_components_and_leave_those_that_are_not_open(
+    engine: str, assign: str
+) -> None:
+    options = {"prior": "crp", "assign": assign, "engine": engine, "temperature": 0.01}
+    algorithm, batch = mixture(**options, inner_lr=0.01), regression_batch(regression_spec())
+    gradient = moved(algorithm, batch)
+    assert gradient["net.0.head.weight"].abs().max() > 0.0
+    assert all(not gradient[f"net.{k}.head.weight"].any() for k in (1, 2))
+    assert int(algorithm.grown) == 1
+    # What the second fits exactly is its own, and not the third's.
+    second = algorithm.net[1].head
+    y = F.linear(batch.support_x, second.weight, second.bias).detach()
+    task = replace(batch, support_y=y, query_y=batch.query_y)
+    gradient = moved(algorithm, task)
+    assert gradient["net.1.head.weight"].abs().max() > 0.0
+    assert not gradient["net.2.head.weight"].any()
+    assert int(algorithm.grown) == 2
+
+
+def test_a_component_that_is_forgotten_stays_possible() -> None:
+    algorithm = mixture(prior="crp", memory=0.0)
+    algorithm.grown.fill_(2)
+    algorithm._seat(torch.tensor([[1.0, 0.0, 0.0]]).double())
+    best_of_second = torch.tensor([9.0, 0.0, 9.0]).double()
+    assert algorithm.responsibilities(best_of_second, 5).argmax() == 1
+
+
+@pytest.mark.parametrize("assign", ["soft", "hard"])
+def test_a_trace_ends_with_the_answers(assign: str) -> None:
+    options = {"assign": assign, "inner_steps": 2, "temperature": 3.0}
+    algorithm, batch = mixture(**options), regression_batch(regression_spec())
+    rows = (batch.support_x, batch.support_y, batch.query_x)
+    torch.testing.assert_close(algorithm.trace(*rows, 2)[-1], algorithm.predict(*rows).outputs)
 
 
 def test_classes_are_answered_by_the_mixture_of_their_probabilities() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from metarun.algorithms.snail import SNAIL
 from metarun.backbones.recurrent import LSTMCell
 from metarun.evaluate import by_presentation, evaluate
 from metarun.request import composer
-from metarun.types import Progress
+from metarun.types import Progress, TaskBatch
 
 SMALL = [
     "data=omniglot_small", "backbone.filters=4", "way=3", "shot=4", "query=2",
@@ -125,8 +124,12 @@ def test_a_curriculum_learns_from_the_first_rows_and_later_from_all(words: list[
     plain.algorithm.load_state_dict(grown.algorithm.state_dict())
     for step in range(8):
         batch, rows = grown.source.batch("train", 2 * step, 2), lengths[step]
-        cut = replace(
-            batch, support_x=batch.support_x[:, :rows], support_y=batch.support_y[:, :rows]
+        asked = batch.query_y.shape[1] if rows == 12 else 0
+        cut = TaskBatch(
+            batch.support_x[:, :rows],
+            batch.support_y[:, :rows],
+            batch.query_x[:, :asked],
+            batch.query_y[:, :asked],
         )
         grown.algorithm.update(batch, Progress(step, 8))
         plain.algorithm.update(cut, Progress(step, 8))
@@ -311,6 +314,8 @@ def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
         (["algo=mann", "algo.usage_decay=2"], "algo.usage_decay=2.0: expected 0 to 1"),
         (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
         (["algo=snail", "algo.curriculum=[5,3,2]"], "1 or more rows and updates in their order"),
+        (["algo=mann", "algo.curriculum=[5,2,3]", "algo.judged=query"], "no queries to judge"),
+        (["algo=mann", "algo.forget_bias=.inf"], "algo.forget_bias=inf: expected a number"),
         (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
         (["algo=mann", "algo.label_scale=0"], "algo.label_scale=0.0: expected a positive number"),
         (["algo=snail", "algo.filters=0"], "algo.filters=0: expected 1 or more"),
