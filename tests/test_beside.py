@@ -67,7 +67,7 @@ def test_what_is_made_for_a_task_is_written_and_drawn(
     assert main(words) == 0
     run = next(tmp_path.rglob("results.json")).parent
     with np.load(run / "samples.npz") as arrays:
-        assert arrays["support"].shape == (8, 18, 1, 28, 28)
+        assert arrays["support"].shape == (8, 9, 1, 28, 28)
         assert arrays["made"].shape == (8, 10, 1, 28, 28)
         assert arrays["support"].min() <= arrays["made"].min()
         assert arrays["made"].max() <= arrays["support"].max()

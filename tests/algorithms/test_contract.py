@@ -192,7 +192,7 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
 FAST: dict[str, list[str]] = {
     "boil": ["algo.inner_lr=0.2"],
     "imaml": ["algo.inner_lr=0.2", "algo.inner_steps=5", "optim.lr=0.003"],
-    "mann": ["optim.lr=0.01", "algo.controller=64"],
+    "mann": ["~recipe", "optim.lr=0.01", "algo.controller=64"],
     "matching": ["train.way=5"],
     "matching_fce": ["train.way=5"],
     "metagan_maml": ["algo.inner_lr=0.4"],
@@ -204,7 +204,7 @@ FAST: dict[str, list[str]] = {
     "r2d2": ["optim.lr=0.005"],
     "relation": ["train.way=5", "optim.lr=0.01"],
     "reptile": ["algo.inner_lr=0.02", "optim.schedule=constant", "eval.inner_steps=8"],
-    "snail": ["optim.lr=0.001"],
+    "snail": ["~recipe", "optim.lr=0.001"],
 }
 # What has to learn how to remember takes longer.
 STEPS = {"mann": 600, "snail": 300}

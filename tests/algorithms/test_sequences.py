@@ -20,7 +20,7 @@ from metarun.types import Progress, TaskBatch
 
 SMALL = [
     "data=omniglot_small", "backbone.filters=4", "way=3", "shot=4", "query=2",
-    "precision=float64", "device=cpu", "engine=loop",
+    "precision=float64", "device=cpu", "engine=loop", "~recipe",
 ]  # fmt: skip
 MEMORY = ["algo.controller=6", "algo.locations=5", "algo.cells=3", "algo.heads=2"]
 ACCESS = [f"algo.access={access}" for access in ("lrua", "ntm", "none")]
@@ -315,7 +315,7 @@ def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
         (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
         (["algo=snail", "algo.curriculum=[5,3,2]"], "1 or more rows and updates in their order"),
         (["algo=mann", "algo.curriculum=[5,2,3]", "algo.judged=query"], "no queries to judge"),
-        (["algo=mann", "algo.forget_bias=.inf"], "algo.forget_bias=inf: expected a number"),
+        (["algo=mann", "algo.forget_bias=inf"], "algo.forget_bias=inf: expected a number"),
         (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
         (["algo=mann", "algo.label_scale=0"], "algo.label_scale=0.0: expected a positive number"),
         (["algo=snail", "algo.filters=0"], "algo.filters=0: expected 1 or more"),
