@@ -212,13 +212,18 @@ class MetaGAN(Algorithm):
         return made
 
 
+_SLOPE = 0.2
+"""Of what a unit lets through below zero."""
+
+
 class Generator(nn.Module):
     """Images of a task from random numbers (section 3.3).
 
-    A dataset encoder embeds each support row by up to three convolutions and takes the mean; the
-    rest grows an image out of that and the latent numbers. Its layers are ours: a fully connected
-    one and two that double the size, with group norm, which knows of no other task or row.
-    A made pixel lies between the darkest and the brightest of the task's support, by channel.
+    A dataset encoder embeds each support row, by three convolutions and a fully connected layer,
+    and takes the mean; the rest grows an image out of that and the latent numbers, by a fully
+    connected layer and two that double the size, with group norm, which knows of no other task or
+    row. All of these layers are ours. A made pixel lies between the darkest and the brightest of
+    the task's support, by channel.
 
     Args:
         input_shape: (C, H, W').
@@ -231,16 +236,19 @@ class Generator(nn.Module):
         channels, *sides = input_shape
         self.sides = sides
         self.start = [-(-side // 4) for side in sides]
-        self.encoder = nn.Sequential(*_block(channels, filters, stride=2))
-        side = -(-min(sides) // 2)
-        # Two more, but none to fewer than four pixels a side: of one pixel a norm leaves nothing.
-        while len(self.encoder) < 3 * 3 and -(-side // 2) >= 4:
-            self.encoder.extend(_block(filters, filters, stride=2))
-            side = -(-side // 2)
+        self.encoder = nn.Sequential()
+        for inputs in (channels, filters, filters):
+            conv = nn.Conv2d(inputs, filters, 3, stride=2, padding=1, bias=False)
+            self.encoder.extend([conv, nn.LeakyReLU(_SLOPE)])
+        places = math.prod(-(-side // 8) for side in sides)
+        # Without biases and with a norm codes are as large as the latent numbers and differ between
+        # tasks from the start: the generator would not heed faint ones.
+        embed = nn.Linear(filters * places, filters, bias=False)
+        self.encoder.extend([nn.Flatten(), embed, nn.LayerNorm(filters)])
         # Half as many channels wherever the sides double, which costs the same at each size.
         widths = [4 * filters, 2 * filters, filters]
         self.first = nn.Linear(filters + latent, widths[0] * self.start[0] * self.start[1])
-        self.grow = nn.Sequential(nn.GroupNorm(_groups(widths[0]), widths[0]), nn.LeakyReLU(0.2))
+        self.grow = nn.Sequential(nn.GroupNorm(_groups(widths[0]), widths[0]), nn.LeakyReLU(_SLOPE))
         for inputs, outputs in pairwise(widths):
             self.grow.extend([nn.Upsample(scale_factor=2), *_block(inputs, outputs)])
         self.grow.append(nn.Conv2d(filters, channels, 3, padding=1))
@@ -248,8 +256,7 @@ class Generator(nn.Module):
     def forward(self, support_x: Tensor, latent: Tensor) -> Tensor:
         """(T, M, C, H, W') images for supports (T, S, C, H, W') and latent (T, M, Z)."""
         tasks, made = latent.shape[:2]
-        codes = self.encoder(support_x.flatten(0, 1)).mean((2, 3))
-        codes = codes.unflatten(0, (tasks, -1)).mean(1)
+        codes = self.encoder(support_x.flatten(0, 1)).unflatten(0, (tasks, -1)).mean(1)
         seeds = torch.cat([codes[:, None].expand(-1, made, -1), latent], 2).flatten(0, 1)
         maps = self.first(seeds).unflatten(1, (-1, *self.start))
         shares = self.grow(maps)[..., : self.sides[0], : self.sides[1]].sigmoid()
@@ -271,7 +278,7 @@ def taken_for_made(outputs: Tensor) -> Tensor:
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
     conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
-    return [conv, nn.GroupNorm(_groups(outputs), outputs), nn.LeakyReLU(0.2)]
+    return [conv, nn.GroupNorm(_groups(outputs), outputs), nn.LeakyReLU(_SLOPE)]
 
 
 def _groups(filters: int) -> int:
