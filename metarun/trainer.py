@@ -793,15 +793,14 @@ def _write_test(
 
 def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
     """Write what an algorithm that makes rows makes for the first test tasks, and their support."""
-    if source.spec.streams is not None:
+    if not algorithm.generates:
         return
     support = source.batch("test", 0, _SAMPLED_TASKS).support_x
     made = algorithm.generated(support, _SAMPLES)
-    if made is not None:
-        # Evenly from all of it, so that there are rows of many classes.
-        shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
-        arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
-        _write_arrays(folder / "samples.npz", arrays)
+    # Evenly from all of it, so that there are rows of many classes.
+    shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
+    arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
+    _write_arrays(folder / "samples.npz", arrays)
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:

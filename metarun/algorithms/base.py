@@ -154,13 +154,14 @@ class Algorithm(nn.Module, ABC):
         """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
         return None
 
-    def generated(
-        self,
-        support_x: Tensor,  # noqa: ARG002
-        count: int,  # noqa: ARG002
-    ) -> Tensor | None:
-        """Rows (T, count, *input_shape) made for T tasks; None if it makes none."""
-        return None
+    @property
+    def generates(self) -> bool:
+        """Whether it makes rows for a task."""
+        return False
+
+    def generated(self, support_x: Tensor, count: int) -> Tensor:
+        """Rows (T, count, *input_shape) made for T tasks, where it makes any."""
+        raise NotImplementedError
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

@@ -190,9 +190,11 @@ class MetaGAN(Algorithm):
             return self.loss(outputs, targets)
         return nn.functional.cross_entropy(outputs, targets)
 
-    def generated(self, support_x: Tensor, count: int) -> Tensor | None:
-        if self.generator is None:
-            return None
+    @property
+    def generates(self) -> bool:
+        return self.generator is not None
+
+    def generated(self, support_x: Tensor, count: int) -> Tensor:
         with torch.no_grad():
             return self._made(support_x, self._fixed_keys(len(support_x)), count)
 

@@ -46,7 +46,7 @@ def test_without_made_rows_it_is_its_learner_bit_for_bit(kind: Any, base: Any) -
     tasks = batch_of()
     rows = (tasks.support_x, tasks.support_y, tasks.query_x)
     assert torch.equal(off.predict(*rows).outputs, learner.predict(*rows).outputs)
-    assert off.generated(tasks.support_x, 3) is None
+    assert not off.generates
 
 
 def test_the_terms_are_those_of_a_softmax_over_one_class_more() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from metarun.config import conf_dir, locate
+from metarun.config import conf_dir, keywords, locate
 from metarun.data import catalogue, omniglot_files
 from metarun.data.omniglot_files import FILES
 from tests.conftest import Command
@@ -157,11 +157,13 @@ def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) ->
 
     loaded: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "data" / f"{name}.yaml"))
     node = dict(loaded["data"])
-    signature = inspect.signature(locate("data._target_", node.pop("_target_")))
-    parameters = {n: p for n, p in signature.parameters.items() if n not in INJECTED}
-    assert set(signature.parameters) >= INJECTED
-    assert set(parameters) == set(node)
-    for key, parameter in parameters.items():
+    target = locate("data._target_", node.pop("_target_"))
+    # Those that `**common` hands on included.
+    assert set(keywords(target)) >= INJECTED
+    assert set(keywords(target)) - INJECTED == set(node)
+    for key, parameter in inspect.signature(target).parameters.items():
+        if key in INJECTED or parameter.kind is parameter.VAR_KEYWORD:
+            continue
         default = parameter.default
         assert node[key] == (list(default) if isinstance(default, tuple) else default), key
 
