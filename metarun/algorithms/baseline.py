@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun import seeding
+from metarun.algorithms.outer import check_positive
 from metarun.algorithms.pretraining import Pretrained, Weights
 from metarun.types import Prediction
 
@@ -52,8 +53,7 @@ class Baseline(Pretrained):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if not 0.0 < head_lr < float("inf"):
-            raise ValueError(f"algo.head_lr={head_lr}: expected a positive number")
+        check_positive("algo.head_lr", head_lr)
         for name, value in (("head_momentum", head_momentum), ("head_dampening", head_dampening)):
             if not 0.0 <= value < 1.0:
                 raise ValueError(f"algo.{name}={value}: expected 0 or more, and less than 1")

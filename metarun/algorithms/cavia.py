@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.algorithms.engine import TaskFunction
-from metarun.algorithms.inner import Loss, Params, check_inner_loop, sgd_adapt, sgd_path
+from metarun.algorithms.inner import (
+    Loss,
+    Params,
+    check_inner_loop,
+    is_first_order,
+    sgd_adapt,
+    sgd_path,
+)
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -67,7 +74,7 @@ class CAVIA(Algorithm):
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
+        first_order = is_first_order(self.second_order_from, progress)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows

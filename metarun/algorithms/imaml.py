@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.inner import Loss, Params, flatten, sgd_adapt, sgd_path, unflatten
+from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
@@ -69,8 +70,7 @@ class IMAML(AdaptingLearner):
     ) -> None:
         super().__init__(**common)
         for name, value in (("inner_lr", inner_lr), ("lam", lam)):
-            if not 0.0 < value < math.inf:
-                raise ValueError(f"algo.{name}={value}: expected a positive number")
+            check_positive(f"algo.{name}", value)
         for name, value in (
             ("inner_steps", inner_steps),
             ("eval_lam", eval_lam),

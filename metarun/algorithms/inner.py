@@ -6,13 +6,15 @@ the adapted parameters by qualified name.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from metarun.algorithms.outer import check_positive
+from metarun.types import Progress
 
 Params = dict[str, Tensor]
 Loss = Callable[[Params], Tensor]
@@ -33,14 +35,18 @@ def check_inner_loop(
     Raises:
         ValueError: One is out of range.
     """
-    if not 0.0 < inner_lr < math.inf:
-        raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
+    check_positive("algo.inner_lr", inner_lr)
     if inner_steps < fewest:
         raise ValueError(f"algo.inner_steps={inner_steps}: expected {fewest} or more")
     if second_order_from is not None and second_order_from < 0:
         raise ValueError(
             f"algo.second_order_from={second_order_from}: expected an update, or null for never"
         )
+
+
+def is_first_order(second_order_from: int | None, progress: Progress) -> bool:
+    """Whether an update takes inner gradients as constants; see `check_inner_loop`."""
+    return second_order_from is None or progress.step < second_order_from
 
 
 def under(prefix: str, params: Params) -> Params:

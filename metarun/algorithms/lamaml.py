@@ -5,7 +5,6 @@ Official code: montrealrobotics/La-MAML. Shapes: B rows of a step, M rows of a m
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -15,6 +14,7 @@ from metarun import seeding
 from metarun.algorithms.base import forward, positive
 from metarun.algorithms.inner import Params, above, gradient, under
 from metarun.algorithms.online import OnlineLearner
+from metarun.algorithms.outer import check_positive
 from metarun.algorithms.rules import Replay, State, Step, draw_key
 from metarun.backbones.layers import Pass
 
@@ -79,8 +79,7 @@ class LaMAML(OnlineLearner):
             ("step_lr", step_lr),
             ("clip_norm", clip_norm),
         ):
-            if not 0.0 < value < math.inf:
-                raise ValueError(f"algo.{name}={value}: expected a positive number")
+            check_positive(f"algo.{name}", value)
         positive("glances", glances)
         self.rates = rates
         self.rates_start = rates_start

@@ -21,6 +21,7 @@ from metarun.algorithms.inner import (
     Params,
     check_inner_loop,
     dict_key,
+    is_first_order,
     sgd_adapt,
     sgd_path,
     under,
@@ -121,7 +122,7 @@ class MAML(AdaptingLearner):
             {name: theta[name] for name in self.adapted},
             lr=rates,
             steps=self.inner_steps,
-            first_order=self.second_order_from is None or progress.step < self.second_order_from,
+            first_order=is_first_order(self.second_order_from, progress),
             clip=self.inner_clip,
         )
         return {**theta, **adapted}

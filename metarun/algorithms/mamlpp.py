@@ -22,6 +22,7 @@ from metarun.algorithms.inner import (
     descend,
     dict_key,
     gradient_and_extras,
+    is_first_order,
     under,
 )
 from metarun.backbones.layers import BatchNorm, Pass, norm_parameters, update_running
@@ -104,7 +105,7 @@ class MAMLpp(AdaptingLearner):
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
+        first_order = is_first_order(self.second_order_from, progress)
         weights = self._loss_weights(progress)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:

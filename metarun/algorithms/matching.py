@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import positive
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
+from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import Pass
 from metarun.backbones.recurrent import LSTMCell
 
@@ -57,8 +58,7 @@ class MatchingNet(EpisodicLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if not 0.0 < scale < float("inf"):
-            raise ValueError(f"algo.scale={scale}: expected a positive number")
+        check_positive("algo.scale", scale)
         positive("processing_steps", processing_steps)
         self.scale = scale
         self.order_free = not full_context

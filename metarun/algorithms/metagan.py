@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, positive, task_metric
 from metarun.algorithms.inner import Params
-from metarun.algorithms.outer import OuterOptimizer
+from metarun.algorithms.outer import OuterOptimizer, check_positive
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
@@ -86,8 +86,7 @@ class MetaGAN(Algorithm):
             raise ValueError(f"algo.fakes={fakes}: expected 0 or more")
         positive("latent", latent)
         positive("filters", filters)
-        if not (generator_lr > 0 and math.isfinite(generator_lr)):
-            raise ValueError(f"algo.generator_lr={generator_lr}: expected a positive number")
+        check_positive("algo.generator_lr", generator_lr)
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"algo.weight={weight}: expected 0 or more")
         if classes not in ("softmax", "own"):

@@ -5,14 +5,22 @@ There is no official code. Shapes: T tasks, S support rows, Q query rows, D outp
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
-from metarun.algorithms.inner import Params, check_inner_loop, sgd_adapt, sgd_path, under
+from metarun.algorithms.inner import (
+    Loss,
+    Params,
+    check_inner_loop,
+    is_first_order,
+    sgd_adapt,
+    sgd_path,
+    under,
+)
+from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -85,8 +93,7 @@ class Mixture(Algorithm):
         check_inner_loop(inner_lr, inner_steps, second_order_from)
         positive("components", components)
         for name, value in (("temperature", temperature), ("concentration", concentration)):
-            if not (value > 0.0 and math.isfinite(value)):
-                raise ValueError(f"algo.{name}={value}: expected a positive number")
+            check_positive(f"algo.{name}", value)
         if not 0.0 <= memory <= 1.0:
             raise ValueError(f"algo.memory={memory}: expected 0 to 1")
         if assign not in ("soft", "hard"):
@@ -131,7 +138,7 @@ class Mixture(Algorithm):
         return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(fits)
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
+        first_order = is_first_order(self.second_order_from, progress)
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
@@ -219,7 +226,7 @@ class Mixture(Algorithm):
         by_step = torch.stack(answers, 1)
         return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
 
-    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, how: Pass) -> Any:
+    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, how: Pass) -> Loss:
         def loss(weights: Params) -> Tensor:
             return self.loss(forward(net, weights, x, how), y)
 

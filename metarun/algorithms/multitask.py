@@ -23,7 +23,7 @@ from metarun.algorithms.inner import (
     sgd_path,
     unflatten,
 )
-from metarun.algorithms.outer import NonFiniteError
+from metarun.algorithms.outer import NonFiniteError, check_positive
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
@@ -79,8 +79,7 @@ class MultiTask(AdaptingLearner):
         check_inner_loop(inner_lr, inner_steps, None)
         if fit_steps < 0:
             raise ValueError(f"algo.fit_steps={fit_steps}: expected 0 or more")
-        if not 0.0 < fit_lr < math.inf:
-            raise ValueError(f"algo.fit_lr={fit_lr}: expected a positive number")
+        check_positive("algo.fit_lr", fit_lr)
         if penalty not in ("none", "l2", "mean"):
             raise ValueError(f"algo.penalty={penalty}: expected none, l2 or mean")
         if not 0.0 <= decay < math.inf:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
 from metarun.algorithms.inner import Params
+from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import BATCH, has_batch_norm
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -92,8 +93,7 @@ class NeuralProcess(Algorithm):
                 raise ValueError(f"algo.{name}={value}: expected {least} or more")
         if deterministic == "attention" and width % heads:
             raise ValueError(f"algo.heads={heads} do not share algo.width={width} evenly")
-        if not 0.0 < min_spread < math.inf:
-            raise ValueError(f"algo.min_spread={min_spread}: expected a positive number")
+        check_positive("algo.min_spread", min_spread)
         self.samples = samples
         self.latent = latent
         self.least_context = context

@@ -70,12 +70,12 @@ class OuterOptimizer(nn.Module):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__()
-        _check_positive("optim.lr", lr)
-        _check_positive("optim.step_every", step_every)
-        _check_positive("optim.step_factor", step_factor)
+        check_positive("optim.lr", lr)
+        check_positive("optim.step_every", step_every)
+        check_positive("optim.step_factor", step_factor)
         for name, value in (("clip_value", clip_value), ("clip_norm", clip_norm)):
             if value is not None:
-                _check_positive(f"optim.{name}", value)
+                check_positive(f"optim.{name}", value)
         for name, value in (("min_lr", min_lr), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"optim.{name}={value}: expected 0 or more")
@@ -188,6 +188,11 @@ def _locate(grads: dict[str, Tensor], norm: Tensor) -> NonFiniteError:
     return NonFiniteError("the norm of the gradient", float(norm))
 
 
-def _check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: float) -> None:
+    """Refuse a setting that is not above zero, or not finite.
+
+    Raises:
+        ValueError: It is so; the line begins with `name=value`.
+    """
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value}: expected a positive number")

@@ -14,6 +14,7 @@ from metarun.algorithms.base import Algorithm, forward, own_parameters, task_met
 from metarun.algorithms.inner import (
     Params,
     check_inner_loop,
+    is_first_order,
     prototypes,
     sgd_adapt,
     sgd_path,
@@ -72,7 +73,7 @@ class ProtoMAML(Algorithm):
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         ways = self.spec.train_way
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
+        first_order = is_first_order(self.second_order_from, progress)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows

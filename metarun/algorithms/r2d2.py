@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params
+from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import Pass
 
 Solver = Literal["auto", "primal", "dual"]
@@ -65,8 +66,7 @@ class R2D2(EpisodicLearner):
         super().__init__(**common)
         if solver not in ("auto", "primal", "dual"):
             raise ValueError(f"algo.solver={solver}: expected auto, primal or dual")
-        if not 0.0 < init_lambda < math.inf:
-            raise ValueError(f"algo.init_lambda={init_lambda}: expected a positive number")
+        check_positive("algo.init_lambda", init_lambda)
         if not (math.isfinite(init_scale) and init_scale):
             raise ValueError(f"algo.init_scale={init_scale}: expected a number other than 0")
         self.net = _RidgeNet(

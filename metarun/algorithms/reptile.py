@@ -14,6 +14,7 @@ from metarun import seeding
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, positive, task_metric
 from metarun.algorithms.inner import AdamState, Params, adam_start, adam_step, gradient
+from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
@@ -61,8 +62,7 @@ class Reptile(AdaptingLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if not 0.0 < inner_lr < float("inf"):
-            raise ValueError(f"algo.inner_lr={inner_lr}: expected a positive number")
+        check_positive("algo.inner_lr", inner_lr)
         positive("inner_steps", inner_steps)
         for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):
             if size is not None and size < 1:

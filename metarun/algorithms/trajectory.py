@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import forward, own_parameters, task_metric
-from metarun.algorithms.inner import Params, check_inner_loop, descend, gradient, under
+from metarun.algorithms.inner import (
+    Params,
+    check_inner_loop,
+    descend,
+    gradient,
+    is_first_order,
+    under,
+)
 from metarun.algorithms.online import WeightLearner
 from metarun.backbones.layers import Pass
 from metarun.types import Metrics, Progress, TaskBatch
@@ -64,7 +71,7 @@ class TrajectoryLearner(WeightLearner):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         assert self.spec.streams is not None
         rows = self.spec.streams["train"].rows
-        first_order = self.second_order_from is None or progress.step < self.second_order_from
+        first_order = is_first_order(self.second_order_from, progress)
         if self.reset:
             self._forget(batch.support_y)
 

@@ -330,15 +330,20 @@ class Multimodal(Formulas):
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
         tasks = super().batch(split, index, num_tasks)
-        family = self.parameters(split, index, num_tasks)[0]
-        return replace(tasks, class_ids=family.long()[:, None])
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        family = self._family(keys)
+        return replace(tasks, class_ids=family[:, None])
+
+    def _family(self, keys: Tensor) -> Tensor:
+        """Which of `families` each key's function is of."""
+        return seeding.integers(keys, _SLOT_FAMILY, len(self.families))
 
     def _facts(self) -> tuple[float, ...]:
         return tuple(list(_FAMILIES).index(family) for family in self.families)
 
     def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
         """The number of the family, and the three numbers that it takes."""
-        family = seeding.integers(keys, _SLOT_FAMILY, len(self.families))
+        family = self._family(keys)
         numbers = [torch.zeros_like(family, dtype=torch.float64)] * 3
         for number, name in enumerate(self.families):
             drawn = _FAMILIES[name].draw(keys)

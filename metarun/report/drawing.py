@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ STYLE: Any = {
 _DPI = 150
 
 
+def title(results: Mapping[str, Any]) -> str:
+    """What the figures of a run are headed with."""
+    return f"{results['algo']} on {results['data']}, seed {results['seed']}"
+
+
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
     """Write a figure as PNG and SVG, without a date; returns the files."""
+    folder.mkdir(exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -12,7 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metarun.report.drawing import COLOURS, STYLE, save
+from metarun.report.drawing import COLOURS, STYLE, save, title
 
 
 def draw(folder: Path) -> list[Path]:
@@ -26,9 +26,7 @@ def draw(folder: Path) -> list[Path]:
     """
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     with rc_context(STYLE):
-        place = folder / "figures"
-        place.mkdir(exist_ok=True)
-        return save(place, "presentations", _curve(results))
+        return save(folder / "figures", "presentations", _curve(results))
 
 
 def _curve(results: Mapping[str, Any]) -> Figure:
@@ -44,7 +42,7 @@ def _curve(results: Mapping[str, Any]) -> Figure:
     chance = 100.0 / results["way"]
     axes.axhline(chance, color="#777777", linestyle=":", linewidth=1.0, label="chance")
     axes.set(
-        title=f"{results['algo']} on {results['data']}, seed {results['seed']}",
+        title=title(results),
         xlabel="presentation of a class",
         ylabel="accuracy, %",
         ylim=(0, 100),

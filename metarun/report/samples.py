@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metarun.intervals import Floats
-from metarun.report.drawing import STYLE, save
+from metarun.report.drawing import STYLE, save, title
 
 
 def draw(folder: Path) -> list[Path]:
@@ -29,13 +29,10 @@ def draw(folder: Path) -> list[Path]:
     with np.load(folder / "samples.npz") as arrays:
         support, made = arrays["support"], arrays["made"]
     with rc_context(STYLE):
-        place = folder / "figures"
-        place.mkdir(exist_ok=True)
-        title = f"{results['algo']} on {results['data']}, seed {results['seed']}"
-        return save(place, "samples", _grid(support, made, title))
+        return save(folder / "figures", "samples", _grid(support, made, title(results)))
 
 
-def _grid(support: Floats, made: Floats, title: str) -> Figure:
+def _grid(support: Floats, made: Floats, heading: str) -> Figure:
     """A figure of (T, S, C, H, W) and (T, M, C, H, W)."""
     tasks, shots, samples = len(made), support.shape[1], made.shape[1]
     figure = Figure(figsize=(0.4 * (shots + samples) + 0.6, 0.4 * tasks + 0.9))
@@ -50,7 +47,7 @@ def _grid(support: Floats, made: Floats, title: str) -> Figure:
         panel.imshow(_mosaic(shares))
         panel.set_title(name, fontsize=9)
         panel.set_axis_off()
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(heading, fontsize=10)
     return figure
 
 

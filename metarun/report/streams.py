@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from metarun import continual
 from metarun.intervals import Floats, quiet
-from metarun.report.drawing import COLOURS, STYLE, save
+from metarun.report.drawing import COLOURS, STYLE, save, title
 from metarun.types import Stream
 
 _DASHES = ("-", "--", ":")
@@ -41,18 +41,17 @@ def draw(folder: Path) -> list[Path]:
         matrix = arrays["matrix"].mean(0)
     with (folder / "stream.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    title = f"{results['algo']} on {results['data']}, seed {results['seed']}"
+    heading = title(results)
     with rc_context(STYLE):
         figures = {
-            "matrix": _matrix(matrix, results, title),
-            "stream": _panels({results["algo"]: rows}, results, title),
+            "matrix": _matrix(matrix, results, heading),
+            "stream": _panels({results["algo"]: rows}, results, heading),
         }
         place = folder / "figures"
-        place.mkdir(exist_ok=True)
         return [path for name, figure in figures.items() for path in save(place, name, figure)]
 
 
-def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
+def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
     """A heat map: a row before the first visit and after each, a column for each task."""
     figure = Figure(figsize=(6.4, 5.2))
     axes = figure.add_subplot()
@@ -61,7 +60,7 @@ def _matrix(matrix: Floats, results: dict[str, Any], title: str) -> Figure:
     top = float(np.nanquantile(matrix, 0.98)) if np.isfinite(matrix).any() else 1.0
     image = axes.imshow(matrix, aspect="auto", cmap=best, vmin=0.0, vmax=top, origin="upper")
     figure.colorbar(image, ax=axes, label=f"{results['metric']} on held-out rows")
-    axes.set(title=title, xlabel="task", ylabel="visits so far")
+    axes.set(title=heading, xlabel="task", ylabel="visits so far")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[:].set_visible(False)
@@ -99,14 +98,14 @@ def _lived(run: Path) -> dict[str, Floats]:
 
 
 def _panels(
-    curves: Mapping[str, list[dict[str, str]]], results: Mapping[str, Any], title: str
+    curves: Mapping[str, list[dict[str, str]]], results: Mapping[str, Any], heading: str
 ) -> Figure:
     """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
     metric = results["metric"]
     # Where there are many visits a curve within each of them would be a block of colour.
     many = len(results["layout"]["visits"]) > _MANY_VISITS
     figure = Figure(figsize=(6.4, 7.2))
-    figure.suptitle(title)
+    figure.suptitle(heading)
     panels = figure.subplots(3, 1)
     names = ("current", "cumulative_loss", "seen")
     labels = (
