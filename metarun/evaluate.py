@@ -45,6 +45,7 @@ class EpisodeMetrics:
         beside: (N,) each by name, where the algorithm says how sure it is: `log_likelihood` of the
             targets under normals with the answers' means and spreads, and `coverage`, the share
             of targets within 1.96 spreads of the mean.
+        strategies: (N,) the metric by name of each single way of learning that it chose among.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
         lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
             `Lifetimes.measured`, and `untaught`.
@@ -57,6 +58,7 @@ class EpisodeMetrics:
     lived: Mapping[str, Floats] | None = None
     presentations: Floats | None = None
     beside: Mapping[str, Floats] = field(default_factory=dict)
+    strategies: Mapping[str, Floats] = field(default_factory=dict)
 
 
 def evaluate(
@@ -90,6 +92,7 @@ def evaluate(
     embeddings: list[Tensor] = []
     presentations: list[Tensor] = []
     beside: dict[str, list[Tensor]] = {}
+    strategies: dict[str, list[Tensor]] = {}
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
@@ -111,6 +114,9 @@ def evaluate(
                 if answer.spread is not None:
                     for name, here in sureness(answer, batch.query_y).items():
                         beside.setdefault(name, []).append(here)
+                for name, outputs in (answer.strategies or {}).items():
+                    here = _figures(source.spec, outputs, batch.query_y)
+                    strategies.setdefault(name, []).append(here)
                 if tick is not None:
                     tick(start + batch.num_tasks)
     finally:
@@ -122,6 +128,7 @@ def evaluate(
         digest=digest.hexdigest(),
         presentations=_array(torch.cat(presentations)) if presentations else None,
         beside={name: _array(torch.cat(parts)) for name, parts in beside.items()},
+        strategies={name: _array(torch.cat(parts)) for name, parts in strategies.items()},
     )
 
 

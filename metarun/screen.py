@@ -211,6 +211,10 @@ def summary(results: Mapping[str, Any], where: str) -> str:
             here = presentations[number - 1]
             row = (f"presentation {number}", figure(metric, here["mean"], here["ci95"]), "")
             rows.append(row)
+    for name, here in results.get("strategies", {}).items():
+        gain = figure(metric, here["gain"]["mean"], here["gain"]["ci95"])
+        row = (name, figure(metric, here["mean"], here["ci95"]), f"this one is better by {gain}")
+        rows.append(row)
     note = ""
     if "tasks_per_second" in results:
         note = f"{results['steps']} steps, {results['tasks_per_second'] or 0:,.0f} tasks/s"

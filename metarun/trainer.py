@@ -748,10 +748,29 @@ def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str,
     }
     if measured.presentations is not None:
         record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
+    if measured.strategies:
+        record["strategies"] = _strategies_record(measured, spec)
     if spec.streams is not None:
         record["layout"] = asdict(spec.streams["test"])
         record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
     return record
+
+
+def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
+    """Of each single way of learning the figure, and how much better the chosen one did.
+
+    `oracle` is the best of them on each episode, by its queries.
+    """
+    best = np.max if spec.higher_is_better else np.min
+    sign = 1.0 if spec.higher_is_better else -1.0
+    oracle = best(np.stack(list(measured.strategies.values())), axis=0)
+    return {
+        name: {
+            **_interval_record(values),
+            "gain": _interval_record(sign * (measured.values - values)),
+        }
+        for name, values in {**measured.strategies, "oracle": oracle}.items()
+    }
 
 
 def _stream_figures(
@@ -785,6 +804,7 @@ def _write_test(
         arrays["embeddings"] = measured.embeddings
     if measured.presentations is not None:
         arrays["presentations"] = measured.presentations
+    arrays |= {f"strategy_{name}": values for name, values in measured.strategies.items()}
     _write_arrays(folder / "episodes.npz", arrays)
     if measured.lived is not None and spec.streams is not None:
         table = continual.curves(measured.lived, spec.streams["test"])

@@ -157,12 +157,15 @@ class Prediction:
             of the rows before it.
         embedding: (T, E) what the method has made of each task's support, where that is a
             vector of one size.
+        strategies: (T, Q, …) answers by name of each single way of learning that it chose among,
+            of which the metric can be taken as of `outputs`.
     """
 
     outputs: Tensor
     spread: Tensor | None = None
     sequence: Tensor | None = None
     embedding: Tensor | None = None
+    strategies: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
+from metarun.algorithms.outer import check_positive
 from metarun.algorithms.sequential import Reader, SequenceLearner
 from metarun.backbones.recurrent import LSTMCell
 
@@ -50,6 +51,10 @@ class MANN(SequenceLearner):
         usage_decay: gamma of eq. 5.
         gate: alpha of eq. 7.
         written: What is added to a location.
+        strength: What a head's similarities are times before the softmax: one, as in the paper,
+            or beta of Neural Turing Machines (Graves et al. 2014, eq. 5), emitted at each step.
+            Similarities lie between -1 and 1, so that without it a head reads about the mean of
+            the memory.
         label_scale: Told labels enter as one-hot vectors times this: 1 in the paper. A
             backbone's features outweigh a single 1 among them.
         forget_bias: Of the controller at the start; see `LSTMCell`.
@@ -70,6 +75,7 @@ class MANN(SequenceLearner):
         usage_decay: float = 0.99,
         gate: Literal["learned", "emitted"] = "learned",
         written: Literal["keys", "vectors"] = "keys",
+        strength: Literal["none", "emitted"] = "none",
         label_scale: float = 1.0,
         forget_bias: float = 0.0,
         **common: Any,
@@ -79,6 +85,7 @@ class MANN(SequenceLearner):
             ("access", access, ("lrua", "ntm", "none")),
             ("gate", gate, ("learned", "emitted")),
             ("written", written, ("keys", "vectors")),
+            ("strength", strength, ("none", "emitted")),
         ):
             if word not in allowed:
                 raise ValueError(f"algo.{name}={word}: expected {', '.join(allowed)}")
@@ -93,15 +100,14 @@ class MANN(SequenceLearner):
             raise ValueError(f"algo.heads={heads} are more than algo.locations={locations}")
         if not 0.0 <= usage_decay <= 1.0:
             raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
-        if not (label_scale > 0.0 and math.isfinite(label_scale)):
-            raise ValueError(f"algo.label_scale={label_scale}: expected a positive number")
+        check_positive("algo.label_scale", label_scale)
         if not math.isfinite(forget_bias):
             raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
         features = self.build_network(None)
         memory: _Memory | None = None
         if access == "lrua":
             memory = LeastRecentlyUsed(
-                controller, locations, cells, heads, usage_decay, gate, written
+                controller, locations, cells, heads, usage_decay, gate, written, strength
             )
         elif access == "ntm":
             memory = TuringMachine(controller, locations, cells, heads)
@@ -183,6 +189,7 @@ class LeastRecentlyUsed(_Memory):
         usage_decay: float,
         gate: str,
         written: str,
+        strength: str,
     ) -> None:
         super().__init__()
         self.shape = (heads, locations, cells)
@@ -192,6 +199,7 @@ class LeastRecentlyUsed(_Memory):
         self.vector = _glorot(nn.Linear(hidden, heads * cells)) if written == "vectors" else None
         self.gate = _glorot(nn.Linear(hidden, heads)) if gate == "emitted" else None
         self.alpha = nn.Parameter(torch.zeros(())) if gate == "learned" else None
+        self.strength = _glorot(nn.Linear(hidden, heads)) if strength == "emitted" else None
 
     def begin(self, like: Tensor) -> State:
         heads, locations, cells = self.shape
@@ -218,7 +226,10 @@ class LeastRecentlyUsed(_Memory):
         writing = share * state["reading"] + (1.0 - share) * least
         kept = state["memory"] * (1.0 - least[:, 0, :, None])
         memory = kept + writing.transpose(1, 2) @ written
-        reading = cosine(keys, memory).softmax(2)
+        similar = cosine(keys, memory)
+        if self.strength is not None:
+            similar = nn.functional.softplus(self.strength(hidden))[..., None] * similar
+        reading = similar.softmax(2)
         usage = self.usage_decay * state["usage"] + reading.sum(1) + writing.sum(1)
         read = (reading @ memory).flatten(1)
         return {"memory": memory, "reading": reading, "usage": usage, "read": read}

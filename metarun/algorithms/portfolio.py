@@ -1,0 +1,317 @@
+"""Base-learners, and what each makes of one task: out of fold on its support, and on its queries.
+
+They are scikit-learn's, but for small networks, of which all folds and rates train together.
+Everything is a pure function of one task as arrays, so that it can run in any process and be
+kept on disk. Shapes: S support rows, Q query rows, F features, W ways, D outputs (W
+probabilities, or the values of a regression), B learners, N networks side by side, H hidden units.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+_FLOOR = 1e-3
+"""Least probability of a class: a tree says 0 of what it has not seen."""
+_HIDDEN = 32
+_STEPS = 50
+_MOMENTUM = 0.9
+_RATES = {"classification": (0.01, 0.1, 0.5), "regression": (0.01, 0.03, 0.1)}
+_FARTHEST = 10.0
+"""Answer of a network, in deviations of its targets: one that diverges gives a number still."""
+
+
+class Study(NamedTuple):
+    """What the learners make of a task.
+
+    Attributes:
+        held_out: (B, S, D) answers to each support row by a learner that has not seen its fold.
+        answers: (B, Q, D) answers to the query rows by learners of the whole support.
+    """
+
+    held_out: Array
+    answers: Array
+
+
+def known(kind: str) -> list[str]:
+    """Names of the learners that there are for a kind of task; a network's ends with its rate."""
+    return [*_MAKERS[kind], *(f"mlp_{rate}" for rate in _RATES[kind])]
+
+
+def rate(name: str) -> float | None:
+    """The rate in the name of a network, `mlp_RATE`; None of any other learner."""
+    if not name.startswith("mlp_"):
+        return None
+    try:
+        value = float(name.removeprefix("mlp_"))
+    except ValueError:
+        return None
+    return value if 0.0 < value < np.inf else None
+
+
+def study(
+    x: Array, y: NDArray[Any], asked: Array, *, ways: int | None, names: Sequence[str], folds: int
+) -> Study:
+    """Run every learner on a task.
+
+    Neither the order of the support rows nor the numbers of its classes have a meaning: rows are
+    sorted, and classes numbered as they come, before anything is fitted. Features are scaled to
+    the mean and deviation of the rows that are learned from.
+
+    Args:
+        x: (S, F).
+        y: (S,) labels, or (S, D) values.
+        asked: (Q, F).
+        ways: W; None of a regression.
+        names: Of the learners.
+        folds: Of the cross-validation; as many as the smallest class has rows, if those are fewer.
+
+    Raises:
+        ValueError: A class has one row, or a regression one, so that nothing can be held out.
+    """
+    order = np.lexsort(x.T[::-1])
+    x, y = x[order], y[order]
+    if ways is None:
+        targets = y.astype(np.float64).reshape(len(y), -1)
+        numbers = np.zeros(0, dtype=np.int64)
+    else:
+        _, first = np.unique(y, return_index=True)
+        # Classes that the support has not come last.
+        seen = y[np.sort(first)]
+        numbers = np.concatenate([seen, np.setdiff1d(np.arange(ways), seen)])
+        y = np.argsort(numbers)[y]
+        targets = np.eye(ways)[y]
+    parts = _folds(y if ways is not None else None, len(y), folds)
+    trains = [np.flatnonzero(parts != fold) for fold in range(parts.max() + 1)]
+    trains.append(np.arange(len(x)))
+    everything = np.concatenate([x, asked])
+    scaled = np.stack([_scaled(everything, rows) for rows in trains])
+    makers = _MAKERS["regression" if ways is None else "classification"]
+    outputs = np.empty((len(names), len(trains), len(everything), targets.shape[1]))
+    from threadpoolctl import threadpool_limits
+
+    # Tables this small are slower by several threads, and ten times so where cores are busy.
+    with warnings.catch_warnings(), threadpool_limits(1):
+        warnings.simplefilter("ignore")
+        for number, name in enumerate(names):
+            if name in makers:
+                for fold, rows in enumerate(trains):
+                    learned, goal = scaled[fold, rows], targets[rows]
+                    # Of rows that are all the same nothing can be learned but how often each is.
+                    outputs[number, fold] = (
+                        makers[name](learned, goal, scaled[fold]) if learned.any() else goal.mean(0)
+                    )
+    networks = [number for number, name in enumerate(names) if name not in makers]
+    if networks:
+        rates = np.array([rate(names[number]) for number in networks], dtype=np.float64)
+        outputs[networks] = _networks(scaled, targets, trains, rates, classify=ways is not None)
+    if ways is not None:
+        outputs = np.maximum(outputs, _FLOOR)
+        outputs /= outputs.sum(-1, keepdims=True)
+    held_out = outputs[:, parts, np.arange(len(x))]
+    answers = outputs[:, -1, len(x) :]
+    back = np.argsort(order)
+    columns = slice(None) if ways is None else np.argsort(numbers)
+    return Study(held_out[:, back][..., columns], answers[..., columns])
+
+
+def _folds(labels: NDArray[Any] | None, rows: int, folds: int) -> NDArray[np.int64]:
+    """(S,) fold of each row, so that each has an even share of each class."""
+    classes = (
+        [np.arange(rows)]
+        if labels is None
+        else [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    )
+    fewest = min(len(own) for own in classes)
+    if fewest < 2:
+        raise ValueError("cross-validation needs two rows of each class: use shot=2 or more")
+    folds = min(folds, fewest)
+    parts = np.empty(rows, dtype=np.int64)
+    # One after another, also from a class to the next: folds are of one size.
+    parts[np.concatenate(classes)] = np.arange(rows) % folds
+    return parts
+
+
+def _scaled(x: Array, rows: NDArray[np.int64]) -> Array:
+    mean, deviation = x[rows].mean(0), x[rows].std(0)
+    centred: Array = x - mean
+    return centred / np.where(deviation > 1e-12, deviation, 1.0)
+
+
+Maker = Callable[[Array, Array, Array], Array]
+
+
+def _classifier(make: Callable[[int], Any]) -> Maker:
+    """The probabilities of a classifier of scikit-learn that is made for a number of rows."""
+
+    def run(x: Array, targets: Array, asked: Array) -> Array:
+        model = make(len(x)).fit(x, targets.argmax(1))
+        probabilities = np.zeros((len(asked), targets.shape[1]))
+        probabilities[:, model.classes_] = model.predict_proba(asked)
+        return probabilities
+
+    return run
+
+
+def _regressor(make: Callable[[int], Any]) -> Maker:
+    """The values of a regression of scikit-learn that is made for a number of rows."""
+
+    def run(x: Array, targets: Array, asked: Array) -> Array:
+        values = make(len(x)).fit(x, targets).predict(asked)
+        return np.asarray(values, dtype=np.float64).reshape(len(asked), -1)
+
+    return run
+
+
+def _centroid(rows: int) -> Any:  # noqa: ARG001
+    from sklearn.neighbors import NearestCentroid
+
+    return NearestCentroid()
+
+
+def _knn(rows: int) -> Any:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return KNeighborsClassifier(min(5, rows), weights="distance")
+
+
+def _knn_values(rows: int) -> Any:
+    from sklearn.neighbors import KNeighborsRegressor
+
+    return KNeighborsRegressor(min(5, rows), weights="distance")
+
+
+def _ridge(rows: int) -> Any:
+    from sklearn.linear_model import Ridge
+
+    return Ridge(alpha=0.1 * rows)
+
+
+def _logistic(rows: int) -> Any:  # noqa: ARG001
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression()
+
+
+def _bayes(rows: int) -> Any:  # noqa: ARG001
+    from sklearn.naive_bayes import GaussianNB
+
+    return GaussianNB(var_smoothing=1e-2)
+
+
+def _tree(rows: int) -> Any:  # noqa: ARG001
+    from sklearn.tree import DecisionTreeClassifier
+
+    return DecisionTreeClassifier(random_state=0)
+
+
+def _tree_values(rows: int) -> Any:  # noqa: ARG001
+    from sklearn.tree import DecisionTreeRegressor
+
+    return DecisionTreeRegressor(random_state=0, min_samples_leaf=2)
+
+
+def _mean(rows: int) -> Any:  # noqa: ARG001
+    from sklearn.dummy import DummyRegressor
+
+    return DummyRegressor()
+
+
+_MAKERS: dict[str, dict[str, Maker]] = {
+    "classification": {
+        "centroid": _classifier(_centroid),
+        "knn": _classifier(_knn),
+        # By least squares on labels of 0 and 1, which is an estimate of their probabilities.
+        "ridge": _regressor(_ridge),
+        "logistic": _classifier(_logistic),
+        "bayes": _classifier(_bayes),
+        "tree": _classifier(_tree),
+    },
+    "regression": {
+        "mean": _regressor(_mean),
+        "knn": _regressor(_knn_values),
+        "ridge": _regressor(_ridge),
+        "tree": _regressor(_tree_values),
+    },
+}
+
+
+def _networks(
+    x: Array,
+    targets: Array,
+    trains: Sequence[NDArray[np.int64]],
+    rates: Array,
+    *,
+    classify: bool,
+) -> Array:
+    """Networks with one hidden layer, one of each rate and fold, after some steps from one start.
+
+    Args:
+        x: (folds, R, F) rows as each fold scales them, those of the support first.
+        targets: (S, D), of which the rows of each fold are learned.
+        trains: Those rows.
+        rates: Of gradient descent with momentum.
+        classify: By cross-entropy; else by squared error, on targets scaled like features.
+
+    Returns:
+        (rates, folds, R, D) probabilities, or values.
+    """
+    shares = np.zeros((len(trains), len(targets), 1))
+    for share, rows in zip(shares, trains, strict=True):
+        share[rows] = 1.0 / len(rows)
+    mean = np.zeros((len(trains), 1, targets.shape[1]))
+    spread = np.ones_like(mean)
+    if not classify:
+        mean = (shares * targets).sum(1, keepdims=True)
+        spread = np.sqrt((shares * (targets - mean) ** 2).sum(1, keepdims=True))
+        spread = np.where(spread > 1e-12, spread, 1.0)
+    goal = (targets - mean) / spread
+    features, outputs = x.shape[2], targets.shape[1]
+    draws = np.random.default_rng(0)
+    start = [
+        draws.standard_normal((features, _HIDDEN)) / np.sqrt(features),
+        np.zeros((1, _HIDDEN)),
+        # An untrained network has no opinion.
+        np.zeros((_HIDDEN, outputs)),
+        np.zeros((1, outputs)),
+    ]
+    shape = (len(rates), len(trains))
+    weights = [np.broadcast_to(part, (*shape, *part.shape)).copy() for part in start]
+    speeds = [np.zeros_like(part) for part in weights]
+    seen = x[:, : len(targets)]
+    for _ in range(_STEPS):
+        hidden, raw = _forward(weights, seen)
+        error = shares * (_softmax(raw) - goal if classify else raw - goal)
+        back = (error @ weights[2].swapaxes(-1, -2)) * (1.0 - hidden**2)
+        slopes = [
+            seen.swapaxes(-1, -2) @ back,
+            back.sum(-2, keepdims=True),
+            hidden.swapaxes(-1, -2) @ error,
+            error.sum(-2, keepdims=True),
+        ]
+        for weight, speed, slope in zip(weights, speeds, slopes, strict=True):
+            speed *= _MOMENTUM
+            speed += slope
+            weight -= rates[:, None, None, None] * speed
+    raw = _forward(weights, x)[1]
+    if classify:
+        return _softmax(raw)
+    near: Array = np.clip(np.nan_to_num(raw), -_FARTHEST, _FARTHEST) * spread + mean
+    return near
+
+
+def _forward(weights: Sequence[Array], x: Array) -> tuple[Array, Array]:
+    hidden = np.tanh(x @ weights[0] + weights[1])
+    return hidden, hidden @ weights[2] + weights[3]
+
+
+def _softmax(raw: Array) -> Array:
+    powers = np.exp(raw - raw.max(-1, keepdims=True))
+    shares: Array = powers / powers.sum(-1, keepdims=True)
+    return shares
