@@ -37,7 +37,7 @@ Plain = dict[str, Any]
 CONF = config.conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Those that are no paper's.
-OWN = {"quick_start", "omniglot_small_best"}
+OWN = {"quick_start", "omniglot_small_best", "iris"}
 PAPERS = sorted(path.stem for path in (CONF / "paper").glob("*.yaml"))
 
 # Twenty in each split, the most ways there are: 60 in training are 15 in four rotations.

@@ -24,8 +24,8 @@ from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Choice = Literal["pick", "weigh"]
 
-CV_WINNER = "cv_winner"
-"""What cross-validation alone would choose, as it is called among the strategies."""
+CV_WINNER, COMMITTEE = "cv_winner", "committee"
+"""What cross-validation alone would choose, and the mean of all, as they are called."""
 _PERFORMANCES = 5
 _TASK_FEATURES = 7
 _UNIT = 0.1
@@ -124,7 +124,7 @@ class Selector(Algorithm):
         # At first all are as good.
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
-        self.optimizer = self.build_optimizer()
+        self.optimizer = self._optim(self._learned())
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         held_out, answers, rows = self.studied(batch.support_x, batch.support_y, batch.query_x)
@@ -150,7 +150,7 @@ class Selector(Algorithm):
 
     @torch.no_grad()
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """As in `Algorithm`; the strategies are the base-learners and `cv_winner`.
+        """As in `Algorithm`; the strategies are the base-learners, `cv_winner` and `committee`.
 
         The embedding of a task are the scores.
         """
@@ -158,6 +158,7 @@ class Selector(Algorithm):
         scores = self.scores(self.told(held_out, rows, support_y))
         mixed = (_mixed if self.choice == "weigh" else _picked)(scores, answers)
         strategies = {name: answers[:, number] for number, name in enumerate(self.learners)}
+        strategies[COMMITTEE] = answers.mean(1)
         strategies[CV_WINNER] = _picked(self.validated(held_out, support_y), answers)
         outputs = mixed.log() if self.spec.kind == "classification" else mixed
         return Prediction(outputs, embedding=scores, strategies=strategies)

@@ -33,6 +33,8 @@ DATASETS: dict[str, DataSet] = {
         DataSet("linear", "regression on y = a x + b", "made"),
         DataSet("gp", "regression on curves of a Gaussian process", "made"),
         DataSet("multimodal", "regression on functions of five families", "made"),
+        DataSet("tables", "classification by parts of scikit-learn's tables", "made"),
+        DataSet("diabetes", "regression by parts of scikit-learn's table of patients", "made"),
         DataSet("omniglot_small", "242 handwritten characters of 8 alphabets", "shipped"),
         DataSet("omniglot", "all 1,623 handwritten characters of 50 alphabets", "store"),
         DataSet("miniimagenet", "60,000 photographs of 100 classes, 84 x 84", "store"),

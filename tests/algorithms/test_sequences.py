@@ -200,10 +200,13 @@ def alike(key: Any, place: Any) -> Any:
 
 @pytest.mark.parametrize("gate", ["learned", "emitted"])
 @pytest.mark.parametrize("written", ["keys", "vectors"])
-def test_least_recently_used_access_is_its_equations_step_by_step(gate: str, written: str) -> None:
+@pytest.mark.parametrize("strength", ["none", "emitted"])
+def test_least_recently_used_access_is_its_equations_step_by_step(
+    gate: str, written: str, strength: str
+) -> None:
     torch.manual_seed(0)
     heads, places, cells, steps = 2, 5, 3, 9
-    access = LeastRecentlyUsed(4, places, cells, heads, 0.9, gate, written).double()
+    access = LeastRecentlyUsed(4, places, cells, heads, 0.9, gate, written, strength).double()
     if access.alpha is not None:
         access.alpha.data.fill_(0.3)
     hidden = torch.randn(steps, 4, dtype=torch.float64)
@@ -227,8 +230,12 @@ def test_least_recently_used_access_is_its_equations_step_by_step(gate: str, wri
         memory[least[0]] = 0.0
         for head in range(heads):
             memory += np.outer(writing[head], vectors[head])
+        strengths = np.ones(heads)
+        if access.strength is not None:
+            strengths = np.log1p(np.exp(linear(access.strength, h.numpy())))
         for head in range(heads):
-            reading[head] = softmax(np.array([alike(keys[head], place) for place in memory]))
+            similar = np.array([alike(keys[head], place) for place in memory])
+            reading[head] = softmax(strengths[head] * similar)
         usage = 0.9 * usage + reading.sum(0) + writing.sum(0)
         read = (reading @ memory).ravel()
         for name, value in {"memory": memory, "usage": usage, "reading": reading}.items():
