@@ -111,7 +111,8 @@ class Selector(Algorithm):
             positive("processes", processes)
         self.processes = processes or cpu_count()
         # What another version makes of a task may differ.
-        place = None if cache is None else Path(cache) / f"scikit-learn-{sklearn.__version__}"
+        edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"
+        place = None if cache is None else Path(cache).expanduser() / edition
         self._study = Memory(place, verbose=0).cache(portfolio.study)
         self._kept: dict[str, portfolio.Study] = {}
         self.net = nn.Identity() if features is None else self._trained(Path(features))
