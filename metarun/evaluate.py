@@ -19,6 +19,7 @@ from torch.distributions import Normal
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.online import OnlineLearner
+from metarun.clusters import Labels
 from metarun.intervals import Floats
 from metarun.lifetimes import Lifetimes
 from metarun.types import EpisodeSource, Prediction, Split, TaskBatch, TaskSpec
@@ -45,6 +46,10 @@ class EpisodeMetrics:
         beside: (N,) each by name, where the algorithm says how sure it is: `log_likelihood` of the
             targets under normals with the answers' means and spreads, and `coverage`, the share
             of targets within 1.96 spreads of the mean.
+        families: (N,) the number of the family of functions that each task is of; None where
+            there is but one.
+        groups: (N,) the component with the greatest responsibility for each task; None where the
+            algorithm is no mixture.
         strategies: (N,) the metric by name of each single way of learning that it chose among.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
         lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
@@ -58,6 +63,8 @@ class EpisodeMetrics:
     lived: Mapping[str, Floats] | None = None
     presentations: Floats | None = None
     beside: Mapping[str, Floats] = field(default_factory=dict)
+    families: Labels | None = None
+    groups: Labels | None = None
     strategies: Mapping[str, Floats] = field(default_factory=dict)
 
 
@@ -93,6 +100,8 @@ def evaluate(
     presentations: list[Tensor] = []
     beside: dict[str, list[Tensor]] = {}
     strategies: dict[str, list[Tensor]] = {}
+    families: list[Tensor] = []
+    groups: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
@@ -114,6 +123,10 @@ def evaluate(
                 if answer.spread is not None:
                     for name, here in sureness(answer, batch.query_y).items():
                         beside.setdefault(name, []).append(here)
+                if source.spec.kind == "regression" and batch.class_ids is not None:
+                    families.append(batch.class_ids[:, 0])
+                if answer.responsibilities is not None:
+                    groups.append(answer.responsibilities.argmax(1))
                 for name, outputs in (answer.strategies or {}).items():
                     here = _figures(source.spec, outputs, batch.query_y)
                     strategies.setdefault(name, []).append(here)
@@ -128,6 +141,8 @@ def evaluate(
         digest=digest.hexdigest(),
         presentations=_array(torch.cat(presentations)) if presentations else None,
         beside={name: _array(torch.cat(parts)) for name, parts in beside.items()},
+        families=torch.cat(families).cpu().numpy() if families else None,
+        groups=torch.cat(groups).cpu().numpy() if groups else None,
         strategies={name: _array(torch.cat(parts)) for name, parts in strategies.items()},
     )
 

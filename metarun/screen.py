@@ -211,6 +211,11 @@ def summary(results: Mapping[str, Any], where: str) -> str:
             here = presentations[number - 1]
             row = (f"presentation {number}", figure(metric, here["mean"], here["ci95"]), "")
             rows.append(row)
+    if "families" in results:
+        found = results["families"]
+        rows.append(
+            ("families found", f"ARI {found['adjusted_rand_index']:.2f}", f"by {found['by']}")
+        )
     for name, here in results.get("strategies", {}).items():
         gain = figure(metric, here["gain"]["mean"], here["gain"]["ci95"])
         row = (name, figure(metric, here["mean"], here["ci95"]), f"this one is better by {gain}")

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarun import continual, environment, seeding
+from metarun import clusters, continual, environment, seeding
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.outer import NonFiniteError
 from metarun.evaluate import EpisodeMetrics, Living, evaluate
@@ -748,12 +748,37 @@ def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str,
     }
     if measured.presentations is not None:
         record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
+    found = _families_record(measured)
+    if found is not None:
+        record["families"] = found
     if measured.strategies:
         record["strategies"] = _strategies_record(measured, spec)
     if spec.streams is not None:
         record["layout"] = asdict(spec.streams["test"])
         record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
     return record
+
+
+def _families_record(measured: EpisodeMetrics) -> Record | None:
+    """How well the families of the tasks are found, and the tasks of each in each group.
+
+    By the responsibilities of a mixture, else by a mixture of normals over the embeddings with a
+    component for each family.
+    """
+    families, groups = measured.families, measured.groups
+    if families is None:
+        return None
+    by = "responsibilities"
+    if groups is None:
+        by = "a mixture of normals over embeddings"
+        if measured.embeddings is None:
+            return None
+        groups = clusters.gaussian_mixture(measured.embeddings, int(families.max()) + 1)
+        if groups is None:
+            return None
+    table = clusters.counts(families, groups)
+    index = clusters.adjusted_rand_index(table)
+    return {"adjusted_rand_index": index, "by": by, "counts": table.tolist()}
 
 
 def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
@@ -796,7 +821,8 @@ def _write_test(
     folder: Path, spec: TaskSpec, measured: EpisodeMetrics, figures: Mapping[str, Floats]
 ) -> None:
     """Write the figure of every test episode, and what the algorithm made of its task."""
-    arrays = {spec.metric: measured.values, **(measured.lived or {}), **measured.beside}
+    arrays: dict[str, Any] = {spec.metric: measured.values}
+    arrays |= {**(measured.lived or {}), **measured.beside}
     arrays |= {f"{continual.FIGURE}{name}": values for name, values in figures.items()}
     if measured.curve is not None:
         arrays["curve"] = measured.curve
@@ -804,6 +830,9 @@ def _write_test(
         arrays["embeddings"] = measured.embeddings
     if measured.presentations is not None:
         arrays["presentations"] = measured.presentations
+    for name, labels in (("families", measured.families), ("groups", measured.groups)):
+        if labels is not None:
+            arrays[name] = labels
     arrays |= {f"strategy_{name}": values for name, values in measured.strategies.items()}
     _write_arrays(folder / "episodes.npz", arrays)
     if measured.lived is not None and spec.streams is not None:

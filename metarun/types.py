@@ -157,6 +157,7 @@ class Prediction:
             of the rows before it.
         embedding: (T, E) what the method has made of each task's support, where that is a
             vector of one size.
+        responsibilities: (T, K) share of each of K components in a task, of a mixture.
         strategies: (T, Q, …) answers by name of each single way of learning that it chose among,
             of which the metric can be taken as of `outputs`.
     """
@@ -165,6 +166,7 @@ class Prediction:
     spread: Tensor | None = None
     sequence: Tensor | None = None
     embedding: Tensor | None = None
+    responsibilities: Tensor | None = None
     strategies: Mapping[str, Tensor] | None = None
 
 

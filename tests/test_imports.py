@@ -16,7 +16,8 @@ PACKAGE = Path(metarun.__file__).parent
 
 RANKS = {
     "types": 0, "settings": 0, "seeding": 0, "allocator": 0, "naming": 0, "intervals": 0,
-    "continual": 1, "data": 1, "backbones": 1, "runs": 1, "screen": 1, "environment": 1,
+    "continual": 1, "clusters": 1, "data": 1, "backbones": 1, "runs": 1, "screen": 1,
+    "environment": 1,
     "algorithms": 2,
     "views": 3, "lifetimes": 3,
     "evaluate": 4, "bench": 4,
@@ -81,8 +82,7 @@ def test_data_and_algorithms_never_see_each_other(path: Path) -> None:
 def test_no_algorithm_imports_another() -> None:
     shared = {
         "adapting", "base", "inner", "outer", "engine", "episodic", "metagan", "portfolio",
-        "pretraining",
-        "online", "rules", "sequential", "trajectory",
+        "pretraining", "online", "rules", "sequential", "trajectory",
     }  # fmt: skip
     for path in sorted((PACKAGE / "algorithms").glob("*.py")):
         for name in imported(path):

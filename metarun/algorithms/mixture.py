@@ -25,10 +25,12 @@ from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Assignment = Literal["soft", "hard"]
-Prior = Literal["uniform", "learned", "crp"]
+Prior = Literal["uniform", "balanced", "learned", "crp"]
 
 _LEAST_COUNT = 1e-6
 """Of tasks of a component that has opened."""
+_BALANCE = 0.02
+"""How fast `prior=balanced` follows what shares lack."""
 
 
 class Mixture(Algorithm):
@@ -42,14 +44,21 @@ class Mixture(Algorithm):
     component it is MAML.
 
     For a squared error a temperature of 2 sigma^2 makes the likelihood that of normals with a
-    deviation of sigma; for a cross-entropy it is 1.
+    deviation of sigma; for a cross-entropy it is 1. A temperature [start, end] falls from one to
+    the other, by the same factor at each update, over the first `anneal` of training
+    (deterministic annealing, Rose 1998): at first all components learn all tasks, and part as it
+    falls. What is cold from the beginning parts tasks by chance, and a component that is a little
+    better wins them all.
 
-    `prior=uniform` has pi_k = 1 / K, `learned` (n_k + 1) / (N + K) with n_k of the N tasks so
-    far, and `crp` a Chinese restaurant (section 3.3): there is one component at first, each task
-    of training is of a component with the number of its tasks as weight, or of the next one with
-    `concentration`; that one opens when it is the likeliest of any task, and keeps what part of
-    other tasks it has had. At evaluation none opens. The paper starts a new component from the
-    shared prior over all; here each has a start of its own, drawn as any network's.
+    `prior=uniform` has pi_k = 1 / K, and `learned` (n_k + 1) / (N + K) with n_k of the N tasks so
+    far. `balanced` has log pi_k grow at each update by a little of what the component's share of
+    the tasks lacks to 1 / K (as experts are kept busy by Wang et al. 2024): for components that
+    are as likely, of which none can starve. `crp` is a Chinese restaurant (section 3.3): there is
+    one component at first, each task of training is of a component with the number of its tasks
+    as weight, or of the next one with `concentration`; that one opens when it is the likeliest of
+    any task, and keeps what part of other tasks it has had. At evaluation none opens. The paper
+    starts a new component from the shared prior over all; here each has a start of its own, drawn
+    as any network's.
 
     The answer mixes those of the components by the responsibilities (their probabilities in a
     classification); with `assign=hard` it is that of one.
@@ -61,7 +70,8 @@ class Mixture(Algorithm):
         second_order_from: Update from which inner gradients are differentiated; 0 always, None
             never (first order).
         assign: How tasks are given to components.
-        temperature: Of the responsibilities, in the unit of the loss.
+        temperature: Of the responsibilities, in the unit of the loss; or [start, end].
+        anneal: Share of training over which it falls.
         prior: pi_k.
         concentration: Of `prior=crp`.
         memory: What remains at each update of the numbers of tasks that pi_k is made of.
@@ -73,6 +83,8 @@ class Mixture(Algorithm):
 
     net: nn.ModuleList
     counts: Tensor
+    bias: Tensor
+    temperature: Tensor
     grown: Tensor
 
     def __init__(
@@ -83,7 +95,8 @@ class Mixture(Algorithm):
         inner_steps: int = 1,
         second_order_from: int | None = 0,
         assign: Assignment = "soft",
-        temperature: float = 1.0,
+        temperature: float | tuple[float, float] = 1.0,
+        anneal: float = 0.9,
         prior: Prior = "uniform",
         concentration: float = 1.0,
         memory: float = 1.0,
@@ -92,19 +105,25 @@ class Mixture(Algorithm):
         super().__init__(**common)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
         positive("components", components)
-        for name, value in (("temperature", temperature), ("concentration", concentration)):
+        start, end = (temperature,) * 2 if isinstance(temperature, int | float) else temperature
+        for name, value in (
+            ("temperature", start),
+            ("temperature", end),
+            ("anneal", anneal),
+            ("concentration", concentration),
+        ):
             check_positive(f"algo.{name}", value)
         if not 0.0 <= memory <= 1.0:
             raise ValueError(f"algo.memory={memory}: expected 0 to 1")
         if assign not in ("soft", "hard"):
             raise ValueError(f"algo.assign={assign}: expected soft or hard")
-        if prior not in ("uniform", "learned", "crp"):
-            raise ValueError(f"algo.prior={prior}: expected uniform, learned or crp")
+        if prior not in ("uniform", "balanced", "learned", "crp"):
+            raise ValueError(f"algo.prior={prior}: expected uniform, balanced, learned or crp")
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from
         self.assign: Assignment = assign
-        self.temperature = temperature
+        self.cooling = start, end, anneal
         self.prior: Prior = prior
         self.concentration = concentration
         self.memory = memory
@@ -112,6 +131,8 @@ class Mixture(Algorithm):
             self.build_network(self.spec.output_dim) for _ in range(components)
         )
         self.register_buffer("counts", torch.zeros(components))
+        self.register_buffer("bias", torch.zeros(components))
+        self.register_buffer("temperature", torch.tensor(float(start)))
         self.register_buffer("grown", torch.tensor(1 if prior == "crp" else components))
         self.optimizer = self.build_optimizer()
 
@@ -119,6 +140,8 @@ class Mixture(Algorithm):
         """(K,) log pi_k up to a constant, with or without the component that may open next."""
         if self.prior == "uniform":
             return torch.zeros_like(self.counts)
+        if self.prior == "balanced":
+            return self.bias
         if self.prior == "learned":
             return (self.counts + 1.0).log()
         number = torch.arange(len(self.counts), device=self.device)
@@ -139,6 +162,7 @@ class Mixture(Algorithm):
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         first_order = is_first_order(self.second_order_from, progress)
+        self._cool(progress)
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
@@ -190,7 +214,7 @@ class Mixture(Algorithm):
 
         rows = (support_x, support_y, query_x)
         outputs, shares = self.settled_engine().map(task, self.net, own_parameters(self.net), rows)
-        return Prediction(outputs, embedding=shares)
+        return Prediction(outputs, embedding=shares, responsibilities=shares)
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> Tensor:
@@ -232,9 +256,14 @@ class Mixture(Algorithm):
 
         return loss
 
+    def _cool(self, progress: Progress) -> None:
+        start, end, anneal = self.cooling
+        self.temperature.fill_(start * (end / start) ** min(1.0, progress.fraction / anneal))
+
     def _seat(self, shares: Tensor) -> None:
         """Count the tasks (T, K) of an update; open the next component if it won one."""
         self.counts.mul_(self.memory).add_(shares.sum(0))
+        self.bias.add_(_BALANCE * (1.0 / len(self.bias) - shares.mean(0)))
         if self.prior == "crp":
             won = shares.argmax(1) == self.grown
             self.grown.add_(won.any().to(self.grown.dtype)).clamp_(max=len(self.counts))

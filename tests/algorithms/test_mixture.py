@@ -250,13 +250,54 @@ def test_support_rows_count_by_their_number() -> None:
     [
         ({"components": 0}, "algo.components=0: expected 1 or more"),
         ({"temperature": 0.0}, "algo.temperature=0.0: expected a positive number"),
+        ({"temperature": (2.0, 0.0)}, "algo.temperature=0.0: expected a positive number"),
+        ({"anneal": 0.0}, "algo.anneal=0.0: expected a positive number"),
         ({"concentration": -1.0}, "algo.concentration=-1.0: expected a positive number"),
         ({"memory": 2.0}, "algo.memory=2.0: expected 0 to 1"),
         ({"assign": "both"}, "algo.assign=both: expected soft or hard"),
-        ({"prior": "flat"}, "algo.prior=flat: expected uniform, learned or crp"),
+        ({"prior": "flat"}, "algo.prior=flat: expected uniform, balanced, learned or crp"),
         ({"inner_lr": 0.0}, "algo.inner_lr=0.0: expected a positive number"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         mixture(**{"components": 3, **options})
+
+
+def test_the_temperature_falls_by_the_same_factor_and_stays_at_its_end() -> None:
+    algorithm, batch = (
+        mixture(temperature=(16.0, 1.0), anneal=0.8),
+        regression_batch(regression_spec()),
+    )
+    seen = []
+    for step in range(0, 100, 20):
+        algorithm.update(batch, Progress(step, 100))
+        seen.append(float(algorithm.temperature))
+    np.testing.assert_allclose(seen, [16.0, 8.0, 4.0, 2.0, 1.0])
+    # The state has it: a restored algorithm answers at the temperature that it was saved at.
+    again = mixture(temperature=(16.0, 1.0))
+    again.load_state_dict(algorithm.state_dict())
+    fits = torch.tensor([[1.0, 2.0, 3.0]])
+    assert torch.equal(again.responsibilities(fits, 2), algorithm.responsibilities(fits, 2))
+    expected = (-2.0 * fits).softmax(1)
+    torch.testing.assert_close(again.responsibilities(fits, 2), expected)
+
+
+def test_a_balanced_prior_lets_no_component_starve() -> None:
+    spec = regression_spec()
+    frozen = partial(OuterOptimizer, method="sgd", lr=1e-9)
+    options: dict[str, Any] = {"inner_steps": 0, "temperature": 5.0, "optim": frozen}
+    plain, balanced = mixture(**options), mixture(prior="balanced", **options)
+    for algorithm in (plain, balanced):
+        with torch.no_grad():
+            # One component that answers all tasks better than the others.
+            for number, net in enumerate(algorithm.net):
+                for parameter in net.parameters():
+                    parameter.fill_(0.3 * number)
+        for step in range(400):
+            algorithm.update(regression_batch(spec, tasks=8, seed=step), Progress(step, 400))
+    batch = regression_batch(spec, tasks=200, seed=999)
+    rows = (batch.support_x, batch.support_y, batch.query_x)
+    shares = [own.predict(*rows).responsibilities.mean(0) for own in (plain, balanced)]
+    assert shares[0].max() > 0.45
+    torch.testing.assert_close(shares[1], torch.full_like(shares[1], 1 / 3), atol=0.08, rtol=0.0)
