@@ -230,16 +230,16 @@ class Selector(Algorithm):
         from joblib import Parallel, delayed
         from joblib import hash as digest
 
-        seen, asked = self._features(support_x, support_y), self._features(query_x, support_y)
-        ways = None if self.spec.kind == "regression" else self._ways(support_y)
-        arrays = [
-            tuple(part.double().cpu().numpy() for part in (x, q))
-            for x, q in zip(seen, asked, strict=True)
-        ]
-        labels = support_y.cpu().numpy()
+        seen, asked = self._seen(support_x), self._seen(query_x)
+        how = {
+            "ways": int(support_y.max()) + 1 if self.spec.kind == "classification" else None,
+            "names": self.learners,
+            "folds": self.folds,
+        }
+        # In float64, in which scikit-learn computes.
+        arrays = [part.cpu().numpy() for part in (seen.double(), support_y, asked.double())]
         wanted = [
-            {"x": x, "y": y, "asked": q, "ways": ways, "names": self.learners, "folds": self.folds}
-            for (x, q), y in zip(arrays, labels, strict=True)
+            {"x": x, "y": y, "asked": queries, **how} for x, y, queries in zip(*arrays, strict=True)
         ]
         marks = [digest(task) for task in wanted]
         new = [number for number, mark in enumerate(marks) if mark not in self._kept]
@@ -255,17 +255,13 @@ class Selector(Algorithm):
         )
         return held_out, answers, seen
 
-    def _ways(self, labels: Tensor) -> int:
-        return int(labels.max()) + 1
-
-    def _features(self, x: Tensor, like: Tensor) -> Tensor:  # noqa: ARG002
-        """(T, R, F) rows as the base-learners see them."""
+    def _seen(self, x: Tensor) -> Tensor:
+        """(T, R, F) rows as the base-learners see them, of rows (T, R, *input_shape)."""
         if isinstance(self.net, nn.Identity):
             return x.flatten(2)
         with torch.no_grad():
-            net = self.net
-            flat = forward(net, own_parameters(net), x.flatten(0, 1), Pass(running=True))
-        return flat.reshape(*x.shape[:2], -1)
+            rows = forward(self.net, own_parameters(self.net), x.flatten(0, 1), Pass(running=True))
+        return rows.reshape(*x.shape[:2], -1)
 
     def _learned(self) -> list[tuple[str, nn.Parameter]]:
         """What is meta-learned: not the network that features come from."""
