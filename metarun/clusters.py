@@ -5,6 +5,7 @@ Shapes: N tasks, E numbers of an embedding.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -45,12 +46,14 @@ def gaussian_mixture(embeddings: Floats, components: int) -> Labels | None:
     """The group (N,) of each task by a mixture of normals, fitted by EM to embeddings (N, E).
 
     Full covariances, of the first principal components that hold 99 % of the variance; the best
-    of ten starts. None without scikit-learn, or where an embedding is not finite.
+    of ten starts. None without scikit-learn, where an embedding is not finite, or where there are
+    fewer tasks than components.
     """
-    if not np.isfinite(embeddings).all():
+    if not np.isfinite(embeddings).all() or len(embeddings) < components:
         return None
     try:
         from sklearn.decomposition import PCA
+        from sklearn.exceptions import ConvergenceWarning
         from sklearn.mixture import GaussianMixture
     except ImportError:
         return None
@@ -58,4 +61,7 @@ def gaussian_mixture(embeddings: Floats, components: int) -> Labels | None:
     scaled = (embeddings - embeddings.mean(0)) / np.where(spread > 0.0, spread, 1.0)
     few = PCA(0.99, svd_solver="full").fit_transform(scaled) if scaled.any() else scaled
     mixture = GaussianMixture(components, n_init=10, random_state=0, reg_covar=1e-4)
-    return np.asarray(mixture.fit_predict(few), dtype=np.int64)
+    with warnings.catch_warnings():
+        # Said where tasks are alike: then there is nothing to find.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return np.asarray(mixture.fit_predict(few), dtype=np.int64)

@@ -83,7 +83,9 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     """The words, with every algorithm that can learn the data unless some are named."""
     if any(word.partition("=")[0] == "algo" for word in words):
         return list(words)
-    spec = config.source(compose.jobs(words, sweep=True)[0].plain).spec
+    jobs = [job.plain for job in compose.jobs(words, sweep=True)]
+    spec = config.source(jobs[0]).spec
+    shot = min(min(plain["shot"], plain["train"]["shot"]) for plain in jobs)
     streams = spec.streams is not None
     told = spec.streams is None or spec.streams["test"].told
     suited: list[str] = []
@@ -91,6 +93,12 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
         node = compose.job([f"algo={name}", "~recipe"]).plain["algo"]
         target = config.locate("algo._target_", node["_target_"])
         if getattr(target, "needs_told", False) and not told:
+            continue
+        least = getattr(target, "least_shot", 1)
+        if least > shot:
+            print(
+                f"warning: algo={name} is left out: it needs shot={least} or more", file=sys.stderr
+            )
             continue
         package = getattr(target, "package", None)
         if package is not None and find_spec(package) is None:

@@ -222,6 +222,12 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     if device.type == "cpu":
         keep_large_blocks()
     algorithm = _algorithm(settings, source).to(device, _dtype(settings))
+    for key, shot in (("shot", settings.shot), ("train.shot", settings.train.shot)):
+        if shot < algorithm.least_shot:
+            name = settings.names["algo"]
+            raise ValueError(
+                f"{key}={shot} is out of range: algo={name} needs {algorithm.least_shot} or more"
+            )
     train = _training(settings, algorithm)
     engine = algorithm.settled_engine().describe()
     record = {**plain, **engine, "device": str(device)}

@@ -50,7 +50,8 @@ class EpisodeMetrics:
             there is but one.
         groups: (N,) the component with the greatest responsibility for each task; None where the
             algorithm is no mixture.
-        strategies: (N,) the metric by name of each single way of learning that it chose among.
+        strategies: (N,) the metric by name of each way of learning that it chose among.
+        rivals: (N,) the same of other ways to choose among them, or to join them.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
         lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
             `Lifetimes.measured`, and `untaught`.
@@ -66,6 +67,7 @@ class EpisodeMetrics:
     families: Labels | None = None
     groups: Labels | None = None
     strategies: Mapping[str, Floats] = field(default_factory=dict)
+    rivals: Mapping[str, Floats] = field(default_factory=dict)
 
 
 def evaluate(
@@ -100,6 +102,7 @@ def evaluate(
     presentations: list[Tensor] = []
     beside: dict[str, list[Tensor]] = {}
     strategies: dict[str, list[Tensor]] = {}
+    rivals: dict[str, list[Tensor]] = {}
     families: list[Tensor] = []
     groups: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=8)
@@ -127,9 +130,10 @@ def evaluate(
                     families.append(batch.class_ids[:, 0])
                 if answer.responsibilities is not None:
                     groups.append(answer.responsibilities.argmax(1))
-                for name, outputs in (answer.strategies or {}).items():
-                    here = _figures(source.spec, outputs, batch.query_y)
-                    strategies.setdefault(name, []).append(here)
+                for theirs, found in ((strategies, answer.strategies), (rivals, answer.rivals)):
+                    for name, outputs in (found or {}).items():
+                        here = _figures(source.spec, outputs, batch.query_y)
+                        theirs.setdefault(name, []).append(here)
                 if tick is not None:
                     tick(start + batch.num_tasks)
     finally:
@@ -144,6 +148,7 @@ def evaluate(
         families=torch.cat(families).cpu().numpy() if families else None,
         groups=torch.cat(groups).cpu().numpy() if groups else None,
         strategies={name: _array(torch.cat(parts)) for name, parts in strategies.items()},
+        rivals={name: _array(torch.cat(parts)) for name, parts in rivals.items()},
     )
 
 

@@ -782,9 +782,9 @@ def _families_record(measured: EpisodeMetrics) -> Record | None:
 
 
 def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
-    """Of each single way of learning the figure, and how much better the chosen one did.
+    """Of each way of learning the figure, and how much better the one that chose among them did.
 
-    `oracle` is the best of them on each episode, by its queries.
+    `oracle` is the best of the strategies on each episode, by its queries.
     """
     best = np.max if spec.higher_is_better else np.min
     sign = 1.0 if spec.higher_is_better else -1.0
@@ -794,7 +794,7 @@ def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
             **_interval_record(values),
             "gain": _interval_record(sign * (measured.values - values)),
         }
-        for name, values in {**measured.strategies, "oracle": oracle}.items()
+        for name, values in {**measured.strategies, **measured.rivals, "oracle": oracle}.items()
     }
 
 
@@ -833,7 +833,8 @@ def _write_test(
     for name, labels in (("families", measured.families), ("groups", measured.groups)):
         if labels is not None:
             arrays[name] = labels
-    arrays |= {f"strategy_{name}": values for name, values in measured.strategies.items()}
+    theirs = {**measured.strategies, **measured.rivals}
+    arrays |= {f"strategy_{name}": values for name, values in theirs.items()}
     _write_arrays(folder / "episodes.npz", arrays)
     if measured.lived is not None and spec.streams is not None:
         table = continual.curves(measured.lived, spec.streams["test"])

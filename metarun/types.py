@@ -83,7 +83,7 @@ class TaskSpec:
         train_way: Ways of a training task (`output_dim` unless the algorithm trains on more).
         num_train_classes: Classes of the training split, which `TaskBatch.class_ids` numbers from
             0, so that `class_ids.gather(1, support_y)` are labels among all of them; rotations
-            count where each is a class. None in regression.
+            count where each is a class. None in regression, and where a label is of several.
         train_shot: Support rows of each class of a training task; None where it is not known.
         streams: Layout of the trajectories of each split; None where tasks are not streams.
             The labels of a trajectory are numbers below `output_dim`, which is wide enough for
@@ -117,7 +117,8 @@ class TaskBatch:
         support_y: (T, S) int64 labels, or (T, S, D) values.
         query_x: (T, Q, *input_shape).
         query_y: As `support_y`, for the query rows.
-        class_ids: (T, W) int64, the data-set class behind each local label; of a regression
+        class_ids: (T, W) int64, the data-set class behind each local label, or the first of
+            several; of a regression
             (T, 1), the family of each task's function, or None where there is but one.
     """
 
@@ -158,8 +159,9 @@ class Prediction:
         embedding: (T, E) what the method has made of each task's support, where that is a
             vector of one size.
         responsibilities: (T, K) share of each of K components in a task, of a mixture.
-        strategies: (T, Q, …) answers by name of each single way of learning that it chose among,
-            of which the metric can be taken as of `outputs`.
+        strategies: (T, Q, …) answers by name of each way of learning that it chose among, of
+            which the metric can be taken as of `outputs`.
+        rivals: The same of other ways to choose among them, or to join them.
     """
 
     outputs: Tensor
@@ -168,6 +170,7 @@ class Prediction:
     embedding: Tensor | None = None
     responsibilities: Tensor | None = None
     strategies: Mapping[str, Tensor] | None = None
+    rivals: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -33,6 +34,22 @@ def predict(
     if views == 1:
         return answers[0]
     outputs = torch.stack([answer.outputs for answer in answers]).mean(0)
+    shares = [a.responsibilities for a in answers if a.responsibilities is not None]
     along = [answer.sequence for answer in answers if answer.sequence is not None]
     sequence = torch.stack(along).mean(0) if along else None
-    return replace(answers[0], outputs=outputs, sequence=sequence)
+    return replace(
+        answers[0],
+        outputs=outputs,
+        sequence=sequence,
+        responsibilities=torch.stack(shares).mean(0) if shares else None,
+        strategies=_averaged([answer.strategies for answer in answers]),
+        rivals=_averaged([answer.rivals for answer in answers]),
+    )
+
+
+def _averaged(answers: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:
+    """By name the mean over views."""
+    named = [own for own in answers if own is not None]
+    if not named:
+        return None
+    return {name: torch.stack([own[name] for own in named]).mean(0) for name in named[0]}

@@ -64,6 +64,8 @@ class Algorithm(nn.Module, ABC):
     """Whether there is anything to learn from training tasks."""
     order_free: bool = True
     """Whether the order of support rows is without meaning."""
+    least_shot: ClassVar[int] = 1
+    """Fewest support rows of a class, or of a regression."""
     package: ClassVar[str | None] = None
     """A package beyond the required ones without which it cannot run."""
 

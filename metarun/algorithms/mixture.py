@@ -153,16 +153,27 @@ class Mixture(Algorithm):
             weights = torch.where((number == self.grown) & some, self.concentration, weights)
         return weights.log()
 
-    def responsibilities(self, fits: Tensor, rows: int, *, opening: bool = False) -> Tensor:
-        """(…, K) of tasks with support losses (…, K), means over so many numbers."""
-        scores = self.log_prior(opening=opening).to(fits) - rows * fits / self.temperature
+    def responsibilities(
+        self,
+        fits: Tensor,
+        rows: int,
+        *,
+        temperature: float | None = None,
+        opening: bool = False,
+    ) -> Tensor:
+        """(…, K) of tasks with support losses (…, K), means over so many numbers.
+
+        The temperature is that of the last update unless it is given.
+        """
+        heat = self.temperature if temperature is None else temperature
+        scores = self.log_prior(opening=opening).to(fits) - rows * fits / heat
         if self.assign == "soft":
             return scores.softmax(-1)
         return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(fits)
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         first_order = is_first_order(self.second_order_from, progress)
-        self._cool(progress)
+        heat = self._heat(progress)
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
@@ -181,7 +192,9 @@ class Mixture(Algorithm):
                 answers.append(forward(net, weights, query_x, Pass(moments=seen, noise=noise)))
                 losses.append(self.loss(answers[-1], query_y))
                 moments.append(seen)
-            shares = self.responsibilities(torch.stack(fits), support_y.numel(), opening=True)
+            shares = self.responsibilities(
+                torch.stack(fits), support_y.numel(), temperature=heat, opening=True
+            )
             total = (shares * torch.stack(losses)).sum()
             mixed = self.mixed(torch.stack(answers).detach(), shares)
             return total, (total, mixed, shares, moments)
@@ -193,6 +206,7 @@ class Mixture(Algorithm):
         for number, seen in enumerate(moments):
             update_running(self.net[number], seen)
         self._seat(shares)
+        self.temperature.fill_(heat)
         score = task_metric(self.spec, outputs, batch.query_y)
         # Those that more than half of an even share of these tasks is of.
         used = (shares.mean(0) > 0.5 / len(self.counts)).to(losses.dtype).sum()
@@ -256,9 +270,10 @@ class Mixture(Algorithm):
 
         return loss
 
-    def _cool(self, progress: Progress) -> None:
+    def _heat(self, progress: Progress) -> float:
+        """The temperature of an update."""
         start, end, anneal = self.cooling
-        self.temperature.fill_(start * (end / start) ** min(1.0, progress.fraction / anneal))
+        return float(start * (end / start) ** min(1.0, progress.fraction / anneal))
 
     def _seat(self, shares: Tensor) -> None:
         """Count the tasks (T, K) of an update; open the next component if it won one."""

@@ -64,8 +64,9 @@ def study(
     """Run every learner on a task.
 
     Neither the order of the support rows nor the numbers of its classes have a meaning: rows are
-    sorted, and classes numbered as they come, before anything is fitted. Features are scaled to
-    the mean and deviation of the rows that are learned from.
+    sorted, and classes numbered as they come, before anything is fitted (the order of rows tells
+    the classes of equal rows apart, which nothing else can). Features are scaled to the mean and
+    deviation of the rows that are learned from.
 
     Args:
         x: (S, F).
@@ -78,7 +79,9 @@ def study(
     Raises:
         ValueError: A class has one row, or a regression one, so that nothing can be held out.
     """
-    order = np.lexsort(x.T[::-1])
+    # Equal rows of a regression by their values.
+    last = () if ways is not None else tuple(y.reshape(len(y), -1).T)
+    order = np.lexsort((*last, *x.T[::-1]))
     x, y = x[order], y[order]
     if ways is None:
         targets = y.astype(np.float64).reshape(len(y), -1)
@@ -100,7 +103,7 @@ def study(
     from threadpoolctl import threadpool_limits
 
     # Tables this small are slower by several threads, and ten times so where cores are busy.
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings(), threadpool_limits(1), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         for number, name in enumerate(names):
             if name in makers:
@@ -110,10 +113,10 @@ def study(
                     outputs[number, fold] = (
                         makers[name](learned, goal, scaled[fold]) if learned.any() else goal.mean(0)
                     )
-    networks = [number for number, name in enumerate(names) if name not in makers]
-    if networks:
-        rates = np.array([rate(names[number]) for number in networks], dtype=np.float64)
-        outputs[networks] = _networks(scaled, targets, trains, rates, classify=ways is not None)
+        networks = [number for number, name in enumerate(names) if name not in makers]
+        if networks:
+            rates = np.array([rate(names[number]) for number in networks], dtype=np.float64)
+            outputs[networks] = _networks(scaled, targets, trains, rates, classify=ways is not None)
     if ways is not None:
         outputs = np.maximum(outputs, _FLOOR)
         outputs /= outputs.sum(-1, keepdims=True)

@@ -8,6 +8,7 @@ D outputs, B base-learners, K features of a task.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -24,13 +25,13 @@ from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Choice = Literal["pick", "weigh"]
 
-CV_WINNER, COMMITTEE = "cv_winner", "committee"
-"""What cross-validation alone would choose, and the mean of all, as they are called."""
 _PERFORMANCES = 5
 _TASK_FEATURES = 7
 _UNIT = 0.1
 """Of the scores in an accuracy, or a mean squared error."""
-_MOST_KEPT = 20_000
+_LEAST_VARIANCE = 0.01
+_MOST_KEPT = 2**29
+"""Bytes of what base-learners made of tasks that stay in memory."""
 _WORST = 5.0
 """Largest loss of a row that the meta-learner is shown."""
 
@@ -74,6 +75,7 @@ class Selector(Algorithm):
     """
 
     package: ClassVar[str | None] = "sklearn"
+    least_shot: ClassVar[int] = 2
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
 
@@ -115,6 +117,9 @@ class Selector(Algorithm):
         place = None if cache is None else Path(cache).expanduser() / edition
         self._study = Memory(place, verbose=0).cache(portfolio.study)
         self._kept: dict[str, portfolio.Study] = {}
+        self._bytes = 0
+        if features is not None and self.bn != "running":
+            raise ValueError(f"bn={self.bn}: algo.features sees rows one by one: use bn=running")
         self.net = nn.Identity() if features is None else self._trained(Path(features))
         seen = _PERFORMANCES + _TASK_FEATURES + len(self.learners)
         # Of what the LSTM is told, which it sees scaled.
@@ -151,7 +156,10 @@ class Selector(Algorithm):
 
     @torch.no_grad()
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """As in `Algorithm`; the strategies are the base-learners, `cv_winner` and `committee`.
+        """As in `Algorithm`; the strategies are the base-learners.
+
+        The rivals are `cv_winner`, which cross-validation alone would pick, and `committee`, the
+        mean of all.
 
         The embedding of a task are the scores.
         """
@@ -159,14 +167,19 @@ class Selector(Algorithm):
         scores = self.scores(self.told(held_out, rows, support_y))
         mixed = (_mixed if self.choice == "weigh" else _picked)(scores, answers)
         strategies = {name: answers[:, number] for number, name in enumerate(self.learners)}
-        strategies[COMMITTEE] = answers.mean(1)
-        strategies[CV_WINNER] = _picked(self.validated(held_out, support_y), answers)
+        rivals = {
+            "committee": answers.mean(1),
+            "cv_winner": _picked(self.validated(held_out, support_y), answers),
+        }
         outputs = mixed.log() if self.spec.kind == "classification" else mixed
-        return Prediction(outputs, embedding=scores, strategies=strategies)
+        return Prediction(outputs, embedding=scores, strategies=strategies, rivals=rivals)
 
     def scores(self, told: Tensor) -> Tensor:
         """(T, B) of the base-learners, by what the LSTM is `told`."""
-        flat = nn.functional.batch_norm(told.flatten(0, 1), self.told_mean, self.told_variance)
+        # What never varies in training, as the number of rows, is not blown up where it does.
+        flat = nn.functional.batch_norm(
+            told.flatten(0, 1), self.told_mean, self.told_variance, eps=_LEAST_VARIANCE
+        )
         steps, _ = self.lstm(flat.unflatten(0, told.shape[:2]))
         scores: Tensor = self.score(steps[:, -1])
         return scores
@@ -187,12 +200,13 @@ class Selector(Algorithm):
 
     def validated(self, held_out: Tensor, labels: Tensor) -> Tensor:
         """(T, B) by which cross-validation chooses: the metric, and the loss where that is tied."""
-        right, losses = self._judged(held_out, labels)
+        # In float64, or ties of accuracies would round away the loss.
+        right, losses = self._judged(held_out.double(), labels)
         return right.mean(2) - 1e-6 * losses.mean(2)
 
     def performances(self, held_out: Tensor, labels: Tensor) -> Tensor:
         """(T, B, 5) what the meta-learner is told of each base-learner; see the class."""
-        right, losses = self._judged(held_out, labels)
+        right, losses = (part.clamp(-_WORST, _WORST) for part in self._judged(held_out, labels))
         score, loss = right.mean(2), losses.mean(2)
         apart = right - right.mean(1, keepdim=True)
         error = (apart.square().mean((1, 2)) / right.shape[2]).sqrt()
@@ -205,8 +219,6 @@ class Selector(Algorithm):
         losses = _losses(self.spec.kind, held_out, labels)
         if self.spec.kind == "regression":
             losses = losses / _variance(labels)[:, None]
-        losses = losses.clamp(max=_WORST)
-        if self.spec.kind == "regression":
             return -losses, losses
         return (held_out.argmax(3) == labels[:, None]).to(losses), losses
 
@@ -243,12 +255,16 @@ class Selector(Algorithm):
         ]
         marks = [digest(task) for task in wanted]
         new = [number for number, mark in enumerate(marks) if mark not in self._kept]
-        apart = self.processes if len(new) > 1 else 1
-        made = Parallel(apart)(delayed(self._study)(**wanted[number]) for number in new)
+        # Ctrl-C is the run's own to answer, at the end of an update.
+        apart = {"n_jobs": self.processes, "initializer": _ignore_interrupts}
+        several = len(new) > 1 and self.processes > 1
+        parallel = Parallel(**apart) if several else Parallel(1)
+        made = parallel(delayed(self._study)(**wanted[number]) for number in new)
         self._kept |= {marks[number]: one for number, one in zip(new, made, strict=True)}
         studies = [self._kept[mark] for mark in marks]
-        while len(self._kept) > _MOST_KEPT:
-            self._kept.pop(next(iter(self._kept)))
+        self._bytes += sum(_size(one) for one in made)
+        while self._bytes > _MOST_KEPT:
+            self._bytes -= _size(self._kept.pop(next(iter(self._kept))))
         held_out, answers = (
             torch.from_numpy(np.stack(parts)).to(self.device, self.dtype)
             for parts in zip(*studies, strict=True)
@@ -328,6 +344,15 @@ def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
         ((scaled.pow(4).mean(1) - 3.0) * varies[:, 0]).sum(1) / number / 3.0,
     ]
     return torch.stack(told, 1)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _size(study: portfolio.Study) -> int:
+    """Bytes."""
+    return study.held_out.nbytes + study.answers.nbytes
 
 
 def _mixed(scores: Tensor, answers: Tensor) -> Tensor:

@@ -198,12 +198,12 @@ class Tables(_Parts):
         turns = torch.arange(num_rows, device=self.device)
         # Of each way's rows: which class, and which of its rows, no row twice.
         order = (~of_way).to(torch.int8).argsort(dim=2, stable=True)
-        classes = order.gather(2, (turns % heap).expand(-1, size.way, -1))
+        classes = order.gather(2, turns % heap)
         per_class = seeding.fold(keys[:, None], chosen)
         rows = sample(per_class, _SLOT_ROWS, own.counts[chosen], num_rows)
         shuffle = seeding.bits(per_class, _SLOT_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
         rows = rows.gather(-1, shuffle) + own.starts[chosen][..., None]
-        times = (turns // heap).expand(-1, size.way, -1)
+        times = turns // heap
         picked = rows.flatten(1).gather(1, (classes * num_rows + times).flatten(1))
         picked = picked.unflatten(1, (size.way, num_rows))
         shuffle = seeding.bits(keys, _SLOT_WAYS, (size.way, num_rows)).argsort(dim=-1, stable=True)
@@ -216,6 +216,11 @@ class Tables(_Parts):
         held = [self._one(split, word) for word in named]
         size = self.sizes[split]
         way_key = f"{_SIZE_KEYS[split]}way"
+        if self._classes[1] < size.way:
+            raise ValueError(
+                f"{way_key}={size.way} is more than the {self._classes[1]} classes that a task "
+                f"takes: set data.classes=[{size.way},{size.way}]"
+            )
         for own in held:
             fewest = max(self._classes[0], size.way)
             if len(own.classes) < fewest:
@@ -366,11 +371,12 @@ def some_columns(rows: Tensor, picked: Tensor, keys: Tensor, bounds: tuple[int, 
 
 
 def scaled(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (T, R, F) by mean and deviation of the support's; what is constant is zero there."""
+    """Features (T, R, F) by the support's mean and deviation; zero where they are constant there."""
     mean = support.mean(1, keepdim=True)
     deviation = (support - mean).square().mean(1, keepdim=True).sqrt()
     unit = torch.where(deviation > 1e-9, deviation, 1.0)
-    return (support - mean) / unit, (query - mean) / unit
+    varies = deviation > 1e-9
+    return (support - mean) / unit, torch.where(varies, (query - mean) / unit, 0.0)
 
 
 def _mixed(keys: Tensor, slot: int, rows: Tensor) -> tuple[Tensor, Tensor]:

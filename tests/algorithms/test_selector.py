@@ -17,7 +17,7 @@ from metarun.algorithms import portfolio
 from metarun.algorithms.outer import OuterOptimizer
 from metarun.algorithms.portfolio import study
 from metarun.algorithms.protonet import ProtoNet
-from metarun.algorithms.selector import CV_WINNER, Selector, task_features
+from metarun.algorithms.selector import Selector, task_features
 from metarun.evaluate import evaluate
 from metarun.runs import RunFolder
 from metarun.types import SPLITS, EpisodeSize, Progress, TaskBatch, TaskSpec
@@ -279,7 +279,7 @@ def test_it_picks_the_greatest_score_and_weighs_by_their_softmax() -> None:
             weights = scores[0].softmax(0)
             expected = sum(weight * own for weight, own in zip(weights, study_of, strict=True))
         torch.testing.assert_close(found.outputs.exp(), expected)
-        torch.testing.assert_close(found.strategies["committee"], torch.stack(study_of).mean(0))
+        torch.testing.assert_close(found.rivals["committee"], torch.stack(study_of).mean(0))
 
 
 def test_the_winner_of_cross_validation_has_the_most_right_out_of_fold() -> None:
@@ -294,7 +294,7 @@ def test_the_winner_of_cross_validation_has_the_most_right_out_of_fold() -> None
         right = (own.held_out.argmax(2) == y).mean(1)
         losses = -np.log(own.held_out[:, np.arange(len(y)), y]).mean(1)
         won = max(range(3), key=lambda one: (right[one], -losses[one]))
-        np.testing.assert_allclose(found.strategies[CV_WINNER][task].numpy(), own.answers[won])
+        np.testing.assert_allclose(found.rivals["cv_winner"][task].numpy(), own.answers[won])
 
 
 class TwoKinds:
