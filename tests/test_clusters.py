@@ -38,6 +38,7 @@ def test_a_mixture_of_normals_finds_clouds_of_any_scale() -> None:
     assert groups is not None
     assert adjusted_rand_score(families, groups) > 0.95
     assert gaussian_mixture(np.full((5, 2), np.nan), 2) is None
+    assert gaussian_mixture(np.zeros((2, 2)), 3) is None
 
 
 def test_without_scikit_learn_there_are_no_groups(monkeypatch: pytest.MonkeyPatch) -> None:

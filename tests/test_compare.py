@@ -81,6 +81,17 @@ def test_an_algorithm_whose_package_is_missing_is_left_out_and_named(
     assert "algo=gp_exact is left out: it needs sklearn" in capsys.readouterr().err
 
 
+def test_an_algorithm_that_needs_more_shots_is_left_out_and_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with composer() as compose:
+        words = with_algorithms(compose, ["data=omniglot_small", "shot=5,1"])
+        assert "selector" not in words[0].removeprefix("algo=").split(",")
+        assert "algo=selector is left out: it needs shot=2 or more" in capsys.readouterr().err
+        words = with_algorithms(compose, ["data=omniglot_small", "shot=5,2"])
+        assert "selector" in words[0].removeprefix("algo=").split(",")
+
+
 def test_all_algorithms_that_can_learn_the_data_take_part() -> None:
     with composer() as compose:
         words = with_algorithms(compose, ["data=linear", "shot=2"])

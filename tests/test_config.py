@@ -166,6 +166,8 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
         (["algo=protonet", "data=sinusoid"], "ProtoNet learns classification"),
         (["data=sinusoid", "backbone=conv4"], "conv4"),
         (["data=omniglot_small", "way=1"], "way=1 is out of range"),
+        (["algo=selector", "data=tables", "shot=1"], "shot=1 is out of range: algo=selector needs"),
+        (["algo=selector", "data=tables", "train.shot=1"], "train.shot=1 is out of range"),
         (["data=sinusoid", "way=5"], "way=5 has no meaning in a regression"),
         (["data=omniglot_small", "way=500"], "500"),
         (["data=omniglot_small", "shot=15", "query=15"], "15"),

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from metarun.algorithms.protonet import ProtoNet
 from metarun.data.augmentation import view
-from metarun.types import TaskSpec
+from metarun.types import Prediction, TaskSpec
 from metarun.views import predict
 from tests.helpers import linear_backbone, make
 
@@ -65,3 +65,27 @@ def test_answers_are_the_mean_over_views_of_support_and_query(images: Tensor) ->
     torch.testing.assert_close(answer.outputs, expected, rtol=1e-4, atol=1e-3)
     once = predict(pixels, support_x, support_y, query_x)
     torch.testing.assert_close(once.outputs, pixels.predict(support_x, support_y, query_x).outputs)
+
+
+class Chooser:
+    """Answers with the means of the rows; its ways of learning are multiples of that."""
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:  # noqa: ARG002
+        means = query_x.flatten(2).mean(2, keepdim=True)
+        shares = support_x.flatten(1).mean(1, keepdim=True)
+        return Prediction(
+            means,
+            responsibilities=shares,
+            strategies={"twice": 2.0 * means},
+            rivals={"thrice": 3.0 * means},
+        )
+
+
+def test_ways_of_learning_are_averaged_over_the_same_views(images: Tensor) -> None:
+    answer = predict(Chooser(), images, torch.zeros(2, 3), images, 3)  # type: ignore[arg-type]
+    assert answer.strategies is not None
+    assert answer.rivals is not None
+    torch.testing.assert_close(answer.strategies["twice"], 2.0 * answer.outputs)
+    torch.testing.assert_close(answer.rivals["thrice"], 3.0 * answer.outputs)
+    seen = torch.stack([view(images, number).flatten(1).mean(1) for number in range(3)]).mean(0)
+    torch.testing.assert_close(answer.responsibilities, seen[:, None])

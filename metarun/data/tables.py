@@ -371,7 +371,7 @@ def some_columns(rows: Tensor, picked: Tensor, keys: Tensor, bounds: tuple[int, 
 
 
 def scaled(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (T, R, F) by the support's mean and deviation; zero where they are constant there."""
+    """Features (T, R, F) by mean and deviation of the support; zero if constant there."""
     mean = support.mean(1, keepdim=True)
     deviation = (support - mean).square().mean(1, keepdim=True).sqrt()
     unit = torch.where(deviation > 1e-9, deviation, 1.0)

@@ -117,7 +117,7 @@ def test_networks_descend_as_torch_does(ways: int | None) -> None:
 
 def test_a_network_that_diverges_still_answers_with_numbers() -> None:
     x, y, asked = rows(ways=None, num=40)
-    found = learn(["mlp_50", "mean"], x, y, 100.0 * asked, None)
+    found = learn(["mlp_1000", "mean"], x, y, 100.0 * asked, None)
     assert np.isfinite(found.answers).all()
     assert np.abs(found.answers[0] - y.mean()).max() <= 10.0 * y.std() + 1e-9
 
@@ -150,6 +150,15 @@ def _fold_of(row: int, x: Any, y: Any, ways: int | None) -> Any:
         order = np.array(sorted(order, key=lambda r: (first[int(y[r])], list(order).index(r))))
     place = list(order).index(row)
     return order[np.arange(len(x)) % 4 == place % 4]
+
+
+def test_equal_rows_of_a_regression_have_no_order_either() -> None:
+    x, y, asked = rows(ways=None)
+    x = x.round()[:, :1]
+    plain = learn(["knn", "ridge"], x, y, asked[:, :1], None)
+    turn = np.random.default_rng(2).permutation(len(x))
+    turned = learn(["knn", "ridge"], x[turn], y[turn], asked[:, :1], None)
+    assert np.array_equal(turned.held_out, plain.held_out[:, turn])
 
 
 @pytest.mark.parametrize("ways", [3, None])
@@ -297,6 +306,45 @@ def test_the_winner_of_cross_validation_has_the_most_right_out_of_fold() -> None
         np.testing.assert_allclose(found.rivals["cv_winner"][task].numpy(), own.answers[won])
 
 
+def test_equal_accuracies_are_told_apart_by_the_loss_in_single_precision_too() -> None:
+    held_out = torch.full((1, 2, 10, 2), 0.5)
+    for learner, sure in enumerate((0.60, 0.61)):
+        held_out[0, learner, :, 0], held_out[0, learner, :, 1] = sure, 1.0 - sure
+    labels = torch.zeros(1, 10, dtype=torch.int64)
+    labels[0, 0] = 1
+    algorithm = selector(learners=["knn", "tree"]).float()
+    scores = algorithm.validated(held_out, labels)
+    right = -held_out.gather(3, labels[:, None, :, None].expand(1, 2, 10, 1)).log().mean((2, 3))
+    assert int(scores.argmax()) == int(right.argmin())
+    assert scores[0, 0] != scores[0, 1]
+
+
+def test_cross_validation_of_values_counts_every_error_in_full() -> None:
+    labels = torch.linspace(-1.0, 1.0, 10, dtype=torch.float64)[None, :, None]
+    steady, wild = labels + 1.5, labels.clone()
+    wild[0, 0] += 30.0
+    algorithm = selector(VALUES, learners=["knn", "tree"])
+    held_out = torch.stack([wild, steady], 1)
+    assert int(algorithm.validated(held_out, labels).argmax()) == 1
+    assert algorithm.performances(held_out, labels)[0, 0].abs().max() < 10.0
+
+
+def test_what_never_varies_in_training_does_not_blow_up_elsewhere() -> None:
+    algorithm = selector(optim=partial(OuterOptimizer, method="adam", lr=0.01))
+    for step in range(100):
+        algorithm.update(table_batch(seed=step % 3), Progress(step, 100))
+    few = table_batch(shot=3)
+    held_out, _, rows = algorithm.studied(few.support_x, few.support_y, few.query_x)
+    told = algorithm.told(held_out, rows, few.support_y)
+    scaled = (told - algorithm.told_mean) / (algorithm.told_variance + 0.01).sqrt()
+    # The number of rows, log(6) / 3 for log(12) / 3.
+    assert algorithm.told_variance[5] < 1e-4
+    assert scaled[..., 5].abs().max() < 3.0
+    assert torch.equal(algorithm.scores(told), algorithm.predict(
+        few.support_x, few.support_y, few.query_x
+    ).embedding)  # fmt: skip
+
+
 class TwoKinds:
     """Half of the tasks are parted by a line; the others by whether two signs agree."""
 
@@ -362,8 +410,11 @@ def test_a_task_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_more_processes_answer_bit_for_bit_alike() -> None:
     batch = table_batch(tasks=4)
     rows = (batch.support_x, batch.support_y, batch.query_x)
-    one, two = selector().predict(*rows), selector(processes=2).predict(*rows)
-    assert torch.equal(one.outputs, two.outputs)
+    one, two = (
+        selector(learners=None, processes=number).predict(*rows).strategies for number in (1, 2)
+    )
+    assert len(one) == 9
+    assert all(torch.equal(two[name], own) for name, own in one.items())
 
 
 def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
@@ -372,10 +423,9 @@ def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
     trained = make(ProtoNet, spec, backbone, seed=3)
     run = RunFolder.create(tmp_path / "run", "")
     run.save_best({"state": trained.state_dict()})
-    there = make(
-        Selector, spec, backbone, features=str(run.path), learners=FEW, processes=1
-    )  # fmt: skip
-    plain = make(Selector, replace_shape(spec), backbone, learners=FEW, processes=1)
+    few: dict[str, Any] = {"learners": FEW, "processes": 1, "bn": "running"}
+    there = make(Selector, spec, backbone, features=str(run.path), **few)
+    plain = make(Selector, replace_shape(spec), backbone, **few)
 
     def seen(x: Any) -> Any:
         with torch.no_grad():
@@ -383,17 +433,20 @@ def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
 
             return trained.net(x.flatten(0, 1), Pass(running=True)).unflatten(0, x.shape[:2])
 
-    found = there.predict(batch.support_x, batch.support_y, batch.query_x).outputs
-    expected = plain.predict(seen(batch.support_x), batch.support_y, seen(batch.query_x)).outputs
-    torch.testing.assert_close(found, expected)
+    found = there.predict(batch.support_x, batch.support_y, batch.query_x).strategies
+    expected = plain.predict(seen(batch.support_x), batch.support_y, seen(batch.query_x)).strategies
+    for name in FEW:
+        torch.testing.assert_close(found[name], expected[name])
     # The network is not learned.
     before = [p.clone() for p in there.net.parameters()]
     there.update(batch, Progress(0, 10))
     assert all(torch.equal(a, b) for a, b in zip(before, there.net.parameters(), strict=True))
     with pytest.raises(ValueError, match="its network is not this one"):
-        make(Selector, spec, TINY_BACKBONES["resnet12"], features=str(run.path))
+        make(Selector, spec, TINY_BACKBONES["resnet12"], features=str(run.path), **few)
     with pytest.raises(ValueError, match="expected the folder of a run"):
-        make(Selector, spec, backbone, features=str(tmp_path / "none"))
+        make(Selector, spec, backbone, features=str(tmp_path / "none"), **few)
+    with pytest.raises(ValueError, match=r"bn=support: algo\.features sees rows one by one"):
+        make(Selector, spec, backbone, features=str(run.path), **(few | {"bn": "support"}))
 
 
 def replace_shape(spec: TaskSpec) -> TaskSpec:

@@ -61,6 +61,9 @@ def test_features_are_scaled_by_the_support_and_the_rest_is_zero() -> None:
     assert seen[~iris].max() > 25
     assert seen.min() >= 2
     assert batch.query_x[..., 30:].abs().max() == 0.0
+    # What is constant in the support says nothing of a query.
+    constant = (deviation < 1e-6)[:, None].expand_as(batch.query_x)
+    assert batch.query_x[constant].abs().max() == 0.0
 
 
 def test_a_task_has_rows_of_one_table_with_the_labels_of_their_classes(
@@ -162,6 +165,10 @@ def test_a_way_takes_its_rows_from_its_classes_by_turns() -> None:
         ({"features": (0, 3)}, r"data.features=\[0,3\]"),
         ({"classes": (3, 2)}, r"data.classes=\[3,2\]"),
         ({"tasks": 0}, "data.tasks=0"),
+        (
+            {"way": 3, "classes": (2, 2)},
+            r"way=3 is more than the 2 classes .* data.classes=\[3,3\]",
+        ),
     ],
 )
 def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> None:
