@@ -218,7 +218,7 @@ def summary(results: Mapping[str, Any], where: str) -> str:
         )
     for name, here in results.get("strategies", {}).items():
         gain = figure(metric, here["gain"]["mean"], here["gain"]["ci95"])
-        row = (name, figure(metric, here["mean"], here["ci95"]), f"test is better by {gain}")
+        row = (name, figure(metric, here["mean"], here["ci95"]), f"beaten by {gain}")
         rows.append(row)
     note = ""
     if "tasks_per_second" in results:
