@@ -117,9 +117,9 @@ class Tables(_Parts):
     def __init__(
         self,
         *,
-        train: Sequence[str],
-        val: Sequence[str],
-        test: Sequence[str],
+        train: Sequence[str] = ("digits:0-6", "wine"),
+        val: Sequence[str] = ("digits:7-9",),
+        test: Sequence[str] = ("iris", "breast_cancer"),
         features: tuple[int, int] = (2, 8),
         classes: tuple[int, int] = (2, 6),
         **common: Any,
