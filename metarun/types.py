@@ -118,8 +118,8 @@ class TaskBatch:
         query_x: (T, Q, *input_shape).
         query_y: As `support_y`, for the query rows.
         class_ids: (T, W) int64, the data-set class behind each local label, or the first of
-            several; of a regression
-            (T, 1), the family of each task's function, or None where there is but one.
+            several; of a regression (T, 1), the family of each task's function, or None where
+            there is but one.
     """
 
     support_x: Tensor
