@@ -93,10 +93,12 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "data": _data,
         "list": _list,
+        "report": _report,
         "table": _tables,
     }
     if argv and argv[0] in commands:
-        return commands[argv[0]](argv[1:])
+        words = [word for word in argv[1:] if word.lower() not in ("debug=true", "debug=false")]
+        return commands[argv[0]](words)
     if "--version" in argv:
         print(f"metarun {metarun.__version__}")
         return EXIT_OK
@@ -177,6 +179,12 @@ def _compare(argv: list[str]) -> int:
 
 def _tables(argv: list[str]) -> int:
     from metarun.papers import run
+
+    return run(argv)
+
+
+def _report(argv: list[str]) -> int:
+    from metarun.reporting import run
 
     return run(argv)
 

@@ -52,6 +52,8 @@ class EpisodeMetrics:
             algorithm is no mixture.
         strategies: (N,) the metric by name of each way of learning that it chose among.
         rivals: (N,) the same of other ways to choose among them, or to join them.
+        confusions: (P, 3) the data-set class of queries, the class that they were taken for, and
+            their number; None where a label is of no one class.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
         lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
             `Lifetimes.measured`, and `untaught`.
@@ -68,6 +70,7 @@ class EpisodeMetrics:
     groups: Labels | None = None
     strategies: Mapping[str, Floats] = field(default_factory=dict)
     rivals: Mapping[str, Floats] = field(default_factory=dict)
+    confusions: Labels | None = None
 
 
 def evaluate(
@@ -105,6 +108,7 @@ def evaluate(
     rivals: dict[str, list[Tensor]] = {}
     families: list[Tensor] = []
     groups: list[Tensor] = []
+    confused: list[Tensor] = []
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
@@ -128,6 +132,8 @@ def evaluate(
                         beside.setdefault(name, []).append(here)
                 if source.spec.kind == "regression" and batch.class_ids is not None:
                     families.append(batch.class_ids[:, 0])
+                if source.spec.num_train_classes is not None and batch.class_ids is not None:
+                    confused.append(_confused(answer.outputs, batch.query_y, batch.class_ids))
                 if answer.responsibilities is not None:
                     groups.append(answer.responsibilities.argmax(1))
                 for theirs, found in ((strategies, answer.strategies), (rivals, answer.rivals)):
@@ -147,9 +153,22 @@ def evaluate(
         beside={name: _array(torch.cat(parts)) for name, parts in beside.items()},
         families=torch.cat(families).cpu().numpy() if families else None,
         groups=torch.cat(groups).cpu().numpy() if groups else None,
+        confusions=_counted(torch.cat(confused)) if confused else None,
         strategies={name: _array(torch.cat(parts)) for name, parts in strategies.items()},
         rivals={name: _array(torch.cat(parts)) for name, parts in rivals.items()},
     )
+
+
+def _confused(outputs: Tensor, labels: Tensor, class_ids: Tensor) -> Tensor:
+    """(T Q, 2) the data-set class of each query, and of the answer to it."""
+    ids = [class_ids.gather(1, local) for local in (labels, outputs.argmax(-1))]
+    return torch.stack(ids, -1).flatten(0, 1)
+
+
+def _counted(pairs: Tensor) -> Labels:
+    """Different rows of (N, 2), with their number behind them."""
+    found, counts = pairs.cpu().unique(dim=0, return_counts=True)
+    return torch.cat([found, counts[:, None]], 1).numpy()
 
 
 def by_presentation(outputs: Tensor, labels: Tensor) -> Tensor:

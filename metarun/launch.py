@@ -171,17 +171,16 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
 
 
 def draw_figures(folder: Path) -> None:
-    """Draw what there is to draw of a finished run or test; a figure that fails fails nothing."""
+    """Draw what a finished run or test shows of itself; a figure that fails fails nothing.
+
+    `metarun report` draws the rest, which takes a look at what was learned.
+    """
+    names = ("stream.csv", "samples.npz")
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    draw: Callable[[Path], object]
-    if "stream" in results:
-        from metarun.report.streams import draw
-    elif "presentations" in results:
-        from metarun.report.presentations import draw
-    elif (folder / "samples.npz").exists():
-        from metarun.report.samples import draw
-    else:
+    if "presentations" not in results and not any((folder / name).exists() for name in names):
         return
+    from metarun.report.own import draw
+
     try:
         draw(folder)
     except OSError as error:

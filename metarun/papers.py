@@ -166,23 +166,34 @@ def report(
         paper: A paper's table to show in full, whether run or not.
     """
     runs = list(runs)
-    groups = group(runs)
-    own = [g for g in groups if not g.plain.get("published")]
-    cells = [g for g in groups if g.plain.get("published")]
-    parts: list[tuple[str, list[Line]]] = []
-    for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
-        rows = _rows(names, cells, config_dir)
-        lines = [line for g in rows for line in published_lines(g)]
-        parts += [(title, lines), *_pairs(rows)]
-    if own:
-        ranked = sorted(_labelled(own), key=_by_val)
-        parts += [("runs", [_own_line(g) for g in ranked]), *_pairs(ranked)]
-    written = tables(style, parts)
+    written = tables(style, parts(group(runs), config_dir, paper))
     unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
     if unfinished and style in ("terminal", "markdown"):
         named = "".join(f"  {_stand(run)}\n" for run in unfinished)
         written += ("\n" if written else "") + f"not finished:\n{named}"
     return written
+
+
+def parts(
+    groups: Sequence[Group], config_dir: str | None = None, paper: str | None = None
+) -> list[tuple[str, list[Line]]]:
+    """The title and the lines of every table that groups of runs belong to."""
+    own = [g for g in groups if not g.plain.get("published")]
+    cells = [g for g in groups if g.plain.get("published")]
+    made: list[tuple[str, list[Line]]] = []
+    for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
+        rows = _rows(names, cells, config_dir)
+        lines = [line for g in rows for line in published_lines(g)]
+        made += [(title, lines), *_pairs(rows)]
+    if own:
+        best_first = ranked(own)
+        made += [("runs", [own_line(g) for g in best_first]), *_pairs(best_first)]
+    return made
+
+
+def ranked(groups: Sequence[Group]) -> list[Group]:
+    """Groups named by what tells them apart, the best on meta-val first: the test chooses none."""
+    return sorted(_labelled(groups), key=_by_val)
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
@@ -278,9 +289,9 @@ def _note(group: Group, published: Published) -> str:
     return "; ".join([*notes, f"changed: {' '.join(changed)}"] if changed else notes)
 
 
-def _own_line(group: Group) -> Line:
+def own_line(group: Group) -> Line:
     """The line of runs that no paper speaks of."""
-    record, measured, val = group.results[0].record, figure_of(group.results), _val(group)
+    record, measured, val = group.results[0].record, figure_of(group.results), val_of(group)
     return {
         "run": group.label,
         "task": _task(group.plain),
@@ -299,7 +310,7 @@ def _time(group: Group) -> str:
     return duration(float(np.mean([result.record["seconds"] for result in group.results])))
 
 
-def _val(group: Group) -> float | None:
+def val_of(group: Group) -> float | None:
     """The mean over the seeds of the best figure on meta-val."""
     found = [(result.record.get("val") or {}).get("mean") for result in group.results]
     means = [float(mean) for mean in found if mean is not None]
@@ -307,8 +318,7 @@ def _val(group: Group) -> float | None:
 
 
 def _by_val(group: Group) -> float:
-    """Best on meta-val first: the test does not choose."""
-    val = _val(group)
+    val = val_of(group)
     if val is None:
         return np.inf
     return -val if group.results[0].record["metric"] == "accuracy" else val

@@ -49,14 +49,29 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
     folder = RunFolder.open(run)
     plain = folder.configuration()
     plain["bn"] = bn or ("support" if plain["bn"] == "transductive" else plain["bn"])
+    experiment = restored(folder, plain, device)
+    return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
+
+
+def restored(folder: RunFolder, plain: config.Plain, device: str = "auto") -> config.Experiment:
+    """The parts of a run with what it has learned, wherever it was trained.
+
+    Args:
+        folder: Of the run.
+        plain: Its configuration.
+        device: As of `load`.
+
+    Raises:
+        ValueError: As of `load`.
+    """
     # How the run's batches of tasks were spread is of no use to one task.
-    plain |= {"device": device, "engine": "auto", "tasks_per_chunk": None, "threads": None}
+    how = {"device": device, "engine": "auto", "tasks_per_chunk": None, "threads": None}
     learned = folder.load_learned()
     if learned is None:
-        raise ValueError(f"{run} has saved nothing yet: let it run first")
-    experiment = config.build(plain)
+        raise ValueError(f"{folder.path} has saved nothing yet: let it run first")
+    experiment = config.build({**plain, **how})
     trainer.load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
-    return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
+    return experiment
 
 
 class Learner:

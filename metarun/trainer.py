@@ -138,7 +138,7 @@ def test(
             "seconds": time.perf_counter() - began,
         }
         results = finite(results)
-        _write_test(folder, source.spec, measured, figures)
+        _write_test(folder, source, measured, figures)
         RunFolder(folder).write_json("results.json", results)
         _write_samples(folder, algorithm, source)
         _log.info("%s", summary(results, str(folder)))
@@ -631,7 +631,7 @@ class _Loop:
             / max(self.train_seconds, 1e-9),
         }
         results = finite(results)
-        _write_test(self.run.path, self.source.spec, measured, figures)
+        _write_test(self.run.path, self.source, measured, figures)
         self.run.write_json("results.json", results)
         _write_samples(self.run.path, self.algorithm, self.source)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
@@ -818,9 +818,10 @@ def _interval_record(values: Floats) -> Record:
 
 
 def _write_test(
-    folder: Path, spec: TaskSpec, measured: EpisodeMetrics, figures: Mapping[str, Floats]
+    folder: Path, source: EpisodeSource, measured: EpisodeMetrics, figures: Mapping[str, Floats]
 ) -> None:
     """Write the figure of every test episode, and what the algorithm made of its task."""
+    spec = source.spec
     arrays: dict[str, Any] = {spec.metric: measured.values}
     arrays |= {**(measured.lived or {}), **measured.beside}
     arrays |= {f"{continual.FIGURE}{name}": values for name, values in figures.items()}
@@ -833,6 +834,11 @@ def _write_test(
     for name, labels in (("families", measured.families), ("groups", measured.groups)):
         if labels is not None:
             arrays[name] = labels
+    if measured.confusions is not None:
+        arrays["confusions"] = measured.confusions
+        names = getattr(source, "class_names", None)
+        if names is not None:
+            arrays["class_names"] = np.array(names("test"), dtype=str)
     theirs = {**measured.strategies, **measured.rivals}
     arrays |= {f"strategy_{name}": values for name, values in theirs.items()}
     _write_arrays(folder / "episodes.npz", arrays)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from metarun.cli import main
-from metarun.report import presentations
+from metarun.report import own
 from metarun.screen import figure, summary
 
 TINY = [
@@ -41,7 +41,7 @@ def test_accuracy_by_presentation_is_written_drawn_and_said(
     assert f"{100 * written[1]:.2f} ±" in said
     assert (run / "figures" / "presentations.svg").exists()
     with Image.open(run / "figures" / "presentations.png") as picture:
-        assert picture.size == (960, 600)
+        assert picture.size == (720, 480)
     assert main([f"test={run}", "shot=2", "eval.episodes=3"]) == 0
     tested = json.loads(next((run / "tests").rglob("results.json")).read_text())
     assert len(tested["presentations"]) == 2
@@ -110,4 +110,5 @@ def test_a_regression_that_diverged_is_summed_up_and_drawn(tmp_path: Path) -> No
     }  # fmt: skip
     assert "log-likelihood" in summary(results, "here")
     (tmp_path / "results.json").write_text(json.dumps(results))
-    assert presentations.draw(tmp_path)
+    own.draw(tmp_path)
+    assert (tmp_path / "figures" / "presentations.csv").exists()

@@ -27,7 +27,7 @@ RANKS = {
     "launch": 8, "predict": 8,
     "papers": 9,
     "again": 9,
-    "jobs": 10,
+    "jobs": 10, "reporting": 10,
     "compare": 11, "sweep": 11,
     "cli": 12,
     "__main__": 13,

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -92,6 +92,11 @@ class FunctionEpisodes(ABC):
         parts = (*self._facts(), *self._x, self._noise, self._seeds["test"])
         return f"{seeding.key(type(self).__name__, *map(repr, parts)) & (2**64 - 1):016x}"
 
+    @property
+    def inputs(self) -> tuple[float, float]:
+        """The range that inputs are drawn from."""
+        return self._x
+
     @abstractmethod
     def _facts(self) -> tuple[float, ...]:
         """The numbers that define the family."""
@@ -106,7 +111,18 @@ class FunctionEpisodes(ABC):
 
 
 class Formulas(FunctionEpisodes):
-    """Functions that a few numbers say, such as an amplitude and a phase."""
+    """Functions that a few numbers say, such as an amplitude and a phase.
+
+    Attributes:
+        parameter_names: What each of `parameters` is called.
+    """
+
+    parameter_names: ClassVar[tuple[str, ...]] = ()
+
+    def truth(self, split: Split, index: int, x: Tensor) -> Tensor:
+        """f(x) of one task's function at inputs (R, 1), without noise, in float64."""
+        keys = seeding.task_keys(self._seeds[split], split, index, 1, self.device)
+        return self._at(keys, x[None].double())[0]
 
     def _at(self, keys: Tensor, x: Tensor) -> Tensor:
         return self._values([parameter[:, None, None] for parameter in self._parameters(keys)], x)
@@ -127,6 +143,8 @@ class Sinusoid(Formulas):
         noise: Standard deviation of the noise on y.
         **common: Those of `FunctionEpisodes`.
     """
+
+    parameter_names = ("amplitude", "phase", "frequency")
 
     def __init__(
         self,
@@ -170,6 +188,8 @@ class Linear(Formulas):
         noise: Standard deviation of the noise on y.
         **common: Those of `FunctionEpisodes`.
     """
+
+    parameter_names = ("slope", "offset")
 
     def __init__(
         self,

@@ -2,33 +2,158 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import io
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from metarun.intervals import Floats
+from metarun.runs import write_atomically
+
 # Okabe and Ito's, which colour-blind people tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+DASHES = ("-", "--", ":", "-.")
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+INK, MUTED, RULE, PAPER = "#1c2127", "#66707b", "#dde1e6", "#fefefe"
+"""Of a figure on white; the page puts its own in their place."""
 STYLE: Any = {
     "figure.constrained_layout.use": True,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "font.size": 9,
     "svg.fonttype": "none",
     "svg.hashsalt": "metarun",
 }
+SIZE = (4.8, 3.2)
+"""Inches of a figure of one panel: what a phone shows without shrinking its letters."""
 _DPI = 150
 
 
-def title(results: Mapping[str, Any]) -> str:
-    """What the figures of a run are headed with."""
-    return f"{results['algo']} on {results['data']}, seed {results['seed']}"
+@dataclass(frozen=True)
+class Series:
+    """Something in a figure that a reader may hide: every artist whose `gid` begins with it.
+
+    Attributes:
+        name: What it is called.
+        colour: Its colour.
+        dash: Its line style.
+    """
+
+    name: str
+    colour: str
+    dash: str = "-"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure, what it says, and the numbers in it.
+
+    Attributes:
+        name: Of its files, unique in a report.
+        title: A few words.
+        caption: What is shown, in a sentence or two.
+        alt: What somebody who does not see it has to know.
+        figure: Made under `STYLE`.
+        columns: The numbers by column, all of one length.
+        series: What can be hidden, by the `gid` that its artists begin with.
+        wide: Whether it takes a row of the page.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+    columns: Mapping[str, Sequence[Any]]
+    series: Mapping[str, Series] | None = None
+    wide: bool = False
+
+
+def colours(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a line style for each algorithm, the same in every report.
+
+    An algorithm's place is a hash of its name; one whose place is taken by another of the same
+    report, in alphabetical order, gets the next that is free.
+    """
+    places = [(colour, dash) for dash in DASHES for colour in COLOURS]
+    taken: dict[str, int] = {}
+    for name in sorted(set(algorithms)):
+        wanted = zlib.crc32(name.encode()) % len(COLOURS)
+        turns = range(len(places))
+        free = (k for n in turns if (k := (wanted + n) % len(places)) not in taken.values())
+        taken[name] = next(free, wanted)
+    return {name: places[place] for name, place in taken.items()}
+
+
+def band(axes: Axes, x: Any, mean: Floats, width: Floats, colour: str, gid: str) -> None:
+    """The 95 % interval around a line."""
+    shown = axes.fill_between(x, mean - width, mean + width, color=colour, alpha=0.2, linewidth=0)
+    shown.set_gid(f"{gid}-band")
+
+
+def table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Columns of one length as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*(map(_cell, values) for values in columns.values()), strict=True))
+    return out.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return str(value)
+
+
+def write(folder: Path, panel: Panel) -> str:
+    """Write a panel as PNG, SVG and CSV; returns the SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    svg = _drawn(panel.figure, "svg").decode()
+    write_atomically(folder / f"{panel.name}.svg", svg.encode())
+    write_atomically(folder / f"{panel.name}.png", _drawn(panel.figure, "png"))
+    write_atomically(folder / f"{panel.name}.csv", table(panel.columns).encode())
+    return svg
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    """A file without a date, so that the same figure is the same file."""
+    buffer = io.BytesIO()
+    with rc_context(STYLE):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
+    # Where things are is settled by the first.
+    figure.set_layout_engine("none")
+    return buffer.getvalue()
 
 
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """Write a figure as PNG and SVG, without a date; returns the files."""
+    """Write a figure as PNG and SVG; returns the files."""
     folder.mkdir(exist_ok=True)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        figure.savefig(path, dpi=_DPI, metadata={"Date": None} if path.suffix == ".svg" else None)
+        write_atomically(path, _drawn(figure, path.suffix[1:]))
     return paths

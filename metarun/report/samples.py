@@ -5,53 +5,61 @@ Shapes: T tasks, S rows of a support, M made rows, C H W of an image.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metarun.intervals import Floats
-from metarun.report.drawing import STYLE, save, title
+from metarun.report.drawing import Panel
+from metarun.report.files import RunFiles
 
 
-def draw(folder: Path) -> list[Path]:
-    """Write `figures/samples`, as PNG and SVG: a row for each task, its support, then what is made.
-
-    Args:
-        folder: Of a run or of a test that has `samples.npz`.
-
-    Returns:
-        The files.
-    """
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    with np.load(folder / "samples.npz") as arrays:
-        support, made = arrays["support"], arrays["made"]
-    with rc_context(STYLE):
-        return save(folder / "figures", "samples", _grid(support, made, title(results)))
+def panels(run: RunFiles) -> list[Panel]:
+    """A row for each task, its support, then what is made; none where nothing was made."""
+    if not run.samples:
+        return []
+    support, made = run.samples["support"], run.samples["made"]
+    told = f"The support of {len(made)} test tasks, and {made.shape[1]} images made for each."
+    return [
+        Panel(
+            "samples",
+            "What was made",
+            told,
+            told,
+            _grid(support, made, run.title),
+            {
+                "task": list(range(len(made))),
+                "mean of the support": [float(task.mean()) for task in support],
+                "mean of what was made": [float(task.mean()) for task in made],
+            },
+            wide=True,
+        )
+    ]
 
 
 def _grid(support: Floats, made: Floats, heading: str) -> Figure:
     """A figure of (T, S, C, H, W) and (T, M, C, H, W)."""
     tasks, shots, samples = len(made), support.shape[1], made.shape[1]
     figure = Figure(figsize=(0.4 * (shots + samples) + 0.6, 0.4 * tasks + 0.9))
-    panels = figure.subplots(1, 2, width_ratios=[shots, samples], squeeze=False)[0]
-    low, high = support.min((1, 3, 4)), support.max((1, 3, 4))
-    for panel, images, name in zip(
-        panels, (support, made), ("support of a task", "made for it"), strict=True
+    drawn = figure.subplots(1, 2, width_ratios=[shots, samples], squeeze=False)[0]
+    for axes, images, name in zip(
+        drawn, (support, made), ("support of a task", "made for it"), strict=True
     ):
-        shares = (images - low[:, None, :, None, None]) / np.maximum(
-            (high - low)[:, None, :, None, None], 1e-12
-        )
-        panel.imshow(_mosaic(shares))
-        panel.set_title(name, fontsize=9)
-        panel.set_axis_off()
+        axes.imshow(mosaic(shares(images, support)))
+        axes.set_title(name, fontsize=9)
+        axes.set_axis_off()
     figure.suptitle(heading, fontsize=10)
     return figure
 
 
-def _mosaic(images: Floats) -> Floats:
+def shares(images: Floats, range_of: Floats) -> Floats:
+    """Images (T, …, C, H, W), from 0 to 1 between the ends of a task's and a channel's others."""
+    low, high = range_of.min((1, 3, 4)), range_of.max((1, 3, 4))
+    scale = np.maximum(high - low, 1e-12)[:, None, :, None, None]
+    scaled: Floats = (images - low[:, None, :, None, None]) / scale
+    return scaled
+
+
+def mosaic(images: Floats) -> Floats:
     """One picture (…, …, 3) of (rows, columns, channels, height, width), a pixel apart."""
     apart = np.pad(images, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
     rows, columns, _, height, width = apart.shape

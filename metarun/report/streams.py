@@ -16,39 +16,92 @@ from matplotlib.ticker import MaxNLocator
 
 from metarun import continual
 from metarun.intervals import Floats, quiet
-from metarun.report.drawing import COLOURS, STYLE, save, title
+from metarun.report.drawing import COLOURS, STYLE, Panel, colours, save
+from metarun.report.files import RunFiles
 from metarun.types import Stream
 
-_DASHES = ("-", "--", ":")
 _MANY_VISITS = 20
 _FAR = 1000.0
 """How many times worse than the best a curve is that has left the others' scale."""
 
 
 @quiet
-def draw(folder: Path) -> list[Path]:
-    """Write `figures/matrix` and `figures/stream`, each as PNG and SVG.
+def panels(run: RunFiles) -> list[Panel]:
+    """The matrix of tasks after visits, and the curves along a stream; none of other tasks."""
+    results = run.results
+    if results is None or "matrix" not in run.arrays or not (run.path / "stream.csv").exists():
+        return []
+    matrix = run.arrays["matrix"].mean(0)
+    with (run.path / "stream.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    algo, metric = str(results["algo"]), str(results["metric"])
+    at = [(i, j) for i, j in np.ndindex(*matrix.shape)]
+    told = f"{matrix.shape[0]} rows, before the first visit and after each"
+    return [
+        Panel(
+            "matrix",
+            "Tasks after visits",
+            f"The {metric} on held-out rows of each task (column) after each visit (row), mean "
+            f"over {results['test']['episodes']} lifetimes: {told}. What is forgotten fades down "
+            "its column.",
+            f"A map of {matrix.shape[1]} tasks against visits: {told}.",
+            _matrix(matrix, results, run.title),
+            {
+                "visits so far": [i for i, _ in at],
+                "task": [j for _, j in at],
+                metric: [float(matrix[place]) for place in at],
+            },
+        ),
+        Panel(
+            "stream",
+            "Along the stream",
+            f"The {metric} on the task at hand, the loss of all incoming rows so far, and the "
+            f"{metric} on all tasks met, with the 95 % interval over lifetimes.",
+            f"Three curves along {len(rows)} steps of the stream.",
+            _panels({algo: rows}, results, run.title, {algo: (run.colour, "-")}),
+            {name: [row[name] for row in rows] for name in (rows[0] if rows else [])},
+        ),
+    ]
+
+
+@quiet
+def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
+    """Write the curves of several algorithms along the same streams as one PNG and SVG.
 
     Args:
-        folder: Of a run or of a test on a stream, with its `results.json`, `episodes.npz` and
-            `stream.csv`.
+        folders: Of the runs of each algorithm, one for each seed.
+        name: Of the files, without what they end with.
 
     Returns:
         The files.
     """
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    with np.load(folder / "episodes.npz") as arrays:
-        matrix = arrays["matrix"].mean(0)
-    with (folder / "stream.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    heading = title(results)
+    figure, _ = together(folders, colours(folders))
+    return save(name.parent, name.name, figure)
+
+
+@quiet
+def together(
+    folders: Mapping[str, Sequence[Path]], looks: Mapping[str, tuple[str, str]]
+) -> tuple[Figure, dict[str, list[Any]]]:
+    """The curves of several algorithms along the same streams, and their numbers.
+
+    Args:
+        folders: Of the runs of each algorithm, one for each seed; a lifetime is averaged over
+            the seeds before the interval is taken.
+        looks: A colour and a line style for each.
+    """
+    curves: dict[str, list[dict[str, str]]] = {}
+    for algo, runs in folders.items():
+        about = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))
+        lived = [_lived(run) for run in runs]
+        mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
+        stream = Stream.of(about["layout"])
+        curves[algo] = list(csv.DictReader(io.StringIO(continual.curves(mean, stream))))
+    names = list(next(iter(curves.values()))[0])
+    columns: dict[str, list[Any]] = {"run": [a for a, rows in curves.items() for _ in rows]}
+    columns |= {n: [row[n] for rows in curves.values() for row in rows] for n in names}
     with rc_context(STYLE):
-        figures = {
-            "matrix": _matrix(matrix, results, heading),
-            "stream": _panels({results["algo"]: rows}, results, heading),
-        }
-        place = folder / "figures"
-        return [path for name, figure in figures.items() for path in save(place, name, figure)]
+        return _panels(curves, about, f"along {about['data']}", looks), columns
 
 
 def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
@@ -63,31 +116,9 @@ def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
     axes.set(title=heading, xlabel="task", ylabel="visits so far")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     return figure
-
-
-@quiet
-def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
-    """Write the curves of several algorithms along the same streams as one PNG and SVG.
-
-    Args:
-        folders: Of the runs of each algorithm, one for each seed; a lifetime is averaged over
-            the seeds before the interval is taken.
-        name: Of the files, without what they end with.
-
-    Returns:
-        The files.
-    """
-    curves: dict[str, list[dict[str, str]]] = {}
-    for algo, runs in folders.items():
-        about = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))
-        lived = [_lived(run) for run in runs]
-        mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
-        stream = Stream.of(about["layout"])
-        curves[algo] = list(csv.DictReader(io.StringIO(continual.curves(mean, stream))))
-    with rc_context(STYLE):
-        return save(name.parent, name.name, _panels(curves, about, f"along {about['data']}"))
 
 
 def _lived(run: Path) -> dict[str, Floats]:
@@ -98,7 +129,10 @@ def _lived(run: Path) -> dict[str, Floats]:
 
 
 def _panels(
-    curves: Mapping[str, list[dict[str, str]]], results: Mapping[str, Any], heading: str
+    curves: Mapping[str, list[dict[str, str]]],
+    results: Mapping[str, Any],
+    heading: str,
+    looks: Mapping[str, tuple[str, str]],
 ) -> Figure:
     """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
     metric = results["metric"]
@@ -106,21 +140,20 @@ def _panels(
     many = len(results["layout"]["visits"]) > _MANY_VISITS
     figure = Figure(figsize=(6.4, 7.2))
     figure.suptitle(heading)
-    panels = figure.subplots(3, 1)
+    drawn = figure.subplots(3, 1)
     names = ("current", "cumulative_loss", "seen")
     labels = (
         f"{metric}\non the task just learned" if many else f"{metric}\non the task at hand",
         "cumulative loss\nof incoming rows",
         f"{metric}\non all tasks met",
     )
-    for axes, name, label in zip(panels, names, labels, strict=True):
+    for axes, name, label in zip(drawn, names, labels, strict=True):
         tops = []
-        for number, (algo, rows) in enumerate(curves.items()):
+        for algo, rows in curves.items():
             ends = many and name == "current"
             here = [row for row in rows if row[name] and (row["seen"] or not ends)]
             x, y, width = _columns(here, name)
-            colour = COLOURS[number % len(COLOURS)]
-            dash = _DASHES[number // len(COLOURS) % len(_DASHES)]
+            colour, dash = looks[algo]
             axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
             if len(curves) <= len(COLOURS):
                 axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
@@ -131,7 +164,7 @@ def _panels(
         if positive and max(positive) > _FAR * min(positive):
             axes.set_ylim(top=_FAR / 10 * min(positive))
     if len(curves) > 1:
-        handles, texts = panels[0].get_legend_handles_labels()
+        handles, texts = drawn[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False)
     return figure
 

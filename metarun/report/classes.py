@@ -1,0 +1,107 @@
+"""Which classes a run tells apart, over all of its test episodes.
+
+Shapes: C classes that were met, P pairs of a class and what it was taken for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from metarun.intervals import Floats
+from metarun.report.drawing import INK, SIZE, WRONG, Panel
+from metarun.report.files import RunFiles
+
+_NAMED = 12
+"""Classes, and pairs of them, that are shown by name."""
+_LETTERS = 34
+
+
+def panels(run: RunFiles) -> list[Panel]:
+    """Accuracy of each class, and the pairs that are confused; none without their counts."""
+    if "confusions" not in run.arrays:
+        return []
+    pairs = run.arrays["confusions"]
+    names = [str(name) for name in run.arrays.get("class_names", [])]
+    if not names:
+        names = [f"class {number}" for number in range(int(pairs[:, :2].max()) + 1)]
+    return [by_class(pairs, names, run.colour), *confused(pairs, names)]
+
+
+def by_class(pairs: Floats, names: list[str], colour: str) -> Panel:
+    """The share of each class's queries that were answered right, the worst named."""
+    classes = np.unique(pairs[:, 0])
+    asked = np.array([pairs[pairs[:, 0] == c, 2].sum() for c in classes])
+    right = np.array([pairs[(pairs[:, 0] == c) & (pairs[:, 1] == c), 2].sum() for c in classes])
+    share = right / asked
+    order = np.argsort(share, kind="stable")
+    shown = order if len(order) <= 2 * _NAMED else np.r_[order[:_NAMED], order[-_NAMED:]]
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.17 * len(shown)))
+    axes = figure.add_subplot()
+    places = np.arange(len(shown))[::-1]
+    axes.barh(places, 100 * share[shown], color=colour, alpha=0.85, height=0.7)
+    axes.set_yticks(places, [_short(names[int(classes[c])]) for c in shown], fontsize=7)
+    axes.set(xlabel="queries answered right, %", xlim=(0, 100), ylim=(-0.7, len(shown) - 0.3))
+    axes.grid(visible=False, axis="y")
+    some = "" if len(shown) == len(order) else f", the {_NAMED} worst and the {_NAMED} best"
+    if some:
+        axes.axhline(_NAMED - 0.5, color=INK, linewidth=1.0, linestyle=":")
+    worst, best = order[0], order[-1]
+    told = (
+        f"{names[int(classes[worst])]} is hardest ({100 * share[worst]:.1f} %), "
+        f"{names[int(classes[best])]} easiest ({100 * share[best]:.1f} %)"
+    )
+    return Panel(
+        "classes",
+        "Classes",
+        f"Of {len(order)} test classes{some}: {told}. Over all test episodes.",
+        f"Accuracy by class: {told}.",
+        figure,
+        {
+            "class": [names[int(classes[c])] for c in order],
+            "accuracy": [float(share[c]) for c in order],
+            "queries": [int(asked[c]) for c in order],
+        },
+    )
+
+
+def confused(pairs: Floats, names: list[str]) -> list[Panel]:
+    """The pairs of classes most often taken for each other; none where no answer is wrong."""
+    wrong = pairs[pairs[:, 0] != pairs[:, 1]]
+    if not len(wrong):
+        return []
+    # Both directions together.
+    ends = np.sort(wrong[:, :2], axis=1)
+    unique, place = np.unique(ends, axis=0, return_inverse=True)
+    counts = np.bincount(place.reshape(-1), weights=wrong[:, 2])
+    order = np.argsort(-counts, kind="stable")
+    shown = order[:_NAMED]
+    labels = ["\n".join(_short(names[int(c)]) for c in unique[pair]) for pair in shown]
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.33 * len(shown)))
+    axes = figure.add_subplot()
+    places = np.arange(len(shown))[::-1]
+    axes.barh(places, counts[shown], color=WRONG, alpha=0.85, height=0.7)
+    axes.set_yticks(places, labels, fontsize=7)
+    axes.set(xlabel="queries taken for the other")
+    axes.grid(visible=False, axis="y")
+    first = " and ".join(names[int(c)] for c in unique[order[0]])
+    told = f"{first} most often ({counts[order[0]]:.0f} queries)"
+    return [
+        Panel(
+            "confusions",
+            "Confusions",
+            f"The pairs of test classes that are taken for each other: {told}, of "
+            f"{counts.sum():.0f} wrong answers in all test episodes.",
+            f"Most confused pairs of classes: {told}.",
+            figure,
+            {
+                "one": [names[int(unique[pair][0])] for pair in order],
+                "other": [names[int(unique[pair][1])] for pair in order],
+                "queries": [int(counts[pair]) for pair in order],
+            },
+        )
+    ]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LETTERS else f"…{name[1 - _LETTERS :]}"

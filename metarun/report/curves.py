@@ -1,0 +1,230 @@
+"""Figures of what a run has reached: along training, over inner steps, over test episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from metarun.intervals import Floats, interval
+from metarun.report.drawing import INK, MUTED, SIZE, Panel, Series, band
+from metarun.report.files import RunFiles
+from metarun.screen import figure as shown
+
+_MANY_BINS = 40
+
+
+def unit(metric: str) -> tuple[float, str]:
+    """What a metric is multiplied by to be read, and the label of its axis."""
+    return (100.0, "accuracy, %") if metric == "accuracy" else (1.0, "mean squared error")
+
+
+def panels(run: RunFiles) -> list[Panel]:
+    """The figures that a run's own files give, as many as it has."""
+    made = [learning(run), loss(run), adaptation(run), histogram(run)]
+    return [panel for panel in made if panel is not None]
+
+
+def learning(run: RunFiles) -> Panel | None:
+    """The metric on training and meta-val tasks, with the best step; None without any."""
+    metric = run.metric
+    if metric is None:
+        return None
+    scale, label = unit(metric)
+    steps, train = run.curve(f"train/{metric}")
+    at, val = run.curve(f"val/{metric}")
+    width = run.curve(f"val/{metric}_ci95")[1]
+    if not len(steps) and not len(at):
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    columns: dict[str, list[object]] = {"split": [], "step": [], metric: [], "ci95": []}
+    series: dict[str, Series] = {}
+    for split, x, y, w, colour in (
+        ("training tasks", steps, train, np.full(len(steps), np.nan), MUTED),
+        ("meta-val", at, val, width, run.colour),
+    ):
+        if not len(x):
+            continue
+        key = split.split()[0]
+        series[key] = Series(split, colour)
+        marker = "o" if len(x) < 30 and key == "meta-val" else None
+        (line,) = axes.plot(x, scale * y, color=colour, linewidth=1.4, marker=marker, markersize=3)
+        line.set_gid(key)
+        band(axes, x, scale * y, scale * w, colour, key)
+        columns["split"] += [split] * len(x)
+        columns["step"] += [int(step) for step in x]
+        columns[metric] += list(map(float, y))
+        columns["ci95"] += list(map(float, w))
+    best = (run.results or {}).get("val")
+    told = ""
+    if best:
+        mark = axes.plot(best["step"], scale * best["mean"], "D", color=INK, markersize=6)
+        mark[0].set_gid("best")
+        series["best"] = Series(f"best, step {best['step']}", INK, "")
+        told = (
+            f" The best was {shown(metric, best['mean'], best['ci95'])} at step {best['step']} "
+            f"({best['episodes']} episodes): these parameters were tested."
+        )
+    _limits(axes, metric, np.concatenate([train, val]))
+    axes.set(xlabel="meta-updates", ylabel=label)
+    ends = _ends(val if len(val) else train, metric)
+    return Panel(
+        "learning",
+        "Learning",
+        f"{label.split(',')[0].capitalize()} along meta-training; the band is the 95 % interval "
+        f"over the episodes of meta-val.{told}",
+        f"{label} against meta-updates: {ends}.{told}",
+        figure,
+        columns,
+        series,
+    )
+
+
+def loss(run: RunFiles) -> Panel | None:
+    """The training loss; None where it is the metric itself, or there is none."""
+    steps, values = run.curve("train/loss")
+    metric = run.metric
+    same = metric == "mse" and np.array_equal(values, run.curve("train/mse")[1], equal_nan=True)
+    if len(steps) < 2 or same:
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    axes.plot(steps, values, color=run.colour, linewidth=1.4)
+    axes.set(xlabel="meta-updates", ylabel="training loss")
+    if np.nanmin(values) > 0 and np.nanmax(values) > 50 * np.nanmin(values):
+        axes.set_yscale("log")
+    return Panel(
+        "loss",
+        "Training loss",
+        "The loss that the outer optimiser descends, averaged between two lines of the log.",
+        f"Training loss against meta-updates: {_ends(values, 'loss')}.",
+        figure,
+        {"step": [int(step) for step in steps], "loss": list(map(float, values))},
+    )
+
+
+def adaptation(run: RunFiles) -> Panel | None:
+    """The metric after each inner step; None where there are no steps."""
+    results = run.results
+    if results is None or not results.get("curve") or len(results["curve"]) < 2:
+        return None
+    metric = str(results["metric"])
+    scale, label = unit(metric)
+    steps, mean, width = curve_of(results["curve"])
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    axes.plot(steps, scale * mean, "o-", color=run.colour, linewidth=1.4, markersize=3)
+    band(axes, steps, scale * mean, scale * width, run.colour, "curve")
+    trained = run.plain["algo"].get("inner_steps")
+    told = ""
+    if isinstance(trained, int) and 0 < trained < len(steps):
+        axes.axvline(trained, color=MUTED, linestyle=":", linewidth=1.0)
+        axes.annotate(
+            " trained with",
+            (trained, 1.0),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
+        told = f" Training took {trained}: the dotted line."
+    axes.set(xlabel="inner steps", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _limits(axes, metric, mean)
+    return Panel(
+        "adaptation",
+        "Adaptation",
+        f"The same test tasks after 0 to {len(steps) - 1} inner steps, with the 95 % interval."
+        f"{told}",
+        f"{label} against inner steps: {shown(metric, mean[0])} before the first, "
+        f"{shown(metric, mean[-1])} after {len(steps) - 1}.{told}",
+        figure,
+        {
+            "inner steps": [int(step) for step in steps],
+            metric: list(map(float, mean)),
+            "ci95": list(map(float, width)),
+        },
+    )
+
+
+def curve_of(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
+    """Steps, means and half-widths of an adaptation curve."""
+    columns = [
+        [np.nan if (value := point[name]) is None else float(value) for point in curve]
+        for name in ("steps", "mean", "ci95")
+    ]
+    steps, mean, width = (np.array(column) for column in columns)
+    return steps, mean, width
+
+
+def histogram(run: RunFiles) -> Panel | None:
+    """How the test episodes are spread; None without any."""
+    results = run.results
+    if results is None or results["metric"] not in run.arrays:
+        return None
+    metric = str(results["metric"])
+    scale, label = unit(metric)
+    values = scale * np.asarray(run.arrays[metric], dtype=np.float64)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    edges = _edges(values, metric, run.plain)
+    # Of errors the few that are far from all others are counted in the last bin.
+    inside = np.clip(values, None, edges[-1])
+    counts, _, _ = axes.hist(inside, bins=edges, color=run.colour, alpha=0.85)
+    mean, ci95 = interval(values)
+    axes.axvline(mean, color=INK, linewidth=1.4)
+    axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
+    axes.set(xlabel=label, ylabel="test episodes")
+    lowest, median, highest = np.quantile(values, [0.05, 0.5, 0.95])
+    told = (
+        f"nine of ten episodes lie between {lowest:.4g} and {highest:.4g}, the median is "
+        f"{median:.4g}"
+    )
+    return Panel(
+        "episodes",
+        "Test episodes",
+        f"Each of the {len(values)} test episodes by itself; the line is their mean with its 95 % "
+        f"interval. {told[0].upper()}{told[1:]}.",
+        f"Histogram of the {label} of {len(values)} test episodes: {told}.",
+        figure,
+        {"from": list(edges[:-1]), "to": list(edges[1:]), "episodes": [int(c) for c in counts]},
+    )
+
+
+def _edges(values: Floats, metric: str, plain: Mapping[str, object]) -> list[float]:
+    """Bins as wide as one answer where there are few, so that none falls between two."""
+    answers = int(str(plain["way"])) * int(str(plain["query"]))
+    if metric == "accuracy" and 1 < answers <= _MANY_BINS:
+        step = 100.0 / answers
+        low = np.floor(values.min() / step + 1e-9)
+        number = int(np.ceil(values.max() / step - 1e-9) - low) + 1
+        return [float((low - 0.5 + k) * step) for k in range(number + 1)]
+    low, high = float(values.min()), float(np.quantile(values, 0.995))
+    if not high > low:
+        high = low + max(abs(low), 1.0) * 0.1
+    return list(map(float, np.linspace(low, high, 31)))
+
+
+def _limits(axes: Axes, metric: str, values: Floats) -> None:
+    """An error that began high leaves no room for where it ends: a logarithm does."""
+    here = values[np.isfinite(values)]
+    if metric == "accuracy" or not len(here):
+        return
+    if here.min() > 0 and here.max() > 20 * here.min():
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0.0)
+
+
+def _ends(values: Floats, metric: str) -> str:
+    here = values[np.isfinite(values)]
+    if not len(here):
+        return "no finite value"
+    return f"from {shown(metric, here[0])} to {shown(metric, here[-1])}"

@@ -1,0 +1,323 @@
+"""Several runs in one figure: what each has reached, along training and over inner steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from metarun.intervals import Floats, interval
+from metarun.report import streams
+from metarun.report.curves import curve_of, unit
+from metarun.report.drawing import INK, SIZE, Panel, Series, band
+from metarun.report.files import RunFiles
+
+_NAMED = 40
+"""Entries that have a line of their own; of more the best are shown."""
+_LEGEND = 16
+_LETTERS = 40
+_FEW = 6
+"""Entries whose intervals can be told apart."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Runs that differ in their seed alone, as one line of a figure.
+
+    Attributes:
+        key: `entry0`, `entry1` …: the series that it is in every figure.
+        label: What to call them.
+        runs: One for each seed.
+        told: What was typed for them, by key.
+        mean, ci95: On meta-test, in the unit in which it is shown.
+        val: The mean of the best figures on meta-val; not a number where there is none.
+        colour, dash: Of its algorithm, and among those of the same algorithm.
+        best: Whether meta-val chooses it.
+    """
+
+    key: str
+    label: str
+    runs: Sequence[RunFiles]
+    told: Mapping[str, str]
+    mean: float
+    ci95: float | None
+    val: float
+    colour: str
+    dash: str
+    best: bool
+
+    @property
+    def width(self) -> float:
+        """Of its line: the best is thick."""
+        return 2.4 if self.best else 1.1
+
+
+def panels(entries: Sequence[Entry], metric: str) -> list[Panel]:
+    """The figures of runs that have the same metric, best on meta-val first."""
+    made = [reached(entries, metric), learning(entries, metric), adaptation(entries, metric)]
+    return [
+        *(panel for panel in made if panel is not None),
+        *settings(entries, metric),
+        *_along(entries),
+    ]
+
+
+def reached(entries: Sequence[Entry], metric: str) -> Panel:
+    """A dot and its interval for each, on meta-test."""
+    label = unit(metric)[1]
+    shown = entries[:_NAMED]
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.24 * len(shown)))
+    axes = figure.add_subplot()
+    places = np.arange(len(shown))[::-1]
+    for place, entry in zip(places, shown, strict=True):
+        width = 0.0 if entry.ci95 is None or np.isnan(entry.ci95) else entry.ci95
+        bars = axes.errorbar(
+            entry.mean,
+            place,
+            xerr=width,
+            fmt="D" if entry.best else "o",
+            color=entry.colour,
+            markersize=6 if entry.best else 4,
+            linewidth=1.3,
+        )
+        for part, artist in enumerate([bars.lines[0], *bars.lines[2]]):
+            artist.set_gid(f"{entry.key}-{part}")
+    axes.set_yticks(places, [_short(entry.label) for entry in shown], fontsize=7)
+    axes.set(xlabel=f"meta-test {label}", ylim=(-0.7, len(shown) - 0.3))
+    axes.grid(visible=False, axis="y")
+    best = next((entry for entry in entries if entry.best), entries[0])
+    some = "" if len(shown) == len(entries) else f" The best {_NAMED} of {len(entries)} are shown."
+    told = f"{best.label} is best on meta-val and has {best.mean:.4g} on meta-test"
+    return Panel(
+        "reached",
+        "Meta-test",
+        f"Mean and 95 % interval over test episodes, best on meta-val on top: {told} (the "
+        f"diamond).{some}",
+        f"{len(shown)} runs by their meta-test {label}: {told}.",
+        figure,
+        {
+            "run": [entry.label for entry in entries],
+            "meta-val": [entry.val for entry in entries],
+            "meta-test": [entry.mean for entry in entries],
+            "ci95": [float("nan") if e.ci95 is None else e.ci95 for e in entries],
+        },
+    )
+
+
+def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
+    """Meta-val along training; of several seeds the mean and their interval."""
+    scale, label = unit(metric)
+    curves = {entry.key: _val(entry, metric) for entry in entries}
+    if all(len(steps) < 2 for steps, _, _ in curves.values()):
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    columns: dict[str, list[Any]] = {"run": [], "step": [], metric: [], "ci95": []}
+    # The best last, so that none is drawn over it.
+    for entry in [*entries][::-1]:
+        steps, mean, width = curves[entry.key]
+        _line(axes, entry, steps, scale * mean, scale * width, banded=len(entries) <= _FEW)
+    for entry in entries:
+        steps, mean, width = curves[entry.key]
+        columns["run"] += [entry.label] * len(steps)
+        columns["step"] += [int(step) for step in steps]
+        columns[metric] += list(map(float, mean))
+        columns["ci95"] += list(map(float, width))
+    every = np.concatenate([mean for _, mean, _ in curves.values()])
+    every = every[np.isfinite(every)]
+    if metric != "accuracy" and len(every) and 0 < 20 * every.min() < every.max():
+        axes.set_yscale("log")
+    axes.set(xlabel="meta-updates", ylabel=f"meta-val {label}")
+    return Panel(
+        "learning-together",
+        "Learning",
+        f"Meta-val along training, a line for each of {len(entries)}; the best is thick. Of "
+        "several seeds the mean, with the 95 % interval over them; of one that over episodes.",
+        f"Meta-val {label} against meta-updates of {len(entries)} runs.",
+        figure,
+        columns,
+        _legend(entries),
+    )
+
+
+def _val(entry: Entry, metric: str) -> tuple[Floats, Floats, Floats]:
+    """Steps that all seeds were validated at, and the mean with its half-width."""
+    found = [run.curve(f"val/{metric}") for run in entry.runs]
+    if len(found) == 1:
+        return *found[0], entry.runs[0].curve(f"val/{metric}_ci95")[1]
+    common = sorted(set.intersection(*(set(map(float, steps)) for steps, _ in found)))
+    rows = np.array([[dict(zip(*pair, strict=True))[step] for step in common] for pair in found])
+    ends = [interval(column) for column in rows.T]
+    return np.array(common), np.array([m for m, _ in ends]), np.array([w for _, w in ends])
+
+
+def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
+    """The figure after each inner step, of those that take steps."""
+    scale, label = unit(metric)
+    curves: dict[str, tuple[Floats, Floats, Floats]] = {}
+    for entry in entries:
+        points = [(run.results or {}).get("curve") for run in entry.runs]
+        parts = [curve_of(point) for point in points if point]
+        if len(parts) == len(points):
+            short = min(len(steps) for steps, _, _ in parts)
+            mean = np.mean([m[:short] for _, m, _ in parts], axis=0)
+            width = np.mean([w[:short] for _, _, w in parts], axis=0)
+            curves[entry.key] = parts[0][0][:short], mean, width
+    curves = {key: curve for key, curve in curves.items() if len(curve[0]) > 1}
+    if not curves:
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    columns: dict[str, list[Any]] = {"run": [], "inner steps": [], metric: [], "ci95": []}
+    theirs = [entry for entry in entries if entry.key in curves]
+    for entry in theirs[::-1]:
+        steps, mean, width = curves[entry.key]
+        _line(axes, entry, steps, scale * mean, scale * width, banded=len(theirs) <= _FEW)
+    for entry in theirs:
+        steps, mean, width = curves[entry.key]
+        columns["run"] += [entry.label] * len(steps)
+        columns["inner steps"] += [int(step) for step in steps]
+        columns[metric] += list(map(float, mean))
+        columns["ci95"] += list(map(float, width))
+    ends = np.concatenate([mean for _, mean, _ in curves.values()])
+    ends = ends[np.isfinite(ends)]
+    if metric != "accuracy" and len(ends) and 0 < 20 * ends.min() < ends.max():
+        axes.set_yscale("log")
+    axes.set(xlabel="inner steps", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return Panel(
+        "adaptation-together",
+        "Adaptation",
+        "The same test tasks after each inner step, of the runs that adapt by steps; bands are "
+        "the 95 % interval over episodes.",
+        f"{label} against inner steps of {len(theirs)} runs.",
+        figure,
+        columns,
+        _legend(theirs),
+    )
+
+
+def settings(entries: Sequence[Entry], metric: str) -> list[Panel]:
+    """Meta-val against each number that was swept."""
+    keys = dict.fromkeys(key for entry in entries for key in entry.told)
+    made: list[Panel] = []
+    for key in keys:
+        found = [
+            (value, entry) for entry in entries if (value := _number(entry.told.get(key))) == value
+        ]
+        values = sorted({value for value, _ in found})
+        if len(values) < 2 or len(found) < len(entries):
+            continue
+        made.append(_setting(key, found, values, metric))
+    return made
+
+
+def _setting(
+    key: str, found: Sequence[tuple[float, Entry]], values: Sequence[float], metric: str
+) -> Panel:
+    scale, label = unit(metric)
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    for value, entry in found:
+        axes.plot(
+            value,
+            scale * entry.val,
+            "D" if entry.best else "o",
+            color=entry.colour,
+            markersize=7 if entry.best else 5,
+            alpha=0.85,
+            gid=f"{entry.key}-dot",
+        )
+    means = [
+        float(np.nanmean([scale * e.val for v, e in found if v == value]))
+        if any(np.isfinite(e.val) for v, e in found if v == value)
+        else float("nan")
+        for value in values
+    ]
+    axes.plot(values, means, color=INK, linewidth=1.0, linestyle=":")
+    if values[0] > 0 and values[-1] >= 10 * values[0]:
+        axes.set_xscale("log")
+    axes.set(xlabel=key, ylabel=f"meta-val {label}")
+    return Panel(
+        f"setting-{key.replace('.', '-')}",
+        key,
+        f"The best figure on meta-val at each value of {key}; the dotted line is their mean, the "
+        "diamond the best run.",
+        f"Meta-val {label} against {key}.",
+        figure,
+        {
+            key: [value for value, _ in found],
+            "run": [entry.label for _, entry in found],
+            f"meta-val {metric}": [entry.val for _, entry in found],
+        },
+    )
+
+
+def _along(entries: Sequence[Entry]) -> list[Panel]:
+    """The curves of learners along the same streams."""
+    lived = {e.label: [run.path for run in e.runs] for e in entries if _has_stream(e)}
+    hashes = {
+        (run.results or {}).get("episodes_hash")
+        for entry in entries
+        if _has_stream(entry)
+        for run in entry.runs
+    }
+    # Streams of training seeds differ where they are drawn by them.
+    if len(lived) < 2 or not hashes:
+        return []
+    figure, columns = streams.together(
+        lived, {entry.label: (entry.colour, entry.dash) for entry in entries}
+    )
+    return [
+        Panel(
+            "stream-together",
+            "Along the stream",
+            "The figure on the task at hand, the loss of all incoming rows so far, and the figure "
+            "on all tasks met; bands are the 95 % interval over lifetimes.",
+            f"Three curves along the stream of each of {len(lived)} learners.",
+            figure,
+            columns,
+        )
+    ]
+
+
+def _has_stream(entry: Entry) -> bool:
+    return all((run.path / "stream.csv").exists() for run in entry.runs)
+
+
+def _line(axes: Any, entry: Entry, x: Floats, mean: Floats, width: Floats, *, banded: bool) -> None:
+    axes.plot(
+        x,
+        mean,
+        color=entry.colour,
+        linestyle=entry.dash,
+        linewidth=entry.width,
+        alpha=1.0 if entry.best or banded else 0.75,
+        marker="o" if len(x) < 3 else None,
+        markersize=3,
+        gid=entry.key,
+    )
+    if banded:
+        band(axes, x, mean, width, entry.colour, entry.key)
+
+
+def _legend(entries: Sequence[Entry]) -> dict[str, Series] | None:
+    """Names of the lines, where they are few enough to be read."""
+    if len(entries) > _LEGEND:
+        return None
+    return {entry.key: Series(entry.label, entry.colour, entry.dash) for entry in entries}
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return float("nan")
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LETTERS else f"{label[: _LETTERS - 1]}…"

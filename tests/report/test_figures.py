@@ -1,0 +1,139 @@
+"""The numbers behind the figures of a report, against independent answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+
+from metarun.report import adapting, classes, curves, drawing, tasks
+from metarun.report.drawing import COLOURS, Panel
+from metarun.report.files import RunFiles
+
+
+def files(tmp_path: Path, metric: str, values: list[float], **plain: int) -> RunFiles:
+    run = RunFiles(
+        tmp_path, {"way": 5, "query": 3, "names": {}, "algo": {}, **plain}, (), {}, COLOURS[0]
+    )
+    run.__dict__["results"] = {"metric": metric}
+    run.__dict__["arrays"] = {metric: np.array(values)}
+    return run
+
+
+def naive_cka(one: np.ndarray, other: np.ndarray) -> float:
+    """||Y'X||^2 / (||X'X|| ||Y'Y||) of centred columns."""
+    x, y = (rows - rows.mean(0) for rows in (one, other))
+    cross = np.linalg.norm(y.T @ x) ** 2
+    return float(cross / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
+
+
+def test_cka_is_the_ratio_of_covariances_in_float64() -> None:
+    draw = np.random.default_rng(0)
+    one, other = draw.normal(size=(20, 7)), draw.normal(size=(20, 4))
+    ours = adapting.linear_cka(torch.from_numpy(one), torch.from_numpy(other))
+    assert ours == pytest.approx(naive_cka(one, other), abs=1e-12)
+
+
+def test_cka_is_one_for_a_rotated_scaled_and_moved_copy() -> None:
+    draw = np.random.default_rng(1)
+    one = draw.normal(size=(12, 5))
+    turn, _ = np.linalg.qr(draw.normal(size=(5, 5)))
+    copy = 3.0 * one @ turn + 2.0
+    ours = adapting.linear_cka(torch.from_numpy(one), torch.from_numpy(copy))
+    assert ours == pytest.approx(1.0, abs=1e-12)
+
+
+def test_the_movement_of_a_layer_is_a_share_of_its_norm() -> None:
+    before = {"body.a.weight": torch.tensor([[3.0]]), "body.a.bias": torch.tensor([4.0]),
+              "head.weight": torch.tensor([[2.0]])}  # fmt: skip
+    after = {**before, "body.a.bias": torch.tensor([4.5])}
+    assert adapting._movement(before, after) == pytest.approx({"body.a": 0.1, "head": 0.0})
+
+
+def test_the_plane_is_that_of_the_first_two_principal_components() -> None:
+    rows = np.random.default_rng(2).normal(size=(30, 6)) * [5, 3, 1, 1, 1, 1]
+    theirs = PCA(2).fit_transform(rows)
+    ours = adapting.principal(rows)
+    signs = np.sign((ours * theirs).sum(0))
+    np.testing.assert_allclose(ours * signs, theirs, atol=1e-9)
+
+
+def test_a_single_direction_still_makes_a_plane() -> None:
+    points = adapting.principal(np.arange(4.0)[:, None])
+    assert points.shape == (4, 2)
+    assert not points[:, 1].any()
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_the_good_task_is_better_than_the_median_and_that_than_the_bad(higher: bool) -> None:
+    figures = np.random.default_rng(3).permutation(101).astype(float)
+    figures[7] = np.nan
+    chosen = tasks.chosen(figures, higher=higher)
+    values = [figures[chosen[name]] for name in ("good", "median", "bad")]
+    assert values == sorted(values, reverse=higher)
+    assert values[1] == pytest.approx(50.0, abs=1.0)
+
+
+def test_every_episode_is_in_one_bin_and_none_lies_on_an_edge(tmp_path: Path) -> None:
+    values = [k / 15 for k in (3, 3, 7, 10, 15, 15, 15)]
+    panel = curves.histogram(files(tmp_path, "accuracy", values))
+    assert panel is not None
+    assert sum(panel.columns["episodes"]) == len(values)
+    for low, high, count in zip(*panel.columns.values(), strict=True):
+        inside = [v for v in values if low < 100 * v < high]
+        assert len(inside) == count
+
+
+def test_an_error_far_from_all_others_is_counted_in_the_last_bin(tmp_path: Path) -> None:
+    values = [*np.linspace(0.1, 1.0, 999), 1e6]
+    panel = curves.histogram(files(tmp_path, "mse", values))
+    assert panel is not None
+    assert sum(panel.columns["episodes"]) == 1000
+    assert panel.columns["to"][-1] < 2.0
+
+
+def test_a_class_is_judged_by_its_own_queries(tmp_path: Path) -> None:
+    pairs = np.array([[0, 0, 6], [0, 2, 2], [2, 2, 9], [2, 0, 1], [1, 1, 5]])
+    run = files(tmp_path, "accuracy", [])
+    run.arrays.update(confusions=pairs, class_names=np.array(["a", "b", "c"]))
+    by_class, confused = classes.panels(run)
+    shares = dict(zip(by_class.columns["class"], by_class.columns["accuracy"], strict=True))
+    assert shares == pytest.approx({"a": 0.75, "c": 0.9, "b": 1.0})
+    # Both directions are one pair.
+    assert list(zip(*confused.columns.values(), strict=True)) == [("a", "c", 3)]
+
+
+def test_without_a_wrong_answer_no_pair_is_confused(tmp_path: Path) -> None:
+    run = files(tmp_path, "accuracy", [])
+    run.arrays.update(confusions=np.array([[0, 0, 6], [1, 1, 6]]))
+    assert [panel.name for panel in classes.panels(run)] == ["classes"]
+
+
+def test_an_algorithm_has_its_colour_whoever_stands_beside_it() -> None:
+    alone = {name: drawing.colours([name])[name] for name in ("maml", "protonet", "anil")}
+    together = drawing.colours(["protonet", "anil", "maml", "reptile", "r2d2"])
+    assert len(set(together.values())) == 5
+    assert sum(together[name] == look for name, look in alone.items()) >= 2
+
+
+def test_no_two_of_fifty_algorithms_look_alike_before_every_look_is_taken() -> None:
+    looks = drawing.colours(f"algorithm{n}" for n in range(28))
+    assert len(set(looks.values())) == 28
+
+
+def test_a_panel_is_written_three_times_and_the_same_each_time(tmp_path: Path) -> None:
+    def panel() -> Panel:
+        figure = Figure(figsize=(2, 1))
+        figure.add_subplot().plot([0, 1], [0, 1])
+        return Panel("line", "Line", "", "", figure, {"x": [0, 1], "y": [0.1234567, float("nan")]})
+
+    drawing.write(tmp_path / "one", panel())
+    drawing.write(tmp_path / "two", panel())
+    for kind in ("svg", "png", "csv"):
+        one, two = ((tmp_path / n / f"line.{kind}").read_bytes() for n in ("one", "two"))
+        assert one == two
+    assert (tmp_path / "one" / "line.csv").read_text() == "x,y\n0,0.123457\n1,\n"
