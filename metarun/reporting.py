@@ -68,13 +68,19 @@ def run(argv: Sequence[str]) -> int:
     place = folder / FILE
     if place.exists() and not is_ours(place):
         raise ValueError(f"{place} is not a page that metarun made: type --output DIR")
-    with rc_context(STYLE), quiet:
-        page = _single(whole[0]) if len(whole) == 1 else _several(whole, args.config_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        html = render(page, folder / "figures")
-    write_atomically(place, html.encode())
+    _write(whole, folder, args.config_dir)
     print(place)
     return EXIT_FAILED if damaged else EXIT_OK
+
+
+@quiet
+def _write(runs: Sequence[Run], folder: Path, config_dir: str | None) -> None:
+    """Write the page and its figures."""
+    with rc_context(STYLE):
+        page = _single(runs[0]) if len(runs) == 1 else _several(runs, config_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        html = render(page, folder / "figures")
+    write_atomically(folder / FILE, html.encode())
 
 
 def _home(paths: Sequence[str], runs: Sequence[Run]) -> Path:

@@ -110,8 +110,8 @@ def _responsibilities(learned: Learned) -> list[Panel]:
     for component in range(shares.shape[1]):
         colour, key = COLOURS[component % len(COLOURS)], f"component{component}"
         bars = axes.bar(places, shares[order, component], bottom=under, color=colour, width=0.9)
-        for bar in bars:
-            bar.set_gid(f"{key}-bar")
+        for place, bar in enumerate(bars):
+            bar.set_gid(f"{key}-{place}")
         under = under + shares[order, component]
         series[key] = Series(f"component {component + 1}", colour, "")
     for border in np.nonzero(np.diff(family[order]))[0]:

@@ -124,7 +124,8 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     _note(columns, "query", at, values)
     for key, (line, curve, spread) in _answers(learned, batch, grid, index).items():
         series[key] = line
-        axes.plot(x, curve, color=line.colour, linestyle=line.dash, linewidth=1.5, gid=key)
+        width = 2.0 if line.dash == "-" else 1.1
+        axes.plot(x, curve, color=line.colour, linestyle=line.dash, linewidth=width, gid=key)
         if spread is not None:
             ends = curve - _WITHIN * spread, curve + _WITHIN * spread
             shade = axes.fill_between(x, *ends, color=line.colour, alpha=0.2, linewidth=0)
@@ -133,8 +134,9 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     at, values = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
     axes.scatter(at, values, s=34, color=INK, edgecolors=PAPER, zorder=3, marker="^", gid="support")
     _note(columns, "support", at, values)
-    known = np.array(columns["y"])[[w in ("function", "query", "support") for w in columns["what"]]]
-    _room(axes, known)
+    # What was answered before the last step need not be in sight to its ends.
+    earlier = [line.name for line in series.values() if line.dash not in ("-", "")]
+    _room(axes, np.array(columns["y"])[[what not in earlier for what in columns["what"]]])
     axes.set(xlabel="x", ylabel="y")
     banded = any(key.startswith("mean") for key in series)
     told = f"Test task {index}: mean squared error {shown('mse', figure)}."
@@ -187,9 +189,9 @@ def _note(
 
 
 def _room(axes: Axes, values: Floats) -> None:
-    """Show the function: an answer that is far off need not be in sight to its ends."""
+    """Show these values and a rim, and no more."""
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    rim = 0.35 * (high - low) or 1.0
+    rim = 0.2 * (high - low) or 1.0
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, low - rim), min(top, high + rim))
 

@@ -1,0 +1,234 @@
+"""`metarun report` on real runs: each page has what its run has, and says what is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from metarun.cli import main
+from tests.report.conftest import RUNS, made, swept
+
+BOTH = {"learning", "episodes"}
+FITS = {"fit-good", "fit-median", "fit-bad"}
+GRIDS = {"task-good", "task-median", "task-bad", "classes"}
+INSIDE = {"moved", "cka", "adaptation"}
+EXPECTED = {
+    "maml": BOTH | FITS | INSIDE | {"tasks"},
+    "characters": BOTH | GRIDS | INSIDE | {"loss", "features-pca-0", "features-tsne-1"},
+    "protonet": BOTH | GRIDS | {"loss", "features-pca", "features-tsne"},
+    "cell": BOTH | FITS | INSIDE,
+    "anp": BOTH | FITS | {"loss"},
+    "cavia": BOTH | FITS | {"tasks", "adaptation"},
+    "mixture": BOTH | FITS | {"families", "responsibilities", "tasks"},
+    "snail": BOTH | GRIDS | {"presentations"},
+    "metagan": BOTH | GRIDS | {"samples"},
+    "stream": {"matrix", "stream"},
+    "selector": BOTH | {"strategies"},
+    "nearest": FITS | {"episodes"},
+}
+
+
+def figures_of(html: str) -> set[str]:
+    return set(re.findall(r'<figure id="figure-([^"]+)"', html))
+
+
+@pytest.mark.parametrize("name", sorted(RUNS))
+def test_a_run_shows_what_it_has(
+    name: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = made(runs, name)
+    capsys.readouterr()
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip() == str(folder / "report.html")
+    assert said.err == ""
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    drawn = figures_of(html)
+    assert EXPECTED[name] <= drawn
+    for figure in drawn:
+        for kind in ("svg", "png", "csv"):
+            assert (folder / "figures" / f"{figure}.{kind}").stat().st_size
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_every_alt_text_and_caption_says_something(runs: Path) -> None:
+    folder = made(runs, "characters")
+    assert main(["report", str(folder)]) == 0
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    alts = re.findall(r'<svg [^>]*aria-label="([^"]*)"', html)
+    captions = re.findall(r"<figcaption>([^<]*)</figcaption>", html)
+    assert len(alts) == len(captions) == len(figures_of(html))
+    assert all(len(text) > 20 and "nan" not in text for text in (*alts, *captions))
+
+
+def test_the_numbers_of_the_page_are_those_of_the_run(runs: Path) -> None:
+    folder = made(runs, "maml")
+    assert main(["report", str(folder)]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    with (folder / "figures" / "adaptation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for row, point in zip(rows, results["curve"], strict=True):
+        assert float(row["mse"]) == pytest.approx(point["mean"], rel=1e-5)
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert f"{results['test']['mean']:.4f} ± {results['test']['ci95']:.4f}" in html
+    assert "metarun algo=maml data=sinusoid train.steps=6" in html
+
+
+def test_the_fit_after_the_last_step_is_nearer_to_the_support_than_before(runs: Path) -> None:
+    folder = made(runs, "maml")
+    assert main(["report", str(folder)]) == 0
+    with (folder / "figures" / "fit-median.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    whats = {row["what"] for row in rows}
+    assert whats == {"function", "query", "support", "0 steps", "1 step", "5 steps", "10 steps"}
+
+    def error(what: str) -> float:
+        curve = [(float(r["x"]), float(r["y"])) for r in rows if r["what"] == what]
+        support = [(float(r["x"]), float(r["y"])) for r in rows if r["what"] == "support"]
+        near = [min(curve, key=lambda point: abs(point[0] - x))[1] - y for x, y in support]
+        return sum(d * d for d in near)
+
+    assert error("10 steps") < error("0 steps")
+    assert error("function") < 0.1 * error("0 steps")
+
+
+def test_a_published_cell_stands_beside_what_was_reached(runs: Path) -> None:
+    folder = made(runs, "cell")
+    assert main(["report", str(folder)]) == 0
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Published against measured" in html
+    assert "rehearsal of" in html
+
+
+def test_a_later_test_is_listed(runs: Path) -> None:
+    folder = made(runs, "protonet")
+    assert main([f"test={folder}", "shot=2", "eval.episodes=4"]) == 0
+    assert main(["report", str(folder)]) == 0
+    assert "shot_2" in (folder / "report.html").read_text(encoding="utf-8").replace("=", "_")
+
+
+def test_a_sweep_has_a_table_its_curves_and_its_best_run(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = swept(runs)
+    capsys.readouterr()
+    assert main(["report", str(folder), "--output", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    drawn = figures_of(html)
+    assert {"reached", "learning-together", "adaptation-together"} <= drawn
+    assert {"setting-algo-inner_lr", "fit-good"} <= drawn
+    assert html.count('<tr data-series="entry') >= 4
+    assert "8 runs: maml, reptile on sinusoid" in html
+    with (tmp_path / "figures" / "reached.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    vals = [float(row["meta-val"]) for row in rows]
+    assert vals == sorted(vals)
+    assert f"best on meta-val</dt><dd>{rows[0]['run']}" in html
+
+
+def test_runs_on_different_data_are_not_drawn_on_one_axis(runs: Path, tmp_path: Path) -> None:
+    folders = [str(made(runs, name)) for name in ("maml", "cavia", "protonet")]
+    assert main(["report", *folders, "--output", str(tmp_path)]) == 0
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert {"reached", "reached-2"} <= figures_of(html)
+    ids = re.findall(r'\bid="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_several_streams_are_drawn_together(runs: Path, tmp_path: Path) -> None:
+    one = made(runs, "stream")
+    other = tmp_path / "other"
+    assert main([*RUNS["stream"], "algo.online_lr=0.3", f"hydra.run.dir={other}"]) == 0
+    assert main(["report", str(one), str(other), "--output", str(tmp_path)]) == 0
+    assert "stream-together" in figures_of((tmp_path / "report.html").read_text(encoding="utf-8"))
+
+
+def test_an_unfinished_run_shows_how_far_it_came(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "killed"
+    shutil.copytree(made(runs, "maml"), folder)
+    for name in ("results.json", "episodes.npz", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "figures", ignore_errors=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "train/m')
+    status = {"state": "failed", "step": 4, "why": "out of <luck>", "time": "2026-01-01T00:00:00"}
+    (folder / "status.json").write_text(json.dumps(status))
+    assert main(["report", str(folder)]) == 0
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "The run is failed at step 4: out of &lt;luck&gt;." in html
+    assert f"metarun resume={folder}" in html
+    assert figures_of(html) == {"learning"}
+
+
+def test_a_run_whose_parameters_are_gone_says_why_no_task_is_shown(
+    runs: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "light"
+    shutil.copytree(made(runs, "maml"), folder)
+    shutil.rmtree(folder / "checkpoints")
+    assert main(["report", str(folder)]) == 0
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "No single tasks are shown" in html
+    assert "learning" in figures_of(html)
+    assert "fit-good" not in figures_of(html)
+
+
+def test_a_damaged_run_is_named_and_the_others_are_reported(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made(runs, "maml"), tmp_path / "good")
+    shutil.copytree(made(runs, "maml"), tmp_path / "bad")
+    (tmp_path / "bad" / "results.json").write_text("{")
+    assert main(["report", str(tmp_path)]) == 1
+    assert "bad is damaged" in capsys.readouterr().err
+    assert (tmp_path / "good" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "metarun report needs a folder"),
+        (["nowhere"], "nowhere: there is no such folder"),
+        (["."], "there is no run in it"),
+        ([".", "--outptu=x"], "--outptu"),
+    ],
+)
+def test_what_cannot_be_reported_is_one_line(
+    words: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["report", *words])
+    except SystemExit as stop:
+        code = int(str(stop.code))
+    assert code == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_of_somebody_elses_is_kept(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").write_text("mine")
+    assert main(["report", str(made(runs, "maml")), "--output", str(tmp_path)]) == 2
+    assert "is not a page that metarun made: type --output DIR" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_second_report_replaces_the_first(runs: Path) -> None:
+    folder = made(runs, "maml")
+    assert main(["report", str(folder)]) == 0
+    first = (folder / "report.html").read_text(encoding="utf-8")
+    assert main(["report", str(folder)]) == 0
+    assert (folder / "report.html").read_text(encoding="utf-8") == first
