@@ -110,7 +110,9 @@ def _single(found: Run) -> Page:
 def _title(files: RunFiles) -> str:
     results = files.results or {}
     size = f"{files.plain['shot']} points"
-    if results.get("kind") == "classification" or int(files.plain["way"]) > 1:
+    if "layout" in results:
+        size = f"{max(results['layout']['visits']) + 1} tasks"
+    elif results.get("kind") == "classification" or int(files.plain["way"]) > 1:
         size = f"{files.plain['way']}-way {files.plain['shot']}-shot"
     names = files.plain["names"]
     named = f"{names['experiment']}: " if names.get("experiment") else ""
@@ -307,7 +309,7 @@ def _several(runs: Sequence[Run], config_dir: str | None) -> Page:
     keys = {e.label: e for members in entries.values() for e in members}
     tables = [_table(title, lines, keys) for title, lines in papers.parts(groups, config_dir)]
     unfinished = [run for run in runs if run.result is None]
-    sections = [Section("runs", "Runs", panels=[], tables=[*tables, *_unfinished(unfinished)])]
+    sections = [Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)])]
     for number, (title, members) in enumerate(entries.items()):
         name = "together" if not number else f"together-{number + 1}"
         panels = together.panels(members, str(members[0].runs[0].metric))
@@ -354,6 +356,8 @@ def _clusters(groups: Sequence[Group]) -> dict[str, list[Group]]:
         size = f"{plain['way']}-way {plain['shot']}-shot"
         if results["kind"] == "regression":
             size = f"{plain['shot']} points"
+        if "layout" in results:
+            size = "lifetimes"
         together_.setdefault(f"{size} on {plain['names']['data']}", []).append(group)
     ordered = sorted(together_.items(), key=lambda item: -len(item[1]))
     return {title: papers.ranked(members) for title, members in ordered}

@@ -166,7 +166,7 @@ def _layers(learned: Learned, episodes: int) -> list[Panel]:
     still = [layer for layer, values in moved.items() if max(values) == 0.0]
     most = max(moved, key=lambda layer: float(np.mean(moved[layer])))
     least = min(alike, key=lambda layer: float(np.nanmean(alike[layer])))
-    told = f"{most} moves most, by {100 * float(np.mean(moved[most])):.2g} % of its norm"
+    told = f"{most} moves most, by {100 * float(np.mean(moved[most])):.3g} % of its norm"
     if still:
         told += f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} stay"
     reused = f"{least} changes most (CKA {float(np.nanmean(alike[least])):.2f})"

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from metarun.intervals import Floats, interval
-from metarun.report.drawing import INK, MUTED, SIZE, Panel, Series, band
+from metarun.report.drawing import INK, MUTED, SIZE, Panel, Series, band, error_axis
 from metarun.report.files import RunFiles
 from metarun.screen import figure as shown
 
@@ -69,7 +68,8 @@ def learning(run: RunFiles) -> Panel | None:
             f" The best was {shown(metric, best['mean'], best['ci95'])} at step {best['step']} "
             f"({best['episodes']} episodes): these parameters were tested."
         )
-    _limits(axes, metric, np.concatenate([train, val]))
+    if metric != "accuracy":
+        error_axis(axes, np.concatenate([train, val]))
     axes.set(xlabel="meta-updates", ylabel=label)
     ends = _ends(val if len(val) else train, metric)
     return Panel(
@@ -95,8 +95,8 @@ def loss(run: RunFiles) -> Panel | None:
     axes = figure.add_subplot()
     axes.plot(steps, values, color=run.colour, linewidth=1.4)
     axes.set(xlabel="meta-updates", ylabel="training loss")
-    if np.nanmin(values) > 0 and np.nanmax(values) > 50 * np.nanmin(values):
-        axes.set_yscale("log")
+    if np.nanmin(values) >= 0:
+        error_axis(axes, values)
     return Panel(
         "loss",
         "Training loss",
@@ -134,7 +134,8 @@ def adaptation(run: RunFiles) -> Panel | None:
         told = f" Training took {trained}: the dotted line."
     axes.set(xlabel="inner steps", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _limits(axes, metric, mean)
+    if metric != "accuracy":
+        error_axis(axes, mean)
     return Panel(
         "adaptation",
         "Adaptation",
@@ -182,6 +183,7 @@ def histogram(run: RunFiles) -> Panel | None:
     axes.axvline(mean, color=INK, linewidth=1.4)
     axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
     axes.set(xlabel=label, ylabel="test episodes")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     lowest, median, highest = np.quantile(values, [0.05, 0.5, 0.95])
     told = (
         f"nine of ten episodes lie between {lowest:.4g} and {highest:.4g}, the median is "
@@ -209,18 +211,7 @@ def _edges(values: Floats, metric: str, plain: Mapping[str, object]) -> list[flo
     low, high = float(values.min()), float(np.quantile(values, 0.995))
     if not high > low:
         high = low + max(abs(low), 1.0) * 0.1
-    return list(map(float, np.linspace(low, high, 31)))
-
-
-def _limits(axes: Axes, metric: str, values: Floats) -> None:
-    """An error that began high leaves no room for where it ends: a logarithm does."""
-    here = values[np.isfinite(values)]
-    if metric == "accuracy" or not len(here):
-        return
-    if here.min() > 0 and here.max() > 20 * here.min():
-        axes.set_yscale("log")
-    else:
-        axes.set_ylim(bottom=0.0)
+    return list(map(float, np.linspace(low, high, 1 + int(np.clip(len(values) / 4, 5, 30)))))
 
 
 def _ends(values: Floats, metric: str) -> str:

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from metarun.intervals import Floats
 from metarun.runs import write_atomically
@@ -50,8 +53,10 @@ STYLE: Any = {
 SIZE = (4.8, 3.2)
 """Inches of a figure of one panel: what a phone shows without shrinking its letters."""
 _DPI = 150
-_SALT = 112908
-"""With which maml, protonet, reptile, fomaml, metasgd, matching and anil get seven colours."""
+_SALT = 7765
+"""With which maml, protonet, reptile, fomaml, matching and anil have six colours."""
+_FAR = 20.0
+"""How many times the least the greatest error is from where on an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def colours(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
     An algorithm's place is a hash of its name; one whose place is taken by another of the same
     report, in alphabetical order, gets the next that is free.
     """
-    places = [(colour, dash) for dash in DASHES for colour in COLOURS]
+    # Not the grey, which is what a figure has for all that is no algorithm.
+    places = [(colour, dash) for dash in DASHES for colour in COLOURS[:-1]]
     taken: dict[str, int] = {}
     for name in sorted(set(algorithms)):
         wanted = _place(name)
@@ -112,7 +118,26 @@ def colours(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def _place(name: str) -> int:
     digest = hashlib.blake2b(f"{_SALT} {name}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % len(COLOURS)
+    return int.from_bytes(digest, "little") % (len(COLOURS) - 1)
+
+
+def error_axis(axes: Axes, values: Floats) -> None:
+    """Let an axis of errors begin at zero, or be logarithmic where they fell far."""
+    here = values[np.isfinite(values)]
+    if not len(here):
+        return
+    if 0.0 < _FAR * here.min() < here.max():
+        axes.set_yscale("log")
+        plain(axes.yaxis)
+    else:
+        axes.set_ylim(bottom=0.0)
+
+
+def plain(axis: Axis) -> None:
+    """Numbers as people write them, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def band(axes: Axes, x: Any, mean: Floats, width: Floats, colour: str, gid: str) -> None:

@@ -6,14 +6,16 @@ Shapes: S support rows, Q query rows, G points of a grid, W ways, C H W images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from metarun import seeding
@@ -100,56 +102,131 @@ def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> P
 # Regression.
 
 
+@dataclass
+class _Plot:
+    """A figure of y against x that keeps its numbers.
+
+    Attributes:
+        figure: With one panel.
+        series: What can be hidden.
+        columns: Every point drawn.
+        sight: Values that have to be in sight.
+    """
+
+    figure: Figure = field(default_factory=lambda: Figure(figsize=SIZE))
+    series: dict[str, Series] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(
+        default_factory=lambda: {"what": [], "x": [], "y": [], "spread": []}
+    )
+    sight: list[Floats] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.axes = self.figure.add_subplot()
+
+    def note(self, what: str, x: Floats, y: Floats) -> None:
+        """Keep the numbers of what is drawn."""
+        self.columns["what"] += [what] * len(x)
+        self.columns["x"] += list(map(float, x))
+        self.columns["y"] += list(map(float, y))
+        self.columns["spread"] += [math.nan] * len(x)
+
+    def line(self, key: str, what: str, series: Series, x: Floats, y: Floats, width: float) -> None:
+        """Draw a curve."""
+        self.series[key] = series
+        self.axes.plot(x, y, color=series.colour, linestyle=series.dash, linewidth=width, gid=key)
+        self.note(what, x, y)
+
+    def points(self, key: str, what: str, x: Floats, y: Floats, marker: str, size: float) -> None:
+        """Draw points."""
+        self.axes.scatter(
+            x, y, s=size, color=INK, edgecolors=PAPER, zorder=3, marker=marker, gid=f"{key}-points"
+        )
+        self.note(what, x, y)
+        self.sight.append(y)
+
+    def finish(self) -> None:
+        """Leave no more room than what has to be in sight needs, and a rim."""
+        values = np.concatenate(self.sight)
+        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        rim = 0.2 * (high - low) or 1.0
+        bottom, top = self.axes.get_ylim()
+        self.axes.set_ylim(max(bottom, low - rim), min(top, high + rim))
+        self.axes.set(xlabel="x", ylabel="y")
+
+
 def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     """A task's function, its support, and the answers after some inner steps."""
     batch = task_of(learned, index)
     low, high = _range(learned.source, batch)
     grid = torch.linspace(low, high, _GRID, dtype=batch.support_x.dtype)
     grid = grid.to(batch.support_x.device)[None, :, None]
-    drawing = Figure(figsize=SIZE)
-    axes = drawing.add_subplot()
-    columns: dict[str, list[Any]] = {"what": [], "x": [], "y": [], "spread": []}
-    series = {"truth": Series("the function", INK), "support": Series("support", INK, "")}
-    x = _numbers(grid[0, :, 0])
-    truth = getattr(learned.source, "truth", None)
-    if truth is not None:
-        values = _numbers(truth("test", index, grid[0])[:, 0])
-        axes.plot(x, values, color=INK, linewidth=1.2, gid="truth")
-        _note(columns, "function", x, values)
-    else:
-        series["truth"] = Series("queries", INK, "")
-    at, values = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
-    size = 10 if truth is None else 0
-    axes.scatter(at, values, s=size, color=INK, gid="truth-queries")
-    _note(columns, "query", at, values)
-    for key, (line, curve, spread) in _answers(learned, batch, grid, index).items():
-        series[key] = line
-        width = 2.0 if line.dash == "-" else 1.1
-        axes.plot(x, curve, color=line.colour, linestyle=line.dash, linewidth=width, gid=key)
-        if spread is not None:
-            ends = curve - _WITHIN * spread, curve + _WITHIN * spread
-            shade = axes.fill_between(x, *ends, color=line.colour, alpha=0.2, linewidth=0)
-            shade.set_gid(f"{key}-band")
-        _note(columns, line.name, x, curve, spread)
-    at, values = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
-    axes.scatter(at, values, s=34, color=INK, edgecolors=PAPER, zorder=3, marker="^", gid="support")
-    _note(columns, "support", at, values)
-    # What was answered before the last step need not be in sight to its ends.
-    earlier = [line.name for line in series.values() if line.dash not in ("-", "")]
-    _room(axes, np.array(columns["y"])[[what not in earlier for what in columns["what"]]])
-    axes.set(xlabel="x", ylabel="y")
-    banded = any(key.startswith("mean") for key in series)
+    plot = _Plot()
+    _draw_truth(plot, learned.source, batch, grid, index)
+    spread = _draw_answers(plot, learned, batch, grid, index)
+    support = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
+    plot.points("support", "support", *support, "^", 34.0)
+    plot.series["support"] = Series("support", INK, "")
+    plot.finish()
     told = f"Test task {index}: mean squared error {shown('mse', figure)}."
-    more = " The band holds 95 % of what it expects." if banded else ""
+    more = " The band holds 95 % of what it expects." if spread else ""
     return Panel(
         f"fit-{name}",
         f"A {name} task",
         f"{told} Triangles are the {batch.support_x.shape[1]} support points.{more}",
         f"{told} The answers on a grid against the function.",
-        drawing,
-        columns,
-        series,
+        plot.figure,
+        plot.columns,
+        plot.series,
     )
+
+
+def _draw_truth(
+    plot: _Plot, source: EpisodeSource, batch: TaskBatch, grid: Tensor, index: int
+) -> None:
+    """The function where it is known, else the queries that are of it."""
+    truth = getattr(source, "truth", None)
+    queries = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
+    if truth is None:
+        plot.points("truth", "query", *queries, "o", 14.0)
+        plot.series["truth"] = Series("queries", INK, "")
+        return
+    values = _numbers(truth("test", index, grid[0])[:, 0])
+    line = Series("the function", INK)
+    plot.line("truth", "function", line, _numbers(grid[0, :, 0]), values, 1.2)
+    plot.sight.append(values)
+    plot.note("query", *queries)
+
+
+def _draw_answers(
+    plot: _Plot, learned: Learned, batch: TaskBatch, grid: Tensor, index: int
+) -> bool:
+    """Answers after inner steps where there are any, else the answer; whether it has a spread."""
+    x = _numbers(grid[0, :, 0])
+    with torch.no_grad():
+        traced = learned.algorithm.trace(batch.support_x, batch.support_y, grid, max(_STEPS))
+    if traced is not None:
+        for place, steps in enumerate(_STEPS):
+            name = f"{steps} step{'s' * (steps != 1)}"
+            line = Series(name, learned.colour, DASHES[len(_STEPS) - 1 - place])
+            values = _numbers(traced[steps, 0, :, 0])
+            plot.line(f"after{steps}", name, line, x, values, 1.1 if line.dash != "-" else 2.0)
+        # What was answered before the last step need not be in sight to its ends.
+        plot.sight.append(values)
+        return False
+    found = answer(learned, batch, grid, index)
+    values = _numbers(found.outputs[0, :, 0])
+    spread = None if found.spread is None else _numbers(found.spread[0, :, 0])
+    name = "answer" if spread is None else "mean and 95 % band"
+    plot.line("mean", name, Series(name, learned.colour), x, values, 2.0)
+    plot.sight.append(values)
+    if spread is None:
+        return False
+    plot.columns["spread"][-len(x) :] = list(map(float, spread))
+    ends = values - _WITHIN * spread, values + _WITHIN * spread
+    band = plot.axes.fill_between(x, *ends, color=learned.colour, alpha=0.2, linewidth=0)
+    band.set_gid("mean-band")
+    plot.sight += ends
+    return True
 
 
 def _range(source: EpisodeSource, batch: TaskBatch) -> tuple[float, float]:
@@ -158,80 +235,24 @@ def _range(source: EpisodeSource, batch: TaskBatch) -> tuple[float, float]:
     return ends or (float(both.min()), float(both.max()))
 
 
-def _answers(
-    learned: Learned, batch: TaskBatch, grid: Tensor, index: int
-) -> dict[str, tuple[Series, Floats, Floats | None]]:
-    """What to call them, the answers (G,) and their spread: after inner steps where there are."""
-    with torch.no_grad():
-        traced = learned.algorithm.trace(batch.support_x, batch.support_y, grid, max(_STEPS))
-    if traced is not None:
-        return {
-            f"after{steps}": (
-                Series(f"{steps} step{'s' * (steps != 1)}", learned.colour, DASHES[3 - place]),
-                _numbers(traced[steps, 0, :, 0]),
-                None,
-            )
-            for place, steps in enumerate(_STEPS)
-        }
-    found = answer(learned, batch, grid, index)
-    spread = None if found.spread is None else _numbers(found.spread[0, :, 0])
-    name = "answer" if spread is None else "mean and 95 % band"
-    return {"mean": (Series(name, learned.colour), _numbers(found.outputs[0, :, 0]), spread)}
-
-
-def _note(
-    columns: dict[str, list[Any]], what: str, x: Floats, y: Floats, spread: Floats | None = None
-) -> None:
-    columns["what"] += [what] * len(x)
-    columns["x"] += list(map(float, x))
-    columns["y"] += list(map(float, y))
-    columns["spread"] += [float("nan")] * len(x) if spread is None else list(map(float, spread))
-
-
-def _room(axes: Axes, values: Floats) -> None:
-    """Show these values and a rim, and no more."""
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
-    rim = 0.2 * (high - low) or 1.0
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(max(bottom, low - rim), min(top, high + rim))
-
-
 # Images.
 
 
 def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
     """A task's support and queries, a row for each class, with the answers that are wrong."""
     batch = task_of(learned, index)
-    found = answer(learned, batch, batch.query_x, index).outputs[0].argmax(-1).cpu()
-    support_y, query_y = batch.support_y[0].cpu(), batch.query_y[0].cpu()
-    ways = int(support_y.max()) + 1
-    rows = min(ways, _MOST_WAYS)
-    images = _pictures(batch)
-    blank = np.full_like(images[0], 0.5)
-    names = _names(learned.source, batch, ways)
-    shots = min(_MOST_SHOTS, int((support_y == 0).sum()))
-    asked = min(_MOST_QUERIES, max(int((query_y == way).sum()) for way in range(rows)))
-    cells: list[Floats] = []
-    marks: list[tuple[int, int, int, bool]] = []
-    columns: dict[str, list[Any]] = {"query": [], "class": [], "answer": [], "right": []}
-    for way in range(rows):
-        own = (support_y == way).nonzero()[:shots, 0].tolist()
-        mine = (query_y == way).nonzero()[:, 0].tolist()
-        cells += [images[place] for place in own] + [blank] * (shots - len(own))
-        few = mine[:asked]
-        cells += [images[len(support_y) + place] for place in few] + [blank] * (asked - len(few))
-        for column, place in enumerate(few):
-            marks.append((way, shots + column, int(found[place]), int(found[place]) == way))
-        for place in mine:
-            columns["query"].append(place)
-            columns["class"].append(names[way])
-            columns["answer"].append(names[int(found[place])])
-            columns["right"].append(int(found[place]) == way)
-    grid = np.stack(cells).reshape(rows, shots + asked, *images.shape[1:])
-    drawing = Figure(figsize=(0.42 * (shots + asked) + 0.9, 0.5 * rows + 0.7))
-    axes = drawing.add_subplot()
-    _draw_grid(axes, grid, marks, shots)
-    right = sum(columns["right"])
+    found = answer(learned, batch, batch.query_x, index).outputs[0].argmax(-1).tolist()
+    labels = batch.query_y[0].tolist()
+    ways = int(batch.support_y.max()) + 1
+    names, rows = _names(learned.source, batch, ways), min(ways, _MOST_WAYS)
+    drawing = _pictures(batch, rows)
+    plotted = Figure(figsize=(0.46 * drawing.grid.shape[1] + 0.6, 0.46 * rows + 0.3))
+    marks = [
+        (row, drawing.shots + column, found[place], found[place] == labels[place])
+        for row, places in enumerate(drawing.queries)
+        for column, place in enumerate(places)
+    ]
+    _draw_grid(plotted.add_subplot(), drawing.grid, marks, drawing.shots)
     told = f"Test task {index}: {shown('accuracy', figure)} of its queries answered right."
     legend = "; ".join(f"{_letter(way)} {names[way]}" for way in range(rows))
     some = "" if rows == ways else f" The first {rows} of {ways} classes are shown."
@@ -241,17 +262,56 @@ def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
         f"{told} Left of the line the support, right of it queries of the same class: framed in "
         "blue where the answer is right, crossed in orange with the letter of the answer where "
         f"it is wrong. {legend}.{some}",
-        f"{told} {right} of {len(columns['right'])} shown classes' queries are right.",
-        drawing,
-        columns,
+        f"{told} A row of images for each of {rows} classes.",
+        plotted,
+        {
+            "query": list(range(len(labels))),
+            "class": [names[label] for label in labels],
+            "answer": [names[label] for label in found],
+            "right": [one == other for one, other in zip(found, labels, strict=True)],
+        },
     )
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Images of a task in rows of one class: some of its support, then some of its queries.
+
+    Attributes:
+        grid: (rows, shots + queries, C, H, W) from 0 to 1; grey where a class has no more.
+        shots: Columns of the support.
+        queries: Of each row, which queries are shown.
+    """
+
+    grid: Floats
+    shots: int
+    queries: list[list[int]]
+
+
+def _pictures(batch: TaskBatch, rows: int) -> _Pictures:
+    every = _numbers(torch.cat([batch.support_x[0], batch.query_x[0]]))[None]
+    images = shares(every, every)[0]
+    support = [_of(batch.support_y, way)[:_MOST_SHOTS] for way in range(rows)]
+    queries = [_of(batch.query_y, way)[:_MOST_QUERIES] for way in range(rows)]
+    shots, asked = (max(map(len, places)) for places in (support, queries))
+    grid = np.full((rows, shots + asked, *images.shape[1:]), 0.5)
+    first = batch.support_y.shape[1]
+    for row in range(rows):
+        grid[row, : len(support[row])] = images[support[row]]
+        there = [first + place for place in queries[row]]
+        grid[row, shots : shots + len(there)] = images[there]
+    return _Pictures(grid, shots, queries)
+
+
+def _of(labels: Tensor, way: int) -> list[int]:
+    """Which rows of a task (1, R) are of a class."""
+    found: list[int] = (labels[0] == way).nonzero()[:, 0].tolist()
+    return found
 
 
 def _draw_grid(
     axes: Axes, grid: Floats, marks: list[tuple[int, int, int, bool]], shots: int
 ) -> None:
-    from matplotlib.patches import Rectangle
-
     rows, _, _, height, width = grid.shape
     high, wide = height + 2, width + 2
     axes.imshow(mosaic(grid), interpolation="nearest")
@@ -280,14 +340,6 @@ def _draw_grid(
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-
-
-def _pictures(batch: TaskBatch) -> Floats:
-    """(S + Q, C, H, W) support and query images of a task, each channel from 0 to 1."""
-    rows = torch.cat([batch.support_x[0], batch.query_x[0]])
-    numbers = _numbers(rows)[None]
-    pictures: Floats = shares(numbers, numbers)[0]
-    return pictures
 
 
 def _names(source: EpisodeSource, batch: TaskBatch, ways: int) -> list[str]:

@@ -13,15 +13,15 @@ from matplotlib.ticker import MaxNLocator
 from metarun.intervals import Floats, interval
 from metarun.report import streams
 from metarun.report.curves import curve_of, unit
-from metarun.report.drawing import INK, SIZE, Panel, Series, band
+from metarun.report.drawing import INK, SIZE, Panel, Series, band, error_axis, plain
 from metarun.report.files import RunFiles
 
 _NAMED = 40
 """Entries that have a line of their own; of more the best are shown."""
 _LEGEND = 16
 _LETTERS = 40
-_FEW = 6
-"""Entries whose intervals can be told apart."""
+_FEW = 3
+"""Entries whose intervals can be told apart; of more only the best has its own."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,8 @@ def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
         columns["step"] += [int(step) for step in steps]
         columns[metric] += list(map(float, mean))
         columns["ci95"] += list(map(float, width))
-    every = np.concatenate([mean for _, mean, _ in curves.values()])
-    every = every[np.isfinite(every)]
-    if metric != "accuracy" and len(every) and 0 < 20 * every.min() < every.max():
-        axes.set_yscale("log")
+    if metric != "accuracy":
+        error_axis(axes, np.concatenate([mean for _, mean, _ in curves.values()]))
     axes.set(xlabel="meta-updates", ylabel=f"meta-val {label}")
     return Panel(
         "learning-together",
@@ -183,10 +181,8 @@ def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
         columns["inner steps"] += [int(step) for step in steps]
         columns[metric] += list(map(float, mean))
         columns["ci95"] += list(map(float, width))
-    ends = np.concatenate([mean for _, mean, _ in curves.values()])
-    ends = ends[np.isfinite(ends)]
-    if metric != "accuracy" and len(ends) and 0 < 20 * ends.min() < ends.max():
-        axes.set_yscale("log")
+    if metric != "accuracy":
+        error_axis(axes, np.concatenate([mean for _, mean, _ in curves.values()]))
     axes.set(xlabel="inner steps", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return Panel(
@@ -241,6 +237,7 @@ def _setting(
     axes.plot(values, means, color=INK, linewidth=1.0, linestyle=":")
     if values[0] > 0 and values[-1] >= 10 * values[0]:
         axes.set_xscale("log")
+        plain(axes.xaxis)
     axes.set(xlabel=key, ylabel=f"meta-val {label}")
     return Panel(
         f"setting-{key.replace('.', '-')}",
@@ -296,12 +293,12 @@ def _line(axes: Any, entry: Entry, x: Floats, mean: Floats, width: Floats, *, ba
         color=entry.colour,
         linestyle=entry.dash,
         linewidth=entry.width,
-        alpha=1.0 if entry.best or banded else 0.75,
+        alpha=1.0 if entry.best or banded else 0.8,
         marker="o" if len(x) < 3 else None,
         markersize=3,
         gid=entry.key,
     )
-    if banded:
+    if banded or entry.best:
         band(axes, x, mean, width, entry.colour, entry.key)
 
 

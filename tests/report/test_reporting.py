@@ -38,9 +38,7 @@ def figures_of(html: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", sorted(RUNS))
-def test_a_run_shows_what_it_has(
-    name: str, runs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_shows_what_it_has(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made(runs, name)
     capsys.readouterr()
     assert main(["report", str(folder)]) == 0
