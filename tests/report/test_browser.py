@@ -183,6 +183,7 @@ def test_a_figure_is_saved_as_on_white_paper(
 
 def test_numbers_are_copied(runs: Path, opened: Any) -> None:
     here = opened(report(made(runs, "maml")))
+    here.context.grant_permissions(["clipboard-read", "clipboard-write"])
     figure = here.page.locator("#figure-adaptation")
     figure.locator("summary").click()
     figure.locator(".copy").click()
