@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from metarun.algorithms.maml import MAML
+from metarun.algorithms.protonet import ProtoNet
+from metarun.backbones.conv import Conv4
+from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Linear
 from metarun.evaluate import evaluate
 from metarun.intervals import interval, t_quantile
-from metarun.types import EpisodeSize, Prediction
+from metarun.types import SPLITS, EpisodeSize, Prediction
 from tests.helpers import linear_backbone, make
 
 
@@ -132,3 +137,31 @@ def test_an_algorithm_that_draws_at_random_is_measured_alike_each_time() -> None
     first = evaluate(algorithm, linear_tasks(), "test", 4, 2).values
     torch.manual_seed(99)
     np.testing.assert_array_equal(first, evaluate(algorithm, linear_tasks(), "test", 4, 2).values)
+
+
+def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
+    sizes = {split: EpisodeSize(3, 1, 4) for split in SPLITS}
+    source = OmniglotSmall(
+        sizes=sizes, seed=0, eval_seed=1, val_way=None, device=torch.device("cpu"),
+        dtype=torch.float64,
+    )  # fmt: skip
+    algorithm = make(ProtoNet, source.spec, partial(Conv4, filters=2))
+    found = evaluate(algorithm, source, "test", 7, 3).confusions
+    assert found is not None
+    naive: Counter[tuple[int, int]] = Counter()
+    for index in range(7):
+        batch = source.batch("test", index, 1)
+        assert batch.class_ids is not None
+        with torch.no_grad():
+            answer = algorithm.eval().predict(batch.support_x, batch.support_y, batch.query_x)
+        ids = batch.class_ids[0].tolist()
+        for label, taken in zip(
+            batch.query_y[0].tolist(), answer.outputs[0].argmax(-1).tolist(), strict=True
+        ):
+            naive[ids[label], ids[taken]] += 1
+    assert {(own, taken): count for own, taken, count in found.tolist()} == naive
+    assert max(found[:, :2].max(1)) < len(source.class_names("test"))
+
+
+def test_functions_have_no_classes_to_confuse() -> None:
+    assert evaluate(learner(), linear_tasks(), "test", 2, 2).confusions is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from metarun.data.synthetic import FunctionEpisodes, GaussianProcess, Linear, Multimodal, Sinusoid
+from metarun.data.synthetic import (
+    Formulas,
+    FunctionEpisodes,
+    GaussianProcess,
+    Linear,
+    Multimodal,
+    Sinusoid,
+)
 from metarun.types import SPLITS, EpisodeSize, Split
 from tests.data.sources import assert_same, injected
 
@@ -268,3 +276,17 @@ def test_impossible_ranges_are_refused(options: dict[str, Any], message: str) ->
 def test_impossible_sizes_are_refused(size: EpisodeSize, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Sinusoid(**injected(sizes=dict.fromkeys(SPLITS, size)))
+
+
+@pytest.mark.parametrize("make", [sinusoid, linear, multimodal], ids=lambda make: make.__name__)
+def test_the_truth_of_a_task_runs_through_its_rows(make: Callable[..., Formulas]) -> None:
+    source = make(noise=0.0)
+    for index in (0, 3):
+        batch = source.batch("test", index, 1)
+        truth = source.truth("test", index, batch.query_x[0])
+        torch.testing.assert_close(truth, batch.query_y[0].double(), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_a_function_has_are_named() -> None:
+    for source in (sinusoid(), linear()):
+        assert len(source.parameter_names) == len(source.parameters("test", 0, 1))
