@@ -35,7 +35,9 @@ metarun: meta-learning experiments
   metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
   metarun paper=NAME                     a paper's table, as a sweep
   metarun table PATH…                    published against measured
+  metarun report PATH…                   one self-contained HTML page
   metarun compare data=NAME              every algorithm, in one table
+  metarun predict RUN --support DIR …    label your images from a few examples
   metarun list [algo|experiment|…]       what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
   metarun bench                          speed of a meta-step on this machine
@@ -134,6 +136,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _help(args: argparse.Namespace) -> int:
+    from metarun.listing import FULL_WIDTH, columns, stacked
     from metarun.request import composer
 
     with composer(args.config_dir, args.config_path, args.config_name) as compose:
@@ -142,7 +145,8 @@ def _help(args: argparse.Namespace) -> int:
             for group in compose.groups
             if not group.startswith("hydra") and group not in ("recipe", "experiment", "paper")
         ]
-    print(HELP.format(groups="".join(lines)), end="")
+    text = HELP.format(groups="".join(lines))
+    print(text if columns() >= FULL_WIDTH else stacked(text, columns()), end="")
     return EXIT_OK
 
 
