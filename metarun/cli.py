@@ -95,6 +95,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "data": _data,
         "list": _list,
+        "predict": _predict,
         "table": _tables,
     }
     if argv and argv[0] in commands:
@@ -175,6 +176,12 @@ def _data(argv: list[str]) -> int:
 
 def _compare(argv: list[str]) -> int:
     from metarun.compare import run
+
+    return run(argv)
+
+
+def _predict(argv: list[str]) -> int:
+    from metarun.labelling import run
 
     return run(argv)
 
