@@ -35,7 +35,9 @@ metarun: meta-learning experiments
   metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
   metarun paper=NAME                     a paper's table, as a sweep
   metarun table PATH…                    published against measured
+  metarun report PATH…                   one self-contained HTML page
   metarun compare data=NAME              every algorithm, in one table
+  metarun predict RUN --support DIR …    label your images from a few examples
   metarun list [algo|experiment|…]       what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
   metarun bench                          speed of a meta-step on this machine
@@ -93,6 +95,7 @@ def _dispatch(argv: list[str]) -> int:
         "compare": _compare,
         "data": _data,
         "list": _list,
+        "predict": _predict,
         "report": _report,
         "table": _tables,
     }
@@ -136,6 +139,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _help(args: argparse.Namespace) -> int:
+    from metarun.listing import FULL_WIDTH, columns, stacked
     from metarun.request import composer
 
     with composer(args.config_dir, args.config_path, args.config_name) as compose:
@@ -144,7 +148,8 @@ def _help(args: argparse.Namespace) -> int:
             for group in compose.groups
             if not group.startswith("hydra") and group not in ("recipe", "experiment", "paper")
         ]
-    print(HELP.format(groups="".join(lines)), end="")
+    text = HELP.format(groups="".join(lines))
+    print(text if columns() >= FULL_WIDTH else stacked(text, columns()), end="")
     return EXIT_OK
 
 
@@ -173,6 +178,12 @@ def _data(argv: list[str]) -> int:
 
 def _compare(argv: list[str]) -> int:
     from metarun.compare import run
+
+    return run(argv)
+
+
+def _predict(argv: list[str]) -> int:
+    from metarun.labelling import run
 
     return run(argv)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from metarun.config import conf_dir
 
@@ -19,7 +20,9 @@ GROUPS = {
     "experiment": "experiments",
     "paper": "tables of papers",
 }
-_NARROWEST = 40
+FULL_WIDTH = 80
+_NARROWEST, _WIDEST = 40, 100
+_INDENT = 4
 
 
 def run(argv: Sequence[str]) -> int:
@@ -38,13 +41,40 @@ def run(argv: Sequence[str]) -> int:
     if args.config_dir is not None and not args.config_dir.is_dir():
         raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
     folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])
-    width = max(_NARROWEST, min(80, shutil.get_terminal_size((80, 24)).columns))
+    width = min(_WIDEST, columns())
     console = Console(width=width, highlight=False)
     for group in args.groups or GROUPS:
         found = entries(folders, group)
         if found:
-            console.print(_table(group, GROUPS[group], found))
+            console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
+            for line in _lines(found, width):
+                console.print(line, soft_wrap=True)
+            console.print()
     return 0
+
+
+def columns() -> int:
+    """Of the terminal, or of what reads instead of one."""
+    return max(_NARROWEST, shutil.get_terminal_size((FULL_WIDTH, 24)).columns)
+
+
+def stacked(text: str, width: int) -> str:
+    """A text of two columns with the second below the first, for a narrow terminal."""
+    paragraphs: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        margin = " " * (len(line) - len(line.lstrip()))
+        left, _, right = line.strip().partition("  ")
+        if len(margin) > _INDENT:
+            place, before = paragraphs.pop()
+            paragraphs.append((place, f"{before} {left}"))
+        else:
+            paragraphs.append((margin, left))
+            if right:
+                paragraphs.append((margin + " " * _INDENT, right.strip()))
+    return "".join(
+        textwrap.fill(words, width, initial_indent=margin, subsequent_indent=margin) + "\n"
+        for margin, words in paragraphs
+    )
 
 
 def entries(folders: Sequence[Path], group: str) -> dict[str, str]:
@@ -65,13 +95,16 @@ def description(path: Path) -> str:
     return ""
 
 
-def _table(group: str, title: str, found: dict[str, str]) -> Table:
-    table = Table(
-        title=f"{title} ({group}=…)", title_justify="left", show_header=False, box=None, expand=True
-    )
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(ratio=1)
+def _lines(found: Mapping[str, str], width: int) -> Iterator[Text]:
+    """Names with their texts beside them, or below where the names are long."""
+    longest = max(map(len, found))
+    beside = longest <= width // 3
+    indent = longest + 3 if beside else _INDENT
     for name, text in found.items():
-        table.add_row(name, text)
-    table.add_row("", "")
-    return table
+        first, *others = textwrap.wrap(text, width - indent) or [""]
+        if not beside:
+            yield Text(f" {name}", style="bold")
+            others.insert(0, first)
+        else:
+            yield Text.assemble((f" {name}".ljust(indent), "bold"), first)
+        yield from (Text(" " * indent + line) for line in others)

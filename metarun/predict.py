@@ -102,6 +102,21 @@ class Learner:
         state = "not fitted" if self._support is None else f"{len(self._support[0])} examples"
         return f"Learner({name}, {self._spec.kind}, {state})"
 
+    @property
+    def labels_images(self) -> bool:
+        """Whether its inputs are images, and its answers are labels."""
+        return self._spec.kind == "classification" and hasattr(self._source, "prepare")
+
+    @property
+    def bn(self) -> str:
+        """Where batch norm takes its statistics from; `none` where there is none."""
+        return self._algorithm.bn_statistics
+
+    @property
+    def transductive(self) -> bool:
+        """Whether an answer depends on the other rows of one `predict`."""
+        return self._algorithm.transductive
+
     def fit(self, inputs: Any, targets: Any) -> Learner:
         """Take the examples of one task; those of an earlier `fit` are forgotten.
 

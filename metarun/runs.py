@@ -357,6 +357,21 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
         temporary.replace(path)
 
 
+def write_new(path: Path, data: bytes) -> Path:
+    """Write a whole file under a name that is free; returns it.
+
+    Raises:
+        FileExistsError: It is not.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    with _prepared(path, data) as temporary:
+        # `replace` alone would take the place of whatever has come meanwhile.
+        path.open("x").close()
+        temporary.replace(path)
+    return path
+
+
 def read_checkpoint(path: Path) -> Record:
     """Load a checkpoint onto the CPU, without running anything that it may contain.
 

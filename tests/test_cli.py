@@ -88,6 +88,8 @@ def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
         "compare",
         "metarun list",
         "metarun data",
+        "metarun predict RUN",
+        "metarun report PATH",
         "bench",
         "protonet",
         "-m",
@@ -121,8 +123,32 @@ def test_list_names_everything_with_one_line_each_in_80_columns(tmp_path: Path) 
     done = run("list", cwd=tmp_path)
     assert done.returncode == 0
     for word in ("maml", "protonet", "sinusoid", "omniglot_small", "resnet12", "quick_start"):
-        assert re.search(rf"^ *{word} +\w", done.stdout, re.MULTILINE)
+        assert re.search(rf"^ *{word}\s+\w", done.stdout, re.MULTILINE)
     assert max(map(len, done.stdout.splitlines())) <= 80
+    assert not re.search(r" $", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("words", [["--help"], ["list"]], ids=" ".join)
+def test_what_there_is_fits_a_terminal_with_room_to_read(
+    words: list[str], columns: int, metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = metarun(*words).out.splitlines()
+    assert max(map(len, lines)) <= columns
+    # A text that is pressed against the right edge leaves most of each line blank.
+    assert all(len(line) - len(line.lstrip()) <= columns // 2 + 1 for line in lines)
+
+
+def test_a_narrow_help_says_every_word_that_the_wide_one_says(
+    metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    wide = metarun("--help").out
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = metarun("--help").out
+    assert narrow != wide
+    assert narrow.split() == wide.split()
 
 
 def test_every_listed_yaml_has_a_line_about_it() -> None:

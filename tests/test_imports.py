@@ -25,7 +25,7 @@ RANKS = {
     "config": 6,
     "request": 7, "listing": 7,
     "launch": 8, "predict": 8,
-    "papers": 9,
+    "papers": 9, "labelling": 9,
     "again": 9,
     "jobs": 10, "reporting": 10,
     "compare": 11, "sweep": 11,
@@ -105,6 +105,7 @@ def test_the_trainer_knows_no_algorithm_by_name() -> None:
         ["--version"], ["--help"], ["--cfg", "job"], ["list"], ["algo=mml"],
         ["--info", "defaults"], ["data=omniglot", "way=0"],
         ["table", "--paper", "zintgraf2019_sinusoid"],
+        ["predict", "nowhere", "--support", "a", "--query", "b"],
     ],
     ids=" ".join,
 )  # fmt: skip

@@ -7,8 +7,11 @@ Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W im
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -219,11 +222,22 @@ class ClassEpisodes:
             )
         if isinstance(images, str | Path | Image.Image):
             raise ValueError("one image was passed, a list is expected: put it in [brackets]")
-        rows = [self._prepare_one(picture(image, i)) for i, image in enumerate(images)]
+        rows = self._pixels(list(images))
         if not rows:
             raise ValueError("no images were passed: give at least one")
         stacked = torch.from_numpy(np.stack(rows)).to(self.device)
         return self._normalise(stacked.to(self._dtype).div_(255.0))
+
+    def _pixels(self, images: list[Any]) -> list[Pixels]:
+        """Prepare pictures one by one; files several at a time, since no two are one object."""
+
+        def one(position: int, image: Any) -> Pixels:
+            return self._prepare_one(picture(image, position))
+
+        if not all(isinstance(image, str | Path) for image in images):
+            return list(map(one, itertools.count(), images))
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return list(pool.map(one, itertools.count(), images))
 
     def fingerprint(self) -> str:
         """A hash of every split's classes and images."""

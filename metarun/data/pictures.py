@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from metarun.data.store import Pixels
 
@@ -17,6 +18,17 @@ SUFFIXES = frozenset(
     (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )
 DRAWING_SIZE = 28
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by the orientation in its EXIF data."""
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
@@ -32,7 +44,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             return image
     except FileNotFoundError:
         raise ValueError(f"there is no image {name}: check the path") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    # Pillow's readers of damaged files raise nearly everything.
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{name} cannot be read as an image ({reason}): replace or remove it"
@@ -68,7 +81,7 @@ def photograph(image: Image.Image, size: int, *, crop: bool, grey: bool = False)
         crop: Take the largest square from the middle, instead of stretching the picture.
         grey: One channel instead of three.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     image = on_paper(image, "L" if grey else "RGB")
     if image.size != (size, size):
         filter_ = Image.Resampling.LANCZOS
@@ -76,6 +89,12 @@ def photograph(image: Image.Image, size: int, *, crop: bool, grey: bool = False)
         image = ImageOps.fit(image, square, filter_) if crop else image.resize(square, filter_)
     pixels = np.asarray(image, dtype=np.uint8)
     return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held; `exif_transpose` also writes EXIF data, which fails on odd ones."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
 
 
 def on_paper(image: Image.Image, mode: str) -> Image.Image:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,18 @@ def test_a_photograph_is_turned_as_the_camera_says() -> None:
     pixels = photograph(image, 8, crop=True, grey=True)[0]
     assert (pixels[:, 4:] == 255).all()
     assert (pixels[:, :4] == 0).all()
+
+
+def test_a_photograph_with_odd_exif_data_is_turned_all_the_same() -> None:
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 2, b"a")  # text where a ratio belongs
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + turned + resolution + bytes(4)
+    drawn = Image.new("L", (32, 32), 255)
+    drawn.paste(0, (0, 0, 16, 32))
+    drawn.save(file := BytesIO(), "JPEG", exif=exif)
+    pixels = photograph(Image.open(file), 32, crop=True, grey=True)[0]
+    assert pixels[:8].max() < 50
+    assert pixels[-8:].min() > 200
 
 
 def test_deep_greys_keep_their_contrast() -> None:
