@@ -112,7 +112,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         ValueError: Something that was typed does not suit; nothing has been written.
     """
-    args = _parser().parse_args([word for word in argv if word.lower() != "debug=true"])
+    args = _parser().parse_args(list(argv))
     folder = RunFolder.open(args.run)
     support, query = find_examples(args.support), find_queries(args.query)
     place = _place(args.csv)
