@@ -1,6 +1,7 @@
 """Neural processes: conditional (Garnelo et al. 2018a), latent (2018b) and attentive (Kim 2019).
 
-Official code: google-deepmind/neural-processes. Shapes: T tasks, S support rows, Q query rows,
+Official code: google-deepmind/neural-processes. The likelihood as an objective (Foong et al. 2020)
+is `NLLLossLNPF` of YannDubs/Neural-Process-Family. Shapes: T tasks, S support rows, Q query rows,
 N rows of a context, M rows asked about, L samples, D outputs, R numbers of a representation, Z
 of the latent variable.
 """
@@ -21,6 +22,7 @@ from metarun.backbones.layers import BATCH, has_batch_norm
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Path = Literal["mean", "attention", "none"]
+Objective = Literal["elbo", "likelihood"]
 
 _SLOT_CONTEXT, _SLOT_LATENT = 50, 51
 
@@ -43,6 +45,12 @@ class NeuralProcess(Algorithm):
     number of target values is added (Garnelo et al. 2018b, eq. 8). Spreads are 0.1 + 0.9
     softplus in the code; `min_spread` is their floor.
 
+    That bound trains the decoder on z that have seen the answers. `objective=likelihood` trains
+    it on z as they are at evaluation, drawn from q(z | context) (Foong et al. 2020, who have it
+    in place of the bound): the loss is -log((1/L) sum_l prod_t p(y_t | x_t, z_l)), with t over
+    all targets, over the number of target values. By Jensen's inequality it is, in the mean, an
+    upper bound of minus the log-likelihood, and the tighter the greater L.
+
     At evaluation the context is the support. With a latent path the answer is the mean and the
     standard deviation of the mixture over `samples` of z, the same draws for every task.
 
@@ -53,7 +61,9 @@ class NeuralProcess(Algorithm):
         width: R.
         latent: Z; 0 has no latent path.
         heads: Of the attention; they share R evenly.
-        samples: L.
+        objective: What a latent path is trained by.
+        train_samples: L of the likelihood in training; the bound has one.
+        samples: L at evaluation.
         context: Fewest rows of a context in training; null has all support rows always.
         min_spread: Floor of the spread, in the unit of the targets.
         **common: Those of `Algorithm`.
@@ -72,6 +82,8 @@ class NeuralProcess(Algorithm):
         width: int = 128,
         latent: int = 0,
         heads: int = 8,
+        objective: Objective = "elbo",
+        train_samples: int = 16,
         samples: int = 32,
         context: int | None = 3,
         min_spread: float = 0.1,
@@ -82,10 +94,15 @@ class NeuralProcess(Algorithm):
             raise ValueError(f"algo.deterministic={deterministic}: expected mean, attention, none")
         if deterministic == "none" and not latent:
             raise ValueError("algo.deterministic=none needs another path: use algo.latent=128")
+        if objective not in ("elbo", "likelihood"):
+            raise ValueError(f"algo.objective={objective}: expected elbo or likelihood")
+        if objective == "likelihood" and not latent:
+            raise ValueError("algo.objective=likelihood needs a latent path: use algo.latent=128")
         for name, value, least in (
             ("width", width, 1),
             ("latent", latent, 0),
             ("heads", heads, 1),
+            ("train_samples", train_samples, 1),
             ("samples", samples, 1),
             ("context", 1 if context is None else context, 1),
         ):
@@ -94,6 +111,8 @@ class NeuralProcess(Algorithm):
         if deterministic == "attention" and width % heads:
             raise ValueError(f"algo.heads={heads} do not share algo.width={width} evenly")
         check_positive("algo.min_spread", min_spread)
+        self.objective = objective
+        self.train_samples = train_samples if objective == "likelihood" else 1
         self.samples = samples
         self.latent = latent
         self.least_context = context
@@ -121,16 +140,18 @@ class NeuralProcess(Algorithm):
         keys = seeding.task_keys(
             self.seed, "latent", progress.step * batch.num_tasks, batch.num_tasks, self.device
         )
-        noise = seeding.normal(keys, _SLOT_LATENT, (1, self.latent), dtype=self.dtype)
+        shape = (self.train_samples, self.latent)
+        noise = seeding.normal(keys, _SLOT_LATENT, shape, dtype=self.dtype)
+        bounded = self.objective == "elbo"
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = rows
             means, spreads, divergence = torch.func.functional_call(
-                net, params, (x[:size], y[:size], x, noise, y)
+                net, params, (x[:size], y[:size], x, noise, y if bounded else None)
             )
-            loss = -log_density(y, means[0], spreads[0]).mean() + divergence / y.numel()
+            loss = -log_likelihood(y, means, spreads) / y.numel() + divergence / y.numel()
             unseen = slice(size if size < len(y) else 0, None)
-            return loss, (loss, task_metric(self.spec, means[0, unseen], y[unseen]))
+            return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]))
 
         grads, (losses, scores) = self.settled_engine().gradients(
             task, self.net, own_parameters(self.net), (targets_x, targets_y, noise)
@@ -198,7 +219,7 @@ class _Process(nn.Module):
             x, y: The context, (N, …) and (N, D).
             asked: (M, …).
             noise: (L, Z) standard normal.
-            answer: (M, D) in training, where z comes from the targets.
+            answer: (M, D) where z comes from the targets: in training by the bound.
         """
         x, asked = x.flatten(1), asked.flatten(1)
         pairs = torch.cat([x, y], 1)
@@ -267,6 +288,12 @@ class Attention(nn.Module):
 def log_density(y: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
     """The logarithm of the normal density of each number."""
     return -0.5 * (((y - mean) / spread).square() + math.log(2.0 * math.pi)) - spread.log()
+
+
+def log_likelihood(y: Tensor, means: Tensor, spreads: Tensor) -> Tensor:
+    """log((1/L) sum_l prod_t p(y_t | x_t, z_l)) of targets (M, D), given normals (L, M, D)."""
+    joint = log_density(y, means, spreads).sum((1, 2))
+    return joint.logsumexp(0) - math.log(len(joint))
 
 
 def normal_divergence(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:

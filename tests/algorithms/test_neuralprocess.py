@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from metarun import config
 from metarun.algorithms.gpexact import ExactGP
-from metarun.algorithms.neuralprocess import Attention, NeuralProcess, log_density
+from metarun.algorithms.neuralprocess import Attention, NeuralProcess, log_density, log_likelihood
 from metarun.backbones.mlp import MLP
 from metarun.evaluate import evaluate, sureness
 from metarun.request import composer
@@ -110,6 +110,110 @@ def test_an_update_descends_the_loss_that_its_docstring_says(algo: str) -> None:
         torch.testing.assert_close(parameter, before[name] - 0.1 * wanted[name])
 
 
+def normals(samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets (7, 2), and means and spreads (L, 7, 2) of normals."""
+    random = np.random.default_rng(samples)
+    y, means = random.normal(size=(7, 2)), random.normal(size=(samples, 7, 2))
+    spreads = random.uniform(0.1, 2.0, size=(samples, 7, 2))
+    return torch.tensor(y), torch.tensor(means), torch.tensor(spreads)
+
+
+def test_the_likelihood_of_one_sample_is_that_of_its_normals() -> None:
+    y, means, spreads = normals(1)
+    expected = Normal(means[0], spreads[0]).log_prob(y).sum()
+    torch.testing.assert_close(log_likelihood(y, means, spreads), expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("samples", [2, 5, 32])
+def test_the_likelihood_is_the_mean_over_samples_of_products_over_targets(samples: int) -> None:
+    y, means, spreads = normals(samples)
+    joint = [
+        sum(
+            stats.norm(means[s, row, column], spreads[s, row, column]).logpdf(y[row, column])
+            for row in range(7)
+            for column in range(2)
+        )
+        for s in range(samples)
+    ]
+    expected = special.logsumexp(joint, b=1.0 / samples)
+    assert float(log_likelihood(y, means, spreads)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_likelihood_is_finite_where_every_product_is_below_the_smallest_number() -> None:
+    y = torch.full((40, 1), 9.0, dtype=torch.float64)
+    means = torch.zeros(3, 40, 1, dtype=torch.float64, requires_grad=True)
+    value = log_likelihood(y, means, torch.full_like(means, 0.1))
+    value.backward()
+    assert value < -1e5
+    assert means.grad is not None
+    assert means.grad.isfinite().all()
+
+
+LIKELIHOOD = [
+    "algo.objective=likelihood", "algo.train_samples=4", "algo.context=6", "optim.method=sgd",
+    "optim.lr=0.1", "optim.schedule=constant",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words", [["algo=np"], ["algo=np", "algo.deterministic=mean"], ["algo=anp"]]
+)
+def test_an_update_by_the_likelihood_sees_no_target_in_its_latent_variable(
+    words: list[str],
+) -> None:
+    made = build(*words, *LIKELIHOOD)
+    algorithm = made.algorithm
+    net: Any = algorithm.net
+    batch = made.source.batch("train", 0, 3)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    from metarun import seeding
+
+    keys = seeding.task_keys(algorithm.seed, "latent", 21, 3, algorithm.device)
+    noise = seeding.normal(keys, 51, (4, 128), dtype=torch.float64)
+    losses = []
+    for task in range(3):
+        cx, cy = batch.support_x[task], batch.support_y[task]
+        x, y = torch.cat([cx, batch.query_x[task]]), torch.cat([cy, batch.query_y[task]])
+        # What evaluation has: the context, and what is asked.
+        means, spreads, _ = net(cx, cy, x, noise[task])
+        z = latent(net, cx, cy)
+        seen = z.mean + z.stddev * noise[task]
+        if words == ["algo=np"]:
+            rows = [encoded(net.decoder, torch.cat([x, s.expand(len(x), -1)], 1)) for s in seen]
+            torch.testing.assert_close(means, torch.stack(rows)[..., :1])
+        each = [Normal(m, s).log_prob(y).sum().exp() for m, s in zip(means, spreads, strict=True)]
+        losses.append(-torch.log(sum(each) / 4) / len(y))
+    loss = torch.stack(losses).mean()
+    wanted = dict(zip(before, torch.autograd.grad(loss, list(net.parameters())), strict=True))
+    metrics = algorithm.update(batch, Progress(7, 10))
+    assert float(metrics["loss"]) == pytest.approx(float(loss.detach()), rel=1e-10)
+    for name, parameter in net.named_parameters():
+        assert wanted[name].isfinite().all()
+        torch.testing.assert_close(parameter, before[name] - 0.1 * wanted[name])
+
+
+def test_an_update_by_the_likelihood_is_a_function_of_the_step() -> None:
+    def updated(step: int) -> list[Tensor]:
+        made = build("algo=np", *LIKELIHOOD)
+        made.algorithm.update(made.source.batch("train", 0, 3), Progress(step, 10))
+        return list(made.algorithm.parameters())
+
+    first, again, other = updated(3), updated(3), updated(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("engine", ["vmap", "threads"])
+def test_the_likelihood_is_the_same_by_every_engine(engine: str) -> None:
+    def updated(engine: str) -> list[Tensor]:
+        made = build("algo=anp", *LIKELIHOOD, f"engine={engine}")
+        made.algorithm.update(made.source.batch("train", 0, 3), Progress(0, 10))
+        return list(made.algorithm.parameters())
+
+    for here, loop in zip(updated(engine), updated("loop"), strict=True):
+        torch.testing.assert_close(here, loop, rtol=1e-10, atol=1e-12)
+
+
 def test_attention_is_torchs_multihead_attention() -> None:
     torch.manual_seed(0)
     mine = Attention(MLP((1,), 8, hidden=[4]), 8, 2).double()
@@ -154,6 +258,9 @@ def test_contexts_of_training_have_every_size_that_is_allowed() -> None:
     [
         (["algo=cnp", "algo.deterministic=none"], "needs another path: use algo.latent=128"),
         (["algo=np", "algo.width=0"], "algo.width=0: expected 1 or more"),
+        (["algo=np", "algo.objective=vi"], "algo.objective=vi: expected elbo or likelihood"),
+        (["algo=cnp", "algo.objective=likelihood"], "likelihood needs a latent path"),
+        (["algo=np", "algo.train_samples=0"], "algo.train_samples=0: expected 1 or more"),
         (["algo=anp", "algo.heads=3"], "algo.heads=3 do not share algo.width=8 evenly"),
         (["algo=cnp", "algo.min_spread=0"], "algo.min_spread=0.0: expected a positive number"),
         (["algo=cnp", "backbone.batch_norm=true"], "use backbone.batch_norm=false"),
