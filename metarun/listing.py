@@ -18,6 +18,7 @@ GROUPS = {
     "backbone": "backbones",
     "experiment": "experiments",
     "paper": "tables of papers",
+    "logger": "experiment trackers",
 }
 _NARROWEST = 40
 
