@@ -298,7 +298,16 @@ def _read(run: RunFolder, name: str) -> list[dict[str, Any]]:
 
 @contextmanager
 def _libraries_quiet() -> Iterator[None]:
-    """Keep to themselves what the trackers' libraries are told by their own libraries."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep the trackers' libraries from our screen: what they are warned of, and their logs.
+
+    MLflow's alembic gives the root logger a handler, which would say every line again.
+    """
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

@@ -67,8 +67,9 @@ class MLflow(Tracker):
             os.environ.setdefault(key, value)
         from mlflow import MlflowClient
 
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        # Not its level, which MLflow sets anew for every database.
+        logging.getLogger("alembic.runtime.migration").disabled = True
         uri, database = self._store(start)
         with _one_at_a_time(database):
             self._client = MlflowClient(tracking_uri=uri)

@@ -29,6 +29,8 @@ class TensorBoard(Tracker):
 
     def begin(self, start: Start) -> Mapping[str, int]:
         """Open a file; what earlier ones hold from `start.step` on is declared void."""
+        # Where TensorFlow is installed torch imports it, which tells us of the processor.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from torch.utils.tensorboard.summary import hparams, text
 

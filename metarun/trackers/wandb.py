@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,20 +99,37 @@ class WandB(Tracker):
         if shown:
             images = {f"figures/{path.stem}": wandb.Image(str(path)) for path in shown}
             self._log({"step": step, **images})
-        for path in paths:
-            if path not in shown:
-                self._run.save(str(path), base_path=str(path.parent.parent), policy="now")
+        with _service():
+            for path in paths:
+                if path not in shown:
+                    self._run.save(str(path), base_path=str(path.parent.parent), policy="now")
 
     def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
-        self._run.summary.update({**values, "results": dict(results), "step": step})
+        with _service():
+            self._run.summary.update({**values, "results": dict(results), "step": step})
 
     def close(self, state: State) -> None:
-        self._run.finish(exit_code=0 if state == "finished" else 1)
+        with _service():
+            self._run.finish(exit_code=0 if state == "finished" else 1)
 
     def _log(self, row: Mapping[str, Any]) -> None:
         # Numbered through all files of the run, which are put together by these numbers.
-        self._run.log(row, step=self._rows, commit=True)
+        with _service():
+            self._run.log(row, step=self._rows, commit=True)
         self._rows += 1
+
+
+@contextmanager
+def _service() -> Iterator[None]:
+    """Talk to W&B's own process; where that has died, end what would fail when we exit."""
+    try:
+        yield
+    except ConnectionError:
+        import wandb
+
+        with suppress(Exception):
+            wandb.teardown()
+        raise
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
