@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -88,6 +89,7 @@ def of_mlflow(run: Path, uri: str | None = None) -> Series:
 def of_wandb(run: Path) -> Series:
     names = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
     assert len(names) == 1, f"W&B has several runs: {names}"
+    wait_for_wandb(run)
     found: Series = defaultdict(list)
     for number, row in enumerate(rows(run)):
         assert row["_step"] == number
@@ -96,6 +98,14 @@ def of_wandb(run: Path) -> Series:
             if name != "step" and not name.startswith("_"):
                 found[name].append((step, value))
     return dict(found)
+
+
+def wait_for_wandb(run: Path) -> None:
+    """W&B's own process writes the end of a file a moment after the run was told to be over."""
+    log = max((run / "wandb").glob("offline-run-*")) / "logs" / "debug-internal.log"
+    until = time.monotonic() + 20.0
+    while "all finished" not in log.read_text() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def make_run(run: Path, step: int) -> int:

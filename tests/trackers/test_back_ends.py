@@ -30,6 +30,7 @@ from tests.trackers.back_ends import (
     of_the_folder,
     of_wandb,
     own_store,
+    wait_for_wandb,
 )
 
 READERS: Mapping[str, Callable[[Path], Series]] = {
@@ -67,6 +68,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = run / "checkpoints" / "last.pt"
     last.write_bytes(last.read_bytes()[:-30])
     assert make_run(run, 0) == 0
+    wait_for_wandb(run)
     return run
 
 
@@ -171,9 +173,9 @@ def test_rows_of_wandb_are_read_to_where_a_kill_has_cut_them(tmp_path: Path) -> 
     for step in range(600):  # several blocks of the log
         tracker.metrics(step, {"train/loss": step / 7, "train/accuracy": 0.5})
     tracker.close("finished")
+    assert of_wandb(tmp_path)["train/loss"] == [(step, step / 7) for step in range(600)]
     (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     assert path.stat().st_size > 3 * 32768
-    assert of_wandb(tmp_path)["train/loss"] == [(step, step / 7) for step in range(600)]
     path.write_bytes(path.read_bytes()[:50_000])
     left = of_wandb(tmp_path)["train/loss"]
     assert 0 < len(left) < 600
