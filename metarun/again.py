@@ -23,9 +23,10 @@ from metarun.launch import (
     train_in,
     warnings_held,
 )
-from metarun.naming import HOW_IT_RUNS, slug
+from metarun.naming import HOW_IT_RUNS, root_of, slug
 from metarun.request import Composer, composer, leaves, parse_value
 from metarun.runs import RunFolder, write_atomically
+from metarun.trackers.base import flat
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ RESUMABLE = (
     "train.checkpoint_every",
     *_HOW_TASKS_RUN,
     "debug",
+    "logger",
 )
 """What may change when a run goes on: the rest would make it another run."""
 
@@ -74,18 +76,22 @@ def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -
     """
     stored = run.configuration()
     typed = dict(map(parse_value, words))
+    plain = copy.deepcopy(stored)
+    if "logger" in typed:
+        plain["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
     for key in typed:
-        if key not in RESUMABLE:
+        if key not in RESUMABLE and not key.startswith("logger."):
             _refuse(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
-    plain = _with(stored, typed)
+    plain = _with(plain, typed)
     settings = config.check(plain)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
         return None
     with warnings_held():
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)
+        config.trackers(plain)
         experiment = config.build(plain)
-    if typed:
+    if words:
         with run.locked():
             _check_steps(run, settings.train.steps)
             overrides = [*run.overrides(), *words]
@@ -178,20 +184,32 @@ def _data_node(compose: Composer, name: Any) -> Plain:
     return cast(Plain, job.plain["data"])
 
 
+def _trackers_node(word: Any, stored: Plain, config_dir: str | None) -> Plain:
+    """The node `logger` of other trackers; those that the run has had keep their options."""
+    words = word if isinstance(word, list) else [word]
+    with composer(config_dir) as compose:
+        listed = ",".join(map(str, words))
+        node = cast(Plain, compose.job([f"logger=[{listed}]"]).plain["logger"])
+    before = stored.get("logger") or {}
+    return {name: before.get(name, options) for name, options in node.items()}
+
+
 def _changes(
     run: RunFolder, stored: Plain, typed: Mapping[str, Any], config_dir: str | None
 ) -> list[str]:
     """What the run's own words compose to by now, where it differs from what is stored."""
     try:
         with composer(config_dir) as compose:
-            plain = compose.job(run.overrides()).plain
+            # Trackers are typed anew on a resume, and may be a user's own.
+            words = [word for word in run.overrides() if root_of(word) != "logger"]
+            plain = compose.job(words).plain
     except (ValueError, OmegaConfBaseException) as error:
         hint = "" if config_dir else "; type --config-dir again if the run had one"
         return [
             f"the run's words cannot be composed any more ({config.one_line(error)}): its stored "
             f"configuration is used{hint}"
         ]
-    then, now = _flat(stored), _flat(plain)
+    then, now = flat(stored), flat(plain)
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
         settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
@@ -206,13 +224,3 @@ def _changes(
 
 
 _ABSENT = "absent"
-
-
-def _flat(node: Plain, prefix: str = "") -> Plain:
-    flat: Plain = {}
-    for key, value in node.items():
-        if isinstance(value, dict):
-            flat |= _flat(cast(Plain, value), f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

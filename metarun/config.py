@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from metarun.algorithms.base import Algorithm
+    from metarun.trackers.base import Tracker
     from metarun.types import EpisodeSource
 
 Plain = dict[str, Any]
@@ -85,6 +86,7 @@ class Settings:
         debug: Show where an error came from.
         sweep: See `SweepSettings`.
         published: What a paper reports for these very settings.
+        logger: `_target_` and options of each tracker, by its name.
         resume, test: Always None here: they are requests about another run.
     """
 
@@ -108,6 +110,7 @@ class Settings:
     debug: bool = False
     sweep: SweepSettings | None = None
     published: Published | None = None
+    logger: Plain | None = None
     resume: str | None = None
     test: str | None = None
 
@@ -190,6 +193,9 @@ def check(plain: Mapping[str, Any]) -> Settings:
     for name in NODES:
         if not isinstance(getattr(settings, name).get("_target_"), str):
             raise ValueError(f"{name}._target_ is missing: it names the class to make")
+    for name, node in (settings.logger or {}).items():
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise ValueError(f"logger.{name}._target_ is missing: it names the class to make")
     return settings
 
 
@@ -258,6 +264,26 @@ def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
             "expected 1 or more"
         )
     return settings.train
+
+
+def trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
+    """Make the trackers of a configuration, none of which opens anything yet.
+
+    They are no part of `build`: a run is read, and tested, where its trackers are not installed.
+
+    Raises:
+        ValueError: An option is wrong, or a package is missing.
+    """
+    from metarun.trackers.base import Tracker
+
+    made: dict[str, Tracker] = {}
+    for name, node in (check(plain).logger or {}).items():
+        made[name] = _component(f"logger.{name}", node)()
+        if not isinstance(made[name], Tracker):
+            raise ValueError(
+                f"logger.{name}._target_={node['_target_']} is not a subclass of metarun's Tracker"
+            )
+    return made
 
 
 def source(plain: Mapping[str, Any]) -> EpisodeSource:

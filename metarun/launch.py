@@ -36,6 +36,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
         _check_folder(job)
     for job in jobs:
         check_data(job.plain)
+        config.trackers(job.plain)
     from metarun.trainer import required_bytes
 
     with warnings_held():
@@ -156,18 +157,24 @@ def train(plain: Plain, folder: Path, overrides: Sequence[str], screen: Screen) 
 def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
     """Train what was made of a run's configuration, from where its folder stands."""
     from metarun import trainer
+    from metarun.trackers.base import Trackers
 
-    trainer.train(
-        experiment.algorithm,
-        experiment.source,
-        experiment.train,
-        experiment.eval,
-        run,
-        experiment.facts,
-        screen,
-        experiment.seed,
-    )
-    draw_figures(run.path)
+    record, facts = experiment.record, experiment.facts
+    trackers = Trackers(config.trackers(record), record, facts)
+    with trackers.closing():
+        results = trainer.train(
+            experiment.algorithm,
+            experiment.source,
+            experiment.train,
+            experiment.eval,
+            run,
+            facts,
+            screen,
+            experiment.seed,
+            trackers,
+        )
+        draw_figures(run.path)
+        trackers.finish(results, sorted((run.path / "figures").glob("*.*")))
 
 
 def draw_figures(folder: Path) -> None:

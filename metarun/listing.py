@@ -19,6 +19,7 @@ GROUPS = {
     "backbone": "backbones",
     "experiment": "experiments",
     "paper": "tables of papers",
+    "logger": "experiment trackers",
 }
 FULL_WIDTH = 80
 _NARROWEST, _WIDEST = 40, 100

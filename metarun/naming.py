@@ -10,7 +10,7 @@ from typing import Any
 
 HOW_IT_RUNS = (
     "device", "engine", "tasks_per_chunk", "threads", "debug", "sweep", "published", "paper",
-    "hydra",
+    "hydra", "logger",
 )  # fmt: skip
 """Root keys that do not change what a run computes: left out of its hash."""
 

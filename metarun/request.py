@@ -45,6 +45,8 @@ _EXTRAS = {
     "optuna": "optuna",
 }
 """The extra of the package that brings a launcher or a sweeper."""
+SEVERAL = ("logger",)
+"""Groups of which a run may have several choices, or none, as a list."""
 _FOLDER_OF_A_RUN = "hydra.sweep.subdir"
 _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
 
@@ -365,18 +367,31 @@ class Composer:
             if group in NODES:
                 raise ValueError(f"~{group}: a run needs one; type {group}=…")
             return
+        if group in SEVERAL and isinstance(value, list):
+            for word in value:
+                self._check_choice(group, word)
+            return
         if value is None:
-            hint = f"expected {self._one_of(group)}" if group in NODES else f"type ~{group}"
+            none = f"type {group}=[]" if group in SEVERAL else f"type ~{group}"
+            hint = f"expected {self._one_of(group)}" if group in NODES else none
             raise ValueError(f"{group}=null: {hint}")
+        self._check_choice(group, value)
+        if override.is_force_add() or (override.is_add() and group in self._default_groups()):
+            raise ValueError(f"{override.input_line}: type {group}={value}, without +")
+
+    def _check_choice(self, group: str, value: Any) -> None:
         if not isinstance(value, str) or value not in self.options(group):
             _check_plugin(group, str(value))
             near = nearest(str(value), self.options(group))
             raise ValueError(f"{group}={value}: " + (near[2:] or f"expected {self._one_of(group)}"))
-        if override.is_force_add() or (override.is_add() and group in self._default_groups()):
-            raise ValueError(f"{override.input_line}: type {group}={value}, without +")
 
     def _check_sweep_key(self, override: Override) -> None:
         """A swept key that is unknown fails in every job; a group is looked up there."""
+        if override.key_or_group in SEVERAL:
+            raise ValueError(
+                f"{override.input_line}: the runs would be the same, in one folder; for several "
+                f"at once type {override.key_or_group}=[A,B]"
+            )
         if override.key_or_group not in self.groups and not override.is_discrete_sweep():
             raise ValueError(
                 f"{override.input_line}: a sweep takes lists, range() and glob(), not interval()"

@@ -43,6 +43,7 @@ from metarun.runs import (
 )
 from metarun.screen import BAR_SHOWS_IT, FILE_ONLY, Bar, Screen, duration, figure, number, summary
 from metarun.settings import EvalSettings, TrainSettings
+from metarun.trackers.base import RATE, Trackers
 from metarun.types import EpisodeSource, Progress, TaskSpec
 
 __all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
@@ -63,6 +64,7 @@ def train(
     facts: Mapping[str, Any],
     screen: Screen,
     seed: int,
+    trackers: Trackers | None = None,
 ) -> Record:
     """Make a run, or continue the one in the folder, to its end.
 
@@ -76,6 +78,7 @@ def train(
             those of the checkpoint.
         screen: Where to show how it goes.
         seed: Of whatever an algorithm draws from torch's global generator.
+        trackers: What else is told of every line of metrics.
 
     Returns:
         The content of `results.json`.
@@ -86,7 +89,18 @@ def train(
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
     with screen.attached(), run.locked(), run.logging(), _Signals() as signals:
-        loop = _Loop(algorithm, source, train, evaluation, run, facts, screen, seed, signals)
+        loop = _Loop(
+            algorithm,
+            source,
+            train,
+            evaluation,
+            run,
+            facts,
+            screen,
+            seed,
+            signals,
+            trackers or Trackers(),
+        )
         loop.restore()
         with loop.outcome():
             loop.begin()
@@ -266,6 +280,7 @@ class _Loop:
         screen: Screen,
         seed: int,
         signals: _Signals,
+        trackers: Trackers,
     ) -> None:
         self.algorithm = algorithm
         self.source = source
@@ -276,6 +291,7 @@ class _Loop:
         self.screen = screen
         self.seed = seed
         self.signals = signals
+        self.trackers = trackers
         self.metric = source.spec.metric
         self.step = 0
         self.saved: int | None = None
@@ -345,6 +361,10 @@ class _Loop:
         else:
             self.run.save_best(self.best)
         self.run.set_status("running", step=self.step, steps=self.settings.steps)
+        opening = time.perf_counter()
+        self.trackers.begin(self.run, self.step, self.metric)
+        # No part of the run: MLflow makes its first database in seconds.
+        self.began += time.perf_counter() - opening
 
     def _compare(self, here: Record) -> None:
         """Say what has changed since the run began, and note it."""
@@ -466,14 +486,13 @@ class _Loop:
         left = (self.settings.steps - self.step) * self.window_seconds / self.count
         self.train_seconds += self.window_seconds
         self.sums, self.count, self.window_seconds = {}, 0, 0.0
-        self.run.append(
-            "metrics.jsonl",
-            {"step": self.step, **{f"train/{name}": value for name, value in line.items()}},
-        )
+        named = {f"train/{name}": value for name, value in line.items()}
+        self.run.append("metrics.jsonl", {"step": self.step, **named})
         self.run.append(
             "timing.jsonl",
             {"step": self.step, "seconds": self._seconds(), "tasks_per_second": rate},
         )
+        self.trackers.metrics(self.step, {**named, RATE: rate})
         values = "  ".join(
             f"{name} {figure(name, value) if name == self.metric else number(value)}"
             for name, value in line.items()
@@ -496,16 +515,10 @@ class _Loop:
             return
         num_episodes = self.evaluation.val_episodes
         option, mean, ci95 = self._best_option()
-        chosen = {f"val/{name}": value for name, value in option.items()}
-        self.run.append(
-            "metrics.jsonl",
-            {
-                "step": self.step,
-                f"val/{self.metric}": mean,
-                f"val/{self.metric}_ci95": ci95,
-                **chosen,
-            },
-        )
+        named = {f"val/{self.metric}": mean, f"val/{self.metric}_ci95": ci95}
+        named |= {f"val/{name}": value for name, value in option.items()}
+        self.run.append("metrics.jsonl", {"step": self.step, **named})
+        self.trackers.metrics(self.step, named)
         self.validated = self.step
         better = self._is_better(mean)
         _log.info(

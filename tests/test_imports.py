@@ -18,7 +18,7 @@ RANKS = {
     "types": 0, "settings": 0, "seeding": 0, "allocator": 0, "naming": 0, "intervals": 0,
     "continual": 1, "clusters": 1, "data": 1, "backbones": 1, "runs": 1, "screen": 1,
     "environment": 1,
-    "algorithms": 2,
+    "algorithms": 2, "trackers": 2,
     "views": 3, "lifetimes": 3,
     "evaluate": 4, "bench": 4,
     "trainer": 5, "tables": 5, "report": 5,

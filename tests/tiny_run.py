@@ -32,6 +32,7 @@ from metarun.data.synthetic import Linear
 from metarun.runs import Record, RunFolder
 from metarun.screen import Screen
 from metarun.settings import EvalSettings, TrainSettings
+from metarun.trackers.base import Trackers
 from metarun.types import EpisodeSize, Metrics, Progress, Split, TaskBatch
 from tests.helpers import make
 
@@ -112,6 +113,7 @@ def go(
     algorithm: MAML | None = None,
     screen: Screen | None = None,
     facts: Record | None = None,
+    trackers: Trackers | None = None,
     **changes: int,
 ) -> Record:
     return trainer.train(
@@ -123,6 +125,7 @@ def go(
         facts or FACTS,
         screen or silent(),
         3,
+        trackers,
     )
 
 

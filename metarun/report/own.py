@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from matplotlib import rc_context
 
-from metarun.report import presentations, samples, streams
+from metarun.report import curves, presentations, samples, streams
 from metarun.report.drawing import STYLE, write
 from metarun.report.files import RunFiles
 
@@ -17,8 +19,16 @@ def draw(folder: Path) -> None:
     Args:
         folder: Of a finished run or of a meta-test.
     """
-    run = RunFiles.of_test(folder)
+    _draw(RunFiles.of_test(folder), (streams, presentations, samples))
+
+
+def draw_curves(folder: Path) -> None:
+    """Write what a finished run has learned and reached along its way into `figures/`."""
+    _draw(RunFiles.read(folder), (curves,))
+
+
+def _draw(run: RunFiles, sources: Sequence[ModuleType]) -> None:
     with rc_context(STYLE):
-        for source in (streams, presentations, samples):
+        for source in sources:
             for panel in source.panels(run):
-                write(folder / "figures", panel)
+                write(run.path / "figures", panel)

@@ -1,0 +1,171 @@
+"""MLflow: SQLite in the run's folder, or any tracking store that the user names."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metarun.trackers.base import Start, State, Tracker, Values, flat, require
+
+try:
+    import fcntl
+except ImportError:  # a system without it
+    fcntl = None  # type: ignore[assignment]
+
+_SQLITE = "sqlite:///"
+_FROM_ENVIRONMENT = "env"
+_TAG = "metarun.id"
+_MOST_AT_ONCE = 100
+"""Parameters that MLflow takes in one call."""
+
+_STATES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+
+
+class MLflow(Tracker):
+    """A run of MLflow, found again by a tag.
+
+    Args:
+        uri: Of the tracking store: `sqlite:///PATH`, `http://…` and what else MLflow takes; `env`
+            reads MLFLOW_TRACKING_URI; None is a database in the run's own folder.
+        experiment: The name under which MLflow files the run.
+
+    Raises:
+        ValueError: MLflow is not installed, or the address holds a password.
+    """
+
+    def __init__(self, *, uri: str | None = None, experiment: str = "metarun") -> None:
+        require("mlflow", "mlflow", "sqlalchemy", "alembic")
+        if uri is not None and re.search(r"//[^/@]+@", uri):
+            raise ValueError(
+                "logger.mlflow.uri holds a name or password, which would stand in config.yaml: "
+                "export MLFLOW_TRACKING_URI and type logger.mlflow.uri=env"
+            )
+        if uri == _FROM_ENVIRONMENT and not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise ValueError("logger.mlflow.uri=env: MLFLOW_TRACKING_URI is not set")
+        if not experiment:
+            raise ValueError("logger.mlflow.experiment is empty: type a name")
+        self.uri = uri
+        self.experiment = experiment
+        self.notes: Mapping[str, Any] = {}
+        self._client: Any = None
+        self._run = ""
+
+    def begin(self, start: Start) -> Mapping[str, int]:
+        """Find the run by its tag, or make it."""
+        # It would report its use to its makers; a store that is gone would take minutes.
+        for key, value in (
+            ("MLFLOW_DISABLE_TELEMETRY", "true"),
+            ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
+            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "10"),
+        ):
+            os.environ.setdefault(key, value)
+        from mlflow import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        # Not its level, which MLflow sets anew for every database.
+        logging.getLogger("alembic.runtime.migration").disabled = True
+        uri, database = self._store(start)
+        with _one_at_a_time(database):
+            self._client = MlflowClient(tracking_uri=uri)
+            experiment = self._experiment(database)
+        found = self._client.search_runs(
+            [experiment], filter_string=f"tags.`{_TAG}` = '{start.id}'", max_results=1
+        )
+        if found:
+            self._run = found[0].info.run_id
+            self._client.update_run(self._run, status="RUNNING")
+        else:
+            made = self._client.create_run(
+                experiment,
+                run_name=start.folder.name,
+                tags={_TAG: start.id, "metarun.folder": str(start.folder.resolve())},
+            )
+            self._run = made.info.run_id
+        self._describe(start.config)
+        if not found:
+            return {}
+        return {name: self._last_step(name) for name in found[0].data.metrics}
+
+    def metrics(self, step: int, values: Values) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self._run, metrics=[Metric(name, value, now, step) for name, value in values.items()]
+        )
+
+    def figures(self, step: int, paths: Sequence[Path]) -> None:  # noqa: ARG002 - files have none
+        for path in paths:
+            self._client.log_artifact(self._run, str(path), "figures")
+
+    def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
+        self.metrics(step, values)
+        self._client.log_dict(self._run, dict(results), "results.json")
+
+    def close(self, state: State) -> None:
+        self._client.set_terminated(self._run, status=_STATES[state])
+
+    def _store(self, start: Start) -> tuple[str, Path | None]:
+        """The address of the store, and its file where it is SQLite's."""
+        if self.uri is None:
+            (start.folder / "mlflow").mkdir(exist_ok=True)
+            database = (start.folder / "mlflow" / "mlflow.db").resolve()
+            return f"{_SQLITE}{database}", database
+        uri = os.environ["MLFLOW_TRACKING_URI"] if self.uri == _FROM_ENVIRONMENT else self.uri
+        if not uri.startswith(_SQLITE):
+            return uri, None
+        path = str(Path(uri.removeprefix(_SQLITE)).absolute())
+        # A path that was typed in one folder means the same when the run is resumed in another.
+        if start.notes is not None and start.notes.get("uri") == self.uri:
+            path = start.notes.get("path", path)
+        self.notes = {"uri": self.uri, "path": path}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        return f"{_SQLITE}{path}", Path(path)
+
+    def _experiment(self, database: Path | None) -> str:
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        # Else MLflow would make a folder mlruns/ wherever the program runs.
+        files = None if database is None else (database.parent / "artifacts").as_uri()
+        return str(self._client.create_experiment(self.experiment, artifact_location=files))
+
+    def _describe(self, config: Mapping[str, Any]) -> None:
+        """Parameters never change in MLflow: what a resume has changed becomes a tag."""
+        from mlflow.entities import Param, RunTag
+
+        given = {_key(name): str(value) for name, value in flat(config).items()}
+        known = self._client.get_run(self._run).data.params
+        new = [Param(name, value) for name, value in given.items() if name not in known]
+        for first in range(0, len(new), _MOST_AT_ONCE):
+            self._client.log_batch(self._run, params=new[first : first + _MOST_AT_ONCE])
+        changed = {name for name in given.keys() & known if given[name] != known[name]}
+        tags = [RunTag(f"resumed.{name}", given[name]) for name in sorted(changed)]
+        self._client.log_batch(self._run, tags=tags)
+        self._client.log_dict(self._run, dict(config), "config.yaml")
+
+    def _last_step(self, name: str) -> int:
+        history = self._client.get_metric_history(self._run, name)
+        return max(int(metric.step) for metric in history)
+
+
+def _key(name: str) -> str:
+    """A name of the characters that MLflow takes."""
+    return re.sub(r"[^\w.\-/ :]", "_", name)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(database: Path | None) -> Iterator[None]:
+    """Let one process at a time make the tables of a database that a sweep's runs share."""
+    if database is None or fcntl is None:
+        yield
+        return
+    with database.with_name(f".{database.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

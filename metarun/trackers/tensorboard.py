@@ -1,0 +1,98 @@
+"""TensorBoard: event files in the run's folder; `tensorboard --logdir outputs` shows every run."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from metarun.trackers.base import Start, State, Tracker, Values, flat, pictures, require
+
+
+class TensorBoard(Tracker):
+    """Scalars, images, the configuration as text and as hyperparameters, in `tensorboard/`.
+
+    Every record is written and closed at once: the library's own writer does so in a thread, which
+    a full disk leaves hanging and a kill robs of its queue.
+    """
+
+    def __init__(self) -> None:
+        require("tensorboard", "tensorboard")
+        self.notes: Mapping[str, Any] = {}
+        self._file = Path()
+
+    def begin(self, start: Start) -> Mapping[str, int]:
+        """Open a file; what earlier ones hold from `start.step` on is declared void."""
+        # Where TensorFlow is installed torch imports it, which tells us of the processor.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from torch.utils.tensorboard.summary import hparams, text
+
+        folder = start.folder / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        earlier = list(folder.glob("events.out.tfevents.*"))
+        # Readers take files in the order of their names.
+        stamp = max([int(time.time()), *(int(path.name.split(".")[3]) + 1 for path in earlier)])
+        name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = folder / name
+        self._write(file_version="brain.Event:2")
+        held: dict[str, int] = {}
+        if earlier:
+            self._write(start.step, session_log=SessionLog(status=SessionLog.START))
+            for step, values in start.lines:
+                held |= dict.fromkeys(values, step) if step < start.step else {}
+        self._write(start.step, summary=text("config", _as_text(flat(start.config))))
+        for summary in hparams(_hyperparameters(start.config), {start.metric: 0.0}):
+            self._write(start.step, summary=summary)
+        return held
+
+    def metrics(self, step: int, values: Values) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
+        for name, value in values.items():
+            self._write(step, summary=scalar(name, value))
+
+    def figures(self, step: int, paths: Sequence[Path]) -> None:
+        from torch.utils.tensorboard.summary import image
+
+        for path in pictures(paths):
+            pixels = np.asarray(Image.open(path).convert("RGB"))
+            self._write(
+                step, summary=image(f"figures/{path.stem}", pixels, rescale=1, dataformats="HWC")
+            )
+
+    def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard.summary import text
+
+        self.metrics(step, values)
+        self._write(step, summary=text("results", _as_text(flat(results))))
+
+    def close(self, state: State) -> None:
+        """Nothing is open; a status is not what TensorBoard knows."""
+
+    def _write(self, step: int = 0, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        event = Event(wall_time=time.time(), step=step, **content)
+        with self._file.open("ab") as file:
+            RecordWriter(file).write(event.SerializeToString())
+
+
+def _as_text(values: Mapping[str, Any]) -> str:
+    """A table in Markdown."""
+    lines = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items()]
+    return "\n".join(["| key | value |", "|---|---|", *lines])
+
+
+def _hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
+    """What the page of hyperparameters can compare: numbers, words, and lists as words."""
+    found = {key: value for key, value in flat(config).items() if value is not None}
+    plain = (bool, int, float, str)
+    return {key: value if isinstance(value, plain) else str(value) for key, value in found.items()}
