@@ -174,11 +174,13 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
             trackers,
         )
         draw_figures(run.path)
+        if trackers.alive:
+            draw_curves(run.path)
         trackers.finish(results, sorted((run.path / "figures").glob("*.*")))
 
 
 def draw_figures(folder: Path) -> None:
-    """Draw what a finished run or test shows of itself; a figure that fails fails nothing.
+    """Draw what a finished run or test shows of itself; a disk that is full fails nothing.
 
     `metarun report` draws the rest, which takes a look at what was learned.
     """
@@ -188,6 +190,17 @@ def draw_figures(folder: Path) -> None:
         return
     from metarun.report.own import draw
 
+    _undisturbed(draw, folder)
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw what a finished run has learned and reached, for those that ask for figures."""
+    from metarun.report.own import draw_curves as draw
+
+    _undisturbed(draw, folder)
+
+
+def _undisturbed(draw: Callable[[Path], object], folder: Path) -> None:
     try:
         draw(folder)
     except OSError as error:

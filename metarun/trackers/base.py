@@ -125,6 +125,11 @@ class Trackers:
         self._held: dict[str, Mapping[str, int]] = {}
         self._run: RunFolder | None = None
 
+    @property
+    def alive(self) -> bool:
+        """Whether there is anyone to tell."""
+        return bool(self._alive)
+
     def begin(self, run: RunFolder, step: int, metric: str) -> None:
         """Open every tracker and hand it what stands in the folder and it does not hold."""
         if not self._alive:
