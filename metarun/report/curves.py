@@ -114,7 +114,7 @@ def adaptation(run: RunFiles) -> Panel | None:
         return None
     metric = str(results["metric"])
     scale, label = unit(metric)
-    steps, mean, width = curve_of(results["curve"])
+    steps, mean, width = _columns(results["curve"])
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     axes.plot(steps, scale * mean, "o-", color=run.colour, linewidth=1.4, markersize=3)
@@ -152,7 +152,7 @@ def adaptation(run: RunFiles) -> Panel | None:
     )
 
 
-def curve_of(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
+def _columns(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
     """Steps, means and half-widths of an adaptation curve."""
     columns = [
         [np.nan if (value := point[name]) is None else float(value) for point in curve]

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from metarun.intervals import Floats, interval
 from metarun.report import streams
-from metarun.report.curves import curve_of, unit
+from metarun.report.curves import unit
 from metarun.report.drawing import INK, SIZE, Panel, Series, band, error_axis, plain
 from metarun.report.files import RunFiles
 
@@ -108,28 +108,17 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
     )
 
 
+Curve = tuple[Floats, Floats, Floats]
+"""Places along x, means there, and the half-widths of their intervals."""
+
+
 def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
     """Meta-val along training; of several seeds the mean and their interval."""
-    scale, label = unit(metric)
+    label = unit(metric)[1]
     curves = {entry.key: _val(entry, metric) for entry in entries}
     if all(len(steps) < 2 for steps, _, _ in curves.values()):
         return None
-    figure = Figure(figsize=SIZE)
-    axes = figure.add_subplot()
-    columns: dict[str, list[Any]] = {"run": [], "step": [], metric: [], "ci95": []}
-    # The best last, so that none is drawn over it.
-    for entry in [*entries][::-1]:
-        steps, mean, width = curves[entry.key]
-        _line(axes, entry, steps, scale * mean, scale * width, banded=len(entries) <= _FEW)
-    for entry in entries:
-        steps, mean, width = curves[entry.key]
-        columns["run"] += [entry.label] * len(steps)
-        columns["step"] += [int(step) for step in steps]
-        columns[metric] += list(map(float, mean))
-        columns["ci95"] += list(map(float, width))
-    if metric != "accuracy":
-        error_axis(axes, np.concatenate([mean for _, mean, _ in curves.values()]))
-    axes.set(xlabel="meta-updates", ylabel=f"meta-val {label}")
+    figure, columns = _drawn(entries, curves, metric, "meta-updates", f"meta-val {label}")
     return Panel(
         "learning-together",
         "Learning",
@@ -142,59 +131,70 @@ def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
     )
 
 
-def _val(entry: Entry, metric: str) -> tuple[Floats, Floats, Floats]:
+def _val(entry: Entry, metric: str) -> Curve:
     """Steps that all seeds were validated at, and the mean with its half-width."""
     found = [run.curve(f"val/{metric}") for run in entry.runs]
     if len(found) == 1:
         return *found[0], entry.runs[0].curve(f"val/{metric}_ci95")[1]
     common = sorted(set.intersection(*(set(map(float, steps)) for steps, _ in found)))
-    rows = np.array([[dict(zip(*pair, strict=True))[step] for step in common] for pair in found])
-    ends = [interval(column) for column in rows.T]
-    return np.array(common), np.array([m for m, _ in ends]), np.array([w for _, w in ends])
+    rows = [[dict(zip(*pair, strict=True))[step] for step in common] for pair in found]
+    return np.array(common), *_intervals(np.array(rows).T)
 
 
 def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
     """The figure after each inner step, of those that take steps."""
-    scale, label = unit(metric)
-    curves: dict[str, tuple[Floats, Floats, Floats]] = {}
-    for entry in entries:
-        points = [(run.results or {}).get("curve") for run in entry.runs]
-        parts = [curve_of(point) for point in points if point]
-        if len(parts) == len(points):
-            short = min(len(steps) for steps, _, _ in parts)
-            mean = np.mean([m[:short] for _, m, _ in parts], axis=0)
-            width = np.mean([w[:short] for _, _, w in parts], axis=0)
-            curves[entry.key] = parts[0][0][:short], mean, width
-    curves = {key: curve for key, curve in curves.items() if len(curve[0]) > 1}
-    if not curves:
+    label = unit(metric)[1]
+    theirs = [entry for entry in entries if all("curve" in run.arrays for run in entry.runs)]
+    curves = {entry.key: _steps(entry) for entry in theirs}
+    if all(len(steps) < 2 for steps, _, _ in curves.values()):
         return None
-    figure = Figure(figsize=SIZE)
-    axes = figure.add_subplot()
-    columns: dict[str, list[Any]] = {"run": [], "inner steps": [], metric: [], "ci95": []}
-    theirs = [entry for entry in entries if entry.key in curves]
-    for entry in theirs[::-1]:
-        steps, mean, width = curves[entry.key]
-        _line(axes, entry, steps, scale * mean, scale * width, banded=len(theirs) <= _FEW)
-    for entry in theirs:
-        steps, mean, width = curves[entry.key]
-        columns["run"] += [entry.label] * len(steps)
-        columns["inner steps"] += [int(step) for step in steps]
-        columns[metric] += list(map(float, mean))
-        columns["ci95"] += list(map(float, width))
-    if metric != "accuracy":
-        error_axis(axes, np.concatenate([mean for _, mean, _ in curves.values()]))
-    axes.set(xlabel="inner steps", ylabel=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure, columns = _drawn(theirs, curves, metric, "inner steps", label)
+    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return Panel(
         "adaptation-together",
         "Adaptation",
-        "The same test tasks after each inner step, of the runs that adapt by steps; bands are "
-        "the 95 % interval over episodes.",
+        "The same test tasks after each inner step, of the runs that adapt by steps, with the "
+        "95 % interval over episodes; of several seeds each episode's mean.",
         f"{label} against inner steps of {len(theirs)} runs.",
         figure,
         columns,
         _legend(theirs),
     )
+
+
+def _steps(entry: Entry) -> Curve:
+    """The mean over test episodes after each inner step; episodes are averaged over seeds."""
+    mean = np.mean([run.arrays["curve"] for run in entry.runs], axis=0)
+    return np.arange(len(mean), dtype=np.float64), *_intervals(mean)
+
+
+def _intervals(rows: Floats) -> tuple[Floats, Floats]:
+    """Mean and half-width of each row."""
+    found = np.array([interval(row) for row in rows]).reshape(-1, 2)
+    return found[:, 0], found[:, 1]
+
+
+def _drawn(
+    entries: Sequence[Entry], curves: Mapping[str, Curve], metric: str, x: str, y: str
+) -> tuple[Figure, dict[str, list[Any]]]:
+    """A line for each entry, the best over all others, and the numbers in them."""
+    scale = unit(metric)[0]
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    columns: dict[str, list[Any]] = {"run": [], x: [], metric: [], "ci95": []}
+    for entry in reversed(entries):
+        places, mean, width = curves[entry.key]
+        _line(axes, entry, places, scale * mean, scale * width, banded=len(entries) <= _FEW)
+    for entry in entries:
+        places, mean, width = curves[entry.key]
+        columns["run"] += [entry.label] * len(places)
+        columns[x] += [int(place) for place in places]
+        columns[metric] += list(map(float, mean))
+        columns["ci95"] += list(map(float, width))
+    if metric != "accuracy":
+        error_axis(axes, np.concatenate([mean for _, mean, _ in curves.values()]))
+    axes.set(xlabel=x, ylabel=y)
+    return figure, columns
 
 
 def settings(entries: Sequence[Entry], metric: str) -> list[Panel]:

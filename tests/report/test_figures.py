@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from scipy import stats
 from sklearn.decomposition import PCA
 
-from metarun.report import adapting, classes, curves, drawing, tasks
+from metarun.report import adapting, classes, curves, drawing, tasks, together
 from metarun.report.drawing import COLOURS, Panel
 from metarun.report.files import RunFiles
 
@@ -137,3 +138,21 @@ def test_a_panel_is_written_three_times_and_the_same_each_time(tmp_path: Path) -
         one, two = ((tmp_path / n / f"line.{kind}").read_bytes() for n in ("one", "two"))
         assert one == two
     assert (tmp_path / "one" / "line.csv").read_text() == "x,y\n0,0.123457\n1,\n"
+
+
+def test_the_curve_of_several_seeds_is_that_of_their_averaged_episodes(tmp_path: Path) -> None:
+    draw = np.random.default_rng(4)
+    curves = draw.uniform(size=(3, 4, 20))
+    runs = []
+    for curve in curves:
+        run = files(tmp_path, "mse", [])
+        run.arrays["curve"] = curve
+        runs.append(run)
+    entry = together.Entry("entry0", "maml", runs, {}, 0.5, 0.1, 0.5, COLOURS[0], "-", True)
+    panel = together.adaptation([entry], "mse")
+    assert panel is not None
+    for step in range(4):
+        values = curves[:, step].mean(0)
+        half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / np.sqrt(20)
+        assert panel.columns["mse"][step] == pytest.approx(values.mean())
+        assert panel.columns["ci95"][step] == pytest.approx(half)
