@@ -121,9 +121,15 @@ def test_an_algorithm_has_its_colour_whoever_stands_beside_it() -> None:
     assert sum(together[name] == look for name, look in alone.items()) >= 2
 
 
-def test_no_two_of_fifty_algorithms_look_alike_before_every_look_is_taken() -> None:
-    looks = drawing.colours(f"algorithm{n}" for n in range(28))
-    assert len(set(looks.values())) == 28
+def test_no_two_algorithms_look_alike_before_every_look_is_taken() -> None:
+    looks = drawing.colours(f"algorithm{n}" for n in range(24))
+    assert len(set(looks.values())) == 24
+    assert len(drawing.colours(f"algorithm{n}" for n in range(60))) == 60
+
+
+def test_no_algorithm_has_the_grey_of_what_is_none() -> None:
+    looks = drawing.colours(f"algorithm{n}" for n in range(24))
+    assert COLOURS[-1] not in {colour for colour, _ in looks.values()}
 
 
 def test_a_panel_is_written_three_times_and_the_same_each_time(tmp_path: Path) -> None:
