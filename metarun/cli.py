@@ -195,7 +195,7 @@ def _tables(argv: list[str]) -> int:
 
 
 def _report(argv: list[str]) -> int:
-    from metarun.reporting import run
+    from metarun.reporting.command import run
 
     return run(argv)
 

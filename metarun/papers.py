@@ -178,7 +178,8 @@ def parts(
     groups: Sequence[Group], config_dir: str | None = None, paper: str | None = None
 ) -> list[tuple[str, list[Line]]]:
     """The title and the lines of every table that groups of runs belong to."""
-    own = [g for g in groups if not g.plain.get("published")]
+    labelled = ranked(groups)
+    own = [g for g in labelled if not g.plain.get("published")]
     cells = [g for g in groups if g.plain.get("published")]
     made: list[tuple[str, list[Line]]] = []
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
@@ -186,8 +187,7 @@ def parts(
         lines = [line for g in rows for line in published_lines(g)]
         made += [(title, lines), *_pairs(rows)]
     if own:
-        best_first = ranked(own)
-        made += [("runs", [own_line(g) for g in best_first]), *_pairs(best_first)]
+        made += [("runs", [own_line(g) for g in own]), *_pairs(own)]
     return made
 
 
@@ -326,8 +326,7 @@ def _by_val(group: Group) -> float:
 
 def _labelled(groups: Sequence[Group]) -> list[Group]:
     """Groups named by what was typed for each and not for all of them."""
-    told = [set(g.runs[0].told) for g in groups]
-    common = set.intersection(*told)
+    common = set.intersection(*(set(g.runs[0].told) for g in groups)) if groups else set()
     return [
         replace(g, label=" ".join(word for word in g.runs[0].told if word not in common) or g.label)
         for g in groups

@@ -544,9 +544,10 @@ def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
 ) -> None:
     # In a process of its own: what the test's own process does on a signal is pytest's.
     code = (
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "from metarun import cli, labelling\n"
-        "labelling.as_csv = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        # Another thread may get the signal first: this one waits for it.
+        "labelling.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run(

@@ -156,7 +156,7 @@ def test_a_run_on_a_stream_of_images_learns_ones_own_in_the_order_given(metarun:
 
 def test_a_stream_is_drawn(metarun: Command) -> None:
     assert metarun("algo=oml", *TINY).code == 0
-    names = {"matrix.png", "matrix.svg", "stream.png", "stream.svg"}
+    names = {f"{name}.{kind}" for name in ("matrix", "stream") for kind in ("png", "svg", "csv")}
     assert {path.name for path in (folder() / "figures").iterdir()} == names
     assert metarun(f"test={folder()}", "data.tasks=2").code == 0
     (tested,) = (folder() / "tests").glob("*/figures")

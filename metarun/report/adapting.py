@@ -5,7 +5,7 @@ Shapes: Q query rows, F features, L layers, T tasks, P parameters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.inner import Params, flatten
 from metarun.intervals import Floats, interval
-from metarun.report.drawing import COLOURS, SIZE, Panel, Series
-from metarun.report.tasks import Learned, answer, chosen, task_of
+from metarun.report.drawing import COLOURS, MARKERS, SIZE, Panel, Series
+from metarun.report.tasks import Learned, answer, chosen, letter, task_of
 
-_TASKS = 6
-"""Test tasks that the movement of layers is averaged over."""
+_TASKS, _FEW_TASKS = 6, 3
+"""Test tasks that the movement of layers is averaged over; few where each takes long."""
 _EMBEDDED_TASKS = 100
 _MOST_NUMBERS = 20_000_000
 """Of all adapted parameters of the tasks that are embedded together."""
 _GRID = 100
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _TSNE_FROM = 12
 
 
@@ -152,24 +151,29 @@ def _layers(learned: Learned, episodes: int) -> list[Panel]:
     learner = learned.algorithm
     assert isinstance(learner, AdaptingLearner)
     seen: list[Watched] = []
-    for index in range(min(_TASKS, episodes)):
+    tasks = _FEW_TASKS if _is_large(learner) else _TASKS
+    for index in range(min(tasks, episodes)):
         batch = task_of(learned, index)
         seen.append(watch(learner, batch.support_x, batch.support_y, _rows(learned, batch.query_x)))
     if not seen[0].steps or len(seen) < 2:
         return []
-    moved = {layer: [w.moved[layer] for w in seen] for layer in seen[0].moved}
-    alike = {
-        layer: [linear_cka(w.layers[0][layer], w.layers[1][layer]) for w in seen]
-        for layer in seen[0].layers[0]
-    }
+    moved = _finite({layer: [w.moved[layer] for w in seen] for layer in seen[0].moved})
+    alike = _finite(
+        {
+            layer: [linear_cka(w.layers[0][layer], w.layers[1][layer]) for w in seen]
+            for layer in seen[0].layers[0]
+        }
+    )
+    if not moved or not alike:
+        return []
     steps, tasks = seen[0].steps, len(seen)
     still = [layer for layer, values in moved.items() if max(values) == 0.0]
     most = max(moved, key=lambda layer: float(np.mean(moved[layer])))
-    least = min(alike, key=lambda layer: float(np.nanmean(alike[layer])))
+    least = min(alike, key=lambda layer: float(np.mean(alike[layer])))
     told = f"{most} moves most, by {100 * float(np.mean(moved[most])):.3g} % of its norm"
     if still:
         told += f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} stay"
-    reused = f"{least} changes most (CKA {float(np.nanmean(alike[least])):.2f})"
+    reused = f"{least} changes most (CKA {float(np.mean(alike[least])):.2f})"
     return [
         _dots(
             "moved",
@@ -192,6 +196,11 @@ def _layers(learned: Learned, episodes: int) -> list[Panel]:
             limits=(0.0, 1.03),
         ),
     ]
+
+
+def _finite(layers: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Those layers that have a number for every task; of a path that diverged none."""
+    return {layer: values for layer, values in layers.items() if np.isfinite(values).all()}
 
 
 def _rows(learned: Learned, query_x: Tensor) -> Tensor:
@@ -310,11 +319,11 @@ def _points(name: str, title: str, points: Floats, labels: Any, share: float, in
         own = points[labels == way]
         colour = COLOURS[way % len(COLOURS)]
         key = f"way{way}"
-        marker = _MARKERS[way % len(_MARKERS)]
+        marker = MARKERS[way % len(MARKERS)]
         axes.scatter(
             own[:, 0], own[:, 1], s=18, color=colour, marker=marker, alpha=0.85, gid=f"{key}-points"
         )
-        series[key] = Series(chr(ord("A") + way) if way < 26 else str(way + 1), colour, "")
+        series[key] = Series(letter(way), colour, marker=marker)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
@@ -327,7 +336,7 @@ def _points(name: str, title: str, points: Floats, labels: Any, share: float, in
         f"Points in a plane, one for each query. {told}.",
         figure,
         {
-            "class": [int(label) for label in labels],
+            "class": [letter(int(label)) for label in labels],
             "first": list(map(float, points[:, 0])),
             "second": list(map(float, points[:, 1])),
         },
@@ -345,7 +354,7 @@ def task_vectors(learned: Learned, episodes: int) -> Floats | None:
         return None
     count = sum(parameter.numel() for parameter in learner.parameters())
     tasks = min(_EMBEDDED_TASKS, episodes, _MOST_NUMBERS // max(count, 1))
-    if tasks < _TSNE_FROM or (learner.device.type == "cpu" and _is_large(learner)):
+    if tasks < _TSNE_FROM or _is_large(learner):
         return None
     steps = learner.evaluation_steps(learner.inner_steps)
     batch = learned.source.batch("test", 0, tasks)
@@ -361,10 +370,13 @@ def task_vectors(learned: Learned, episodes: int) -> Floats | None:
 
 def _is_large(learner: AdaptingLearner) -> bool:
     """Whether a hundred adaptations would take seconds."""
-    return any(isinstance(module, nn.Conv2d) for module in learner.modules())
+    convolutional = any(isinstance(module, nn.Conv2d) for module in learner.modules())
+    return convolutional and learner.device.type == "cpu"
 
 
-def embedded(points: Floats, hue: Floats, label: str, what: str, *, groups: bool) -> Panel:
+def embedded(
+    points: Floats, hue: Floats, label: str, what: str, names: Sequence[str] | None = None
+) -> Panel:
     """Test tasks in a plane.
 
     Args:
@@ -372,19 +384,20 @@ def embedded(points: Floats, hue: Floats, label: str, what: str, *, groups: bool
         hue: (N,) a number of each task.
         label: What the number is called.
         what: What a point is made of.
-        groups: Whether the numbers are names of groups, each with a sign of its own.
+        names: Of the groups that the numbers stand for, each with a sign of its own; None where
+            they are no groups.
     """
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     series: dict[str, Series] = {}
     x, y = points.T
-    if groups:
+    if names is not None:
         for number in np.unique(hue).astype(int):
             own, key = hue == number, f"group{number}"
-            colour, marker = COLOURS[number % len(COLOURS)], _MARKERS[number % len(_MARKERS)]
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
             dots = axes.scatter(x[own], y[own], s=12, color=colour, marker=marker, alpha=0.8)
             dots.set_gid(f"{key}-points")
-            series[key] = Series(f"{label} {number}", colour, "")
+            series[key] = Series(names[number], colour, marker=marker)
     else:
         dots = axes.scatter(x, y, s=14, c=hue, cmap="viridis", alpha=0.9)
         figure.colorbar(dots, ax=axes, label=label)

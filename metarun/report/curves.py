@@ -13,7 +13,10 @@ from metarun.report.drawing import INK, MUTED, SIZE, Panel, Series, band, error_
 from metarun.report.files import RunFiles
 from metarun.screen import figure as shown
 
-_MANY_BINS = 40
+_MOST_BINS = 30
+_FEW_POINTS = 30
+"""Of a line: each has a dot."""
+_FEW_EPISODES = 20
 
 
 def unit(metric: str) -> tuple[float, str]:
@@ -36,34 +39,31 @@ def learning(run: RunFiles) -> Panel | None:
     steps, train = run.curve(f"train/{metric}")
     at, val = run.curve(f"val/{metric}")
     width = run.curve(f"val/{metric}_ci95")[1]
-    if not len(steps) and not len(at):
+    lines = {
+        "training": (Series("training tasks", MUTED), steps, train, np.full(len(steps), np.nan)),
+        "meta-val": (Series("meta-val", run.colour), at, val, width),
+    }
+    lines = {key: line for key, line in lines.items() if len(line[1])}
+    if not lines:
         return None
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     columns: dict[str, list[object]] = {"split": [], "step": [], metric: [], "ci95": []}
-    series: dict[str, Series] = {}
-    for split, x, y, w, colour in (
-        ("training tasks", steps, train, np.full(len(steps), np.nan), MUTED),
-        ("meta-val", at, val, width, run.colour),
-    ):
-        if not len(x):
-            continue
-        key = split.split()[0]
-        series[key] = Series(split, colour)
-        marker = "o" if len(x) < 30 and key == "meta-val" else None
-        (line,) = axes.plot(x, scale * y, color=colour, linewidth=1.4, marker=marker, markersize=3)
-        line.set_gid(key)
-        band(axes, x, scale * y, scale * w, colour, key)
-        columns["split"] += [split] * len(x)
+    for key, (series, x, y, w) in lines.items():
+        marker = "o" if len(x) < _FEW_POINTS and key == "meta-val" else None
+        (line,) = axes.plot(x, scale * y, color=series.colour, marker=marker, markersize=3)
+        line.set(gid=key, linewidth=1.4)
+        band(axes, x, scale * y, scale * w, series.colour, key)
+        columns["split"] += [series.name] * len(x)
         columns["step"] += [int(step) for step in x]
         columns[metric] += list(map(float, y))
         columns["ci95"] += list(map(float, w))
-    best = (run.results or {}).get("val")
+    shown_series = {key: line[0] for key, line in lines.items()}
     told = ""
+    best = (run.results or {}).get("val")
     if best:
-        mark = axes.plot(best["step"], scale * best["mean"], "D", color=INK, markersize=6)
-        mark[0].set_gid("best")
-        series["best"] = Series(f"best, step {best['step']}", INK, "")
+        axes.plot(best["step"], scale * best["mean"], "D", color=INK, markersize=6, gid="best")
+        shown_series["best"] = Series(f"best, step {best['step']}", INK, marker="D")
         told = (
             f" The best was {shown(metric, best['mean'], best['ci95'])} at step {best['step']} "
             f"({best['episodes']} episodes): these parameters were tested."
@@ -80,7 +80,7 @@ def learning(run: RunFiles) -> Panel | None:
         f"{label} against meta-updates: {ends}.{told}",
         figure,
         columns,
-        series,
+        shown_series,
     )
 
 
@@ -95,7 +95,7 @@ def loss(run: RunFiles) -> Panel | None:
     axes = figure.add_subplot()
     axes.plot(steps, values, color=run.colour, linewidth=1.4)
     axes.set(xlabel="meta-updates", ylabel="training loss")
-    if np.nanmin(values) >= 0:
+    if not (values < 0).any():
         error_axis(axes, values)
     return Panel(
         "loss",
@@ -169,8 +169,8 @@ def histogram(run: RunFiles) -> Panel | None:
         return None
     metric = str(results["metric"])
     scale, label = unit(metric)
-    values = scale * np.asarray(run.arrays[metric], dtype=np.float64)
-    values = values[np.isfinite(values)]
+    every = scale * np.asarray(run.arrays[metric], dtype=np.float64)
+    values = every[np.isfinite(every)]
     if len(values) < 2:
         return None
     figure = Figure(figsize=SIZE)
@@ -184,34 +184,47 @@ def histogram(run: RunFiles) -> Panel | None:
     axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
     axes.set(xlabel=label, ylabel="test episodes")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    lowest, median, highest = np.quantile(values, [0.05, 0.5, 0.95])
-    told = (
-        f"nine of ten episodes lie between {lowest:.4g} and {highest:.4g}, the median is "
-        f"{median:.4g}"
-    )
+    told = _spread(values)
+    far = int((values > edges[-1]).sum())
+    notes = f" {far} beyond the last bin are counted in it." if far else ""
+    if len(values) < len(every):
+        notes += f" {len(every) - len(values)} without a finite figure are left out."
     return Panel(
         "episodes",
         "Test episodes",
         f"Each of the {len(values)} test episodes by itself; the line is their mean with its 95 % "
-        f"interval. {told[0].upper()}{told[1:]}.",
-        f"Histogram of the {label} of {len(values)} test episodes: {told}.",
+        f"interval. {told}{notes}",
+        f"Histogram of the {label} of {len(values)} test episodes. {told}{notes}",
         figure,
-        {"from": list(edges[:-1]), "to": list(edges[1:]), "episodes": [int(c) for c in counts]},
+        {
+            "from": list(edges[:-1]),
+            "to": [*edges[1:-1], max(edges[-1], float(values.max()))],
+            "episodes": [int(count) for count in counts],
+        },
     )
 
 
+def _spread(values: Floats) -> str:
+    lowest, median, highest = np.quantile(values, [0.05, 0.5, 0.95])
+    if len(values) < _FEW_EPISODES:
+        return f"They lie between {values.min():.4g} and {values.max():.4g}."
+    return f"Nine of ten lie between {lowest:.4g} and {highest:.4g}, the median is {median:.4g}."
+
+
 def _edges(values: Floats, metric: str, plain: Mapping[str, object]) -> list[float]:
-    """Bins as wide as one answer where there are few, so that none falls between two."""
-    answers = int(str(plain["way"])) * int(str(plain["query"]))
-    if metric == "accuracy" and 1 < answers <= _MANY_BINS:
-        step = 100.0 / answers
-        low = np.floor(values.min() / step + 1e-9)
-        number = int(np.ceil(values.max() / step - 1e-9) - low) + 1
-        return [float((low - 0.5 + k) * step) for k in range(number + 1)]
-    low, high = float(values.min()), float(np.quantile(values, 0.995))
-    if not high > low:
-        high = low + max(abs(low), 1.0) * 0.1
-    return list(map(float, np.linspace(low, high, 1 + int(np.clip(len(values) / 4, 5, 30)))))
+    """Bins as wide as whole answers of an accuracy, so that none holds one more than another."""
+    most = int(np.clip(len(values) / 4, 5, _MOST_BINS))
+    if metric == "accuracy":
+        answer = 100.0 / (int(str(plain["way"])) * int(str(plain["query"])))
+        low = int(np.round(values.min() / answer))
+        answers = int(np.round(values.max() / answer)) - low + 1
+        each = -(-answers // most)
+        count = -(-answers // each)
+        return [float((low - 0.5 + k * each) * answer) for k in range(count + 1)]
+    low_end, high_end = float(values.min()), float(np.quantile(values, 0.995))
+    if not high_end > low_end:
+        high_end = low_end + max(abs(low_end), 1.0) * 0.1
+    return list(map(float, np.linspace(low_end, high_end, 1 + most)))
 
 
 def _ends(values: Floats, metric: str) -> str:

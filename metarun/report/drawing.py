@@ -23,6 +23,7 @@ from metarun.runs import write_atomically
 # Okabe and Ito's, which colour-blind people tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
 INK, MUTED, RULE, PAPER = "#1c2127", "#66707b", "#dde1e6", "#fefefe"
 """Of a figure on white; the page puts its own in their place."""
@@ -67,11 +68,13 @@ class Series:
         name: What it is called.
         colour: Its colour.
         dash: Its line style.
+        marker: Of points, which have no line.
     """
 
     name: str
     colour: str
     dash: str = "-"
+    marker: str = ""
 
 
 @dataclass(frozen=True)

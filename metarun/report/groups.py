@@ -5,12 +5,14 @@ Shapes: N test tasks, E numbers of an embedding, J families, K components.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
 from metarun.intervals import Floats
 from metarun.report import adapting
-from metarun.report.drawing import COLOURS, SIZE, Panel, Series
+from metarun.report.drawing import COLOURS, INK, SIZE, Panel, Series
 from metarun.report.files import RunFiles
 from metarun.report.tasks import Learned, answer
 
@@ -41,9 +43,15 @@ def _points(run: RunFiles, learned: Learned | None) -> list[Panel]:
     points = adapting.principal(vectors)
     if "families" in arrays:
         families = arrays["families"][: len(points)]
-        return [adapting.embedded(points, families, "family", what, groups=True)]
+        return [adapting.embedded(points, families, "family", what, _names(run, families))]
     hue, label = _hue(run, learned, len(points))
-    return [adapting.embedded(points, hue, label, what, groups=False)]
+    return [adapting.embedded(points, hue, label, what)]
+
+
+def _names(run: RunFiles, families: Any) -> list[str]:
+    """What the families of functions are called."""
+    found = run.plain["data"].get("families") or range(int(families.max()) + 1)
+    return list(map(str, found))
 
 
 def _hue(run: RunFiles, learned: Learned | None, tasks: int) -> tuple[Floats, str]:
@@ -63,7 +71,7 @@ def _families(run: RunFiles) -> list[Panel]:
     if not found:
         return []
     counts = np.array(found["counts"])
-    names = list(map(str, run.plain["data"].get("families") or range(len(counts))))
+    names = _names(run, np.arange(len(counts)))
     figure = Figure(figsize=(SIZE[0], 0.9 + 0.42 * len(counts)))
     axes = figure.add_subplot()
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -113,9 +121,9 @@ def _responsibilities(learned: Learned) -> list[Panel]:
         for place, bar in enumerate(bars):
             bar.set_gid(f"{key}-{place}")
         under = under + shares[order, component]
-        series[key] = Series(f"component {component + 1}", colour, "")
+        series[key] = Series(f"component {component + 1}", colour, marker="s")
     for border in np.nonzero(np.diff(family[order]))[0]:
-        axes.axvline(border + 0.5, color="black", linewidth=1.2)
+        axes.axvline(border + 0.5, color=INK, linewidth=1.6)
     sure = float((shares.max(1) > 0.9).mean())
     axes.set(xlabel="test task", ylabel="responsibility", ylim=(0, 1))
     axes.grid(visible=False)

@@ -35,19 +35,23 @@
   // A row of a table lights its line in every figure.
   for (const row of document.querySelectorAll("tr[data-series]")) {
     const light = (on) => {
-      for (const drawing of document.querySelectorAll(".drawing[data-together], .drawing")) {
-        const all = drawing.querySelectorAll('[id*="--entry"]');
-        if (!all.length) continue;
-        for (const part of all) {
+      for (const drawing of document.querySelectorAll(".drawing")) {
+        const all = [...drawing.querySelectorAll('[id*="--entry"]')];
+        const own = all.filter((part) => {
           const rest = part.id.split("--")[1];
-          const own = rest === row.dataset.series || rest.startsWith(`${row.dataset.series}-`);
-          part.classList.toggle("faded", on && !own);
-          part.classList.toggle("lit", on && own);
+          return rest === row.dataset.series || rest.startsWith(`${row.dataset.series}-`);
+        });
+        // A figure of other runs stays as it is.
+        for (const part of own.length ? all : []) {
+          part.classList.toggle("faded", on && !own.includes(part));
+          part.classList.toggle("lit", on && own.includes(part));
         }
       }
     };
     row.addEventListener("mouseenter", () => light(true));
     row.addEventListener("mouseleave", () => light(false));
+    row.addEventListener("focus", () => light(true));
+    row.addEventListener("blur", () => light(false));
   }
 
   for (const table of document.querySelectorAll("table.sortable")) {

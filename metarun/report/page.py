@@ -24,11 +24,14 @@ GENERATOR = "metarun report"
 _HERE = Path(__file__).parent
 _DARK = ("#56A8DE", "#F08A45", "#2FC397", "#E09BC0", "#F0B93A", "#8ACBF0", "#A9B1BA")
 """`COLOURS` where the paper is dark."""
-_KINDS = {"-": "", "--": "dashed", "-.": "dashed", ":": "dotted", "": "dots"}
+_STROKES = {"-": "", "--": "6 3", ":": "1.5 3", "-.": "6 2 1.5 2"}
+_SIGNS = {
+    "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀",
+    ">": "▶",
+}  # fmt: skip
+"""Matplotlib's markers as text."""
 _POINTS = 4.0 / 3.0
 """Pixels of a point."""
-_MOST_LINES = 500
-"""Of numbers on the page; all are in the file."""
 
 
 @dataclass(frozen=True)
@@ -188,10 +191,6 @@ def _themed(table: Table) -> Mapping[str, Any]:
 
 
 def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
-    lines = table(panel.columns).splitlines()
-    if len(lines) > _MOST_LINES + 1:
-        more = f"… {len(lines) - 1 - _MOST_LINES} more lines in figures/{panel.name}.csv"
-        lines = [*lines[: _MOST_LINES + 1], more]
     return {
         "name": panel.name,
         "title": panel.title,
@@ -199,13 +198,14 @@ def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
         "wide": panel.wide,
         "width": round(_POINTS * 72.0 * float(panel.figure.get_figwidth())),
         "svg": Markup(inlined(svg, panel.name, panel.alt)),
-        "csv": "\n".join(lines),
+        "csv": table(panel.columns),
         "legend": [
             {
                 "prefix": f"{panel.name}--{key}",
                 "name": series.name,
                 "colour": _variable(series.colour),
-                "kind": _KINDS[series.dash],
+                "stroke": _STROKES[series.dash],
+                "sign": _SIGNS.get(series.marker, ""),
             }
             for key, series in (panel.series or {}).items()
         ],

@@ -22,7 +22,6 @@ from metarun import seeding
 from metarun.algorithms.base import Algorithm
 from metarun.intervals import Floats
 from metarun.report.drawing import (
-    DASHES,
     INK,
     MUTED,
     PAPER,
@@ -35,8 +34,10 @@ from metarun.report.drawing import (
 from metarun.report.samples import mosaic, shares
 from metarun.screen import figure as shown
 from metarun.types import EpisodeSource, Prediction, TaskBatch
+from metarun.views import predict
 
 _STEPS = (0, 1, 5, 10)
+_FAINT = ("-.", ":", "--", "-")
 _GRID = 200
 _WITHIN = 1.96
 _MOST_WAYS, _MOST_SHOTS, _MOST_QUERIES = 10, 3, 8
@@ -50,11 +51,19 @@ class Learned:
         algorithm: With its best parameters by meta-val, else its last; in evaluation.
         source: Its data.
         colour: Of its algorithm, in every figure of a report.
+        views: Of each image that an answer is averaged over, as in the test.
     """
 
     algorithm: Algorithm
     source: EpisodeSource
     colour: str
+    views: int = 1
+
+    @property
+    def steps(self) -> int | None:
+        """Inner steps that the test took; None where there are none."""
+        trained = getattr(self.algorithm, "inner_steps", None)
+        return self.algorithm.evaluation_steps(trained) if isinstance(trained, int) else None
 
 
 def panels(learned: Learned, figures: Floats) -> list[Panel]:
@@ -96,7 +105,7 @@ def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> P
     """Answers to other queries of a test task; the same each time."""
     with torch.no_grad(), torch.random.fork_rng([]):
         torch.manual_seed(seeding.key("report", "test", index))
-        return learned.algorithm.predict(batch.support_x, batch.support_y, query_x)
+        return predict(learned.algorithm, batch.support_x, batch.support_y, query_x, learned.views)
 
 
 # Regression.
@@ -147,7 +156,8 @@ class _Plot:
     def finish(self) -> None:
         """Leave no more room than what has to be in sight needs, and a rim."""
         values = np.concatenate(self.sight)
-        low, high = float(np.nanmin(values)), float(np.nanmax(values))
+        values = values[np.isfinite(values)]
+        low, high = float(values.min()), float(values.max())
         rim = 0.2 * (high - low) or 1.0
         bottom, top = self.axes.get_ylim()
         self.axes.set_ylim(max(bottom, low - rim), min(top, high + rim))
@@ -165,9 +175,10 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     spread = _draw_answers(plot, learned, batch, grid, index)
     support = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
     plot.points("support", "support", *support, "^", 34.0)
-    plot.series["support"] = Series("support", INK, "")
+    plot.series["support"] = Series("support", INK, marker="^")
     plot.finish()
-    told = f"Test task {index}: mean squared error {shown('mse', figure)}."
+    after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
+    told = f"Test task {index}: mean squared error {shown('mse', figure)}{after}."
     more = " The band holds 95 % of what it expects." if spread else ""
     return Panel(
         f"fit-{name}",
@@ -188,7 +199,7 @@ def _draw_truth(
     queries = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
     if truth is None:
         plot.points("truth", "query", *queries, "o", 14.0)
-        plot.series["truth"] = Series("queries", INK, "")
+        plot.series["truth"] = Series("queries", INK, marker="o")
         return
     values = _numbers(truth("test", index, grid[0])[:, 0])
     line = Series("the function", INK)
@@ -202,16 +213,21 @@ def _draw_answers(
 ) -> bool:
     """Answers after inner steps where there are any, else the answer; whether it has a spread."""
     x = _numbers(grid[0, :, 0])
+    steps = learned.steps if learned.steps is not None else max(_STEPS)
     with torch.no_grad():
-        traced = learned.algorithm.trace(batch.support_x, batch.support_y, grid, max(_STEPS))
+        traced = learned.algorithm.trace(
+            batch.support_x, batch.support_y, grid, max(steps, *_STEPS)
+        )
     if traced is not None:
-        for place, steps in enumerate(_STEPS):
-            name = f"{steps} step{'s' * (steps != 1)}"
-            line = Series(name, learned.colour, DASHES[len(_STEPS) - 1 - place])
-            values = _numbers(traced[steps, 0, :, 0])
-            plot.line(f"after{steps}", name, line, x, values, 1.1 if line.dash != "-" else 2.0)
-        # What was answered before the last step need not be in sight to its ends.
-        plot.sight.append(values)
+        faint = iter(_FAINT)
+        for step in sorted({steps, *_STEPS}):
+            name = f"{step} step{'s' * (step != 1)}"
+            tested = step == steps
+            line = Series(name, learned.colour, "-" if tested else next(faint))
+            values = _numbers(traced[step, 0, :, 0])
+            plot.line(f"after{step}", name, line, x, values, 2.2 if tested else 1.0)
+            # What is answered after other steps need not be in sight to its ends.
+            plot.sight += [values] if tested else []
         return False
     found = answer(learned, batch, grid, index)
     values = _numbers(found.outputs[0, :, 0])
@@ -254,7 +270,7 @@ def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
     ]
     _draw_grid(plotted.add_subplot(), drawing.grid, marks, drawing.shots)
     told = f"Test task {index}: {shown('accuracy', figure)} of its queries answered right."
-    legend = "; ".join(f"{_letter(way)} {names[way]}" for way in range(rows))
+    legend = "; ".join(f"{letter(way)} {names[way]}" for way in range(rows))
     some = "" if rows == ways else f" The first {rows} of {ways} classes are shown."
     return Panel(
         f"task-{name}",
@@ -318,13 +334,17 @@ def _draw_grid(
     for row, column, said, right in marks:
         colour = RIGHT if right else WRONG
         corner = (column * wide - 0.5, row * high - 0.5)
-        frame = Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=1.6)
+        # Inside of its cell, so that no neighbour covers it.
+        inside = (corner[0] + 0.8, corner[1] + 0.8)
+        frame = Rectangle(
+            inside, wide - 1.6, high - 1.6, fill=False, edgecolor=colour, linewidth=1.4
+        )
         axes.add_patch(frame)
         if not right:
             ends = (corner[0], corner[0] + wide), (corner[1], corner[1] + high)
             axes.plot(*ends, color=colour, linewidth=1.0)
             axes.annotate(
-                _letter(said),
+                letter(said),
                 (corner[0] + wide - 1, corner[1] + 1),
                 ha="right",
                 va="top",
@@ -335,7 +355,7 @@ def _draw_grid(
             )
     axes.axvline(shots * wide - 0.5, color=MUTED, linewidth=3.0)
     axes.set_xlim(-0.5, grid.shape[1] * wide - 0.5)
-    axes.set_yticks([row * high + high / 2 for row in range(rows)], list(map(_letter, range(rows))))
+    axes.set_yticks([row * high + high / 2 for row in range(rows)], list(map(letter, range(rows))))
     axes.set_xticks([])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -345,12 +365,13 @@ def _draw_grid(
 def _names(source: EpisodeSource, batch: TaskBatch, ways: int) -> list[str]:
     names = getattr(source, "class_names", None)
     if names is None or batch.class_ids is None:
-        return [f"class {_letter(way)}" for way in range(ways)]
+        return [f"class {letter(way)}" for way in range(ways)]
     every: Mapping[int, str] = dict(enumerate(names("test")))
     return [every[int(number)] for number in batch.class_ids[0]]
 
 
-def _letter(way: int) -> str:
+def letter(way: int) -> str:
+    """What a class of a task is called where its name is too long."""
     return chr(ord("A") + way) if way < 26 else str(way + 1)
 
 

@@ -89,14 +89,15 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
     axes.set_yticks(places, [_short(entry.label) for entry in shown], fontsize=7)
     axes.set(xlabel=f"meta-test {label}", ylim=(-0.7, len(shown) - 0.3))
     axes.grid(visible=False, axis="y")
-    best = next((entry for entry in entries if entry.best), entries[0])
     some = "" if len(shown) == len(entries) else f" The best {_NAMED} of {len(entries)} are shown."
-    told = f"{best.label} is best on meta-val and has {best.mean:.4g} on meta-test"
+    told = "there is no meta-val to choose by"
+    for entry in entries:
+        if entry.best:
+            told = f"{entry.label} is best on meta-val, with {entry.mean:.4g} here (the diamond)"
     return Panel(
         "reached",
         "Meta-test",
-        f"Mean and 95 % interval over test episodes, best on meta-val on top: {told} (the "
-        f"diamond).{some}",
+        f"Mean and 95 % interval over test episodes: {told}.{some}",
         f"{len(shown)} runs by their meta-test {label}: {told}.",
         figure,
         {
@@ -123,12 +124,17 @@ def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
         "learning-together",
         "Learning",
         f"Meta-val along training, a line for each of {len(entries)}; the best is thick. Of "
-        "several seeds the mean, with the 95 % interval over them; of one that over episodes.",
+        "several seeds the mean; bands are 95 % intervals, over seeds where there are several, "
+        f"else over episodes{_whose(entries)}.",
         f"Meta-val {label} against meta-updates of {len(entries)} runs.",
         figure,
         columns,
         _legend(entries),
     )
+
+
+def _whose(entries: Sequence[Entry]) -> str:
+    return "" if len(entries) <= _FEW else ", shown for the best alone"
 
 
 def _val(entry: Entry, metric: str) -> Curve:
@@ -153,8 +159,8 @@ def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
     return Panel(
         "adaptation-together",
         "Adaptation",
-        "The same test tasks after each inner step, of the runs that adapt by steps, with the "
-        "95 % interval over episodes; of several seeds each episode's mean.",
+        "The same test tasks after each inner step, of the runs that adapt by steps; of several "
+        f"seeds each episode's mean. Bands are 95 % intervals over episodes{_whose(theirs)}.",
         f"{label} against inner steps of {len(theirs)} runs.",
         figure,
         columns,
@@ -203,10 +209,12 @@ def settings(entries: Sequence[Entry], metric: str) -> list[Panel]:
     made: list[Panel] = []
     for key in keys:
         found = [
-            (value, entry) for entry in entries if (value := _number(entry.told.get(key))) == value
+            (value, entry)
+            for entry in entries
+            if np.isfinite(value := _number(entry.told.get(key))) and np.isfinite(entry.val)
         ]
         values = sorted({value for value, _ in found})
-        if len(values) < 2 or len(found) < len(entries):
+        if len(values) < 2:
             continue
         made.append(_setting(key, found, values, metric))
     return made
@@ -228,12 +236,7 @@ def _setting(
             alpha=0.85,
             gid=f"{entry.key}-dot",
         )
-    means = [
-        float(np.nanmean([scale * e.val for v, e in found if v == value]))
-        if any(np.isfinite(e.val) for v, e in found if v == value)
-        else float("nan")
-        for value in values
-    ]
+    means = [float(np.mean([scale * e.val for v, e in found if v == value])) for value in values]
     axes.plot(values, means, color=INK, linewidth=1.0, linestyle=":")
     if values[0] > 0 and values[-1] >= 10 * values[0]:
         axes.set_xscale("log")
@@ -242,8 +245,8 @@ def _setting(
     return Panel(
         f"setting-{key.replace('.', '-')}",
         key,
-        f"The best figure on meta-val at each value of {key}; the dotted line is their mean, the "
-        "diamond the best run.",
+        f"The best figure on meta-val of each run that has a number for {key}; the dotted line is "
+        "their mean, the diamond the best run.",
         f"Meta-val {label} against {key}.",
         figure,
         {
@@ -257,18 +260,10 @@ def _setting(
 def _along(entries: Sequence[Entry]) -> list[Panel]:
     """The curves of learners along the same streams."""
     lived = {e.label: [run.path for run in e.runs] for e in entries if _has_stream(e)}
-    hashes = {
-        (run.results or {}).get("episodes_hash")
-        for entry in entries
-        if _has_stream(entry)
-        for run in entry.runs
-    }
-    # Streams of training seeds differ where they are drawn by them.
-    if len(lived) < 2 or not hashes:
+    if len(lived) < 2:
         return []
-    figure, columns = streams.together(
-        lived, {entry.label: (entry.colour, entry.dash) for entry in entries}
-    )
+    looks = {entry.label: (entry.colour, entry.dash) for entry in entries}
+    figure, columns = streams.together(lived, looks)
     return [
         Panel(
             "stream-together",

@@ -154,9 +154,10 @@ def test_a_table_is_sorted_by_its_numbers(runs: Path, opened: Any) -> None:
     assert values() == sorted(values(), reverse=True)
 
 
-def test_a_row_of_the_table_lights_its_line(runs: Path, opened: Any) -> None:
+@pytest.mark.parametrize("how", ["hover", "focus"])
+def test_a_row_of_the_table_lights_its_line(how: str, runs: Path, opened: Any) -> None:
     here = opened(report(swept(runs)))
-    here.page.locator('tr[data-series="entry1"]').first.hover()
+    getattr(here.page.locator('tr[data-series="entry1"]').first, how)()
     own = here.page.locator('[id="learning-together--entry1"]')
     other = here.page.locator('[id="learning-together--entry0"]')
     assert "faded" not in (own.get_attribute("class") or "")
@@ -170,14 +171,14 @@ def test_a_figure_is_saved_as_on_white_paper(
     folder = made(runs, "maml")
     here = opened(report(folder), "desktop", "dark")
     with here.page.expect_download() as waiting:
-        here.page.locator(f'#figure-learning [data-save="{kind}"]').click()
+        here.page.locator(f'#figure-fit-good [data-save="{kind}"]').click()
     waiting.value.save_as(tmp_path / "saved")
     data = (tmp_path / "saved").read_bytes()
-    assert waiting.value.suggested_filename == f"learning.{kind}"
+    assert waiting.value.suggested_filename == f"fit-good.{kind}"
     assert data.startswith(begins)
     assert b"var(--" not in data
     if kind == "csv":
-        assert data.decode().split() == (folder / "figures" / "learning.csv").read_text().split()
+        assert data == (folder / "figures" / "fit-good.csv").read_bytes()
     assert here.said == []
 
 

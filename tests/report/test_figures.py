@@ -79,14 +79,20 @@ def test_the_good_task_is_better_than_the_median_and_that_than_the_bad(higher: b
     assert values[1] == pytest.approx(50.0, abs=1.0)
 
 
-def test_every_episode_is_in_one_bin_and_none_lies_on_an_edge(tmp_path: Path) -> None:
-    values = [k / 15 for k in (3, 3, 7, 10, 15, 15, 15)]
-    panel = curves.histogram(files(tmp_path, "accuracy", values))
+@pytest.mark.parametrize("answers", [15, 75])
+def test_every_episode_is_in_one_bin_as_wide_as_the_others(answers: int, tmp_path: Path) -> None:
+    draw = np.random.default_rng(5)
+    values = [k / answers for k in draw.integers(answers // 3, answers + 1, size=300)]
+    run = files(tmp_path, "accuracy", values, way=5, query=answers // 5)
+    panel = curves.histogram(run)
     assert panel is not None
     assert sum(panel.columns["episodes"]) == len(values)
     for low, high, count in zip(*panel.columns.values(), strict=True):
         inside = [v for v in values if low < 100 * v < high]
         assert len(inside) == count
+        # As many different shares fall into each.
+        width = (high - low) * answers / 100
+        assert width == pytest.approx(round(width))
 
 
 def test_an_error_far_from_all_others_is_counted_in_the_last_bin(tmp_path: Path) -> None:
@@ -94,7 +100,9 @@ def test_an_error_far_from_all_others_is_counted_in_the_last_bin(tmp_path: Path)
     panel = curves.histogram(files(tmp_path, "mse", values))
     assert panel is not None
     assert sum(panel.columns["episodes"]) == 1000
-    assert panel.columns["to"][-1] < 2.0
+    assert panel.columns["from"][-1] < 2.0
+    assert panel.columns["to"][-1] == 1e6
+    assert "beyond the last bin are counted in it" in panel.caption
 
 
 def test_a_class_is_judged_by_its_own_queries(tmp_path: Path) -> None:
