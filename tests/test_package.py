@@ -123,6 +123,8 @@ def test_the_installed_command_runs_from_an_empty_folder(wheel: Path, empty: Pat
     (path,) = empty.glob("outputs/*/*/results.json")
     assert json.loads(path.read_text())["data"] == "omniglot_small"
     run(wheel / "metarun", f"test={path.parent}", "shot=2", cwd=empty)
+    run(wheel / "metarun", "report", path.parent, cwd=empty)
+    assert "</html>" in (path.parent / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_installed_command_runs_an_algorithm_of_ones_own(wheel: Path, empty: Path) -> None:
@@ -136,6 +138,9 @@ def test_the_installed_command_runs_an_algorithm_of_ones_own(wheel: Path, empty:
     run(wheel / "metarun", *words, cwd=empty)
     (path,) = empty.glob("outputs/*/*/results.json")
     assert json.loads(path.read_text())["algo"] == "mine"
+    run(wheel / "metarun", "report", path.parent, cwd=empty)
+    page = (path.parent / "report.html").read_text(encoding="utf-8")
+    assert "metarun --config-dir my_conf algo=mine" in page
 
 
 def test_an_editable_install_sees_an_edited_yaml(clean: Path, sources: Path, empty: Path) -> None:
