@@ -545,6 +545,8 @@ def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
     # In a process of its own: what the test's own process does on a signal is pytest's.
     code = (
         "import os, signal, sys, time\n"
+        # What a shell has started with & is deaf to it.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from metarun import cli, labelling\n"
         # Another thread may get the signal first: this one waits for it.
         "labelling.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
