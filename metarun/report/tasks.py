@@ -178,7 +178,7 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     plot.series["support"] = Series("support", INK, marker="^")
     plot.finish()
     after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
-    told = f"Test task {index}: mean squared error {shown('mse', figure)}{after}."
+    told = f"Test task {index}: mean squared error on its queries {shown('mse', figure)}{after}."
     more = " The band holds 95 % of what it expects." if spread else ""
     return Panel(
         f"fit-{name}",
@@ -194,18 +194,16 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
 def _draw_truth(
     plot: _Plot, source: EpisodeSource, batch: TaskBatch, grid: Tensor, index: int
 ) -> None:
-    """The function where it is known, else the queries that are of it."""
+    """The queries, and the function where it is known."""
     truth = getattr(source, "truth", None)
+    if truth is not None:
+        values = _numbers(truth("test", index, grid[0])[:, 0])
+        line = Series("the function", INK)
+        plot.line("truth", "function", line, _numbers(grid[0, :, 0]), values, 1.2)
+        plot.sight.append(values)
     queries = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
-    if truth is None:
-        plot.points("truth", "query", *queries, "o", 14.0)
-        plot.series["truth"] = Series("queries", INK, marker="o")
-        return
-    values = _numbers(truth("test", index, grid[0])[:, 0])
-    line = Series("the function", INK)
-    plot.line("truth", "function", line, _numbers(grid[0, :, 0]), values, 1.2)
-    plot.sight.append(values)
-    plot.note("query", *queries)
+    plot.points("queries", "query", *queries, "o", 14.0)
+    plot.series["queries"] = Series("queries", INK, marker="o")
 
 
 def _draw_answers(
