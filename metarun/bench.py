@@ -7,7 +7,6 @@ learn2learn's clone-and-adapt is timed beside them where it can be imported.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -34,6 +33,7 @@ from metarun.backbones.conv import Conv4
 from metarun.backbones.mlp import MLP
 from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Sinusoid
+from metarun.parsing import Parser
 from metarun.types import EpisodeSize, Progress, Split, TaskBatch, TaskSpec
 
 Step = Callable[[], object]
@@ -77,7 +77,7 @@ class Figure:
 
 def run(argv: Sequence[str]) -> int:
     """Answer `metarun bench …`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metarun bench", description="Speed of a meta-step here, as ratios to the usual loop."
     )
     parser.add_argument("--rounds", type=int, default=15, help="timings of each (default 15)")

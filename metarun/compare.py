@@ -7,7 +7,6 @@ its learner reaches before any training, on the same test episodes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,6 +20,7 @@ from metarun.jobs import make_or_continue
 from metarun.launch import EXIT_FAILED, EXIT_OK, check_jobs
 from metarun.listing import description
 from metarun.naming import digest, hashed_slug, slug
+from metarun.parsing import Parser
 from metarun.request import Composer, Job, composer
 from metarun.runs import RunFolder, write_atomically
 from metarun.screen import Screen
@@ -36,7 +36,7 @@ from metarun.tables import (
 
 def run(argv: Sequence[str]) -> int:
     """Answer `metarun compare data=… [KEY=VALUE,VALUE …]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metarun compare",
         description="Train and test every algorithm (or algo=…,…) on a data set, and print the "
         "table. The same command again skips what is finished and continues what is not.",

@@ -7,7 +7,6 @@ Shapes: N images, W classes.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import itertools
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from rich.text import Text
 
 from metarun.data.pictures import SUFFIXES
 from metarun.launch import EXIT_OK, warnings_held
+from metarun.parsing import Parser
 from metarun.runs import RunFolder, write_new
 from metarun.screen import Screen
 
@@ -41,7 +41,6 @@ DEFAULT_CSV = "predictions.csv"
 _AT_ONCE = 250
 _ROWS_ON_A_TERMINAL = 30
 _NAMED = 3
-_LONGEST = 120
 _NARROWEST, _WIDEST = 40, 100
 _FOR_SECOND_BEST = 60
 _PERCENT = len("100.0 %")
@@ -99,13 +98,6 @@ class Queries:
         return [file.parent.name for file in self.files] if known else None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # A pattern that the shell has spelt out may be thousands of files.
-        shown = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} …"
-        raise ValueError(f"{shown}: expected `{USAGE}`")
-
-
 def run(argv: Sequence[str]) -> int:
     """Answer `metarun predict RUN --support DIR --query DIR`; returns the exit code.
 
@@ -132,8 +124,8 @@ def run(argv: Sequence[str]) -> int:
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="metarun predict",
         usage=f"{USAGE}\n       [--csv FILE] [--transductive] [--device DEVICE]",
         description="Label your own images from a few examples of each class.",

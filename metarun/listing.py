@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from metarun.config import conf_dir
+from metarun.parsing import Parser
 
 GROUPS = {
     "algo": "algorithms",
@@ -28,14 +28,12 @@ _INDENT = 4
 
 def run(argv: Sequence[str]) -> int:
     """Answer `metarun list [GROUP…] [--config-dir DIR]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metarun list", description="Algorithms, data sets, backbones and experiments."
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
     parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
-    args, unknown = parser.parse_known_args(list(argv))
-    if unknown:
-        raise ValueError(f"metarun list takes no {unknown[0]}: only --config-dir DIR")
+    args = parser.parse_args(list(argv))
     for word in args.groups:
         if word not in GROUPS:
             raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")

@@ -6,7 +6,6 @@ without a printed figure are listed by what was typed for them.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from omegaconf import OmegaConf
 from metarun.config import Plain, check, conf_dir
 from metarun.launch import EXIT_FAILED, EXIT_OK
 from metarun.naming import HOW_IT_RUNS, digest, root_of
+from metarun.parsing import Parser
 from metarun.request import composer
 from metarun.runs import RunFolder
 from metarun.screen import duration
@@ -93,7 +93,7 @@ class Group:
 
 def run(argv: Sequence[str]) -> int:
     """Answer `metarun table PATH… [--format …] [--paper NAME]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metarun table",
         description="Published against measured, for the runs below the folders.",
     )

@@ -387,3 +387,17 @@ def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
     (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("status.json"))
     assert status(folder)["state"] == "interrupted"
     assert f"metarun resume={folder.relative_to(tmp_path)}" in err
+
+
+@pytest.mark.parametrize(
+    "command", ["bench", "compare", "data", "list", "predict", "report", "table"]
+)
+def test_an_option_that_a_command_has_not_is_answered_in_one_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--optoin", "x"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert f": expected `metarun {command} " in line

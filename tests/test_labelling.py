@@ -426,7 +426,7 @@ def test_queries_that_are_unfit_are_named(
         (["--csv", "."], "--csv . is a folder: name a new file"),
         (["--device", "tpu"], "device=tpu: expected auto, cpu, cuda"),
         (["--sure"], "unrecognized arguments: --sure: expected `metarun predict RUN --support"),
-        (["x" * 9] * 99, " …: expected `metarun predict RUN --support DIR --query DIR`"),
+        (["x" * 9] * 99, " …: expected `metarun predict RUN --support DIR --query DIR "),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -455,7 +455,7 @@ def test_its_help_fits_80_columns(metarun: Command, monkeypatch: pytest.MonkeyPa
 
 
 def test_options_that_are_missing_are_named(metarun: Command, tmp_path: Path) -> None:
-    says = "required: --support, --query: expected `metarun predict RUN --support DIR --query DIR`"
+    says = "required: --support, --query: expected `metarun predict RUN --support DIR --query DIR "
     check_refused(metarun("predict", "a"), says, tmp_path)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.table import Table
 
 from metarun.data import catalogue
 from metarun.data.store import Store, open_store
+from metarun.parsing import Parser
 
 _WIDTH = 100
 
@@ -23,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         ValueError: The request cannot be met; the text says why.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metarun data",
         description="Without a NAME: which data sets are here. With one: fetch or import it.",
     )
@@ -34,10 +33,6 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--verify", action="store_true", help="read everything, compare the hashes")
 
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"{message} (`metarun data --help`)")
-
-    parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_args(list(argv))
     if args.name is None:
         if args.source is not None:

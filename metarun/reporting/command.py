@@ -6,7 +6,6 @@ more, to be drawn. A run without some of it shows what it has.
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from metarun import papers
 from metarun.intervals import quiet
 from metarun.launch import EXIT_FAILED, EXIT_OK
 from metarun.papers import DAMAGED, Run
+from metarun.parsing import Parser
 from metarun.report.drawing import STYLE
 from metarun.report.files import RunFiles
 from metarun.report.page import Page, is_ours, render
@@ -28,7 +28,7 @@ FILE = "report.html"
 
 def run(argv: Sequence[str]) -> int:
     """Answer `metarun report PATH… [--output DIR]`; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="metarun report",
         description="One HTML page for a run, for several, or for a sweep; it needs no network.",
     )

@@ -98,7 +98,10 @@ def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
     [
         (["omniglt"], "unknown data set omniglt: did you mean omniglot?"),
         (["zzz"], "unknown data set zzz: choose from sinusoid"),
-        (["--from"], "argument --from: expected one argument (`metarun data --help`)"),
+        (
+            ["--from"],
+            "argument --from: expected one argument: expected `metarun data [-h] [--from PATH]",
+        ),
         (["omniglot", "--form", "x"], "unrecognized arguments: --form x"),
         (["--from", "x"], "--from PATH needs the name of a data set"),
         (["omniglot_small", "--from", "x"], "is shipped with metarun: leave out --from"),
