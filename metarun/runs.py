@@ -203,6 +203,18 @@ class RunFolder:
         with self._file(name).open("ab") as file:
             file.write(line.encode())
 
+    def read_lines(self, name: str) -> list[Record]:
+        """The lines of a growing file, but for one that is being written; none without it."""
+        if not self.has(name):
+            return []
+        lines: list[Record] = []
+        for text in self._file(name).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
     def lengths(self) -> dict[str, int]:
         """Bytes of the growing files, on the disk for sure."""
         lengths: dict[str, int] = {}

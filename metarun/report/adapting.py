@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.inner import Params, flatten
 from metarun.intervals import Floats, interval
-from metarun.report.drawing import COLOURS, MARKERS, SIZE, Panel, Series
+from metarun.report.drawing import COLOURS, MARKERS, SIZE, Panel, Series, named_rows
 from metarun.report.tasks import Learned, answer, chosen, letter, task_of
 
 _TASKS, _FEW_TASKS = 6, 3
@@ -226,14 +226,9 @@ def _dots(
     layers = list(values)
     figures = [interval(values[layer]) for layer in layers]
     mean, width = (np.array(column) for column in zip(*figures, strict=True))
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.24 * len(layers)))
-    axes = figure.add_subplot()
-    places = np.arange(len(layers))[::-1]
+    figure, axes, places = named_rows(layers, 0.24)
     axes.errorbar(mean, places, xerr=width, fmt="o", color=colour, markersize=4, linewidth=1.2)
-    axes.set_yticks(places, layers, fontsize=7)
-    axes.set(xlabel=label, ylim=(-0.7, len(layers) - 0.3))
-    axes.set_xlim(*(limits or (0.0, None)))
-    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=label, xlim=limits or (0.0, None))
     return Panel(
         name,
         title,

@@ -6,10 +6,9 @@ Shapes: C classes that were met, P pairs of a class and what it was taken for.
 from __future__ import annotations
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from metarun.intervals import Floats
-from metarun.report.drawing import INK, SIZE, WRONG, Panel
+from metarun.report.drawing import INK, WRONG, Panel, named_rows
 from metarun.report.files import RunFiles
 
 _NAMED = 12
@@ -36,13 +35,9 @@ def by_class(pairs: Floats, names: list[str], colour: str) -> Panel:
     share = right / asked
     order = np.argsort(share, kind="stable")
     shown = order if len(order) <= 2 * _NAMED else np.r_[order[:_NAMED], order[-_NAMED:]]
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.17 * len(shown)))
-    axes = figure.add_subplot()
-    places = np.arange(len(shown))[::-1]
+    figure, axes, places = named_rows([_short(names[int(classes[c])]) for c in shown], 0.17)
     axes.barh(places, 100 * share[shown], color=colour, alpha=0.85, height=0.7)
-    axes.set_yticks(places, [_short(names[int(classes[c])]) for c in shown], fontsize=7)
-    axes.set(xlabel="queries answered right, %", xlim=(0, 100), ylim=(-0.7, len(shown) - 0.3))
-    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="queries answered right, %", xlim=(0, 100))
     some = "" if len(shown) == len(order) else f", the {_NAMED} worst and the {_NAMED} best"
     if some:
         axes.axhline(_NAMED - 0.5, color=INK, linewidth=1.0, linestyle=":")
@@ -77,13 +72,9 @@ def confused(pairs: Floats, names: list[str]) -> list[Panel]:
     order = np.argsort(-counts, kind="stable")
     shown = order[:_NAMED]
     labels = ["\n".join(_short(names[int(c)]) for c in unique[pair]) for pair in shown]
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.33 * len(shown)))
-    axes = figure.add_subplot()
-    places = np.arange(len(shown))[::-1]
+    figure, axes, places = named_rows(labels, 0.33)
     axes.barh(places, counts[shown], color=WRONG, alpha=0.85, height=0.7)
-    axes.set_yticks(places, labels, fontsize=7)
     axes.set(xlabel="queries taken for the other")
-    axes.grid(visible=False, axis="y")
     first = " and ".join(names[int(c)] for c in unique[order[0]])
     told = f"{first} most often ({counts[order[0]]:.0f} queries)"
     return [

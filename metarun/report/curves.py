@@ -154,11 +154,10 @@ def adaptation(run: RunFiles) -> Panel | None:
 
 def _columns(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
     """Steps, means and half-widths of an adaptation curve."""
-    columns = [
-        [np.nan if (value := point[name]) is None else float(value) for point in curve]
+    steps, mean, width = (
+        np.array([point[name] for point in curve], dtype=np.float64)
         for name in ("steps", "mean", "ci95")
-    ]
-    steps, mean, width = (np.array(column) for column in columns)
+    )
     return steps, mean, width
 
 

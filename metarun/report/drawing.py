@@ -124,6 +124,28 @@ def _place(name: str) -> int:
     return int.from_bytes(digest, "little") % (len(COLOURS) - 1)
 
 
+def named_rows(
+    names: Sequence[str], height: float, fontsize: float = 7
+) -> tuple[Figure, Axes, Floats]:
+    """A figure with a row for each name, the first on top.
+
+    Args:
+        names: Of the rows.
+        height: Inches of one.
+        fontsize: Of the names.
+
+    Returns:
+        The figure, its axes, and where each row is.
+    """
+    figure = Figure(figsize=(SIZE[0], 0.9 + height * len(names)))
+    axes = figure.add_subplot()
+    places = np.arange(len(names), dtype=np.float64)[::-1]
+    axes.set_yticks(places, list(names), fontsize=fontsize)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.grid(visible=False, axis="y")
+    return figure, axes, places
+
+
 def error_axis(axes: Axes, values: Floats) -> None:
     """Let an axis of errors begin at zero, or be logarithmic where they fell far."""
     here = values[np.isfinite(values)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +30,7 @@ class RunFiles:
     path: Path
     plain: Mapping[str, Any]
     words: Sequence[str]
-    status: Record
+    status: Mapping[str, Any]
     colour: str
 
     @classmethod
@@ -79,13 +78,13 @@ class RunFiles:
     @cached_property
     def metrics(self) -> list[Record]:
         """The lines of `metrics.jsonl`, but for one that is being written."""
-        return _lines(self.path / "metrics.jsonl")
+        return RunFolder(self.path).read_lines("metrics.jsonl")
 
     def curve(self, name: str) -> tuple[Floats, Floats]:
         """Steps and values of a metric of training or of meta-val; not a number where null."""
         found = [(line["step"], line[name]) for line in self.metrics if name in line]
         steps = np.array([step for step, _ in found], dtype=np.float64)
-        values = np.array([np.nan if v is None else v for _, v in found], dtype=np.float64)
+        values = np.array([value for _, value in found], dtype=np.float64)
         return steps, values
 
     @property
@@ -113,15 +112,3 @@ def _arrays(path: Path) -> dict[str, Any]:
         return {}
     with np.load(path) as file:
         return {name: file[name] for name in file}
-
-
-def _lines(path: Path) -> list[Record]:
-    if not path.exists():
-        return []
-    lines: list[Record] = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines

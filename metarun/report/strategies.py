@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-from matplotlib.figure import Figure
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+
+from metarun.intervals import Floats
 from metarun.report.curves import unit
-from metarun.report.drawing import INK, SIZE, Panel
+from metarun.report.drawing import INK, Panel, named_rows
 from metarun.report.files import RunFiles
 
 
@@ -17,24 +20,16 @@ def panels(run: RunFiles) -> list[Panel]:
         return []
     scale, label = unit(str(results["metric"]))
     found = results["strategies"]
-    names = sorted(found, key=lambda name: -_number(found[name]["gain"]["mean"]))
-    gain, width, mean, ci95 = (
-        scale * np.array([_number(place[key]) for place in places])
-        for places, key in (
-            ([found[name]["gain"] for name in names], "mean"),
-            ([found[name]["gain"] for name in names], "ci95"),
-            ([found[name] for name in names], "mean"),
-            ([found[name] for name in names], "ci95"),
-        )
-    )
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.24 * len(names)))
-    axes = figure.add_subplot()
-    places = np.arange(len(names))[::-1]
+    gains = {name: place["gain"] for name, place in found.items()}
+    # What is not finite is null in the file, and no number in an array of floats.
+    order = np.argsort(-_column(gains, "mean"), kind="stable")
+    names = [list(found)[place] for place in order]
+    gain, width = (scale * _column(gains, key)[order] for key in ("mean", "ci95"))
+    mean, ci95 = (scale * _column(found, key)[order] for key in ("mean", "ci95"))
+    figure, axes, places = named_rows(names, 0.24, fontsize=8)
     axes.errorbar(gain, places, xerr=width, fmt="o", color=run.colour, markersize=4, linewidth=1.2)
     axes.axvline(0.0, color=INK, linewidth=1.2)
-    axes.set_yticks(places, names, fontsize=8)
-    axes.set(xlabel=f"{results['algo']} is better by ({label})", ylim=(-0.7, len(names) - 0.3))
-    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=f"{results['algo']} is better by ({label})")
     beaten = sum(g - w > 0 for g, w in zip(gain, width, strict=True))
     told = f"it beats {beaten} of {len(names)} beyond the interval"
     return [
@@ -56,5 +51,5 @@ def panels(run: RunFiles) -> list[Panel]:
     ]
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _column(places: Mapping[str, Mapping[str, Any]], key: str) -> Floats:
+    return np.array([place[key] for place in places.values()], dtype=np.float64)

@@ -7,7 +7,7 @@ Shapes: S support rows, Q query rows, G points of a grid, W ways, C H W images.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -364,7 +364,7 @@ def _names(source: EpisodeSource, batch: TaskBatch, ways: int) -> list[str]:
     names = getattr(source, "class_names", None)
     if names is None or batch.class_ids is None:
         return [f"class {letter(way)}" for way in range(ways)]
-    every: Mapping[int, str] = dict(enumerate(names("test")))
+    every: Sequence[str] = names("test")
     return [every[int(number)] for number in batch.class_ids[0]]
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from metarun.intervals import Floats, interval
 from metarun.report import streams
 from metarun.report.curves import unit
-from metarun.report.drawing import INK, SIZE, Panel, Series, band, error_axis, plain
+from metarun.report.drawing import INK, SIZE, Panel, Series, band, error_axis, named_rows, plain
 from metarun.report.files import RunFiles
 
 _NAMED = 40
@@ -70,9 +70,7 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
     """A dot and its interval for each, on meta-test."""
     label = unit(metric)[1]
     shown = entries[:_NAMED]
-    figure = Figure(figsize=(SIZE[0], 0.9 + 0.24 * len(shown)))
-    axes = figure.add_subplot()
-    places = np.arange(len(shown))[::-1]
+    figure, axes, places = named_rows([_short(entry.label) for entry in shown], 0.24)
     for place, entry in zip(places, shown, strict=True):
         width = 0.0 if entry.ci95 is None or np.isnan(entry.ci95) else entry.ci95
         bars = axes.errorbar(
@@ -86,9 +84,7 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
         )
         for part, artist in enumerate([bars.lines[0], *bars.lines[2]]):
             artist.set_gid(f"{entry.key}-{part}")
-    axes.set_yticks(places, [_short(entry.label) for entry in shown], fontsize=7)
-    axes.set(xlabel=f"meta-test {label}", ylim=(-0.7, len(shown) - 0.3))
-    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=f"meta-test {label}")
     some = "" if len(shown) == len(entries) else f" The best {_NAMED} of {len(entries)} are shown."
     told = "there is no meta-val to choose by"
     for entry in entries:

@@ -149,7 +149,7 @@ def _entries(
             Entry(
                 f"entry{first + number}",
                 group.label,
-                [replace(RunFiles.read(run.path), colour=colour) for run in group.runs],
+                [RunFiles(r.path, r.plain, r.words, r.status, colour) for r in group.runs],
                 {key: value for key, _, value in words},
                 measured.mean,
                 measured.ci95,

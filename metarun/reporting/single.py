@@ -22,6 +22,7 @@ from metarun.tables import STREAM_HEADS, Figure, Line
 if TYPE_CHECKING:
     from metarun.report.tasks import Learned
 
+_OWN = (curves, presentations, strategies)
 _ABOUT_TASKS = "Three test tasks: at 5, 50 and 95 % of the way from the best to the worst."
 
 
@@ -152,13 +153,9 @@ def sections(files: RunFiles, note: str = "") -> tuple[list[Section], str]:
     """The parts of a page that are about one run, and why some are missing."""
     notes = _Notes(note)
     learned = _learned(files, notes)
-    own = {panel.name: panel for panel in curves.panels(files)}
-    order = [own[name] for name in ("learning", "loss", "adaptation", "episodes") if name in own]
-    more = [*presentations.panels(files), *strategies.panels(files)]
+    own = [panel for source in _OWN for panel in source.panels(files)]
     parts = [
-        Section(
-            "reached", "Learning and meta-test", panels=[*order, *more], tables=_published(files)
-        ),
+        Section("reached", "Learning and meta-test", panels=own, tables=_published(files)),
         *_looked_at(files, learned, notes),
         Section("samples", "What was made", panels=samples.panels(files)),
         Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),

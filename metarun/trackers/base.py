@@ -8,7 +8,6 @@ a run is resumed has the run's past.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import re
@@ -286,19 +285,12 @@ def _identity(run: RunFolder) -> dict[str, Any]:
 
 def _written(run: RunFolder) -> Iterator[Line]:
     """The lines of a run's folder, in their order; what is not finite is not a number."""
-    rates = {line["step"]: line["tasks_per_second"] for line in _read(run, "timing.jsonl")}
-    for line in _read(run, "metrics.jsonl"):
+    rates = {line["step"]: line["tasks_per_second"] for line in run.read_lines("timing.jsonl")}
+    for line in run.read_lines("metrics.jsonl"):
         step = line.pop("step")
         if any(name.startswith("train/") for name in line) and step in rates:
             line[RATE] = rates[step]
         yield step, {name: math.nan if v is None else float(v) for name, v in line.items()}
-
-
-def _read(run: RunFolder, name: str) -> list[dict[str, Any]]:
-    path = run.path / name
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @contextmanager
