@@ -30,7 +30,7 @@ from metarun.trackers.base import flat
 
 _log = logging.getLogger(__name__)
 
-_HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads")
+_HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
 RESUMABLE = (
     "train.steps",
     "train.log_every",

@@ -80,7 +80,7 @@ class Settings:
         precision: Of parameters and data; `mixed` is float32 with networks that compute in
             bfloat16.
         bn: Where batch norm takes its statistics from at evaluation.
-        engine, tasks_per_chunk, threads: How the tasks of a batch run.
+        engine, tasks_per_chunk, threads, graph: How the tasks of a batch run.
         train, eval: See `TrainSettings` and `EvalSettings`.
         names: The words chosen for `algo`, `data` and `backbone`, for the records.
         debug: Show where an error came from.
@@ -104,6 +104,7 @@ class Settings:
     engine: Literal["auto", "vmap", "loop", "threads"]
     tasks_per_chunk: int | None
     threads: int | None
+    graph: Literal["auto", "none", "replay", "compile"]
     train: TrainSettings
     eval: EvalSettings
     names: dict[str, str]
@@ -334,7 +335,9 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
         "spec": source.spec,
         "backbone": _component("backbone", settings.backbone),
         "optim": _component("optim", settings.optim),
-        "engine": Engine(settings.engine, settings.tasks_per_chunk, settings.threads),
+        "engine": Engine(
+            settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
+        ),
         "bn": settings.bn,
         "eval_inner_steps": settings.eval.inner_steps,
         "seed": settings.seed,

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 HOW_IT_RUNS = (
-    "device", "engine", "tasks_per_chunk", "threads", "debug", "sweep", "published", "paper",
-    "hydra", "logger",
+    "device", "engine", "tasks_per_chunk", "threads", "graph", "debug", "sweep", "published",
+    "paper", "hydra", "logger",
 )  # fmt: skip
 """Root keys that do not change what a run computes: left out of its hash."""
 

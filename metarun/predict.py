@@ -65,7 +65,13 @@ def restored(folder: RunFolder, plain: config.Plain, device: str = "auto") -> co
         ValueError: As of `load`.
     """
     # How the run's batches of tasks were spread is of no use to one task.
-    how = {"device": device, "engine": "auto", "tasks_per_chunk": None, "threads": None}
+    how = {
+        "device": device,
+        "engine": "auto",
+        "tasks_per_chunk": None,
+        "threads": None,
+        "graph": "auto",
+    }
     learned = folder.load_learned()
     if learned is None:
         raise ValueError(f"{folder.path} has saved nothing yet: let it run first")

@@ -41,11 +41,13 @@ class AdaptingLearner(Algorithm):
             last = self.path(net, theta, rows[0], rows[1], steps)[-1]
             return self.answer(net, last, rows[0], rows[2])
 
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
+        rows = (support_x, support_y, query_x)
+        return Prediction(self.map_tasks(task, *rows, key=self.replay_key(steps)))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
             visited = self.path(net, theta, rows[0], rows[1], steps)
             return torch.stack([self.answer(net, weights, rows[0], rows[2]) for weights in visited])
 
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
+        rows = (support_x, support_y, query_x)
+        return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,9 @@ class Algorithm(nn.Module, ABC):
     """Whether the order of support rows is without meaning."""
     least_shot: ClassVar[int] = 1
     """Fewest support rows of a class, or of a regression."""
+    replays: ClassVar[bool] = False
+    """Whether its task functions do the same operators each time for the same `replay_key`. Said by
+    each class for itself: a subclass may compute something else."""
     package: ClassVar[str | None] = None
     """A package beyond the required ones without which it cannot run."""
 
@@ -262,10 +265,24 @@ class Algorithm(nn.Module, ABC):
             self.noise(progress, batch.num_tasks),
         )
 
-    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Tensor:
-        """Values of `task(net, params, *rows of one task)`, stacked over tasks, without a graph."""
+    def replay_key(self, *values: Hashable) -> Hashable:
+        """The `key` of a task function for the engine; None where the class does not replay.
+
+        Args:
+            values: What the function reads beside its arguments and may change from one call to
+                the next: numbers of steps, whether inner gradients are constants.
+        """
+        return values if vars(type(self)).get("replays", False) else None
+
+    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
+        """Values of `task(net, params, *rows of one task)`, stacked over tasks, without a graph.
+
+        Args:
+            task, rows: As in `Engine.map`.
+            key: As there.
+        """
         params = own_parameters(self.net)
-        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
+        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows, key=key)
         return outputs
 
     def answer(

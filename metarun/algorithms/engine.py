@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metarun.algorithms.graphs import GRAPH_KINDS, GraphKind, Graphs
 from metarun.backbones.layers import set_native
 
 Kind = Literal["auto", "vmap", "loop", "threads"]
@@ -25,6 +27,9 @@ KINDS: tuple[Kind, ...] = ("auto", "vmap", "loop", "threads")
 Params = dict[str, Tensor]
 Tensors = tuple[Tensor, ...]
 TaskFunction = Callable[..., Any]
+Work = Callable[[nn.Module, bool, Sequence[Tensor], Sequence[Tensor]], Any]
+"""What a chunk of tasks comes to: of the network, whether the chunk has more than one task, the
+parameters, and the rows."""
 
 
 # Up to here a convolution is bound by overhead, which vmap shares over tasks; beyond, by
@@ -44,6 +49,7 @@ class Engine:
             takes one for each core.
         native: Whether tasks outside vmap may use layers as `set_native` makes them, which a
             function that calls vmap itself cannot.
+        graph: Whether functions that come with a `key` are replayed as `Graphs.find` says.
 
     Raises:
         ValueError: A word or a number is not allowed.
@@ -53,10 +59,14 @@ class Engine:
     tasks_per_chunk: int | None = None
     threads: int | None = None
     native: bool = True
+    graph: GraphKind = "auto"
+    graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"engine={self.kind}: expected one of {', '.join(KINDS)}")
+        if self.graph not in GRAPH_KINDS:
+            raise ValueError(f"graph={self.graph}: expected one of {', '.join(GRAPH_KINDS)}")
         for name in ("tasks_per_chunk", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,15 +86,22 @@ class Engine:
         return replace(self, kind=kind, threads=threads)
 
     def describe(self) -> dict[str, str | int | None]:
-        """The three settings, for the record of a run."""
+        """The settings, for the record of a run."""
         return {
             "engine": self.kind,
+            "graph": self.graph,
             "tasks_per_chunk": self.tasks_per_chunk,
             "threads": self.threads,
         }
 
     def gradients(
-        self, function: TaskFunction, net: nn.Module, params: Params, rows: Tensors
+        self,
+        function: TaskFunction,
+        net: nn.Module,
+        params: Params,
+        rows: Tensors,
+        *,
+        key: Hashable = None,
     ) -> tuple[Params, Any]:
         """Gradient of the mean loss over T tasks.
 
@@ -94,18 +111,24 @@ class Engine:
             net: Handed to `function`, which calls it with `torch.func.functional_call`.
             params: What to differentiate by, by name.
             rows: Tensors with a leading dimension of T.
+            key: Everything that `function` depends on beside its arguments and what never
+                changes: with the same key the operators of one call serve the next. None has
+                it called each time.
 
         Returns:
             The gradients by name, and the extras stacked over tasks (leading T), detached.
         """
         names = list(params)
-        leaves = [params[name] for name in names]
         scale = 1.0 / rows[0].shape[0]
 
-        def backward(chunk_net: nn.Module, chunk: Tensors, batched: bool) -> tuple[Tensors, Any]:
+        def backward(
+            chunk_net: nn.Module, batched: bool, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+        ) -> tuple[Tensors, Any]:
             # Prediction runs under no_grad and worker threads start with it off: say it here.
             with torch.enable_grad():
-                losses, extras = _call(function, batched, chunk_net, params, chunk)
+                leaves = [leaf.requires_grad_() for leaf in leaves]
+                here = dict(zip(names, leaves, strict=True))
+                losses, extras = _call(function, batched, chunk_net, here, chunk)
                 grads = torch.autograd.grad(
                     losses.sum() * scale, leaves, allow_unused=True, materialize_grads=True
                 )
@@ -113,23 +136,44 @@ class Engine:
 
         total: Tensors | None = None
         extras = []
-        for grads, extra in self._run(backward, net, rows):
+        leaves = tuple(params.values())
+        for grads, extra in self._run(
+            backward, net, leaves, rows, _kept(key, "gradients", function, names)
+        ):
             total = grads if total is None else tuple(map(torch.add, total, grads))
             extras.append(extra)
         assert total is not None
         return dict(zip(names, total, strict=True)), _concatenate(extras)
 
-    def map(self, function: TaskFunction, net: nn.Module, params: Params, rows: Tensors) -> Any:
-        """Values of `function(net, params, *rows of one task)`, stacked over tasks, no graph."""
+    def map(
+        self,
+        function: TaskFunction,
+        net: nn.Module,
+        params: Params,
+        rows: Tensors,
+        *,
+        key: Hashable = None,
+    ) -> Any:
+        """Values of `function(net, params, *rows of one task)`, stacked over tasks, no graph.
 
-        def forward(chunk_net: nn.Module, chunk: Tensors, batched: bool) -> Any:
+        Args:
+            function, net, params, rows, key: As in `gradients`.
+        """
+        names = list(params)
+
+        def forward(
+            chunk_net: nn.Module, batched: bool, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+        ) -> Any:
             with torch.no_grad():
-                return _call(function, batched, chunk_net, params, chunk)
+                here = dict(zip(names, leaves, strict=True))
+                return _call(function, batched, chunk_net, here, chunk)
 
-        return _concatenate(list(self._run(forward, net, rows)))
+        leaves = tuple(params.values())
+        kept = _kept(key, "map", function, names)
+        return _concatenate(list(self._run(forward, net, leaves, rows, kept)))
 
     def _run(
-        self, work: Callable[[nn.Module, Tensors, bool], Any], net: nn.Module, rows: Tensors
+        self, work: Work, net: nn.Module, leaves: Tensors, rows: Tensors, key: Hashable
     ) -> Iterator[Any]:
         """Results of `work` on the chunks of the batch, in order."""
         num_tasks = rows[0].shape[0]
@@ -137,12 +181,60 @@ class Engine:
         size = min(self._chunk(rows, workers), num_tasks)
         batched = size > 1
         chunks = list(_chunks(rows, size))
+        native = self.native and not batched
+        replays = self._replays(work, net, native, batched, leaves, chunks, key)
         if workers == 1 or len(chunks) == 1:
-            own = net if batched else _replicate(net, native=self.native)
-            for chunk in chunks:
-                yield work(own, chunk, batched)
+            own = _replicate(net) if native and None in replays else net
+            for chunk, replay in zip(chunks, replays, strict=True):
+                yield replay(chunk) if replay else work(own, batched, leaves, chunk)
             return
-        yield from _over_threads(work, net, chunks, batched, workers, self.native)
+
+        def share(worker: int) -> list[Any]:
+            # functional_call swaps the parameters of the module that it runs, so that each thread
+            # needs modules of its own; the tensors in them stay shared.
+            own = _replicate(net, native=native) if None in replays else net
+            return [
+                replay(chunk) if replay else work(own, batched, leaves, chunk)
+                for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]
+            ]
+
+        yield from _over_threads(share, len(chunks), workers)
+
+    def _replays(
+        self,
+        work: Work,
+        net: nn.Module,
+        native: bool,
+        batched: bool,
+        leaves: Tensors,
+        chunks: list[Tensors],
+        key: Hashable,
+    ) -> list[Callable[[Tensors], Any] | None]:
+        """What to call in place of `work` for each chunk, where there is anything."""
+        if key is None or self.graph == "none":
+            return [None] * len(chunks)
+        named = dict(net.named_buffers())
+        buffers = tuple(named.values())
+
+        def whole(
+            leaves: Sequence[Tensor], buffers: Sequence[Tensor], chunk: Sequence[Tensor]
+        ) -> Any:
+            own = _replicate(net) if native else net
+            # Buffers are arguments, too, so that a replay reads what they are by then.
+            here = dict(zip((f"net.{name}" for name in named), buffers, strict=True))
+            return torch.func.functional_call(
+                _Holder(own), here, (lambda held: work(held, batched, leaves, chunk),)
+            )
+
+        found: dict[int, Callable[..., Any] | None] = {}
+        for chunk in (chunks[0], chunks[-1]):
+            size = chunk[0].shape[0]
+            if size not in found:
+                found[size] = self.graphs.find(
+                    self.graph, (key, net, native, batched), whole, (leaves, buffers, chunk)
+                )
+        graphs = (found[chunk[0].shape[0]] for chunk in chunks)
+        return [graph and partial(graph, leaves, buffers) for graph in graphs]
 
     def _chunk(self, rows: Tensors, workers: int) -> int:
         """Tasks that run together: by vmap if there is more than one."""
@@ -155,8 +247,24 @@ class Engine:
         return self.tasks_per_chunk or (-(-num_tasks // workers) if most_rows <= _FEW_ROWS else 1)
 
 
+class _Holder(nn.Module):
+    """A network within a module, for `functional_call` to swap tensors of."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
+        return work(self.net)
+
+
+def _kept(key: Hashable, verb: str, function: TaskFunction, names: list[str]) -> Hashable:
+    """A key with what a caller cannot forget."""
+    return None if key is None else (key, verb, function.__code__, tuple(names))
+
+
 def _call(
-    function: TaskFunction, batched: bool, net: nn.Module, params: Params, rows: Tensors
+    function: TaskFunction, batched: bool, net: nn.Module, params: Params, rows: Sequence[Tensor]
 ) -> Any:
     """Results for a chunk with a leading dimension of tasks."""
     if batched:
@@ -166,25 +274,16 @@ def _call(
 
 
 def _over_threads(
-    work: Callable[[nn.Module, Tensors, bool], Any],
-    net: nn.Module,
-    chunks: list[Tensors],
-    batched: bool,
-    workers: int,
-    native: bool,
+    share: Callable[[int], list[Any]], num_chunks: int, workers: int
 ) -> Iterator[Any]:
+    """Results in the order of the chunks, of which worker w has every `workers`-th from w on."""
+
     def begin() -> None:
         torch.set_num_threads(max(1, _cores() // workers))
 
-    def share(worker: int) -> list[Any]:
-        # functional_call swaps the parameters of the module that it runs, so that each thread
-        # needs modules of its own; the tensors in them stay shared.
-        replica = _replicate(net, native=native and not batched)
-        return [work(replica, chunk, batched) for chunk in chunks[worker::workers]]
-
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
         shares = list(pool.map(share, range(workers)))
-    for position in range(len(chunks)):
+    for position in range(num_chunks):
         yield shares[position % workers][position // workers]
 
 

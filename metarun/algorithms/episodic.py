@@ -79,7 +79,7 @@ class EpisodicLearner(Algorithm):
 
         rows = self.training_rows(batch, progress)
         grads, (losses, scores, moments) = self.settled_engine().gradients(
-            task, self.net, own_parameters(self.net), rows
+            task, self.net, own_parameters(self.net), rows, key=self.replay_key()
         )
         grads = self.clipped(grads)
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
@@ -94,7 +94,8 @@ class EpisodicLearner(Algorithm):
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             return self.answers(net, params, rows[0], rows[1], rows[2], ways, how)
 
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
+        rows = (support_x, support_y, query_x)
+        return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
 
     def answering(self, support_rows: int) -> Pass:
         """How a pass over the support and query rows of a task is made at evaluation."""

@@ -9,7 +9,7 @@ Shapes: T tasks, S support rows, Q query rows, D outputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +59,8 @@ class MAML(AdaptingLearner):
         ValueError: A number or a word is out of range.
     """
 
+    replays: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -93,12 +95,14 @@ class MAML(AdaptingLearner):
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        first_order = is_first_order(self.second_order_from, progress)
+
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
             theta, rates = self._split(params)
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise))
-            weights = self._adapted(loss, theta, rates, progress)
+            weights = self._adapted(loss, theta, rates, first_order)
             outputs = forward(net, weights, query_x, Pass(moments=moments, noise=noise))
             query_loss = self.loss(outputs, query_y)
             return query_loss, (query_loss, outputs, moments)
@@ -106,7 +110,7 @@ class MAML(AdaptingLearner):
         rows = self.training_rows(batch, progress)
         params: Params = {**self.optimizer.targets}
         grads, (losses, outputs, moments) = self.settled_engine().gradients(
-            task, self.net, params, rows
+            task, self.net, params, rows, key=self.replay_key(first_order)
         )
         self.optimizer.step(grads, progress)
         update_running(self.net, moments)
@@ -114,7 +118,7 @@ class MAML(AdaptingLearner):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def _adapted(
-        self, loss: Loss, theta: Params, rates: float | Params, progress: Progress
+        self, loss: Loss, theta: Params, rates: float | Params, first_order: bool
     ) -> Params:
         """All parameters after the inner steps of training."""
         adapted = sgd_adapt(
@@ -122,7 +126,7 @@ class MAML(AdaptingLearner):
             {name: theta[name] for name in self.adapted},
             lr=rates,
             steps=self.inner_steps,
-            first_order=is_first_order(self.second_order_from, progress),
+            first_order=first_order,
             clip=self.inner_clip,
         )
         return {**theta, **adapted}
@@ -187,7 +191,8 @@ class MetaGANMAML(MetaGAN, MAML):
     ) -> Answer:
         theta, rates = self._split(params)
         loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise), made)
-        weights = self._adapted(loss, theta, rates, progress)
+        first_order = is_first_order(self.second_order_from, progress)
+        weights = self._adapted(loss, theta, rates, first_order)
         return lambda x, how: forward(net, weights, x, how)
 
     def _support_loss(

@@ -5,10 +5,10 @@ Shapes: T tasks, S support rows, Q query rows, D outputs, K inner steps, C chann
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,8 @@ class MAMLpp(AdaptingLearner):
         ValueError: A number is out of range.
     """
 
+    replays: ClassVar[bool] = True
+
     def __init__(
         self,
         *,
@@ -106,10 +108,11 @@ class MAMLpp(AdaptingLearner):
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         first_order = is_first_order(self.second_order_from, progress)
-        weights = self._loss_weights(progress)
+        shares = self._loss_weights(progress)
+        counts = [share > 0.0 for share in shares]
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y, noise = rows
+            support_x, support_y, query_x, query_y, noise, weights = rows
             how = Pass(noise=noise)
             steps = self.inner_steps
             path = self._descent(
@@ -119,7 +122,7 @@ class MAMLpp(AdaptingLearner):
             seen: list[list[Moments]] = []
             for step, (theta, support_moments) in enumerate(path):
                 seen.append([support_moments])
-                if weights[step] > 0.0:
+                if counts[step]:
                     moments: Moments = {}
                     now = self._at(net, theta, step)
                     outputs = forward(net, now, query_x, replace(how, moments=moments))
@@ -128,19 +131,24 @@ class MAMLpp(AdaptingLearner):
             kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]
             return loss, (loss, outputs, kept)
 
-        rows = self.training_rows(batch, progress)
+        weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
+        rows = (*self.training_rows(batch, progress), weights)
         grads, (losses, outputs, moments) = self.settled_engine().gradients(
-            task, self.net, {**self.optimizer.targets}, rows
+            task,
+            self.net,
+            {**self.optimizer.targets},
+            rows,
+            key=self.replay_key(first_order, *counts),
         )
         self.optimizer.step(grads, progress)
         update_running(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Tensor:
+    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
         """As in `Algorithm`, of all that is meta-learned."""
         params: Params = {**self.optimizer.targets}
-        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows)
+        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows, key=key)
         return outputs
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:

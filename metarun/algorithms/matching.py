@@ -46,6 +46,7 @@ class MatchingNet(EpisodicLearner):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    replays: ClassVar[bool] = True
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
 

@@ -74,6 +74,7 @@ class NeuralProcess(Algorithm):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("regression",)
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -154,7 +155,11 @@ class NeuralProcess(Algorithm):
             return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]))
 
         grads, (losses, scores) = self.settled_engine().gradients(
-            task, self.net, own_parameters(self.net), (targets_x, targets_y, noise)
+            task,
+            self.net,
+            own_parameters(self.net),
+            (targets_x, targets_y, noise),
+            key=self.replay_key(size),
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}

@@ -52,6 +52,7 @@ class ProtoMAML(Algorithm):
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class ProtoMAML(Algorithm):
 
         rows = self.training_rows(batch, progress)
         grads, (losses, scores, moments) = self.settled_engine().gradients(
-            task, self.net, own_parameters(self.net), rows
+            task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         update_running(self.net, moments)

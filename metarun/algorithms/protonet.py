@@ -37,6 +37,7 @@ class ProtoNet(EpisodicLearner):
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
 
     def __init__(
         self, *, distance: Distance = "squared_euclidean", scale: float = 1.0, **common: Any

@@ -52,6 +52,7 @@ class R2D2(EpisodicLearner):
 
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -48,6 +48,7 @@ class RelationNet(EpisodicLearner):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    replays: ClassVar[bool] = True
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
 

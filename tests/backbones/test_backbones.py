@@ -198,3 +198,45 @@ def test_a_conv4_without_batch_norm_answers_each_row_alone() -> None:
         assert not has_batch_norm(net)
     with pytest.raises(ValueError, match=r"backbone\.norm=some: expected batch, instance or none"):
         Conv4((1, 20, 20), 3, norm="some")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_pooling_first_is_batch_norm_relu_and_pooling_with_weights_of_either_sign(
+    running: bool,
+) -> None:
+    torch.manual_seed(0)
+    net = Conv4((1, 9, 9), 3, filters=4, blocks=2).double()
+    plain: list[nn.Module] = []
+    for conv, norm in zip(net.body.convs, net.body.norms, strict=True):
+        with torch.no_grad():
+            norm.weight.copy_(torch.tensor([1.5, -0.7, -1.2, 0.4]))
+            norm.bias.normal_()
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2.0)
+        theirs = nn.BatchNorm2d(4).double()
+        theirs.load_state_dict({**norm.state_dict(), "num_batches_tracked": torch.tensor(0)})
+        assert (norm.weight < 0).any()
+        assert (norm.weight > 0).any()
+        plain += [conv, theirs.train(not running), nn.ReLU(), nn.MaxPool2d(2)]
+    reference = nn.Sequential(*plain, nn.Flatten(), net.head)
+    x = torch.randn(5, 1, 9, 9, dtype=torch.float64, requires_grad=True)
+
+    def derivatives(outputs: Tensor) -> tuple[Tensor, ...]:
+        (first,) = torch.autograd.grad(outputs.square().sum(), x, create_graph=True)
+        return outputs, first, *torch.autograd.grad(first.square().sum(), x)
+
+    ours = derivatives(net(x, Pass(running=running)))
+    for mine, theirs_ in zip(ours, derivatives(reference(x)), strict=True):
+        torch.testing.assert_close(mine, theirs_, rtol=1e-10, atol=1e-10)
+
+
+def test_moments_of_a_block_that_pools_first_are_those_of_its_convolution() -> None:
+    net = Conv4((1, 8, 8), 3, filters=4, blocks=1)
+    with torch.no_grad():
+        net.body.norms[0].weight.copy_(torch.tensor([1.0, -1.0, 2.0, -0.5]))
+    x = torch.randn(6, 1, 8, 8)
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    net(x, Pass(moments=moments))
+    var, mean = torch.var_mean(net.body.convs[0](x), (0, 2, 3))
+    torch.testing.assert_close(moments["norms.0"][0], mean)
+    torch.testing.assert_close(moments["norms.0"][1], var)

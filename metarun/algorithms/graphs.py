@@ -1,0 +1,159 @@
+"""Functions of tensors as flat graphs: followed once, then replayed without what led to them.
+
+A meta-step is many small operators. Between them Python, autograd and functorch take longer than
+the operators do, for small networks several times as long, and they come to the same list of
+operators each time. `Graphs` follows a function once for each shape of its arguments and keeps
+the list, gradients of any order included; a replay calls the operators and nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+GraphKind = Literal["auto", "none", "replay", "compile"]
+GRAPH_KINDS: tuple[GraphKind, ...] = ("auto", "none", "replay", "compile")
+Function = Callable[..., Any]
+
+_PATIENCE = 50
+"""Calls before `auto` follows a function: to follow it takes as long as some hundred small calls,
+so that a single evaluation does not."""
+
+_log = logging.getLogger(__name__)
+
+
+class Graphs:
+    """The graphs of one engine, by what they were made of."""
+
+    def __init__(self) -> None:
+        self._calls: dict[Hashable, int] = {}
+        self._made: dict[Hashable, Function | None] = {}
+
+    def __deepcopy__(self, _: dict[int, Any]) -> Graphs:
+        return Graphs()
+
+    def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
+        return Graphs, ()
+
+    def find(
+        self, kind: GraphKind, key: Hashable, function: Function, args: Sequence[Sequence[Tensor]]
+    ) -> Function | None:
+        """What to call in the place of `function`; None is the function itself.
+
+        A replay is used only where it gives what the function gives, bit for bit. One that is
+        compiled agrees to rounding.
+
+        Args:
+            kind: `auto` and `replay` replay the operators, `auto` from the 50th call on;
+                `compile` hands them to `torch.compile`, which fuses them.
+            key: Everything that the function depends on beside its arguments.
+            function: Of lists of tensors to any nest of tensors. It reads no other tensors: one
+                that does is never replayed.
+            args: The arguments of this call.
+        """
+        whole = (kind, key, tuple(tuple(map(_layout, tensors)) for tensors in args))
+        if whole in self._made:
+            return self._made[whole]
+        calls = self._calls[whole] = self._calls.get(whole, 0) + 1
+        if kind == "auto" and calls < _PATIENCE:
+            return None
+        del self._calls[whole]
+        made = self._made[whole] = (
+            _compiled(function, args) if kind == "compile" else _replay(function, args)
+        )
+        return made
+
+
+def _layout(tensor: Tensor) -> Hashable:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _replay(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
+    try:
+        graph = _followed(function, args)
+    # Whatever cannot be followed can still be called, as it was before.
+    except Exception as error:
+        _log.debug("not replayed: %s", error)
+        return None
+    expected, found = function(*args), graph(*args)
+    if not _same(expected, found):
+        _log.debug("not replayed: a replay differs from the function")
+        return None
+    return graph
+
+
+def _compiled(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
+    graph = _followed(function, args)
+    on_gpu = any(tensor.is_cuda for tensors in args for tensor in tensors)
+    # On a GPU whole-step CUDA graphs: nothing is launched one by one.
+    mode = "reduce-overhead" if on_gpu else "default"
+    compiled = torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
+
+    def run(*tensors: Sequence[Tensor]) -> Any:
+        with torch.no_grad():
+            return compiled(*tensors)
+
+    return run
+
+
+def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
+    """The operators of one call, from the arguments to the results.
+
+    Raises:
+        ValueError: It reads tensors that are not among its arguments.
+    """
+    flat = [[tensor.detach() for tensor in tensors] for tensors in args]
+    with warnings.catch_warnings():
+        # Gradients of tensors that are no leaves, which autograd is asked for on purpose.
+        warnings.simplefilter("ignore")
+        module = make_fx(function)(*flat)
+    constants = [node.target for node in module.graph.nodes if node.op == "get_attr"]
+    if constants:
+        raise ValueError(f"it reads tensors that are not among its arguments: {constants}")
+    _tidy(module)
+
+    def run(*tensors: Sequence[Tensor]) -> Any:
+        with torch.no_grad():
+            return module(*tensors)
+
+    return run
+
+
+_SAME_VALUES = {
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten.expand.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.t.default,
+}
+"""Operators that give their first argument in another shape, which may be the one it has."""
+
+
+def _tidy(module: fx.GraphModule) -> None:
+    """Leave out what changes nothing and what nobody reads."""
+    for node in module.graph.nodes:
+        if node.target in _SAME_VALUES and _shape(node) == _shape(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _shape(node: fx.Node) -> Hashable:
+    value = node.meta["val"]
+    return value.shape, value.stride()
+
+
+def _same(expected: Any, found: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=True)
+    return all(
+        bool(((a == b) | (a.isnan() & b.isnan())).all()) and a.dtype == b.dtype for a, b in pairs
+    )

@@ -1,0 +1,163 @@
+"""Replays do what the functions do, bit for bit, and are not used where they might not."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.engine import Engine
+from metarun.algorithms.graphs import Graphs
+from metarun.algorithms.protonet import ProtoNet
+from metarun.types import Progress
+from tests.algorithms.test_contract import PAIRS, answers, build, classes
+
+REPLAYING = [(algo, data) for algo, data in PAIRS if vars(classes()[algo]).get("replays")]
+# One of each class: the others are settings of it.
+DIFFERENT = list({(classes()[algo], data): (algo, data) for algo, data in REPLAYING[::-1]}.values())
+SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=20"], "sinusoid": []}
+
+
+def made_graphs(algorithm: Algorithm) -> list[Any]:
+    return list(algorithm.engine.graphs._made.values())
+
+
+def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
+    """A learner after updates that are far apart in the run, and its answers."""
+    torch.manual_seed(0)
+    fewer = ["algo.inner_steps=2"] if algo == "mamlpp" else []
+    made = build(algo, data, "train.tasks_per_step=3", *SMALLER[data], *fewer)
+    made.algorithm.engine = engine
+    for step in (0, 1, 6, 7):
+        made.algorithm.update(made.source.batch("train", 3 * step, 3), Progress(step, 8))
+    return made.algorithm, answers(made.algorithm, made.source.batch("test", 0, 4))
+
+
+@pytest.mark.parametrize("kind", ["vmap", "threads"])
+@pytest.mark.parametrize(("algo", "data"), DIFFERENT)
+def test_a_learner_that_replays_is_the_one_that_does_not_bit_for_bit(
+    algo: str, data: str, kind: Any
+) -> None:
+    engine = {"kind": kind, "tasks_per_chunk": 1 if kind == "threads" else None, "threads": 2}
+    plain, expected = learned(algo, data, Engine(**engine, graph="none"))
+    replayed, found = learned(algo, data, Engine(**engine, graph="replay"))
+    assert torch.equal(found, expected)
+    ours, theirs = replayed.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[n], v) for n, v in theirs.items() if isinstance(v, Tensor))
+    assert any(made_graphs(replayed)), "no graph was used"
+    assert not made_graphs(plain)
+
+
+def test_the_learners_with_recipes_of_long_runs_replay() -> None:
+    replaying = {algo for algo, _ in REPLAYING}
+    assert replaying >= {"maml", "fomaml", "anil", "metasgd", "mamlpp", "protonet", "cnp", "r2d2"}
+
+
+def test_a_subclass_replays_only_if_it_says_so_itself() -> None:
+    class Mine(ProtoNet):
+        """Might read anything."""
+
+    mine = Mine.__new__(Mine)
+    assert mine.replay_key(3) is None
+    assert ProtoNet.__new__(ProtoNet).replay_key(3) == (3,)
+
+
+def squares(values: list[Tensor]) -> Tensor:
+    return values[0] ** 2
+
+
+ARGS = ([torch.tensor([1.0, 2.0])],)
+
+
+def test_auto_follows_a_function_at_its_50th_call() -> None:
+    graphs = Graphs()
+    found = [graphs.find("auto", "squares", squares, ARGS) for _ in range(51)]
+    assert found[:49] == [None] * 49
+    assert found[49] is not None
+    assert found[50] is found[49]
+    assert torch.equal(found[49]([torch.tensor([3.0, 4.0])]), torch.tensor([9.0, 16.0]))
+
+
+def test_another_shape_is_followed_by_itself() -> None:
+    graphs = Graphs()
+    graphs.find("replay", "squares", squares, ARGS)
+    longer = ([torch.tensor([1.0, 2.0, 3.0])],)
+    found = graphs.find("replay", "squares", squares, longer)
+    assert found is not None
+    assert torch.equal(found(*longer), torch.tensor([1.0, 4.0, 9.0]))
+
+
+def test_a_function_that_reads_other_tensors_is_not_replayed() -> None:
+    factor = torch.tensor([2.0, 2.0])
+    assert Graphs().find("replay", "key", lambda values: values[0] * factor, ARGS) is None
+
+
+def test_a_function_that_computes_something_else_each_time_is_not_replayed() -> None:
+    calls = iter(range(100))
+    assert Graphs().find("replay", "key", lambda values: values[0] * next(calls), ARGS) is None
+
+
+def test_a_function_that_cannot_be_followed_is_not_replayed() -> None:
+    def branches(values: list[Tensor]) -> Tensor:
+        return values[0] if float(values[0].sum()) > 0 else -values[0]
+
+    assert Graphs().find("replay", "key", branches, ARGS) is None
+
+
+def test_without_a_key_nothing_is_replayed() -> None:
+    engine = Engine("vmap", graph="replay")
+    net = nn.Linear(2, 1)
+    params: dict[str, Tensor] = dict(net.named_parameters())
+    rows = (torch.ones(3, 4, 2),)
+
+    def task(net: nn.Module, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        answers = torch.func.functional_call(net, params, (x,))
+        return answers.square().mean(), answers
+
+    engine.gradients(task, net, params, rows)
+    assert not engine.graphs._made
+    engine.gradients(task, net, params, rows, key=())
+    assert any(engine.graphs._made.values())
+
+
+def test_a_replay_reads_buffers_as_they_are_by_then() -> None:
+    net = nn.Module()
+    net.register_buffer("offset", torch.tensor(1.0))
+    net.forward = lambda x: x + net.offset  # type: ignore[method-assign]
+    engine = Engine("vmap", graph="replay")
+
+    def task(net: nn.Module, _: dict[str, Tensor], x: Tensor) -> Tensor:
+        shifted: Tensor = x + net.offset
+        return shifted
+
+    rows = (torch.zeros(2, 3),)
+    assert torch.equal(engine.map(task, net, {}, rows, key=()), torch.ones(2, 3))
+    net.offset = torch.tensor(5.0)
+    assert torch.equal(engine.map(task, net, {}, rows, key=()), torch.full((2, 3), 5.0))
+    assert any(engine.graphs._made.values())
+
+
+def test_a_copy_of_a_learner_has_no_graphs_of_the_original() -> None:
+    engine = Engine(graph="replay")
+    engine.graphs.find("replay", "squares", squares, ARGS)
+    assert not copy.deepcopy(engine).graphs._made
+
+
+def test_an_unknown_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="graph=fast: expected one of auto, none, replay"):
+        Engine(graph="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
+def test_what_is_compiled_agrees_to_rounding() -> None:
+    plain, expected = learned("maml", "sinusoid", Engine("vmap", graph="none"))
+    compiled, found = learned("maml", "sinusoid", Engine("vmap", graph="compile"))
+    assert all(made_graphs(compiled))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name), value, rtol=1e-10, atol=1e-10)
