@@ -666,7 +666,7 @@ class _Loop:
         for leaf in pytree.tree_leaves(self.algorithm.state_dict()):
             if isinstance(leaf, Tensor):
                 digest.update(
-                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 )
         if len(set(processes.collected(digest.hexdigest()))) > 1:
             text = (

@@ -170,7 +170,7 @@ class MetaGAN(Algorithm):
         turn = self.adversary.averaged(turn, progress)
         self.adversary.check(turn)
         self.optimizer.step(grads, progress, self.limited)
-        self.adversary.apply(turn, progress)
+        self.adversary.move(turn, progress)
         update_running(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {

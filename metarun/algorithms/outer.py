@@ -142,13 +142,13 @@ class OuterOptimizer(nn.Module):
             NonFiniteError: One of them is not finite; nothing has changed.
         """
         grads = self.averaged(grads, progress)
-        self.apply(grads if limit is None else limit(grads), progress)
+        self.move(grads if limit is None else limit(grads), progress)
 
     def averaged(self, grads: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
         """The means over the tasks of all processes, from those over each one's batch."""
         return grads if progress.share is None else processes.mean(grads, progress.share.count)
 
-    def apply(self, grads: dict[str, Tensor], progress: Progress) -> None:
+    def move(self, grads: dict[str, Tensor], progress: Progress) -> None:
         """As `step`, of gradients that are `averaged` already."""
         norm = self.check(grads)
         for group in self.optimizer.param_groups:

@@ -207,13 +207,11 @@ def update_running(
     if not moments:
         return
     count = len(next(iter(moments.values()))[0])
-    means = {
-        f"{name} {i}": part.mean(0) for name, pair in moments.items() for i, part in enumerate(pair)
-    }
+    means = {f"mean {name}": mean.mean(0) for name, (mean, _) in moments.items()}
+    means |= {f"var {name}": var.mean(0) for name, (_, var) in moments.items()}
     means = processes.mean(means, count)
-    move_running(
-        net, {name: (means[f"{name} 0"], means[f"{name} 1"]) for name in moments}, momentum
-    )
+    averaged = {name: (means[f"mean {name}"], means[f"var {name}"]) for name in moments}
+    move_running(net, averaged, momentum)
 
 
 def move_running(
