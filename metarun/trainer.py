@@ -261,12 +261,15 @@ class _Signals:
         """Leave if there was a signal, in whichever process: all leave at the same step."""
         signum = processes.largest(self.signum or 0)
         if signum:
+            self.signum = signum
             raise _StopError(signum)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+        if not processes.first():
+            return
         # Not through the log, which the signal may have come in the middle of.
         with suppress(OSError):
             os.write(2, b"\nstopping and saving; once more stops at once\n")
