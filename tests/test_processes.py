@@ -116,7 +116,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 def furthest(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     assert one.keys() == other.keys()
     gaps = [(one[name] - other[name]).abs().max() for name in one if one[name].numel()]
-    return float(torch.stack([gap.double() for gap in gaps]).max())
+    return max((float(gap) for gap in gaps), default=0.0)
 
 
 def check_learning(case: str, both: Outcomes) -> None:
@@ -313,3 +313,48 @@ def test_one_process_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
     assert processes.asked_for() == processes.Place()
+
+
+POISON = """\
+from dataclasses import replace
+
+import torch
+
+from metarun import processes
+from metarun.algorithms.maml import MAML
+
+
+class Poisoned(MAML):
+    def update(self, batch, progress):
+        if progress.step == 3 and processes.rank() == 1:
+            batch = replace(batch, query_y=batch.query_y * torch.inf)
+        return super().update(batch, progress)
+
+
+class Apart(MAML):
+    def update(self, batch, progress):
+        metrics = super().update(batch, progress)
+        with torch.no_grad():
+            next(self.parameters()).add_(processes.rank())
+        return metrics
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("Poisoned", "error: step 3: the gradient of "),
+        ("Apart", "error: step 3: the processes no longer have the same parameters: algo=mine"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_stops_all(kind: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "poison.py").write_text(POISON)
+    (tmp_path / "conf/algo").mkdir(parents=True)
+    yaml = f"defaults: [maml, _self_]\n_target_: poison.{kind}\n"
+    (tmp_path / "conf/algo/mine.yaml").write_text(yaml)
+    words = ["--config-dir", "conf", *SMALL_RUN, "algo=mine", "train.steps=9"]
+    with pair(tmp_path, *words) as started:
+        told = [process.communicate(timeout=120)[1] for process in started]
+        assert [process.returncode for process in started] == [1, 1]
+    assert text in told[0], told
+    assert told[1] == ""

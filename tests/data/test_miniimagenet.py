@@ -420,7 +420,7 @@ def test_processes_share_the_images_which_nothing_alters(sets: Sets, tmp_path: P
     write_pickles(tmp_path / "theirs", sets)
     store = import_miniimagenet(tmp_path / "theirs", tmp_path / "root")
     sizes: dict[Split, EpisodeSize] = {split: EpisodeSize(5, 1, 2) for split in SPLITS}
-    source = MiniImageNet(root=str(tmp_path / "root"), **injected(sizes))
+    source = MiniImageNet(root=str(tmp_path / "root"), **injected(sizes=sizes))
     for split in SPLITS:
         source.batch(split, 0, 4)
         mapping = mapped(tmp_path / "root" / "miniimagenet" / f"{split}.npy")
