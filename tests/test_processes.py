@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from metarun import processes
@@ -244,6 +243,7 @@ def test_what_cannot_be_shared_is_refused_once_and_nothing_is_made(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["list"], ["-m", "seed=0,1"]], ids=str)
 def test_what_is_no_single_run_is_refused_once(words: list[str], tmp_path: Path) -> None:
     with pair(tmp_path, *words) as started:
@@ -344,7 +344,11 @@ class Apart(MAML):
     ("kind", "text"),
     [
         ("Poisoned", "error: step 3: the gradient of "),
-        ("Apart", "error: step 3: the processes no longer have the same parameters: algo=mine"),
+        pytest.param(
+            "Apart",
+            "error: step 3: the processes no longer have the same parameters: algo=mine",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_goes_wrong_in_one_process_stops_all(kind: str, text: str, tmp_path: Path) -> None:
