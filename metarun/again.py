@@ -8,25 +8,29 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf.errors import OmegaConfBaseException
 
-from metarun import config
+from metarun import config, processes
 from metarun.config import Experiment, Plain
 from metarun.launch import (
     EXIT_OK,
     check_data,
     draw_figures,
     guarded,
+    silent,
     to_yaml,
     train_in,
     warnings_held,
 )
 from metarun.naming import HOW_IT_RUNS, root_of, slug
 from metarun.request import Composer, composer, leaves, parse_value
-from metarun.runs import RunFolder, write_atomically
+from metarun.runs import Elsewhere, RunFolder, write_atomically
 from metarun.trackers.base import flat
+
+if TYPE_CHECKING:
+    from metarun.screen import Screen
 
 _log = logging.getLogger(__name__)
 
@@ -52,9 +56,8 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     Raises:
         ValueError: It is no run, or something was typed that may not change.
     """
-    from metarun.screen import Screen
-
-    run = RunFolder.open(path)
+    with processes.agreed():
+        run = RunFolder.open(path)
     experiment = continuation(run, words, config_dir)
     if experiment is None:
         steps = run.configuration()["train"]["steps"]
@@ -64,8 +67,19 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
         )
         return EXIT_OK
     return guarded(
-        lambda: train_in(run, experiment, Screen()), debug=bool(experiment.record["debug"])
+        lambda: train_in(_ours(run), experiment, _screen()), debug=bool(experiment.record["debug"])
     )
+
+
+def _ours(run: RunFolder) -> RunFolder:
+    """The folder, which the first of several processes alone writes."""
+    return run if processes.first() else Elsewhere()
+
+
+def _screen() -> Screen:
+    from metarun.screen import Screen
+
+    return Screen() if processes.first() else silent()
 
 
 def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
@@ -74,6 +88,23 @@ def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -
     Raises:
         ValueError: Something was typed that may not change.
     """
+    with processes.agreed():
+        experiment = _continued(run, words, config_dir)
+    if words and experiment is not None:
+        processes.on_first(lambda: _note(run, words, experiment))
+    return experiment
+
+
+def _note(run: RunFolder, words: Sequence[str], experiment: Experiment) -> None:
+    """Write what was typed for a run that goes on."""
+    with run.locked():
+        _check_steps(run, experiment.train.steps)
+        overrides = [*run.overrides(), *words]
+        write_atomically(run.path / "config.yaml", to_yaml(experiment.record).encode())
+        write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
+
+
+def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
     stored = run.configuration()
     typed = dict(map(parse_value, words))
     plain = copy.deepcopy(stored)
@@ -91,12 +122,7 @@ def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -
             _log.warning("%s", line)
         config.trackers(plain)
         experiment = config.build(plain)
-    if words:
-        with run.locked():
-            _check_steps(run, settings.train.steps)
-            overrides = [*run.overrides(), *words]
-            write_atomically(run.path / "config.yaml", to_yaml(experiment.record).encode())
-            write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
+        config.check_shares(experiment)
     return experiment
 
 
@@ -106,7 +132,31 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     Raises:
         ValueError: It is no run, or something was typed that belongs to training.
     """
-    run = RunFolder.open(path)
+    with processes.agreed():
+        run = RunFolder.open(path)
+        experiment = _tested(run, words, config_dir)
+    from metarun import trainer
+
+    folder = processes.on_first(lambda: run.test_folder(slug(words, 80) or "same"))
+
+    def work() -> None:
+        trainer.test(
+            experiment.algorithm,
+            experiment.source,
+            experiment.eval,
+            run,
+            folder,
+            experiment.facts,
+            _screen(),
+        )
+        if processes.first():
+            draw_figures(folder)
+
+    return guarded(work, debug=bool(experiment.record["debug"]))
+
+
+def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
+    """The parts of a run for a meta-test."""
     stored = run.configuration()
     typed = dict(map(parse_value, words))
     name = typed.pop("data", None)
@@ -130,24 +180,7 @@ def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
         raise ValueError(
             f"way={settings.way}: the run learned {learned} and has a head for nothing else"
         )
-    from metarun import trainer
-    from metarun.screen import Screen
-
-    folder = run.test_folder(slug(words, 80) or "same")
-
-    def work() -> None:
-        trainer.test(
-            experiment.algorithm,
-            experiment.source,
-            experiment.eval,
-            run,
-            folder,
-            experiment.facts,
-            Screen(),
-        )
-        draw_figures(folder)
-
-    return guarded(work, debug=settings.debug)
+    return experiment
 
 
 def _check_steps(run: RunFolder, steps: int) -> None:

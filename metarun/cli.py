@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import metarun
+from metarun import processes
 from metarun.config import check, conf_dir
 from metarun.launch import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, describe
 
@@ -73,23 +74,34 @@ def main(argv: Sequence[str]) -> int:
     # The installed command does not see the current folder, where a user's own modules are.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
-    _log_to_stderr()
     debug = "debug=true" in (word.lower() for word in argv)
+    place = processes.Place()
     try:
-        return _dispatch(list(argv))
+        place = processes.asked_for()
+        _log_to_stderr() if place.rank == 0 else _hush()
+        return _dispatch(list(argv), place)
     except BrokenPipeError:
         raise
     except Exception as error:
         if debug:
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        # What is wrong before the processes meet is wrong in all of them.
+        if place.rank == 0 or (not processes.first() and processes.speaks_of(error)):
+            print(f"error: {processes.speaker()}{describe(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if place.rank == 0:
+            print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
-def _dispatch(argv: list[str]) -> int:
+def _hush() -> None:
+    """Leave the screen to the first of several processes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    logging.getLogger("metarun").addHandler(logging.NullHandler())
+
+
+def _dispatch(argv: list[str], place: processes.Place) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "bench": _bench,
         "compare": _compare,
@@ -100,6 +112,8 @@ def _dispatch(argv: list[str]) -> int:
         "table": _tables,
     }
     if argv and argv[0] in commands:
+        if place.size > 1:
+            raise ValueError(f"`metarun {argv[0]}` works in one process: type it without torchrun")
         words = [word for word in argv[1:] if word.lower() not in ("debug=true", "debug=false")]
         return commands[argv[0]](words)
     if "--version" in argv:
@@ -115,7 +129,12 @@ def _dispatch(argv: list[str]) -> int:
         return _hand_over(args, _never)
     if args.help:
         return _help(args)
-    return _application(args, argv)
+    if place.size == 1 or args.cfg is not None or args.info is not None:
+        return _application(args, argv)
+    processes.start(place)
+    code = _application(args, argv)
+    processes.stop()
+    return code
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -227,22 +246,32 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     bare = not words and not args.multirun
     if bare:
         words = [f"experiment={QUICK_START}"]
-    with composer(args.config_dir, args.config_path, args.config_name) as compose:
-        sweep = compose.is_sweep(words, args.multirun)
-        if sweep:
-            words = compose.sweep_words(words)
-        jobs = compose.jobs(words, sweep)
-        way = compose.way(words) if sweep else None
-    args.overrides = words
-    if shows:
-        for job in jobs:
-            check(job.plain)
-        return _hand_over(args, _never)
-    if bare:
-        print("quick start: MAML learns sinusoids in about a minute (`metarun --help` for more)")
-    from metarun.launch import Launch, check_jobs
+    from metarun.launch import Launch, check_jobs, follow
 
-    check_jobs(jobs)
+    with processes.agreed():
+        with composer(args.config_dir, args.config_path, args.config_name) as compose:
+            sweep = compose.is_sweep(words, args.multirun)
+            if sweep and processes.size() > 1:
+                raise ValueError(
+                    f"a sweep is many runs, which {processes.size()} processes would make at "
+                    "once: start it without torchrun, or one run of it with torchrun"
+                )
+            if sweep:
+                words = compose.sweep_words(words)
+            jobs = compose.jobs(words, sweep)
+            way = compose.way(words) if sweep else None
+        args.overrides = words
+        if shows:
+            for job in jobs:
+                check(job.plain)
+            return _hand_over(args, _never)
+        if bare:
+            print(
+                "quick start: MAML learns sinusoids in about a minute (`metarun --help` for more)"
+            )
+        check_jobs(jobs)
+    if not processes.first():
+        return follow(jobs[0].plain)
     if way is None:
         launch = Launch()
         code = _hand_over(args, launch.run)

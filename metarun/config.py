@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast
 
+from metarun import processes
 from metarun.allocator import keep_large_blocks
 from metarun.settings import EvalSettings, Published, SweepSettings, TrainSettings
 
@@ -255,6 +256,26 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     return Experiment(algorithm, source, train, evaluation, facts, record, settings.seed)
 
 
+def check_shares(experiment: Experiment) -> None:
+    """Refuse a meta-training that the processes at hand cannot share.
+
+    Raises:
+        ValueError: They are more than the tasks of an update, or these are not to be shared.
+    """
+    train, number = experiment.train, processes.size()
+    if number == 1 or not train.steps:
+        return
+    if train.tasks_per_step < number:
+        raise ValueError(
+            f"train.tasks_per_step={train.tasks_per_step} is fewer than the {number} processes: "
+            "expected one task or more for each"
+        )
+    why = experiment.algorithm.needs_whole_batch
+    if why is not None:
+        name = experiment.facts["algo"]
+        raise ValueError(f"algo={name} cannot share its tasks over {number} processes: {why}")
+
+
 def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
     """The meta-training that an algorithm has: no steps where it has nothing to meta-learn."""
     if not algorithm.meta_trains:
@@ -314,6 +335,16 @@ def _device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cpu":
         return device
+    local = processes.local_rank()
+    if local is not None:
+        # Whatever number is typed: a run that is resumed has that of its first process.
+        device = torch.device("cuda", local)
+        if torch.cuda.device_count() < processes.local_size():
+            raise ValueError(
+                f"device={name}: {processes.local_size()} processes need a GPU each, and this "
+                f"machine has {torch.cuda.device_count()}: start fewer, or use device=cpu"
+            )
+        torch.cuda.set_device(device)
     if not torch.cuda.is_available():
         raise ValueError(f"device={name}: no GPU is available here: use device=cpu")
     if (device.index or 0) >= torch.cuda.device_count():

@@ -10,6 +10,7 @@ from importlib import metadata
 from typing import Any
 
 import metarun
+from metarun import processes
 
 PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
 
@@ -41,6 +42,7 @@ def describe(device: str) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "processes": processes.size(),
         "command": sys.argv,
         "git": _git(),
     }

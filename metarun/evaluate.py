@@ -7,16 +7,16 @@ E numbers of a task's embedding, S support rows, K presentations of a class.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from metarun import seeding
+from metarun import processes, seeding
 from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.online import OnlineLearner
 from metarun.clusters import Labels
@@ -95,68 +95,130 @@ def evaluate(
         views: Of each image that an answer is averaged over; see `views.predict`.
         curve_steps: Also take the metric after 0 … this many inner steps, without other views.
         tick: Called with the number of episodes done after each batch; may raise to stop.
+
+    Several processes measure batches side by side, cut as one would cut them, and all get what
+    was measured; the hash is the first one's. Trajectories are lived in the first one.
     """
     if source.spec.streams is not None:
         living = Living(algorithm, source, split, episodes, tasks_per_batch, follow=False)
-        return living.run(None if tick is None else lambda _: tick(0))
-    values: list[Tensor] = []
-    curves: list[Tensor] = []
-    embeddings: list[Tensor] = []
-    presentations: list[Tensor] = []
-    beside: dict[str, list[Tensor]] = {}
-    strategies: dict[str, list[Tensor]] = {}
-    rivals: dict[str, list[Tensor]] = {}
-    families: list[Tensor] = []
-    groups: list[Tensor] = []
-    confused: list[Tensor] = []
+        return processes.on_first(lambda: living.run(None if tick is None else lambda _: tick(0)))
+    starts = range(0, episodes, tasks_per_batch)
+    mine: list[_Part] = []
     digest = hashlib.blake2b(digest_size=8)
     was_training = algorithm.training
     algorithm.eval()
     try:
         with torch.no_grad():
-            for start in range(0, episodes, tasks_per_batch):
-                batch = source.batch(split, start, min(tasks_per_batch, episodes - start))
-                _add(digest, batch)
-                # An algorithm that draws numbers to answer answers the same each time.
-                torch.manual_seed(seeding.key("evaluation", split, start))
-                answer = predict(algorithm, batch.support_x, batch.support_y, batch.query_x, views)
-                values.append(_figures(source.spec, answer.outputs, batch.query_y))
-                embeddings += [] if answer.embedding is None else [answer.embedding]
-                if answer.sequence is not None:
-                    presentations.append(by_presentation(answer.sequence, batch.support_y))
-                if curve_steps is not None:
-                    curve = _curve(algorithm, source.spec, batch, curve_steps)
-                    curves += [] if curve is None else [curve]
-                if answer.spread is not None:
-                    for name, here in sureness(answer, batch.query_y).items():
-                        beside.setdefault(name, []).append(here)
-                if source.spec.kind == "regression" and batch.class_ids is not None:
-                    families.append(batch.class_ids[:, 0])
-                if source.spec.num_train_classes is not None and batch.class_ids is not None:
-                    confused.append(_confused(answer.outputs, batch.query_y, batch.class_ids))
-                if answer.responsibilities is not None:
-                    groups.append(answer.responsibilities.argmax(1))
-                for theirs, found in ((strategies, answer.strategies), (rivals, answer.rivals)):
-                    for name, outputs in (found or {}).items():
-                        here = _figures(source.spec, outputs, batch.query_y)
-                        theirs.setdefault(name, []).append(here)
+            for round_ in _rounds(starts):
+                for number, start in enumerate(round_):
+                    own = number == processes.rank()
+                    if not own and not processes.first():
+                        continue
+                    batch = source.batch(split, start, min(tasks_per_batch, episodes - start))
+                    if processes.first():
+                        _add(digest, batch)
+                    if own:
+                        # An algorithm that draws numbers to answer answers the same each time.
+                        torch.manual_seed(seeding.key("evaluation", split, start))
+                        mine.append(_measured(algorithm, source.spec, batch, views, curve_steps))
                 if tick is not None:
-                    tick(start + batch.num_tasks)
+                    tick(min(round_[-1] + tasks_per_batch, episodes))
     finally:
         algorithm.train(was_training)
+    parts = _in_order(processes.collected(mine), len(starts))
     return EpisodeMetrics(
-        values=_array(torch.cat(values)),
-        curve=_array(torch.cat(curves, dim=1)) if curves else None,
-        embeddings=_array(torch.cat(embeddings)) if embeddings else None,
+        values=_array(torch.cat([part.values for part in parts])),
+        curve=_joined([part.curve for part in parts], dim=1),
+        embeddings=_joined([part.embeddings for part in parts]),
         digest=digest.hexdigest(),
-        presentations=_array(torch.cat(presentations)) if presentations else None,
-        beside={name: _array(torch.cat(parts)) for name, parts in beside.items()},
-        families=torch.cat(families).cpu().numpy() if families else None,
-        groups=torch.cat(groups).cpu().numpy() if groups else None,
-        confusions=_counted(torch.cat(confused)) if confused else None,
-        strategies={name: _array(torch.cat(parts)) for name, parts in strategies.items()},
-        rivals={name: _array(torch.cat(parts)) for name, parts in rivals.items()},
+        presentations=_joined([part.presentations for part in parts]),
+        beside=_joined_by_name([part.beside for part in parts]),
+        families=_labels([part.families for part in parts]),
+        groups=_labels([part.groups for part in parts]),
+        confusions=_counted([part.confused for part in parts]),
+        strategies=_joined_by_name([part.strategies for part in parts]),
+        rivals=_joined_by_name([part.rivals for part in parts]),
     )
+
+
+def _rounds(starts: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The batches that the processes evaluate at the same time, one each."""
+    for first in range(0, len(starts), processes.size()):
+        yield starts[first : first + processes.size()]
+
+
+def _in_order(parts: Sequence[Sequence[_Part]], number: int) -> list[_Part]:
+    """The parts of all batches, from those that each process has of its own."""
+    return [parts[batch % len(parts)][batch // len(parts)] for batch in range(number)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What was measured on one batch, on the CPU; as in `EpisodeMetrics`."""
+
+    values: Tensor
+    curve: Tensor | None
+    embeddings: Tensor | None
+    presentations: Tensor | None
+    beside: Mapping[str, Tensor]
+    families: Tensor | None
+    groups: Tensor | None
+    confused: Tensor | None
+    strategies: Mapping[str, Tensor]
+    rivals: Mapping[str, Tensor]
+
+
+def _measured(
+    algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, views: int, curve_steps: int | None
+) -> _Part:
+    """Measure an algorithm on one batch."""
+    answer = predict(algorithm, batch.support_x, batch.support_y, batch.query_x, views)
+
+    def figures(outputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return {n: _figures(spec, found, batch.query_y) for n, found in (outputs or {}).items()}
+
+    ids = batch.class_ids
+    sequence, shares = answer.sequence, answer.responsibilities
+    part = _Part(
+        values=_figures(spec, answer.outputs, batch.query_y),
+        curve=None if curve_steps is None else _curve(algorithm, spec, batch, curve_steps),
+        embeddings=answer.embedding,
+        presentations=None if sequence is None else by_presentation(sequence, batch.support_y),
+        beside={} if answer.spread is None else sureness(answer, batch.query_y),
+        families=None if ids is None or spec.kind != "regression" else ids[:, 0],
+        groups=None if shares is None else shares.argmax(1),
+        confused=None
+        if ids is None or spec.num_train_classes is None
+        else _confused(answer.outputs, batch.query_y, ids),
+        strategies=figures(answer.strategies),
+        rivals=figures(answer.rivals),
+    )
+    return part if processes.size() == 1 else _on_cpu(part)
+
+
+def _on_cpu(part: _Part) -> _Part:
+    """As it goes to the other processes."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: moved(item) for name, item in cast("Mapping[str, Any]", value).items()}
+        return None if value is None else value.cpu()
+
+    return _Part(**{one.name: moved(getattr(part, one.name)) for one in fields(part)})
+
+
+def _joined(parts: Sequence[Tensor | None], dim: int = 0) -> Floats | None:
+    found = [part for part in parts if part is not None]
+    return _array(torch.cat(found, dim=dim)) if found else None
+
+
+def _joined_by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Floats]:
+    return {name: _array(torch.cat([part[name] for part in parts])) for name in parts[0]}
+
+
+def _labels(parts: Sequence[Tensor | None]) -> Labels | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found).cpu().numpy() if found else None
 
 
 def _confused(outputs: Tensor, labels: Tensor, class_ids: Tensor) -> Tensor:
@@ -165,9 +227,12 @@ def _confused(outputs: Tensor, labels: Tensor, class_ids: Tensor) -> Tensor:
     return torch.stack(ids, -1).flatten(0, 1)
 
 
-def _counted(pairs: Tensor) -> Labels:
-    """Different rows of (N, 2), with their number behind them."""
-    found, counts = pairs.cpu().unique(dim=0, return_counts=True)
+def _counted(parts: Sequence[Tensor | None]) -> Labels | None:
+    """Different rows of all (N, 2), with their number behind them."""
+    pairs = [part for part in parts if part is not None]
+    if not pairs:
+        return None
+    found, counts = torch.cat(pairs).cpu().unique(dim=0, return_counts=True)
     return torch.cat([found, counts[:, None]], 1).numpy()
 
 

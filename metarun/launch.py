@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from metarun import config
+from metarun import config, processes
 from metarun.config import Plain, one_line
-from metarun.runs import Interrupted, RunError, RunFolder, check_space
+from metarun.runs import Elsewhere, Interrupted, RunError, RunFolder, check_space
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -42,7 +42,10 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     with warnings_held():
         for job in jobs:
             experiment = config.build(job.plain)
+            config.check_shares(experiment)
             check_space(job.folder, required_bytes(experiment.algorithm))
+    if not processes.first():
+        return
     for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
         print(
             f"note: there is no recipe for {pair}: the values are the general ones, not tuned "
@@ -154,13 +157,30 @@ def train(plain: Plain, folder: Path, overrides: Sequence[str], screen: Screen) 
     train_in(run, experiment, screen)
 
 
+def follow(plain: Plain) -> int:
+    """Train a run whose folder and screen are the first process's; returns the exit code."""
+    return guarded(
+        lambda: train_in(Elsewhere(), config.build(plain), silent()), debug=bool(plain["debug"])
+    )
+
+
+def silent() -> Screen:
+    """A screen that shows nothing."""
+    from rich.console import Console
+
+    from metarun.screen import Screen
+
+    return Screen(Console(quiet=True))
+
+
 def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
     """Train what was made of a run's configuration, from where its folder stands."""
     from metarun import trainer
     from metarun.trackers.base import Trackers
 
     record, facts = experiment.record, experiment.facts
-    trackers = Trackers(config.trackers(record), record, facts)
+    first = processes.first()
+    trackers = Trackers(config.trackers(record) if first else {}, record, facts)
     with trackers.closing():
         results = trainer.train(
             experiment.algorithm,
@@ -173,6 +193,8 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
             experiment.seed,
             trackers,
         )
+        if not first:
+            return
         draw_figures(run.path)
         if trackers.alive:
             draw_curves(run.path)
@@ -218,12 +240,14 @@ def guarded(work: Callable[[], object], *, debug: bool) -> int:
     try:
         work()
     except Interrupted as stop:
-        print(f"interrupted: {stop}", file=sys.stderr)
+        if processes.first():
+            print(f"interrupted: {stop}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
     except Exception as error:
         if debug:
             raise
-        print(f"error: {describe(error)}", file=sys.stderr)
+        if processes.speaks_of(error):
+            print(f"error: {processes.speaker()}{describe(error)}", file=sys.stderr)
         refused = isinstance(error, ValueError) and not isinstance(error, RunError)
         return EXIT_BAD_INPUT if refused else EXIT_FAILED
     return EXIT_OK

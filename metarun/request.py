@@ -239,6 +239,12 @@ class Composer:
         """How Hydra would go through a sweep of these words."""
         hydra = self._sweep_node(self._one_of_each(self._parse(overrides)))
         choices = hydra.runtime.choices
+        number = hydra.launcher.get("tasks_per_node") or 1
+        if number > 1:
+            raise ValueError(
+                f"hydra.launcher.tasks_per_node={number}: a run of a sweep is one process: "
+                "expected 1; torchrun starts one run in several"
+            )
         direction = hydra.sweeper.get("direction")
         return Way(
             str(choices["hydra/launcher"]),

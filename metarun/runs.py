@@ -355,6 +355,52 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
+class Elsewhere(RunFolder):
+    """The folder of a run that another process writes; here nothing is written or read.
+
+    Attributes:
+        path: Where it is there, for messages.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(Path())
+
+    def set_status(self, state: State, **facts: Any) -> None:
+        pass
+
+    def write_json(self, name: str, record: Mapping[str, Any]) -> None:
+        pass
+
+    def read_json(self, name: str) -> Record:  # noqa: ARG002
+        return {}
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        pass
+
+    def lengths(self) -> dict[str, int]:
+        return {}
+
+    def cut(self, lengths: Mapping[str, int]) -> None:
+        pass
+
+    def save_last(self, checkpoint: Record) -> None:
+        pass
+
+    def save_best(self, checkpoint: Record) -> None:
+        pass
+
+    def drop_best(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        yield
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        yield
+
+
 class _LogFile(logging.FileHandler):
     """A log that a full disk does not turn into a traceback for every line."""
 

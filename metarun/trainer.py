@@ -3,11 +3,15 @@
 It knows no algorithm by name. Everything that a step depends on is in its number, in the
 parameters and in the checkpoint, so that a run that was killed and resumed is the run that was
 never killed, bit for bit, and so is its `metrics.jsonl`.
+
+Where several processes make a run, all of them are in this loop: each has a share of the tasks of
+an update, and they keep step. The folder, the screen and the trackers are the first one's.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import logging
 import math
@@ -25,12 +29,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from metarun import clusters, continual, environment, seeding
+from metarun import clusters, continual, environment, processes, seeding
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.outer import NonFiniteError
 from metarun.evaluate import EpisodeMetrics, Living, evaluate
 from metarun.intervals import Floats, interval
+from metarun.processes import ProcessLost
 from metarun.runs import (
     DISK_FULL,
     Interrupted,
@@ -44,12 +50,13 @@ from metarun.runs import (
 from metarun.screen import BAR_SHOWS_IT, FILE_ONLY, Bar, Screen, duration, figure, number, summary
 from metarun.settings import EvalSettings, TrainSettings
 from metarun.trackers.base import RATE, Trackers
-from metarun.types import EpisodeSource, Progress, TaskSpec
+from metarun.types import EpisodeSource, Progress, Share, TaskSpec
 
 __all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
 
 _log = logging.getLogger(__name__)
 
+_COMPARED = ("data_fingerprint", "versions", "device", "engine", "torch_threads", "processes")
 _SAMPLED_TASKS = 8
 _SAMPLES = 10
 """Rows made for each of them, and the most that are shown of its support."""
@@ -85,7 +92,7 @@ def train(
 
     Raises:
         ValueError: The folder is in use, or its checkpoint does not suit; nothing has changed.
-        RunError: The run broke off: not finite, or no space.
+        RunError: The run broke off: not finite, no space, or another process is gone.
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
     with screen.attached(), run.locked(), run.logging(), _Signals() as signals:
@@ -101,6 +108,7 @@ def train(
             signals,
             trackers or Trackers(),
         )
+        run.path = processes.on_first(lambda: run.path)
         loop.restore()
         with loop.outcome():
             loop.begin()
@@ -134,15 +142,15 @@ def test(
     """
     with screen.attached(), _Signals() as signals, _removed_if_empty(folder):
         began = time.perf_counter()
-        learned = run.load_learned()
-        if learned is None:
-            raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
-        kind, checkpoint = learned
-        load_parameters(algorithm, checkpoint, facts, run.path)
+        kind, checkpoint = processes.on_first(lambda: _learned(run))
+        with processes.agreed():
+            load_parameters(algorithm, checkpoint, facts, run.path)
         try:
             measured = _meta_test(algorithm, source, evaluation, screen, signals)
         except _StopError as stop:
             raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
+        if not processes.first():
+            return {}
         figures = _stream_figures(measured, source.spec, evaluation)
         results: Record = {
             **_about(algorithm, source, facts),
@@ -157,6 +165,13 @@ def test(
         _write_samples(folder, algorithm, source)
         _log.info("%s", summary(results, str(folder)))
         return results
+
+
+def _learned(run: RunFolder) -> tuple[str, Record]:
+    learned = run.load_learned()
+    if learned is None:
+        raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
+    return learned
 
 
 def required_bytes(algorithm: Algorithm) -> int:
@@ -243,14 +258,18 @@ class _Signals:
             signal.signal(signum, handler)
 
     def check(self, _: int = 0) -> None:
-        """Leave if there was a signal."""
-        if self.signum is not None:
-            raise _StopError(self.signum)
+        """Leave if there was a signal, in whichever process: all leave at the same step."""
+        signum = processes.largest(self.signum or 0)
+        if signum:
+            self.signum = signum
+            raise _StopError(signum)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
+        if not processes.first():
+            return
         # Not through the log, which the signal may have come in the middle of.
         with suppress(OSError):
             os.write(2, b"\nstopping and saving; once more stops at once\n")
@@ -293,6 +312,11 @@ class _Loop:
         self.signals = signals
         self.trackers = trackers
         self.metric = source.spec.metric
+        self.share: Share | None = None
+        self.share_size = train.tasks_per_step
+        if processes.size() > 1:
+            self.share = Share.of(train.tasks_per_step, processes.rank(), processes.size())
+            self.share_size = self.share.count
         self.step = 0
         self.saved: int | None = None
         self.validated = 0 if train.steps else -1
@@ -314,18 +338,13 @@ class _Loop:
         Raises:
             ValueError: The run is finished, or the checkpoint does not suit; nothing has changed.
         """
-        total = self.settings.steps
-        checkpoint = self.run.load_last()
+        checkpoint = processes.on_first(self._last)
         if checkpoint is None:
             return
-        step: int = checkpoint["step"]
-        if step > total:
-            raise ValueError(f"train.steps={total}: the run has made {step} steps: type more")
-        if step == total and self.run.status().get("state") == "finished":
-            raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
-        load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
+        with processes.agreed():
+            load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
         device = self.algorithm.device
-        self.step = self.saved = step
+        self.step = self.saved = checkpoint["step"]
         self.validated = checkpoint["validated"]
         self.best = checkpoint["best"]
         self.sums = {name: value.to(device) for name, value in checkpoint["sums"].items()}
@@ -333,8 +352,20 @@ class _Loop:
         self.seconds_before = checkpoint["seconds"]
         self.train_seconds = checkpoint["train_seconds"]
         self.window_seconds = checkpoint["window_seconds"]
-        self.lives = checkpoint.get("lives") if step == total else None
+        over = self.step == self.settings.steps
+        self.lives = checkpoint.get("lives") if over else None
         self.run.cut(checkpoint["lengths"])
+
+    def _last(self) -> Record | None:
+        checkpoint = self.run.load_last()
+        if checkpoint is None:
+            return None
+        step, total = checkpoint["step"], self.settings.steps
+        if step > total:
+            raise ValueError(f"train.steps={total}: the run has made {step} steps: type more")
+        if step == total and self.run.status().get("state") == "finished":
+            raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
+        return checkpoint
 
     def begin(self) -> None:
         """Write what the run runs on, and a checkpoint that a kill at once goes back to.
@@ -342,7 +373,8 @@ class _Loop:
         Raises:
             ValueError: The disk has no room for the run.
         """
-        check_space(self.run.path, required_bytes(self.algorithm))
+        if processes.first():
+            check_space(self.run.path, required_bytes(self.algorithm))
         device = str(self.algorithm.device)
         here = {
             **environment.describe(device),
@@ -369,8 +401,8 @@ class _Loop:
     def _compare(self, here: Record) -> None:
         """Say what has changed since the run began, and note it."""
         record = self.run.read_json("environment.json") if self.run.has("environment.json") else {}
-        before = (record.get("resumed") or [record])[-1]
-        for key in ("data_fingerprint", "versions", "device", "engine", "torch_threads"):
+        before = {"processes": 1, **(record.get("resumed") or [record])[-1]}
+        for key in _COMPARED:
             if key in before and before[key] != finite(here[key]):
                 was, now = _differing(before[key], finite(here[key]))
                 _log.warning(
@@ -394,13 +426,21 @@ class _Loop:
             text = f"saved at step {self.saved}; `metarun resume={self.run.path}` goes on"
             _log.info(text, extra=FILE_ONLY)
             raise Interrupted(signum, text) from None
+        except ProcessLost as error:
+            text = (
+                f"step {self.step}: another process of the run is gone (killed, or out of memory); "
+                f"{self._kept()}: `metarun resume={self.run.path}` goes on"
+            )
+            self._fail(text)
+            raise self._untold(RunError(text)) from error
         except NonFiniteError as error:
             text = (
                 f"step {self.step}: {error}; {self._kept()}: start again with a lower optim.lr "
                 "or algo.inner_lr, or with optim.clip_norm=10"
             )
             self._fail(text)
-            raise RunError(text) from error
+            # Averaged, it is in every process.
+            raise processes.told(RunError(text)) from error
         except torch.OutOfMemoryError as error:
             text = (
                 f"step {self.step}: out of GPU memory; {self._kept()}: set tasks_per_chunk to "
@@ -424,6 +464,14 @@ class _Loop:
         except Exception as error:
             self._fail(f"{type(error).__name__}: {error}")
             raise
+
+    def _untold(self, error: RunError) -> Exception:
+        """Of the first process it is the next one that speaks, if it was killed in its work."""
+        killed = False
+        if processes.rank() == 1:
+            with suppress(OSError, ValueError):
+                killed = RunFolder(self.run.path).status().get("state") == "running"
+        return error if killed else processes.told(error)
 
     def _kept(self) -> str:
         return "nothing is saved" if self.saved is None else f"step {self.saved} is saved"
@@ -467,17 +515,24 @@ class _Loop:
     def _update(self) -> None:
         # So that an algorithm that draws from torch's generator resumes like any other.
         torch.manual_seed(seeding.key("update", self.seed, self.step))
-        num_tasks = self.settings.tasks_per_step
-        batch = self.source.batch("train", self.step * num_tasks, num_tasks)
-        metrics = self.algorithm.update(batch, Progress(self.step, self.settings.steps))
+        progress = Progress(self.step, self.settings.steps, self.share)
+        first = progress.first_task(self.settings.tasks_per_step)
+        batch = self.source.batch("train", first, self.share_size)
+        metrics = self.algorithm.update(batch, progress)
         for name, value in metrics.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.count += 1
         self.step += 1
 
+    def _average(self) -> None:
+        """Make the sums of the metrics those over all processes' tasks."""
+        if self.sums:
+            self.sums = processes.mean(self.sums, self.share_size)
+
     def _line(self) -> dict[str, float]:
         """Means of the metrics since the last line: the only time that the device is waited for."""
+        self._average()
         values = torch.stack(list(self.sums.values())) / self.count
         return dict(zip(self.sums, values.tolist(), strict=True))
 
@@ -581,6 +636,8 @@ class _Loop:
         The best parameters are part of it: whatever else is on the disk, this file alone says
         where the run stands.
         """
+        self._average()
+        self._check_alike()
         self.run.save_last(
             {
                 **self._names(),
@@ -599,6 +656,28 @@ class _Loop:
         )
         self.saved = self.step
         self.run.set_status("running", step=self.step, steps=self.settings.steps)
+
+    def _check_alike(self) -> None:
+        """Stop processes whose parameters have come apart, as an algorithm of a user's may let.
+
+        Raises:
+            RunError: They have.
+        """
+        if processes.size() == 1:
+            return
+        digest = hashlib.blake2b(digest_size=8)
+        for leaf in pytree.tree_leaves(self.algorithm.state_dict()):
+            if isinstance(leaf, Tensor):
+                digest.update(
+                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                )
+        if len(set(processes.collected(digest.hexdigest()))) > 1:
+            text = (
+                f"step {self.step}: the processes no longer have the same parameters: "
+                f"algo={self.facts.get('algo')} keeps something of its own tasks, or the machines "
+                "differ: run it in one process"
+            )
+            raise processes.told(RunError(text))
 
     def _names(self) -> Record:
         return {"algo": self.facts.get("algo"), "data": self.facts.get("data")}
@@ -627,7 +706,9 @@ class _Loop:
                 self.algorithm, self.source, self.evaluation, self.screen, self.signals
             )
         else:
-            measured = self._live()
+            measured = processes.on_first(self._live)
+        if not processes.first():
+            return {}
         figures = _stream_figures(measured, self.source.spec, self.evaluation)
         results: Record = {
             **_about(self.algorithm, self.source, self.facts),
@@ -683,8 +764,9 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):
-            folder.rmdir()
+        if processes.first():
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _meta_test(
@@ -696,8 +778,12 @@ def _meta_test(
 ) -> EpisodeMetrics:
     if source.spec.streams is not None:
         living = _test_lifetimes(algorithm, source, evaluation)
-        with screen.bar("test", living.steps) as bar:
-            return living.run(_ticker(bar, signals))
+
+        def live() -> EpisodeMetrics:
+            with screen.bar("test", living.steps) as bar:
+                return living.run(_ticker(bar, signals))
+
+        return processes.on_first(live)
     with screen.bar("test", evaluation.episodes) as bar:
         measured = evaluate(
             algorithm,
@@ -742,6 +828,7 @@ def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]
         "transductive": algorithm.transductive,
         "bn_statistics": algorithm.bn_statistics,
         "parameters": sum(parameter.numel() for parameter in algorithm.parameters()),
+        "processes": processes.size(),
         "data_fingerprint": source.fingerprint(),
         "versions": environment.versions(),
     }

@@ -174,11 +174,44 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The tasks of an update that one of several processes has.
+
+    Attributes:
+        first: Number of the first of them among the tasks of the update.
+        count: How many they are.
+        total: How many the update has.
+    """
+
+    first: int
+    count: int
+    total: int
+
+    @classmethod
+    def of(cls, total: int, rank: int, size: int) -> Share:
+        """Of process `rank` among `size`: neighbouring tasks, as many as the others or one less."""
+        first = rank * total // size
+        return cls(first, (rank + 1) * total // size - first, total)
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training stands: `step` updates are done, of `total`."""
+    """Where training stands: `step` updates are done, of `total`.
+
+    Attributes:
+        share: Which of an update's tasks are in its batch, where processes share them; None
+            where the batch has them all.
+    """
 
     step: int
     total: int
+    share: Share | None = None
+
+    def first_task(self, num_tasks: int) -> int:
+        """Number of a batch's first task among all of training, which draws are keyed by."""
+        if self.share is None:
+            return self.step * num_tasks
+        return self.step * self.share.total + self.share.first
 
     @property
     def fraction(self) -> float:

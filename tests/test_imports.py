@@ -15,8 +15,8 @@ import metarun
 PACKAGE = Path(metarun.__file__).parent
 
 RANKS = {
-    "types": 0, "settings": 0, "seeding": 0, "allocator": 0, "naming": 0, "intervals": 0,
-    "parsing": 0,
+    "types": -1, "settings": 0, "seeding": 0, "allocator": 0, "naming": 0, "intervals": 0,
+    "parsing": 0, "processes": 0,
     "continual": 1, "clusters": 1, "data": 1, "backbones": 1, "runs": 1, "screen": 1,
     "environment": 1,
     "algorithms": 2, "trackers": 2,

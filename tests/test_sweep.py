@@ -417,3 +417,11 @@ def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
     assert not journal.stopped()
     assert list(journal.running()) == ["b"]
     assert list(journal.ends()) == ["a"]
+
+
+def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=1,2"]
+    answer = metarun("-m", *words, *TINY)
+    assert answer.code == 2
+    assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: a run of a sweep is one")

@@ -135,6 +135,9 @@ class Algorithm(nn.Module, ABC):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         """Make one meta-update and return its metrics, `loss` and the task metric.
 
+        Where processes share the tasks, the batch has this one's (`progress.share`); metrics are
+        means over it. See `needs_whole_batch`.
+
         Raises:
             NonFiniteError: The loss or a gradient is not finite; nothing has changed.
         """
@@ -184,6 +187,17 @@ class Algorithm(nn.Module, ABC):
         Args:
             state: A `state_dict`, which may be of another algorithm or of other options.
         """
+
+    @property
+    def needs_whole_batch(self) -> str | None:
+        """Why processes cannot share the tasks of an update; None where they can, exactly.
+
+        They can where an update is a mean over its tasks, each by itself: gradients that go to an
+        `OuterOptimizer`, moments that go to `update_running`, draws that are keyed by
+        `progress.first_task`. What else looks at all tasks of a batch asks for those of the other
+        processes by `processes.gathered` or `processes.mean`.
+        """
+        return None
 
     @property
     def bn_statistics(self) -> str:
@@ -252,7 +266,7 @@ class Algorithm(nn.Module, ABC):
         """(T,) keys of the random masks of one update; zeros where the network makes none."""
         if not makes_noise(self.net):
             return torch.zeros(num_tasks, dtype=torch.int64, device=self.device)
-        first = progress.step * num_tasks
+        first = progress.first_task(num_tasks)
         return seeding.task_keys(self.seed, "noise", first, num_tasks, self.device)
 
     def training_rows(self, batch: TaskBatch, progress: Progress) -> tuple[Tensor, ...]:

@@ -8,7 +8,6 @@ for a fixed kind, chunk and number of threads the result is the same bit for bit
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metarun import processes
 from metarun.algorithms.graphs import GRAPH_KINDS, GraphKind, Graphs
 from metarun.backbones.layers import set_native
 
@@ -308,7 +308,5 @@ def _concatenate(results: list[Any]) -> Any:
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that are this process's own."""
+    return max(1, processes.cores() // processes.local_size())

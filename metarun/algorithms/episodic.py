@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
-from metarun.algorithms.inner import Params
+from metarun.algorithms.inner import Params, above, under
 from metarun.algorithms.outer import OuterOptimizer
 from metarun.backbones.layers import Pass, update_running
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
@@ -81,8 +81,7 @@ class EpisodicLearner(Algorithm):
         grads, (losses, scores, moments) = self.settled_engine().gradients(
             task, self.net, own_parameters(self.net), rows, key=self.replay_key()
         )
-        grads = self.clipped(grads)
-        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
+        self.optimizer.step(above("net.", grads), progress, self._limited)
         update_running(self.net, moments)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
@@ -101,6 +100,9 @@ class EpisodicLearner(Algorithm):
         """How a pass over the support and query rows of a task is made at evaluation."""
         rows = support_rows if self.bn == "support" else None
         return Pass(rows=rows, running=self.bn == "running")
+
+    def _limited(self, grads: Params) -> Params:
+        return above("net.", self.clipped(under("net.", grads)))
 
     def clipped(self, grads: Params) -> Params:
         """The gradients by name, as they go to the outer optimiser."""

@@ -138,7 +138,7 @@ class MetaGAN(Algorithm):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         if self.generator is None:
             return super().update(batch, progress)  # type: ignore[safe-super]
-        first = progress.step * batch.num_tasks
+        first = progress.first_task(batch.num_tasks)
         keys = seeding.task_keys(self.seed, "made", first, batch.num_tasks, self.device)
         made = self._made(batch.support_x, keys, self.inner_fakes + self.fakes)
 
@@ -167,9 +167,10 @@ class MetaGAN(Algorithm):
         )
         turn = {f"generator.{name}": grad for name, grad in zip(theirs, pulls, strict=True)}
         # Before either moves: a step is made by both or by none.
+        turn = self.adversary.averaged(turn, progress)
         self.adversary.check(turn)
-        self.optimizer.step(self.limited(grads), progress)
-        self.adversary.step(turn, progress)
+        self.optimizer.step(grads, progress, self.limited)
+        self.adversary.move(turn, progress)
         update_running(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {

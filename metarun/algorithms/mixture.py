@@ -22,6 +22,7 @@ from metarun.algorithms.inner import (
 )
 from metarun.algorithms.outer import check_positive
 from metarun.backbones.layers import Pass, update_running
+from metarun.processes import gathered
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
 Assignment = Literal["soft", "hard"]
@@ -205,6 +206,7 @@ class Mixture(Algorithm):
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         for number, seen in enumerate(moments):
             update_running(self.net[number], seen)
+        shares = gathered(shares, progress.share)
         self._seat(shares)
         self.temperature.fill_(heat)
         score = task_metric(self.spec, outputs, batch.query_y)

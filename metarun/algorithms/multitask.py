@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun import seeding
+from metarun import processes, seeding
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.inner import (
@@ -25,7 +25,7 @@ from metarun.algorithms.inner import (
 )
 from metarun.algorithms.outer import NonFiniteError, check_positive
 from metarun.backbones.layers import Pass, update_running
-from metarun.types import Metrics, Progress, TaskBatch
+from metarun.types import Metrics, Progress, Share, TaskBatch
 
 Penalty = Literal["none", "l2", "mean"]
 
@@ -93,7 +93,7 @@ class MultiTask(AdaptingLearner):
         self.net = self.build_network(self.spec.output_dim)
         self.register_buffer("models", torch.zeros((), dtype=torch.int64))
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:  # noqa: ARG002
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         x = torch.cat([batch.support_x, batch.query_x], 1)
         y = torch.cat([batch.support_y, batch.query_y], 1)
         before = int(self.models)
@@ -106,17 +106,19 @@ class MultiTask(AdaptingLearner):
             outputs = forward(net, unflatten(weights, mean), x, Pass(moments=moments))
             return weights, self.loss(outputs, y), outputs, moments
 
-        rows = (self._starts(before, batch.num_tasks), x, y)
+        share = progress.share or Share(0, batch.num_tasks, batch.num_tasks)
+        rows = (self._starts(before + share.first, batch.num_tasks), x, y)
         weights, losses, outputs, moments = self.settled_engine().map(task, self.net, shapes, rows)
         loss = losses.mean()
-        if not torch.isfinite(loss):
-            raise NonFiniteError("loss", float(loss))
-        share = batch.num_tasks / (before + batch.num_tasks)
+        means = processes.mean({"loss": loss, "weights": weights.mean(0)}, share.count)
+        if not torch.isfinite(means["loss"]):
+            raise NonFiniteError("loss", float(means["loss"]))
+        new = share.total / (before + share.total)
         with torch.no_grad():
-            for name, mean in unflatten(weights.mean(0), shapes).items():
-                shapes[name].lerp_(mean, share)
-        update_running(self.net, moments, share)
-        self.models += batch.num_tasks
+            for name, mean in unflatten(means["weights"], shapes).items():
+                shapes[name].lerp_(mean, new)
+        update_running(self.net, moments, new)
+        self.models += share.total
         score = task_metric(self.spec, outputs, y)
         return {"loss": loss, self.spec.metric: score.mean()}
 

@@ -138,9 +138,8 @@ class NeuralProcess(Algorithm):
         size = self._context_size(batch.support_x.shape[1], progress)
         targets_x = torch.cat([batch.support_x, batch.query_x], 1)
         targets_y = torch.cat([batch.support_y, batch.query_y], 1)
-        keys = seeding.task_keys(
-            self.seed, "latent", progress.step * batch.num_tasks, batch.num_tasks, self.device
-        )
+        first = progress.first_task(batch.num_tasks)
+        keys = seeding.task_keys(self.seed, "latent", first, batch.num_tasks, self.device)
         shape = (self.train_samples, self.latent)
         noise = seeding.normal(keys, _SLOT_LATENT, shape, dtype=self.dtype)
         bounded = self.objective == "elbo"

@@ -1,15 +1,16 @@
-"""The outer optimiser: the one place that checks, clips and applies meta-gradients."""
+"""The outer optimiser: the one place that averages, checks, clips and applies meta-gradients."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from metarun import processes
 from metarun.types import Progress
 
 Method = Literal["adam", "sgd"]
@@ -115,20 +116,40 @@ class OuterOptimizer(nn.Module):
         Raises:
             NonFiniteError: The loss or its gradient is not finite; nothing has changed.
         """
-        if not torch.isfinite(loss):
-            raise NonFiniteError("loss", float(loss.detach()))
+        whole = self.averaged({"loss": loss}, progress)["loss"]
+        if not torch.isfinite(whole):
+            raise NonFiniteError("loss", float(whole.detach()))
         names = list(self.targets)
         grads = torch.autograd.grad(
             loss, [self.targets[n] for n in names], allow_unused=True, materialize_grads=True
         )
         self.step(dict(zip(names, grads, strict=True)), progress)
 
-    def step(self, grads: dict[str, Tensor], progress: Progress) -> None:
-        """Apply gradients, matched to parameters by name.
+    def step(
+        self,
+        grads: dict[str, Tensor],
+        progress: Progress,
+        limit: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Apply gradients, means over the tasks of a batch, matched to parameters by name.
+
+        Args:
+            grads: By name.
+            progress: Where training stands.
+            limit: What else clips them, once they are those of all processes' tasks.
 
         Raises:
             NonFiniteError: One of them is not finite; nothing has changed.
         """
+        grads = self.averaged(grads, progress)
+        self.move(grads if limit is None else limit(grads), progress)
+
+    def averaged(self, grads: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
+        """The means over the tasks of all processes, from those over each one's batch."""
+        return grads if progress.share is None else processes.mean(grads, progress.share.count)
+
+    def move(self, grads: dict[str, Tensor], progress: Progress) -> None:
+        """As `step`, of gradients that are `averaged` already."""
         norm = self.check(grads)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(progress)

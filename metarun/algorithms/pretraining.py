@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metarun import seeding
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
 from metarun.algorithms.inner import under
-from metarun.backbones.layers import Pass, update_running
+from metarun.backbones.layers import Pass, has_batch_norm, makes_noise, update_running
 from metarun.types import Metrics, Progress, TaskBatch
 
 HeadKind = Literal["linear", "cosine"]
@@ -143,6 +143,15 @@ class Pretrained(Algorithm):
         self.optimizer.step(grads, progress)
         update_running(self.net, moments)
         return {"loss": losses[0], self.spec.metric: scores[0]}
+
+    @property
+    def needs_whole_batch(self) -> str | None:
+        if has_batch_norm(self.net) or makes_noise(self.net):
+            return (
+                "an update is one mini-batch, whose batch norm and masks are of all its rows: use "
+                "backbone.norm=none or instance, or backbone.batch_norm=false"
+            )
+        return None
 
     def make_room(self, state: Mapping[str, Any]) -> None:
         for name, weights in self.classifier.items():

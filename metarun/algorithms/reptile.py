@@ -15,9 +15,11 @@ from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, positive, task_metric
 from metarun.algorithms.inner import AdamState, Params, adam_start, adam_step, gradient
 from metarun.algorithms.outer import check_positive
-from metarun.backbones.layers import Pass, update_running
+from metarun.backbones.layers import Pass, move_running
+from metarun.processes import gathered
 from metarun.types import Metrics, Progress, TaskBatch
 
+Moments = dict[str, tuple[Tensor, Tensor]]
 Inner = Literal["adam", "sgd"]
 
 
@@ -85,33 +87,54 @@ class Reptile(AdaptingLearner):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         x = torch.cat([batch.support_x, batch.query_x], 1)
         y = torch.cat([batch.support_y, batch.query_y], 1)
-        first = progress.step * batch.num_tasks
+        first = progress.first_task(batch.num_tasks)
         keys = seeding.task_keys(self.seed, "mini-batches", first, batch.num_tasks, x.device)
         order = mini_batches(keys, x.shape[1], self.inner_batch, self.inner_steps)
         theta = {name: p.detach() for name, p in self.net.named_parameters()}
         state = self._stored_state()
         total = {name: torch.zeros_like(p) for name, p in theta.items()}
-        losses, scores = [], []
+        losses, scores, seen = [], [], []
         for i in range(batch.num_tasks):
             weights = theta
             if not self.carry_moments:
                 state = adam_start(theta)
             for rows in order[i]:
                 weights, state = self._step(self.net, weights, state, x[i, rows], y[i, rows])
-            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            moments: Moments = {}
             with torch.no_grad():
                 outputs = forward(self.net, weights, x[i], Pass(moments=moments))
                 losses.append(self.loss(outputs, y[i]))
                 scores.append(task_metric(self.spec, outputs, y[i]))
-            update_running(self.net, {n: (m[None], v[None]) for n, (m, v) in moments.items()})
+            seen.append(moments)
             total = {name: total[name] + weights[name] for name in theta}
         grads = {f"net.{n}": p - total[n] / batch.num_tasks for n, p in theta.items()}
         self.optimizer.step(grads, progress)
-        self._store_state(state)
+        self._follow(seen, progress)
+        if self.carry_moments:
+            self._store_state(state)
         return {
             "loss": torch.stack(losses).mean(),
             self.spec.metric: torch.stack(scores).mean(),
         }
+
+    @property
+    def needs_whole_batch(self) -> str | None:
+        if self.carry_moments and self.inner_optimizer == "adam":
+            return (
+                "algo.carry_moments=true makes the tasks of an update a sequence: set "
+                "algo.carry_moments=false"
+            )
+        return None
+
+    def _follow(self, seen: list[Moments], progress: Progress) -> None:
+        """Let batch norm's running statistics follow the moments of one task after the other."""
+        stacked = {
+            name: [torch.stack([moments[name][i] for moments in seen]) for i in range(2)]
+            for name in seen[0]
+        }
+        whole = {n: [gathered(part, progress.share) for part in s] for n, s in stacked.items()}
+        for moments in zip(*(zip(*pair, strict=True) for pair in whole.values()), strict=True):
+            move_running(self.net, dict(zip(whole, moments, strict=True)))
 
     def path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int

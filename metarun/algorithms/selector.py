@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from metarun.algorithms import portfolio
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.backbones.layers import Pass
+from metarun.processes import gathered, local_size
 from metarun.runs import RunFolder
 from metarun.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -111,7 +112,7 @@ class Selector(Algorithm):
         self.folds = folds
         if processes is not None:
             positive("processes", processes)
-        self.processes = processes or cpu_count()
+        self.processes = processes or max(1, cpu_count() // local_size())
         # What another version makes of a task may differ.
         edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"
         place = None if cache is None else Path(cache).expanduser() / edition
@@ -149,6 +150,7 @@ class Selector(Algorithm):
         names, params = zip(*self._learned(), strict=True)
         grads = torch.autograd.grad(loss, params)
         self.optimizer.step(dict(zip(names, grads, strict=True)), progress)
+        told = gathered(told, progress.share)
         nn.functional.batch_norm(
             told.flatten(0, 1), self.told_mean, self.told_variance, training=True
         )

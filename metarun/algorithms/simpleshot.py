@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun import processes
 from metarun.algorithms.base import forward
 from metarun.algorithms.inner import prototypes
 from metarun.algorithms.pretraining import Pretrained, Weights, labelled_rows
@@ -64,6 +65,7 @@ class SimpleShot(Pretrained):
             return forward(net, params, x, Pass(running=True)).mean(0)
 
         mean = self.map_tasks(task, labelled_rows(batch)[0][None])[0]
+        mean = processes.mean({"mean": mean}, batch.num_tasks)["mean"]
         self.feature_mean.lerp_(mean, max(self.mean_momentum, 1.0 / (progress.step + 1)))
         return metrics
 

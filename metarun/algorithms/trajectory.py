@@ -22,6 +22,7 @@ from metarun.algorithms.inner import (
 )
 from metarun.algorithms.online import WeightLearner
 from metarun.backbones.layers import Pass
+from metarun.processes import gathered
 from metarun.types import Metrics, Progress, TaskBatch
 
 
@@ -73,7 +74,8 @@ class TrajectoryLearner(WeightLearner):
         rows = self.spec.streams["train"].rows
         first_order = is_first_order(self.second_order_from, progress)
         if self.reset:
-            self._forget(batch.support_y)
+            # What is drawn depends on the labels of all trajectories of the update.
+            self._forget(gathered(batch.support_y, progress.share))
 
         def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y = parts

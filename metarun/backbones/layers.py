@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun import seeding
+from metarun import processes, seeding
 
 BatchNormMode = Literal["transductive", "support", "running"]
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "running")
@@ -273,17 +273,30 @@ def update_running(
     Args:
         net: The network that made the pass.
         moments: What `Pass.moments` collected, each with a leading dimension of T tasks; the
-            tasks are averaged, so that their number does not change the pace.
+            tasks are averaged, those of other processes too, so that their number does not change
+            the pace.
         momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
     """
     if not moments:
         return
+    count = len(next(iter(moments.values()))[0])
+    means = {f"mean {name}": mean.mean(0) for name, (mean, _) in moments.items()}
+    means |= {f"var {name}": var.mean(0) for name, (_, var) in moments.items()}
+    means = processes.mean(means, count)
+    averaged = {name: (means[f"mean {name}"], means[f"var {name}"]) for name in moments}
+    move_running(net, averaged, momentum)
+
+
+def move_running(
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+) -> None:
+    """As `update_running`, towards moments without a dimension of tasks."""
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, BatchNorm) and module.name in moments:
                 mean, var = moments[module.name]
-                module.running_mean.lerp_(mean.mean(0), momentum)
-                module.running_var.lerp_(var.mean(0), momentum)
+                module.running_mean.lerp_(mean, momentum)
+                module.running_var.lerp_(var, momentum)
 
 
 def has_batch_norm(net: nn.Module) -> bool:

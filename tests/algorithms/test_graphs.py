@@ -20,7 +20,7 @@ from tests.algorithms.test_contract import PAIRS, answers, build, classes
 REPLAYING = [(algo, data) for algo, data in PAIRS if vars(classes()[algo]).get("replays")]
 # One of each class: the others are settings of it.
 DIFFERENT = list({(classes()[algo], data): (algo, data) for algo, data in REPLAYING[::-1]}.values())
-SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=20"], "sinusoid": []}
+SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=28"], "sinusoid": []}
 
 
 def made_graphs(algorithm: Algorithm) -> list[Any]:
@@ -30,8 +30,8 @@ def made_graphs(algorithm: Algorithm) -> list[Any]:
 def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
     """A learner after updates that are far apart in the run, and its answers."""
     torch.manual_seed(0)
-    fewer = ["algo.inner_steps=2"] if algo == "mamlpp" else []
-    made = build(algo, data, "train.tasks_per_step=3", *SMALLER[data], *fewer)
+    own = {"mamlpp": ["algo.inner_steps=2"], "relation": ["backbone.blocks=4"]}.get(algo, [])
+    made = build(algo, data, "train.tasks_per_step=3", *SMALLER[data], *own)
     made.algorithm.engine = engine
     for step in (0, 1, 6, 7):
         made.algorithm.update(made.source.batch("train", 3 * step, 3), Progress(step, 8))

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -412,3 +413,25 @@ def test_a_missing_extra_is_named_with_the_command(
     for split in SPLITS:
         (tmp_path / "theirs" / file.format(split)).write_bytes(b"")
     refuse(tmp_path / "theirs", rf"which need an extra: pip install 'metarun\[{extra}\]'")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no system that shows mappings")
+def test_processes_share_the_images_which_nothing_alters(sets: Sets, tmp_path: Path) -> None:
+    write_pickles(tmp_path / "theirs", sets)
+    store = import_miniimagenet(tmp_path / "theirs", tmp_path / "root")
+    sizes: dict[Split, EpisodeSize] = {split: EpisodeSize(5, 1, 2) for split in SPLITS}
+    source = MiniImageNet(root=str(tmp_path / "root"), **injected(sizes=sizes))
+    for split in SPLITS:
+        source.batch(split, 0, 4)
+        mapping = mapped(tmp_path / "root" / "miniimagenet" / f"{split}.npy")
+        # Read, and no page of it a copy of this process's own.
+        assert mapping["Rss"] > 0
+        assert mapping["Anonymous"] == mapping["Private_Dirty"] == 0
+    store.verify()
+
+
+def mapped(path: Path) -> dict[str, int]:
+    """The sizes of a file's mapping in this process, in kB by name."""
+    text = Path("/proc/self/smaps").read_text()
+    (found,) = re.findall(rf"{re.escape(str(path))}\n((?:\w+: .*\n)+)", text)
+    return {name: int(size) for name, size in re.findall(r"(\w+): +(\d+) kB", found)}

@@ -1,0 +1,104 @@
+"""A few updates of every algorithm, in one process or in several, which the tests compare.
+
+As a program, in the environment that torchrun makes: `python -m tests.together FILE` makes them
+together with the other processes, and the first one writes what came of it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metarun import config, processes, seeding
+from metarun.evaluate import evaluate
+from metarun.request import composer
+from metarun.types import Progress, Share
+
+TASKS, UPDATES, EPISODES = 3, 2, 5
+"""Numbers that two processes cannot halve."""
+# Adam would blow up the rounding in gradients that are zero, as of a bias before batch norm.
+COMMON = ["precision=float64", "device=cpu", "engine=loop", "optim=sgd", "optim.lr=0.01"]
+IMAGES = ["way=3", "shot=2", "query=2"]
+SMALL = {
+    "sinusoid": ["backbone.hidden=[6]", "shot=6", "train.shot=6"],
+    "multimodal": ["backbone.hidden=[6]", "shot=6", "train.shot=6"],
+    "omniglot_small": [*IMAGES, "backbone.filters=2", "data.image_size=14", "backbone.blocks=2"],
+    "tables": ["query=2"],
+    "stream_linear": ["backbone.hidden=[6]", "shot=4", "data.tasks=3"],
+    "stream_omniglot_small": [*IMAGES, "backbone.filters=2", "train.way=2"],
+}
+
+EVALUATED = ("maml", "mann", "mixture", "nearest", "np", "oml", "selector")
+"""Which of them measure what there is to measure: the others add nothing that these have not."""
+
+
+def made(algo: str, data: str, *words: str) -> config.Experiment:
+    """An experiment so small that an update takes milliseconds."""
+    # Another backbone has sizes of its own.
+    small = [] if "backbone=" in " ".join(words) else SMALL[data]
+    with composer() as compose:
+        job = compose.job([f"algo={algo}", f"data={data}", *COMMON, *small, *words])
+    return config.build(job.plain)
+
+
+def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
+    """What an algorithm answers before, and all that it is after some updates."""
+    experiment = made(algo, data, *words)
+    algorithm, source = experiment.algorithm, experiment.source
+    found: dict[str, Any] = {}
+    if algo in EVALUATED:
+        measured = evaluate(algorithm, source, "test", EPISODES, 2, curve_steps=1)
+        found["measured"] = flattened(asdict(measured))
+    share = None
+    first, count = 0, TASKS
+    if processes.size() > 1:
+        share = Share.of(TASKS, processes.rank(), processes.size())
+        first, count = share.first, share.count
+    metrics: list[dict[str, Tensor]] = []
+    for step in range(UPDATES):
+        torch.manual_seed(seeding.key("update", 0, step))
+        batch = source.batch("train", step * TASKS + first, count)
+        here = algorithm.update(batch, Progress(step, 100, share))
+        metrics.append(processes.mean({n: v.detach().double() for n, v in here.items()}, count))
+    found["metrics"] = metrics
+    found["state"] = tensors(algorithm.state_dict())
+    return found
+
+
+def flattened(measured: dict[str, Any]) -> dict[str, Any]:
+    """The arrays and the hash of what was measured, by name."""
+    flat: dict[str, Any] = {}
+    for name, value in measured.items():
+        parts = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{name} {part}": array for part, array in parts.items() if array is not None}
+    return flat
+
+
+def tensors(state: Any) -> dict[str, Tensor]:
+    """The numbers of a nest, by their place in it."""
+    leaves, _ = pytree.tree_flatten_with_path(state)
+    return {
+        pytree.keystr(path): leaf.detach().clone()
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor)
+    }
+
+
+def main(path: Path, cases: list[str]) -> None:
+    place = processes.asked_for()
+    processes.start(place)
+    found = {case: outcome(*case.split()) for case in cases}
+    if processes.first():
+        path.write_bytes(pickle.dumps(found))
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
