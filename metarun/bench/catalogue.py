@@ -134,7 +134,6 @@ GROWTH: dict[str, tuple[int, ...]] = {
     "processes": (1, 2, 4, 8),
 }
 """The sizes that a growth curve goes through."""
-_GROWN = {"tasks": "tasks", "shots": "shot", "steps": "steps", "image": "image"}
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,13 @@ def grows(workload: Workload, size: str) -> bool:
 
 def grown(workload: Workload, size: str, value: int) -> Workload:
     """A workload in another size; processes do each the same work."""
-    return workload if size == "processes" else replace(workload, **{_GROWN[size]: value})
+    fields_by_size: dict[str, dict[str, Any]] = {
+        "tasks": {"tasks": value},
+        "shots": {"shot": value},
+        "steps": {"steps": value},
+        "image": {"image": value},
+    }
+    return replace(workload, **fields_by_size.get(size, {}))
 
 
 def known(option: str, word: str, allowed: Sequence[str]) -> None:

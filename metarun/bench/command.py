@@ -322,8 +322,8 @@ def _title(suite: Suite, device: torch.device) -> str:
     where = machine["device_name"] if gpu else machine["processor"]
     peaks = [f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in suite.peaks.items()]
     return (
-        f"{where}, {machine['torch_threads']} of {machine['cores']} cores, "
-        f"torch {machine['versions']['torch']}; products: {' and '.join(peaks)}"
+        f"{where}, {machine['cores']} cores, torch {machine['versions']['torch']} with "
+        f"{machine['torch_threads']} threads; matrix products: {' and '.join(peaks)}"
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
-import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metarun.bench.results import Curve, Result
+from metarun.bench.results import Curve, Ratio, Result
 from metarun.report.drawing import COLOURS, INK, MARKERS, MUTED, STYLE, plain
 
 _WIDTH = 8.0
@@ -27,14 +27,16 @@ def picture(results: Sequence[Result], curves: Sequence[Curve], title: str, kind
         bars = sum(len(result.rivals) for result in results)
         top = 1.1 + _BAR * bars + 0.15 * len(results) if bars else 0.0
         figure = Figure(figsize=(_WIDTH, max(top + _PANEL * len(groups), 2.0)))
-        parts = figure.subfigures(
-            1 + len(groups), 1, height_ratios=[max(top, 0.3), *([_PANEL] * len(groups))]
+        parts: Any = figure.subfigures(
+            1 + len(groups),
+            1,
+            height_ratios=[max(top, 0.3), *([_PANEL] * len(groups))],
+            squeeze=False,
         )
-        parts = np.atleast_1d(parts)
-        parts[0].suptitle(title, x=0.01, ha="left", fontsize=9, color=MUTED)
+        parts[0, 0].suptitle(title, x=0.01, ha="left", fontsize=9, color=MUTED)
         if bars:
-            _ratios(parts[0].add_subplot(), results)
-        for part, group in zip(parts[1:], groups, strict=True):
+            _ratios(parts[0, 0].add_subplot(), results)
+        for part, group in zip(parts[1:, 0], groups, strict=True):
             _growth(part.subplots(1, 2), group)
         return _drawn(figure, kind)
 
@@ -73,11 +75,11 @@ def _ratios(axes: Axes, results: Sequence[Result]) -> None:
     every = [bound for r in results for rival in r.rivals for bound in _bounds(r.ratio(rival))]
     axes.set_xlim(min(0.8, 0.9 * min(every)), max(2.0, 1.35 * max(every)))
     axes.set_xlabel("times faster than …  (line: middle half of the rounds)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(names), borderaxespad=0.2)
 
 
-def _bounds(ratio: object) -> tuple[float, float]:
-    return ratio.low, ratio.high  # type: ignore[attr-defined]
+def _bounds(ratio: Ratio) -> tuple[float, float]:
+    return ratio.low, ratio.high
 
 
 def _name(result: Result) -> str:
@@ -90,11 +92,16 @@ def _growth(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
     left, right = panels
     for curve, colour, marker in zip(curves, COLOURS, MARKERS, strict=False):
         x = [point.size for point in curve.points]
-        style = {"color": colour, "marker": marker, "markersize": 4, "label": curve.side}
+        style: dict[str, Any] = {
+            "color": colour,
+            "marker": marker,
+            "markersize": 4,
+            "label": curve.side,
+        }
         if size == "processes":
             left.plot(x, [point.tasks_per_second for point in curve.points], **style)
             continue
-        left.plot(x, [point.milliseconds for point in curve.points], **style)
+        left.plot(x, [point.milliseconds or 0.0 for point in curve.points], **style)
         memory = [(at, p.memory) for at, p in zip(x, curve.points, strict=True) if p.memory]
         if memory:
             right.plot(*zip(*memory, strict=True), **style)

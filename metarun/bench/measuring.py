@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -116,7 +117,7 @@ def peak(
     for size in sizes if most is None else [most]:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(left)
-        product: Callable[[], object] = lambda a=left, b=right, o=out: torch.mm(a, b, out=o)
+        product = partial(torch.mm, left, right, out=out)
         _seconds(product, 2, device)
         end = time.perf_counter() + seconds
         while True:

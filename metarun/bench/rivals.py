@@ -195,7 +195,7 @@ def higher_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> Non
 
 
 def protonet_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
-    """ProtoNet's loss, episode after episode; support and query rows in one pass, as in its code."""
+    """ProtoNet's loss, episode after episode, all rows of one in one pass, as in its code."""
     for i in range(batch.num_tasks):
         features = net(torch.cat([batch.support_x[i], batch.query_x[i]]))
         support, query = features.split([workload.support_rows, workload.query_rows])

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.engine import Engine
-from metarun.algorithms.mann import MANN
 from metarun.algorithms.maml import MAML
+from metarun.algorithms.mann import MANN
 from metarun.algorithms.outer import OuterOptimizer
 from metarun.algorithms.protonet import ProtoNet
 from metarun.backbones.conv import Conv4
