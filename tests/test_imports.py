@@ -106,6 +106,7 @@ def test_the_trainer_knows_no_algorithm_by_name() -> None:
         ["--version"], ["--help"], ["--cfg", "job"], ["list"], ["algo=mml"],
         ["--info", "defaults"], ["data=omniglot", "way=0"],
         ["table", "--paper", "zintgraf2019_sinusoid"],
+        ["bench", "--list"], ["bench", "--help"], ["bench", "--workload", "snusoid"],
         ["predict", "nowhere", "--support", "a", "--query", "b"],
     ],
     ids=" ".join,

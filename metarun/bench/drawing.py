@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metarun.bench.results import Curve, Ratio, Result
+from metarun.bench.tables import times
 from metarun.report.drawing import COLOURS, INK, MARKERS, MUTED, STYLE, plain
 
 _WIDTH = 8.0
@@ -60,7 +61,7 @@ def _ratios(axes: Axes, results: Sequence[Result]) -> None:
             axes.plot([ratio.low, ratio.high], [place, place], color=INK, linewidth=1.2)
             end = max(ratio.value, ratio.high, 1.0)
             axes.annotate(
-                f"{ratio.value:.3g}×", (end, place), xytext=(4, 0), textcoords="offset points",
+                f"{times(ratio.value)}×", (end, place), xytext=(4, 0), textcoords="offset points",
                 va="center", fontsize=7,
             )  # fmt: skip
             place -= 1.0

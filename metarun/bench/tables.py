@@ -94,7 +94,15 @@ def size(value: float | None) -> str:
     """MiB."""
     if value is None:
         return "–"
+    if value < 1:
+        # Below that it is the allocator's pages, not the step's.
+        return "<1"
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def times(value: float) -> str:
+    """A ratio."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _point(point: Point) -> list[str]:
@@ -116,11 +124,7 @@ def _figures(result: Result, entry: Entry) -> list[str]:
 
 def _ratio(result: Result, rival: Entry) -> str:
     ratio = result.ratio(rival)
-    return f"{_times(ratio.value)}× ({_times(ratio.low)}–{_times(ratio.high)})"
-
-
-def _times(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{times(ratio.value)}× ({times(ratio.low)}–{times(ratio.high)})"
 
 
 def _difference(entry: Entry) -> str:
