@@ -61,10 +61,7 @@ class Suite:
     def measure(self, workload: Workload) -> list[Result]:
         """A result of each variant, all timed in the same rounds."""
         rivals = self._rivals(workload)
-        variants = self._variants
-        if workload.method == "sampling":
-            # No engine has a hand in it.
-            variants = [Variant()]
+        variants = self._variants_of(workload)
         counted = operations(workload)
         self._tell(f"{workload.name}: times …")
         times, engines = self._times(workload, [*variants, *rivals], self._seconds)
@@ -95,7 +92,7 @@ class Suite:
             size: One of `GROWTH`.
             sizes: Values of it; by default those there.
         """
-        sides: list[Side] = [*self._variants, *self._rivals(workload)[:1]]
+        sides: list[Side] = [*self._variants_of(workload), *self._rivals(workload)[:1]]
         points: dict[Side, list[Point]] = {side: [] for side in sides}
         for value in sizes or GROWTH[size]:
             self._tell(f"{workload.name}: {value} {size} …")
@@ -113,6 +110,10 @@ class Suite:
         for side in sides:
             name = side if isinstance(side, str) else f"metarun, {side.name}".removesuffix(", ")
             yield Curve(workload.name, size, name, tuple(points[side]))
+
+    def _variants_of(self, workload: Workload) -> Sequence[Variant]:
+        """No engine has a hand in sampling."""
+        return [Variant()] if workload.method == "sampling" else self._variants
 
     def _rivals(self, workload: Workload) -> list[str]:
         found = rivals_of(workload)
