@@ -82,10 +82,11 @@ def throughput(side: Side, workload: Workload, processes: int, seconds: float) -
 
 
 def _on_gpu(step: Step, device: torch.device) -> float:
-    step()
+    # From before the first step, which may capture a graph that keeps its blocks.
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
+    step()
     step()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / _MIB
@@ -119,10 +120,9 @@ def _in_a_process(tell: Callable[..., None], *what: Any) -> Any:
 def _tell_memory(connection: Connection, side: Side, workload: Workload) -> None:
     # The parent alone answers Ctrl-C, and ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cpu = torch.device("cpu")
+    step = step_of(side, workload, torch.device("cpu"))
     # What is imported and compiled late is no part of a step.
-    step_of(side, workload.small, cpu)()
-    step = step_of(side, workload, cpu)
+    step()
     gc.collect()
     _trim()
     try:
