@@ -180,6 +180,9 @@ def variants(words: dict[str, Sequence[str]]) -> list[Variant]:
         ValueError: An option does not know a word.
     """
     for option in fields(Variant):
+        if not words[option.name]:
+            allowed = ", ".join(option.metadata["words"])
+            raise ValueError(f"--{option.name} names nothing: expected {allowed}")
         for word in words[option.name]:
             known(f"--{option.name}", word, option.metadata["words"])
     names = [option.name for option in fields(Variant)]
