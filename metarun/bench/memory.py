@@ -57,7 +57,11 @@ def memory_of_step(side: Side, workload: Workload, device: torch.device) -> floa
 
 
 def throughput(side: Side, workload: Workload, processes: int, seconds: float) -> float:
-    """Tasks a second of so many processes side by side, each on one thread of a CPU."""
+    """Tasks a second of so many processes side by side, each on one thread of a CPU.
+
+    Raises:
+        RuntimeError: One of them died.
+    """
     context = _context()
     pairs = [context.Pipe() for _ in range(processes)]
     children = [
@@ -73,6 +77,10 @@ def throughput(side: Side, workload: Workload, processes: int, seconds: float) -
         for ours, _ in pairs:
             ours.send("go")
         steps = [ours.recv() for ours, _ in pairs]
+    except EOFError:
+        raise RuntimeError(
+            f"one of {processes} processes died: is the memory enough for so many?"
+        ) from None
     finally:
         for child in children:
             if child.pid is not None:
