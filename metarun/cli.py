@@ -41,7 +41,7 @@ metarun: meta-learning experiments
   metarun predict RUN --support DIR …    label your images from a few examples
   metarun list [algo|experiment|…]       what there is, with one line for each
   metarun data [NAME] [--from PATH]      fetch, import or verify a data set
-  metarun bench                          speed of a meta-step on this machine
+  metarun bench                          speed and memory on this machine
 
 A RUN is a folder under outputs/. The words to choose from:
 

@@ -1,0 +1,238 @@
+"""What the bench times: workloads, and the variants of the engine. No torch is imported here."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from typing import Any, Literal
+
+Method = Literal["maml", "protonet", "mann", "evaluation", "sampling"]
+Backbone = Literal["mlp", "conv4", "resnet12", "flat"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A piece of work, by its sizes.
+
+    Attributes:
+        name: The word for it.
+        about: What it is, in a line.
+        method: `maml`, `protonet` and `mann` are an update of that; `evaluation` is MAML's answers
+            to test episodes; `sampling` makes a batch of episodes.
+        backbone: The network.
+        tasks: Of a batch; of an evaluation the episodes.
+        way, shot, query: Classes of a task, and support and query rows of each.
+        steps: Inner steps.
+        first_order: Whether inner gradients are constants.
+        channels, image: Of an image, and its side; unused by `mlp`.
+        filters: Channels of a convolution of `conv4`, and of the first block of `resnet12`.
+        inner_lr: Inner rate.
+        slow: Whether it is timed only where it is asked for by name.
+    """
+
+    name: str
+    about: str
+    method: Method
+    backbone: Backbone
+    tasks: int
+    way: int = 5
+    shot: int = 1
+    query: int = 1
+    steps: int = 1
+    first_order: bool = False
+    channels: int = 1
+    image: int = 28
+    filters: int = 64
+    inner_lr: float = 0.1
+    slow: bool = False
+
+    @property
+    def support_rows(self) -> int:
+        return self.way * self.shot
+
+    @property
+    def query_rows(self) -> int:
+        return self.way * self.query
+
+    @property
+    def small(self) -> Workload:
+        """The same work on two tasks with one query of each class, for exact comparisons."""
+        return replace(self, tasks=min(2, self.tasks), query=1)
+
+
+WORKLOADS: tuple[Workload, ...] = (
+    Workload(
+        "sinusoid", "MAML, MLP 40-40 on sinusoids: 25 tasks, 10+10 points, 1 step",
+        "maml", "mlp", 25, way=1, shot=10, query=10, inner_lr=0.01,
+    ),
+    Workload(
+        "conv4-1", "MAML, Conv4-64, 28x28: 32 tasks, 5+5 images, 1 step",
+        "maml", "conv4", 32,
+    ),
+    Workload(
+        "conv4-15", "MAML, Conv4-64, 28x28: 32 tasks, 5+75 images, 1 step",
+        "maml", "conv4", 32, query=15,
+    ),
+    Workload(
+        "conv4-1-5steps", "MAML, Conv4-64, 28x28: 32 tasks, 5+5 images, 5 steps",
+        "maml", "conv4", 32, steps=5,
+    ),
+    Workload(
+        "conv4-15-5steps", "MAML, Conv4-64, 28x28: 32 tasks, 5+75 images, 5 steps",
+        "maml", "conv4", 32, query=15, steps=5, slow=True,
+    ),
+    Workload(
+        "mini", "MAML, Conv4-32, 84x84x3: 4 tasks, 25+75 images, 5 steps",
+        "maml", "conv4", 4, shot=5, query=15, steps=5, channels=3, image=84, filters=32,
+        inner_lr=0.01, slow=True,
+    ),
+    Workload(
+        "mini-first", "first-order MAML, Conv4-32, 84x84x3: 4 tasks, 25+75 images, 5 steps",
+        "maml", "conv4", 4, shot=5, query=15, steps=5, first_order=True, channels=3, image=84,
+        filters=32, inner_lr=0.01, slow=True,
+    ),
+    Workload(
+        "protonet", "ProtoNet, Conv4-64, 28x28: 8 tasks, 25+75 images",
+        "protonet", "conv4", 8, shot=5, query=15,
+    ),
+    Workload(
+        "protonet-resnet12", "ProtoNet, ResNet-12, 84x84x3: 1 task, 25+75 images",
+        "protonet", "resnet12", 1, shot=5, query=15, channels=3, image=84, slow=True,
+    ),
+    Workload(
+        "mann", "MANN on pixels, 20x20: 16 sequences of 5 classes, 10 images of each",
+        "mann", "flat", 16, shot=9, image=20,
+    ),
+    Workload(
+        "evaluation", "MAML's answers to 600 episodes, Conv4-64, 28x28, 5+75 images, 1 step",
+        "evaluation", "conv4", 600, query=15, slow=True,
+    ),
+    Workload(
+        "sampling", "32 episodes of 5+75 Omniglot images, 28x28",
+        "sampling", "flat", 32, query=15,
+    ),
+)  # fmt: skip
+"""Every workload, in the order in which they are timed."""
+
+RIVALS: dict[str, tuple[Method, ...]] = {
+    "functional": ("maml", "evaluation"),
+    "learn2learn": ("maml", "evaluation"),
+    "higher": ("maml",),
+    "plain": ("protonet", "mann"),
+    "PIL": ("sampling",),
+}
+"""Whom we are compared with, and in what."""
+
+GROWTH: dict[str, tuple[int, ...]] = {
+    "tasks": (1, 2, 4, 8, 16, 32, 64),
+    "shots": (1, 2, 5, 10, 20),
+    "steps": (1, 2, 3, 5, 10),
+    "image": (28, 42, 56, 70, 84),
+    "processes": (1, 2, 4, 8),
+}
+"""The sizes that a growth curve goes through."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How metarun does the work: a field for each option, which the command offers by its name.
+
+    Attributes:
+        engine: `kind` of `Engine`.
+        precision: `mixed` lets networks compute in bfloat16.
+    """
+
+    engine: str = field(
+        default="auto", metadata={"words": ("auto", "vmap", "loop", "threads"), "keyword": "kind"}
+    )
+    precision: str = field(default="float32", metadata={"words": ("float32", "mixed")})
+
+    @property
+    def name(self) -> str:
+        """What differs from the defaults, in words; empty where nothing does."""
+        return ", ".join(
+            str(getattr(self, option.name))
+            for option in fields(self)
+            if getattr(self, option.name) != option.default
+        )
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """Keywords of `Engine`."""
+        own = asdict(self)
+        return {
+            option.metadata["keyword"]: own[option.name]
+            for option in fields(self)
+            if "keyword" in option.metadata
+        }
+
+
+def variants(words: dict[str, Sequence[str]]) -> list[Variant]:
+    """Every combination of the words of each option.
+
+    Args:
+        words: By the option's name; all of them.
+
+    Raises:
+        ValueError: An option does not know a word.
+    """
+    for option in fields(Variant):
+        if not words[option.name]:
+            allowed = ", ".join(option.metadata["words"])
+            raise ValueError(f"--{option.name} names nothing: expected {allowed}")
+        for word in words[option.name]:
+            known(f"--{option.name}", word, option.metadata["words"])
+    names = [option.name for option in fields(Variant)]
+    chosen = (dict.fromkeys(words[name]) for name in names)
+    return [Variant(**dict(zip(names, one, strict=True))) for one in product(*chosen)]
+
+
+def select(words: Sequence[str]) -> list[Workload]:
+    """The workloads of names and patterns, in the catalogue's order; without any the quick ones.
+
+    Raises:
+        ValueError: A word is the name of none.
+    """
+    names = [workload.name for workload in WORKLOADS]
+    for word in words:
+        if not fnmatch.filter(names, word):
+            known("--workload", word, names)
+    if not words:
+        return [workload for workload in WORKLOADS if not workload.slow]
+    return [w for w in WORKLOADS if any(fnmatch.fnmatchcase(w.name, word) for word in words)]
+
+
+def grows(workload: Workload, size: str) -> bool:
+    """Whether a size means anything in a workload."""
+    if size == "steps":
+        return workload.method in ("maml", "evaluation")
+    if size == "image":
+        return workload.backbone != "mlp"
+    return True
+
+
+def grown(workload: Workload, size: str, value: int) -> Workload:
+    """A workload in another size; processes do each the same work."""
+    fields_by_size: dict[str, dict[str, Any]] = {
+        "tasks": {"tasks": value},
+        "shots": {"shot": value},
+        "steps": {"steps": value},
+        "image": {"image": value},
+    }
+    return replace(workload, **fields_by_size.get(size, {}))
+
+
+def known(option: str, word: str, allowed: Sequence[str]) -> None:
+    """Refuse a word that is none of those allowed, with the nearest spelling.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if word in allowed:
+        return
+    near = difflib.get_close_matches(word, allowed, n=1)
+    hint = f": did you mean {near[0]}?" if near else f": expected {', '.join(allowed)}"
+    raise ValueError(f"{option} {word}{hint}")

@@ -1,0 +1,127 @@
+"""Times of steps taken in turns, operations counted, and what the machine's products can do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from metarun.bench.catalogue import Workload
+from metarun.bench.results import Times
+from metarun.bench.rivals import ANSWERS, BACKWARD, network
+from metarun.bench.sides import Step, spec_of
+from metarun.types import TaskBatch
+
+Key = TypeVar("Key", bound=Hashable)
+
+LEAST_ROUNDS = 3
+_MOST_REPEATS = 20
+_TURN_SECONDS = 0.1
+_SIZES = (512, 1024, 2048)
+_SIZES_ON_GPU = (2048, 4096, 8192)
+
+
+def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) -> dict[Key, Times]:
+    """Time steps in turns, for about as many seconds each, and `LEAST_ROUNDS` rounds at least.
+
+    A turn makes a few short steps in a row, as training does: a single one would meet the
+    caches as its rival has left them.
+    """
+    first = {name: _seconds(step, 1, device) for name, step in steps.items()}
+    # Again, where there is time, since what is loaded late would look slow.
+    again = {
+        name: _seconds(step, 1, device) if first[name] < seconds / 4 else first[name]
+        for name, step in steps.items()
+    }
+    repeats = {name: max(1, min(_MOST_REPEATS, int(_TURN_SECONDS / again[name]))) for name in steps}
+    times: dict[Key, list[float]] = {name: [] for name in steps}
+    end = time.perf_counter() + seconds * len(steps)
+    rounds = 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() < end:
+        for name, step in steps.items():
+            times[name].append(_seconds(step, repeats[name], device))
+        rounds += 1
+    return {name: Times(first[name], tuple(values)) for name, values in times.items()}
+
+
+def _seconds(step: Step, repeats: int, device: torch.device) -> float:
+    """Of one step, from so many in a row."""
+    synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has been told to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def operations(workload: Workload) -> int | None:
+    """Floating-point operations of the products and convolutions in one step of the plain loop.
+
+    A multiplication and an addition are two. Counted on one task without computing anything;
+    None where a workload has none.
+    """
+    if workload.method == "sampling":
+        return None
+    one = replace(workload, tasks=1)
+    meta = torch.device("meta")
+    net = network(one, meta)
+    batch = _shapes(one)
+    with FlopCounterMode(display=False) as counter:
+        if workload.method == "evaluation":
+            ANSWERS["functional"](net, one, batch)
+        else:
+            next(iter(BACKWARD[workload.method].values()))(net, one, batch)
+    return workload.tasks * int(counter.get_total_flops())
+
+
+def _shapes(workload: Workload) -> TaskBatch:
+    """Tasks without numbers."""
+    spec = spec_of(workload)
+    rows = (workload.support_rows, workload.query_rows)
+
+    def inputs(count: int) -> torch.Tensor:
+        return torch.empty(workload.tasks, count, *spec.input_shape, device="meta")
+
+    def targets(count: int) -> torch.Tensor:
+        if spec.kind == "regression":
+            return torch.empty(workload.tasks, count, 1, device="meta")
+        return torch.empty(workload.tasks, count, dtype=torch.int64, device="meta")
+
+    return TaskBatch(inputs(rows[0]), targets(rows[0]), inputs(rows[1]), targets(rows[1]))
+
+
+def peak(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.3, most: int | None = None
+) -> float:
+    """Operations a second of the fastest square matrix product here.
+
+    Args:
+        device: Where.
+        dtype: Of the matrices.
+        seconds: For each size.
+        most: Largest side.
+    """
+    sizes = _SIZES_ON_GPU if device.type == "cuda" else _SIZES
+    best = 0.0
+    for size in sizes if most is None else [most]:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(left)
+        product = partial(torch.mm, left, right, out=out)
+        _seconds(product, 2, device)
+        end = time.perf_counter() + seconds
+        while True:
+            best = max(best, 2 * size**3 / _seconds(product, 3, device))
+            if time.perf_counter() >= end:
+                break
+    return best

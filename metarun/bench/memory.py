@@ -1,0 +1,174 @@
+"""What a step needs in memory, and what several processes do side by side.
+
+Each figure is taken in a process of its own, that no other step has left anything in. Such a
+process begins as a copy of one that has imported torch and done nothing (`forkserver`), where the
+system can do that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from metarun.bench.catalogue import Variant, Workload
+from metarun.bench.rivals import rival_step
+from metarun.bench.sides import Step, our_step
+
+Side = Variant | str
+"""A variant of ours, or the name of a rival."""
+
+_MIB = 2**20
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def step_of(
+    side: Side, workload: Workload, device: torch.device, *, threads: int | None = None
+) -> Step:
+    """One step of a side's."""
+    if isinstance(side, str):
+        return rival_step(side, workload, device)
+    return our_step(workload, side, device, threads=threads)[0]
+
+
+def memory_of_step(side: Side, workload: Workload, device: torch.device) -> float | None:
+    """MiB that a step needs at its peak beside what is there before it.
+
+    On a GPU of torch's own blocks, on a CPU of the process; None where that is not known
+    (elsewhere than on Linux).
+    """
+    if device.type == "cuda":
+        return _on_gpu(step_of(side, workload, device), device)
+    if not _CLEAR.exists():
+        return None
+    found = _in_a_process(_tell_memory, side, workload)
+    assert found is None or isinstance(found, float)
+    return found
+
+
+def throughput(side: Side, workload: Workload, processes: int, seconds: float) -> float:
+    """Tasks a second of so many processes side by side, each on one thread of a CPU.
+
+    Raises:
+        RuntimeError: One of them died.
+    """
+    context = _context()
+    pairs = [context.Pipe() for _ in range(processes)]
+    children = [
+        context.Process(target=_tell_speed, args=(theirs, side, workload, seconds))
+        for _, theirs in pairs
+    ]
+    try:
+        for child in children:
+            child.start()
+        for ours, theirs in pairs:
+            theirs.close()
+            ours.recv()
+        for ours, _ in pairs:
+            ours.send("go")
+        steps = [ours.recv() for ours, _ in pairs]
+    except EOFError:
+        raise RuntimeError(
+            f"one of {processes} processes died: is the memory enough for so many?"
+        ) from None
+    finally:
+        for child in children:
+            if child.pid is not None:
+                child.kill()
+                child.join()
+    return workload.tasks * float(sum(steps))
+
+
+def _on_gpu(step: Step, device: torch.device) -> float:
+    # From before the first step, which may capture a graph that keeps its blocks.
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    step()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / _MIB
+
+
+def _context() -> Any:
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if hasattr(context, "set_forkserver_preload"):
+        context.set_forkserver_preload(["metarun.bench.preloaded"])
+    return context
+
+
+def _in_a_process(tell: Callable[..., None], *what: Any) -> Any:
+    """What a function sends from a process of its own; None if that dies."""
+    context = _context()
+    ours, theirs = context.Pipe()
+    child = context.Process(target=tell, args=(theirs, *what))
+    try:
+        child.start()
+        theirs.close()
+        return ours.recv()
+    except EOFError:
+        return None
+    finally:
+        if child.pid is not None:
+            child.kill()
+            child.join()
+
+
+def _tell_memory(connection: Connection, side: Side, workload: Workload) -> None:
+    # The parent alone answers Ctrl-C, and ends this process.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    step = step_of(side, workload, torch.device("cpu"))
+    # What is imported and compiled late is no part of a step.
+    step()
+    gc.collect()
+    _trim()
+    try:
+        _CLEAR.write_text("5")
+    except OSError:
+        connection.send(None)
+        return
+    before = _status("VmRSS")
+    step()
+    connection.send(max(0.0, _status("VmHWM") - before))
+
+
+def _tell_speed(connection: Connection, side: Side, workload: Workload, seconds: float) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    step = step_of(side, workload, torch.device("cpu"), threads=1)
+    step()
+    connection.send("ready")
+    connection.recv()
+    begin = time.perf_counter()
+    done = 0
+    while not done or time.perf_counter() - begin < seconds:
+        step()
+        done += 1
+    connection.send(done / (time.perf_counter() - begin))
+
+
+def _status(name: str) -> float:
+    """MiB of a line of the process's status."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(f"{_STATUS} has no {name}")
+
+
+def _trim() -> None:
+    """Give memory that is free back to the system, so that what grows is what is used."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,10 @@
+"""What a process of the bench begins with, so that a step in it imports nothing more."""
+
+import torch._dynamo  # noqa: F401  torch itself imports it with its first transform
+
+import metarun.bench.memory  # noqa: F401
+from metarun.bench.catalogue import RIVALS
+from metarun.bench.rivals import why_missing
+
+for name in RIVALS:
+    why_missing(name)

@@ -1,0 +1,161 @@
+"""Measuring a workload, and how its figures grow with one of its sizes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from metarun.bench.catalogue import GROWTH, Variant, Workload, grown
+from metarun.bench.exact import differences
+from metarun.bench.measuring import interleave, operations, peak
+from metarun.bench.memory import Side, memory_of_step, throughput
+from metarun.bench.results import Curve, Entry, Point, Result, Times
+from metarun.bench.rivals import rival_step, rivals_of
+from metarun.bench.sides import Step, our_step
+
+_DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16}
+
+Tell = Callable[[str], None]
+
+
+class Suite:
+    """Takes the figures of workloads.
+
+    Args:
+        variants: Of ours.
+        against: Rivals by name; None takes all that can be imported.
+        seconds: Of each side of a workload.
+        device: Where.
+        with_memory: Whether memory is measured.
+        tell: Called with what is going on.
+    """
+
+    def __init__(
+        self,
+        variants: Sequence[Variant],
+        against: Sequence[str] | None,
+        seconds: float,
+        device: torch.device,
+        *,
+        with_memory: bool,
+        tell: Tell,
+    ) -> None:
+        self._variants = variants
+        self._against = against
+        self._seconds = seconds
+        self._device = device
+        self._with_memory = with_memory
+        self._tell = tell
+
+    @cached_property
+    def peaks(self) -> dict[str, float]:
+        """Operations a second of matrix products, by precision of a variant."""
+        self._tell("the peak of matrix products …")
+        used = dict.fromkeys(variant.precision for variant in self._variants)
+        return {name: peak(self._device, _DTYPES[name]) for name in used}
+
+    def measure(self, workload: Workload) -> list[Result]:
+        """A result of each variant, all timed in the same rounds."""
+        rivals = self._rivals(workload)
+        variants = self._variants_of(workload)
+        counted = operations(workload)
+        self._tell(f"{workload.name}: times …")
+        times, engines = self._times(workload, [*variants, *rivals], self._seconds)
+        memory = self._memory(workload, [*variants, *rivals])
+        results = []
+        for variant in variants:
+            self._tell(f"{workload.name}: differences …")
+            apart = differences(workload, variant, rivals, self._device)
+            entries = [Entry(r, times[r], memory[r], apart.get(r)) for r in rivals]
+            results.append(
+                Result(
+                    workload,
+                    variant,
+                    engines[variant],
+                    counted,
+                    self.peaks.get(variant.precision),
+                    Entry("metarun", times[variant], memory[variant]),
+                    tuple(entries),
+                )
+            )
+        return results
+
+    def grow(self, workload: Workload, size: str, sizes: Iterable[int] = ()) -> Iterator[Curve]:
+        """A curve of each variant, and of the first rival.
+
+        Args:
+            workload: Whose other sizes stay.
+            size: One of `GROWTH`.
+            sizes: Values of it; by default those there.
+        """
+        sides: list[Side] = [*self._variants_of(workload), *self._rivals(workload)[:1]]
+        points: dict[Side, list[Point]] = {side: [] for side in sides}
+        for value in sizes or GROWTH[size]:
+            self._tell(f"{workload.name}: {value} {size} …")
+            here = grown(workload, size, value)
+            if size == "processes":
+                for side in sides:
+                    speed = throughput(side, here, value, self._seconds / 5)
+                    points[side].append(Point(value, None, None, speed))
+                continue
+            times, _ = self._times(here, sides, self._seconds / 5)
+            memory = self._memory(here, sides)
+            for side in sides:
+                seconds = times[side].median
+                points[side].append(Point(value, 1e3 * seconds, memory[side], here.tasks / seconds))
+        for side in sides:
+            name = side if isinstance(side, str) else f"metarun, {side.name}".removesuffix(", ")
+            yield Curve(workload.name, size, name, tuple(points[side]))
+
+    def _variants_of(self, workload: Workload) -> Sequence[Variant]:
+        """No engine has a hand in sampling."""
+        return [Variant()] if workload.method == "sampling" else self._variants
+
+    def _rivals(self, workload: Workload) -> list[str]:
+        found = rivals_of(workload)
+        return [name for name in found if self._against is None or name in self._against]
+
+    def _times(
+        self, workload: Workload, sides: Sequence[Side], seconds: float
+    ) -> tuple[dict[Side, Times], dict[Side, str]]:
+        """Of each side, and how the tasks of ours ran."""
+        steps: dict[Side, Step] = {}
+        engines: dict[Side, str] = {}
+        for side in sides:
+            if isinstance(side, str):
+                steps[side] = rival_step(side, workload, self._device)
+            else:
+                steps[side], engines[side] = our_step(workload, side, self._device)
+        times = interleave(steps, seconds, self._device)
+        del steps
+        gc.collect()
+        return times, engines
+
+    def _memory(self, workload: Workload, sides: Sequence[Side]) -> dict[Side, float | None]:
+        found: dict[Side, float | None] = dict.fromkeys(sides)
+        for side in sides if self._with_memory else ():
+            self._tell(f"{workload.name}: memory …")
+            found[side] = memory_of_step(side, workload, self._device)
+        return found
+
+    def leak(self, workload: Workload, steps: int) -> float:
+        """MiB by which the process, or torch's memory on a GPU, grows over so many steps."""
+        self._tell(f"memory over {steps} steps …")
+        step, _ = our_step(workload, self._variants[0], self._device)
+        for _ in range(100):
+            step()
+        before = _held(self._device)
+        for _ in range(steps):
+            step()
+        return _held(self._device) - before
+
+
+def _held(device: torch.device) -> float:
+    """MiB that the process holds, or torch on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20

@@ -1,0 +1,135 @@
+"""The figures as a table for a terminal, and as one in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from metarun.bench.results import Curve, Entry, Point, Result
+
+_HEADINGS = ("", "ms", "faster than it by", "differs", "of peak", "MiB", "first, ms")
+_IN_MARKDOWN = (
+    "work", "metarun, ms", "against", "its ms", "ratio (middle half)", "differs by",
+    "of peak: ours, its", "MiB: ours, its",
+)  # fmt: skip
+
+
+def terminal(results: Sequence[Result]) -> Table:
+    """A group of lines for each workload and variant, ours first."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for i, heading in enumerate(_HEADINGS):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
+    for result in results:
+        table.add_row(Text(result.workload.name, style="bold"))
+        table.add_row(f"  {result.label}", *_figures(result, result.ours))
+        for rival in result.rivals:
+            table.add_row(f"  {rival.name}", *_figures(result, rival))
+    return table
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A line for each rival, for a README."""
+    lines = [_line(_IN_MARKDOWN), _line(["---"] * len(_IN_MARKDOWN))]
+    for result in results:
+        work = f"{result.workload.about} ({result.label.removeprefix('metarun (').rstrip(')')})"
+        if result.label == "metarun":
+            work = result.workload.about
+        for rival in result.rivals:
+            shares = [share(result.share(entry)) for entry in (result.ours, rival)]
+            sizes = [size(entry.memory) for entry in (result.ours, rival)]
+            lines.append(
+                _line(
+                    [
+                        work,
+                        milliseconds(result.ours.times.median),
+                        rival.name,
+                        milliseconds(rival.times.median),
+                        _ratio(result, rival),
+                        _difference(rival),
+                        ", ".join(shares),
+                        ", ".join(sizes),
+                    ]
+                )
+            )
+    return "\n".join(lines)
+
+
+def growth(curves: Sequence[Curve]) -> Table:
+    """The points of curves of one workload and one size, side by side."""
+    first = curves[0]
+    table = Table(
+        box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
+        title=Text(f"{first.workload}, by {first.size}", style="bold"),
+    )  # fmt: skip
+    table.add_column(first.size, justify="right")
+    processes = first.size == "processes"
+    for curve in curves:
+        table.add_column(f"{curve.side}: {'tasks/s' if processes else 'ms'}", justify="right")
+        if not processes:
+            table.add_column("MiB", justify="right")
+    for points in zip(*(curve.points for curve in curves), strict=True):
+        cells = [cell for point in points for cell in _point(point)]
+        table.add_row(str(points[0].size), *cells)
+    return table
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits or more."""
+    value = 1e3 * seconds
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def share(value: float | None) -> str:
+    """In percent."""
+    if value is None:
+        return "–"
+    return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.1f} %"
+
+
+def size(value: float | None) -> str:
+    """MiB."""
+    if value is None:
+        return "–"
+    if value < 1:
+        # Below that it is the allocator's pages, not the step's.
+        return "<1"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def times(value: float) -> str:
+    """A ratio."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _point(point: Point) -> list[str]:
+    if point.milliseconds is None:
+        return [f"{point.tasks_per_second:.3g}"]
+    return [milliseconds(point.milliseconds / 1e3), size(point.memory)]
+
+
+def _figures(result: Result, entry: Entry) -> list[str]:
+    return [
+        milliseconds(entry.times.median),
+        "" if entry is result.ours else _ratio(result, entry),
+        "" if entry is result.ours else _difference(entry),
+        share(result.share(entry)),
+        size(entry.memory),
+        milliseconds(entry.times.first),
+    ]
+
+
+def _ratio(result: Result, rival: Entry) -> str:
+    ratio = result.ratio(rival)
+    return f"{times(ratio.value)}× ({times(ratio.low)}–{times(ratio.high)})"
+
+
+def _difference(entry: Entry) -> str:
+    return "–" if entry.difference is None else f"{entry.difference:.0e}"
+
+
+def _line(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(map(str, cells))} |"

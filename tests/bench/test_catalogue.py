@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import pytest
+
+from metarun.algorithms.engine import KINDS
+from metarun.bench.catalogue import (
+    RIVALS,
+    WORKLOADS,
+    Variant,
+    grown,
+    grows,
+    select,
+    variants,
+)
+from tests.bench.tiny import BY_NAME
+
+
+def test_without_words_the_slow_workloads_are_left_out() -> None:
+    assert select([]) == [workload for workload in WORKLOADS if not workload.slow]
+
+
+def test_a_pattern_takes_the_slow_ones_too_in_the_catalogues_order() -> None:
+    names = [workload.name for workload in select(["mini*", "sinusoid"])]
+    assert names == ["sinusoid", "mini", "mini-first"]
+
+
+def test_every_workload_has_somebody_to_beat() -> None:
+    for workload in WORKLOADS:
+        assert any(workload.method in methods for methods in RIVALS.values())
+
+
+def test_variants_are_all_combinations_of_the_words() -> None:
+    made = variants({"engine": ["vmap", "loop"], "precision": ["float32", "mixed"]})
+    assert [variant.name for variant in made] == ["vmap", "vmap, mixed", "loop", "loop, mixed"]
+
+
+def test_the_engines_words_are_the_engines_own() -> None:
+    for word in KINDS:
+        (variant,) = variants({"engine": [word], "precision": ["float32"]})
+        assert variant.engine_options == {"kind": word}
+    with pytest.raises(ValueError, match="--engine vmpa: did you mean vmap"):
+        variants({"engine": ["vmpa"], "precision": ["float32"]})
+
+
+def test_a_size_grows_alone() -> None:
+    workload = BY_NAME["conv4-1"]
+    larger = grown(workload, "shots", 7)
+    assert larger.shot == 7
+    assert grown(larger, "shots", workload.shot) == workload
+
+
+def test_inner_steps_mean_nothing_where_nothing_adapts() -> None:
+    assert grows(BY_NAME["sinusoid"], "steps")
+    assert not grows(BY_NAME["protonet"], "steps")
+    assert not grows(BY_NAME["sinusoid"], "image")
+
+
+def test_the_default_variant_has_no_name() -> None:
+    assert Variant().name == ""
