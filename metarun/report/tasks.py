@@ -148,7 +148,7 @@ class _Plot:
     def points(self, key: str, what: str, x: Floats, y: Floats, marker: str, size: float) -> None:
         """Draw points."""
         self.axes.scatter(
-            x, y, s=size, color=INK, edgecolors=PAPER, zorder=3, marker=marker, gid=f"{key}-points"
+            x, y, s=size, color=INK, edgecolors=PAPER, zorder=4, marker=marker, gid=f"{key}-points"
         )
         self.note(what, x, y)
         self.sight.append(y)
@@ -174,7 +174,7 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     _draw_truth(plot, learned.source, batch, grid, index)
     spread = _draw_answers(plot, learned, batch, grid, index)
     support = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
-    plot.points("support", "support", *support, "^", 34.0)
+    plot.points("support", "support", *support, "^", 90.0)
     plot.series["support"] = Series("support", INK, marker="^")
     plot.finish()
     after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
@@ -202,7 +202,7 @@ def _draw_truth(
         plot.line("truth", "function", line, _numbers(grid[0, :, 0]), values, 1.2)
         plot.sight.append(values)
     queries = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
-    plot.points("queries", "query", *queries, "o", 14.0)
+    plot.points("queries", "query", *queries, "o", 20.0)
     plot.series["queries"] = Series("queries", INK, marker="o")
 
 

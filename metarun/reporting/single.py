@@ -54,7 +54,11 @@ def page(files: RunFiles, note: str = "") -> Page:
     stands = ""
     if files.status["state"] != "finished":
         at = f" at step {files.status['step']}" if "step" in files.status else ""
-        why = f": {files.status['why']}" if files.status.get("why") else ""
+        # A trainer's reason begins with the step.
+        reason = str(files.status.get("why") or "").removeprefix(
+            f"step {files.status.get('step')}: "
+        )
+        why = f": {reason}" if reason else ""
         stands = f"The run is {files.status['state']}{at}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])))
     return Page(title(files), facts(files), [again(files), *parts], missing)
@@ -137,6 +141,14 @@ def again(files: RunFiles) -> Section:
     return Section(
         "again", "Run it again", codes=[*codes, Code("Configuration", text, folded=True)]
     )
+
+
+def command(environment: Mapping[str, Any]) -> str:
+    """The words that were typed where a run was made; empty where they resumed or tested one."""
+    words = list(map(str, environment.get("command") or []))[1:]
+    if not words or any(word.startswith(("resume=", "test=")) for word in words):
+        return ""
+    return " ".join(["metarun", *map(shlex.quote, words)])
 
 
 def _config_dir(command: Sequence[str]) -> list[str]:
