@@ -118,7 +118,7 @@ def evaluate(
                 batch = source.batch(split, start, min(tasks_per_batch, episodes - start))
                 _add(digest, batch)
                 # An algorithm that draws numbers to answer answers the same each time.
-                torch.manual_seed(seeding.key("evaluation", split, start))
+                seeding.seed_torch(seeding.key("evaluation", split, start))
                 answer = predict(algorithm, batch.support_x, batch.support_y, batch.query_x, views)
                 values.append(_figures(source.spec, answer.outputs, batch.query_y))
                 embeddings += [] if answer.embedding is None else [answer.embedding]

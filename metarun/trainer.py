@@ -466,7 +466,7 @@ class _Loop:
 
     def _update(self) -> None:
         # So that an algorithm that draws from torch's generator resumes like any other.
-        torch.manual_seed(seeding.key("update", self.seed, self.step))
+        seeding.seed_torch(seeding.key("update", self.seed, self.step))
         num_tasks = self.settings.tasks_per_step
         batch = self.source.batch("train", self.step * num_tasks, num_tasks)
         metrics = self.algorithm.update(batch, Progress(self.step, self.settings.steps))

@@ -104,7 +104,7 @@ def task_of(learned: Learned, index: int) -> TaskBatch:
 def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> Prediction:
     """Answers to other queries of a test task; the same each time."""
     with torch.no_grad(), torch.random.fork_rng([]):
-        torch.manual_seed(seeding.key("report", "test", index))
+        seeding.seed_torch(seeding.key("report", "test", index))
         return predict(learned.algorithm, batch.support_x, batch.support_y, query_x, learned.views)
 
 
