@@ -25,7 +25,7 @@ EXPECTED = {
     "characters": BOTH | GRIDS | INSIDE | {"loss", "features-pca-0", "features-tsne-1", "tasks"},
     "protonet": BOTH | GRIDS | {"loss", "features-pca", "features-tsne", "tasks"},
     "cell": BOTH | FITS | INSIDE,
-    "anp": BOTH | FITS | {"loss"},
+    "anp": BOTH | FITS | {"loss", "tasks"},
     "cavia": BOTH | FITS | {"tasks", "adaptation"},
     "mixture": BOTH | FITS | {"families", "responsibilities", "tasks"},
     "snail": BOTH | GRIDS | {"presentations"},
