@@ -59,7 +59,9 @@ def page(files: RunFiles, note: str = "") -> Page:
             f"step {files.status.get('step')}: "
         )
         why = f": {reason}" if reason else ""
-        stands = f"The run is {files.status['state']}{at}{why}."
+        # A process that was killed has not said so.
+        killed = ", or was killed since" if files.status["state"] == "running" else ""
+        stands = f"The run is {files.status['state']}{at}{killed}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])))
     return Page(title(files), facts(files), [again(files), *parts], missing)
 

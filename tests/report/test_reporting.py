@@ -166,6 +166,10 @@ def test_an_unfinished_run_shows_how_far_it_came(runs: Path, tmp_path: Path) -> 
     assert "The run is failed at step 4: out of &lt;luck&gt;." in source
     assert f"metarun resume={folder}" in source
     assert figures_of(source) == {"learning"}
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "why": ""}))
+    assert main(["report", str(folder)]) == 0
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    assert "The run is running at step 4, or was killed since." in source
 
 
 def test_a_run_whose_parameters_are_gone_says_why_no_task_is_shown(
