@@ -119,7 +119,7 @@ def evaluate(
                         _add(digest, batch)
                     if own:
                         # An algorithm that draws numbers to answer answers the same each time.
-                        torch.manual_seed(seeding.key("evaluation", split, start))
+                        seeding.seed_torch(seeding.key("evaluation", split, start))
                         mine.append(_measured(algorithm, source.spec, batch, views, curve_steps))
                 if tick is not None:
                     tick(min(round_[-1] + tasks_per_batch, episodes))

@@ -85,7 +85,7 @@ class Lifetimes:
         here = slice(number * stream.rows, (number + 1) * stream.rows)
         x, y = self._x[:, here], self._y[:, here]
         # An algorithm that draws from torch's generator resumes like any other.
-        torch.manual_seed(seeding.key("lifetime", number))
+        seeding.seed_torch(seeding.key("lifetime", number))
         if self._follow:
             if number == 0:
                 self._kept["matrix"].append(self._row())

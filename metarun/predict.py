@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from metarun import config, trainer
+from metarun import config, seeding, trainer
 from metarun.algorithms.base import Algorithm
 from metarun.runs import RunFolder
 from metarun.types import EpisodeSource
@@ -197,7 +197,7 @@ class Learner:
         parts: list[Tensor] = []
         with torch.no_grad(), torch.random.fork_rng(devices):
             for part in rows.split(max(1, size)):
-                torch.manual_seed(0)
+                seeding.seed_torch(0)
                 answer = predict(self._algorithm, x, y, part[None], self._views)
                 parts.append(answer.outputs[0])
         outputs = torch.cat(parts)

@@ -222,7 +222,8 @@ def summary(results: Mapping[str, Any], where: str) -> str:
         rows.append(row)
     note = ""
     if "tasks_per_second" in results:
-        note = f"{results['steps']} steps, {results['tasks_per_second'] or 0:,.0f} tasks/s"
+        made, rate = results["steps"], results["tasks_per_second"] or 0
+        note = f"{made} step{'s' * (made != 1)}, {rate:,.0f} tasks/s"
     rows.append(("time", duration(results["seconds"]), note))
     return _table(_title(results), rows, where)
 

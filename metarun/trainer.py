@@ -514,7 +514,7 @@ class _Loop:
 
     def _update(self) -> None:
         # So that an algorithm that draws from torch's generator resumes like any other.
-        torch.manual_seed(seeding.key("update", self.seed, self.step))
+        seeding.seed_torch(seeding.key("update", self.seed, self.step))
         progress = Progress(self.step, self.settings.steps, self.share)
         first = progress.first_task(self.settings.tasks_per_step)
         batch = self.source.batch("train", first, self.share_size)

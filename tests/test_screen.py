@@ -136,6 +136,10 @@ def test_durations_can_be_read(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
+def test_a_single_step_is_one_step() -> None:
+    assert "1 step, 1,234 tasks/s" in summary({**RESULTS, "steps": 1}, "outputs/a/b")
+
+
 def test_the_table_says_what_was_reached_and_where_it_is() -> None:
     assert summary(RESULTS, "outputs/a/b").splitlines()[1:-1:1] == [
         "maml on omniglot_small, 5-way 1-shot, seed 7",

@@ -78,3 +78,19 @@ def test_a_gpu_draws_the_same_bits() -> None:
     there = seeding.task_keys(0, "train", 0, 8, gpu)
     assert torch.equal(there.cpu(), KEYS)
     assert torch.equal(seeding.uniform(there, 1, (9,)).cpu(), seeding.uniform(KEYS, 1, (9,)))
+
+
+def test_torch_is_seeded_as_by_itself_and_without_a_stack_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    number = seeding.key("update", 0, 7)
+    torch.manual_seed(number)
+    theirs = torch.randn(5), torch.randint(9, (5,))
+
+    def slow(*_: object, **__: object) -> list[str]:
+        raise AssertionError("a stack trace was asked for")
+
+    monkeypatch.setattr("traceback.format_stack", slow)
+    seeding.seed_torch(number)
+    assert torch.equal(torch.randn(5), theirs[0])
+    assert torch.equal(torch.randint(9, (5,)), theirs[1])

@@ -62,6 +62,19 @@ def test_metrics_hold_steps_and_metrics_alone(finished: Path) -> None:
     assert all("tasks_per_second" in line for line in lines(finished, "timing.jsonl"))
 
 
+def test_an_update_and_an_evaluation_take_no_stack_trace_to_be_seeded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm = make_algorithm()
+
+    def slow(*_: object, **__: object) -> list[str]:
+        raise AssertionError("a stack trace was asked for")
+
+    monkeypatch.setattr("traceback.format_stack", slow)
+    go(tmp_path, algorithm=algorithm, steps=10)
+    assert RunFolder.open(tmp_path).status()["state"] == "finished"
+
+
 def test_a_line_is_the_mean_over_its_updates(tmp_path: Path) -> None:
     seen: list[float] = []
 

@@ -127,7 +127,7 @@ class MultiTask(AdaptingLearner):
         starts = []
         with torch.random.fork_rng(devices=[]):
             for model in range(first, first + count):
-                torch.manual_seed(seeding.key(self.seed, "start", model))
+                seeding.seed_torch(seeding.key(self.seed, "start", model))
                 fresh = self.build_network(self.spec.output_dim)
                 starts.append(flatten(own_parameters(fresh)).detach())
         return torch.stack(starts).to(self.device, self.dtype)

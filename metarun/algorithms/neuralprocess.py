@@ -146,7 +146,7 @@ class NeuralProcess(Algorithm):
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = rows
-            means, spreads, divergence = torch.func.functional_call(
+            means, spreads, divergence, _ = torch.func.functional_call(
                 net, params, (x[:size], y[:size], x, noise, y if bounded else None)
             )
             loss = -log_likelihood(y, means, spreads) / y.numel() + divergence / y.numel()
@@ -168,14 +168,14 @@ class NeuralProcess(Algorithm):
         key = torch.tensor(seeding.key(self.seed, "latent"), device=self.device)
         noise = seeding.normal(key, _SLOT_LATENT, (samples, self.latent), dtype=self.dtype)
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
-            means, spreads, _ = torch.func.functional_call(net, params, (*rows, noise))
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            means, spreads, _, seen = torch.func.functional_call(net, params, (*rows, noise))
             mean = means.mean(0)
             variance = spreads.square().mean(0) + (means - mean).square().mean(0)
-            return mean, variance.sqrt()
+            return mean, variance.sqrt(), seen
 
-        mean, spread = self.map_tasks(task, support_x, support_y, query_x)
-        return Prediction(mean, spread=spread)
+        mean, spread, embedding = self.map_tasks(task, support_x, support_y, query_x)
+        return Prediction(mean, spread=spread, embedding=embedding)
 
     def _context_size(self, rows: int, progress: Progress) -> int:
         """N of one update."""
@@ -216,8 +216,9 @@ class _Process(nn.Module):
 
     def forward(
         self, x: Tensor, y: Tensor, asked: Tensor, noise: Tensor, answer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Means and spreads (L, M, D) at rows (M, …), and the divergence of the latent normals.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means and spreads (L, M, D) at rows (M, …), the divergence of the latent normals, and
+        the context as a vector: the mean of q(z | context), else its mean representation.
 
         Args:
             x, y: The context, (N, …) and (N, D).
@@ -230,6 +231,7 @@ class _Process(nn.Module):
         parts = [asked]
         if self.encoder is not None:
             rows = self.encoder(pairs, BATCH)
+            vector = rows.mean(0)
             if self.attention is None:
                 parts.append(rows.mean(0).expand(len(asked), -1))
             else:
@@ -238,6 +240,7 @@ class _Process(nn.Module):
         divergence = y.new_zeros(())
         if self.latent_encoder is not None:
             mean, spread = self._latent(pairs)
+            vector = mean
             if answer is not None:
                 prior = mean, spread
                 mean, spread = self._latent(torch.cat([asked, answer], 1))
@@ -248,7 +251,7 @@ class _Process(nn.Module):
             self.decoder(seen.flatten(0, 1), BATCH).unflatten(0, seen.shape[:2]).chunk(2, 2)
         )
         spreads = self.min_spread + (1.0 - self.min_spread) * nn.functional.softplus(raw)
-        return means, spreads, divergence
+        return means, spreads, divergence, vector
 
     def _latent(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and spread (Z,) of q(z | pairs)."""

@@ -201,7 +201,7 @@ class OnlineLearner(Algorithm):
     def untaught(self, x: Tensor) -> Tensor:
         """(T, R, D) answers of a network drawn anew to rows (T, R, …) as the data have them."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seeding.key(self.seed, "untaught"))
+            seeding.seed_torch(seeding.key(self.seed, "untaught"))
             fresh = self.build().to(self.device, self.dtype)
         return torch.stack([fresh(rows, Pass()).detach() for rows in x])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from metarun.data import catalogue
 from metarun.data.store import Store, open_store
 from metarun.parsing import Parser
 
-_WIDTH = 100
+_NARROWEST, _WIDEST = 40, 100
 
 
 def run(argv: Sequence[str]) -> int:
@@ -66,7 +67,8 @@ def _list(root: str | None, *, verify: bool) -> int:
     for entry in catalogue.DATASETS.values():
         table.add_row(entry.name, entry.line)
         table.add_row("", _state(entry, base, root, verify=verify))
-    Console(width=_WIDTH, highlight=False).print(table)
+    columns = shutil.get_terminal_size((80, 24)).columns
+    Console(width=max(_NARROWEST, min(_WIDEST, columns)), highlight=False).print(table)
     return 0
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.inner import Params, flatten
+from metarun.backbones.layers import Pass
 from metarun.intervals import Floats, interval
 from metarun.report.drawing import COLOURS, MARKERS, SIZE, Panel, Series, named_rows
 from metarun.report.tasks import Learned, answer, chosen, letter, task_of
@@ -26,6 +27,8 @@ _TASKS, _FEW_TASKS = 6, 3
 _EMBEDDED_TASKS = 100
 _MOST_NUMBERS = 20_000_000
 """Of all adapted parameters of the tasks that are embedded together."""
+_MOST_PIXELS = 2_000_000
+"""Of all images that are looked at to place tasks by their support."""
 _GRID = 100
 _TSNE_FROM = 12
 
@@ -363,6 +366,26 @@ def task_vectors(learned: Learned, episodes: int) -> Floats | None:
     return np.asarray(moved.cpu().double().numpy())
 
 
+def support_vectors(learned: Learned, episodes: int) -> Floats | None:
+    """(T, F) the mean of what the body makes of the support of some test tasks.
+
+    None where the learner has no such network, or looking at enough tasks would take long.
+    """
+    body = getattr(getattr(learned.algorithm, "net", None), "body", None)
+    spec = learned.source.spec
+    if body is None or spec.kind != "classification":
+        return None
+    each = learned.source.batch("test", 0, 1).support_x.numel()
+    tasks = min(_EMBEDDED_TASKS, episodes, _MOST_PIXELS // each)
+    if tasks < _TSNE_FROM:
+        return None
+    how = Pass(running=learned.algorithm.bn_statistics == "running")
+    support = learned.source.batch("test", 0, tasks).support_x
+    with torch.no_grad():
+        means = torch.stack([body(rows, how).flatten(1).mean(0) for rows in support])
+    return np.asarray(means.cpu().double().numpy())
+
+
 def _is_large(learner: AdaptingLearner) -> bool:
     """Whether a hundred adaptations would take seconds."""
     convolutional = any(isinstance(module, nn.Conv2d) for module in learner.modules())
@@ -403,7 +426,7 @@ def embedded(
         "tasks",
         "Test tasks",
         f"A point for each of {len(points)} test tasks: {what}, along its two first principal "
-        f"components, coloured by {label}.",
+        f"components, coloured by {label.replace(', %', ' in %')}.",
         f"{len(points)} test tasks as points of a plane, coloured by {label}.",
         figure,
         {"first": list(map(float, x)), "second": list(map(float, y)), label: list(map(float, hue))},

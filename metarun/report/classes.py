@@ -6,6 +6,7 @@ Shapes: C classes that were met, P pairs of a class and what it was taken for.
 from __future__ import annotations
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from metarun.intervals import Floats
 from metarun.report.drawing import INK, WRONG, Panel, named_rows
@@ -61,34 +62,34 @@ def by_class(pairs: Floats, names: list[str], colour: str) -> Panel:
 
 
 def confused(pairs: Floats, names: list[str]) -> list[Panel]:
-    """The pairs of classes most often taken for each other; none where no answer is wrong."""
+    """What each class is most often taken for; none where no answer is wrong."""
     wrong = pairs[pairs[:, 0] != pairs[:, 1]]
     if not len(wrong):
         return []
-    # Both directions together.
-    ends = np.sort(wrong[:, :2], axis=1)
-    unique, place = np.unique(ends, axis=0, return_inverse=True)
-    counts = np.bincount(place.reshape(-1), weights=wrong[:, 2])
-    order = np.argsort(-counts, kind="stable")
-    shown = order[:_NAMED]
-    labels = ["\n".join(_short(names[int(c)]) for c in unique[pair]) for pair in shown]
+    asked = {int(c): pairs[pairs[:, 0] == c, 2].sum() for c in np.unique(pairs[:, 0])}
+    order = np.argsort(-wrong[:, 2], kind="stable")
+    ordered = [(int(true), int(said), int(count)) for true, said, count in wrong[order]]
+    shown = ordered[:_NAMED]
+    labels = [f"{_short(names[true])}\nas {_short(names[said])}" for true, said, _ in shown]
     figure, axes, places = named_rows(labels, 0.33)
-    axes.barh(places, counts[shown], color=WRONG, alpha=0.85, height=0.7)
+    axes.barh(places, [count for *_, count in shown], color=WRONG, alpha=0.85, height=0.7)
     axes.set(xlabel="queries taken for the other")
-    first = " and ".join(names[int(c)] for c in unique[order[0]])
-    told = f"{first} most often ({counts[order[0]]:.0f} queries)"
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    true, said, most = ordered[0]
+    told = f"{names[true]} is taken for {names[said]} most often ({most} queries)"
     return [
         Panel(
             "confusions",
             "Confusions",
-            f"The pairs of test classes that are taken for each other: {told}, of "
-            f"{counts.sum():.0f} wrong answers in all test episodes.",
-            f"Most confused pairs of classes: {told}.",
+            f"A test class, and below it what its queries were taken for: {told}, of "
+            f"{wrong[:, 2].sum():.0f} wrong answers in all test episodes.",
+            f"Most confused pairs of a class and an answer: {told}.",
             figure,
             {
-                "one": [names[int(unique[pair][0])] for pair in order],
-                "other": [names[int(unique[pair][1])] for pair in order],
-                "queries": [int(counts[pair]) for pair in order],
+                "class": [names[true] for true, _, _ in ordered],
+                "taken for": [names[said] for _, said, _ in ordered],
+                "queries": [count for *_, count in ordered],
+                "share of the class": [count / asked[true] for true, _, count in ordered],
             },
         )
     ]

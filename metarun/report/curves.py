@@ -24,6 +24,11 @@ def unit(metric: str) -> tuple[float, str]:
     return (100.0, "accuracy, %") if metric == "accuracy" else (1.0, "mean squared error")
 
 
+def whole_steps() -> MaxNLocator:
+    """Ticks of an axis of updates, which are whole however few they are."""
+    return MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True)
+
+
 def panels(run: RunFiles) -> list[Panel]:
     """The figures that a run's own files give, as many as it has."""
     made = [learning(run), loss(run), adaptation(run), histogram(run)]
@@ -44,13 +49,15 @@ def learning(run: RunFiles) -> Panel | None:
         "meta-val": (Series("meta-val", run.colour), at, val, width),
     }
     lines = {key: line for key, line in lines.items() if len(line[1])}
-    if not lines:
+    # A learner that is only validated as it starts has no curve.
+    if not lines or max(line[1].max() for line in lines.values()) == 0:
         return None
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     columns: dict[str, list[object]] = {"split": [], "step": [], metric: [], "ci95": []}
     for key, (series, x, y, w) in lines.items():
-        marker = "o" if len(x) < _FEW_POINTS and key == "meta-val" else None
+        # A single point has no line to be seen by.
+        marker = "o" if len(x) < (_FEW_POINTS if key == "meta-val" else 2) else None
         (line,) = axes.plot(x, scale * y, color=series.colour, marker=marker, markersize=3)
         line.set(gid=key, linewidth=1.4)
         band(axes, x, scale * y, scale * w, series.colour, key)
@@ -71,6 +78,7 @@ def learning(run: RunFiles) -> Panel | None:
     if metric != "accuracy":
         error_axis(axes, np.concatenate([train, val]))
     axes.set(xlabel="meta-updates", ylabel=label)
+    axes.xaxis.set_major_locator(whole_steps())
     ends = _ends(val if len(val) else train, metric)
     return Panel(
         "learning",
@@ -95,6 +103,7 @@ def loss(run: RunFiles) -> Panel | None:
     axes = figure.add_subplot()
     axes.plot(steps, values, color=run.colour, linewidth=1.4)
     axes.set(xlabel="meta-updates", ylabel="training loss")
+    axes.xaxis.set_major_locator(whole_steps())
     if not (values < 0).any():
         error_axis(axes, values)
     return Panel(
@@ -183,7 +192,10 @@ def histogram(run: RunFiles) -> Panel | None:
     axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
     axes.set(xlabel=label, ylabel="test episodes")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    told = _spread(values)
+    if metric == "accuracy":
+        # The first and the last bin reach beyond, to hold none and all of the answers.
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0.0 <= tick <= scale])
+    told = _spread(values, " %" if metric == "accuracy" else "")
     far = int((values > edges[-1]).sum())
     notes = f" {far} beyond the last bin are counted in it." if far else ""
     if len(values) < len(every):
@@ -203,11 +215,13 @@ def histogram(run: RunFiles) -> Panel | None:
     )
 
 
-def _spread(values: Floats) -> str:
-    lowest, median, highest = np.quantile(values, [0.05, 0.5, 0.95])
+def _spread(values: Floats, sign: str) -> str:
+    """In words; `sign` is what stands behind each number."""
+    at = [0.05, 0.5, 0.95] if len(values) >= _FEW_EPISODES else [0.0, 0.5, 1.0]
+    lowest, median, highest = (f"{value:.4g}{sign}" for value in np.quantile(values, at))
     if len(values) < _FEW_EPISODES:
-        return f"They lie between {values.min():.4g} and {values.max():.4g}."
-    return f"Nine of ten lie between {lowest:.4g} and {highest:.4g}, the median is {median:.4g}."
+        return f"They lie between {lowest} and {highest}."
+    return f"Nine of ten lie between {lowest} and {highest}, the median is {median}."
 
 
 def _edges(values: Floats, metric: str, plain: Mapping[str, object]) -> list[float]:

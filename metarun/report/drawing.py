@@ -51,6 +51,8 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "metarun",
 }
+_SETTLED = {**STYLE, "figure.constrained_layout.use": False}
+"""Where things are where they shall be."""
 SIZE = (4.8, 3.2)
 """Inches of a figure of one panel: what a phone shows without shrinking its letters."""
 _DPI = 150
@@ -189,6 +191,7 @@ def _cell(value: Any) -> str:
 def write(folder: Path, panel: Panel) -> str:
     """Write a panel as PNG, SVG and CSV; returns the SVG."""
     folder.mkdir(parents=True, exist_ok=True)
+    _lay_out(panel.figure)
     svg = _drawn(panel.figure, "svg").decode()
     write_atomically(folder / f"{panel.name}.svg", svg.encode())
     write_atomically(folder / f"{panel.name}.png", _drawn(panel.figure, "png"))
@@ -196,20 +199,29 @@ def write(folder: Path, panel: Panel) -> str:
     return svg
 
 
+def _lay_out(figure: Figure) -> None:
+    """Settle where things are once: with an engine every save would draw all of it twice."""
+    engine = figure.get_layout_engine()
+    with rc_context(_SETTLED):
+        if engine is not None:
+            engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def _drawn(figure: Figure, kind: str) -> bytes:
     """A file without a date, so that the same figure is the same file."""
     buffer = io.BytesIO()
-    with rc_context(STYLE):
+    # Each save sets the engine anew, by these.
+    with rc_context(_SETTLED):
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
-    # Where things are is settled by the first.
-    figure.set_layout_engine("none")
     return buffer.getvalue()
 
 
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
     """Write a figure as PNG and SVG; returns the files."""
     folder.mkdir(exist_ok=True)
+    _lay_out(figure)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
         write_atomically(path, _drawn(figure, path.suffix[1:]))

@@ -38,6 +38,9 @@ def _points(run: RunFiles, learned: Learned | None) -> list[Panel]:
             return []
         vectors = adapting.task_vectors(learned, len(arrays[metric]))
         what = "how adaptation moves the parameters"
+        if vectors is None:
+            vectors = adapting.support_vectors(learned, len(arrays[metric]))
+            what = "the mean of its support's features"
     if vectors is None or not np.isfinite(vectors).all():
         return []
     points = adapting.principal(vectors)

@@ -16,7 +16,8 @@ from matplotlib.ticker import MaxNLocator
 
 from metarun import continual
 from metarun.intervals import Floats, quiet
-from metarun.report.drawing import COLOURS, STYLE, Panel, colours, save
+from metarun.report.curves import unit
+from metarun.report.drawing import COLOURS, SIZE, STYLE, Panel, colours, save
 from metarun.report.files import RunFiles
 from metarun.types import Stream
 
@@ -106,13 +107,16 @@ def together(
 
 def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
     """A heat map: a row before the first visit and after each, a column for each task."""
-    figure = Figure(figsize=(6.4, 5.2))
+    scale, label = unit(str(results["metric"]))
+    figure = Figure(figsize=(SIZE[0], 4.0))
     axes = figure.add_subplot()
     best = "viridis" if results["metric"] == "accuracy" else "viridis_r"
     # One task that diverges would leave no colours for the others.
-    top = float(np.nanquantile(matrix, 0.98)) if np.isfinite(matrix).any() else 1.0
-    image = axes.imshow(matrix, aspect="auto", cmap=best, vmin=0.0, vmax=top, origin="upper")
-    figure.colorbar(image, ax=axes, label=f"{results['metric']} on held-out rows")
+    top = scale * float(np.nanquantile(matrix, 0.98)) if np.isfinite(matrix).any() else scale
+    image = axes.imshow(
+        scale * matrix, aspect="auto", cmap=best, vmin=0.0, vmax=top, origin="upper"
+    )
+    figure.colorbar(image, ax=axes, label=label)
     axes.set(title=heading, xlabel="task", ylabel="visits so far")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
@@ -135,11 +139,12 @@ def _panels(
     looks: Mapping[str, tuple[str, str]],
 ) -> Figure:
     """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
-    metric = results["metric"]
+    scale, metric = unit(str(results["metric"]))
+    metric = metric.replace("mean squared error", "squared error")
     # Where there are many visits a curve within each of them would be a block of colour.
     many = len(results["layout"]["visits"]) > _MANY_VISITS
-    figure = Figure(figsize=(6.4, 7.2))
-    figure.suptitle(heading)
+    figure = Figure(figsize=(SIZE[0], 6.4))
+    figure.suptitle(heading, fontsize=10)
     drawn = figure.subplots(3, 1)
     names = ("current", "cumulative_loss", "seen")
     labels = (
@@ -153,16 +158,22 @@ def _panels(
             ends = many and name == "current"
             here = [row for row in rows if row[name] and (row["seen"] or not ends)]
             x, y, width = _columns(here, name)
+            if name != "cumulative_loss":
+                y, width = scale * y, scale * width
             colour, dash = looks[algo]
             axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
             if len(curves) <= len(COLOURS):
                 axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
             tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
-        axes.set(xlabel="rows of the stream", ylabel=label, xlim=(0, None), ylim=(0, None))
+        axes.set(ylabel=label, xlim=(0, None), ylim=(0, None))
+        # What an interval has beyond all answers right is not to be had.
+        if scale > 1.0 and name != "cumulative_loss":
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.04 * scale))
         # One that diverges would leave no room for the others.
         positive = [top for top in tops if top > 0]
         if positive and max(positive) > _FAR * min(positive):
             axes.set_ylim(top=_FAR / 10 * min(positive))
+    drawn[-1].set_xlabel("rows of the stream")
     if len(curves) > 1:
         handles, texts = drawn[0].get_legend_handles_labels()
         figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False)

@@ -104,7 +104,7 @@ def task_of(learned: Learned, index: int) -> TaskBatch:
 def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> Prediction:
     """Answers to other queries of a test task; the same each time."""
     with torch.no_grad(), torch.random.fork_rng([]):
-        torch.manual_seed(seeding.key("report", "test", index))
+        seeding.seed_torch(seeding.key("report", "test", index))
         return predict(learned.algorithm, batch.support_x, batch.support_y, query_x, learned.views)
 
 
@@ -148,7 +148,7 @@ class _Plot:
     def points(self, key: str, what: str, x: Floats, y: Floats, marker: str, size: float) -> None:
         """Draw points."""
         self.axes.scatter(
-            x, y, s=size, color=INK, edgecolors=PAPER, zorder=3, marker=marker, gid=f"{key}-points"
+            x, y, s=size, color=INK, edgecolors=PAPER, zorder=4, marker=marker, gid=f"{key}-points"
         )
         self.note(what, x, y)
         self.sight.append(y)
@@ -174,7 +174,7 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     _draw_truth(plot, learned.source, batch, grid, index)
     spread = _draw_answers(plot, learned, batch, grid, index)
     support = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
-    plot.points("support", "support", *support, "^", 34.0)
+    plot.points("support", "support", *support, "^", 90.0)
     plot.series["support"] = Series("support", INK, marker="^")
     plot.finish()
     after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
@@ -202,7 +202,7 @@ def _draw_truth(
         plot.line("truth", "function", line, _numbers(grid[0, :, 0]), values, 1.2)
         plot.sight.append(values)
     queries = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
-    plot.points("queries", "query", *queries, "o", 14.0)
+    plot.points("queries", "query", *queries, "o", 20.0)
     plot.series["queries"] = Series("queries", INK, marker="o")
 
 

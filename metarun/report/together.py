@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from metarun.intervals import Floats, interval
 from metarun.report import streams
-from metarun.report.curves import unit
+from metarun.report.curves import unit, whole_steps
 from metarun.report.drawing import INK, SIZE, Panel, Series, band, error_axis, named_rows, plain
 from metarun.report.files import RunFiles
 
@@ -151,7 +150,6 @@ def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
     if all(len(steps) < 2 for steps, _, _ in curves.values()):
         return None
     figure, columns = _drawn(theirs, curves, metric, "inner steps", label)
-    figure.axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
     return Panel(
         "adaptation-together",
         "Adaptation",
@@ -196,6 +194,7 @@ def _drawn(
     if metric != "accuracy":
         error_axis(axes, np.concatenate([mean for _, mean, _ in curves.values()]))
     axes.set(xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(whole_steps())
     return figure, columns
 
 

@@ -13,11 +13,15 @@ from metarun.papers import Group, Run
 from metarun.report import together
 from metarun.report.drawing import DASHES, Panel, colours
 from metarun.report.files import RunFiles
-from metarun.report.page import Page, Section, Table
+from metarun.report.page import Code, Page, Section, Table
 from metarun.report.together import Entry
 from metarun.reporting import single
 from metarun.reporting.cells import table
+from metarun.runs import Record, RunFolder
 from metarun.tables import Line, figure_of
+
+_MOST_COMMANDS = 5
+"""Of runs made one by one the page does not list them."""
 
 
 def page(runs: Sequence[Run], config_dir: str | None) -> Page:
@@ -33,7 +37,10 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     tables = [table(title, lines, named) for title, lines in papers.parts(groups, config_dir)]
     unfinished = [run for run in runs if run.result is None]
     facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
-    sections = [Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)])]
+    sections = [
+        _again(runs),
+        Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)]),
+    ]
     for number, (title, members) in enumerate(clusters.items()):
         name = "together" if not number else f"together-{number + 1}"
         sections.append(Section(name, title, panels=_panels(members, number)))
@@ -44,6 +51,18 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
         facts += own
         sections += about
     return Page(_heading(runs), facts, sections, note)
+
+
+def _again(runs: Sequence[Run]) -> Section:
+    """The commands that made the runs, where they are few: a sweep is made by one."""
+    commands = dict.fromkeys(filter(None, (single.command(_environment(run)) for run in runs)))
+    codes = [Code("Command", "\n".join(commands))] if 0 < len(commands) <= _MOST_COMMANDS else []
+    return Section("again", "Run it again", codes=codes)
+
+
+def _environment(run: Run) -> Record:
+    folder = RunFolder(run.path)
+    return folder.read_json("environment.json") if folder.has("environment.json") else {}
 
 
 def _panels(members: Sequence[Entry], number: int) -> list[Panel]:

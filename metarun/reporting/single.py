@@ -54,8 +54,14 @@ def page(files: RunFiles, note: str = "") -> Page:
     stands = ""
     if files.status["state"] != "finished":
         at = f" at step {files.status['step']}" if "step" in files.status else ""
-        why = f": {files.status['why']}" if files.status.get("why") else ""
-        stands = f"The run is {files.status['state']}{at}{why}."
+        # A trainer's reason begins with the step.
+        reason = str(files.status.get("why") or "").removeprefix(
+            f"step {files.status.get('step')}: "
+        )
+        why = f": {reason}" if reason else ""
+        # A process that was killed has not said so.
+        killed = ", or was killed since" if files.status["state"] == "running" else ""
+        stands = f"The run is {files.status['state']}{at}{killed}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])))
     return Page(title(files), facts(files), [again(files), *parts], missing)
 
@@ -137,6 +143,14 @@ def again(files: RunFiles) -> Section:
     return Section(
         "again", "Run it again", codes=[*codes, Code("Configuration", text, folded=True)]
     )
+
+
+def command(environment: Mapping[str, Any]) -> str:
+    """The words that were typed where a run was made; empty where they resumed or tested one."""
+    words = list(map(str, environment.get("command") or []))[1:]
+    if not words or any(word.startswith(("resume=", "test=")) for word in words):
+        return ""
+    return " ".join(["metarun", *map(shlex.quote, words)])
 
 
 def _config_dir(command: Sequence[str]) -> list[str]:

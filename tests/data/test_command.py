@@ -45,6 +45,16 @@ def test_alone_it_lists_what_is_here_and_how_to_get_the_rest(metarun: Command) -
     assert "metarun data omniglot" in answer.out
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_the_list_fits_the_terminal(
+    width: int, metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    lines = metarun("data").out.splitlines()
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= width
+
+
 def test_an_import_is_told_listed_verified_and_not_repeated(
     metarun: Command, zips: Path, own_root: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from metarun.cli import main
+from metarun.report.page import Cell, Page, Row, Section, Table, render
 from tests.report.conftest import made, swept
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -152,6 +153,25 @@ def test_a_table_is_sorted_by_its_numbers(runs: Path, opened: Any) -> None:
     assert head.get_attribute("aria-sort") == "ascending"
     head.locator("button").press("Enter")
     assert values() == sorted(values(), reverse=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_long_table_scrolls_by_itself_under_its_heads(
+    size: str, tmp_path: Path, opened: Any
+) -> None:
+    rows = [Row([Cell(f"run {number}"), Cell(str(number), float(number))]) for number in range(200)]
+    section = Section("runs", "Results", tables=[Table("runs", ["run", "figure"], rows)])
+    path = tmp_path / "report.html"
+    path.write_text(render(Page("200 runs", [], [section]), tmp_path), encoding="utf-8")
+    here = opened(path, size)
+    box = here.page.locator(".scroll")
+    assert box.bounding_box()["height"] < SIZES[size][1]
+    top = here.page.locator("thead").bounding_box()["y"]
+    box.evaluate("e => { e.scrollTop = 2000; }")
+    assert here.page.locator("th").first.bounding_box()["y"] == pytest.approx(top, abs=2.0)
+    # On paper nobody scrolls.
+    here.page.emulate_media(media="print")
+    assert box.bounding_box()["height"] > 2000
 
 
 @pytest.mark.parametrize("how", ["hover", "focus"])

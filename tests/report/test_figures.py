@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.decomposition import PCA
 
-from metarun.report import adapting, classes, curves, drawing, tasks, together
+from metarun.report import adapting, classes, curves, drawing, streams, tasks, together
 from metarun.report.drawing import COLOURS, Panel
 from metarun.report.files import RunFiles
 
@@ -112,8 +113,10 @@ def test_a_class_is_judged_by_its_own_queries(tmp_path: Path) -> None:
     by_class, confused = classes.panels(run)
     shares = dict(zip(by_class.columns["class"], by_class.columns["accuracy"], strict=True))
     assert shares == pytest.approx({"a": 0.75, "c": 0.9, "b": 1.0})
-    # Both directions are one pair.
-    assert list(zip(*confused.columns.values(), strict=True)) == [("a", "c", 3)]
+    # What c is taken for is another thing than what is taken for c.
+    rows = list(zip(*confused.columns.values(), strict=True))
+    assert rows == [("a", "c", 2, pytest.approx(0.25)), ("c", "a", 1, pytest.approx(0.1))]
+    assert "a is taken for c most often (2 queries), of 3 wrong answers" in confused.caption
 
 
 def test_without_a_wrong_answer_no_pair_is_confused(tmp_path: Path) -> None:
@@ -170,3 +173,86 @@ def test_the_curve_of_several_seeds_is_that_of_their_averaged_episodes(tmp_path:
         half = stats.t.ppf(0.975, 19) * values.std(ddof=1) / np.sqrt(20)
         assert panel.columns["mse"][step] == pytest.approx(values.mean())
         assert panel.columns["ci95"][step] == pytest.approx(half)
+
+
+def learned(tmp_path: Path, lines: list[dict[str, float]]) -> Panel | None:
+    run = files(tmp_path, "accuracy", [])
+    run.__dict__["metrics"] = lines
+    return curves.learning(run)
+
+
+def test_a_single_point_of_training_is_seen(tmp_path: Path) -> None:
+    val = {"step": 40, "val/accuracy": 0.5, "val/accuracy_ci95": 0.1}
+    panel = learned(tmp_path, [{"step": 40, "train/accuracy": 0.4}, val])
+    assert panel is not None
+    assert all(line.get_marker() == "o" for line in panel.figure.axes[0].get_lines())
+
+
+def test_updates_are_counted_in_whole_numbers(tmp_path: Path) -> None:
+    panel = learned(tmp_path, [{"step": s, "train/accuracy": 0.4} for s in (1, 2, 3)])
+    assert panel is not None
+    assert all(tick == round(tick) for tick in panel.figure.axes[0].get_xticks())
+
+
+def test_a_learner_that_is_only_validated_as_it_starts_has_no_curve(tmp_path: Path) -> None:
+    assert learned(tmp_path, [{"step": 0, "val/accuracy": 0.5, "val/accuracy_ci95": 0.1}]) is None
+
+
+@pytest.mark.parametrize("count", [10, 30])
+def test_the_spread_of_episodes_has_its_unit(count: int, tmp_path: Path) -> None:
+    values = list(np.linspace(0.2, 0.8, count))
+    accuracy = curves.histogram(files(tmp_path, "accuracy", values))
+    error = curves.histogram(files(tmp_path, "mse", values))
+    assert accuracy is not None
+    assert error is not None
+    lowest = "20 %" if count < 20 else "23 %"
+    assert f"lie between {lowest} and " in accuracy.caption
+    assert f"lie between {lowest[:-2]}" not in error.caption
+    told = error.caption.rpartition("interval. ")[2]
+    assert "%" not in told
+
+
+def test_no_tick_of_an_accuracy_is_below_zero_or_above_all(tmp_path: Path) -> None:
+    values = [k / 5 for k in (0, 1, 2, 5) for _ in range(10)]
+    panel = curves.histogram(files(tmp_path, "accuracy", values, query=1))
+    assert panel is not None
+    ticks = panel.figure.axes[0].get_xticks()
+    assert len(ticks) > 2
+    assert ticks.min() >= 0.0
+    assert ticks.max() <= 100.0
+
+
+def test_a_figure_is_drawn_once_for_each_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with rc_context(drawing.STYLE):
+        panel = curves.histogram(files(tmp_path, "mse", [1.0, 2.0, 4.0]))
+    assert panel is not None
+    drawn: list[object] = []
+    draw = Figure.draw
+
+    def counted(figure: Figure, renderer: object) -> None:
+        drawn.append(renderer)
+        draw(figure, renderer)
+
+    monkeypatch.setattr(Figure, "draw", counted)
+    drawing.write(tmp_path / "figures", panel)
+    assert len(drawn) == 2
+
+
+def test_accuracy_along_a_stream_is_in_percent_and_ends_at_all() -> None:
+    columns = ["rows", "current", "current_ci95", "cumulative_loss", "cumulative_loss_ci95",
+               "seen", "seen_ci95"]  # fmt: skip
+    values = [(k, 0.9, 0.5, k, 1, 0.8, 0.1) for k in (10, 20)]
+    lines = [dict(zip(columns, map(str, row), strict=True)) for row in values]
+    results = {"metric": "accuracy", "layout": {"visits": [0, 1]}}
+    figure = streams._panels({"a": lines}, results, "heading", {"a": (COLOURS[0], "-")})
+    current, loss, seen = figure.axes
+    assert current.get_lines()[0].get_ydata() == pytest.approx([90.0, 90.0])
+    assert seen.get_lines()[0].get_ydata() == pytest.approx([80.0, 80.0])
+    assert loss.get_lines()[0].get_ydata() == pytest.approx([10.0, 20.0])
+    assert current.get_ylim()[1] <= 104.0
+    assert "%" in current.get_ylabel()
+    assert "%" not in loss.get_ylabel()
+    matrix = streams._matrix(np.array([[0.5, 1.0]]), results, "heading")
+    assert matrix.axes[0].images[0].get_array().max() == pytest.approx(100.0)

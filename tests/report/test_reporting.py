@@ -10,6 +10,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metarun.cli import main
@@ -21,10 +22,10 @@ GRIDS = {"task-good", "task-median", "task-bad", "classes"}
 INSIDE = {"moved", "cka", "adaptation"}
 EXPECTED = {
     "maml": BOTH | FITS | INSIDE | {"tasks"},
-    "characters": BOTH | GRIDS | INSIDE | {"loss", "features-pca-0", "features-tsne-1"},
-    "protonet": BOTH | GRIDS | {"loss", "features-pca", "features-tsne"},
+    "characters": BOTH | GRIDS | INSIDE | {"loss", "features-pca-0", "features-tsne-1", "tasks"},
+    "protonet": BOTH | GRIDS | {"loss", "features-pca", "features-tsne", "tasks"},
     "cell": BOTH | FITS | INSIDE,
-    "anp": BOTH | FITS | {"loss"},
+    "anp": BOTH | FITS | {"loss", "tasks"},
     "cavia": BOTH | FITS | {"tasks", "adaptation"},
     "mixture": BOTH | FITS | {"families", "responsibilities", "tasks"},
     "snail": BOTH | GRIDS | {"presentations"},
@@ -157,13 +158,18 @@ def test_an_unfinished_run_shows_how_far_it_came(runs: Path, tmp_path: Path) -> 
     shutil.rmtree(folder / "figures", ignore_errors=True)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 8, "train/m')
-    status = {"state": "failed", "step": 4, "why": "out of <luck>", "time": "2026-01-01T00:00:00"}
+    status = {"state": "failed", "step": 4, "why": "step 4: out of <luck>"}
+    status["time"] = "2026-01-01T00:00:00"
     (folder / "status.json").write_text(json.dumps(status))
     assert main(["report", str(folder)]) == 0
     source = (folder / "report.html").read_text(encoding="utf-8")
     assert "The run is failed at step 4: out of &lt;luck&gt;." in source
     assert f"metarun resume={folder}" in source
     assert figures_of(source) == {"learning"}
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running", "why": ""}))
+    assert main(["report", str(folder)]) == 0
+    source = (folder / "report.html").read_text(encoding="utf-8")
+    assert "The run is running at step 4, or was killed since." in source
 
 
 def test_a_run_whose_parameters_are_gone_says_why_no_task_is_shown(
@@ -339,3 +345,27 @@ def test_a_file_is_no_folder_for_a_report(
     output = str(tmp_path / "mine")
     assert main(["report", str(made(runs, "nearest")), "--output", output]) == 2
     assert "is a file: expected a folder" in capsys.readouterr().err
+
+
+def test_a_sweep_says_the_command_that_made_it(runs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    shutil.copytree(swept(runs), folder)
+    typed = ["/bin/metarun", "--multirun", "algo=maml,reptile", "algo.inner_lr=range(1, 3)"]
+    for number, path in enumerate(sorted(folder.glob("*/environment.json"))):
+        words = ["/bin/metarun", f"resume={path.parent}"] if number == 0 else typed
+        path.write_text(json.dumps({**json.loads(path.read_text()), "command": words}))
+    assert main(["report", str(folder)]) == 0
+    text = html_text((folder / "report.html").read_text(encoding="utf-8"))
+    assert "metarun --multirun algo=maml,reptile 'algo.inner_lr=range(1, 3)'" in text.splitlines()
+    assert text.count("--multirun") == 1
+
+
+def test_tasks_of_images_are_placed_by_their_support(runs: Path) -> None:
+    folder = made(runs, "protonet")
+    assert main(["report", str(folder)]) == 0
+    with (folder / "figures" / "tasks.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    with np.load(folder / "episodes.npz") as arrays:
+        accuracy = arrays["accuracy"]
+    assert [float(row["accuracy, %"]) for row in rows] == pytest.approx(100 * accuracy, rel=1e-4)
+    assert len({(row["first"], row["second"]) for row in rows}) == len(rows)
