@@ -115,7 +115,7 @@ def test_every_whole_number_of_the_schema_has_bounds() -> None:
     numbers = {
         k for k in flat if k.rpartition(".")[2] not in (*config.NODES, "names", "train", "eval")
     }
-    words = {"device", "precision", "bn", "engine", "debug", "resume", "test"}
+    words = {"device", "precision", "bn", "engine", "graph", "debug", "resume", "test"}
     words |= {"sweep", "published", "logger", "eval.proficiency"}
     assert numbers - words == set(config._BOUNDS)
 

@@ -82,7 +82,7 @@ def test_data_and_algorithms_never_see_each_other(path: Path) -> None:
 
 def test_no_algorithm_imports_another() -> None:
     shared = {
-        "adapting", "base", "inner", "outer", "engine", "episodic", "metagan", "portfolio",
+        "adapting", "base", "inner", "outer", "engine", "episodic", "graphs", "metagan", "portfolio",
         "pretraining", "online", "rules", "sequential", "trajectory",
     }  # fmt: skip
     for path in sorted((PACKAGE / "algorithms").glob("*.py")):

@@ -22,9 +22,9 @@ GraphKind = Literal["auto", "none", "replay", "compile"]
 GRAPH_KINDS: tuple[GraphKind, ...] = ("auto", "none", "replay", "compile")
 Function = Callable[..., Any]
 
-_PATIENCE = 50
+_PATIENCE = 200
 """Calls before `auto` follows a function: to follow it takes as long as some hundred small calls,
-so that a single evaluation does not."""
+so that short runs and single evaluations do not."""
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Graphs:
         compiled agrees to rounding.
 
         Args:
-            kind: `auto` and `replay` replay the operators, `auto` from the 50th call on;
+            kind: `auto` and `replay` replay the operators, `auto` from the 200th call on;
                 `compile` hands them to `torch.compile`, which fuses them.
             key: Everything that the function depends on beside its arguments.
             function: Of lists of tensors to any nest of tensors. It reads no other tensors: one

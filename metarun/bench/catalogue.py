@@ -143,12 +143,16 @@ class Variant:
     Attributes:
         engine: `kind` of `Engine`.
         precision: `mixed` lets networks compute in bfloat16.
+        graph: That of `Engine`; `replay` is what `auto` comes to in a run.
     """
 
     engine: str = field(
         default="auto", metadata={"words": ("auto", "vmap", "loop", "threads"), "keyword": "kind"}
     )
     precision: str = field(default="float32", metadata={"words": ("float32", "mixed")})
+    graph: str = field(
+        default="replay", metadata={"words": ("replay", "none", "compile"), "keyword": "graph"}
+    )
 
     @property
     def name(self) -> str:

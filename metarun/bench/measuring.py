@@ -33,11 +33,8 @@ def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) 
     caches as its rival has left them.
     """
     first = {name: _seconds(step, 1, device) for name, step in steps.items()}
-    # Again, where there is time, since what is loaded late would look slow.
-    again = {
-        name: _seconds(step, 1, device) if first[name] < seconds / 4 else first[name]
-        for name, step in steps.items()
-    }
+    # Again, since what is compiled or loaded in the first one would look slow.
+    again = {name: _seconds(step, 1, device) for name, step in steps.items()}
     repeats = {name: max(1, min(_MOST_REPEATS, int(_TURN_SECONDS / again[name]))) for name in steps}
     times: dict[Key, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds * len(steps)

@@ -44,7 +44,7 @@ def test_sides_take_turns_in_as_many_rounds_for_each() -> None:
     steps = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     times = interleave(steps, 0.0, CPU)
     turns = [name for name, _ in groupby(calls)]
-    assert turns == ["a", "b"] * (1 + LEAST_ROUNDS)
+    assert turns == ["a", "b"] * (2 + LEAST_ROUNDS)
     assert {len(side.steps) for side in times.values()} == {LEAST_ROUNDS}
 
 
