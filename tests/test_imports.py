@@ -82,8 +82,8 @@ def test_data_and_algorithms_never_see_each_other(path: Path) -> None:
 
 def test_no_algorithm_imports_another() -> None:
     shared = {
-        "adapting", "base", "inner", "outer", "engine", "episodic", "graphs", "metagan", "portfolio",
-        "pretraining", "online", "rules", "sequential", "trajectory",
+        "adapting", "base", "inner", "outer", "engine", "episodic", "graphs", "metagan",
+        "portfolio", "pretraining", "online", "rules", "sequential", "trajectory",
     }  # fmt: skip
     for path in sorted((PACKAGE / "algorithms").glob("*.py")):
         for name in imported(path):

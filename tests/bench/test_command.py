@@ -46,8 +46,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     words = ["--workload", "sinusoid", "protonet", "evaluation", "sampling"]
     files = ["--json", str(folder / "a.json"), "--figure", str(folder / "a.svg")]
     with tiny_catalogue(), contextlib.redirect_stdout(out):
-        code = main(["bench", *words, "--engine", "auto,loop", "--graph", "none", "--growth", "tasks,steps",
-                     *QUICKLY, *files])  # fmt: skip
+        code = main(["bench", *words, "--engine", "auto,loop", "--graph", "none", "--growth",
+                     "tasks,steps", *QUICKLY, *files])  # fmt: skip
     record = json.loads((folder / "a.json").read_text())
     return Done(code, out.getvalue(), record, (folder / "a.svg").read_text())
 
