@@ -54,7 +54,14 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
 
 def test_a_run_succeeds_and_shows_a_line_for_each_side(done: Done) -> None:
     assert done.code == 0
-    for word in ("sinusoid", "metarun (vmap)", "metarun (loop)", "functional", "plain", "PIL"):
+    for word in (
+        "sinusoid",
+        "metarun (vmap, none)",
+        "metarun (loop, none)",
+        "functional",
+        "plain",
+        "PIL",
+    ):
         assert word in done.out
 
 
@@ -108,7 +115,11 @@ def test_every_difference_of_a_step_is_in_the_record(done: Done) -> None:
 
 def test_curves_have_a_point_for_each_size(done: Done) -> None:
     curves = done.record["growth"]
-    assert {curve["side"] for curve in curves} >= {"metarun", "metarun, loop", "functional"}
+    assert {curve["side"] for curve in curves} >= {
+        "metarun, none",
+        "metarun, loop, none",
+        "functional",
+    }
     for curve in curves:
         expected = {"tasks": [1, 3], "steps": [1, 2]}[curve["size"]]
         assert [point["size"] for point in curve["points"]] == expected
