@@ -56,8 +56,8 @@ def test_a_run_succeeds_and_shows_a_line_for_each_side(done: Done) -> None:
     assert done.code == 0
     for word in (
         "sinusoid",
-        "metarun (vmap, none)",
-        "metarun (loop, none)",
+        "(vmap,",
+        "(loop,",
         "functional",
         "plain",
         "PIL",
