@@ -137,9 +137,9 @@ class Engine:
         total: Tensors | None = None
         extras = []
         leaves = tuple(params.values())
-        for grads, extra in self._run(
-            backward, net, leaves, rows, _kept(key, "gradients", function, names)
-        ):
+        # A chunk's gradient is its part of the mean over the whole batch.
+        kept = _kept(key, ("gradients", scale), function, names)
+        for grads, extra in self._run(backward, net, leaves, rows, kept):
             total = grads if total is None else tuple(map(torch.add, total, grads))
             extras.append(extra)
         assert total is not None
@@ -169,7 +169,7 @@ class Engine:
                 return _call(function, batched, chunk_net, here, chunk)
 
         leaves = tuple(params.values())
-        kept = _kept(key, "map", function, names)
+        kept = _kept(key, ("map",), function, names)
         return _concatenate(list(self._run(forward, net, leaves, rows, kept)))
 
     def _run(
@@ -258,9 +258,9 @@ class _Holder(nn.Module):
         return work(self.net)
 
 
-def _kept(key: Hashable, verb: str, function: TaskFunction, names: list[str]) -> Hashable:
+def _kept(key: Hashable, work: Hashable, function: TaskFunction, names: list[str]) -> Hashable:
     """A key with what a caller cannot forget."""
-    return None if key is None else (key, verb, function.__code__, tuple(names))
+    return None if key is None else (key, work, function.__code__, tuple(names))
 
 
 def _call(

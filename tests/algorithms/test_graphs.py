@@ -142,6 +142,23 @@ def test_a_replay_reads_buffers_as_they_are_by_then() -> None:
     assert any(engine.graphs._made.values())
 
 
+def test_a_batch_of_another_size_has_its_own_mean() -> None:
+    net = nn.Linear(2, 1)
+    params: dict[str, Tensor] = dict(net.named_parameters())
+
+    def task(net: nn.Module, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        answers = torch.func.functional_call(net, params, (x,))
+        return answers.square().mean(), answers
+
+    replayed, plain = Engine("loop", graph="replay"), Engine("loop", graph="none")
+    for num_tasks in (4, 2):
+        rows = (torch.randn(num_tasks, 3, 2),)
+        found, _ = replayed.gradients(task, net, params, rows, key=())
+        expected, _ = plain.gradients(task, net, params, rows)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(replayed.graphs._made.values())
+
+
 def test_a_copy_of_a_learner_has_no_graphs_of_the_original() -> None:
     engine = Engine(graph="replay")
     engine.graphs.find("replay", "squares", squares, ARGS)
