@@ -199,6 +199,7 @@ FAST: dict[str, list[str]] = {
     "metagan_relation": ["train.way=5", "optim.lr=0.01"],
     "metalstm": ["algo.inner_steps=5", "optim.lr=0.01"],
     "metasgd": ["algo.inner_lr=0.05"],
+    "mixture": ["algo.components=2"],
     "multitask": ["algo.fit_steps=10", "algo.fit_lr=0.03", "algo.inner_lr=0.3"],
     "protonet": ["train.way=5"],
     "r2d2": ["optim.lr=0.005"],
@@ -243,6 +244,7 @@ def test_a_lifetime_among_lines_ends_better_than_it_began(algo: str) -> None:
     node = build(algo, "stream_linear").record["algo"]
     words = ["algo.online_lr=0.1"] if "online_lr" in node else []
     words += ["algo.strength=1.0"] if algo == "ewc" else []
+    words += ["algo.meta_updates=500"] if algo == "ftml_hindsight" else []
     words += ["algo.inner_steps=5"] if "inner_steps" in node else []
     words += ["algo.step_lr=0.03", "algo.rates_start=0.03"] if algo == "cmaml" else []
     made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)
