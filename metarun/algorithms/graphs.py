@@ -75,12 +75,18 @@ def _layout(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _replay(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
+def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
     try:
-        graph = _followed(function, args)
+        return _followed(function, args)
     # Whatever cannot be followed can still be called, as it was before.
     except Exception as error:
         _log.debug("not replayed: %s", error)
+        return None
+
+
+def _replay(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
+    graph = _followable(function, args)
+    if graph is None:
         return None
     expected, found = function(*args), graph(*args)
     if not _same(expected, found):
@@ -89,8 +95,10 @@ def _replay(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | 
     return graph
 
 
-def _compiled(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
-    graph = _followed(function, args)
+def _compiled(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
+    graph = _followable(function, args)
+    if graph is None:
+        return None
     on_gpu = any(tensor.is_cuda for tensors in args for tensor in tensors)
     # On a GPU whole-step CUDA graphs: nothing is launched one by one.
     mode = "reduce-overhead" if on_gpu else "default"

@@ -98,9 +98,10 @@ def test_another_shape_is_followed_by_itself() -> None:
     assert torch.equal(found(*longer), torch.tensor([1.0, 4.0, 9.0]))
 
 
-def test_a_function_that_reads_other_tensors_is_not_replayed() -> None:
+@pytest.mark.parametrize("kind", ["replay", "compile"])
+def test_a_function_that_reads_other_tensors_is_not_replayed(kind: Any) -> None:
     factor = torch.tensor([2.0, 2.0])
-    assert Graphs().find("replay", "key", lambda values: values[0] * factor, ARGS) is None
+    assert Graphs().find(kind, "key", lambda values: values[0] * factor, ARGS) is None
 
 
 def test_a_function_that_computes_something_else_each_time_is_not_replayed() -> None:
