@@ -5,7 +5,7 @@ There is no official code. Shapes: T tasks, S support rows, Q query rows, D outp
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,8 @@ class Mixture(Algorithm):
         ValueError: A number or a word is out of range.
     """
 
+    replays: ClassVar[bool] = True
+
     net: nn.ModuleList
     counts: Tensor
     bias: Tensor
@@ -154,30 +156,31 @@ class Mixture(Algorithm):
             weights = torch.where((number == self.grown) & some, self.concentration, weights)
         return weights.log()
 
-    def responsibilities(
-        self,
-        fits: Tensor,
-        rows: int,
-        *,
-        temperature: float | None = None,
-        opening: bool = False,
-    ) -> Tensor:
+    def responsibilities(self, fits: Tensor, rows: int, *, opening: bool = False) -> Tensor:
         """(…, K) of tasks with support losses (…, K), means over so many numbers.
 
-        The temperature is that of the last update unless it is given.
+        The temperature is that of the last update.
         """
-        heat = self.temperature if temperature is None else temperature
-        scores = self.log_prior(opening=opening).to(fits) - rows * fits / heat
+        return self._shares(fits, rows, self.log_prior(opening=opening), self.temperature)
+
+    def _shares(self, fits: Tensor, rows: int, prior: Tensor, heat: Tensor) -> Tensor:
+        scores = prior.to(fits) - rows * fits / heat.to(fits)
         if self.assign == "soft":
             return scores.softmax(-1)
         return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(fits)
+
+    def _beliefs(self, num_tasks: int, heat: Tensor, *, opening: bool) -> tuple[Tensor, Tensor]:
+        """Log prior (T, K) and temperature (T,), as rows of every task: what changes between
+        updates is told to a task function, so that it can be replayed."""
+        prior = self.log_prior(opening=opening)
+        return prior.expand(num_tasks, -1), heat.expand(num_tasks)
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         first_order = is_first_order(self.second_order_from, progress)
         heat = self._heat(progress)
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y, noise = rows
+            support_x, support_y, query_x, query_y, noise, prior, warmth = rows
             fits, losses, answers, moments = [], [], [], []
             for number, net in enumerate(nets):
                 seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -193,22 +196,24 @@ class Mixture(Algorithm):
                 answers.append(forward(net, weights, query_x, Pass(moments=seen, noise=noise)))
                 losses.append(self.loss(answers[-1], query_y))
                 moments.append(seen)
-            shares = self.responsibilities(
-                torch.stack(fits), support_y.numel(), temperature=heat, opening=True
-            )
+            shares = self._shares(torch.stack(fits), support_y.numel(), prior, warmth)
             total = (shares * torch.stack(losses)).sum()
             mixed = self.mixed(torch.stack(answers).detach(), shares)
             return total, (total, mixed, shares, moments)
 
+        rows = (
+            *self.training_rows(batch, progress),
+            *self._beliefs(batch.num_tasks, heat, opening=True),
+        )
         grads, (losses, outputs, shares, moments) = self.settled_engine().gradients(
-            task, self.net, own_parameters(self.net), self.training_rows(batch, progress)
+            task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         for number, seen in enumerate(moments):
             update_running(self.net[number], seen)
         shares = gathered(shares, progress.share)
         self._seat(shares)
-        self.temperature.fill_(heat)
+        self.temperature.copy_(heat)
         score = task_metric(self.spec, outputs, batch.query_y)
         # Those that more than half of an even share of these tasks is of.
         used = (shares.mean(0) > 0.5 / len(self.counts)).to(losses.dtype).sum()
@@ -228,8 +233,14 @@ class Mixture(Algorithm):
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
             return self._along(nets, params, *rows, steps=steps, every=False)[-1]
 
-        rows = (support_x, support_y, query_x)
-        outputs, shares = self.settled_engine().map(task, self.net, own_parameters(self.net), rows)
+        beliefs = self._beliefs(len(query_x), self.temperature, opening=False)
+        outputs, shares = self.settled_engine().map(
+            task,
+            self.net,
+            own_parameters(self.net),
+            (support_x, support_y, query_x, *beliefs),
+            key=self.replay_key(steps),
+        )
         return Prediction(outputs, embedding=shares, responsibilities=shares)
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
@@ -237,7 +248,9 @@ class Mixture(Algorithm):
             visited = self._along(nets, params, *rows, steps=steps, every=True)
             return torch.stack([outputs for outputs, _ in visited])
 
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
+        beliefs = self._beliefs(len(query_x), self.temperature, opening=False)
+        rows = (support_x, support_y, query_x, *beliefs)
+        return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)
 
     def _along(
         self,
@@ -246,6 +259,8 @@ class Mixture(Algorithm):
         support_x: Tensor,
         support_y: Tensor,
         query_x: Tensor,
+        prior: Tensor,
+        heat: Tensor,
         *,
         steps: int,
         every: bool,
@@ -262,7 +277,7 @@ class Mixture(Algorithm):
             answers.append(
                 torch.stack([self.answer(net, weights, support_x, query_x) for weights in visited])
             )
-        shares = self.responsibilities(torch.stack(fits, 1), support_y.numel())
+        shares = self._shares(torch.stack(fits, 1), support_y.numel(), prior, heat)
         by_step = torch.stack(answers, 1)
         return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
 
@@ -272,10 +287,11 @@ class Mixture(Algorithm):
 
         return loss
 
-    def _heat(self, progress: Progress) -> float:
+    def _heat(self, progress: Progress) -> Tensor:
         """The temperature of an update."""
         start, end, anneal = self.cooling
-        return float(start * (end / start) ** min(1.0, progress.fraction / anneal))
+        heat = start * (end / start) ** min(1.0, progress.fraction / anneal)
+        return torch.full_like(self.temperature, heat)
 
     def _seat(self, shares: Tensor) -> None:
         """Count the tasks (T, K) of an update; open the next component if it won one."""
