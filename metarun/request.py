@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -189,31 +190,34 @@ class Composer:
 
     def __init__(self, hydra: Hydra, config_name: str) -> None:
         self._hydra = hydra
-        self._loader = hydra.config_loader
+        loader = cast("ConfigLoaderImpl", hydra.config_loader)
+        self._repository = loader.repository
         self._config_name = config_name
-        self._parser = OverridesParser.create(config_loader=self._loader)
+        self._parser = OverridesParser.create(config_loader=loader)
         self._options: dict[str, list[str]] = {}
         self._bases: dict[tuple[str, ...], Plain] = {}
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
-        if config_name not in self._loader.get_group_options("", ObjectType.CONFIG):
+        if config_name not in self._in_group("", ObjectType.CONFIG):
             raise ValueError(f"--config-name {config_name}: there is no {config_name}.yaml")
 
     def options(self, group: str) -> list[str]:
         """The words that a group can be set to."""
         if group not in self._options:
-            self._options[group] = sorted(self._loader.get_group_options(group, ObjectType.CONFIG))
+            self._options[group] = sorted(self._in_group(group, ObjectType.CONFIG))
         return self._options[group]
+
+    def _in_group(self, group: str, kind: ObjectType) -> list[str]:
+        """What a group holds. Hydra's loader would copy everything it has read to answer this,
+        which takes as long as composing; its repository only looks."""
+        return self._repository.get_group_options(group, kind)
 
     @cached_property
     def groups(self) -> list[str]:
-        """Every config group, those inside others as `outer/inner`.
-
-        Hydra copies everything it has read to answer this, which takes as long as composing.
-        """
+        """Every config group, those inside others as `outer/inner`."""
         return list(self._groups_in(""))
 
     def _groups_in(self, parent: str) -> Iterator[str]:
-        for name in self._loader.list_groups(parent):
+        for name in self._in_group(parent, ObjectType.GROUP):
             group = f"{parent}/{name}" if parent else name
             yield group
             yield from self._groups_in(group)

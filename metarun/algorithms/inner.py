@@ -151,6 +151,56 @@ def sgd_adapt(
     return params
 
 
+def gradient_backwards(
+    start: Callable[[Params], Params],
+    step: Callable[[Params, Params], Params],
+    outcome: Callable[[Params, Params], tuple[Tensor, Any]],
+    params: Params,
+    *,
+    steps: int,
+) -> tuple[Tensor, Params, Any]:
+    """Gradient of what inner steps lead to, in the memory of one of them.
+
+    The steps are taken without a graph. From the last to the first each is then made again by
+    itself, to pull the gradient back through it (Griewank 1992, with a checkpoint at each step).
+    Exact, as `torch.autograd` through all steps is; it takes one more forward and backward pass
+    for each.
+
+    Args:
+        start: The weights before the first step, of the parameters.
+        step: The weights after a step, of those before it and of the parameters.
+        outcome: Loss, and any nest of tensors beside it, of the last weights and the parameters.
+        params: Where to take the gradient.
+        steps: How many.
+
+    Returns:
+        The loss, its gradient by each of the parameters, and the nest.
+    """
+    params = {name: param.detach() for name, param in params.items()}
+    path = [start(params)]
+    for _ in range(steps):
+        path.append(step(path[-1], params))
+    (pulled, grads), (loss, extras) = torch.func.grad(
+        lambda at, own: _with_value(outcome(at, own)), argnums=(0, 1), has_aux=True
+    )(path.pop(), params)
+    while path:
+        _, pull = torch.func.vjp(step, path.pop(), params)
+        pulled, more = pull(pulled)
+        grads = {name: grad + more[name] for name, grad in grads.items()}
+    _, pull = torch.func.vjp(start, params)
+    (more,) = pull(pulled)
+    return loss, {name: grad + more[name] for name, grad in grads.items()}, extras
+
+
+def _with_value(result: tuple[Tensor, Any]) -> tuple[Tensor, tuple[Tensor, Any]]:
+    return result[0], result
+
+
+def with_gradient(params: Params, grads: Params) -> Tensor:
+    """A number whose gradient by the parameters is the given one."""
+    return torch.stack([(params[n] * grad.detach()).sum() for n, grad in grads.items()]).sum()
+
+
 def flatten(params: Params) -> Tensor:
     """All parameters as one vector, in their order."""
     return torch.cat([param.reshape(-1) for param in params.values()])

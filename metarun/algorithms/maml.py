@@ -21,10 +21,12 @@ from metarun.algorithms.inner import (
     Params,
     check_inner_loop,
     dict_key,
+    gradient_backwards,
     is_first_order,
     sgd_adapt,
     sgd_path,
     under,
+    with_gradient,
 )
 from metarun.algorithms.metagan import Answer, MetaGAN, taken_for_made, taken_for_real
 from metarun.backbones.layers import Pass, update_running
@@ -53,6 +55,9 @@ class MAML(AdaptingLearner):
             has inner rate 0 and learns in the outer loop only).
         rates: `fixed`; learned one for each `tensor`; or one for each `element` (Meta-SGD).
         inner_clip: Cut each element of an inner gradient to [-inner_clip, inner_clip].
+        recompute: Differentiate the inner steps one by one, each made a second time: memory that
+            does not grow with their number, for some more time. Without a meaning where inner
+            gradients are constants, of which no graph is kept.
         **common: Those of `Algorithm`.
 
     Raises:
@@ -70,6 +75,7 @@ class MAML(AdaptingLearner):
         adapt: Adapted = "all",
         rates: Rates = "fixed",
         inner_clip: float | None = None,
+        recompute: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -78,6 +84,7 @@ class MAML(AdaptingLearner):
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from
         self.inner_clip = inner_clip
+        self.recompute = recompute
         self.net = self.build_network(self.spec.output_dim)
         self.adapted = [
             name
@@ -99,13 +106,29 @@ class MAML(AdaptingLearner):
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
-            theta, rates = self._split(params)
-            moments: dict[str, tuple[Tensor, Tensor]] = {}
-            loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise))
-            weights = self._adapted(loss, theta, rates, first_order)
-            outputs = forward(net, weights, query_x, Pass(moments=moments, noise=noise))
-            query_loss = self.loss(outputs, query_y)
-            return query_loss, (query_loss, outputs, moments)
+
+            def start(params: Params) -> Params:
+                return self._start(self._split(params)[0])
+
+            def after(weights: Params, params: Params, steps: int = 1) -> Params:
+                theta, rates = self._split(params)
+                loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise))
+                return self._after(loss, weights, rates, first_order, steps)
+
+            def outcome(weights: Params, params: Params) -> tuple[Tensor, Any]:
+                theta, _ = self._split(params)
+                moments: dict[str, tuple[Tensor, Tensor]] = {}
+                how = Pass(moments=moments, noise=noise)
+                outputs = forward(net, {**theta, **weights}, query_x, how)
+                loss = self.loss(outputs, query_y)
+                return loss, (loss, outputs, moments)
+
+            if first_order or not self.recompute:
+                return outcome(after(start(params), params, self.inner_steps), params)
+            _, grads, extras = gradient_backwards(
+                start, after, outcome, params, steps=self.inner_steps
+            )
+            return with_gradient(params, grads), extras
 
         rows = self.training_rows(batch, progress)
         params: Params = {**self.optimizer.targets}
@@ -117,24 +140,22 @@ class MAML(AdaptingLearner):
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def _adapted(
-        self, loss: Loss, theta: Params, rates: float | Params, first_order: bool
+    def _start(self, theta: Params) -> Params:
+        """Those of all parameters that adapt."""
+        return {name: theta[name] for name in self.adapted}
+
+    def _after(
+        self, loss: Loss, weights: Params, rates: float | Params, first_order: bool, steps: int
     ) -> Params:
-        """All parameters after the inner steps of training."""
-        adapted = sgd_adapt(
-            loss,
-            {name: theta[name] for name in self.adapted},
-            lr=rates,
-            steps=self.inner_steps,
-            first_order=first_order,
-            clip=self.inner_clip,
+        """What adapts, after inner steps of training."""
+        return sgd_adapt(
+            loss, weights, lr=rates, steps=steps, first_order=first_order, clip=self.inner_clip
         )
-        return {**theta, **adapted}
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """All parameters before and after each inner step at evaluation."""
         loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
-        start = {name: theta[name] for name in self.adapted}
+        start = self._start(theta)
         rates = self._rates(dict(self.rates.named_parameters()))
         path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
         return [theta, *({**theta, **adapted} for adapted in path)]
@@ -176,6 +197,8 @@ class MetaGANMAML(MetaGAN, MAML):
         super().__init__(**common)
         if inner_fakes < 0:
             raise ValueError(f"algo.inner_fakes={inner_fakes}: expected 0 or more")
+        if self.recompute:
+            raise ValueError("algo.recompute=true: MetaGAN keeps the graph of its inner steps")
         if self.generator is not None:
             self.inner_fakes = inner_fakes
 
@@ -192,7 +215,8 @@ class MetaGANMAML(MetaGAN, MAML):
         theta, rates = self._split(params)
         loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise), made)
         first_order = is_first_order(self.second_order_from, progress)
-        weights = self._adapted(loss, theta, rates, first_order)
+        start = self._start(theta)
+        weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
         return lambda x, how: forward(net, weights, x, how)
 
     def _support_loss(

@@ -144,6 +144,7 @@ class Variant:
         engine: `kind` of `Engine`.
         precision: `mixed` lets networks compute in bfloat16.
         graph: That of `Engine`; `replay` is what `auto` comes to in a run.
+        memory: `lean` has each thread run one task at a time, and MAML recompute inner steps.
     """
 
     engine: str = field(
@@ -153,6 +154,7 @@ class Variant:
     graph: str = field(
         default="replay", metadata={"words": ("replay", "none", "compile"), "keyword": "graph"}
     )
+    memory: str = field(default="plain", metadata={"words": ("plain", "lean")})
 
     @property
     def name(self) -> str:
@@ -167,11 +169,12 @@ class Variant:
     def engine_options(self) -> dict[str, Any]:
         """Keywords of `Engine`."""
         own = asdict(self)
-        return {
+        chosen = {
             option.metadata["keyword"]: own[option.name]
             for option in fields(self)
             if "keyword" in option.metadata
         }
+        return chosen | ({"tasks_per_chunk": 1} if self.memory == "lean" else {})
 
 
 def variants(words: dict[str, Sequence[str]]) -> list[Variant]:

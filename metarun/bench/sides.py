@@ -124,6 +124,7 @@ def algorithm_of(
                 inner_lr=workload.inner_lr,
                 inner_steps=workload.steps,
                 second_order_from=None if workload.first_order else 0,
+                recompute=variant.memory == "lean",
             )
     if variant.precision == "mixed":
         set_mixed(algorithm)

@@ -86,12 +86,16 @@ def naive_conv(params: list[Tensor], x: Tensor) -> Tensor:
     return nn.functional.linear(x.flatten(1), *head)
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
+@pytest.mark.parametrize(
+    ("engine", "recompute"), [("vmap", False), ("loop", False), ("threads", False), ("vmap", True)]
+)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(name: str, engine: str) -> None:
+def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
+    name: str, engine: str, recompute: bool
+) -> None:
     spec = image_spec()
     batch = image_batch(spec)
-    settings = SETTINGS[name]
+    settings = {**SETTINGS[name], "recompute": recompute}
     algorithm = make(MAML, spec, TINY_BACKBONES["conv4 max-pool"], engine=engine, **settings)
     leaves = list(algorithm.net.parameters())
     names = [n for n, _ in algorithm.net.named_parameters()]
@@ -230,6 +234,24 @@ def test_inner_clipping_bounds_how_far_one_step_goes() -> None:
     reach = 0.05 * (batch.query_x.abs().sum(-1, keepdim=True) + 1)
     assert ((trace[1] - trace[0]).abs() <= reach + 1e-12).all()
     assert ((trace[1] - trace[0]).abs() > 0).any()
+
+
+@pytest.mark.parametrize("graph", ["none", "replay"])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_recomputing_inner_steps_changes_rounding_alone(steps: int, graph: str) -> None:
+    spec = image_spec()
+    batch = image_batch(spec)
+    settings: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": steps, "inner_clip": 0.05}
+    kept, recomputed = (
+        make(MAML, spec, TINY_BACKBONES["conv4 max-pool"], recompute=recompute, **settings)
+        for recompute in (False, True)
+    )
+    recomputed.engine = Engine(kind="vmap", graph=graph)  # type: ignore[arg-type]
+    expected, gradient = moved(kept, batch), moved(recomputed, batch)
+    for key, value in expected.items():
+        torch.testing.assert_close(gradient[key], value, rtol=1e-10, atol=1e-11)
+    for name, value in kept.named_buffers():
+        torch.testing.assert_close(recomputed.get_buffer(name), value)
 
 
 def test_the_trace_passes_through_the_prediction() -> None:
