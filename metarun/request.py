@@ -197,6 +197,7 @@ class Composer:
         self._options: dict[str, list[str]] = {}
         self._bases: dict[tuple[str, ...], Plain] = {}
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
+        self._latest: tuple[tuple[tuple[str, ...], RunMode], DictConfig] | None = None
         if config_name not in self._in_group("", ObjectType.CONFIG):
             raise ValueError(f"--config-name {config_name}: there is no {config_name}.yaml")
 
@@ -230,7 +231,7 @@ class Composer:
         swept = [o for o in parsed if o.is_sweep_override()]
         simple = self._one_of_each(parsed)
         self._check_words(simple)
-        if self._sweep_node(simple).mode == RunMode.MULTIRUN:
+        if self._compose(simple, RunMode.RUN).hydra.mode == RunMode.MULTIRUN:
             return True
         if swept:
             raise ValueError(
@@ -432,6 +433,14 @@ class Composer:
         return read_words(self._parser, overrides)
 
     def _compose(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        """The configuration of these words, to be read alone: what was composed last is kept,
+        since the same words are asked about in turn."""
+        asked = tuple(overrides), mode
+        if self._latest is None or self._latest[0] != asked:
+            self._latest = asked, self._composed(overrides, mode)
+        return self._latest[1]
+
+    def _composed(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
         try:
             return self._hydra.compose_config(
                 config_name=self._config_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarun import config
-from metarun.request import Job, composer
+from metarun.request import Composer, Job, composer
 
 CONF = config.conf_dir()
 
@@ -49,9 +50,17 @@ def words_for(path: Path) -> list[str]:
 YAMLS = [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name not in ("experiment", "paper")]
 
 
+@pytest.fixture(scope="module")
+def opened() -> Iterator[Composer]:
+    """Configurations that stay open, for tests that compose one after another."""
+    with composer() as compose:
+        yield compose
+
+
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(CONF).as_posix())
-def test_every_yaml_composes_to_a_valid_configuration(path: Path) -> None:
-    found = job(*words_for(path))
+def test_every_yaml_composes_to_a_valid_configuration(path: Path, opened: Composer) -> None:
+    found = opened.job(words_for(path))
+    config.check(found.plain)
     if path.parent.name == "recipe":
         assert found.has_recipe
 

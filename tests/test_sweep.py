@@ -213,12 +213,12 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
 def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     tmp_path: Path, inside: Inside
 ) -> None:
-    words = ["-m", "algo=maml,anil,reptile", "seed=1,2,3,4", *TINY, "train.steps=20"]
+    words = ["-m", "algo=maml,anil,reptile", "seed=1,2", *TINY, "train.steps=20"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
     assert inside(whole, words).code == 0
     draw = random.Random(0)
-    for target in sorted(draw.sample(range(1, 11), 3)):
+    for target in sorted(draw.sample(range(1, 5), 3)):
         process = start(words, killed)
         # Somewhere in the run that comes after so many: the kill meets it at any point.
         while process.poll() is None and len(list(killed.rglob("results.json"))) < target:
@@ -230,11 +230,11 @@ def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     assert done.code == 0, done.err
     expected, found = folders(whole), folders(killed)
     assert set(expected) == set(found)
-    assert len(found) == 12
+    assert len(found) == 6
     for name, folder in found.items():
         assert numbers(folder) == numbers(expected[name]), name
     # The journal of a sweep that was killed is of no use to anybody, and in nobody's way.
-    assert "12 of 12 runs are finished" in done.out
+    assert "6 of 6 runs are finished" in done.out
 
 
 def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) -> None:

@@ -184,10 +184,10 @@ def gradient_backwards(
         lambda at, own: _with_value(outcome(at, own)), argnums=(0, 1), has_aux=True
     )(path.pop(), params)
     while path:
-        _, pull = torch.func.vjp(step, path.pop(), params)
+        pull = torch.func.vjp(step, path.pop(), params)[1]
         pulled, more = pull(pulled)
         grads = {name: grad + more[name] for name, grad in grads.items()}
-    _, pull = torch.func.vjp(start, params)
+    pull = torch.func.vjp(start, params)[1]
     (more,) = pull(pulled)
     return loss, {name: grad + more[name] for name, grad in grads.items()}, extras
 

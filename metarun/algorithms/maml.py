@@ -198,7 +198,7 @@ class MetaGANMAML(MetaGAN, MAML):
         if inner_fakes < 0:
             raise ValueError(f"algo.inner_fakes={inner_fakes}: expected 0 or more")
         if self.recompute:
-            raise ValueError("algo.recompute=true: MetaGAN keeps the graph of its inner steps")
+            raise ValueError("algo.recompute=true: MetaGAN keeps its inner steps: expected false")
         if self.generator is not None:
             self.inner_fakes = inner_fakes
 

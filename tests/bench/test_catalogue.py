@@ -14,6 +14,13 @@ from metarun.bench.catalogue import (
 )
 from tests.bench.tiny import BY_NAME
 
+WORDS = {
+    "engine": ["auto"],
+    "precision": ["float32"],
+    "graph": ["replay"],
+    "memory": ["plain"],
+}
+
 
 def test_without_words_the_slow_workloads_are_left_out() -> None:
     assert select([]) == [workload for workload in WORKLOADS if not workload.slow]
@@ -30,17 +37,22 @@ def test_every_workload_has_somebody_to_beat() -> None:
 
 
 def test_variants_are_all_combinations_of_the_words() -> None:
-    words = {"engine": ["vmap", "loop"], "precision": ["float32"], "graph": ["replay", "none"]}
-    made = variants(words)
+    made = variants(WORDS | {"engine": ["vmap", "loop"], "graph": ["replay", "none"]})
     assert [variant.name for variant in made] == ["vmap", "vmap, none", "loop", "loop, none"]
 
 
 def test_the_engines_words_are_the_engines_own() -> None:
     for word in KINDS:
-        (variant,) = variants({"engine": [word], "precision": ["float32"], "graph": ["none"]})
+        (variant,) = variants(WORDS | {"engine": [word], "graph": ["none"]})
         assert variant.engine_options == {"kind": word, "graph": "none"}
     with pytest.raises(ValueError, match="--engine vmpa: did you mean vmap"):
-        variants({"engine": ["vmpa"], "precision": ["float32"], "graph": ["none"]})
+        variants(WORDS | {"engine": ["vmpa"]})
+
+
+def test_lean_is_one_task_at_a_time() -> None:
+    (variant,) = variants(WORDS | {"memory": ["lean"]})
+    assert variant.name == "lean"
+    assert variant.engine_options == {"kind": "auto", "graph": "replay", "tasks_per_chunk": 1}
 
 
 def test_a_size_grows_alone() -> None:

@@ -74,14 +74,16 @@ def test_more_tasks_at_once_need_more_memory() -> None:
 
 
 def test_recomputed_inner_steps_need_no_more_memory_for_being_many() -> None:
-    """Where their graphs are kept, five need three times what one does."""
-    workload = replace(BY_NAME["conv4-1"], tasks=16, filters=16, image=56)
-    side = Variant("vmap", graph="none", memory="lean")
-    one, five = (memory_of_step(side, replace(workload, steps=steps), CPU) for steps in (1, 5))
+    """Where their graphs are kept, five need twice and a half of what one does."""
+    workload = replace(BY_NAME["conv4-1"], tasks=2, filters=32, image=84)
+    one, five = (
+        memory_of_step(Variant("vmap", memory="lean"), replace(workload, steps=steps), CPU)
+        for steps in (1, 5)
+    )
     if one is None:
         pytest.skip("this system does not say what a process needs")
     assert five is not None
-    assert 0 < five < 1.3 * one
+    assert 0 < five < 1.4 * one
 
 
 def test_processes_work_side_by_side() -> None:
