@@ -79,8 +79,9 @@ class CAVIA(Algorithm):
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
+            inner = Pass(noise=noise, twice=not first_order)
             adapted = sgd_adapt(
-                self._support_loss(net, params, support_x, support_y, Pass(noise=noise)),
+                self._support_loss(net, params, support_x, support_y, inner),
                 self._start(support_x),
                 lr=self.inner_lr,
                 steps=self.inner_steps,

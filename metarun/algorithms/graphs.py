@@ -121,7 +121,7 @@ def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
     with warnings.catch_warnings():
         # Gradients of tensors that are no leaves, which autograd is asked for on purpose.
         warnings.simplefilter("ignore")
-        module = make_fx(function)(*flat)
+        module = make_fx(function, tracing_mode="fake")(*flat)
     constants = [node.target for node in module.graph.nodes if node.op == "get_attr"]
     if constants:
         raise ValueError(f"it reads tensors that are not among its arguments: {constants}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -103,8 +104,9 @@ class IMAML(AdaptingLearner):
         def task(net: nn.Module, theta: Params, *rows: Tensor) -> Any:
             support_x, support_y, query_x, query_y, noise = rows
 
-            def support_loss(params: Params) -> Tensor:
-                return self.loss(forward(net, params, support_x, Pass(noise=noise)), support_y)
+            def support_loss(params: Params, *, twice: bool = False) -> Tensor:
+                how = Pass(noise=noise, twice=twice)
+                return self.loss(forward(net, params, support_x, how), support_y)
 
             def query_loss(params: Params) -> tuple[Tensor, Any]:
                 moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -115,7 +117,7 @@ class IMAML(AdaptingLearner):
 
             phi = self._solve(support_loss, theta)
             grads, extras = torch.func.grad(query_loss, has_aux=True)(phi)
-            return self._implicit(support_loss, phi, grads), extras
+            return self._implicit(partial(support_loss, twice=True), phi, grads), extras
 
         grads, (losses, outputs, moments) = self.settled_engine().map(
             task, self.net, own_parameters(self.net), self.training_rows(batch, progress)

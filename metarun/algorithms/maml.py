@@ -112,7 +112,8 @@ class MAML(AdaptingLearner):
 
             def after(weights: Params, params: Params, steps: int = 1) -> Params:
                 theta, rates = self._split(params)
-                loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise))
+                how = Pass(noise=noise, twice=not first_order)
+                loss = self._support_loss(net, theta, support_x, support_y, how)
                 return self._after(loss, weights, rates, first_order, steps)
 
             def outcome(weights: Params, params: Params) -> tuple[Tensor, Any]:
@@ -213,8 +214,9 @@ class MetaGANMAML(MetaGAN, MAML):
         progress: Progress,
     ) -> Answer:
         theta, rates = self._split(params)
-        loss = self._support_loss(net, theta, support_x, support_y, Pass(noise=noise), made)
         first_order = is_first_order(self.second_order_from, progress)
+        how = Pass(noise=noise, twice=not first_order)
+        loss = self._support_loss(net, theta, support_x, support_y, how, made)
         start = self._start(theta)
         weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
         return lambda x, how: forward(net, weights, x, how)

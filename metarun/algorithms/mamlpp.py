@@ -113,7 +113,7 @@ class MAMLpp(AdaptingLearner):
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise, weights = rows
-            how = Pass(noise=noise)
+            how = Pass(noise=noise, twice=not first_order)
             steps = self.inner_steps
             path = self._descent(
                 net, params, support_x, support_y, how, steps=steps, first_order=first_order
@@ -125,7 +125,8 @@ class MAMLpp(AdaptingLearner):
                 if counts[step]:
                     moments: Moments = {}
                     now = self._at(net, theta, step)
-                    outputs = forward(net, now, query_x, replace(how, moments=moments))
+                    judged = replace(how, moments=moments, twice=False)
+                    outputs = forward(net, now, query_x, judged)
                     loss = loss + weights[step] * self.loss(outputs, query_y)
                     seen[-1].append(moments)
             kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]

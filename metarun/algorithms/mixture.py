@@ -181,10 +181,11 @@ class Mixture(Algorithm):
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise, prior, warmth = rows
+            inner = Pass(noise=noise, twice=not first_order)
             fits, losses, answers, moments = [], [], [], []
             for number, net in enumerate(nets):
                 seen: dict[str, tuple[Tensor, Tensor]] = {}
-                loss = self._support_loss(net, support_x, support_y, Pass(noise=noise))
+                loss = self._support_loss(net, support_x, support_y, inner)
                 weights = sgd_adapt(
                     loss,
                     under(f"{number}.", params),

@@ -78,7 +78,7 @@ class ProtoMAML(Algorithm):
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
-            how = Pass(noise=noise)
+            how = Pass(noise=noise, twice=not first_order)
             adapted = sgd_adapt(
                 self._support_loss(net, params, support_x, support_y, how),
                 self._start(net, params, support_x, support_y, ways, how),

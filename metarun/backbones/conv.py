@@ -12,7 +12,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, FiLM, InstanceNorm, Pass, Unchanged, many_rows
+from metarun.backbones.layers import (
+    BatchNorm,
+    FiLM,
+    InstanceNorm,
+    Pass,
+    Unchanged,
+    fuses,
+    many_rows,
+)
 from metarun.backbones.network import Network
 
 Downsample = Literal["max_pool", "stride"]
@@ -128,17 +136,15 @@ class _Blocks(nn.Module):
         self.native = False
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
+        x = self._laid_out(x)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             pooled = i < self.num_pooled
             read = self.film is not None and i == self.film_block
-            if pooled and not read and isinstance(norm, BatchNorm) and not self._fuses(x):
+            fused = self.native and fuses(x, how)
+            if pooled and not read and isinstance(norm, BatchNorm) and not fused:
                 x = _pooled_first(conv, norm, x, how)
                 continue
-            x = conv(x)
-            if i == 0 and self._fuses(x) and x.device.type == "cpu":
-                # On a CPU pooling and batch norm have vector code for this layout alone.
-                x = x.contiguous(memory_format=torch.channels_last)
-            x = norm(x, how)
+            x = norm(conv(x), how)
             if pooled:
                 # Before ReLU, which is the same thing and leaves it a quarter of the work.
                 x = nn.functional.max_pool2d(x, 2)
@@ -149,9 +155,14 @@ class _Blocks(nn.Module):
             return x
         return x.mean((2, 3)) if self.mean else x.flatten(1)
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether the fused operators of `set_native` are in use."""
-        return self.native and many_rows(x)
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the layout for which pooling and batch norm have vector code on a CPU."""
+        if not (self.native and many_rows(x) and x.device.type == "cpu"):
+            return x
+        if x.shape[1] > 1:
+            return x.contiguous(memory_format=torch.channels_last)
+        # One channel is in any layout already: by these strides the first maps are in this one.
+        return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
 
 
 def _pooled_first(conv: nn.Module, norm: BatchNorm, x: Tensor, how: Pass) -> Tensor:

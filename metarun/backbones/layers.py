@@ -34,6 +34,8 @@ class Pass:
             at evaluation.
         context: (context_dim,) vector of the task, for networks that were made with a
             `context_dim`; None is the zero vector.
+        twice: Whether its gradient will be differentiated, as that of an inner step is: what it
+            computes is the same, by operators whose second derivatives are the faster ones.
     """
 
     rows: int | None = None
@@ -41,6 +43,7 @@ class Pass:
     moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     noise: Tensor | None = None
     context: Tensor | None = field(default=None, repr=False)
+    twice: bool = False
 
 
 BATCH = Pass()
@@ -73,11 +76,15 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         """Normalise (N, C) or (N, C, H, W)."""
-        if self.native and not how.running and how.rows is None and many_rows(x):
+        given = x.dtype
+        if self.native and fuses(x, how):
             return self._fused(x, how)
-        centred, var = self._centred(x, how)
+        x = self._widened(x)
+        mean, var, centred = self._statistics(x, how)
+        if centred is None:
+            centred = x + _wide(-mean, x)
         scale = self.weight * torch.rsqrt(var + self.eps)
-        return torch.addcmul(_wide(self.bias, x), centred, _wide(scale, x)).to(x.dtype)
+        return torch.addcmul(_wide(self.bias, x), centred, _wide(scale, x)).to(given)
 
     def pooled(self, x: Tensor, how: Pass, sign: Tensor) -> Tensor:
         """Normalise what max-pooling by two leaves of images, as if they were pooled afterwards.
@@ -87,10 +94,15 @@ class BatchNorm(nn.Module):
             how: Of the pass.
             sign: (C,) 1 or -1, that of the channel's weight.
         """
-        centred, var = self._centred(x, how, sign)
-        pooled = nn.functional.max_pool2d(centred, 2)
+        given = x.dtype
+        x = self._widened(x)
+        mean, var, centred = self._statistics(x, how, sign)
+        if centred is None:
+            pooled = nn.functional.max_pool2d(x, 2) + _wide(-mean, x)
+        else:
+            pooled = nn.functional.max_pool2d(centred, 2)
         scale = _signed(self.weight, sign) * torch.rsqrt(var + self.eps)
-        return torch.addcmul(_wide(self.bias, x), pooled, _wide(scale, x)).to(x.dtype)
+        return torch.addcmul(_wide(self.bias, x), pooled, _wide(scale, x)).to(given)
 
     def _fused(self, x: Tensor, how: Pass) -> Tensor:
         out, mean, inverse_std = torch.native_batch_norm(
@@ -101,24 +113,29 @@ class BatchNorm(nn.Module):
             how.moments[self.name] = (mean.detach(), _unbiased(var, x))
         return out
 
-    def _centred(self, x: Tensor, how: Pass, sign: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """An input, or one times the signs of its channels, less its mean; its variance (C,)."""
-        # The sums of a mixed pass in float32, as torch's own operator takes them.
-        x = x.to(self.running_mean.dtype)
+    def _widened(self, x: Tensor) -> Tensor:
+        """In the precision of the parameters: torch's own operator takes the sums of a mixed pass
+        in float32."""
+        return x.to(self.running_mean.dtype)
+
+    def _statistics(
+        self, x: Tensor, how: Pass, sign: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean (C,) and variance (C,) of an input, or of one times the signs of its channels; and
+        the input less its mean, where that was needed."""
         if how.running:
-            return x + _wide(-_signed(self.running_mean, sign), x), self.running_var
+            return _signed(self.running_mean, sign), self.running_var, None
         seen = x if how.rows is None else x[: how.rows]
         # Written so that derivatives divide and negate vectors of C, and not whole activations.
         share = seen.shape[1] / seen.numel()
         dims = _all_but_channels(x)
         mean = seen.sum(dims) * share
-        centred = x + _wide(-mean, x)
-        own = centred if how.rows is None else centred[: how.rows]
-        var = (own * own).sum(dims) * share
+        centred = seen + _wide(-mean, x)
+        var = (centred * centred).sum(dims) * share
         if how.moments is not None:
             kept = _signed(mean.detach(), sign)
             how.moments[self.name] = (kept, _unbiased(var.detach(), seen))
-        return centred, var
+        return mean, var, centred if how.rows is None else None
 
 
 def _signed(vector: Tensor, sign: Tensor | None) -> Tensor:
@@ -205,12 +222,20 @@ def _unbiased(var: Tensor, x: Tensor) -> Tensor:
 
 
 def many_rows(x: Tensor) -> bool:
-    """Whether a batch is large enough for fused operators to pay.
+    """Whether a batch is large enough for fused operators and their layout to pay.
 
-    Below it their second derivatives, which inner steps on a few support rows need, cost more
-    than those of plain arithmetic (measured at 5 and 75 rows of 28x28).
+    Measured at 5 and 75 rows of 28x28.
     """
     return x.shape[0] >= 16
+
+
+def fuses(x: Tensor, how: Pass) -> bool:
+    """Whether a pass may normalise by torch's fused operator, and is faster for it.
+
+    Its statistics are those of all rows. Second derivatives cost twice what those of plain
+    arithmetic do (measured at 25 rows of 84x84).
+    """
+    return many_rows(x) and not how.twice and not how.running and how.rows is None
 
 
 def set_native(net: nn.Module) -> None:

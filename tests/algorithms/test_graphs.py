@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.engine import Engine
@@ -185,3 +186,15 @@ def test_what_is_compiled_agrees_to_rounding() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     for name, value in plain.named_parameters():
         torch.testing.assert_close(compiled.get_parameter(name), value, rtol=1e-10, atol=1e-10)
+
+
+def test_a_function_is_followed_without_being_computed() -> None:
+    """What it makes on the way would all be kept until its end."""
+    seen: list[Tensor] = []
+
+    def function(values: list[Tensor]) -> Tensor:
+        seen.append(values[0] * 2)
+        return seen[-1].sum()
+
+    assert Graphs().find("replay", "key", function, ARGS) is not None
+    assert isinstance(seen[0], FakeTensor)

@@ -140,6 +140,24 @@ def test_the_engines_agree_to_1e_10(name: str, backbone: str) -> None:
             torch.testing.assert_close(other[key], value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("name", ["maml", "fomaml"])
+def test_fused_operators_of_many_rows_agree_with_plain_ones(name: str, channels: int) -> None:
+    spec = TaskSpec("classification", (channels, 8, 8), 3, 3)
+    batch = image_batch(spec, tasks=2, shot=6, query=6)
+    fused, plain = (
+        make(MAML, spec, TINY_BACKBONES["conv4 max-pool"], **SETTINGS[name]) for _ in range(2)
+    )
+    fused.engine, plain.engine = (Engine(kind="loop", native=native) for native in (True, False))
+    expected, gradient = moved(plain, batch), moved(fused, batch)
+    for key, value in expected.items():
+        torch.testing.assert_close(gradient[key], value, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        fused.predict(batch.support_x, batch.support_y, batch.query_x).outputs,
+        plain.predict(batch.support_x, batch.support_y, batch.query_x).outputs,
+    )
+
+
 @pytest.mark.parametrize("backbone", ["mlp with batch norm", "conv4 max-pool", "conv4 stride"])
 @pytest.mark.parametrize("name", ["maml", "anil", "boil", "metasgd"])
 def test_the_meta_gradient_agrees_with_finite_differences(name: str, backbone: str) -> None:

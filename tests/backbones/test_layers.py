@@ -49,6 +49,20 @@ def test_statistics_of_the_first_rows_do_not_see_the_others(images: Tensor) -> N
     torch.testing.assert_close(norm(images, Pass(rows=4))[:4], norm(images[:4], Pass()))
 
 
+@pytest.mark.parametrize("how", [Pass(), Pass(rows=4), Pass(running=True)], ids=str)
+def test_what_is_pooled_before_it_is_normalised_is_as_if_it_were_pooled_after(
+    how: Pass, images: Tensor
+) -> None:
+    norm = BatchNorm(4, "norm").double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.5, -0.5, 0.0, -2.0]))
+        norm.bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+        norm.running_mean.copy_(torch.tensor([0.2, -0.1, 0.0, 0.5]))
+    sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+    expected = nn.functional.max_pool2d(norm(images, how), 2)
+    torch.testing.assert_close(norm.pooled(images * sign.view(-1, 1, 1), how, sign), expected)
+
+
 def test_batch_norm_is_exact_to_second_order(images: Tensor) -> None:
     norm = BatchNorm(4, "norm").double()
     x = images[:3, :, :2, :2].clone().requires_grad_()
