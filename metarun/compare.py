@@ -90,8 +90,7 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     told = spec.streams is None or spec.streams["test"].told
     suited: list[str] = []
     for name in compose.options("algo"):
-        node = compose.job([f"algo={name}", "~recipe"]).plain["algo"]
-        target = config.locate("algo._target_", node["_target_"])
+        target = config.locate("algo._target_", compose.target("algo", name))
         if getattr(target, "needs_told", False) and not told:
             continue
         least = getattr(target, "least_shot", 1)

@@ -19,6 +19,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -211,6 +212,24 @@ class Composer:
         """What a group holds. Hydra's loader would copy everything it has read to answer this,
         which takes as long as composing; its repository only looks."""
         return self._repository.get_group_options(group, kind)
+
+    def target(self, group: str, name: str) -> str:
+        """The class of a choice, which is in its file or in that of one that it builds on.
+
+        Raises:
+            ValueError: It cannot be composed, where it has to be.
+        """
+        found = self._repository.load_config(f"{group}/{name}")
+        if found is not None:
+            for key in ("_target_", f"{group}._target_"):
+                target = OmegaConf.select(found.config, key)
+                if target is not None:
+                    return str(target)
+            for default in found.defaults_list or ():
+                if isinstance(default, ConfigDefault) and not default.is_self():
+                    return self.target(group, str(default.path))
+        # By other words of Hydra's that a file may say it with.
+        return str(self.job([f"{group}={name}", "~recipe"]).plain[group]["_target_"])
 
     @cached_property
     def groups(self) -> list[str]:

@@ -53,7 +53,7 @@ def composed(*words: str) -> config.Plain:
 def classes() -> dict[str, type[Algorithm]]:
     """The class of each algorithm."""
     with composer() as compose:
-        targets = {a: compose.job([f"algo={a}"]).plain["algo"]["_target_"] for a in ALGORITHMS}
+        targets = {algo: compose.target("algo", algo) for algo in ALGORITHMS}
     return {a: config.locate("algo._target_", t) for a, t in targets.items()}  # type: ignore[misc]
 
 
