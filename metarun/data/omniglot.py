@@ -204,10 +204,14 @@ def small_tables(resize: Resize, side: int) -> dict[Split, ClassTable]:
 
 def _read_archive(archive: str, resize: Resize, side: int) -> dict[str, list[Pixels]]:
     """The drawings of each character, `Alphabet/characterNN`, in the order of their names."""
+    # Two alphabets are in both archives.
+    wanted = {a for of in _SMALL_SPLITS.values() for a, place in of.items() if place == archive}
     found: dict[str, list[Pixels]] = {}
     with zipfile.ZipFile(FILES / f"{archive}.zip") as file:
         for name in sorted(name for name in file.namelist() if name.endswith(".png")):
             _, alphabet, character, _ = name.split("/")
+            if alphabet not in wanted:
+                continue
             pixels = drawing(open_image(file.read(name), name), resize, side)
             found.setdefault(f"{alphabet}/{character}", []).append(pixels)
     return found
