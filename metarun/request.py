@@ -219,7 +219,10 @@ class Composer:
         Raises:
             ValueError: It cannot be composed, where it has to be.
         """
-        found = self._repository.load_config(f"{group}/{name}")
+        try:
+            found = self._repository.load_config(f"{group}/{name}")
+        except Exception:  # A file of the user's own may hold anything: composing explains it.
+            found = None
         if found is not None:
             for key in ("_target_", f"{group}._target_"):
                 target = OmegaConf.select(found.config, key)

@@ -158,8 +158,8 @@ def gradient_backwards(
     params: Params,
     *,
     steps: int,
-) -> tuple[Tensor, Params, Any]:
-    """Gradient of what inner steps lead to, in the memory of one of them.
+) -> tuple[Params, Any]:
+    """Gradient of what inner steps lead to, in the memory of one of them and the weights of all.
 
     The steps are taken without a graph. From the last to the first each is then made again by
     itself, to pull the gradient back through it (Griewank 1992, with a checkpoint at each step).
@@ -174,26 +174,21 @@ def gradient_backwards(
         steps: How many.
 
     Returns:
-        The loss, its gradient by each of the parameters, and the nest.
+        The gradient of the loss by each of the parameters, and the nest.
     """
     params = {name: param.detach() for name, param in params.items()}
     path = [start(params)]
     for _ in range(steps):
         path.append(step(path[-1], params))
-    (pulled, grads), (loss, extras) = torch.func.grad(
-        lambda at, own: _with_value(outcome(at, own)), argnums=(0, 1), has_aux=True
-    )(path.pop(), params)
+    judged = torch.func.grad(outcome, argnums=(0, 1), has_aux=True)
+    (pulled, grads), extras = judged(path.pop(), params)
     while path:
         pull = torch.func.vjp(step, path.pop(), params)[1]
         pulled, more = pull(pulled)
         grads = {name: grad + more[name] for name, grad in grads.items()}
     pull = torch.func.vjp(start, params)[1]
     (more,) = pull(pulled)
-    return loss, {name: grad + more[name] for name, grad in grads.items()}, extras
-
-
-def _with_value(result: tuple[Tensor, Any]) -> tuple[Tensor, tuple[Tensor, Any]]:
-    return result[0], result
+    return {name: grad + more[name] for name, grad in grads.items()}, extras
 
 
 def with_gradient(params: Params, grads: Params) -> Tensor:

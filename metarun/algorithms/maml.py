@@ -126,9 +126,8 @@ class MAML(AdaptingLearner):
 
             if first_order or not self.recompute:
                 return outcome(after(start(params), params, self.inner_steps), params)
-            _, grads, extras = gradient_backwards(
-                start, after, outcome, params, steps=self.inner_steps
-            )
+            steps = self.inner_steps
+            grads, extras = gradient_backwards(start, after, outcome, params, steps=steps)
             return with_gradient(params, grads), extras
 
         rows = self.training_rows(batch, progress)
