@@ -65,9 +65,10 @@ class Graphs:
         if kind == "auto" and calls < _PATIENCE:
             return None
         del self._calls[whole]
-        made = self._made[whole] = (
-            _compiled(function, args) if kind == "compile" else _replay(function, args)
-        )
+        made = _followable(function, args)
+        if made is not None:
+            made = _compiled(made, args) if kind == "compile" else _faithful(made, function, args)
+        self._made[whole] = made
         return made
 
 
@@ -84,10 +85,9 @@ def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> Functio
         return None
 
 
-def _replay(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
-    graph = _followable(function, args)
-    if graph is None:
-        return None
+def _faithful(
+    graph: Function, function: Function, args: Sequence[Sequence[Tensor]]
+) -> Function | None:
     expected, found = function(*args), graph(*args)
     if not _same(expected, found):
         _log.debug("not replayed: a replay differs from the function")
@@ -95,10 +95,7 @@ def _replay(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | 
     return graph
 
 
-def _compiled(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
-    graph = _followable(function, args)
-    if graph is None:
-        return None
+def _compiled(graph: Function, args: Sequence[Sequence[Tensor]]) -> Function:
     on_gpu = any(tensor.is_cuda for tensors in args for tensor in tensors)
     # On a GPU whole-step CUDA graphs: nothing is launched one by one.
     mode = "reduce-overhead" if on_gpu else "default"

@@ -156,14 +156,15 @@ class Mixture(Algorithm):
             weights = torch.where((number == self.grown) & some, self.concentration, weights)
         return weights.log()
 
-    def responsibilities(self, fits: Tensor, rows: int, *, opening: bool = False) -> Tensor:
-        """(…, K) of tasks with support losses (…, K), means over so many numbers.
+    def responsibilities(self, fits: Tensor, rows: int, prior: Tensor, heat: Tensor) -> Tensor:
+        """(…, K) of tasks with support losses (…, K).
 
-        The temperature is that of the last update.
+        Args:
+            fits: Means over so many numbers.
+            rows: How many.
+            prior: As of `log_prior`.
+            heat: The temperature.
         """
-        return self._shares(fits, rows, self.log_prior(opening=opening), self.temperature)
-
-    def _shares(self, fits: Tensor, rows: int, prior: Tensor, heat: Tensor) -> Tensor:
         scores = prior.to(fits) - rows * fits / heat.to(fits)
         if self.assign == "soft":
             return scores.softmax(-1)
@@ -197,7 +198,7 @@ class Mixture(Algorithm):
                 answers.append(forward(net, weights, query_x, Pass(moments=seen, noise=noise)))
                 losses.append(self.loss(answers[-1], query_y))
                 moments.append(seen)
-            shares = self._shares(torch.stack(fits), support_y.numel(), prior, warmth)
+            shares = self.responsibilities(torch.stack(fits), support_y.numel(), prior, warmth)
             total = (shares * torch.stack(losses)).sum()
             mixed = self.mixed(torch.stack(answers).detach(), shares)
             return total, (total, mixed, shares, moments)
@@ -278,7 +279,7 @@ class Mixture(Algorithm):
             answers.append(
                 torch.stack([self.answer(net, weights, support_x, query_x) for weights in visited])
             )
-        shares = self._shares(torch.stack(fits, 1), support_y.numel(), prior, heat)
+        shares = self.responsibilities(torch.stack(fits, 1), support_y.numel(), prior, heat)
         by_step = torch.stack(answers, 1)
         return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
 

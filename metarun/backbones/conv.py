@@ -18,7 +18,6 @@ from metarun.backbones.layers import (
     InstanceNorm,
     Pass,
     Unchanged,
-    fuses,
     many_rows,
 )
 from metarun.backbones.network import Network
@@ -140,8 +139,7 @@ class _Blocks(nn.Module):
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             pooled = i < self.num_pooled
             read = self.film is not None and i == self.film_block
-            fused = self.native and fuses(x, how)
-            if pooled and not read and isinstance(norm, BatchNorm) and not fused:
+            if pooled and not read and isinstance(norm, BatchNorm) and not norm.fuses(x, how):
                 x = _pooled_first(conv, norm, x, how)
                 continue
             x = norm(conv(x), how)

@@ -9,7 +9,9 @@ lines of arithmetic here, and where its statistics come from is an argument of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -76,15 +78,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         """Normalise (N, C) or (N, C, H, W)."""
-        given = x.dtype
-        if self.native and fuses(x, how):
-            return self._fused(x, how)
-        x = self._widened(x)
-        mean, var, centred = self._statistics(x, how)
-        if centred is None:
-            centred = x + _wide(-mean, x)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return torch.addcmul(_wide(self.bias, x), centred, _wide(scale, x)).to(given)
+        return self._fused(x, how) if self.fuses(x, how) else self._normalised(x, how)
 
     def pooled(self, x: Tensor, how: Pass, sign: Tensor) -> Tensor:
         """Normalise what max-pooling by two leaves of images, as if they were pooled afterwards.
@@ -94,15 +88,30 @@ class BatchNorm(nn.Module):
             how: Of the pass.
             sign: (C,) 1 or -1, that of the channel's weight.
         """
-        given = x.dtype
-        x = self._widened(x)
-        mean, var, centred = self._statistics(x, how, sign)
-        if centred is None:
-            pooled = nn.functional.max_pool2d(x, 2) + _wide(-mean, x)
-        else:
-            pooled = nn.functional.max_pool2d(centred, 2)
+        return self._normalised(x, how, sign, partial(nn.functional.max_pool2d, kernel_size=2))
+
+    def fuses(self, x: Tensor, how: Pass) -> bool:
+        """Whether a pass is made by torch's fused operator.
+
+        It is for statistics of all rows. Its second derivatives cost twice what those of plain
+        arithmetic do (measured at 25 rows of 84x84).
+        """
+        plain = how.twice or how.running or how.rows is not None
+        return self.native and many_rows(x) and not plain
+
+    def _normalised(
+        self,
+        x: Tensor,
+        how: Pass,
+        sign: Tensor | None = None,
+        thin: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Tensor:
+        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        wide = x.to(self.running_mean.dtype)
+        mean, var, centred = self._statistics(wide, how, sign)
+        left = thin(wide) + _wide(-mean, x) if centred is None else thin(centred)
         scale = _signed(self.weight, sign) * torch.rsqrt(var + self.eps)
-        return torch.addcmul(_wide(self.bias, x), pooled, _wide(scale, x)).to(given)
+        return torch.addcmul(_wide(self.bias, x), left, _wide(scale, x)).to(x.dtype)
 
     def _fused(self, x: Tensor, how: Pass) -> Tensor:
         out, mean, inverse_std = torch.native_batch_norm(
@@ -113,13 +122,8 @@ class BatchNorm(nn.Module):
             how.moments[self.name] = (mean.detach(), _unbiased(var, x))
         return out
 
-    def _widened(self, x: Tensor) -> Tensor:
-        """In the precision of the parameters: torch's own operator takes the sums of a mixed pass
-        in float32."""
-        return x.to(self.running_mean.dtype)
-
     def _statistics(
-        self, x: Tensor, how: Pass, sign: Tensor | None = None
+        self, x: Tensor, how: Pass, sign: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean (C,) and variance (C,) of an input, or of one times the signs of its channels; and
         the input less its mean, where that was needed."""
@@ -227,15 +231,6 @@ def many_rows(x: Tensor) -> bool:
     Measured at 5 and 75 rows of 28x28.
     """
     return x.shape[0] >= 16
-
-
-def fuses(x: Tensor, how: Pass) -> bool:
-    """Whether a pass may normalise by torch's fused operator, and is faster for it.
-
-    Its statistics are those of all rows. Second derivatives cost twice what those of plain
-    arithmetic do (measured at 25 rows of 84x84).
-    """
-    return many_rows(x) and not how.twice and not how.running and how.rows is None
 
 
 def set_native(net: nn.Module) -> None:
