@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.inner import Params
+from metarun.algorithms.engine import Staged
+from metarun.algorithms.inner import Params, above, under
 from metarun.types import Prediction
 
 
@@ -37,17 +38,25 @@ class AdaptingLearner(Algorithm):
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         steps = self.evaluation_steps(self.inner_steps)
 
-        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-            last = self.path(net, theta, rows[0], rows[1], steps)[-1]
-            return self.answer(net, last, rows[0], rows[2])
+        def adapted(net: nn.Module, theta: Params, x: Tensor, y: Tensor) -> Params:
+            return self.path(net, theta, x, y, steps)[-1]
+
+        def answers(net: nn.Module, _: Params, weights: Params, *rows: Tensor) -> Tensor:
+            return self.answer(net, weights, rows[0], rows[2])
 
         rows = (support_x, support_y, query_x)
+        task = Staged(adapted, answers, reads=(0, 1))
         return Prediction(self.map_tasks(task, *rows, key=self.replay_key(steps)))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-            visited = self.path(net, theta, rows[0], rows[1], steps)
-            return torch.stack([self.answer(net, weights, rows[0], rows[2]) for weights in visited])
+        def visited(net: nn.Module, theta: Params, x: Tensor, y: Tensor) -> Params:
+            path = self.path(net, theta, x, y, steps)
+            return {k: v for step, at in enumerate(path) for k, v in above(f"{step} ", at).items()}
+
+        def answers(net: nn.Module, _: Params, path: Params, *rows: Tensor) -> Tensor:
+            weights = (under(f"{step} ", path) for step in range(steps + 1))
+            return torch.stack([self.answer(net, at, rows[0], rows[2]) for at in weights])
 
         rows = (support_x, support_y, query_x)
+        task = Staged(visited, answers, reads=(0, 1))
         return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)

@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -27,14 +27,46 @@ KINDS: tuple[Kind, ...] = ("auto", "vmap", "loop", "threads")
 Params = dict[str, Tensor]
 Tensors = tuple[Tensor, ...]
 TaskFunction = Callable[..., Any]
-Work = Callable[[nn.Module, bool, Sequence[Tensor], Sequence[Tensor]], Any]
-"""What a chunk of tasks comes to: of the network, whether the chunk has more than one task, the
-parameters, and the rows."""
+Way = Literal["alone", "batched", "staged"]
+"""How a chunk runs: one task, more by vmap, or those first by vmap and then one by one."""
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A task function in two stages, the first of which sees only a part of the rows.
+
+    Where those are few and all are many, as a support and its queries may be, tasks share the
+    overhead of the first stage and go one by one through the second.
+
+    Args:
+        first: `first(net, params, *those rows) -> dict of tensors`, such as adapted weights.
+        then: `then(net, params, what first returned, *all rows)`, whose results are the function's.
+        reads: The positions of the rows that `first` sees.
+    """
+
+    first: TaskFunction
+    then: TaskFunction
+    reads: tuple[int, ...]
+
+    def __call__(self, net: nn.Module, params: Params, *rows: Tensor) -> Any:
+        made = self.first(net, params, *self.picked(rows))
+        return self.then(net, params, made, *rows)
+
+    def picked(self, rows: Sequence[Tensor]) -> Tensors:
+        """Those that `first` sees."""
+        return tuple(rows[i] for i in self.reads)
+
+
+Work = Callable[["_Nets", Way, Sequence[Tensor], Sequence[Tensor]], Any]
+"""What a chunk of tasks comes to: of the network, how the chunk runs, the parameters, the rows."""
 
 
 # Up to here a convolution is bound by overhead, which vmap shares over tasks; beyond, by
 # arithmetic, which grouped convolutions do slowly (measured at 5 and at 75 rows of 28x28).
 _FEW_ROWS = 16
+# A chunk in stages has no more tasks than gain from each other (measured with 4, 8 and 16): what
+# the first stage keeps for the way back grows with them.
+_STAGED_TASKS = 8
 
 
 @dataclass(frozen=True)
@@ -44,7 +76,8 @@ class Engine:
     Args:
         kind: `vmap`, `loop` or `threads`; `auto` is settled by `resolved`.
         tasks_per_chunk: Tasks that run together by vmap. None takes the whole batch for `vmap`;
-            for `threads` an equal share each where tasks have few rows, else one at a time.
+            for `threads` an equal share each where tasks have few rows, else one at a time, but
+            for the first stage of what is `Staged`.
         threads: Python threads of `threads`, each with an equal share of the cores; None
             takes one for each core.
         native: Whether tasks outside vmap may use layers as `set_native` makes them, which a
@@ -122,25 +155,27 @@ class Engine:
         scale = 1.0 / rows[0].shape[0]
 
         def backward(
-            chunk_net: nn.Module, batched: bool, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+            nets: _Nets, way: Way, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> tuple[Tensors, Any]:
             # Prediction runs under no_grad and worker threads start with it off: say it here.
             with torch.enable_grad():
-                leaves = [leaf.requires_grad_() for leaf in leaves]
+                # Its own, since threads that meet in the gradient of one leaf can lock each other
+                # out for ever: one holds the interpreter and waits for the leaf, the other not.
+                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
                 here = dict(zip(names, leaves, strict=True))
-                losses, extras = _call(function, batched, chunk_net, here, chunk)
-                grads = torch.autograd.grad(
-                    losses.sum() * scale, leaves, allow_unused=True, materialize_grads=True
-                )
-            return grads, pytree.tree_map(torch.detach, extras)
+                if way == "staged":
+                    assert isinstance(function, Staged)
+                    return _staged_gradients(function, nets, here, chunk, scale)
+                losses, extras = _call(function, nets, way, here, chunk)
+                return _pulled((losses.sum() * scale,), leaves), _detached(extras)
 
         total: Tensors | None = None
         extras = []
         leaves = tuple(params.values())
         # A chunk's gradient is its part of the mean over the whole batch.
         kept = _kept(key, ("gradients", scale), function, names)
-        for grads, extra in self._run(backward, net, leaves, rows, kept):
-            total = grads if total is None else tuple(map(torch.add, total, grads))
+        for grads, extra in self._run(function, backward, net, leaves, rows, kept):
+            total = _added(total, grads)
             extras.append(extra)
         assert total is not None
         return dict(zip(names, total, strict=True)), _concatenate(extras)
@@ -162,50 +197,49 @@ class Engine:
         names = list(params)
 
         def forward(
-            chunk_net: nn.Module, batched: bool, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+            nets: _Nets, way: Way, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> Any:
             with torch.no_grad():
                 here = dict(zip(names, leaves, strict=True))
-                return _call(function, batched, chunk_net, here, chunk)
+                return _call(function, nets, way, here, chunk)
 
         leaves = tuple(params.values())
         kept = _kept(key, ("map",), function, names)
-        return _concatenate(list(self._run(forward, net, leaves, rows, kept)))
+        return _concatenate(list(self._run(function, forward, net, leaves, rows, kept)))
 
     def _run(
-        self, work: Work, net: nn.Module, leaves: Tensors, rows: Tensors, key: Hashable
+        self,
+        function: TaskFunction,
+        work: Work,
+        net: nn.Module,
+        leaves: Tensors,
+        rows: Tensors,
+        key: Hashable,
     ) -> Iterator[Any]:
         """Results of `work` on the chunks of the batch, in order."""
         num_tasks = rows[0].shape[0]
         workers = min(self.threads or 1, num_tasks) if self.kind == "threads" else 1
-        size = min(self._chunk(rows, workers), num_tasks)
-        batched = size > 1
+        size, way = self._plan(function, rows, workers)
         chunks = list(_chunks(rows, size))
-        native = self.native and not batched
-        replays = self._replays(work, net, native, batched, leaves, chunks, key)
-        if workers == 1 or len(chunks) == 1:
-            own = _replicate(net) if native and None in replays else net
-            for chunk, replay in zip(chunks, replays, strict=True):
-                yield replay(chunk) if replay else work(own, batched, leaves, chunk)
-            return
+        workers = min(workers, len(chunks))
+        replays = self._replays(work, net, way, leaves, chunks, key)
 
         def share(worker: int) -> list[Any]:
             # functional_call swaps the parameters of the module that it runs, so that each thread
             # needs modules of its own; the tensors in them stay shared.
-            own = _replicate(net, native=native) if None in replays else net
+            nets = _Nets(net, native=self.native, own=workers > 1)
             return [
-                replay(chunk) if replay else work(own, batched, leaves, chunk)
+                replay(chunk) if replay else work(nets, way, leaves, chunk)
                 for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]
             ]
 
-        yield from _over_threads(share, len(chunks), workers)
+        yield from share(0) if workers == 1 else _over_threads(share, len(chunks), workers)
 
     def _replays(
         self,
         work: Work,
         net: nn.Module,
-        native: bool,
-        batched: bool,
+        way: Way,
         leaves: Tensors,
         chunks: list[Tensors],
         key: Hashable,
@@ -219,11 +253,15 @@ class Engine:
         def whole(
             leaves: Sequence[Tensor], buffers: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> Any:
-            own = _replicate(net) if native else net
+            nets = _Nets(net, native=self.native, own=False)
             # Buffers are arguments, too, so that a replay reads what they are by then.
-            here = dict(zip((f"net.{name}" for name in named), buffers, strict=True))
+            here = {
+                f"{part}.{name}": buffer
+                for part in _Nets.PARTS
+                for name, buffer in zip(named, buffers, strict=True)
+            }
             return torch.func.functional_call(
-                _Holder(own), here, (lambda held: work(held, batched, leaves, chunk),)
+                _Holder(nets), here, (lambda: work(nets, way, leaves, chunk),)
             )
 
         found: dict[int, Callable[..., Any] | None] = {}
@@ -231,46 +269,148 @@ class Engine:
             size = chunk[0].shape[0]
             if size not in found:
                 found[size] = self.graphs.find(
-                    self.graph, (key, net, native, batched), whole, (leaves, buffers, chunk)
+                    self.graph, (key, net, self.native, way), whole, (leaves, buffers, chunk)
                 )
         graphs = (found[chunk[0].shape[0]] for chunk in chunks)
         return [graph and partial(graph, leaves, buffers) for graph in graphs]
 
-    def _chunk(self, rows: Tensors, workers: int) -> int:
-        """Tasks that run together: by vmap if there is more than one."""
-        if self.kind == "loop":
-            return 1
+    def _plan(self, function: TaskFunction, rows: Tensors, workers: int) -> tuple[int, Way]:
+        """Tasks of a chunk, and how they run."""
         num_tasks = rows[0].shape[0]
+        share = -(-num_tasks // workers)
+        size, staged = 1, False
         if self.kind == "vmap":
-            return self.tasks_per_chunk or num_tasks
-        most_rows = max(tensor.shape[1] for tensor in rows if tensor.dim() > 1)
-        return self.tasks_per_chunk or (-(-num_tasks // workers) if most_rows <= _FEW_ROWS else 1)
+            size = self.tasks_per_chunk or num_tasks
+        elif self.kind == "threads" and (self.tasks_per_chunk or _few(rows)):
+            size = self.tasks_per_chunk or share
+        elif self.kind == "threads" and isinstance(function, Staged):
+            staged = _few(function.picked(rows))
+            size = -(-share // -(-share // _STAGED_TASKS)) if staged else 1
+        size = min(size, num_tasks)
+        return size, "alone" if size == 1 else "staged" if staged else "batched"
+
+
+class _Nets:
+    """A network as vmap bears it, and as it is fastest for a task alone.
+
+    Args:
+        net: The network.
+        native: As in `Engine`.
+        own: Whether both are a thread's own.
+    """
+
+    PARTS = ("batched", "alone")
+
+    def __init__(self, net: nn.Module, *, native: bool, own: bool) -> None:
+        self._net = net
+        self._native = native
+        self._own = own
+
+    @cached_property
+    def batched(self) -> nn.Module:
+        return _replicate(self._net, native=False) if self._own else self._net
+
+    @cached_property
+    def alone(self) -> nn.Module:
+        return _replicate(self._net) if self._native else self.batched
 
 
 class _Holder(nn.Module):
-    """A network within a module, for `functional_call` to swap tensors of."""
+    """Networks within a module, for `functional_call` to swap tensors of."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, nets: _Nets) -> None:
         super().__init__()
-        self.net = net
+        for part in _Nets.PARTS:
+            self.add_module(part, getattr(nets, part))
 
-    def forward(self, work: Callable[[nn.Module], Any]) -> Any:
-        return work(self.net)
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
 
 
 def _kept(key: Hashable, work: Hashable, function: TaskFunction, names: list[str]) -> Hashable:
     """A key with what a caller cannot forget."""
-    return None if key is None else (key, work, function.__code__, tuple(names))
+    if key is None:
+        return None
+    stages = (function.first, function.then) if isinstance(function, Staged) else (function,)
+    return key, work, tuple(stage.__code__ for stage in stages), tuple(names)
 
 
 def _call(
-    function: TaskFunction, batched: bool, net: nn.Module, params: Params, rows: Sequence[Tensor]
+    function: TaskFunction, nets: _Nets, way: Way, params: Params, rows: Sequence[Tensor]
 ) -> Any:
     """Results for a chunk with a leading dimension of tasks."""
-    if batched:
-        return torch.vmap(lambda *task: function(net, params, *task))(*rows)
-    result = function(net, params, *(tensor[0] for tensor in rows))
-    return pytree.tree_map(lambda tensor: tensor.unsqueeze(0), result)
+    if way == "batched":
+        return torch.vmap(lambda *task: function(nets.batched, params, *task))(*rows)
+    if way == "alone":
+        return _unsqueezed(function(nets.alone, params, *(tensor[0] for tensor in rows)))
+    assert isinstance(function, Staged)
+    made = _first(function, nets, params, rows)
+    results = [
+        _unsqueezed(function.then(nets.alone, params, own, *task))
+        for own, task in zip(_by_task(made), zip(*rows, strict=True), strict=True)
+    ]
+    return _concatenate(results)
+
+
+def _first(function: Staged, nets: _Nets, params: Params, rows: Sequence[Tensor]) -> Params:
+    """What the first stage makes of a chunk, by vmap."""
+    made: Params = torch.vmap(lambda *task: function.first(nets.batched, params, *task))(
+        *function.picked(rows)
+    )
+    return made
+
+
+def _by_task(made: Params) -> list[Params]:
+    columns = zip(*(tensor.unbind() for tensor in made.values()), strict=True)
+    return [dict(zip(made, column, strict=True)) for column in columns]
+
+
+def _staged_gradients(
+    function: Staged, nets: _Nets, params: Params, rows: Sequence[Tensor], scale: float
+) -> tuple[Tensors, Any]:
+    """Gradients of a chunk's losses, and the extras: forth by stages, and back.
+
+    The second stage goes back to what the first made, one task after another; from there all
+    tasks go back together.
+    """
+    made = _first(function, nets, params, rows)
+    leaves = tuple(params.values())
+    total: Tensors | None = None
+    pulled, extras = [], []
+    for theirs, task in zip(_by_task(made), zip(*rows, strict=True), strict=True):
+        own = {name: tensor.detach().requires_grad_() for name, tensor in theirs.items()}
+        loss, extra = function.then(nets.alone, params, own, *task)
+        grads = _pulled((loss * scale,), (*own.values(), *leaves))
+        pulled.append(grads[: len(own)])
+        total = _added(total, grads[len(own) :])
+        extras.append(_unsqueezed(_detached(extra)))
+    back = [torch.stack(of_tasks) for of_tasks in zip(*pulled, strict=True)]
+    grads = _added(total, _pulled(tuple(made.values()), leaves, back))
+    return grads, _concatenate(extras)
+
+
+def _pulled(
+    outputs: Tensors, leaves: Sequence[Tensor], back: Sequence[Tensor] | None = None
+) -> Tensors:
+    """Gradients by leaves, zero where nothing depends on one."""
+    return torch.autograd.grad(outputs, leaves, back, allow_unused=True, materialize_grads=True)
+
+
+def _added(total: Tensors | None, more: Tensors) -> Tensors:
+    return more if total is None else tuple(map(torch.add, total, more))
+
+
+def _detached(nest: Any) -> Any:
+    return pytree.tree_map(torch.detach, nest)
+
+
+def _unsqueezed(nest: Any) -> Any:
+    return pytree.tree_map(lambda tensor: tensor.unsqueeze(0), nest)
+
+
+def _few(rows: Tensors) -> bool:
+    """Whether tasks have so few rows that they gain from running together."""
+    return max(tensor.shape[1] for tensor in rows if tensor.dim() > 1) <= _FEW_ROWS
 
 
 def _over_threads(

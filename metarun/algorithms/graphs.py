@@ -56,7 +56,8 @@ class Graphs:
             key: Everything that the function depends on beside its arguments.
             function: Of lists of tensors to any nest of tensors. It reads no other tensors: one
                 that does is never replayed.
-            args: The arguments of this call.
+            args: The arguments of this call. The last list is data: what a replay makes of that
+                alone it makes once.
         """
         whole = (kind, key, tuple(tuple(map(_layout, tensors)) for tensors in args))
         if whole in self._made:
@@ -122,7 +123,8 @@ def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
     constants = [node.target for node in module.graph.nodes if node.op == "get_attr"]
     if constants:
         raise ValueError(f"it reads tensors that are not among its arguments: {constants}")
-    _tidy(module)
+    data = [node for node in module.graph.nodes if node.op == "placeholder"][-len(args[-1]) :]
+    _tidy(module, set(data))
 
     def run(*tensors: Sequence[Tensor]) -> Any:
         with torch.no_grad():
@@ -143,13 +145,39 @@ _SAME_VALUES = {
 """Operators that give their first argument in another shape, which may be the one it has."""
 
 
-def _tidy(module: fx.GraphModule) -> None:
-    """Leave out what changes nothing and what nobody reads."""
+def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
+    """Leave out what changes nothing, what nobody reads, and what was made of the data before.
+
+    Of the data alone, since what depends on weights may be made again on purpose, to save memory.
+    """
     for node in module.graph.nodes:
         if node.target in _SAME_VALUES and _shape(node) == _shape(node.args[0]):
             node.replace_all_uses_with(node.args[0])
+    made: dict[str, fx.Node] = {}
+    for node in _made_of(data, module.graph):
+        before = made.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+        if before is not node:
+            node.replace_all_uses_with(before)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+def _made_of(data: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
+    """What follows from the data alone and is the same each time; nothing where one is changed
+    in its place."""
+    known = set(data)
+    made = []
+    for node in graph.nodes:
+        if not node.all_input_nodes or not known.issuperset(node.all_input_nodes):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            if node.target._schema.is_mutable:
+                return []
+            if torch.Tag.nondeterministic_seeded in node.target.tags:
+                continue
+        known.add(node)
+        made.append(node)
+    return made
 
 
 def _shape(node: fx.Node) -> Hashable:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.engine import Staged
 from metarun.algorithms.inner import (
     Loss,
     Params,
@@ -104,36 +105,52 @@ class MAML(AdaptingLearner):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         first_order = is_first_order(self.second_order_from, progress)
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y, noise = rows
+        def start(params: Params) -> Params:
+            return self._start(self._split(params)[0])
 
-            def start(params: Params) -> Params:
-                return self._start(self._split(params)[0])
+        def after(
+            net: nn.Module, weights: Params, params: Params, *rows: Tensor, steps: int = 1
+        ) -> Params:
+            support_x, support_y, noise = rows
+            theta, rates = self._split(params)
+            how = Pass(noise=noise, twice=not first_order)
+            loss = self._support_loss(net, theta, support_x, support_y, how)
+            return self._after(loss, weights, rates, first_order, steps)
 
-            def after(weights: Params, params: Params, steps: int = 1) -> Params:
-                theta, rates = self._split(params)
-                how = Pass(noise=noise, twice=not first_order)
-                loss = self._support_loss(net, theta, support_x, support_y, how)
-                return self._after(loss, weights, rates, first_order, steps)
+        def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
+            return after(net, start(params), params, *rows, steps=self.inner_steps)
 
-            def outcome(weights: Params, params: Params) -> tuple[Tensor, Any]:
-                theta, _ = self._split(params)
-                moments: dict[str, tuple[Tensor, Tensor]] = {}
-                how = Pass(moments=moments, noise=noise)
-                outputs = forward(net, {**theta, **weights}, query_x, how)
-                loss = self.loss(outputs, query_y)
-                return loss, (loss, outputs, moments)
+        def judged(
+            net: nn.Module, params: Params, weights: Params, *rows: Tensor
+        ) -> tuple[Tensor, Any]:
+            _, _, query_x, query_y, noise = rows
+            theta, _ = self._split(params)
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            how = Pass(moments=moments, noise=noise)
+            outputs = forward(net, {**theta, **weights}, query_x, how)
+            loss = self.loss(outputs, query_y)
+            return loss, (loss, outputs, moments)
 
-            if first_order or not self.recompute:
-                return outcome(after(start(params), params, self.inner_steps), params)
-            steps = self.inner_steps
-            grads, extras = gradient_backwards(start, after, outcome, params, steps=steps)
+        task = Staged(adapted, judged, reads=(0, 1, 4))
+
+        def recomputed(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            grads, extras = gradient_backwards(
+                start,
+                lambda weights, params: after(net, weights, params, *task.picked(rows)),
+                lambda weights, params: judged(net, params, weights, *rows),
+                params,
+                steps=self.inner_steps,
+            )
             return with_gradient(params, grads), extras
 
         rows = self.training_rows(batch, progress)
         params: Params = {**self.optimizer.targets}
         grads, (losses, outputs, moments) = self.settled_engine().gradients(
-            task, self.net, params, rows, key=self.replay_key(first_order)
+            recomputed if self.recompute and not first_order else task,
+            self.net,
+            params,
+            rows,
+            key=self.replay_key(first_order),
         )
         self.optimizer.step(grads, progress)
         update_running(self.net, moments)

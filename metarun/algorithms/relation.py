@@ -15,7 +15,7 @@ from metarun.algorithms.base import positive
 from metarun.algorithms.episodic import EpisodicLearner
 from metarun.algorithms.inner import Params, above, under
 from metarun.algorithms.metagan import Answer, MetaGAN
-from metarun.backbones.layers import BatchNorm, Pass
+from metarun.backbones.layers import BatchNorm, Pass, conv_and_norm
 from metarun.types import Progress
 
 
@@ -185,8 +185,7 @@ class _Comparison(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            # Pooled before ReLU, which is the same thing and leaves it a quarter of the work.
-            x = torch.relu(nn.functional.max_pool2d(norm(conv(x), how), 2))
+            x = torch.relu(conv_and_norm(conv, norm, x, how, pool=True))
         scores: Tensor = self.score(torch.relu(self.hidden(x.flatten(1))))
         return scores
 

@@ -18,6 +18,7 @@ from metarun.backbones.layers import (
     InstanceNorm,
     Pass,
     Unchanged,
+    conv_and_norm,
     many_rows,
 )
 from metarun.backbones.network import Network
@@ -137,16 +138,9 @@ class _Blocks(nn.Module):
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         x = self._laid_out(x)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            pooled = i < self.num_pooled
-            read = self.film is not None and i == self.film_block
-            if pooled and not read and isinstance(norm, BatchNorm) and not norm.fuses(x, how):
-                x = _pooled_first(conv, norm, x, how)
-                continue
-            x = norm(conv(x), how)
-            if pooled:
-                # Before ReLU, which is the same thing and leaves it a quarter of the work.
-                x = nn.functional.max_pool2d(x, 2)
-            if self.film is not None and read:
+            # Pooled before ReLU, which is the same thing and leaves it a quarter of the work.
+            x = conv_and_norm(conv, norm, x, how, pool=i < self.num_pooled)
+            if self.film is not None and i == self.film_block:
                 x = self.film(x, how)
             x = torch.relu(x)
         if self.maps:
@@ -161,20 +155,6 @@ class _Blocks(nn.Module):
             return x.contiguous(memory_format=torch.channels_last)
         # One channel is in any layout already: by these strides the first maps are in this one.
         return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
-
-
-def _pooled_first(conv: nn.Module, norm: BatchNorm, x: Tensor, how: Pass) -> Tensor:
-    """A block that pools before it normalises, which leaves a quarter of the work to the scaling.
-
-    max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution, which
-    changes no bit of what it computes.
-    """
-    assert isinstance(conv, nn.Conv2d)
-    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
-    weight = conv.weight * sign.view(-1, 1, 1, 1)
-    bias = None if conv.bias is None else conv.bias * sign
-    x = nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
-    return torch.relu(norm.pooled(x, how, sign))
 
 
 def _norm(kind: str, width: int, name: str) -> nn.Module:

@@ -49,6 +49,7 @@ class Pass:
 
 
 BATCH = Pass()
+_IMAGE_CHANNELS = 4
 
 
 class BatchNorm(nn.Module):
@@ -99,6 +100,43 @@ class BatchNorm(nn.Module):
         plain = how.twice or how.running or how.rows is not None
         return self.native and many_rows(x) and not plain
 
+    def folds(self, conv: nn.Conv2d, how: Pass) -> bool:
+        """Whether `folded` makes less work of normalising what a convolution gives.
+
+        So it does where a patch has fewer numbers than what it is turned into, and is of an image
+        and not of maps, whose derivatives would have to pass through the statistics of patches.
+        """
+        small = conv.in_channels <= _IMAGE_CHANNELS
+        return how.running or (small and conv.weight.numel() <= conv.out_channels**2)
+
+    def folded(self, conv: nn.Conv2d, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
+        """The weight and bias of a convolution that normalises what another one gives.
+
+        The statistics of w p + b over all patches p follow from those of the patches: a mean of
+        w E[p] + b and a variance of w Cov[p] w'. Where the images are data, no derivative passes
+        through them, and nothing but the convolution itself passes over the outputs.
+
+        Args:
+            conv: Whose outputs are to be normalised.
+            x: (N, C, H, W) what it is given.
+            how: Of the pass.
+        """
+        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        rows = conv.weight.to(self.running_mean.dtype).flatten(1)
+        bias = 0.0 if conv.bias is None else conv.bias.to(rows.dtype)
+        if how.running:
+            mean, var = self.running_mean, self.running_var
+        else:
+            seen = x if how.rows is None else x[: how.rows]
+            centre, spread, count = _patch_moments(seen.to(rows.dtype), conv)
+            mean = rows @ centre + bias
+            var = ((rows @ spread) * rows).sum(1)
+            if how.moments is not None:
+                how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        weight = (rows * scale[:, None]).view_as(conv.weight)
+        return weight.to(x.dtype), (self.bias + (bias - mean) * scale).to(x.dtype)
+
     def _normalised(
         self,
         x: Tensor,
@@ -119,7 +157,7 @@ class BatchNorm(nn.Module):
         )
         if how.moments is not None:
             var = inverse_std.detach() ** -2 - self.eps
-            how.moments[self.name] = (mean.detach(), _unbiased(var, x))
+            how.moments[self.name] = (mean.detach(), _unbiased(var, _count(x)))
         return out
 
     def _statistics(
@@ -138,7 +176,7 @@ class BatchNorm(nn.Module):
         var = (centred * centred).sum(dims) * share
         if how.moments is not None:
             kept = _signed(mean.detach(), sign)
-            how.moments[self.name] = (kept, _unbiased(var.detach(), seen))
+            how.moments[self.name] = (kept, _unbiased(var.detach(), _count(seen)))
         return mean, var, centred if how.rows is None else None
 
 
@@ -219,10 +257,71 @@ def context_of(how: Pass, context_dim: int, like: Tensor) -> Tensor:
     return like.new_zeros(context_dim) if how.context is None else how.context.to(like.dtype)
 
 
-def _unbiased(var: Tensor, x: Tensor) -> Tensor:
+def _unbiased(var: Tensor, count: int) -> Tensor:
     """The variance that running statistics keep, with one degree of freedom less."""
-    count = x.numel() // x.shape[1]
     return var * (count / max(count - 1, 1))
+
+
+def _count(x: Tensor) -> int:
+    """Numbers to a channel."""
+    return x.numel() // x.shape[1]
+
+
+def _patch_moments(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, int]:
+    """Mean (P,) and covariance (P, P) of the patches of P numbers that a convolution looks at in
+    (N, C, H, W) images, and how many patches there are."""
+    (height, width), (down, right) = conv.kernel_size, conv.stride
+    assert not isinstance(conv.padding, str)
+    above, left = conv.padding
+    # Less the mean of each channel, so that next to nothing is taken from the squares.
+    level = x.mean((0, 2, 3))
+    padded = nn.functional.pad(x, (left, left, above, above)) - _wide(level, x)
+    # Shifted images, since windows by strides have no derivative under vmap.
+    padded = padded.contiguous()
+    rows, columns = padded.shape[2] - height + 1, padded.shape[3] - width + 1
+    shifted = [
+        padded[:, :, i : i + rows : down, j : j + columns : right]
+        for i in range(height)
+        for j in range(width)
+    ]
+    patches = torch.stack(shifted, 2).flatten(1, 2).flatten(2)
+    count = patches.shape[0] * patches.shape[2]
+    mean = patches.sum((0, 2)) / count
+    squares = (patches @ patches.mT).sum(0) / count
+    centre = mean + level.repeat_interleave(height * width)
+    return centre, squares - mean * mean[:, None], count
+
+
+def conv_and_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, how: Pass, *, pool: bool = False
+) -> Tensor:
+    """Convolve and normalise (N, C, H, W) images, and halve them by max-pooling if asked.
+
+    To pool before what is the same for all of a map leaves a quarter of the work to that.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    halved = partial(nn.functional.max_pool2d, kernel_size=2) if pool else _unchanged
+    if isinstance(norm, BatchNorm) and norm.folds(conv, how):
+        weight, shift = norm.folded(conv, x, how)
+        if not pool:
+            return _convolved(conv, x, weight, shift)
+        return halved(_convolved(conv, x, weight)) + _wide(shift, x)
+    if not isinstance(norm, BatchNorm) or not pool or norm.fuses(x, how):
+        return halved(norm(conv(x), how))
+    # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
+    # which changes no bit of what it computes.
+    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
+    bias = None if conv.bias is None else conv.bias * sign
+    return norm.pooled(_convolved(conv, x, conv.weight * sign.view(-1, 1, 1, 1), bias), how, sign)
+
+
+def _convolved(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a convolution gives with another weight and bias."""
+    return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def many_rows(x: Tensor) -> bool:

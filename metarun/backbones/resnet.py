@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from metarun.backbones.conv import check_image
-from metarun.backbones.layers import BatchNorm, Pass, drop_blocks
+from metarun.backbones.layers import BatchNorm, Pass, conv_and_norm, drop_blocks
 from metarun.backbones.network import Network
 
 _SLOPE = 0.1
@@ -98,10 +98,11 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         out = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            out = norm(conv(out), how)
+            out = conv_and_norm(conv, norm, out, how)
             if i < 2:
                 out = nn.functional.leaky_relu(out, _SLOPE)
-        out = nn.functional.leaky_relu(out + self.shortcut_norm(self.shortcut(x), how), _SLOPE)
+        short = conv_and_norm(self.shortcut, self.shortcut_norm, x, how)
+        out = nn.functional.leaky_relu(out + short, _SLOPE)
         out = nn.functional.max_pool2d(out, 2)
         if how.noise is None or self.drop_rate == 0.0:
             return out

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.engine import Engine
-from metarun.algorithms.graphs import Graphs
+from metarun.algorithms.graphs import Graphs, _followed
 from metarun.algorithms.protonet import ProtoNet
 from metarun.types import Progress
 from tests.algorithms.test_contract import PAIRS, answers, build, classes
@@ -198,3 +198,30 @@ def test_a_function_is_followed_without_being_computed() -> None:
 
     assert Graphs().find("replay", "key", function, ARGS) is not None
     assert isinstance(seen[0], FakeTensor)
+
+
+def test_what_is_made_of_the_data_alone_is_made_once_and_nothing_else_is() -> None:
+    def function(weights: list[Tensor], data: list[Tensor]) -> Tensor:
+        (weight,), (x,) = weights, data
+        return sum(weight.exp() * (x.cosh() + x.tanh() * 0.5) for _ in range(3)).sum()
+
+    args = ([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    module = _followed(function, args).__closure__[0].cell_contents
+    targets = [node.target for node in module.graph.nodes]
+    assert targets.count(torch.ops.aten.cosh.default) == 1
+    # Of weights it may have been made again to save memory.
+    assert targets.count(torch.ops.aten.exp.default) == 3
+    assert torch.equal(module(*args), function(*args))
+
+
+def test_data_that_are_changed_in_their_place_are_not_shared() -> None:
+    def function(weights: list[Tensor], data: list[Tensor]) -> Tensor:
+        (weight,), (x,) = weights, data
+        first, second = x.cosh(), x.cosh()
+        first.mul_(2.0)
+        return (weight * (first + second)).sum()
+
+    args = ([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    found = Graphs().find("compile", "key", function, args)
+    assert found is not None
+    torch.testing.assert_close(found(*args), function(*args))

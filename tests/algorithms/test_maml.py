@@ -126,11 +126,13 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
         torch.testing.assert_close(gradient[key], value, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("query", [2, 6])
 @pytest.mark.parametrize("backbone", TINY_BACKBONES)
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_engines_agree_to_1e_10(name: str, backbone: str) -> None:
+def test_the_engines_agree_to_1e_10(name: str, backbone: str, query: int) -> None:
     spec = image_spec()
-    batch = image_batch(spec, tasks=5)
+    # Six queries of each class are many rows, so that threads go through tasks in stages.
+    batch = image_batch(spec, tasks=5, query=query)
     gradients = [
         moved(make(MAML, spec, TINY_BACKBONES[backbone], engine=engine, **SETTINGS[name]), batch)
         for engine in ("loop", "vmap", "threads")
@@ -272,10 +274,18 @@ def test_recomputing_inner_steps_changes_rounding_alone(steps: int, graph: str) 
         torch.testing.assert_close(recomputed.get_buffer(name), value)
 
 
-def test_the_trace_passes_through_the_prediction() -> None:
+@pytest.mark.parametrize("engine", ["loop", "threads"])
+def test_the_trace_passes_through_the_prediction(engine: str) -> None:
     spec = image_spec()
-    batch = image_batch(spec)
-    algorithm = make(MAML, spec, TINY_BACKBONES["conv4 stride"], inner_lr=0.4, eval_inner_steps=3)
+    batch = image_batch(spec, query=6)
+    algorithm = make(
+        MAML,
+        spec,
+        TINY_BACKBONES["conv4 stride"],
+        engine=engine,
+        inner_lr=0.4,
+        eval_inner_steps=3,
+    )
     rows = (batch.support_x, batch.support_y, batch.query_x)
     trace = algorithm.trace(*rows, 5)
     assert trace.shape == (6, *algorithm.predict(*rows).outputs.shape)

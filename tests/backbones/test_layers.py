@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from metarun.backbones.layers import (
     FiLM,
     InstanceNorm,
     Pass,
+    conv_and_norm,
     drop_blocks,
     update_running,
 )
@@ -61,6 +63,77 @@ def test_what_is_pooled_before_it_is_normalised_is_as_if_it_were_pooled_after(
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
     expected = nn.functional.max_pool2d(norm(images, how), 2)
     torch.testing.assert_close(norm.pooled(images * sign.view(-1, 1, 1), how, sign), expected)
+
+
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
+    "of images": {"in_channels": 2, "out_channels": 20, "kernel_size": 3, "padding": 1},
+    "with strides": {"in_channels": 2, "out_channels": 20, "kernel_size": (3, 2), "stride": 2},
+    "of pixels": {"in_channels": 3, "out_channels": 4, "kernel_size": 1, "bias": False},
+    "of maps": {"in_channels": 5, "out_channels": 4, "kernel_size": 3, "padding": 1},
+}
+
+
+def own_tensors(name: str) -> tuple[nn.Conv2d, BatchNorm, list[Tensor]]:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(**CONVOLUTIONS[name]).double()
+    norm = BatchNorm(conv.out_channels, "norm").double()
+    for own in (norm.weight, norm.bias, norm.running_mean):
+        nn.init.normal_(own)
+    return conv, norm, [*conv.parameters(), *norm.parameters()]
+
+
+def pulled_twice(outputs: Tensor, own: list[Tensor]) -> list[Tensor]:
+    """First derivatives of a curved function of the outputs, and derivatives of those."""
+    first = torch.autograd.grad(outputs.sin().sum(), own, create_graph=True)
+    second = torch.autograd.grad(sum(grad.square().sum() for grad in first), own)
+    return [*first, *second]
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("how", [{}, {"twice": True}, {"rows": 7}, {"running": True}], ids=str)
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
+    name: str, how: dict[str, Any], pool: bool, native: bool
+) -> None:
+    conv, norm, own = own_tensors(name)
+    norm.native = native
+    x = torch.randn(17, conv.in_channels, 8, 7).double()
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    found = conv_and_norm(conv, norm, x, Pass(**how, moments=moments), pool=pool)
+
+    maps = conv(x)
+    seen = maps[: how.get("rows", 17)]
+    mean, var = seen.mean((0, 2, 3)), seen.var((0, 2, 3), unbiased=False)
+    if "running" in how:
+        mean, var = norm.running_mean, norm.running_var
+    else:
+        torch.testing.assert_close(moments["norm"][0], mean)
+        torch.testing.assert_close(moments["norm"][1], seen.var((0, 2, 3)))
+    scale = norm.weight / (var + norm.eps).sqrt()
+    expected = ((maps.movedim(1, 3) - mean) * scale + norm.bias).movedim(3, 1)
+    expected = nn.functional.max_pool2d(expected, 2) if pool else expected
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(pulled_twice(found, own), pulled_twice(expected, own))
+
+
+@pytest.mark.parametrize(("name", "folds"), [("of images", True), ("of maps", False)])
+def test_what_a_convolution_of_images_gives_is_normalised_without_a_pass_over_it(
+    name: str, folds: bool
+) -> None:
+    conv, norm, _ = own_tensors(name)
+    assert norm.folds(conv, Pass()) is folds
+    assert norm.folds(conv, Pass(running=True))
+
+
+def test_statistics_of_patches_bear_pixels_far_from_zero() -> None:
+    conv, norm, _ = own_tensors("of images")
+    x = 200.0 + 0.5 * torch.randn(20, 2, 8, 8).double()
+    # Unpadded: zeros beside such pixels would be most of the variance.
+    conv.padding = (0, 0)
+    exact = conv_and_norm(conv, norm, x, Pass())
+    rounded = conv_and_norm(conv.float(), norm.float(), x.float(), Pass())
+    torch.testing.assert_close(rounded.double(), exact, rtol=0, atol=0.01)
 
 
 def test_batch_norm_is_exact_to_second_order(images: Tensor) -> None:
