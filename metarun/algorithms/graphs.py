@@ -150,6 +150,12 @@ def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
 
     Of the data alone, since what depends on weights may be made again on purpose, to save memory.
     """
+    zeros: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.target in _ZEROS or (node.target in _MOVES and node.args[0] in zeros):
+            zeros.add(node)
+        elif node.target is torch.ops.aten.add.Tensor:
+            _without_zeros(node, zeros)
     for node in module.graph.nodes:
         if node.target in _SAME_VALUES and _shape(node) == _shape(node.args[0]):
             node.replace_all_uses_with(node.args[0])
@@ -160,6 +166,29 @@ def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
             node.replace_all_uses_with(before)
     module.graph.eliminate_dead_code()
     module.recompile()
+
+
+_ZEROS = {
+    torch.ops.aten.zeros.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_zeros.default,
+}
+_MOVES = _SAME_VALUES | {torch.ops.aten.permute.default,torch.ops.aten.clone.default}
+
+
+def _without_zeros(node: fx.Node, zeros: set[fx.Node]) -> None:
+    """The other one of two summands, where one is nothing.
+
+    Derivatives of pooling and of ReLU by their inputs are zeros as large as those.
+    """
+    for zero, other in (node.args[:2], node.args[1::-1]):
+        if zero in zeros and isinstance(other, fx.Node) and _same_kind(node, other) and not node.kwargs:
+            node.replace_all_uses_with(other)
+            return
+
+def _same_kind(a,b):
+    a,b=a.meta["val"],b.meta["val"]
+    return a.shape==b.shape and a.dtype==b.dtype
 
 
 def _made_of(data: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
