@@ -144,69 +144,68 @@ _SAME_VALUES = {
 }
 """Operators that give their first argument in another shape, which may be the one it has."""
 
-
-def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
-    """Leave out what changes nothing, what nobody reads, and what was made of the data before.
-
-    Of the data alone, since what depends on weights may be made again on purpose, to save memory.
-    """
-    zeros: set[fx.Node] = set()
-    for node in module.graph.nodes:
-        if node.target in _ZEROS or (node.target in _MOVES and node.args[0] in zeros):
-            zeros.add(node)
-        elif node.target is torch.ops.aten.add.Tensor:
-            _without_zeros(node, zeros)
-    for node in module.graph.nodes:
-        if node.target in _SAME_VALUES and _shape(node) == _shape(node.args[0]):
-            node.replace_all_uses_with(node.args[0])
-    made: dict[str, fx.Node] = {}
-    for node in _made_of(data, module.graph):
-        before = made.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
-        if before is not node:
-            node.replace_all_uses_with(before)
-    module.graph.eliminate_dead_code()
-    module.recompile()
-
-
 _ZEROS = {
     torch.ops.aten.zeros.default,
     torch.ops.aten.zeros_like.default,
     torch.ops.aten.new_zeros.default,
 }
-_MOVES = _SAME_VALUES | {torch.ops.aten.permute.default,torch.ops.aten.clone.default}
+_STILL_ZEROS = {*_SAME_VALUES, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
 
 
-def _without_zeros(node: fx.Node, zeros: set[fx.Node]) -> None:
-    """The other one of two summands, where one is nothing.
-
-    Derivatives of pooling and of ReLU by their inputs are zeros as large as those.
-    """
-    for zero, other in (node.args[:2], node.args[1::-1]):
-        if zero in zeros and isinstance(other, fx.Node) and _same_kind(node, other) and not node.kwargs:
-            node.replace_all_uses_with(other)
-            return
-
-def _same_kind(a,b):
-    a,b=a.meta["val"],b.meta["val"]
-    return a.shape==b.shape and a.dtype==b.dtype
-
-
-def _made_of(data: set[fx.Node], graph: fx.Graph) -> list[fx.Node]:
-    """What follows from the data alone and is the same each time; nothing where one is changed
-    in its place."""
-    known = set(data)
-    made = []
+def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
+    """Leave out what changes nothing, what nobody reads, and what was made of the data before."""
+    graph = module.graph
+    # What an operator writes into may be no zeros and not the same by then: nothing is certain.
+    if not any(_writes(node) for node in graph.nodes):
+        _leave_out_zeros(graph)
+        _share(graph, data)
     for node in graph.nodes:
-        if not node.all_input_nodes or not known.issuperset(node.all_input_nodes):
+        if node.target in _SAME_VALUES and _shape(node) == _shape(node.args[0]):
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _leave_out_zeros(graph: fx.Graph) -> None:
+    """Take the other one of two summands where one is zeros.
+
+    So are derivatives of pooling and of ReLU by their inputs, as large as those.
+    """
+    zeros: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in _ZEROS or (node.target in _STILL_ZEROS and node.args[0] in zeros):
+            zeros.add(node)
+        elif node.target is torch.ops.aten.add.Tensor and not node.kwargs:
+            for zero, other in (node.args, node.args[::-1]):
+                if zero in zeros and _kind(other) == _kind(node):
+                    node.replace_all_uses_with(other)
+
+
+def _share(graph: fx.Graph, data: set[fx.Node]) -> None:
+    """Make once what is made of the data alone.
+
+    Nothing else, since what depends on weights may be made again on purpose, to save memory.
+    """
+    known = set(data)
+    made: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        if not node.all_input_nodes or drawn or not known.issuperset(node.all_input_nodes):
             continue
-        if isinstance(node.target, torch._ops.OpOverload):
-            if node.target._schema.is_mutable:
-                return []
-            if torch.Tag.nondeterministic_seeded in node.target.tags:
-                continue
         known.add(node)
-        made.append(node)
-    return made
+        before = made.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
+        if before is not node:
+            node.replace_all_uses_with(before)
+
+
+def _kind(value: Any) -> Hashable:
+    """Shape and type of what a node makes; None of a number."""
+    made = value.meta["val"] if isinstance(value, fx.Node) else None
+    return None if made is None else (made.shape, made.dtype)
 
 
 def _shape(node: fx.Node) -> Hashable:

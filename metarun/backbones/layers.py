@@ -100,42 +100,46 @@ class BatchNorm(nn.Module):
         plain = how.twice or how.running or how.rows is not None
         return self.native and many_rows(x) and not plain
 
-    def folds(self, conv: nn.Conv2d, how: Pass) -> bool:
-        """Whether `folded` makes less work of normalising what a convolution gives.
-
-        So it does where a patch has fewer numbers than what it is turned into, and is of an image
-        and not of maps, whose derivatives would have to pass through the statistics of patches.
-        """
-        small = conv.in_channels <= _IMAGE_CHANNELS
-        return how.running or (small and conv.weight.numel() <= conv.out_channels**2)
-
-    def folded(self, conv: nn.Conv2d, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
-        """The weight and bias of a convolution that normalises what another one gives.
+    def of_patches(self, conv: nn.Conv2d, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
+        """Convolve and normalise images, without a pass over what the convolution gives.
 
         The statistics of w p + b over all patches p follow from those of the patches: a mean of
         w E[p] + b and a variance of w Cov[p] w'. Where the images are data, no derivative passes
-        through them, and nothing but the convolution itself passes over the outputs.
+        through them.
 
         Args:
             conv: Whose outputs are to be normalised.
             x: (N, C, H, W) what it is given.
             how: Of the pass.
+
+        Returns:
+            Maps of shape (N, K, H', W'), and what is to be added to each of their K channels.
         """
         # The sums of a mixed pass in float32, as torch's own operator takes them.
-        rows = conv.weight.to(self.running_mean.dtype).flatten(1)
-        bias = 0.0 if conv.bias is None else conv.bias.to(rows.dtype)
+        wide = x.to(self.running_mean.dtype)
+        seen = wide if how.rows is None else wide[: how.rows]
+        # Less the mean of each channel, so that next to nothing is taken from the squares.
+        level = torch.zeros_like(wide[0, :, 0, 0]) if how.running else seen.mean((0, 2, 3))
+        patches, height = _patches(wide, level, conv)
+        rows = conv.weight.to(wide.dtype).flatten(1)
+        taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
+        if conv.bias is not None:
+            taken = taken + conv.bias.to(wide.dtype)
         if how.running:
             mean, var = self.running_mean, self.running_var
         else:
-            seen = x if how.rows is None else x[: how.rows]
-            centre, spread, count = _patch_moments(seen.to(rows.dtype), conv)
-            mean = rows @ centre + bias
+            looked_at = patches[: len(seen)]
+            count = looked_at[:, 0].numel()
+            centre = looked_at.sum((0, 2)) / count
+            spread = (looked_at @ looked_at.mT).sum(0) / count - centre * centre[:, None]
+            mean = rows @ centre + taken
             var = ((rows @ spread) * rows).sum(1)
             if how.moments is not None:
                 how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
         scale = self.weight * torch.rsqrt(var + self.eps)
-        weight = (rows * scale[:, None]).view_as(conv.weight)
-        return weight.to(x.dtype), (self.bias + (bias - mean) * scale).to(x.dtype)
+        weight = (rows * scale[:, None]).to(x.dtype)
+        maps = (patches.to(x.dtype).mT @ weight.mT).unflatten(1, (height, -1)).movedim(3, 1)
+        return maps, (self.bias + (taken - mean) * scale).to(x.dtype)
 
     def _normalised(
         self,
@@ -267,14 +271,15 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _patch_moments(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, int]:
-    """Mean (P,) and covariance (P, P) of the patches of P numbers that a convolution looks at in
-    (N, C, H, W) images, and how many patches there are."""
+def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, int]:
+    """What a convolution looks at in (N, C, H, W) images, less a level of each channel.
+
+    Returns:
+        (N, P, L) the P numbers of each of L patches of an image, and the rows that those are in.
+    """
     (height, width), (down, right) = conv.kernel_size, conv.stride
     assert not isinstance(conv.padding, str)
     above, left = conv.padding
-    # Less the mean of each channel, so that next to nothing is taken from the squares.
-    level = x.mean((0, 2, 3))
     padded = nn.functional.pad(x, (left, left, above, above)) - _wide(level, x)
     # Shifted images, since windows by strides have no derivative under vmap.
     padded = padded.contiguous()
@@ -284,12 +289,7 @@ def _patch_moments(x: Tensor, conv: nn.Conv2d) -> tuple[Tensor, Tensor, int]:
         for i in range(height)
         for j in range(width)
     ]
-    patches = torch.stack(shifted, 2).flatten(1, 2).flatten(2)
-    count = patches.shape[0] * patches.shape[2]
-    mean = patches.sum((0, 2)) / count
-    squares = (patches @ patches.mT).sum(0) / count
-    centre = mean + level.repeat_interleave(height * width)
-    return centre, squares - mean * mean[:, None], count
+    return torch.stack(shifted, 2).flatten(1, 2).flatten(2), shifted[0].shape[2]
 
 
 def conv_and_norm(
@@ -301,23 +301,28 @@ def conv_and_norm(
     """
     assert isinstance(conv, nn.Conv2d)
     halved = partial(nn.functional.max_pool2d, kernel_size=2) if pool else _unchanged
-    if isinstance(norm, BatchNorm) and norm.folds(conv, how):
-        weight, shift = norm.folded(conv, x, how)
-        if not pool:
-            return _convolved(conv, x, weight, shift)
-        return halved(_convolved(conv, x, weight)) + _wide(shift, x)
-    if not isinstance(norm, BatchNorm) or not pool or norm.fuses(x, how):
+    if not isinstance(norm, BatchNorm):
+        return halved(norm(conv(x), how))
+    if _has_small_patches(conv):
+        maps, shift = norm.of_patches(conv, x, how)
+        return halved(maps) + _wide(shift, maps)
+    if not pool or norm.fuses(x, how):
         return halved(norm(conv(x), how))
     # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
     # which changes no bit of what it computes.
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
     bias = None if conv.bias is None else conv.bias * sign
-    return norm.pooled(_convolved(conv, x, conv.weight * sign.view(-1, 1, 1, 1), bias), how, sign)
+    weight = conv.weight * sign.view(-1, 1, 1, 1)
+    maps = nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+    return norm.pooled(maps, how, sign)
 
 
-def _convolved(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """What a convolution gives with another weight and bias."""
-    return nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+def _has_small_patches(conv: nn.Conv2d) -> bool:
+    """Whether a patch has fewer numbers than what it is turned into, and is of an image.
+
+    Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
+    """
+    return conv.in_channels <= _IMAGE_CHANNELS and conv.weight.numel() <= conv.out_channels**2
 
 
 def _unchanged(x: Tensor) -> Tensor:

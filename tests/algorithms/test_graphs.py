@@ -225,3 +225,26 @@ def test_data_that_are_changed_in_their_place_are_not_shared() -> None:
     found = Graphs().find("compile", "key", function, args)
     assert found is not None
     torch.testing.assert_close(found(*args), function(*args))
+
+
+def test_summands_that_are_nothing_are_left_out() -> None:
+    def function(values: list[Tensor]) -> Tensor:
+        zeros = torch.zeros_like(values[0])
+        return zeros.view(1, -1).expand(3, -1) + (values[0] + zeros).exp()
+
+    module = _followed(function, ARGS).__closure__[0].cell_contents
+    targets = [node.target for node in module.graph.nodes]
+    # One has another shape than the sum, which the other does not.
+    assert targets.count(torch.ops.aten.add.Tensor) == 1
+    assert torch.equal(module(*ARGS), function(*ARGS))
+
+
+def test_zeros_that_something_is_written_into_are_kept() -> None:
+    def function(values: list[Tensor]) -> Tensor:
+        sums = torch.zeros_like(values[0])
+        sums.view(-1).add_(values[0])
+        return values[0] + sums
+
+    found = Graphs().find("compile", "key", function, ARGS)
+    assert found is not None
+    torch.testing.assert_close(found(*ARGS), 2 * ARGS[0][0])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarun.backbones.layers import (
     BatchNorm,
@@ -117,13 +118,29 @@ def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
     torch.testing.assert_close(pulled_twice(found, own), pulled_twice(expected, own))
 
 
-@pytest.mark.parametrize(("name", "folds"), [("of images", True), ("of maps", False)])
+@pytest.mark.parametrize(("name", "maps"), [("of images", 0), ("with strides", 0), ("of maps", 2)])
 def test_what_a_convolution_of_images_gives_is_normalised_without_a_pass_over_it(
-    name: str, folds: bool
+    name: str, maps: int
 ) -> None:
     conv, norm, _ = own_tensors(name)
-    assert norm.folds(conv, Pass()) is folds
-    assert norm.folds(conv, Pass(running=True))
+    x = torch.randn(4, conv.in_channels, 8, 8).double()
+    outputs = conv(x)
+    with _Sums(outputs.numel()) as sums:
+        conv_and_norm(conv, norm, x, Pass())
+    assert sums.count == maps
+
+
+class _Sums(TorchDispatchMode):
+    """Counts sums over tensors of a size."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.count = size, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.sum.dim_IntList:
+            self.count += args[0].numel() == self.size
+        return func(*args, **(kwargs or {}))
 
 
 def test_statistics_of_patches_bear_pixels_far_from_zero() -> None:
