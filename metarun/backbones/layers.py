@@ -12,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun import processes, seeding
+from metarun.backbones.convolution import twice_differentiated
 
 BatchNormMode = Literal["transductive", "support", "running"]
 BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "running")
@@ -303,17 +304,20 @@ def conv_and_norm(
     halved = partial(nn.functional.max_pool2d, kernel_size=2) if pool else _unchanged
     if not isinstance(norm, BatchNorm):
         return halved(norm(conv(x), how))
+    twice = norm.native and how.twice and many_rows(x)
+    convolve: Any = twice_differentiated if twice else nn.functional.conv2d
     if _has_small_patches(conv):
         maps, shift = norm.of_patches(conv, x, how)
         return halved(maps) + _wide(shift, maps)
     if not pool or norm.fuses(x, how):
-        return halved(norm(conv(x), how))
+        maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        return halved(norm(maps, how))
     # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
     # which changes no bit of what it computes.
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
     bias = None if conv.bias is None else conv.bias * sign
     weight = conv.weight * sign.view(-1, 1, 1, 1)
-    maps = nn.functional.conv2d(x, weight, bias, conv.stride, conv.padding)
+    maps = convolve(x, weight, bias, conv.stride, conv.padding)
     return norm.pooled(maps, how, sign)
 
 

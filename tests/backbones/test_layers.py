@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metarun.backbones.convolution import twice_differentiated
 from metarun.backbones.layers import (
     BatchNorm,
     FiLM,
@@ -252,3 +253,24 @@ def test_instance_norm_is_torchs_and_each_row_is_alone() -> None:
     batch = BatchNorm(3, "norm").double()
     batch.load_state_dict(norm.state_dict(), strict=False)
     torch.testing.assert_close(batch(x[1:2], Pass()), expected[1:2])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("stride", "padding"), [((1, 1), (1, 1)), ((2, 1), (0, 2))])
+def test_a_convolution_that_is_differentiated_twice_is_torchs_to_third_order(
+    stride: tuple[int, int], padding: tuple[int, int], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    own = [torch.randn(2, 3, 5, 6), torch.randn(4, 3, 3, 2), torch.randn(4)][: 2 + bias]
+    own = [tensor.double().requires_grad_() for tensor in own]
+
+    def pulled(convolve: Any) -> list[Tensor]:
+        given = own if bias else [*own, None]
+        found = [convolve(*given, stride, padding)]
+        for _ in range(3):
+            curved = torch.stack([tensor.sin().sum() for tensor in found[-len(own) :]]).sum()
+            found += torch.autograd.grad(curved, own, create_graph=True)
+        return found
+
+    expected = pulled(nn.functional.conv2d)
+    torch.testing.assert_close(pulled(twice_differentiated), expected)
