@@ -121,7 +121,7 @@ class BatchNorm(nn.Module):
         seen = wide if how.rows is None else wide[: how.rows]
         # Less the mean of each channel, so that next to nothing is taken from the squares.
         level = torch.zeros_like(wide[0, :, 0, 0]) if how.running else seen.mean((0, 2, 3))
-        patches, height = _patches(wide, level, conv)
+        patches, sides = _patches(wide, level, conv)
         rows = conv.weight.to(wide.dtype).flatten(1)
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
         if conv.bias is not None:
@@ -129,17 +129,16 @@ class BatchNorm(nn.Module):
         if how.running:
             mean, var = self.running_mean, self.running_var
         else:
-            looked_at = patches[: len(seen)]
-            count = looked_at[:, 0].numel()
-            centre = looked_at.sum((0, 2)) / count
-            spread = (looked_at @ looked_at.mT).sum(0) / count - centre * centre[:, None]
+            count = len(seen) * sides[0] * sides[1]
+            centre = patches[:count].mean(0)
+            spread = patches[:count].mT @ patches[:count] / count - centre * centre[:, None]
             mean = rows @ centre + taken
             var = ((rows @ spread) * rows).sum(1)
             if how.moments is not None:
                 how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
-        maps = (patches.to(x.dtype).mT @ weight.mT).unflatten(1, (height, -1)).movedim(3, 1)
+        maps = (patches.to(x.dtype) @ weight.mT).view(len(x), *sides, -1).movedim(3, 1)
         return maps, (self.bias + (taken - mean) * scale).to(x.dtype)
 
     def _normalised(
@@ -272,11 +271,11 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, int]:
+def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
     """What a convolution looks at in (N, C, H, W) images, less a level of each channel.
 
     Returns:
-        (N, P, L) the P numbers of each of L patches of an image, and the rows that those are in.
+        (N * H' * W', P) the P numbers of each patch, and (H', W').
     """
     (height, width), (down, right) = conv.kernel_size, conv.stride
     assert not isinstance(conv.padding, str)
@@ -290,7 +289,8 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, int]:
         for i in range(height)
         for j in range(width)
     ]
-    return torch.stack(shifted, 2).flatten(1, 2).flatten(2), shifted[0].shape[2]
+    patches = torch.stack(shifted, 2).flatten(1, 2).flatten(2).mT.flatten(0, 1)
+    return patches, (shifted[0].shape[2], shifted[0].shape[3])
 
 
 def conv_and_norm(
