@@ -133,9 +133,7 @@ def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
     return run
 
 
-_SAME_VALUES = {
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
+_RESHAPES = {
     torch.ops.aten.view.default,
     torch.ops.aten._unsafe_view.default,
     torch.ops.aten.expand.default,
@@ -144,12 +142,15 @@ _SAME_VALUES = {
 }
 """Operators that give their first argument in another shape, which may be the one it has."""
 
+_SAME = {torch.ops.aten.alias.default, torch.ops.aten.detach.default}
+"""Operators that give their argument."""
+
 _ZEROS = {
     torch.ops.aten.zeros.default,
     torch.ops.aten.zeros_like.default,
     torch.ops.aten.new_zeros.default,
 }
-_STILL_ZEROS = {*_SAME_VALUES, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
+_STILL_ZEROS = {*_SAME, *_RESHAPES, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
 
 
 def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
@@ -160,7 +161,8 @@ def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
         _leave_out_zeros(graph)
         _share(graph, data)
     for node in graph.nodes:
-        if node.target in _SAME_VALUES and _shape(node) == _shape(node.args[0]):
+        reshapes = node.target in _RESHAPES
+        if node.target in _SAME or (reshapes and _same_layout(node, node.args[0])):
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
     module.recompile()
@@ -208,9 +210,15 @@ def _kind(value: Any) -> Hashable:
     return None if made is None else (made.shape, made.dtype)
 
 
-def _shape(node: fx.Node) -> Hashable:
-    value = node.meta["val"]
-    return value.shape, value.stride()
+def _same_layout(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two are laid out alike, for certain.
+
+    Of a dimension of 1 the stride means nothing, and may be another one by the time of a replay;
+    but products choose their order of sums by it.
+    """
+    value, before = node.meta["val"], other.meta["val"]
+    alike: bool = value.shape == before.shape and value.stride() == before.stride()
+    return alike and 1 not in value.shape
 
 
 def _same(expected: Any, found: Any) -> bool:
