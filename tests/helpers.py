@@ -23,6 +23,8 @@ TINY_BACKBONES: dict[str, Any] = {
     "mlp": partial(MLP, hidden=[6, 5]),
     "mlp with batch norm": partial(MLP, hidden=[6, 5], batch_norm=True, activation="tanh"),
     "conv4 max-pool": partial(Conv4, filters=3, blocks=2),
+    # A first block with as many filters as a patch has numbers, which multiplies patches.
+    "conv4 of patches": partial(Conv4, filters=[9, 3], blocks=2),
     "conv4 stride": partial(Conv4, filters=3, blocks=2, downsample="stride", pool="mean"),
     "conv4 instance norm": partial(Conv4, filters=3, blocks=2, norm="instance"),
     "resnet12": partial(ResNet12, widths=[2, 3], drop_rate=0.2, block_size=3),

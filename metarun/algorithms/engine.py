@@ -39,7 +39,7 @@ class Staged:
     overhead of the first stage and go one by one through the second.
 
     Args:
-        first: `first(net, params, *those rows) -> dict of tensors`, such as adapted weights.
+        first: `first(net, params, *those rows) -> dict of floating tensors`, such as weights.
         then: `then(net, params, what first returned, *all rows)`, whose results are the function's.
         reads: The positions of the rows that `first` sees.
     """
@@ -224,14 +224,12 @@ class Engine:
         workers = min(workers, len(chunks))
         replays = self._replays(work, net, way, leaves, chunks, key)
 
-        def share(worker: int) -> list[Any]:
+        def share(worker: int) -> Iterator[Any]:
             # functional_call swaps the parameters of the module that it runs, so that each thread
             # needs modules of its own; the tensors in them stay shared.
             nets = _Nets(net, native=self.native, own=workers > 1)
-            return [
-                replay(chunk) if replay else work(nets, way, leaves, chunk)
-                for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]
-            ]
+            for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]:
+                yield replay(chunk) if replay else work(nets, way, leaves, chunk)
 
         yield from share(0) if workers == 1 else _over_threads(share, len(chunks), workers)
 
@@ -255,13 +253,14 @@ class Engine:
         ) -> Any:
             nets = _Nets(net, native=self.native, own=False)
             # Buffers are arguments, too, so that a replay reads what they are by then.
+            holder = _Holder(nets)
             here = {
-                f"{part}.{name}": buffer
-                for part in _Nets.PARTS
+                f"nets.{part}.{name}": buffer
+                for part in range(len(holder.nets))
                 for name, buffer in zip(named, buffers, strict=True)
             }
             return torch.func.functional_call(
-                _Holder(nets), here, (lambda: work(nets, way, leaves, chunk),)
+                holder, here, (lambda: work(nets, way, leaves, chunk),)
             )
 
         found: dict[int, Callable[..., Any] | None] = {}
@@ -299,8 +298,6 @@ class _Nets:
         own: Whether both are a thread's own.
     """
 
-    PARTS = ("batched", "alone")
-
     def __init__(self, net: nn.Module, *, native: bool, own: bool) -> None:
         self._net = net
         self._native = native
@@ -320,8 +317,8 @@ class _Holder(nn.Module):
 
     def __init__(self, nets: _Nets) -> None:
         super().__init__()
-        for part in _Nets.PARTS:
-            self.add_module(part, getattr(nets, part))
+        # One that stands there twice would not get its own tensors back.
+        self.nets = nn.ModuleList(dict.fromkeys((nets.batched, nets.alone)))
 
     def forward(self, work: Callable[[], Any]) -> Any:
         return work()
@@ -384,9 +381,14 @@ def _staged_gradients(
         pulled.append(grads[: len(own)])
         total = _added(total, grads[len(own) :])
         extras.append(_unsqueezed(_detached(extra)))
-    back = [torch.stack(of_tasks) for of_tasks in zip(*pulled, strict=True)]
-    grads = _added(total, _pulled(tuple(made.values()), leaves, back))
-    return grads, _concatenate(extras)
+    assert total is not None
+    stacked = (torch.stack(of_tasks) for of_tasks in zip(*pulled, strict=True))
+    pairs = zip(made.values(), stacked, strict=True)
+    # Constants lead nowhere.
+    back = {root: grad for root, grad in pairs if root.requires_grad}
+    if back:
+        total = _added(total, _pulled(tuple(back), leaves, tuple(back.values())))
+    return total, _concatenate(extras)
 
 
 def _pulled(
@@ -414,7 +416,7 @@ def _few(rows: Tensors) -> bool:
 
 
 def _over_threads(
-    share: Callable[[int], list[Any]], num_chunks: int, workers: int
+    share: Callable[[int], Iterator[Any]], num_chunks: int, workers: int
 ) -> Iterator[Any]:
     """Results in the order of the chunks, of which worker w has every `workers`-th from w on."""
 
@@ -422,7 +424,7 @@ def _over_threads(
         torch.set_num_threads(max(1, _cores() // workers))
 
     with ThreadPoolExecutor(workers, initializer=begin) as pool:
-        shares = list(pool.map(share, range(workers)))
+        shares = list(pool.map(lambda worker: list(share(worker)), range(workers)))
     for position in range(num_chunks):
         yield shares[position % workers][position // workers]
 

@@ -89,7 +89,13 @@ def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> Functio
 def _faithful(
     graph: Function, function: Function, args: Sequence[Sequence[Tensor]]
 ) -> Function | None:
-    expected, found = function(*args), graph(*args)
+    expected = function(*args)
+    try:
+        found = graph(*args)
+    # As above: what cannot be replayed is called.
+    except Exception as error:
+        _log.debug("not replayed: %s", error)
+        return None
     if not _same(expected, found):
         _log.debug("not replayed: a replay differs from the function")
         return None
@@ -183,7 +189,7 @@ def _leave_out_zeros(graph: fx.Graph) -> None:
             zeros.add(node)
         elif node.target is torch.ops.aten.add.Tensor and not node.kwargs:
             for zero, other in (node.args, node.args[::-1]):
-                if zero in zeros and _kind(other) == _kind(node):
+                if zero in zeros and isinstance(other, fx.Node) and _same_layout(node, other):
                     node.replace_all_uses_with(other)
 
 
@@ -204,21 +210,15 @@ def _share(graph: fx.Graph, data: set[fx.Node]) -> None:
             node.replace_all_uses_with(before)
 
 
-def _kind(value: Any) -> Hashable:
-    """Shape and type of what a node makes; None of a number."""
-    made = value.meta["val"] if isinstance(value, fx.Node) else None
-    return None if made is None else (made.shape, made.dtype)
-
-
 def _same_layout(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two are laid out alike, for certain.
+    """Whether two are of one type and laid out alike, for certain.
 
     Of a dimension of 1 the stride means nothing, and may be another one by the time of a replay;
     but products choose their order of sums by it.
     """
     value, before = node.meta["val"], other.meta["val"]
-    alike: bool = value.shape == before.shape and value.stride() == before.stride()
-    return alike and 1 not in value.shape
+    alike = (value.shape, value.dtype) == (before.shape, before.dtype)
+    return alike and value.stride() == before.stride() and 1 not in value.shape
 
 
 def _same(expected: Any, found: Any) -> bool:

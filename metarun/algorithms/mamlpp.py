@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from metarun.algorithms.adapting import AdaptingLearner
 from metarun.algorithms.base import forward, task_metric
-from metarun.algorithms.engine import TaskFunction
+from metarun.algorithms.engine import Staged, TaskFunction
 from metarun.algorithms.inner import (
     Params,
+    above,
     check_inner_loop,
     descend,
     dict_key,
@@ -111,22 +112,34 @@ class MAMLpp(AdaptingLearner):
         shares = self._loss_weights(progress)
         counts = [share > 0.0 for share in shares]
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y, noise, weights = rows
+        def adapted(net: nn.Module, params: Params, x: Tensor, y: Tensor, noise: Tensor) -> Params:
             how = Pass(noise=noise, twice=not first_order)
-            steps = self.inner_steps
             path = self._descent(
-                net, params, support_x, support_y, how, steps=steps, first_order=first_order
+                net, params, x, y, how, steps=self.inner_steps, first_order=first_order
             )
-            loss = support_x.new_zeros(())
+            made: Params = {}
+            for step, (theta, moments) in enumerate(path):
+                if counts[step]:
+                    made |= above(f"{step} ", {name: theta[name] for name in self.adapted})
+                made |= above(f"{step} mean ", {name: mean for name, (mean, _) in moments.items()})
+                made |= above(f"{step} var ", {name: var for name, (_, var) in moments.items()})
+            return made
+
+        def judged(
+            net: nn.Module, params: Params, made: Params, *rows: Tensor
+        ) -> tuple[Tensor, Any]:
+            _, _, query_x, query_y, noise, weights = rows
+            theta, _ = _split(params)
+            loss = query_x.new_zeros(())
             seen: list[list[Moments]] = []
-            for step, (theta, support_moments) in enumerate(path):
-                seen.append([support_moments])
+            for step in range(self.inner_steps):
+                means, variances = under(f"{step} mean ", made), under(f"{step} var ", made)
+                seen.append([{name: (means[name], variances[name]) for name in means}])
                 if counts[step]:
                     moments: Moments = {}
-                    now = self._at(net, theta, step)
-                    judged = replace(how, moments=moments, twice=False)
-                    outputs = forward(net, now, query_x, judged)
+                    own = {name: made[f"{step} {name}"] for name in self.adapted}
+                    now = self._at(net, {**theta, **own}, step)
+                    outputs = forward(net, now, query_x, Pass(noise=noise, moments=moments))
                     loss = loss + weights[step] * self.loss(outputs, query_y)
                     seen[-1].append(moments)
             kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]
@@ -135,7 +148,7 @@ class MAMLpp(AdaptingLearner):
         weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
         rows = (*self.training_rows(batch, progress), weights)
         grads, (losses, outputs, moments) = self.settled_engine().gradients(
-            task,
+            Staged(adapted, judged, reads=(0, 1, 4)),
             self.net,
             {**self.optimizer.targets},
             rows,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.engine import Staged
 from metarun.algorithms.inner import (
     Params,
     check_inner_loop,
@@ -76,23 +77,29 @@ class ProtoMAML(Algorithm):
         ways = self.spec.train_way
         first_order = is_first_order(self.second_order_from, progress)
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
-            support_x, support_y, query_x, query_y, noise = rows
+        def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
+            x, y, noise = rows
             how = Pass(noise=noise, twice=not first_order)
-            adapted = sgd_adapt(
-                self._support_loss(net, params, support_x, support_y, how),
-                self._start(net, params, support_x, support_y, ways, how),
+            return sgd_adapt(
+                self._support_loss(net, params, x, y, how),
+                self._start(net, params, x, y, ways, how),
                 lr=self.inner_lr,
                 steps=self.inner_steps,
                 first_order=first_order,
             )
+
+        def judged(
+            net: nn.Module, params: Params, weights: Params, *rows: Tensor
+        ) -> tuple[Tensor, Any]:
+            support_x, _, query_x, query_y, noise = rows
             moments: Moments = {}
-            theta = {**params, **adapted}
+            theta = {**params, **weights}
             features = self._query_features(net, theta, support_x, query_x, noise, moments)
             logits = _head(theta, features)
             loss = self.loss(logits, query_y)
             return loss, (loss, task_metric(self.spec, logits, query_y), moments)
 
+        task = Staged(adapted, judged, reads=(0, 1, 4))
         rows = self.training_rows(batch, progress)
         grads, (losses, scores, moments) = self.settled_engine().gradients(
             task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
@@ -105,10 +112,13 @@ class ProtoMAML(Algorithm):
         steps = self.evaluation_steps(self.inner_steps)
         ways = int(support_y.max()) + 1
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            last = self._path(net, params, rows[0], rows[1], ways, steps)[-1]
-            return _head(last, self.answer(net, _body(last), rows[0], rows[2]))
+        def adapted(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Params:
+            return self._path(net, params, x, y, ways, steps)[-1]
 
+        def answers(net: nn.Module, _: Params, weights: Params, *rows: Tensor) -> Tensor:
+            return _head(weights, self.answer(net, _body(weights), rows[0], rows[2]))
+
+        task = Staged(adapted, answers, reads=(0, 1))
         return Prediction(self.map_tasks(task, support_x, support_y, query_x))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:

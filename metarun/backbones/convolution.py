@@ -77,15 +77,17 @@ class _Gradients(torch.autograd.Function):
         """The gradients are linear in each of the three that they are made of."""
         grad, x, weight = ctx.saved_tensors
         stride, padding = ctx.how
-        back, to_x, to_weight = None, None, None
-        if of_x is not None:
-            back = torch.nn.functional.conv2d(of_x, weight, None, stride, padding)
-            to_weight = _gradients(grad, of_x, weight, stride, padding, [False, True, False])[1]
-        if of_weight is not None:
-            more = torch.nn.functional.conv2d(x, of_weight, None, stride, padding)
-            back = more if back is None else back + more
-            to_x = _gradients(grad, x, of_weight, stride, padding, [True, False, False])[0]
-        if of_bias is not None:
-            more = of_bias.view(1, -1, 1, 1).expand_as(grad)
-            back = more if back is None else back + more
-        return back, to_x, to_weight, None, None, None
+        of_grad, to_x, to_weight = ctx.needs_input_grad[:3]
+        back: list[Tensor] = []
+        pulled: list[Tensor | None] = [None, None]
+        if of_x is not None and of_grad:
+            back.append(torch.nn.functional.conv2d(of_x, weight, None, stride, padding))
+        if of_x is not None and to_weight:
+            pulled[1] = _gradients(grad, of_x, weight, stride, padding, [False, True, False])[1]
+        if of_weight is not None and of_grad:
+            back.append(torch.nn.functional.conv2d(x, of_weight, None, stride, padding))
+        if of_weight is not None and to_x:
+            pulled[0] = _gradients(grad, x, of_weight, stride, padding, [True, False, False])[0]
+        if of_bias is not None and of_grad:
+            back.append(of_bias.view(1, -1, 1, 1).expand_as(grad))
+        return (sum(back[1:], back[0]) if back else None), *pulled, None, None, None

@@ -124,22 +124,28 @@ class BatchNorm(nn.Module):
         patches, sides = _patches(wide, level, conv)
         rows = conv.weight.to(wide.dtype).flatten(1)
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
-        if conv.bias is not None:
-            taken = taken + conv.bias.to(wide.dtype)
+        bias = 0.0 if conv.bias is None else conv.bias.to(wide.dtype)
         if how.running:
             mean, var = self.running_mean, self.running_var
         else:
             count = len(seen) * sides[0] * sides[1]
             centre = patches[:count].mean(0)
             spread = patches[:count].mT @ patches[:count] / count - centre * centre[:, None]
-            mean = rows @ centre + taken
-            var = ((rows @ spread) * rows).sum(1)
+            mean = rows @ centre + taken + bias
+            # Rounding alone can take it below zero.
+            var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
             if how.moments is not None:
                 how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
-        maps = (patches.to(x.dtype) @ weight.mT).view(len(x), *sides, -1).movedim(3, 1)
-        return maps, (self.bias + (taken - mean) * scale).to(x.dtype)
+        if self.native and many_rows(x) and conv.in_channels > 1:
+            # Patches of colours are as large as the maps, and would be kept for the way back.
+            kernel = weight.view_as(conv.weight)
+            maps = nn.functional.conv2d(x, kernel, None, conv.stride, conv.padding)
+            taken = torch.zeros_like(taken)
+        else:
+            maps = (patches.to(x.dtype) @ weight.mT).view(len(x), *sides, -1).movedim(3, 1)
+        return maps, (self.bias + (taken + bias - mean) * scale).to(x.dtype)
 
     def _normalised(
         self,
@@ -298,11 +304,19 @@ def conv_and_norm(
 ) -> Tensor:
     """Convolve and normalise (N, C, H, W) images, and halve them by max-pooling if asked.
 
-    To pool before what is the same for all of a map leaves a quarter of the work to that.
+    To pool before what is the same for all of a map leaves a quarter of the work to that. Without
+    calling either module, but where somebody listens to what they give.
+
+    Args:
+        conv: A convolution with zeros around, in one group and without dilation.
+        norm: What normalises.
+        x: The images.
+        how: Of the pass.
+        pool: Whether to pool by two.
     """
     assert isinstance(conv, nn.Conv2d)
     halved = partial(nn.functional.max_pool2d, kernel_size=2) if pool else _unchanged
-    if not isinstance(norm, BatchNorm):
+    if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
         return halved(norm(conv(x), how))
     twice = norm.native and how.twice and many_rows(x)
     convolve: Any = twice_differentiated if twice else nn.functional.conv2d
@@ -322,7 +336,7 @@ def conv_and_norm(
 
 
 def _has_small_patches(conv: nn.Conv2d) -> bool:
-    """Whether a patch has fewer numbers than what it is turned into, and is of an image.
+    """Whether a patch has no more numbers than what it is turned into, and is of an image.
 
     Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
     """

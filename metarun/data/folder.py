@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from metarun.data import catalogue
 from metarun.data.augmentation import Augmentation
 from metarun.data.images import ClassEpisodes, ClassTable
 from metarun.data.pictures import SUFFIXES, open_image, photograph
+from metarun.data.prepared import KEPT_FROM, Prepared, prepared
 from metarun.data.store import Pixels
 from metarun.types import SPLITS, EpisodeSize, Split
 
@@ -26,7 +28,6 @@ _WORDS: dict[Split, tuple[str, ...]] = {
     "val": ("val", "validation", "valid"),
     "test": ("test",),
 }
-_BAR_FROM = 2000
 
 Classes = dict[str, list[Path]]
 
@@ -39,7 +40,11 @@ class Listing:
 
     @property
     def num_images(self) -> int:
-        return sum(len(files) for classes in self.splits.values() for files in classes.values())
+        return sum(len(self.files(split)) for split in self.splits)
+
+    def files(self, split: Split) -> list[Path]:
+        """Those of a split, class after class."""
+        return [file for files in self.splits[split].values() for file in files]
 
 
 class Folder(ClassEpisodes):
@@ -47,7 +52,8 @@ class Folder(ClassEpisodes):
 
     `root` holds either `train`, `val` and `test` folders of class folders, or the class folders
     themselves, which are then split by a hash of their names. Pictures are cut to the square in
-    their middle, and normalised with the mean and deviation of the train split.
+    their middle, and normalised with the mean and deviation of the train split. Where they are
+    many they are kept as they were prepared, for later runs (see `prepared`).
 
     Args:
         root: The folder.
@@ -91,13 +97,30 @@ class Folder(ClassEpisodes):
         )
         check_listing(listing, sizes)
         _check_memory(listing.num_images, image_size, 1 if grey else 3)
-        tables = {
-            split: read_classes(listing.splits[split], image_size, grey=grey) for split in SPLITS
-        }
-        mean, std = _moments(tables["train"].images)
+        pictures = prepared(
+            {split: listing.files(split) for split in SPLITS},
+            Path(root or "").expanduser(),
+            {
+                "image_size": image_size,
+                "grey": grey,
+                # Not of the pixels, but of which there are: to try several keeps each.
+                "min_per_class": min_per_class,
+                "val_fraction": val_fraction,
+                "test_fraction": test_fraction,
+            },
+            lambda: read_pictures(listing, image_size, grey=grey),
+        )
         super().__init__(
             name=f"folder {root}",
-            tables=tables,
+            tables={
+                split: ClassTable(
+                    images=torch.from_numpy(pictures.images[split]),
+                    names=tuple(listing.splits[split]),
+                    counts=tuple(map(len, listing.splits[split].values())),
+                    digest=pictures.digests[split],
+                )
+                for split in SPLITS
+            },
             sizes=sizes,
             val_way=val_way,
             seed=seed,
@@ -113,8 +136,8 @@ class Folder(ClassEpisodes):
                 colour=colour,
                 padding="reflection",
             ),
-            mean=mean,
-            std=std,
+            mean=pictures.mean,
+            std=pictures.std,
             prepare=lambda image: photograph(image, image_size, crop=True, grey=grey),
             can_drop=True,
         )
@@ -252,13 +275,20 @@ def check_listing(listing: Listing, sizes: Mapping[Split, EpisodeSize]) -> None:
                 )
 
 
-def read_classes(classes: Classes, size: int, *, grey: bool) -> ClassTable:
-    """Decode the pictures of a split, several at a time.
+def read_pictures(listing: Listing, size: int, *, grey: bool) -> Prepared:
+    """Decode the pictures of all splits.
 
     Raises:
         ValueError: A picture cannot be read; the message has its name.
     """
-    files = [file for paths in classes.values() for file in paths]
+    images = {split: _decoded(listing.files(split), size, grey=grey) for split in SPLITS}
+    mean, std = _moments(torch.from_numpy(images["train"]))
+    digests = {split: hashlib.sha256(pixels.data).hexdigest() for split, pixels in images.items()}
+    return Prepared(images, digests, mean, std)
+
+
+def _decoded(files: list[Path], size: int, *, grey: bool) -> Pixels:
+    """(N, C, H, W) pictures, decoded several at a time."""
     images = np.empty((len(files), 1 if grey else 3, size, size), dtype=np.uint8)
 
     def read(file: Path) -> Pixels:
@@ -269,7 +299,7 @@ def read_classes(classes: Classes, size: int, *, grey: bool) -> ClassTable:
             pool.map(read, files, chunksize=16),
             total=len(files),
             unit="image",
-            disable=len(files) < _BAR_FROM,
+            disable=len(files) < KEPT_FROM,
         )
         try:
             for row, pixels in enumerate(rows):
@@ -277,14 +307,10 @@ def read_classes(classes: Classes, size: int, *, grey: bool) -> ClassTable:
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return ClassTable(
-        images=torch.from_numpy(images),
-        names=tuple(classes),
-        counts=tuple(len(paths) for paths in classes.values()),
-    )
+    return images
 
 
-def _moments(images: Tensor) -> tuple[Sequence[float], Sequence[float]]:
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each channel in [0, 1] units, from exact sums."""
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
@@ -296,7 +322,7 @@ def _moments(images: Tensor) -> tuple[Sequence[float], Sequence[float]]:
     mean = total / count
     # A set of blank pictures has no deviation: leave it unscaled.
     std = (squares / count - mean**2).clamp(min=0.0).sqrt().clamp(min=1.0 / 255.0)
-    return mean.tolist(), std.tolist()
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _check_memory(num_images: int, size: int, channels: int) -> None:

@@ -24,19 +24,23 @@ class Calls:
 
     def _first(self, _: nn.Module, params: dict[str, Tensor], few: Tensor) -> dict[str, Tensor]:
         self.first.append(few.shape)
-        return {"weight": params["scale"] * few.sum(), "same": params["scale"]}
+        return {
+            "weight": params["scale"] * few.sum(),
+            "same": params["scale"],
+            "constant": few.mean(),
+        }
 
     def _then(
         self,
         _: nn.Module,
         params: dict[str, Tensor],
         made: dict[str, Tensor],
-        few: Tensor,
+        _few: Tensor,
         many: Tensor,
     ) -> tuple[Tensor, Any]:
         self.then.append(many.shape)
         self.leaves.append(params["scale"])
-        weight = made["weight"].square() + made["same"] * few.mean()
+        weight = made["weight"].square() + made["same"] * made["constant"]
         loss = (weight.sum() * params["scale"][0] * many).mean()
         return loss, {"loss": loss, "weight": weight}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 from sklearn.decomposition import PCA
 
+from metarun.algorithms.maml import MAML
+from metarun.backbones.conv import Conv4
 from metarun.report import adapting, classes, curves, drawing, streams, tasks, together
 from metarun.report.drawing import COLOURS, Panel
 from metarun.report.files import RunFiles
+from tests.helpers import image_batch, image_spec, make
 
 
 def files(tmp_path: Path, metric: str, values: list[float], **plain: int) -> RunFiles:
@@ -54,6 +58,19 @@ def test_the_movement_of_a_layer_is_a_share_of_its_norm() -> None:
               "head.weight": torch.tensor([[2.0]])}  # fmt: skip
     after = {**before, "body.a.bias": torch.tensor([4.5])}
     assert adapting._movement(before, after) == pytest.approx({"body.a": 0.1, "head": 0.0})
+
+
+@pytest.mark.parametrize("bn", ["transductive", "support", "running"])
+@pytest.mark.parametrize("query", [2, 8])
+def test_every_layer_is_watched_however_the_pass_is_made(query: int, bn: str) -> None:
+    spec = image_spec()
+    batch = image_batch(spec, tasks=1, query=query)
+    backbone = partial(Conv4, filters=[9, 4], blocks=2)
+    learner = make(MAML, spec, backbone, inner_lr=0.1, bn=bn)
+    seen = adapting.watch(learner, batch.support_x, batch.support_y, batch.query_x)
+    layers = [f"body.{kind}.{block}" for block in range(2) for kind in ("convs", "norms")]
+    assert [sorted(layer) for layer in seen.layers] == [sorted([*layers, "head"])] * 2
+    assert all(len(rows) == query * 3 for layer in seen.layers for rows in layer.values())
 
 
 def test_the_plane_is_that_of_the_first_two_principal_components() -> None:
