@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -80,7 +79,9 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor, how: Pass) -> Tensor:
         """Normalise (N, C) or (N, C, H, W)."""
-        return self._fused(x, how) if self.fuses(x, how) else self._normalised(x, how)
+        if self.fuses(x, how):
+            return self._fused(x, how)
+        return self._normalised(x, how, None, _unchanged)
 
     def pooled(self, x: Tensor, how: Pass, sign: Tensor) -> Tensor:
         """Normalise what max-pooling by two leaves of images, as if they were pooled afterwards.
@@ -90,7 +91,7 @@ class BatchNorm(nn.Module):
             how: Of the pass.
             sign: (C,) 1 or -1, that of the channel's weight.
         """
-        return self._normalised(x, how, sign, partial(nn.functional.max_pool2d, kernel_size=2))
+        return self._normalised(x, how, sign, _halved)
 
     def fuses(self, x: Tensor, how: Pass) -> bool:
         """Whether a pass is made by torch's fused operator.
@@ -111,7 +112,7 @@ class BatchNorm(nn.Module):
         Args:
             conv: Whose outputs are to be normalised.
             x: (N, C, H, W) what it is given.
-            how: Of the pass.
+            how: Of a pass that does not use running statistics, for which none are to be found.
 
         Returns:
             Maps of shape (N, K, H', W'), and what is to be added to each of their K channels.
@@ -120,22 +121,19 @@ class BatchNorm(nn.Module):
         wide = x.to(self.running_mean.dtype)
         seen = wide if how.rows is None else wide[: how.rows]
         # Less the mean of each channel, so that next to nothing is taken from the squares.
-        level = torch.zeros_like(wide[0, :, 0, 0]) if how.running else seen.mean((0, 2, 3))
+        level = seen.mean((0, 2, 3))
         patches, sides = _patches(wide, level, conv)
         rows = conv.weight.to(wide.dtype).flatten(1)
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
         bias = 0.0 if conv.bias is None else conv.bias.to(wide.dtype)
-        if how.running:
-            mean, var = self.running_mean, self.running_var
-        else:
-            count = len(seen) * sides[0] * sides[1]
-            centre = patches[:count].mean(0)
-            spread = patches[:count].mT @ patches[:count] / count - centre * centre[:, None]
-            mean = rows @ centre + taken + bias
-            # Rounding alone can take it below zero.
-            var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
-            if how.moments is not None:
-                how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
+        count = len(seen) * sides[0] * sides[1]
+        centre = patches[:count].mean(0)
+        spread = patches[:count].mT @ patches[:count] / count - centre * centre[:, None]
+        mean = rows @ centre + taken + bias
+        # Rounding alone can take it below zero.
+        var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
+        if how.moments is not None:
+            how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
         if self.native and many_rows(x) and conv.in_channels > 1:
@@ -151,8 +149,8 @@ class BatchNorm(nn.Module):
         self,
         x: Tensor,
         how: Pass,
-        sign: Tensor | None = None,
-        thin: Callable[[Tensor], Tensor] = lambda x: x,
+        sign: Tensor | None,
+        thin: Callable[[Tensor], Tensor],
     ) -> Tensor:
         # The sums of a mixed pass in float32, as torch's own operator takes them.
         wide = x.to(self.running_mean.dtype)
@@ -315,12 +313,12 @@ def conv_and_norm(
         pool: Whether to pool by two.
     """
     assert isinstance(conv, nn.Conv2d)
-    halved = partial(nn.functional.max_pool2d, kernel_size=2) if pool else _unchanged
+    halved = _halved if pool else _unchanged
     if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
         return halved(norm(conv(x), how))
     twice = norm.native and how.twice and many_rows(x)
     convolve: Any = twice_differentiated if twice else nn.functional.conv2d
-    if _has_small_patches(conv):
+    if _has_small_patches(conv) and not how.running:
         maps, shift = norm.of_patches(conv, x, how)
         return halved(maps) + _wide(shift, maps)
     if not pool or norm.fuses(x, how):
@@ -341,6 +339,10 @@ def _has_small_patches(conv: nn.Conv2d) -> bool:
     Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
     """
     return conv.in_channels <= _IMAGE_CHANNELS and conv.weight.numel() <= conv.out_channels**2
+
+
+def _halved(x: Tensor) -> Tensor:
+    return nn.functional.max_pool2d(x, 2)
 
 
 def _unchanged(x: Tensor) -> Tensor:
