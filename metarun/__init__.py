@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from metarun.predict import load as load
+    from metarun.inference.learner import load as load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
@@ -16,7 +16,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        from metarun.predict import load
+        from metarun.inference.learner import load
 
         return load
     raise AttributeError(f"module 'metarun' has no attribute {name!r}")

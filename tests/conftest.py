@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from metarun.cli import main
+from metarun.cli.main import main
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread for each worker and what it starts, before torch is imported: OpenMP stalls where

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.engine import Engine
-from metarun.algorithms.outer import OuterOptimizer
-from metarun.backbones.conv import Conv4
-from metarun.backbones.layers import Pass
+from metarun.algorithms.outer_optimizer import OuterOptimizer
+from metarun.backbones.conv4 import Conv4
+from metarun.backbones.layers.normalization import Pass
 from metarun.backbones.mlp import MLP
 from metarun.backbones.network import Network
-from metarun.backbones.resnet import ResNet12
-from metarun.types import TaskBatch, TaskSpec
+from metarun.backbones.resnet12 import ResNet12
+from metarun.core.types import TaskBatch, TaskSpec
+from metarun.execution.engine import Engine
 
 TINY_BACKBONES: dict[str, Any] = {
     "mlp": partial(MLP, hidden=[6, 5]),
@@ -113,7 +113,7 @@ def make(
 
 def moved(algorithm: Algorithm, batch: TaskBatch, step: int = 0) -> dict[str, Tensor]:
     """What one update subtracts from each parameter: with SGD of rate 1, the gradient."""
-    from metarun.types import Progress
+    from metarun.core.types import Progress
 
     before = {name: p.detach().clone() for name, p in algorithm.named_parameters()}
     algorithm.update(batch, Progress(step, 100))

@@ -113,7 +113,7 @@ def test_the_trainer_knows_no_algorithm_by_name() -> None:
 )  # fmt: skip
 def test_what_runs_nothing_imports_no_torch(words: list[str], tmp_path: Path) -> None:
     code = (
-        "import sys; from metarun.cli import main; main(sys.argv[1:]); "
+        "import sys; from metarun.cli.main import main; main(sys.argv[1:]); "
         "sys.exit('torch' in sys.modules)"
     )
     done = subprocess.run(

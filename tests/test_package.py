@@ -25,7 +25,7 @@ TINY = [
 ]  # fmt: skip
 
 OWN = """\
-from metarun.algorithms.protonet import ProtoNet
+from metarun.algorithms.metric.protonet import ProtoNet
 
 class Mine(ProtoNet):
     pass
@@ -109,7 +109,13 @@ def test_the_sdist_carries_what_the_tests_need(built: Path) -> None:
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for name in ("pyproject.toml", "README.md", "LICENSE", "conf/config.yaml", "tests/test_cli.py"):
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "conf/config.yaml",
+        "tests/cli/test_main.py",
+    ):
         assert name in names
 
 

@@ -24,16 +24,17 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from metarun import runs, trainer
-from metarun.algorithms.maml import MAML
-from metarun.algorithms.outer import OuterOptimizer
+from metarun.algorithms.optimization.maml import MAML
+from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.backbones.mlp import MLP
+from metarun.core.console import Screen
+from metarun.core.settings import EvalSettings, TrainSettings
+from metarun.core.types import EpisodeSize, Metrics, Progress, Split, TaskBatch
 from metarun.data.synthetic import Linear
-from metarun.runs import Record, RunFolder
-from metarun.screen import Screen
-from metarun.settings import EvalSettings, TrainSettings
+from metarun.runs import folder as run_folder
+from metarun.runs.folder import Record, RunFolder
 from metarun.trackers.base import Trackers
-from metarun.types import EpisodeSize, Metrics, Progress, Split, TaskBatch
+from metarun.training import trainer
 from tests.helpers import make
 
 STEPS = 60
@@ -142,7 +143,7 @@ def same_state(one: Any, other: Any) -> bool:
 
 def kill_after(lines: int) -> None:
     """End this process with SIGKILL after so many lines of the two modules."""
-    files = {runs.__file__, trainer.__file__}
+    files = {run_folder.__file__, trainer.__file__}
     left = lines
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

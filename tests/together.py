@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metarun import config, processes, seeding
-from metarun.evaluate import evaluate
-from metarun.request import composer
-from metarun.types import Progress, Share
+from metarun.config import build
+from metarun.config.composition import composer
+from metarun.core import distributed, seeding
+from metarun.core.types import Progress, Share
+from metarun.evaluation.episodes import evaluate
 
 TASKS, UPDATES, EPISODES = 3, 2, 5
 """Numbers that two processes cannot halve."""
@@ -39,13 +40,13 @@ EVALUATED = ("maml", "mann", "mixture", "nearest", "np", "oml", "selector")
 """Which of them measure what there is to measure: the others add nothing that these have not."""
 
 
-def made(algo: str, data: str, *words: str) -> config.Experiment:
+def made(algo: str, data: str, *words: str) -> build.Experiment:
     """An experiment so small that an update takes milliseconds."""
     # Another backbone has sizes of its own.
     small = [] if "backbone=" in " ".join(words) else SMALL[data]
     with composer() as compose:
         job = compose.job([f"algo={algo}", f"data={data}", *COMMON, *small, *words])
-    return config.build(job.plain)
+    return build.build(job.plain)
 
 
 def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
@@ -58,15 +59,15 @@ def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
         found["measured"] = flattened(asdict(measured))
     share = None
     first, count = 0, TASKS
-    if processes.size() > 1:
-        share = Share.of(TASKS, processes.rank(), processes.size())
+    if distributed.size() > 1:
+        share = Share.of(TASKS, distributed.rank(), distributed.size())
         first, count = share.first, share.count
     metrics: list[dict[str, Tensor]] = []
     for step in range(UPDATES):
         torch.manual_seed(seeding.key("update", 0, step))
         batch = source.batch("train", step * TASKS + first, count)
         here = algorithm.update(batch, Progress(step, 100, share))
-        metrics.append(processes.mean({n: v.detach().double() for n, v in here.items()}, count))
+        metrics.append(distributed.mean({n: v.detach().double() for n, v in here.items()}, count))
     found["metrics"] = metrics
     found["state"] = tensors(algorithm.state_dict())
     return found
@@ -92,12 +93,12 @@ def tensors(state: Any) -> dict[str, Tensor]:
 
 
 def main(path: Path, cases: list[str]) -> None:
-    place = processes.asked_for()
-    processes.start(place)
+    place = distributed.asked_for()
+    distributed.start(place)
     found = {case: outcome(*case.split()) for case in cases}
-    if processes.first():
+    if distributed.first():
         path.write_bytes(pickle.dumps(found))
-    processes.stop()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metarun import seeding
-from metarun.algorithms.engine import Engine, TaskFunction
-from metarun.algorithms.outer import OuterOptimizer
-from metarun.backbones.layers import (
+from metarun.algorithms.outer_optimizer import OuterOptimizer
+from metarun.backbones.layers.normalization import (
     BATCH_NORM_MODES,
     BatchNormMode,
     Pass,
     has_batch_norm,
     makes_noise,
 )
-from metarun.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
+from metarun.core import seeding
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
+from metarun.execution.engine import Engine, TaskFunction
 
 Backbone = Callable[..., nn.Module]
 """Makes a network from `input_shape` and `output_dim` (None: features, no head)."""

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm, Pass, context_of
+from metarun.backbones.layers.normalization import BatchNorm, Pass, context_of
 from metarun.backbones.network import Network
 
 Activation = Literal["relu", "tanh"]

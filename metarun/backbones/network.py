@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BATCH, Pass, norm_parameters
+from metarun.backbones.layers.normalization import BATCH, Pass, norm_parameters
 
 
 class Network(nn.Module):

@@ -4,7 +4,3 @@ Every figure is taken side by side with its rivals' in one process, turn by turn
 the machine does falls on all of them. `catalogue` says what is timed, `sides` makes our step and
 `rivals` theirs, `measuring` and `memory` take the figures, `tables` and `drawing` show them.
 """
-
-from metarun.bench.command import run
-
-__all__ = ["run"]

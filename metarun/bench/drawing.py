@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from metarun.bench.results import Curve, Ratio, Result
 from metarun.bench.tables import times
-from metarun.report.drawing import COLOURS, INK, MARKERS, MUTED, STYLE, plain
+from metarun.reporting.figures.drawing import COLOURS, INK, MARKERS, MUTED, STYLE, plain
 
 _WIDTH = 8.0
 _BAR, _GROUP_GAP = 0.19, 0.75

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from metarun.bench.catalogue import Variant, Workload
+from metarun.bench.baselines import ANSWERS, BACKWARD, network
+from metarun.bench.implementations import batch_of, our_answers, our_gradient, source_of
 from metarun.bench.networks import paired
-from metarun.bench.rivals import ANSWERS, BACKWARD, network
-from metarun.bench.sides import batch_of, our_answers, our_gradient, source_of
+from metarun.bench.workloads import Variant, Workload
 
 
 def differences(

@@ -11,11 +11,11 @@ from typing import TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from metarun.bench.catalogue import Workload
+from metarun.bench.baselines import ANSWERS, BACKWARD, network
+from metarun.bench.implementations import Step, spec_of
 from metarun.bench.results import Times
-from metarun.bench.rivals import ANSWERS, BACKWARD, network
-from metarun.bench.sides import Step, spec_of
-from metarun.types import TaskBatch
+from metarun.bench.workloads import Workload
+from metarun.core.types import TaskBatch
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from metarun.bench.catalogue import Variant, Workload
-from metarun.bench.rivals import rival_step
-from metarun.bench.sides import Step, our_step
+from metarun.bench.baselines import rival_step
+from metarun.bench.implementations import Step, our_step
+from metarun.bench.workloads import Variant, Workload
 
 Side = Variant | str
 """A variant of ours, or the name of a rival."""

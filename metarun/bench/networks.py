@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers import BatchNorm
-from metarun.bench.catalogue import Workload
+from metarun.backbones.layers.normalization import BatchNorm
+from metarun.bench.workloads import Workload
 
 _SLOPE = 0.1
 _RESNET_WIDTHS = (1.0, 2.5, 5.0, 10.0)

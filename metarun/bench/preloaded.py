@@ -3,8 +3,8 @@
 import torch._dynamo  # noqa: F401  torch itself imports it with its first transform
 
 import metarun.bench.memory  # noqa: F401
-from metarun.bench.catalogue import RIVALS
-from metarun.bench.rivals import why_missing
+from metarun.bench.baselines import why_missing
+from metarun.bench.workloads import RIVALS
 
 for name in RIVALS:
     why_missing(name)

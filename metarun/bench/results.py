@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from metarun.bench.catalogue import Variant, Workload
+from metarun.bench.workloads import Variant, Workload
 
 
 @dataclass(frozen=True)

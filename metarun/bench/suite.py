@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from metarun.bench.catalogue import GROWTH, Variant, Workload, grown
+from metarun.bench.baselines import rival_step, rivals_of
 from metarun.bench.exact import differences
+from metarun.bench.implementations import Step, our_step
 from metarun.bench.measuring import interleave, operations, peak
 from metarun.bench.memory import Side, memory_of_step, throughput
 from metarun.bench.results import Curve, Entry, Point, Result, Times
-from metarun.bench.rivals import rival_step, rivals_of
-from metarun.bench.sides import Step, our_step
+from metarun.bench.workloads import GROWTH, Variant, Workload, grown
 
 _DTYPES = {"float32": torch.float32, "mixed": torch.bfloat16}
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from metarun import seeding
+from metarun.core import seeding
 
 _SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
 _CONTROL_POINTS = 5

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metarun import seeding
-from metarun.data import catalogue
+from metarun.core import seeding
+from metarun.core.types import SPLITS, EpisodeSize, Split
 from metarun.data.augmentation import Augmentation
-from metarun.data.images import ClassEpisodes, ClassTable
-from metarun.data.pictures import SUFFIXES, open_image, photograph
-from metarun.data.prepared import KEPT_FROM, Prepared, prepared
-from metarun.data.store import Pixels
-from metarun.types import SPLITS, EpisodeSize, Split
+from metarun.data.episodes import ClassEpisodes, ClassTable
+from metarun.data.storage import registry
+from metarun.data.storage.cache import Pixels
+from metarun.data.storage.image_files import SUFFIXES, open_image, photograph
+from metarun.data.storage.prepared_images import KEPT_FROM, Prepared, prepared
 
 _WORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -167,7 +167,7 @@ def list_folder(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave no "
             "class to train on: their sum has to be less than 1"
         )
-    absent = catalogue.missing("folder", root)
+    absent = registry.missing("folder", root)
     if absent is not None or root is None:
         raise ValueError(absent)
     base = Path(root).expanduser()

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from metarun.data import catalogue
+from metarun.core.types import SPLITS, EpisodeSize, Split
 from metarun.data.augmentation import Augmentation
-from metarun.data.images import ClassEpisodes, ClassTable
-from metarun.data.miniimagenet_files import SIZE
-from metarun.data.pictures import photograph
-from metarun.data.store import Store, open_store
-from metarun.types import SPLITS, EpisodeSize, Split
+from metarun.data.episodes import ClassEpisodes, ClassTable
+from metarun.data.storage import registry
+from metarun.data.storage.cache import Store, open_store
+from metarun.data.storage.image_files import photograph
+from metarun.data.storage.miniimagenet_files import SIZE
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -46,8 +46,8 @@ class MiniImageNet(ClassEpisodes):
         dtype: torch.dtype = torch.float32,
         val_way: int | None = None,
     ) -> None:
-        absent = catalogue.missing("miniimagenet", root)
-        store = open_store(catalogue.resolve_root(root) / "miniimagenet")
+        absent = registry.missing("miniimagenet", root)
+        store = open_store(registry.resolve_root(root) / "miniimagenet")
         if absent is not None or store is None:
             raise ValueError(absent)
         super().__init__(

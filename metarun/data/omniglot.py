@@ -14,13 +14,13 @@ from typing import Literal
 import numpy as np
 import torch
 
-from metarun.data import catalogue
+from metarun.core.types import EpisodeSize, Split
 from metarun.data.augmentation import Augmentation
-from metarun.data.images import ClassEpisodes, ClassTable, Episodes, Rotations
-from metarun.data.omniglot_files import FILES, NUM_DRAWINGS, Character, characters
-from metarun.data.pictures import DRAWING_SIZE, Resize, drawing, open_image
-from metarun.data.store import Pixels, open_store
-from metarun.types import EpisodeSize, Split
+from metarun.data.episodes import ClassEpisodes, ClassTable, Episodes, Rotations
+from metarun.data.storage import registry
+from metarun.data.storage.cache import Pixels, open_store
+from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
+from metarun.data.storage.omniglot_files import FILES, NUM_DRAWINGS, Character, characters
 
 _SMALL_ARCHIVES = ("images_background_small1", "images_background_small2")
 _SMALL_SPLITS: dict[Split, dict[str, str]] = {
@@ -173,8 +173,8 @@ def _check_resize(resize: str) -> None:
 def _full_tables(
     root: str | None, split: Literal["vinyals", "background"], resize: Resize
 ) -> dict[Split, ClassTable]:
-    absent = catalogue.missing("omniglot", root)
-    store = open_store(catalogue.resolve_root(root) / "omniglot")
+    absent = registry.missing("omniglot", root)
+    store = open_store(registry.resolve_root(root) / "omniglot")
     if absent is not None or store is None:
         raise ValueError(absent)
     images = store.array(resize).reshape(-1, NUM_DRAWINGS, DRAWING_SIZE, DRAWING_SIZE)

@@ -1,7 +1,7 @@
 """Streams: trajectories of tasks, one after another, over functions and over images.
 
 A trajectory is one task of a batch: its support rows are the stream, in order, and its query
-rows are held-out rows of the tasks in it. `metarun.types.Stream` says which rows are whose.
+rows are held-out rows of the tasks in it. `metarun.core.types.Stream` says which rows are whose.
 Shapes: T trajectories, J tasks in each, V visits to tasks, S rows of a trajectory, Q held-out
 rows of a task, M remembered rows, W classes of a trajectory, K rows of a class, N outputs.
 """
@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metarun import seeding
-from metarun.data.images import ClassEpisodes
+from metarun.core import seeding
+from metarun.core.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
+from metarun.data.episodes import ClassEpisodes
 from metarun.data.omniglot import Omniglot, OmniglotSmall
 from metarun.data.synthetic import Formulas, Linear, Sinusoid
-from metarun.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
 
 Order = Literal["once", "returning", "drifting"]
 ORDERS: tuple[Order, ...] = ("once", "returning", "drifting")

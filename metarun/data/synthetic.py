@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metarun import seeding
-from metarun.types import EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.core import seeding
+from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
 
 _SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD, _SLOT_FAMILY = range(6)
 _JITTER = 1e-10

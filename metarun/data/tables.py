@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metarun import seeding
-from metarun.data.images import sample
-from metarun.types import SPLITS, EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.core import seeding
+from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.data.episodes import sample
 
 CLASSIFIED = ("iris", "wine", "breast_cancer", "digits")
 """Tables whose rows have classes."""

@@ -21,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from metarun.runs import Interrupted, RunFolder
+from metarun.runs.folder import Interrupted, RunFolder
 
 State = Literal["finished", "failed", "interrupted"]
 Values = Mapping[str, float]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarun import config
 from metarun.algorithms.base import Algorithm, task_metric
-from metarun.lifetimes import Lifetimes
-from metarun.request import composer
-from metarun.types import Progress, TaskBatch
+from metarun.config import build
+from metarun.config.composition import composer
+from metarun.core.types import Progress, TaskBatch
+from metarun.evaluation.stream_rollouts import Lifetimes
 
-ALGORITHMS = sorted(path.stem for path in (config.conf_dir() / "algo").glob("*.yaml"))
+ALGORITHMS = sorted(path.stem for path in (build.conf_dir() / "algo").glob("*.yaml"))
 SMALL = {
     "sinusoid": ["backbone.hidden=[8,8]", "shot=6", "train.shot=6"],
     "omniglot_small": ["way=3", "backbone.filters=4", "query=2", "shot=2"],
@@ -35,15 +35,15 @@ FEWER = {
 }
 
 
-def build(algo: str, data: str, *words: str) -> config.Experiment:
+def build(algo: str, data: str, *words: str) -> build.Experiment:
     common = ["precision=float64", "device=cpu", "engine=loop", *FEWER.get(algo, [])]
-    return config.build(
+    return build.build(
         deepcopy(composed(f"algo={algo}", f"data={data}", *SMALL[data], *common, *words))
     )
 
 
 @cache
-def composed(*words: str) -> config.Plain:
+def composed(*words: str) -> build.Plain:
     """The configuration of words, of which many tests ask for the same."""
     with composer() as compose:
         return compose.job(words).plain
@@ -54,7 +54,7 @@ def classes() -> dict[str, type[Algorithm]]:
     """The class of each algorithm."""
     with composer() as compose:
         targets = {algo: compose.target("algo", algo) for algo in ALGORITHMS}
-    return {a: config.locate("algo._target_", t) for a, t in targets.items()}  # type: ignore[misc]
+    return {a: build.locate("algo._target_", t) for a, t in targets.items()}  # type: ignore[misc]
 
 
 def suited(data: str) -> list[str]:
@@ -246,7 +246,7 @@ def test_a_short_training_beats_chance(algo: str) -> None:
 @pytest.mark.parametrize("algo", suited("sinusoid"))
 def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     words = [f"algo={algo}", "data=linear", "device=cpu", *FAST.get(algo, [])]
-    made = config.build(deepcopy(composed(*words)))
+    made = build.build(deepcopy(composed(*words)))
     for step in range(50):
         made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 50))
     batch = made.source.batch("test", 0, 100)

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.conv import Conv4
-from metarun.backbones.layers import Pass, has_batch_norm
+from metarun.backbones.conv4 import Conv4
+from metarun.backbones.layers.normalization import Pass, has_batch_norm
 from metarun.backbones.mlp import MLP, Flat
 from metarun.backbones.network import Network, set_mixed
-from metarun.backbones.resnet import ResNet12
+from metarun.backbones.resnet12 import ResNet12
 from tests.helpers import TINY_BACKBONES
 
 

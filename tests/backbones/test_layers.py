@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metarun.backbones.convolution import twice_differentiated
-from metarun.backbones.layers import (
+from metarun.backbones.layers.convolution import twice_differentiated
+from metarun.backbones.layers.normalization import (
     BatchNorm,
     FiLM,
     InstanceNorm,

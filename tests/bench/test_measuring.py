@@ -6,10 +6,10 @@ from itertools import groupby
 import pytest
 import torch
 
-from metarun.bench.catalogue import Variant
 from metarun.bench.measuring import LEAST_ROUNDS, interleave, operations, peak
 from metarun.bench.memory import memory_of_step, throughput
 from metarun.bench.results import Entry, Result, Times
+from metarun.bench.workloads import Variant
 from tests.bench.tiny import BY_NAME
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from metarun.bench.catalogue import WORKLOADS, Workload
+from metarun.bench.workloads import WORKLOADS, Workload
 
 
 def tiny(workload: Workload) -> Workload:

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
 from metarun.data.augmentation import Augmentation
-from metarun.data.images import ClassEpisodes, ClassTable
-from metarun.data.omniglot_files import NUM_DRAWINGS, PARTS, characters
-from metarun.data.pictures import photograph
-from metarun.types import SPLITS, EpisodeSize, Split, TaskBatch
+from metarun.data.episodes import ClassEpisodes, ClassTable
+from metarun.data.storage.image_files import photograph
+from metarun.data.storage.omniglot_files import NUM_DRAWINGS, PARTS, characters
 
 CPU = torch.device("cpu")
 FIELDS = ("support_x", "support_y", "query_x", "query_y")

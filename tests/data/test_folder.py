@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from metarun.core.types import SPLITS, EpisodeSize
 from metarun.data.folder import Folder, list_folder
-from metarun.data.pictures import photograph
-from metarun.types import SPLITS, EpisodeSize
+from metarun.data.storage.image_files import photograph
 from tests.data.sources import injected, sizes, write_class_folders, write_photos
 
 NAMES = [f"class{number}" for number in range(12)]

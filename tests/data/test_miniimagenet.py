@@ -18,17 +18,17 @@ import pytest
 import torch
 from PIL import Image
 
-from metarun.data import miniimagenet_files
+from metarun.core.types import SPLITS, EpisodeSize, Split
 from metarun.data.miniimagenet import MEAN, STD, MiniImageNet
-from metarun.data.miniimagenet_files import (
+from metarun.data.storage import miniimagenet_files
+from metarun.data.storage.cache import Pixels
+from metarun.data.storage.image_files import photograph
+from metarun.data.storage.miniimagenet_files import (
     NUM_CLASSES,
     import_miniimagenet,
     read_cache_pickle,
     recognise,
 )
-from metarun.data.pictures import photograph
-from metarun.data.store import Pixels
-from metarun.types import SPLITS, EpisodeSize, Split
 from tests.data.sources import injected, png
 
 COUNT = 3

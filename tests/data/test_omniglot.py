@@ -14,15 +14,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metarun.data import omniglot_files
-from metarun.data.images import ClassEpisodes
+from metarun.core.types import SPLITS, EpisodeSize, EpisodeSource
+from metarun.data.episodes import ClassEpisodes
 from metarun.data.omniglot import Omniglot, OmniglotSmall, split_of
-from metarun.data.omniglot_files import FILES, PARTS, Character, characters, import_omniglot
-from metarun.data.pictures import drawing
-from metarun.data.store import Store, open_store
+from metarun.data.storage import omniglot_files
+from metarun.data.storage.cache import Store, open_store
+from metarun.data.storage.image_files import drawing
+from metarun.data.storage.omniglot_files import FILES, PARTS, Character, characters, import_omniglot
 from metarun.data.streams import OmniglotStream
 from metarun.data.synthetic import Linear, Sinusoid
-from metarun.types import SPLITS, EpisodeSize, EpisodeSource
 from tests.data.sources import injected, omniglot_drawings, png, sizes, write_omniglot_zips
 
 TINY = (

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from metarun.data.images import ClassTable
-from metarun.data.pictures import photograph
+from metarun.core.types import SPLITS, EpisodeSize, Split, Stream
+from metarun.data.episodes import ClassTable
+from metarun.data.storage.image_files import photograph
 from metarun.data.streams import ClassStream, LinearStream, OmniglotSmallStream, SinusoidStream
-from metarun.types import SPLITS, EpisodeSize, Split, Stream
 from tests.data.sources import CPU, assert_same, injected, numbered_table, sizes
 
 

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from metarun.core.types import SPLITS, EpisodeSize, Split
 from metarun.data.synthetic import (
     Formulas,
     FunctionEpisodes,
@@ -21,7 +22,6 @@ from metarun.data.synthetic import (
     Multimodal,
     Sinusoid,
 )
-from metarun.types import SPLITS, EpisodeSize, Split
 from tests.data.sources import assert_same, injected
 
 SIZES = {split: EpisodeSize(1, 5, 10) for split in SPLITS}

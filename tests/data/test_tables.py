@@ -11,8 +11,8 @@ import pytest
 import torch
 from sklearn import datasets
 
+from metarun.core.types import SPLITS, EpisodeSize
 from metarun.data.tables import Diabetes, Tables
-from metarun.types import SPLITS, EpisodeSize
 from tests.data.sources import assert_same, injected, sizes
 
 WHOLE = {"train": ["digits:0-6", "wine"], "val": ["digits:7-9"], "test": ["iris", "breast_cancer"]}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from metarun.runs import RunFolder
+from metarun.runs.folder import RunFolder
 from metarun.trackers.base import RATE, Start, Tracker
 from metarun.trackers.mlflow import MLflow
 from metarun.trackers.tensorboard import TensorBoard

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from metarun.config import conf_dir, keywords, locate
-from metarun.naming import HOW_IT_RUNS
-from metarun.request import composer
-from metarun.runs import RunFolder
+from metarun.config.build import conf_dir, keywords, locate
+from metarun.config.composition import composer
+from metarun.config.naming import HOW_IT_RUNS
+from metarun.runs.folder import RunFolder
 from metarun.trackers.base import Start, State, Tracker, Trackers, Values, final, flat, require
 from metarun.trackers.mlflow import MLflow
 from tests.conftest import Command
-from tests.test_resume import assert_same_run
 from tests.tiny_run import folder, go
+from tests.training.test_kill_and_resume import assert_same_run
 
 NAMES = ("tensorboard", "wandb", "mlflow")
 TINY = (
@@ -224,7 +224,7 @@ def test_they_are_listed(metarun: Command) -> None:
 
 def test_no_package_is_imported_unless_it_is_asked_for(tmp_path: Path) -> None:
     code = (
-        "import sys; from metarun.cli import main; assert main(sys.argv[1:]) == 0; "
+        "import sys; from metarun.cli.main import main; assert main(sys.argv[1:]) == 0; "
         f"sys.exit(any(name in sys.modules for name in {NAMES}))"
     )
     done = subprocess.run([sys.executable, "-c", code, *TINY], cwd=tmp_path, check=False)
@@ -259,7 +259,7 @@ def test_a_tracker_of_ones_own_is_a_file_and_a_class(metarun: Command) -> None:
         "# @package logger.mine\n_target_: tests.trackers.test_trackers.Fake\n"
     )
     Path("conf/logger/not.yaml").write_text(
-        "# @package logger.not\n_target_: metarun.runs.RunFolder\npath: x\n"
+        "# @package logger.not\n_target_: metarun.runs.folder.RunFolder\npath: x\n"
     )
     assert metarun(*TINY, "--config-dir", "conf", "logger=mine").code == 0
     answer = metarun(*TINY[:-1], "--config-dir", "conf", "logger=not")

@@ -1,0 +1,133 @@
+"""Baseline and Baseline++ (Chen et al. 2019; code wyharveychen/CloserLookFewShot).
+
+Shapes: T tasks, S support rows, Q query rows, B rows of a mini-batch, W ways, F features, E
+epochs.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.common.pretraining import Pretrained, Weights
+from metarun.algorithms.outer_optimizer import check_positive
+from metarun.core import seeding
+from metarun.core.types import Prediction
+
+
+class Baseline(Pretrained):
+    """Fits a new head to each task, on the features of an ordinary classifier.
+
+    After supervised training over all training classes (section 3.2) the body is frozen, and a
+    head of the same kind, begun at random, is fitted to the support features by SGD with
+    momentum. With `head=cosine` it is Baseline++ (section 3.3). Where the paper leaves the fit's
+    numbers open they are those of `baselinefinetune.py`; the head's start is the same for every
+    task, where the code draws one for each. An inner step (`eval.inner_steps`) is an epoch.
+
+    Args:
+        head_lr: Learning rate of the fit.
+        head_momentum: Of the fit.
+        head_dampening: Share of each gradient that the momentum leaves out.
+        head_weight_decay: L2 penalty of the fit, added to its gradient.
+        head_batch: Rows of a mini-batch; None takes all.
+        head_epochs: Passes over the support rows, each in a new random order.
+        **common: Those of `Pretrained`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no classification.
+    """
+
+    def __init__(
+        self,
+        *,
+        head_lr: float = 0.01,
+        head_momentum: float = 0.9,
+        head_dampening: float = 0.9,
+        head_weight_decay: float = 0.001,
+        head_batch: int | None = 4,
+        head_epochs: int = 100,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_positive("algo.head_lr", head_lr)
+        for name, value in (("head_momentum", head_momentum), ("head_dampening", head_dampening)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"algo.{name}={value}: expected 0 or more, and less than 1")
+        if not 0.0 <= head_weight_decay < float("inf"):
+            raise ValueError(f"algo.head_weight_decay={head_weight_decay}: expected 0 or more")
+        if head_batch is not None and head_batch < 1:
+            raise ValueError(
+                f"algo.head_batch={head_batch}: expected 1 or more, or null for all rows"
+            )
+        if head_epochs < 0:
+            raise ValueError(f"algo.head_epochs={head_epochs}: expected 0 or more")
+        self.head_lr = head_lr
+        self.head_momentum = head_momentum
+        self.head_dampening = head_dampening
+        self.head_weight_decay = head_weight_decay
+        self.head_batch = head_batch
+        self.head_epochs = head_epochs
+        self.order_free = head_batch is None
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        epochs = self.evaluation_steps(self.head_epochs)
+        support, query = self.features(support_x, query_x)
+        weights = deque(self.fitted_heads(support, support_y, epochs), maxlen=1).pop()
+        return Prediction(self.head.scores(weights, query))
+
+    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
+        support, query = self.features(support_x, query_x)
+        heads = self.fitted_heads(support, support_y, steps)
+        return torch.stack([self.head.scores(weights, query) for weights in heads])
+
+    def fitted_heads(self, features: Tensor, labels: Tensor, epochs: int) -> Iterator[Weights]:
+        """Weights of the T heads at their start and after each epoch of the fit.
+
+        The tasks share their start and their mini-batches, so that the answers follow a
+        permutation of the tasks.
+
+        Args:
+            features: (T, S, F).
+            labels: (T, S).
+            epochs: E.
+        """
+        num_tasks, num_rows, num_features = features.shape
+        start = self.head.start(
+            seeding.key(self.seed, "head"), num_features, int(labels.max()) + 1, features
+        )
+        weights = {name: w.expand(num_tasks, *w.shape) for name, w in start.items()}
+        velocity: Weights | None = None
+        yield weights
+        orders = torch.tensor(seeding.key(self.seed, "mini-batches"), device=features.device)
+        for epoch in range(epochs):
+            order = seeding.choose(orders, epoch, num_rows, num_rows)
+            for rows in order.split(self.head_batch or num_rows):
+                grads = self._gradient(weights, features[:, rows], labels[:, rows])
+                velocity = grads if velocity is None else self._accelerated(velocity, grads)
+                weights = {n: w - self.head_lr * velocity[n] for n, w in weights.items()}
+            yield weights
+
+    def _gradient(self, weights: Weights, features: Tensor, labels: Tensor) -> Weights:
+        """Of each task's mean cross-entropy, with the penalty."""
+        leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
+        with torch.enable_grad():
+            scores = self.head.scores(leaves, features)
+            loss = nn.functional.cross_entropy(
+                scores.flatten(0, 1), labels.flatten(), reduction="sum"
+            )
+            grads = torch.autograd.grad(loss / labels.shape[1], list(leaves.values()))
+        return {
+            name: grad + self.head_weight_decay * weights[name]
+            for name, grad in zip(leaves, grads, strict=True)
+        }
+
+    def _accelerated(self, velocity: Weights, grads: Weights) -> Weights:
+        """The next velocity; the first is the gradient itself, as in torch's SGD."""
+        return {
+            name: self.head_momentum * v + (1.0 - self.head_dampening) * grads[name]
+            for name, v in velocity.items()
+        }

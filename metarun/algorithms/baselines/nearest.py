@@ -1,0 +1,70 @@
+"""The nearest support row, by raw inputs: what is reached without learning.
+
+Vinyals et al. 2016 list it as "Pixels (cosine)". Shapes: T tasks, S support rows, Q query rows,
+W ways, D outputs.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, task_metric
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+
+Distance = Literal["squared_euclidean", "cosine"]
+
+
+class Nearest(Algorithm):
+    """Answers with the label, or the value, of the nearest support row.
+
+    It has no parameters, ignores backbone and optimiser, and an update changes nothing: one is
+    enough (`train.steps=1`). The logit of a class is minus the distance to its nearest row.
+
+    Args:
+        distance: `squared_euclidean`, or `cosine` (1 - cosine similarity).
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: The distance is neither, or inputs are single numbers, which have no angle.
+    """
+
+    accepts_any_way: ClassVar[bool] = True
+    label_equivariant: ClassVar[bool] = True
+
+    def __init__(self, *, distance: Distance = "squared_euclidean", **common: Any) -> None:
+        super().__init__(**common)
+        if distance not in ("squared_euclidean", "cosine"):
+            raise ValueError(f"algo.distance={distance}: expected squared_euclidean or cosine")
+        if distance == "cosine" and math.prod(self.spec.input_shape) == 1:
+            raise ValueError(
+                "algo.distance=cosine: the inputs are single numbers, which differ by sign alone: "
+                "use squared_euclidean"
+            )
+        self.distance = distance
+        self.net = nn.Identity()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:  # noqa: ARG002
+        outputs = self.predict(batch.support_x, batch.support_y, batch.query_x).outputs
+        losses = [self.loss(o, y) for o, y in zip(outputs, batch.query_y, strict=True)]
+        scores = task_metric(self.spec, outputs, batch.query_y)
+        return {"loss": torch.stack(losses).mean(), self.spec.metric: scores.mean()}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        distances = self.distances(query_x.flatten(2), support_x.flatten(2))
+        if self.spec.kind == "regression":
+            nearest = distances.argmin(-1, keepdim=True).expand(-1, -1, support_y.shape[-1])
+            return Prediction(support_y.gather(1, nearest))
+        others = nn.functional.one_hot(support_y).mT[:, None] == 0
+        return Prediction(-distances[:, :, None].masked_fill(others, math.inf).amin(-1))
+
+    def distances(self, query: Tensor, support: Tensor) -> Tensor:
+        """(T, Q, S) between (T, Q, F) and (T, S, F) rows."""
+        if self.distance == "cosine":
+            unit = nn.functional.normalize
+            return 1.0 - unit(query, dim=-1) @ unit(support, dim=-1).mT
+        # Not by the squares' expansion, which cancels where rows are close.
+        return torch.cdist(query, support, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -1,0 +1,83 @@
+"""SimpleShot (Wang, Chao, Weinberger & van der Maaten 2019; code mileyan/simple_shot).
+
+Shapes: T tasks, S support rows, Q query rows, W ways, F features, N rows of a mini-batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import forward
+from metarun.algorithms.common.pretraining import Pretrained, Weights, labelled_rows
+from metarun.algorithms.functional import prototypes
+from metarun.backbones.layers.normalization import Pass
+from metarun.core import distributed
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+
+Transform = Literal["none", "l2", "cl2"]
+
+
+class SimpleShot(Pretrained):
+    """Answers with the class whose mean support feature is nearest, after a transform.
+
+    The features are those of an ordinary classifier of all training classes. `l2` divides them
+    by their length (the paper's L2N), `cl2` first subtracts the mean training feature (CL2N). A
+    logit is minus the squared Euclidean distance to the mean of a class's transformed features.
+
+    The code computes the mean training feature over all training images, unaugmented, once
+    training is over. Here it is gathered in training, as batch norm gathers its statistics: after
+    each update the mini-batch passes once more, with running statistics, and the mean follows it
+    with weight `mean_momentum` (1 / (number of updates) at first). It is the mean of what the
+    training sees, augmentation included: that is most of its distance to the code's.
+
+    Args:
+        transform: `none`, `l2` or `cl2`.
+        mean_momentum: Weight of a mini-batch in the mean training feature.
+        **common: Those of `Pretrained`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no classification.
+    """
+
+    label_equivariant: ClassVar[bool] = True
+
+    feature_mean: Tensor
+
+    def __init__(
+        self, *, transform: Transform = "cl2", mean_momentum: float = 0.1, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        if transform not in ("none", "l2", "cl2"):
+            raise ValueError(f"algo.transform={transform}: expected none, l2 or cl2")
+        if not 0.0 < mean_momentum <= 1.0:
+            raise ValueError(f"algo.mean_momentum={mean_momentum}: expected more than 0, at most 1")
+        self.transform = transform
+        self.mean_momentum = mean_momentum
+        self.register_buffer("feature_mean", torch.zeros(self.num_features))
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        metrics = super().update(batch, progress)
+
+        def task(net: nn.Module, params: Weights, x: Tensor) -> Tensor:
+            return forward(net, params, x, Pass(running=True)).mean(0)
+
+        mean = self.map_tasks(task, labelled_rows(batch)[0][None])[0]
+        mean = distributed.mean({"mean": mean}, batch.num_tasks)["mean"]
+        self.feature_mean.lerp_(mean, max(self.mean_momentum, 1.0 / (progress.step + 1)))
+        return metrics
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        support, query = map(self.transformed, self.features(support_x, query_x))
+        ways = int(support_y.max()) + 1
+        centres = torch.vmap(lambda x, y: prototypes(x, y, ways))(support, support_y)
+        return Prediction(-(query[:, :, None] - centres[:, None]).square().sum(-1))
+
+    def transformed(self, features: Tensor) -> Tensor:
+        """The (…, F) features that are compared."""
+        if self.transform == "none":
+            return features
+        centred = features - self.feature_mean if self.transform == "cl2" else features
+        return nn.functional.normalize(centred, dim=-1)

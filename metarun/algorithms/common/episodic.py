@@ -1,0 +1,109 @@
+"""Learners whose update is the loss of their own answers: no inner loop, one pass for a task.
+
+Shapes: S support rows, Q query rows, J judged rows, W ways, D outputs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, own_parameters, task_metric
+from metarun.algorithms.functional import Params, above, under
+from metarun.algorithms.outer_optimizer import OuterOptimizer
+from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+
+
+class EpisodicLearner(Algorithm):
+    """Learns what `answers` of one task needs, everything in `self.net`.
+
+    A subclass sets `self.net` and `self.optimizer` and writes `answers`.
+    """
+
+    optimizer: OuterOptimizer
+
+    @abstractmethod
+    def answers(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        ways: int,
+        how: Pass,
+    ) -> Tensor:
+        """Answer the queries of one task.
+
+        Args:
+            net: The network, or its replica.
+            params: Its parameters by name.
+            support_x: (S, *input_shape).
+            support_y: (S,) labels, or (S, D) values.
+            query_x: (Q, *input_shape).
+            ways: W of a classification.
+            how: Of the pass; `rows` counts support rows, which come first.
+
+        Returns:
+            (Q, W) logits, or (Q, D) values.
+        """
+
+    def judged(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        how: Pass,
+    ) -> tuple[Tensor, Tensor]:
+        """Answers (J, W) or (J, D) of one training task that the loss is of, and their targets.
+
+        Those of the queries, unless a subclass knows better.
+        """
+        ways = self.spec.train_way
+        return self.answers(net, params, support_x, support_y, query_x, ways, how), query_y
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            *parts, noise = rows
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            how = Pass(moments=moments, noise=noise)
+            outputs, targets = self.judged(net, params, *parts, how)  # type: ignore[call-arg, arg-type]
+            loss = self.loss(outputs, targets)
+            return loss, (loss, task_metric(self.spec, outputs, targets), moments)
+
+        rows = self.training_rows(batch, progress)
+        grads, (losses, scores, moments) = self.settled_engine().gradients(
+            task, self.net, own_parameters(self.net), rows, key=self.replay_key()
+        )
+        self.optimizer.step(above("net.", grads), progress, self._limited)
+        update_running(self.net, moments)
+        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        classes = self.spec.kind == "classification"
+        ways = int(support_y.max()) + 1 if classes else self.spec.train_way
+        how = self.answering(support_x.shape[1])
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
+            return self.answers(net, params, rows[0], rows[1], rows[2], ways, how)
+
+        rows = (support_x, support_y, query_x)
+        return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
+
+    def answering(self, support_rows: int) -> Pass:
+        """How a pass over the support and query rows of a task is made at evaluation."""
+        rows = support_rows if self.bn == "support" else None
+        return Pass(rows=rows, running=self.bn == "running")
+
+    def _limited(self, grads: Params) -> Params:
+        return above("net.", self.clipped(under("net.", grads)))
+
+    def clipped(self, grads: Params) -> Params:
+        """The gradients by name, as they go to the outer optimiser."""
+        return grads

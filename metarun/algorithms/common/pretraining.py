@@ -1,0 +1,178 @@
+"""Supervised training over all training classes, and the heads that it trains.
+
+What is reused afterwards is the body: an ordinary classifier's features, without meta-learning.
+
+Shapes: N rows of a mini-batch, C training classes, T tasks, S support rows, Q query rows, W
+outputs of a head, F features, … any leading dimensions, such as one of tasks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.functional import under
+from metarun.backbones.layers.normalization import Pass, has_batch_norm, makes_noise, update_running
+from metarun.core import seeding
+from metarun.core.types import Metrics, Progress, TaskBatch
+
+HeadKind = Literal["linear", "cosine"]
+Weights = dict[str, Tensor]
+
+_MANY_OUTPUTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Scores of classes from features, as pure functions of weights.
+
+    `linear` is x W^T + b. `cosine` is s g_k cos(x, v_k) with a learned length g_k and direction
+    v_k for each class (`distLinear` of Chen et al.'s code: weight normalisation, Salimans & Kingma
+    2016; the paper itself has no g).
+
+    Args:
+        kind: `linear` or `cosine`.
+        scale: The s of `cosine`; None is the code's: 2 up to 200 outputs, 10 beyond.
+
+    Raises:
+        ValueError: A word or a number is not allowed.
+    """
+
+    kind: HeadKind = "linear"
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "cosine"):
+            raise ValueError(f"algo.head={self.kind}: expected linear or cosine")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"algo.scale={self.scale}: expected a positive number, or null")
+
+    def start(self, key: int, num_features: int, num_outputs: int, like: Tensor) -> Weights:
+        """Weights as `nn.Linear` draws them, U(-1/sqrt(F), 1/sqrt(F)), from a key.
+
+        Returns:
+            `weight` (W, F) and `bias` (W), or `direction` (W, F) and `length` (W, 1).
+        """
+        bound = num_features**-0.5
+        keys = torch.tensor(key, device=like.device)
+        shape = (num_outputs, num_features)
+        weight = seeding.uniform(keys, 0, shape, low=-bound, high=bound, dtype=like.dtype)
+        if self.kind == "cosine":
+            return {"direction": weight, "length": weight.norm(dim=1, keepdim=True)}
+        bias = seeding.uniform(keys, 1, (num_outputs,), low=-bound, high=bound, dtype=like.dtype)
+        return {"weight": weight, "bias": bias}
+
+    def scores(self, weights: Weights, features: Tensor) -> Tensor:
+        """Logits (…, N, W) of (…, N, F) features; each weight may have the leading …, too."""
+        if self.kind == "linear":
+            return torch.matmul(features, weights["weight"].mT) + weights["bias"].unsqueeze(-2)
+        normal: Tensor = nn.functional.normalize(weights["direction"], dim=-1) * weights["length"]
+        scale = self.scale or (2.0 if normal.shape[-2] <= _MANY_OUTPUTS else 10.0)
+        return torch.matmul(unit(features), normal.mT) * scale
+
+
+def unit(features: Tensor) -> Tensor:
+    """(…, F) vectors of length 1; the code's small number keeps zeros zero."""
+    length: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
+    return features / (length + 1e-5)
+
+
+class Pretrained(Algorithm):
+    """An algorithm whose body is that of a classifier of all training classes.
+
+    One update is one step of ordinary supervised training: the rows of all tasks, support and
+    query, are one mini-batch with labels among all C classes. A mini-batch is therefore
+    stratified, `train.way` classes with equally many images each, where the papers draw images
+    independently: `train.way` large and `train.shot` + `train.query` small come closest. The
+    metric that it reports is the accuracy over all C classes.
+
+    Args:
+        head: Of the classifier: `linear` or `cosine`.
+        scale: Of the cosine; see `Head`.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A word or a number is not allowed, the data are no classification, or they do
+            not say how many training classes there are.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    accepts_any_way: ClassVar[bool] = True
+
+    def __init__(
+        self, *, head: HeadKind = "linear", scale: float | None = None, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        if self.spec.num_train_classes is None:
+            raise ValueError(
+                f"{type(self).__name__} needs to know how many training classes there are, and "
+                "the data do not say (TaskSpec.num_train_classes): choose other data"
+            )
+        self.head = Head(head, scale)
+        self.net = self.build_network(None)
+        with torch.no_grad():
+            features = self.net(torch.zeros(2, *self.spec.input_shape))
+        self.num_features = features.shape[1]
+        key = seeding.key(self.seed, "classifier")
+        weights = self.head.start(key, self.num_features, self.spec.num_train_classes, features)
+        if "bias" in weights:
+            weights["bias"].zero_()
+        self.classifier = nn.ParameterDict({n: nn.Parameter(w) for n, w in weights.items()})
+        self.optimizer = self.build_optimizer()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        def task(net: nn.Module, params: Weights, *rows: Tensor) -> tuple[Tensor, Any]:
+            x, y, noise = rows
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            features = forward(net, under("net.", params), x, Pass(moments=moments, noise=noise))
+            scores = self.head.scores(under("classifier.", params), features)
+            loss = self.loss(scores, y)
+            return loss, (loss, task_metric(self.spec, scores, y), moments)
+
+        # One task to the engine, which then runs it alone and with fused operators.
+        x, y = labelled_rows(batch)
+        rows = (x[None], y[None], self.noise(progress, 1))
+        grads, (losses, scores, moments) = self.settled_engine().gradients(
+            task, self.net, own_parameters(self), rows
+        )
+        self.optimizer.step(grads, progress)
+        update_running(self.net, moments)
+        return {"loss": losses[0], self.spec.metric: scores[0]}
+
+    @property
+    def needs_whole_batch(self) -> str | None:
+        if has_batch_norm(self.net) or makes_noise(self.net):
+            return (
+                "an update is one mini-batch, whose batch norm and masks are of all its rows: use "
+                "backbone.norm=none or instance, or backbone.batch_norm=false"
+            )
+        return None
+
+    def make_room(self, state: Mapping[str, Any]) -> None:
+        for name, weights in self.classifier.items():
+            stored = state.get(f"classifier.{name}")
+            if stored is not None and stored.shape[1:] == weights.shape[1:]:
+                weights.data = weights.new_zeros(stored.shape)
+
+    def features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, S, F) and (T, Q, F) features, with batch norm as `bn` says."""
+        num_support = support_x.shape[1]
+        how = Pass(rows=num_support if self.bn == "support" else None, running=self.bn == "running")
+
+        def task(net: nn.Module, params: Weights, *rows: Tensor) -> Tensor:
+            return forward(net, params, torch.cat(rows), how)
+
+        features = self.map_tasks(task, support_x, query_x)
+        return features[:, :num_support], features[:, num_support:]
+
+
+def labelled_rows(batch: TaskBatch) -> tuple[Tensor, Tensor]:
+    """All rows of a batch, (N, *input_shape), and their labels among all training classes, (N)."""
+    assert batch.class_ids is not None
+    labels = batch.class_ids.gather(1, torch.cat([batch.support_y, batch.query_y], 1))
+    return torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1), labels.flatten()

@@ -1,0 +1,334 @@
+"""FTML: follow the meta-leader (Finn, Rajeswaran, Kakade & Levine 2019); it has no official code.
+
+Shapes: B rows of a step, M tasks of a memory, K rows of a task in it, N tasks of a meta-update.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import forward, positive
+from metarun.algorithms.common.online import OnlineLearner, candidates
+from metarun.algorithms.common.update_strategies import (
+    State,
+    Step,
+    adam_moved,
+    draw_key,
+    expanded,
+    with_adam,
+)
+from metarun.algorithms.functional import Params, sgd_adapt, under
+from metarun.backbones.layers.normalization import Pass
+from metarun.core import seeding
+from metarun.core.types import Stream
+
+_SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
+
+
+class FTML(OnlineLearner):
+    """Meta-learns, from all tasks met so far, weights that adapt to the next one.
+
+    Rows join the buffer of their task as they come. After each step of the stream come
+    `meta_updates` of the weights w by Adam (Finn et al. 2019, Algorithm 2): over `meta_tasks`
+    tasks of the buffer, drawn evenly, the gradient of the loss of query rows after `inner_steps`
+    steps on support rows, both drawn from the task's rows. A task is answered by the weights
+    adapted to all rows of it that came (Algorithm 3), one never met by w itself.
+
+    The paper's comparators are the same with another objective: `joint` trains w on the rows of
+    the buffer as they are, with adaptation (follow the leader) or without (`inner_steps=0`:
+    train on everything); `none` leaves w as it began and adapts alone (from scratch). With
+    `freeze_after` w learns from the first tasks alone: a MAML that no longer meta-learns.
+
+    Args:
+        objective: What w is trained for: `meta`, `joint` or `none`.
+        meta_lr: Adam's learning rate of w.
+        meta_updates: Updates of w for each step of the stream.
+        meta_tasks: Tasks of an update, N.
+        meta_rows: Support and query rows of each, drawn with replacement.
+        inner_lr: Learning rate of the adaptation; of lists here and in `meta_lr`, the best pair on
+            meta-val is taken.
+        inner_steps: Its steps.
+        second_order: Differentiate inner gradients.
+        memory: Tasks remembered, M; beyond, task j takes the place of task j - M, which is the
+            one met longest ago where none returns.
+        freeze_after: Visits after which w stays as it is; None is never.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range, the backbone has batch norm, or the
+            stream does not tell tasks apart.
+    """
+
+    asks_for_tasks = True
+    needs_told = True
+    meta_rate: Tensor
+    inner_rate: Tensor
+
+    def __init__(
+        self,
+        *,
+        objective: Literal["meta", "joint", "none"] = "meta",
+        meta_lr: float | Sequence[float] = 0.001,
+        meta_updates: int = 1,
+        meta_tasks: int = 10,
+        meta_rows: int = 10,
+        inner_lr: float | Sequence[float] = 0.01,
+        inner_steps: int = 5,
+        second_order: bool = True,
+        memory: int = 100,
+        freeze_after: int | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        meta_rates, inner_rates = candidates("meta_lr", meta_lr), candidates("inner_lr", inner_lr)
+        if objective not in ("meta", "joint", "none"):
+            raise ValueError(f"algo.objective={objective}: expected meta, joint or none")
+        for name, value in (
+            ("meta_updates", meta_updates),
+            ("meta_tasks", meta_tasks),
+            ("meta_rows", meta_rows),
+            ("memory", memory),
+        ):
+            positive(name, value)
+        if inner_steps < 0:
+            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
+        if freeze_after is not None:
+            positive("freeze_after", freeze_after)
+        self.objective = objective
+        self.meta_rates = meta_rates
+        self.inner_rates = inner_rates
+        self.meta_updates = meta_updates
+        self.meta_tasks = meta_tasks
+        self.meta_rows = meta_rows
+        self.inner_steps = inner_steps
+        self.second_order = second_order
+        self.memory = memory
+        self.freeze_after = freeze_after
+        self.register_buffer("meta_rate", torch.tensor(meta_rates[0], dtype=torch.float64))
+        self.register_buffer("inner_rate", torch.tensor(inner_rates[0], dtype=torch.float64))
+        self.net = self.made()
+
+    @property
+    def options(self) -> Sequence[Mapping[str, float]]:
+        pairs = itertools.product(self.meta_rates, self.inner_rates)
+        found = [{"meta_lr": meta, "inner_lr": inner} for meta, inner in pairs]
+        return found if len(found) > 1 else []
+
+    def choose(self, option: Mapping[str, float]) -> None:
+        self.meta_rate.fill_(option.get("meta_lr", self.meta_rates[0]))
+        self.inner_rate.fill_(option.get("inner_lr", self.inner_rates[0]))
+
+    def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
+        assert self.spec.streams is not None
+        layouts = self.spec.streams.values()
+        slots = min(self.memory, max(stream.num_tasks for stream in layouts))
+        most = max(
+            stream.visits.count(task) * stream.steps * stream.rows
+            for stream in layouts
+            for task in range(stream.num_tasks)
+        )
+        return {
+            **with_adam(theta),
+            "meta_rate": self.meta_rate,
+            "inner_rate": self.inner_rate,
+            "key": self.lifetime_key(),
+            "tasks.x": x.new_zeros(slots, most, *x.shape[1:]),
+            "tasks.y": y.new_zeros(slots, most, *y.shape[1:]),
+            "tasks.rows": torch.zeros(slots, dtype=torch.int64, device=x.device),
+            "tasks.owner": torch.full((slots,), -1, device=x.device),
+            "tasks.visits": torch.zeros((), dtype=torch.int64, device=x.device),
+        }
+
+    def learn(
+        self,
+        net: nn.Module,
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        step: Step,
+    ) -> State:
+        assert step.task is not None
+        state = self._keep(state, x, y, step)
+        if self.objective == "none":
+            return state
+        for update in range(self.meta_updates):
+            state = self._meta_update(net, state, step, update)
+        return state
+
+    def respond(
+        self,
+        net: nn.Module,
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        task: Tensor | None,
+    ) -> Tensor:
+        weights = under("weights.", state)
+        if task is None or not self.inner_steps:
+            return forward(net, weights, x, Pass())
+        # Rows that are not the task's weigh nothing, so that one never met leaves the weights.
+        slot = (task % len(state["tasks.owner"])).reshape(1)
+        names = ("owner", "rows", "x", "y")
+        owner, count, kept_x, kept_y = (
+            state[f"tasks.{name}"].index_select(0, slot)[0] for name in names
+        )
+        weigh = self._first(torch.where(owner == task, count, 0), len(kept_x))
+        rate = state["inner_rate"]
+        adapted = self._adapt(net, weights, rate, kept_x, kept_y, weigh, first_order=True)
+        return forward(net, adapted, x, Pass())
+
+    def _keep(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
+        """The state with the incoming rows in the buffer of their task."""
+        assert step.task is not None
+        slots, most = state["tasks.x"].shape[:2]
+        slot = step.task % slots
+        here = torch.arange(slots, device=x.device) == slot
+        rows, owner = state["tasks.rows"], state["tasks.owner"]
+        rows = torch.where(here & (owner != step.task), 0, rows)
+        # A task that has filled its place begins to overwrite its oldest rows.
+        places = (rows[slot] + torch.arange(len(x), device=x.device)) % most
+        index = torch.arange(most, device=x.device)
+        source = (places[:, None] == index).to(torch.int64)
+        taken, which = source.amax(0).bool(), source.argmax(0)
+        kept: State = {}
+        for name, incoming in (("tasks.x", x), ("tasks.y", y)):
+            before = state[name][slot]
+            after = torch.where(expanded(taken, before), incoming[which], before)
+            kept[name] = torch.where(expanded(here, state[name]), after, state[name])
+        return {
+            **state,
+            **kept,
+            "tasks.rows": torch.where(here, rows + len(x), rows),
+            "tasks.owner": torch.where(here, step.task, owner),
+            "tasks.visits": state["tasks.visits"] + int(step.begins),
+        }
+
+    def _meta_update(self, net: nn.Module, state: State, step: Step, update: int) -> State:
+        """The state after one update of the weights by Adam."""
+        weights = under("weights.", state)
+        key = draw_key(state, step, update, state["key"].device)
+        most = state["tasks.x"].shape[1]
+        met = state["tasks.owner"] >= 0
+        # Drawn evenly among the tasks in the buffer, which fill it from the front.
+        drawn = seeding.uniform(key, _SLOT_TASK, (self.meta_tasks,), dtype=torch.float64)
+        chosen = (drawn * met.sum()).long()
+        rows = state["tasks.rows"].clamp(max=most)[chosen]
+        parts = [
+            self._drawn_rows(state, key, slot, chosen, rows)
+            for slot in (_SLOT_SUPPORT, _SLOT_QUERY)
+        ]
+        (support_x, support_y), (query_x, query_y) = parts
+
+        def of_task(weights: Params, sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+            adapted = weights
+            if self.objective == "meta":
+                every = torch.ones(len(sx), dtype=sx.dtype, device=sx.device)
+                first_order = not self.second_order
+                rate = state["inner_rate"]
+                adapted = self._adapt(net, weights, rate, sx, sy, every, first_order=first_order)
+            return self.loss(forward(net, adapted, qx, Pass()), qy)
+
+        def loss(weights: Params) -> Tensor:
+            mapped = torch.func.vmap(of_task, in_dims=(None, 0, 0, 0, 0))
+            return mapped(weights, support_x, support_y, query_x, query_y).mean()
+
+        grads = torch.func.grad(loss)(weights)
+        new = adam_moved(state, grads, state["meta_rate"])
+        if self.freeze_after is not None:
+            learns = state["tasks.visits"] <= self.freeze_after
+            new = {name: torch.where(learns, value, state[name]) for name, value in new.items()}
+        return {**state, **new}
+
+    def _drawn_rows(
+        self, state: State, key: Tensor, slot: int, chosen: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Rows (N, R, …) of the chosen tasks, drawn with replacement from those they have."""
+        shape = (self.meta_tasks, self.meta_rows)
+        place = seeding.uniform(key, slot, shape, dtype=torch.float64) * rows[:, None]
+        index = place.long()
+        return state["tasks.x"][chosen[:, None], index], state["tasks.y"][chosen[:, None], index]
+
+    def _adapt(
+        self,
+        net: nn.Module,
+        weights: Params,
+        rate: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weigh: Tensor,
+        *,
+        first_order: bool,
+    ) -> Params:
+        """The weights after the inner steps on rows (K, …), each with its weight (K,)."""
+        total = weigh.sum().clamp(min=1.0)
+
+        def loss(weights: Params) -> Tensor:
+            outputs = forward(net, weights, x, Pass())
+            return (self.row_losses(outputs, y) * weigh).sum() / total
+
+        rates = dict.fromkeys(weights, rate)
+        return sgd_adapt(loss, weights, lr=rates, steps=self.inner_steps, first_order=first_order)
+
+    def _first(self, count: Tensor, most: int) -> Tensor:
+        """(K,) one for the first `count` rows of K, zero for the others."""
+        return (torch.arange(most, device=count.device) < count).to(self.dtype)
+
+
+class FTMLHindsight(FTML):
+    """The best start in hindsight: `FTML`'s weights, meta-learned on the whole stream beforehand.
+
+    Along the stream it adapts to the rows of a task that came, from weights that stay: what
+    Finn et al. (2019, eq. 2) count regret against, as near to their minimum over all weights as
+    the updates come.
+
+    Args:
+        meta_updates: Of the weights, before the stream begins.
+        **common: Those of `FTML`.
+
+    Raises:
+        ValueError: The memory does not hold all tasks of a stream.
+    """
+
+    def __init__(self, *, meta_updates: int = 5000, **common: Any) -> None:
+        super().__init__(meta_updates=meta_updates, **common)
+        assert self.spec.streams is not None
+        tasks = max(stream.num_tasks for stream in self.spec.streams.values())
+        if self.memory < tasks:
+            raise ValueError(
+                f"algo.memory={self.memory}: expected {tasks} or more, which the stream has"
+            )
+
+    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> Iterator[State]:
+        known = state
+        for number in range(stream.num_steps):
+            step = Step(number, number * stream.rows, stream.task(number), begins=False)
+            here = slice(step.rows, step.rows + stream.rows)
+            known = self.observe(known, x[:, here], y[:, here], step)
+        for update in range(self.meta_updates):
+            known = self._each(self._updated(update), known)
+            yield {n: known[n] if n.startswith("weights.") else v for n, v in state.items()}
+
+    def learn(
+        self,
+        net: nn.Module,  # noqa: ARG002
+        theta: Params,  # noqa: ARG002
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        step: Step,
+    ) -> State:
+        return self._keep(state, x, y, step)
+
+    def _updated(self, update: int) -> Any:
+        """The meta-update of this number, as a function of one lifetime."""
+
+        def one(net: nn.Module, theta: Params, own: State) -> State:  # noqa: ARG001
+            return self._meta_update(net, own, Step(0, 0, None, begins=False), update)
+
+        return one

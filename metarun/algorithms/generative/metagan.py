@@ -1,0 +1,288 @@
+"""MetaGAN: a learner that has to tell made images from real ones too (Zhang et al. 2018).
+
+There is no official code. What the paper leaves open is said where it is settled.
+
+Shapes: T tasks, S support rows, Q query rows, M made rows, W ways, Z latent numbers, C H W' of an
+image.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, positive, task_metric
+from metarun.algorithms.functional import Params
+from metarun.algorithms.outer_optimizer import OuterOptimizer, check_positive
+from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.core import seeding
+from metarun.core.types import Metrics, Progress, TaskBatch
+
+Classes = Literal["softmax", "own"]
+Answer = Callable[[Tensor, Pass], Tensor]
+"""Logits (R, W) of any rows (R, C, H, W') of a task that a learner has solved."""
+
+
+class MetaGAN(Algorithm):
+    """Gives a learner an adversary: a generator of images that could be of the task.
+
+    The learner has to put real rows into one of W classes and made ones into another, W + 1,
+    so that it draws its boundaries where the data are; the generator learns from what the
+    learner takes for real (Zhang et al. 2018, section 3.1):
+
+        L_D = log p(y | x, y <= W) + log p(y <= W | x) + log p(W + 1 | made)    grows,
+        L_G = log p(y <= W | made)                                              grows.
+
+    The logit of class W + 1 is zero, as the paper has it for relation networks and as loses
+    nothing elsewhere (Salimans et al. 2016, section 5): p(y <= W | x) is the sigmoid of the
+    logsumexp of the W logits. Rows without labels, the paper's semi-supervised setting, are not
+    part of it. The learner's query rows are the real ones; made rows pass through it by
+    themselves, so that batch norm never mixes the two. Both move at once: the generator sees the
+    learner as it was before the update, after its inner steps, as a constant. Its rate is
+    constant, whatever the schedule of the learner's.
+
+    A subclass stands before its learner among the bases, `class MetaGANMAML(MetaGAN, MAML)`, and
+    writes `solved`. With `fakes=0` it is its learner, bit for bit.
+
+    Args:
+        fakes: M, made rows that a task's learner is judged on beside its queries; 0 leaves the
+            generator out.
+        latent: Z.
+        filters: Channels of the generator's last layer, and of its encoder's.
+        generator_lr: Step size of the generator's Adam, whose decays are 0.5 and 0.999.
+        weight: Of the terms that are about made and real, where the paper has 1.
+        classes: What the learner's classes are judged by: `softmax`, the paper's
+            log p(y | x, y <= W), or the learner's `own` loss. The same for MAML.
+        **common: Those of the learner.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no images.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    optimizer: OuterOptimizer
+    inner_fakes: int = 0
+    """Made rows beside the support of a task, where a learner takes them."""
+
+    def __init__(
+        self,
+        *,
+        fakes: int = 5,
+        latent: int = 64,
+        filters: int = 16,
+        generator_lr: float = 0.0002,
+        weight: float = 1.0,
+        classes: Classes = "softmax",
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if fakes < 0:
+            raise ValueError(f"algo.fakes={fakes}: expected 0 or more")
+        positive("latent", latent)
+        positive("filters", filters)
+        check_positive("algo.generator_lr", generator_lr)
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise ValueError(f"algo.weight={weight}: expected 0 or more")
+        if classes not in ("softmax", "own"):
+            raise ValueError(f"algo.classes={classes}: expected softmax or own")
+        if len(self.spec.input_shape) != 3:
+            raise ValueError(
+                f"{type(self).__name__} makes images, and a row of the data is "
+                f"{self.spec.input_shape}: use data of images"
+            )
+        self.fakes = fakes
+        self.latent = latent
+        self.weight = weight
+        self.classes: Classes = classes
+        self.generator: Generator | None = None
+        if fakes:
+            self.generator = Generator(self.spec.input_shape, latent, filters)
+            self.adversary = OuterOptimizer(
+                [(f"generator.{n}", p) for n, p in self.generator.named_parameters()],
+                lr=generator_lr,
+                betas=(0.5, 0.999),
+            )
+
+    @abstractmethod
+    def solved(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        made: Tensor,
+        noise: Tensor,
+        progress: Progress,
+    ) -> Answer:
+        """The learner after it has learned one training task, differentiable by its parameters.
+
+        Args:
+            net: The network, or its replica.
+            params: What is meta-learned, by the names of the optimiser.
+            support_x: (S, C, H, W').
+            support_y: (S,) labels.
+            made: (inner_fakes, C, H, W') rows made for the support.
+            noise: Key of the pass's random masks.
+            progress: Where training stands.
+
+        Returns:
+            What answers any rows of the task.
+        """
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        if self.generator is None:
+            return super().update(batch, progress)  # type: ignore[safe-super]
+        first = progress.first_task(batch.num_tasks)
+        keys = seeding.task_keys(self.seed, "made", first, batch.num_tasks, self.device)
+        made = self._made(batch.support_x, keys, self.inner_fakes + self.fakes)
+
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            support_x, support_y, query_x, query_y, noise, inner, outer = rows
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            answer = self.solved(net, params, support_x, support_y, inner, noise, progress)
+            outputs = answer(query_x, Pass(moments=moments, noise=noise))
+            of_made = answer(outer, Pass(noise=noise))
+            loss = self.class_loss(outputs, query_y)
+            loss = loss + self.weight * (taken_for_real(outputs) + taken_for_made(of_made))
+            with torch.no_grad():
+                wish = torch.func.grad(lambda x: taken_for_real(answer(x, Pass(noise=noise))))
+                pull = wish(outer)
+            found = (of_made.logsumexp(1) < 0.0).to(loss.dtype).mean()
+            return loss, (loss, outputs, found, taken_for_real(of_made), pull, moments)
+
+        inner, outer = made.detach().split([self.inner_fakes, self.fakes], 1)
+        rows = (*self.training_rows(batch, progress), inner, outer)
+        grads, (losses, outputs, found, fooled, pull, moments) = self.settled_engine().gradients(
+            task, self.net, {**self.optimizer.targets}, rows
+        )
+        theirs = dict(self.generator.named_parameters())
+        pulls = torch.autograd.grad(
+            made[:, self.inner_fakes :], list(theirs.values()), pull / batch.num_tasks
+        )
+        turn = {f"generator.{name}": grad for name, grad in zip(theirs, pulls, strict=True)}
+        # Before either moves: a step is made by both or by none.
+        turn = self.adversary.averaged(turn, progress)
+        self.adversary.check(turn)
+        self.optimizer.step(grads, progress, self.limited)
+        self.adversary.move(turn, progress)
+        update_running(self.net, moments)
+        score = task_metric(self.spec, outputs, batch.query_y)
+        return {
+            "loss": losses.mean(),
+            self.spec.metric: score.mean(),
+            "generator_loss": fooled.mean(),
+            "fakes_found": found.mean(),
+        }
+
+    def limited(self, grads: Params) -> Params:
+        """The learner's gradients as they go to its optimiser."""
+        return grads
+
+    def class_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Loss of the classes of real rows, (R, W) logits, where there is a generator."""
+        if self.classes == "own":
+            return self.loss(outputs, targets)
+        return nn.functional.cross_entropy(outputs, targets)
+
+    @property
+    def generates(self) -> bool:
+        return self.generator is not None
+
+    def generated(self, support_x: Tensor, count: int) -> Tensor:
+        with torch.no_grad():
+            return self._made(support_x, self._fixed_keys(len(support_x)), count)
+
+    def made_at_evaluation(self, support_x: Tensor) -> Tensor:
+        """(inner_fakes, C, H, W') rows for the support (S, C, H, W') of a task, always the same."""
+        return self._made(support_x[None], self._fixed_keys(1), self.inner_fakes)[0].detach()
+
+    def _fixed_keys(self, num_tasks: int) -> Tensor:
+        """(T,) keys, all the same: an answer does not depend on where its task stands."""
+        return seeding.task_keys(self.seed, "made anew", 0, 1, self.device).expand(num_tasks)
+
+    def _made(self, support_x: Tensor, keys: Tensor, count: int) -> Tensor:
+        """(T, count, C, H, W') images for T tasks."""
+        assert self.generator is not None
+        latent = seeding.normal(keys, 0, (count, self.latent), dtype=self.dtype)
+        made: Tensor = self.generator(support_x, latent)
+        return made
+
+
+_SLOPE = 0.2
+"""Of what a unit lets through below zero."""
+
+
+class Generator(nn.Module):
+    """Images of a task from random numbers (section 3.3).
+
+    A dataset encoder embeds each support row, by three convolutions and a fully connected layer,
+    and takes the mean; the rest grows an image out of that and the latent numbers, by a fully
+    connected layer and two that double the size, with group norm, which knows of no other task or
+    row. All of these layers are ours. A made pixel lies between the darkest and the brightest of
+    the task's support, by channel.
+
+    Args:
+        input_shape: (C, H, W').
+        latent: Z.
+        filters: Channels of the encoder and of the last layer; four times as many at first.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...], latent: int, filters: int) -> None:
+        super().__init__()
+        channels, *sides = input_shape
+        self.sides = sides
+        self.start = [-(-side // 4) for side in sides]
+        self.encoder = nn.Sequential()
+        for inputs in (channels, filters, filters):
+            conv = nn.Conv2d(inputs, filters, 3, stride=2, padding=1, bias=False)
+            self.encoder.extend([conv, nn.LeakyReLU(_SLOPE)])
+        places = math.prod(-(-side // 8) for side in sides)
+        # Without biases and with a norm codes are as large as the latent numbers and differ between
+        # tasks from the start: the generator would not heed faint ones.
+        embed = nn.Linear(filters * places, filters, bias=False)
+        self.encoder.extend([nn.Flatten(), embed, nn.LayerNorm(filters)])
+        # Half as many channels wherever the sides double, which costs the same at each size.
+        widths = [4 * filters, 2 * filters, filters]
+        self.first = nn.Linear(filters + latent, widths[0] * self.start[0] * self.start[1])
+        self.grow = nn.Sequential(nn.GroupNorm(_groups(widths[0]), widths[0]), nn.LeakyReLU(_SLOPE))
+        for inputs, outputs in pairwise(widths):
+            self.grow.extend([nn.Upsample(scale_factor=2), *_block(inputs, outputs)])
+        self.grow.append(nn.Conv2d(filters, channels, 3, padding=1))
+
+    def forward(self, support_x: Tensor, latent: Tensor) -> Tensor:
+        """(T, M, C, H, W') images for supports (T, S, C, H, W') and latent (T, M, Z)."""
+        tasks, made = latent.shape[:2]
+        codes = self.encoder(support_x.flatten(0, 1)).unflatten(0, (tasks, -1)).mean(1)
+        seeds = torch.cat([codes[:, None].expand(-1, made, -1), latent], 2).flatten(0, 1)
+        maps = self.first(seeds).unflatten(1, (-1, *self.start))
+        shares = self.grow(maps)[..., : self.sides[0], : self.sides[1]].sigmoid()
+        low, high = support_x.amin((1, 3, 4)), support_x.amax((1, 3, 4))
+        low, span = low[:, None, :, None, None], (high - low)[:, None, :, None, None]
+        images: Tensor = low + span * shares.unflatten(0, (tasks, made))
+        return images
+
+
+def taken_for_real(outputs: Tensor) -> Tensor:
+    """-log p(y <= W | x), the mean over rows with logits (R, W) beside a zero for class W + 1."""
+    return nn.functional.softplus(-outputs.logsumexp(1)).mean()
+
+
+def taken_for_made(outputs: Tensor) -> Tensor:
+    """-log p(W + 1 | x), the mean over rows with logits (R, W)."""
+    return nn.functional.softplus(outputs.logsumexp(1)).mean()
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1)
+    return [conv, nn.GroupNorm(_groups(outputs), outputs), nn.LeakyReLU(_SLOPE)]
+
+
+def _groups(filters: int) -> int:
+    """The most groups up to eight that divide the channels."""
+    return max(count for count in range(1, 9) if filters % count == 0)

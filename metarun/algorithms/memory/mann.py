@@ -1,0 +1,295 @@
+"""MANN: a controller with an external memory (Santoro et al. 2016).
+
+There is no official code; tristandeleu/ntm-one-shot is the replication that its numbers are
+compared with. Shapes: N sequences side by side, S rows, Q query rows, F features, W ways, H
+hidden units, R heads, L locations, D cells of a location.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import positive
+from metarun.algorithms.memory.sequential import Reader, SequenceLearner
+from metarun.algorithms.outer_optimizer import check_positive
+from metarun.backbones.layers.recurrent import LSTMCell
+
+Access = Literal["lrua", "ntm", "none"]
+State = dict[str, Tensor]
+
+
+class MANN(SequenceLearner):
+    """Writes what it sees with the label that follows, and recalls it when it sees it again.
+
+    At each step an LSTM controller gets a row's features, the label of the row *before* it and
+    what was read from memory at the step before; it writes, reads, and a linear layer on its
+    output and the read memory answers (Santoro et al. 2016, sections 2 and 3).
+
+    `access=lrua` is the paper's least-recently-used access (section 3.2, eq. 5 to 8): each head
+    writes to what it read last or to what is least used, mixed by a gate, after the least used
+    location was set to zero; reading goes by the softmax of cosine similarities. `access=ntm` is
+    that of Neural Turing Machines (Graves et al. 2014, section 3.3): by content, interpolation,
+    shift and sharpening, writing by erasure and addition through one write head. `access=none`
+    is the paper's LSTM without memory.
+
+    The paper leaves open how several heads share the least used locations: head i writes to the
+    i-th, and the first is set to zero, as in the replication. The replication also emits a gate
+    for each head and step, `gate=emitted`, where the paper learns one number, `gate=learned`; it
+    writes vectors of their own, `written=vectors`, where the paper writes the keys,
+    `written=keys`; its usage decays by 0.95.
+
+    Args:
+        access: To memory.
+        controller: H, hidden units of the LSTM.
+        locations: L.
+        cells: D.
+        heads: R.
+        usage_decay: gamma of eq. 5.
+        gate: alpha of eq. 7.
+        written: What is added to a location.
+        strength: What a head's similarities are times before the softmax: one, as in the paper,
+            or beta of Neural Turing Machines (Graves et al. 2014, eq. 5), emitted at each step.
+            Similarities lie between -1 and 1, so that without it a head reads about the mean of
+            the memory.
+        label_scale: Told labels enter as one-hot vectors times this: 1 in the paper. A
+            backbone's features outweigh a single 1 among them.
+        forget_bias: Of the controller at the start; see `LSTMCell`.
+        **common: Those of `SequenceLearner` and `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no classification.
+    """
+
+    def __init__(
+        self,
+        *,
+        access: Access = "lrua",
+        controller: int = 200,
+        locations: int = 128,
+        cells: int = 40,
+        heads: int = 4,
+        usage_decay: float = 0.99,
+        gate: Literal["learned", "emitted"] = "learned",
+        written: Literal["keys", "vectors"] = "keys",
+        strength: Literal["none", "emitted"] = "none",
+        label_scale: float = 1.0,
+        forget_bias: float = 0.0,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        for name, word, allowed in (
+            ("access", access, ("lrua", "ntm", "none")),
+            ("gate", gate, ("learned", "emitted")),
+            ("written", written, ("keys", "vectors")),
+            ("strength", strength, ("none", "emitted")),
+        ):
+            if word not in allowed:
+                raise ValueError(f"algo.{name}={word}: expected {', '.join(allowed)}")
+        for name, value in (
+            ("controller", controller),
+            ("locations", locations),
+            ("cells", cells),
+            ("heads", heads),
+        ):
+            positive(name, value)
+        if heads > locations:
+            raise ValueError(f"algo.heads={heads} are more than algo.locations={locations}")
+        if not 0.0 <= usage_decay <= 1.0:
+            raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
+        check_positive("algo.label_scale", label_scale)
+        if not math.isfinite(forget_bias):
+            raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
+        features = self.build_network(None)
+        memory: _Memory | None = None
+        if access == "lrua":
+            memory = LeastRecentlyUsed(
+                controller, locations, cells, heads, usage_decay, gate, written, strength
+            )
+        elif access == "ntm":
+            memory = TuringMachine(controller, locations, cells, heads)
+        size: int = features.feature_dim  # type: ignore[assignment]
+        lstm = LSTMCell(size + self.spec.output_dim + _reads(memory), controller, forget_bias)
+        reader = _Controller(lstm, self.spec.output_dim, memory, label_scale)
+        self.net = self.with_reader(features, reader)
+        self.optimizer = self.build_optimizer()
+
+
+class _Memory(nn.Module):
+    """What a controller reads and writes; its state is in a dictionary of (N, …) tensors."""
+
+    read_dim: int
+
+    def begin(self, like: Tensor) -> State:
+        """The state (1, …) before the first step, of the kind of a tensor."""
+        raise NotImplementedError
+
+    def forward(self, hidden: Tensor, state: State) -> State:
+        """The state after a step of controllers (N, H); `read` (N, read_dim) is part of it."""
+        raise NotImplementedError
+
+
+def _reads(memory: _Memory | None) -> int:
+    """Numbers that a controller gets from its memory at each step."""
+    return 0 if memory is None else memory.read_dim
+
+
+class _Controller(Reader):
+    """An LSTM along the rows, with a memory or without."""
+
+    def __init__(
+        self, lstm: LSTMCell, ways: int, memory: _Memory | None, label_scale: float
+    ) -> None:
+        super().__init__()
+        self.hidden = lstm.weight_hh.shape[1]
+        self.lstm = lstm
+        self.memory = memory
+        self.label_scale = label_scale
+        self.answer = nn.Linear(self.hidden + _reads(memory), ways)
+
+    def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+        # A label arrives with the row after its own; nothing comes with the first.
+        late = self.label_scale * torch.cat([torch.zeros_like(labels[:1]), labels])
+        empty = rows.new_zeros(1, self.hidden)
+        state = {"hidden": empty, "cell": empty}
+        if self.memory is not None:
+            state |= self.memory.begin(rows)
+        outputs = []
+        for row, label in zip(rows.split(1), late.split(1), strict=False):
+            output, state = self._step(torch.cat([row, label], 1), state)
+            outputs.append(output)
+        last = late[len(rows) :].expand(len(queries), -1)
+        side_by_side = {n: v.expand(len(queries), *v.shape[1:]) for n, v in state.items()}
+        outputs.append(self._step(torch.cat([queries, last], 1), side_by_side)[0])
+        return torch.cat(outputs)
+
+    def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Logits (N, W) and the state after rows (N, F + W)."""
+        read = [] if self.memory is None else [state["read"]]
+        hidden, cell = self.lstm(torch.cat([x, *read], 1), state["hidden"], state["cell"])
+        after = {**state, "hidden": hidden, "cell": cell}
+        if self.memory is None:
+            return self.answer(hidden), after
+        after |= self.memory(hidden, state)
+        return self.answer(torch.cat([hidden, after["read"]], 1)), after
+
+
+class LeastRecentlyUsed(_Memory):
+    """Least-recently-used access (section 3.2); see `MANN` for the arguments."""
+
+    def __init__(
+        self,
+        hidden: int,
+        locations: int,
+        cells: int,
+        heads: int,
+        usage_decay: float,
+        gate: str,
+        written: str,
+        strength: str,
+    ) -> None:
+        super().__init__()
+        self.shape = (heads, locations, cells)
+        self.read_dim = heads * cells
+        self.usage_decay = usage_decay
+        self.key = _glorot(nn.Linear(hidden, heads * cells))
+        self.vector = _glorot(nn.Linear(hidden, heads * cells)) if written == "vectors" else None
+        self.gate = _glorot(nn.Linear(hidden, heads)) if gate == "emitted" else None
+        self.alpha = nn.Parameter(torch.zeros(())) if gate == "learned" else None
+        self.strength = _glorot(nn.Linear(hidden, heads)) if strength == "emitted" else None
+
+    def begin(self, like: Tensor) -> State:
+        heads, locations, cells = self.shape
+        first = (torch.arange(locations, device=like.device) == 0).to(like.dtype)[None]
+        return {
+            # Not zero, where the cosine has no gradient.
+            "memory": like.new_full((1, locations, cells), 1e-6),
+            "reading": first[:, None].expand(1, heads, locations),
+            "usage": first,
+            "read": like.new_zeros(1, self.read_dim),
+        }
+
+    def forward(self, hidden: Tensor, state: State) -> State:
+        heads, locations, _ = self.shape
+        keys = self.key(hidden).tanh().unflatten(1, (heads, -1))
+        written = keys
+        if self.vector is not None:
+            written = self.vector(hidden).tanh().unflatten(1, (heads, -1))
+        gate = self.alpha if self.gate is None else self.gate(hidden)[..., None]
+        assert gate is not None
+        share = gate.sigmoid()
+        order = state["usage"].argsort(dim=1, stable=True)[:, :heads, None]
+        least = (order == torch.arange(locations, device=order.device)).to(hidden.dtype)
+        writing = share * state["reading"] + (1.0 - share) * least
+        kept = state["memory"] * (1.0 - least[:, 0, :, None])
+        memory = kept + writing.transpose(1, 2) @ written
+        similar = cosine(keys, memory)
+        if self.strength is not None:
+            similar = nn.functional.softplus(self.strength(hidden))[..., None] * similar
+        reading = similar.softmax(2)
+        usage = self.usage_decay * state["usage"] + reading.sum(1) + writing.sum(1)
+        read = (reading @ memory).flatten(1)
+        return {"memory": memory, "reading": reading, "usage": usage, "read": read}
+
+
+class TuringMachine(_Memory):
+    """The access of a Neural Turing Machine (Graves et al. 2014, section 3), which writes first."""
+
+    def __init__(self, hidden: int, locations: int, cells: int, heads: int) -> None:
+        super().__init__()
+        self.shape = (heads, locations, cells)
+        self.read_dim = heads * cells
+        # The last head writes. Of each: a key, beta, g, three shifts, and gamma.
+        self.where = _glorot(nn.Linear(hidden, (heads + 1) * (cells + 6)))
+        self.what = _glorot(nn.Linear(hidden, 2 * cells))
+
+    def begin(self, like: Tensor) -> State:
+        heads, locations, cells = self.shape
+        first = (torch.arange(locations, device=like.device) == 0).to(like.dtype)
+        return {
+            "memory": like.new_full((1, locations, cells), 1e-6),
+            "focus": first.expand(1, heads + 1, locations),
+            "read": like.new_zeros(1, self.read_dim),
+        }
+
+    def forward(self, hidden: Tensor, state: State) -> State:
+        heads, _, cells = self.shape
+        where = self.where(hidden).unflatten(1, (heads + 1, cells + 6))
+        erase, add = self.what(hidden).chunk(2, 1)
+        before = state["memory"]
+        writing = self._focus(where[:, heads:], before, state["focus"][:, heads:])
+        by_cell = writing.transpose(1, 2)
+        memory = before * (1.0 - by_cell * erase.sigmoid()[:, None]) + by_cell * add.tanh()[:, None]
+        reading = self._focus(where[:, :heads], memory, state["focus"][:, :heads])
+        read = (reading @ memory).flatten(1)
+        return {"memory": memory, "focus": torch.cat([reading, writing], 1), "read": read}
+
+    def _focus(self, where: Tensor, memory: Tensor, before: Tensor) -> Tensor:
+        """(N, heads, L) weights by eq. 5 to 9."""
+        cells = self.shape[2]
+        key, beta, g, shift, gamma = where.split([cells, 1, 1, 3, 1], 2)
+        softplus = nn.functional.softplus
+        content = (softplus(beta) * cosine(key.tanh(), memory)).softmax(2)
+        gated = g.sigmoid() * content + (1.0 - g.sigmoid()) * before
+        back, stay, ahead = shift.softmax(2).split(1, 2)
+        shifted = back * gated.roll(-1, 2) + stay * gated + ahead * gated.roll(1, 2)
+        # Not zero, where the power has no gradient.
+        sharp = (shifted + 1e-12) ** (1.0 + softplus(gamma))
+        weights: Tensor = sharp / sharp.sum(2, keepdim=True)
+        return weights
+
+
+def cosine(keys: Tensor, memory: Tensor) -> Tensor:
+    """Cosine similarities (N, R, L) of keys (N, R, D) and locations (N, L, D) (eq. 2)."""
+    squares = keys.square().sum(2)[:, :, None] * memory.square().sum(2)[:, None]
+    return keys @ memory.transpose(1, 2) * torch.rsqrt(squares + 1e-12)
+
+
+def _glorot(linear: nn.Linear) -> nn.Linear:
+    """Started as the replication starts its layers."""
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

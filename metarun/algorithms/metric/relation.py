@@ -1,0 +1,207 @@
+"""Relation networks (Sung et al. 2018; code floodsung/LearningToCompare_FSL).
+
+Shapes: S support rows, Q query rows, W ways, C H W' channels, height and width of a feature map.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import positive
+from metarun.algorithms.common.episodic import EpisodicLearner
+from metarun.algorithms.functional import Params, above, under
+from metarun.algorithms.generative.metagan import Answer, MetaGAN
+from metarun.backbones.layers.normalization import BatchNorm, Pass, conv_and_norm
+from metarun.core.types import Progress
+
+
+class RelationNet(EpisodicLearner):
+    """Scores how alike a query and a class are by a network that is learned too.
+
+    r(k, x) = g([sum of f over the support rows of class k, f(x)]) lies in (0, 1) (eq. 1, and for
+    several shots section 3.2), f are feature maps laid side by side along their channels. The
+    loss is the mean squared difference of r from 1 for the own class and 0 for the others; the
+    paper's eq. 2 has the sum, the code the mean.
+
+    The answers are r before its sigmoid. Their softmax is what the scores say where they are
+    the probabilities of W independent matches of which exactly one is true.
+
+    The code leaves batch norm in training mode for good, and lets it see the support rows, the
+    query rows and all pairs of a class and a query, each by themselves: `bn=transductive`.
+    With `bn=support` f takes its statistics from the support rows and g from the pairs of a
+    class and a support row; with `bn=running` they are those gathered from query rows and pairs.
+
+    Args:
+        hidden: Units of the dense layer between g's maps and its score.
+        padding: Of g's convolutions: 1 in the code for Omniglot, 0 for miniImageNet.
+        clip_norm: Euclidean norm that the gradients of f and of g are cut to, each by itself;
+            None leaves them.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number is out of range, the data are no classification, or the backbone
+            gives no feature maps or ones too small to be halved twice more.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    replays: ClassVar[bool] = True
+    accepts_any_way: ClassVar[bool] = True
+    label_equivariant: ClassVar[bool] = True
+
+    def __init__(
+        self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        positive("hidden", hidden)
+        if padding not in (0, 1):
+            raise ValueError(f"algo.padding={padding}: expected 0 or 1")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(f"algo.clip_norm={clip_norm}: expected a positive number, or null")
+        self.clip_norm = clip_norm
+        embedding = self.build_maps()
+        with torch.no_grad():
+            shape = embedding(torch.zeros(2, *self.spec.input_shape)).shape[1:]
+        self.net = _Relation(embedding, shape, hidden, padding)
+        self.net.apply(_initialise)
+        self.optimizer = self.build_optimizer()
+
+    def answers(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        ways: int,
+        how: Pass,
+    ) -> Tensor:
+        """Scores (Q, W) of one task's queries, before the sigmoid."""
+        scores: Tensor = torch.func.functional_call(
+            net, params, (support_x, support_y, query_x, ways, how)
+        )
+        return scores
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error of the scores, sigmoid of (Q, W), as the code has it (eq. 2)."""
+        matches = targets[:, None] == torch.arange(outputs.shape[1], device=targets.device)
+        return (outputs.sigmoid() - matches.to(outputs.dtype)).square().mean()
+
+    def clipped(self, grads: Params) -> Params:
+        if self.clip_norm is None:
+            return grads
+        factors = {
+            module: self.clip_norm / _norm(grads, module).clamp(min=self.clip_norm)
+            for module in ("embedding", "relation")
+        }
+        return {name: grad * factors[name.partition(".")[0]] for name, grad in grads.items()}
+
+
+class MetaGANRelation(MetaGAN, RelationNet):
+    """Relation networks with an adversary (Zhang et al. 2018, section 3.2).
+
+    The scores before their sigmoid are the logits of the classes. The paper judges these by
+    their softmax; `classes=own` leaves the squared error of the scores in its place.
+
+    Args:
+        **common: Those of `MetaGAN` and of `RelationNet`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no images.
+    """
+
+    def solved(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        made: Tensor,  # noqa: ARG002
+        noise: Tensor,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+    ) -> Answer:
+        theta, ways = under("net.", params), self.spec.train_way
+        return lambda x, how: self.answers(net, theta, support_x, support_y, x, ways, how)
+
+    def limited(self, grads: Params) -> Params:
+        return above("net.", self.clipped(under("net.", grads)))
+
+
+class _Relation(nn.Module):
+    """f and g: from the rows of a task to a score for each query and class."""
+
+    def __init__(self, embedding: nn.Module, shape: torch.Size, hidden: int, padding: int) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.relation = _Comparison(shape, hidden, padding)
+
+    def forward(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, how: Pass
+    ) -> Tensor:
+        member = support_y[None] == torch.arange(ways, device=support_y.device)[:, None]
+        if how.rows is None:
+            support = self.embedding(support_x, how)
+            # Last, so that the running statistics are those of the queries, as in the code.
+            maps = self.embedding(query_x, how)
+        else:
+            # The support rows are compared as well: their pairs are what g's statistics are of.
+            maps = self.embedding(torch.cat([support_x, query_x]), how)
+            support = maps[: how.rows]
+        classes = (member.to(maps.dtype) @ support.flatten(1)).unflatten(1, maps.shape[1:])
+        pairs = torch.cat(
+            [
+                classes[None].expand(len(maps), *classes.shape),
+                maps[:, None].expand(len(maps), ways, *maps.shape[1:]),
+            ],
+            2,
+        )
+        seen = None if how.rows is None else how.rows * ways
+        scores: Tensor = self.relation(pairs.flatten(0, 1), replace(how, rows=seen))
+        return scores.view(len(maps), ways)[how.rows or 0 :]
+
+
+class _Comparison(nn.Module):
+    """g: two convolution blocks and two dense layers on pairs of maps (section 3.4)."""
+
+    def __init__(self, shape: torch.Size, hidden: int, padding: int) -> None:
+        super().__init__()
+        channels, *sides = shape
+        for _ in range(2):
+            sides = [(side - 2 + 2 * padding) // 2 for side in sides]
+        if min(sides) < 1:
+            raise ValueError(
+                f"the feature maps are {shape[1]}x{shape[2]}, too small to be halved twice with "
+                f"algo.padding={padding}: use larger images"
+            )
+        self.convs = nn.ModuleList(
+            nn.Conv2d(inputs, channels, 3, padding=padding) for inputs in (2 * channels, channels)
+        )
+        self.norms = nn.ModuleList(BatchNorm(channels, f"relation.{i}") for i in range(2))
+        self.hidden = nn.Linear(channels * sides[0] * sides[1], hidden)
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = torch.relu(conv_and_norm(conv, norm, x, how, pool=True))
+        scores: Tensor = self.score(torch.relu(self.hidden(x.flatten(1))))
+        return scores
+
+
+def _norm(grads: Params, module: str) -> Tensor:
+    norms = [grad.norm() for name, grad in grads.items() if name.startswith(f"{module}.")]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
+
+
+def _initialise(module: nn.Module) -> None:
+    """The weights that the code starts from, in f and in g."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.01)
+        nn.init.ones_(module.bias)

@@ -1,0 +1,292 @@
+"""Model-agnostic meta-learning and the variants that are settings of it.
+
+MAML and FOMAML: Finn, Abbeel & Levine 2017, Algorithm 1 and section 5.2; official code
+cbfinn/maml. ANIL: Raghu et al. 2020. BOIL: Oh et al. 2021. Meta-SGD: Li et al. 2017.
+
+Shapes: T tasks, S support rows, Q query rows, D outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.functional import (
+    Loss,
+    Params,
+    check_inner_loop,
+    dict_key,
+    gradient_backwards,
+    is_first_order,
+    sgd_adapt,
+    sgd_path,
+    under,
+    with_gradient,
+)
+from metarun.algorithms.generative.metagan import Answer, MetaGAN, taken_for_made, taken_for_real
+from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.execution.engine import Staged
+
+Adapted = Literal["all", "head", "body"]
+Rates = Literal["fixed", "tensor", "element"]
+
+
+class MAML(AdaptingLearner):
+    """Learns an initialisation from which a few gradient steps solve a task.
+
+    Minimises sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
+    al. 2017, eq. 1). The loss is that after the last inner step, as in the official code.
+
+    The official code's inner classification loss is a sum over the W classes where ours is a
+    mean over rows: its rate alpha is alpha * W here (Omniglot 5-way: 0.4 there, 2.0 here).
+
+    Args:
+        inner_lr: Inner learning rate; [low, high] draws the start of each learned rate from
+            U[low, high) (Meta-SGD).
+        inner_steps: Inner steps in training.
+        second_order_from: Update from which inner gradients are differentiated; 0 is MAML,
+            None (never) is FOMAML, a number in between is the annealing of MAML++.
+        adapt: `all` parameters, the `head` alone (ANIL), or the `body` alone (BOIL: the head
+            has inner rate 0 and learns in the outer loop only).
+        rates: `fixed`; learned one for each `tensor`; or one for each `element` (Meta-SGD).
+        inner_clip: Cut each element of an inner gradient to [-inner_clip, inner_clip].
+        recompute: Differentiate the inner steps one by one, each made a second time: memory that
+            does not grow with their number, for some more time. Without a meaning where inner
+            gradients are constants, of which no graph is kept.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    replays: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        inner_lr: float | Sequence[float] = 0.01,
+        inner_steps: int = 1,
+        second_order_from: int | None = 0,
+        adapt: Adapted = "all",
+        rates: Rates = "fixed",
+        inner_clip: float | None = None,
+        recompute: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        low, high = _range(inner_lr)
+        _check(low, high, inner_steps, second_order_from, adapt, rates, inner_clip)
+        self.inner_steps = inner_steps
+        self.second_order_from = second_order_from
+        self.inner_clip = inner_clip
+        self.recompute = recompute
+        self.net = self.build_network(self.spec.output_dim)
+        self.adapted = [
+            name
+            for name, _ in self.net.named_parameters()
+            if adapt == "all" or name.startswith(f"{adapt}.")
+        ]
+        self.inner_lr = low
+        self.rates = nn.ParameterDict()
+        if rates != "fixed":
+            for name, param in self.net.named_parameters():
+                if name in self.adapted:
+                    shape = param.shape if rates == "element" else ()
+                    start = torch.empty(shape).uniform_(low, high) if low < high else low
+                    self.rates[dict_key(name)] = nn.Parameter(torch.zeros(shape) + start)
+        self.optimizer = self.build_optimizer()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        first_order = is_first_order(self.second_order_from, progress)
+
+        def start(params: Params) -> Params:
+            return self._start(self._split(params)[0])
+
+        def after(
+            net: nn.Module, weights: Params, params: Params, *rows: Tensor, steps: int = 1
+        ) -> Params:
+            support_x, support_y, noise = rows
+            theta, rates = self._split(params)
+            how = Pass(noise=noise, twice=not first_order)
+            loss = self._support_loss(net, theta, support_x, support_y, how)
+            return self._after(loss, weights, rates, first_order, steps)
+
+        def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
+            return after(net, start(params), params, *rows, steps=self.inner_steps)
+
+        def judged(
+            net: nn.Module, params: Params, weights: Params, *rows: Tensor
+        ) -> tuple[Tensor, Any]:
+            _, _, query_x, query_y, noise = rows
+            theta, _ = self._split(params)
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            how = Pass(moments=moments, noise=noise)
+            outputs = forward(net, {**theta, **weights}, query_x, how)
+            loss = self.loss(outputs, query_y)
+            return loss, (loss, outputs, moments)
+
+        task = Staged(adapted, judged, reads=(0, 1, 4))
+
+        def recomputed(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            grads, extras = gradient_backwards(
+                start,
+                lambda weights, params: after(net, weights, params, *task.picked(rows)),
+                lambda weights, params: judged(net, params, weights, *rows),
+                params,
+                steps=self.inner_steps,
+            )
+            return with_gradient(params, grads), extras
+
+        rows = self.training_rows(batch, progress)
+        params: Params = {**self.optimizer.targets}
+        grads, (losses, outputs, moments) = self.settled_engine().gradients(
+            recomputed if self.recompute and not first_order else task,
+            self.net,
+            params,
+            rows,
+            key=self.replay_key(first_order),
+        )
+        self.optimizer.step(grads, progress)
+        update_running(self.net, moments)
+        score = task_metric(self.spec, outputs, batch.query_y)
+        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+
+    def _start(self, theta: Params) -> Params:
+        """Those of all parameters that adapt."""
+        return {name: theta[name] for name in self.adapted}
+
+    def _after(
+        self, loss: Loss, weights: Params, rates: float | Params, first_order: bool, steps: int
+    ) -> Params:
+        """What adapts, after inner steps of training."""
+        return sgd_adapt(
+            loss, weights, lr=rates, steps=steps, first_order=first_order, clip=self.inner_clip
+        )
+
+    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
+        """All parameters before and after each inner step at evaluation."""
+        loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
+        start = self._start(theta)
+        rates = self._rates(dict(self.rates.named_parameters()))
+        path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
+        return [theta, *({**theta, **adapted} for adapted in path)]
+
+    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Loss:
+        def loss(adapted: Params) -> Tensor:
+            return self.loss(forward(net, {**theta, **adapted}, x, how), y)
+
+        return loss
+
+    def _split(self, params: Params) -> tuple[Params, float | Params]:
+        """The network's parameters and the inner rates, from all that is meta-learned."""
+        theta = under("net.", params)
+        rates = under("rates.", params)
+        return theta, self._rates(rates)
+
+    def _rates(self, learned: Params) -> float | Params:
+        return (
+            {name: learned[dict_key(name)] for name in self.adapted} if learned else self.inner_lr
+        )
+
+
+class MetaGANMAML(MetaGAN, MAML):
+    """MAML with an adversary (Zhang et al. 2018, section 3.2).
+
+    The inner loss is that of the outer loop: a task's support is told from rows made for it.
+    At evaluation those are made from the same latent numbers for every task.
+
+    Args:
+        inner_fakes: Rows made for the support; 0, as without a generator, leaves MAML's inner
+            loss as it is.
+        **common: Those of `MetaGAN` and of `MAML`.
+
+    Raises:
+        ValueError: A number or a word is out of range, or the data are no images.
+    """
+
+    def __init__(self, *, inner_fakes: int = 5, **common: Any) -> None:
+        super().__init__(**common)
+        if inner_fakes < 0:
+            raise ValueError(f"algo.inner_fakes={inner_fakes}: expected 0 or more")
+        if self.recompute:
+            raise ValueError("algo.recompute=true: MetaGAN keeps its inner steps: expected false")
+        if self.generator is not None:
+            self.inner_fakes = inner_fakes
+
+    def solved(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        made: Tensor,
+        noise: Tensor,
+        progress: Progress,
+    ) -> Answer:
+        theta, rates = self._split(params)
+        first_order = is_first_order(self.second_order_from, progress)
+        how = Pass(noise=noise, twice=not first_order)
+        loss = self._support_loss(net, theta, support_x, support_y, how, made)
+        start = self._start(theta)
+        weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
+        return lambda x, how: forward(net, weights, x, how)
+
+    def _support_loss(
+        self,
+        net: nn.Module,
+        theta: Params,
+        x: Tensor,
+        y: Tensor,
+        how: Pass,
+        made: Tensor | None = None,
+    ) -> Loss:
+        """Inner loss over real and made rows; at evaluation those are made here."""
+        if not self.inner_fakes:
+            return super()._support_loss(net, theta, x, y, how)
+        rows = self.made_at_evaluation(x) if made is None else made
+
+        def loss(adapted: Params) -> Tensor:
+            weights = {**theta, **adapted}
+            outputs = forward(net, weights, x, how)
+            of_made = forward(net, weights, rows, how)
+            told = taken_for_real(outputs) + taken_for_made(of_made)
+            return self.class_loss(outputs, y) + self.weight * told
+
+        return loss
+
+
+def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:
+    if isinstance(inner_lr, (int, float)):
+        return inner_lr, inner_lr
+    values = list(inner_lr)
+    if len(values) != 2:
+        raise ValueError(f"algo.inner_lr={values}: expected a number or [low, high]")
+    return values[0], values[1]
+
+
+def _check(
+    low: float,
+    high: float,
+    inner_steps: int,
+    second_order_from: int | None,
+    adapt: str,
+    rates: str,
+    inner_clip: float | None,
+) -> None:
+    if not low <= high < float("inf"):
+        raise ValueError(f"algo.inner_lr={[low, high]}: expected [low, high], positive numbers")
+    check_inner_loop(low, inner_steps, second_order_from)
+    if low < high and rates == "fixed":
+        raise ValueError("algo.inner_lr: a range is the start of learned rates: set algo.rates")
+    if adapt not in ("all", "head", "body"):
+        raise ValueError(f"algo.adapt={adapt}: expected all, head or body")
+    if rates not in ("fixed", "tensor", "element"):
+        raise ValueError(f"algo.rates={rates}: expected fixed, tensor or element")
+    if inner_clip is not None and inner_clip <= 0:
+        raise ValueError(f"algo.inner_clip={inner_clip}: expected a positive number, or null")

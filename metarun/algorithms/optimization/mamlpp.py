@@ -1,0 +1,262 @@
+"""MAML++ (Antoniou, Edwards & Storkey 2019; code AntreasAntoniou/HowToTrainYourMAMLPytorch).
+
+Shapes: T tasks, S support rows, Q query rows, D outputs, K inner steps, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.functional import (
+    Params,
+    above,
+    check_inner_loop,
+    descend,
+    dict_key,
+    gradient_and_extras,
+    is_first_order,
+    under,
+)
+from metarun.backbones.layers.normalization import BatchNorm, Pass, norm_parameters, update_running
+from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.execution.engine import Staged, TaskFunction
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+
+
+class MAMLpp(AdaptingLearner):
+    """MAML with the parts that make it train well, each a switch; all off it is MAML.
+
+    - Multi-step loss (section 4, eq. 3): early in training the outer loss is a weighted sum of
+      the query losses after every inner step; see `loss_weights`.
+    - Learned inner rates for each parameter tensor and each step (LSLR).
+    - Statistics (BNRS) and scale and shift (BNWB) of batch norm for each step. The passes over
+      support and query at step j share row j, the query being seen after the j-th update.
+    - Derivative-order annealing: `second_order_from`. The paper is first-order for the first
+      half of training, the configurations in the code never are.
+    - A cosine schedule of the outer rate, which is `optim.schedule`.
+
+    Beyond the training's number of steps the last step's rates and rows go on; the code has an
+    untrained spare rate for one further step, and no rows. Like the code, training normalises
+    by the statistics of the pass, so that statistics kept for each step matter only with
+    `bn=running`; the code never reads them.
+
+    Args:
+        inner_lr: Inner learning rate, or where the learned ones start.
+        inner_steps: Inner steps in training (K).
+        second_order_from: Update from which inner gradients are differentiated; None is never.
+        multi_step_loss: Share of training during which the multi-step loss holds; 0 is off.
+            Omniglot's configuration has 10 of 100 epochs, miniImageNet's 15.
+        per_step_rates: Whether the inner rates are learned (LSLR).
+        per_step_statistics: Whether batch norm keeps running statistics for each step (BNRS).
+        per_step_affine: Whether its scale and shift are learned for each step (BNWB).
+        adapt_norm: Whether scale and shift take part in the inner steps, as in MAML; not so in
+            the code's configurations (its `enable_inner_loop_optimizable_bn_params`).
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    replays: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        inner_lr: float = 0.1,
+        inner_steps: int = 5,
+        second_order_from: int | None = 0,
+        multi_step_loss: float = 0.1,
+        per_step_rates: bool = True,
+        per_step_statistics: bool = True,
+        per_step_affine: bool = True,
+        adapt_norm: bool = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_inner_loop(inner_lr, inner_steps, second_order_from, fewest=1)
+        if not 0.0 <= multi_step_loss <= 1.0:
+            raise ValueError(
+                f"algo.multi_step_loss={multi_step_loss}: expected a share of training in [0, 1]"
+            )
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.second_order_from = second_order_from
+        self.multi_step_loss = multi_step_loss
+        self.per_step_statistics = per_step_statistics
+        self.net = self.build_network(self.spec.output_dim)
+        norms = norm_parameters(self.net)
+        self.adapted = [n for n, _ in self.net.named_parameters() if adapt_norm or n not in norms]
+        self.stacked: set[str] = set()
+        if per_step_affine:
+            self._stack("weight", "bias")
+        if per_step_statistics:
+            self._stack("running_mean", "running_var")
+        self.rates = nn.ParameterDict()
+        if per_step_rates:
+            start = torch.full((inner_steps,), inner_lr)
+            for name in self.adapted:
+                self.rates[dict_key(name)] = nn.Parameter(start.clone())
+        self.optimizer = self.build_optimizer()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        first_order = is_first_order(self.second_order_from, progress)
+        shares = self._loss_weights(progress)
+        counts = [share > 0.0 for share in shares]
+
+        def adapted(net: nn.Module, params: Params, x: Tensor, y: Tensor, noise: Tensor) -> Params:
+            how = Pass(noise=noise, twice=not first_order)
+            path = self._descent(
+                net, params, x, y, how, steps=self.inner_steps, first_order=first_order
+            )
+            made: Params = {}
+            for step, (theta, moments) in enumerate(path):
+                if counts[step]:
+                    made |= above(f"{step} ", {name: theta[name] for name in self.adapted})
+                made |= above(f"{step} mean ", {name: mean for name, (mean, _) in moments.items()})
+                made |= above(f"{step} var ", {name: var for name, (_, var) in moments.items()})
+            return made
+
+        def judged(
+            net: nn.Module, params: Params, made: Params, *rows: Tensor
+        ) -> tuple[Tensor, Any]:
+            _, _, query_x, query_y, noise, weights = rows
+            theta, _ = _split(params)
+            loss = query_x.new_zeros(())
+            seen: list[list[Moments]] = []
+            for step in range(self.inner_steps):
+                means, variances = under(f"{step} mean ", made), under(f"{step} var ", made)
+                seen.append([{name: (means[name], variances[name]) for name in means}])
+                if counts[step]:
+                    moments: Moments = {}
+                    own = {name: made[f"{step} {name}"] for name in self.adapted}
+                    now = self._at(net, {**theta, **own}, step)
+                    outputs = forward(net, now, query_x, Pass(noise=noise, moments=moments))
+                    loss = loss + weights[step] * self.loss(outputs, query_y)
+                    seen[-1].append(moments)
+            kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]
+            return loss, (loss, outputs, kept)
+
+        weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
+        rows = (*self.training_rows(batch, progress), weights)
+        grads, (losses, outputs, moments) = self.settled_engine().gradients(
+            Staged(adapted, judged, reads=(0, 1, 4)),
+            self.net,
+            {**self.optimizer.targets},
+            rows,
+            key=self.replay_key(first_order, *counts),
+        )
+        self.optimizer.step(grads, progress)
+        update_running(self.net, moments)
+        score = task_metric(self.spec, outputs, batch.query_y)
+        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+
+    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
+        """As in `Algorithm`, of all that is meta-learned."""
+        params: Params = {**self.optimizer.targets}
+        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows, key=key)
+        return outputs
+
+    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
+        """What the network reads before and after each inner step at evaluation."""
+        how = Pass(running=self.bn == "running")
+        descent = self._descent(net, theta, x, y, how, steps=steps, first_order=True)
+        start = self._at(net, _split(theta)[0], 0)
+        return [start, *(self._at(net, weights, step) for step, (weights, _) in enumerate(descent))]
+
+    def _descent(
+        self,
+        net: nn.Module,
+        params: Params,
+        x: Tensor,
+        y: Tensor,
+        how: Pass,
+        *,
+        steps: int,
+        first_order: bool,
+    ) -> Iterator[tuple[Params, Moments]]:
+        """The network's parameters after each inner step, and the moments of its support pass."""
+        theta, rates = _split(params)
+        adapted = {name: theta[name] for name in self.adapted}
+        for step in range(steps):
+            loss = partial(self._support_loss, net, theta, x, y, how, step)
+            grads, moments = gradient_and_extras(loss, adapted, first_order=first_order)
+            adapted = descend(adapted, grads, lr=self._rates_at(rates, step))
+            yield {**theta, **adapted}, moments
+
+    def _support_loss(
+        self,
+        net: nn.Module,
+        theta: Params,
+        x: Tensor,
+        y: Tensor,
+        how: Pass,
+        step: int,
+        adapted: Params,
+    ) -> tuple[Tensor, Moments]:
+        moments: Moments = {}
+        now = self._at(net, {**theta, **adapted}, step)
+        return self.loss(forward(net, now, x, replace(how, moments=moments)), y), moments
+
+    def _at(self, net: nn.Module, theta: Params, step: int) -> Params:
+        """What the network reads at an inner step: that step's row of all that has rows."""
+        kept = {**dict(net.named_buffers()), **theta} if self.per_step_statistics else theta
+        row = min(step, self.inner_steps - 1)
+        return {name: kept[name][row] if name in self.stacked else kept[name] for name in kept}
+
+    def _rates_at(self, rates: Params, step: int) -> float | Params:
+        if not rates:
+            return self.inner_lr
+        row = min(step, self.inner_steps - 1)
+        return {name: rates[dict_key(name)][row] for name in self.adapted}
+
+    def _loss_weights(self, progress: Progress) -> list[float]:
+        if progress.fraction < self.multi_step_loss:
+            return loss_weights(self.inner_steps, progress.fraction / self.multi_step_loss)
+        return [0.0] * (self.inner_steps - 1) + [1.0]
+
+    def _stack(self, *keys: str) -> None:
+        """Give these tensors of every batch norm a row for each inner step."""
+        for prefix, module in self.net.named_modules():
+            if isinstance(module, BatchNorm):
+                for key in keys:
+                    value = getattr(module, key)
+                    rows = value.detach().expand(self.inner_steps, -1).clone()
+                    learned = isinstance(value, nn.Parameter)
+                    setattr(module, key, nn.Parameter(rows) if learned else rows)
+                    self.stacked.add(f"{prefix}.{key}")
+
+
+def loss_weights(steps: int, annealed: float) -> list[float]:
+    """Weights of the query losses after each of K inner steps; they sum to 1.
+
+    Equal at first, those before the last fall linearly to nothing as `annealed` goes from 0 to
+    1, but not below 0.03 / K, as in the code. Its epochs are steps of this line.
+    """
+    early = max((1.0 - annealed) / steps, 0.03 / steps)
+    return [early] * (steps - 1) + [1.0 - (steps - 1) * early]
+
+
+def _stack_moments(seen: list[list[Moments]]) -> Moments:
+    """(K, C) moments from those of the passes at each step, whose mean is taken."""
+
+    def rows(name: str, which: int) -> Tensor:
+        steps = [torch.stack([moments[name][which] for moments in step]) for step in seen]
+        return torch.stack([passes.mean(0) for passes in steps])
+
+    return {name: (rows(name, 0), rows(name, 1)) for name in seen[0][0]}
+
+
+def _split(params: Params) -> tuple[Params, Params]:
+    """The network's parameters and the learned rates, from all that is meta-learned."""
+    theta = under("net.", params)
+    rates = under("rates.", params)
+    return theta, rates

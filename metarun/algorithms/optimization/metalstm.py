@@ -1,0 +1,250 @@
+"""The LSTM meta-learner (Ravi & Larochelle 2017; code twitter-research/meta-learning-lstm).
+
+Shapes: T tasks, S support rows, Q query rows, D outputs, P weights of the learner (coordinates),
+H hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.functional import Params, flatten, under, unflatten
+from metarun.backbones.layers.normalization import BatchNorm, Pass
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+
+PreviousGate = Literal["logit", "gate"]
+
+# The p of preprocessing, Andrychowicz et al. 2016, appendix A.
+_P = 10.0
+
+
+class State(NamedTuple):
+    """What is carried from step to step; the layers' part is each coordinate's own.
+
+    `forget` and `rate` are what the gates see of their last value.
+    """
+
+    hidden: Tensor  # (P, H), of the first layer
+    cell: Tensor  # (P, H), of the first layer
+    forget: Tensor  # (P,)
+    rate: Tensor  # (P,)
+    theta: Tensor  # (P,), the learner's weights, which are the cell of the second layer
+    statistics: Params  # averages of the batch-norm statistics, by the name of their buffer
+
+
+class MetaLSTM(Algorithm):
+    """Trains a learner by gates that an LSTM computes, where others have a learning rate.
+
+    theta_t = f_t * theta_{t-1} - i_t * gradient_t (eq. 2): the rate i_t and the forget gate f_t
+    see the gradient and the loss through a first LSTM, and theta_{t-1} and their own last value
+    (section 3.2). All coordinates share the two layers, each with a state of its own. theta_0 is
+    learned. Gradients and losses count as constants (section 3.3), so that the meta-gradient
+    passes from step to step through theta and the gates alone.
+
+    The defaults are the official code's where it departs from the paper: a gate sees the logit
+    of its last value, and the gradient of the mean loss is divided by the number of support rows
+    once more. Batch norm sees the batch in training and in the inner steps; with `bn=running`,
+    as in the code, answers use averages of the statistics of the inner steps, which begin anew
+    with each task (section 3.4).
+
+    Args:
+        inner_steps: Steps in training; the paper has 12 with one shot and 8 with five.
+        hidden_size: Units of the first layer.
+        forget_bias: [low, high] of the start of the forget gate's bias: high keeps theta.
+        rate_bias: The same of the input gate: low makes small steps.
+        previous_gate: What a gate sees of its last value: the `logit`, or the `gate`.
+        divide_by_rows: Divide gradients by the number of support rows once more.
+        bn_momentum: Weight of a step's statistics in the averages of its task.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        inner_steps: int = 12,
+        hidden_size: int = 20,
+        forget_bias: Sequence[float] = (4.0, 5.0),
+        rate_bias: Sequence[float] = (-5.0, -4.0),
+        previous_gate: PreviousGate = "logit",
+        divide_by_rows: bool = True,
+        bn_momentum: float = 0.95,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if inner_steps < 0:
+            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
+        positive("hidden_size", hidden_size)
+        for name, span in (("forget_bias", forget_bias), ("rate_bias", rate_bias)):
+            if len(span) != 2 or not -math.inf < span[0] <= span[1] < math.inf:
+                raise ValueError(f"algo.{name}={list(span)}: expected [low, high]")
+        if previous_gate not in ("logit", "gate"):
+            raise ValueError(f"algo.previous_gate={previous_gate}: expected logit or gate")
+        if not 0.0 < bn_momentum <= 1.0:
+            raise ValueError(f"algo.bn_momentum={bn_momentum}: expected a number in (0, 1]")
+        self.inner_steps = inner_steps
+        self.hidden_size = hidden_size
+        self.previous_gate = previous_gate
+        self.divide_by_rows = divide_by_rows
+        self.bn_momentum = bn_momentum
+        self.net = self.build_network(self.spec.output_dim)
+        self.rule = nn.ParameterDict(_first_rule(hidden_size, forget_bias, rate_bias))
+        self.optimizer = self.build_optimizer()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            support_x, support_y, query_x, query_y, noise = rows
+            theta = under("net.", params)
+            rule = under("rule.", params)
+            state = self._begin(net, theta)
+            for _ in range(self.inner_steps):
+                state = self._step(net, rule, state, support_x, support_y, noise)
+            outputs = forward(net, unflatten(state.theta, theta), query_x, Pass(noise=noise))
+            loss = self.loss(outputs, query_y)
+            return loss, (loss, outputs)
+
+        grads, (losses, outputs) = self.settled_engine().gradients(
+            task, self.net, {**self.optimizer.targets}, self.training_rows(batch, progress)
+        )
+        self.optimizer.step(grads, progress)
+        score = task_metric(self.spec, outputs, batch.query_y)
+        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        steps = self.evaluation_steps(self.inner_steps)
+        rule = own_parameters(self.rule)
+
+        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
+            state = self._begin(net, theta)
+            for _ in range(steps):
+                state = self._step(net, rule, state, rows[0], rows[1])
+            return self._answer(net, state, rows[0], rows[2])
+
+        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
+
+    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
+        rule = own_parameters(self.rule)
+
+        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
+            state = self._begin(net, theta)
+            answers = [self._answer(net, state, rows[0], rows[2])]
+            for _ in range(steps):
+                state = self._step(net, rule, state, rows[0], rows[1])
+                answers.append(self._answer(net, state, rows[0], rows[2]))
+            return torch.stack(answers)
+
+        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
+
+    def _begin(self, net: nn.Module, theta: Params) -> State:
+        """The state before the first step, with batch-norm averages as torch begins them."""
+        weights = flatten(theta)
+        zeros = torch.zeros_like(weights)
+        wide = zeros[:, None].expand(-1, self.hidden_size)
+        statistics = {}
+        for name, norm in _batch_norms(net):
+            statistics[f"{name}.running_mean"] = torch.zeros_like(norm.running_mean)
+            statistics[f"{name}.running_var"] = torch.ones_like(norm.running_var)
+        return State(wide, wide, zeros, zeros, weights, statistics)
+
+    def _step(
+        self,
+        net: nn.Module,
+        rule: Params,
+        state: State,
+        x: Tensor,
+        y: Tensor,
+        noise: Tensor | None = None,
+    ) -> State:
+        """One step of the learner on the support rows."""
+        shapes = own_parameters(net)
+
+        def loss(theta: Tensor) -> tuple[Tensor, Any]:
+            moments: dict[str, tuple[Tensor, Tensor]] = {}
+            how = Pass(moments=moments, noise=noise)
+            return self.loss(forward(net, unflatten(theta, shapes), x, how), y), moments
+
+        constant = state.theta.detach()
+        slope, (value, moments) = torch.func.grad_and_value(loss, has_aux=True)(constant)
+        gradient = slope.detach() / (x.shape[0] if self.divide_by_rows else 1)
+        hidden, cell = lstm(rule, preprocess(gradient), preprocess(value.detach()), state)
+        forget = _logit(rule, "forget", hidden, state.theta, state.forget)
+        rate = _logit(rule, "rate", hidden, state.theta, state.rate)
+        theta = torch.sigmoid(forget) * state.theta - torch.sigmoid(rate) * gradient
+        if self.previous_gate == "gate":
+            forget, rate = torch.sigmoid(forget), torch.sigmoid(rate)
+        statistics = dict(state.statistics)
+        for name, norm in _batch_norms(net):
+            for key, fresh in zip(("running_mean", "running_var"), moments[norm.name], strict=True):
+                old = statistics[f"{name}.{key}"]
+                statistics[f"{name}.{key}"] = torch.lerp(old, fresh, self.bn_momentum)
+        return State(hidden, cell, forget, rate, theta, statistics)
+
+    def _answer(self, net: nn.Module, state: State, support_x: Tensor, query_x: Tensor) -> Tensor:
+        """Answers of one task; with `bn=running` by the averages of its own inner steps."""
+        theta = unflatten(state.theta, own_parameters(net))
+        return self.answer(net, {**theta, **state.statistics}, support_x, query_x)
+
+
+def preprocess(x: Tensor) -> Tensor:
+    """Two numbers of moderate size for each of any size, (…) to (…, 2).
+
+    (log|x| / p, sign x) where |x| >= e^-p and (-1, e^p x) elsewhere, with p = 10: the magnitude
+    and the sign (Andrychowicz et al. 2016, appendix A).
+    """
+    magnitude = x.abs().clamp(min=math.exp(-_P)).log() / _P
+    return torch.stack([magnitude, (math.exp(_P) * x).clamp(-1.0, 1.0)], -1)
+
+
+def lstm(rule: Params, gradient: Tensor, loss: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    """The first layer: an ordinary LSTM cell over coordinates, (P, H) hidden and (P, H) cell.
+
+    Args:
+        rule: The meta-learner's weights.
+        gradient: Preprocessed, (P, 2).
+        loss: Preprocessed, (2,); every coordinate sees it.
+        state: That of the step before.
+    """
+    shared = loss @ rule["loss"] + rule["bias"]
+    sums = gradient @ rule["gradient"] + state.hidden @ rule["hidden"] + shared
+    write, keep, read, candidate = sums.chunk(4, -1)
+    cell = torch.sigmoid(keep) * state.cell + torch.sigmoid(write) * torch.tanh(candidate)
+    return torch.sigmoid(read) * torch.tanh(cell), cell
+
+
+def _logit(rule: Params, gate: str, hidden: Tensor, theta: Tensor, last: Tensor) -> Tensor:
+    """(P,) logits of a gate of the second layer, which sees [hidden, theta, its last value]."""
+    weight = rule[f"{gate}_weight"]
+    return hidden @ weight[:-2] + theta * weight[-2] + last * weight[-1] + rule[f"{gate}_bias"]
+
+
+def _first_rule(
+    hidden_size: int, forget_bias: Sequence[float], rate_bias: Sequence[float]
+) -> dict[str, nn.Parameter]:
+    """The meta-learner's weights as the code draws them: all but the gates' biases near zero."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "loss": (2, 4 * hidden_size),
+        "gradient": (2, 4 * hidden_size),
+        "hidden": (hidden_size, 4 * hidden_size),
+        "bias": (4 * hidden_size,),
+        "forget_weight": (hidden_size + 2,),
+        "forget_bias": (),
+        "rate_weight": (hidden_size + 2,),
+        "rate_bias": (),
+    }
+    spans = {"forget_bias": forget_bias, "rate_bias": rate_bias}
+    return {
+        name: nn.Parameter(torch.empty(shape).uniform_(*spans.get(name, (-0.01, 0.01))))
+        for name, shape in shapes.items()
+    }
+
+
+def _batch_norms(net: nn.Module) -> list[tuple[str, BatchNorm]]:
+    return [(name, norm) for name, norm in net.named_modules() if isinstance(norm, BatchNorm)]

@@ -1,0 +1,202 @@
+"""Reptile (Nichol, Achiam & Schulman 2018; code openai/supervised-reptile).
+
+Shapes: T tasks, S support rows, Q query rows, B rows of a mini-batch, D outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import forward, positive, task_metric
+from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
+from metarun.algorithms.outer_optimizer import check_positive
+from metarun.backbones.layers.normalization import Pass, move_running
+from metarun.core import seeding
+from metarun.core.distributed import gathered
+from metarun.core.types import Metrics, Progress, TaskBatch
+
+Moments = dict[str, tuple[Tensor, Tensor]]
+Inner = Literal["adam", "sgd"]
+
+
+class Reptile(AdaptingLearner):
+    """Moves the initialisation towards the weights that each task's training ends with.
+
+    theta <- theta + epsilon * mean_i (U_i(theta) - theta) (Algorithm 2): the outer optimiser is
+    SGD with rate epsilon on the gradient theta - mean_i U_i(theta), so `optim.lr=1` with a
+    linear schedule is the code's step. A task is trained on *all* of its rows (support and,
+    where there are any, query) in shuffled mini-batches.
+
+    As in the code the inner Adam (beta1 = 0) keeps its second moments from task to task, which
+    makes the tasks of a batch a sequence; and every evaluation starts from those moments.
+    The code's non-transductive evaluation takes batch statistics over the support rows and the
+    one query row at hand; `bn=support` leaves that row out.
+
+    Args:
+        inner_lr: Inner learning rate.
+        inner_steps: Mini-batches in training.
+        inner_batch: Rows of a mini-batch in training; None takes all.
+        eval_inner_batch: The same at evaluation.
+        inner_optimizer: `adam` with beta1 = 0, or `sgd`.
+        carry_moments: Keep Adam's moments from task to task, as the code does; otherwise each
+            task starts from none.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    betas = (0.0, 0.999)
+
+    def __init__(
+        self,
+        *,
+        inner_lr: float = 0.001,
+        inner_steps: int = 5,
+        inner_batch: int | None = 10,
+        eval_inner_batch: int | None = 5,
+        inner_optimizer: Inner = "adam",
+        carry_moments: bool = True,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        check_positive("algo.inner_lr", inner_lr)
+        positive("inner_steps", inner_steps)
+        for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):
+            if size is not None and size < 1:
+                raise ValueError(f"algo.{name}={size}: expected 1 or more, or null for all rows")
+        if inner_optimizer not in ("adam", "sgd"):
+            raise ValueError(f"algo.inner_optimizer={inner_optimizer}: expected adam or sgd")
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.inner_batch = inner_batch
+        self.eval_inner_batch = eval_inner_batch
+        self.inner_optimizer = inner_optimizer
+        self.carry_moments = carry_moments
+        self.order_free = eval_inner_batch is None
+        self.net = self.build_network(self.spec.output_dim)
+        self.optimizer = self.build_optimizer()
+        for name, param in self.net.named_parameters():
+            self.register_buffer(_buffer(name), torch.zeros_like(param))
+        self.register_buffer("inner_count", torch.zeros(()))
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        x = torch.cat([batch.support_x, batch.query_x], 1)
+        y = torch.cat([batch.support_y, batch.query_y], 1)
+        first = progress.first_task(batch.num_tasks)
+        keys = seeding.task_keys(self.seed, "mini-batches", first, batch.num_tasks, x.device)
+        order = mini_batches(keys, x.shape[1], self.inner_batch, self.inner_steps)
+        theta = {name: p.detach() for name, p in self.net.named_parameters()}
+        state = self._stored_state()
+        total = {name: torch.zeros_like(p) for name, p in theta.items()}
+        losses, scores, seen = [], [], []
+        for i in range(batch.num_tasks):
+            weights = theta
+            if not self.carry_moments:
+                state = adam_start(theta)
+            for rows in order[i]:
+                weights, state = self._step(self.net, weights, state, x[i, rows], y[i, rows])
+            moments: Moments = {}
+            with torch.no_grad():
+                outputs = forward(self.net, weights, x[i], Pass(moments=moments))
+                losses.append(self.loss(outputs, y[i]))
+                scores.append(task_metric(self.spec, outputs, y[i]))
+            seen.append(moments)
+            total = {name: total[name] + weights[name] for name in theta}
+        grads = {f"net.{n}": p - total[n] / batch.num_tasks for n, p in theta.items()}
+        self.optimizer.step(grads, progress)
+        self._follow(seen, progress)
+        if self.carry_moments:
+            self._store_state(state)
+        return {
+            "loss": torch.stack(losses).mean(),
+            self.spec.metric: torch.stack(scores).mean(),
+        }
+
+    @property
+    def needs_whole_batch(self) -> str | None:
+        if self.carry_moments and self.inner_optimizer == "adam":
+            return (
+                "algo.carry_moments=true makes the tasks of an update a sequence: set "
+                "algo.carry_moments=false"
+            )
+        return None
+
+    def _follow(self, seen: list[Moments], progress: Progress) -> None:
+        """Let batch norm's running statistics follow the moments of one task after the other."""
+        stacked = {
+            name: [torch.stack([moments[name][i] for moments in seen]) for i in range(2)]
+            for name in seen[0]
+        }
+        whole = {n: [gathered(part, progress.share) for part in s] for n, s in stacked.items()}
+        for moments in zip(*(zip(*pair, strict=True) for pair in whole.values()), strict=True):
+            move_running(self.net, dict(zip(whole, moments, strict=True)))
+
+    def path(
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
+    ) -> list[Params]:
+        """The weights before and after each mini-batch at evaluation."""
+        # The same key for every task: the answers then follow a permutation of the tasks.
+        key = torch.tensor(seeding.key(self.seed, "evaluation"), device=x.device)
+        order = mini_batches(key, x.shape[0], self.eval_inner_batch, steps)
+        state = self._stored_state() if self.carry_moments else adam_start(params)
+        path = [params]
+        for rows in order:
+            weights, state = self._step(net, path[-1], state, x[rows], y[rows])
+            path.append(weights)
+        return path
+
+    def _step(
+        self, net: nn.Module, weights: Params, state: AdamState, x: Tensor, y: Tensor
+    ) -> tuple[Params, AdamState]:
+        """One mini-batch of inner training."""
+
+        def loss(params: Params) -> Tensor:
+            return self.loss(forward(net, params, x, Pass()), y)
+
+        grads = gradient(loss, weights, first_order=True)
+        if self.inner_optimizer == "sgd":
+            return {n: p.detach() - self.inner_lr * grads[n] for n, p in weights.items()}, state
+        weights = {name: p.detach() for name, p in weights.items()}
+        return adam_step(weights, grads, state, lr=self.inner_lr, betas=self.betas)
+
+    def _stored_state(self) -> AdamState:
+        names = [name for name, _ in self.net.named_parameters()]
+        second = {name: self.get_buffer(_buffer(name)) for name in names}
+        # With beta1 = 0 the first moment is the gradient itself and holds no memory.
+        first = {name: torch.zeros_like(moment) for name, moment in second.items()}
+        return AdamState(first, second, self.get_buffer("inner_count"))
+
+    def _store_state(self, state: AdamState) -> None:
+        for name, moment in state.second.items():
+            self.get_buffer(_buffer(name)).copy_(moment)
+        self.get_buffer("inner_count").copy_(state.count)
+
+
+def mini_batches(keys: Tensor, num_rows: int, size: int | None, steps: int) -> Tensor:
+    """Row indices of shuffled mini-batches, (*K, steps, B), as the code of Reptile draws them.
+
+    The rows are shuffled again each time they run out, and a mini-batch may straddle that.
+
+    Args:
+        keys: (*K) keys.
+        num_rows: Rows of the task.
+        size: B, cut to `num_rows`; None takes all rows.
+        steps: Number of mini-batches.
+    """
+    size = num_rows if size is None else min(size, num_rows)
+    epochs = -(-steps * size // num_rows)
+    orders = [seeding.choose(keys, epoch, num_rows, num_rows) for epoch in range(epochs)]
+    if not orders:
+        return torch.zeros((*keys.shape, 0, size), dtype=torch.int64, device=keys.device)
+    flat = torch.cat(orders, -1)[..., : steps * size]
+    return flat.reshape(*keys.shape, steps, size)
+
+
+def _buffer(name: str) -> str:
+    """Name of the buffer of a parameter's second moment; buffer names allow no dots."""
+    return f"second_moment/{name.replace('.', '/')}"

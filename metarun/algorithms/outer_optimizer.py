@@ -1,0 +1,219 @@
+"""The outer optimiser: the one place that averages, checks, clips and applies meta-gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.core import distributed
+from metarun.core.types import Progress
+
+Method = Literal["adam", "sgd"]
+Schedule = Literal["constant", "linear", "cosine", "step"]
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient is infinite or not a number; the parameters are as before the step.
+
+    Attributes:
+        name: What it is (`loss`, or the name of a parameter).
+        value: The offending value.
+    """
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__(f"{name} is {value}")
+        self.name = name
+        self.value = value
+
+
+class OuterOptimizer(nn.Module):
+    """Applies named meta-gradients to parameters, by a schedule over the run.
+
+    Its state is part of the `state_dict` of the algorithm that owns it.
+
+    Args:
+        parameters: (name, parameter) pairs, as of `named_parameters()`.
+        method: `adam` (Kingma & Ba 2015) or `sgd`.
+        lr: Step size (the outer, or meta, learning rate); Reptile's interpolation step.
+        betas: Decay of Adam's moments.
+        momentum: Of `sgd`.
+        weight_decay: L2 penalty added to the gradient.
+        schedule: `constant`; `linear` to 0 or `cosine` to `min_lr` at the run's end; `step`
+            multiplies by `step_factor` every `step_every` updates.
+        min_lr: End of `cosine`.
+        step_every, step_factor: Of `step`.
+        clip_value: Cut each element of a gradient to [-clip_value, clip_value].
+        clip_norm: Scale the gradient down to this Euclidean norm over all parameters.
+
+    Raises:
+        ValueError: A number or a word is out of range.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        *,
+        method: Method = "adam",
+        lr: float = 0.001,
+        betas: tuple[float, float] = (0.9, 0.999),
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "constant",
+        min_lr: float = 0.0,
+        step_every: int = 1000,
+        step_factor: float = 0.5,
+        clip_value: float | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("optim.lr", lr)
+        check_positive("optim.step_every", step_every)
+        check_positive("optim.step_factor", step_factor)
+        for name, value in (("clip_value", clip_value), ("clip_norm", clip_norm)):
+            if value is not None:
+                check_positive(f"optim.{name}", value)
+        for name, value in (("min_lr", min_lr), ("weight_decay", weight_decay)):
+            if value < 0:
+                raise ValueError(f"optim.{name}={value}: expected 0 or more")
+        if schedule not in ("constant", "linear", "cosine", "step"):
+            raise ValueError(
+                f"optim.schedule={schedule}: expected constant, linear, cosine or step"
+            )
+        # A plain dict: registering them here would list every parameter twice.
+        self.targets = dict(parameters)
+        values = list(self.targets.values())
+        self.optimizer: torch.optim.Optimizer
+        if method == "adam":
+            self.optimizer = torch.optim.Adam(
+                values,
+                lr=lr,
+                betas=(betas[0], betas[1]),
+                weight_decay=weight_decay,
+                fused=True,
+            )
+        elif method == "sgd":
+            self.optimizer = torch.optim.SGD(
+                values, lr=lr, momentum=momentum, weight_decay=weight_decay
+            )
+        else:
+            raise ValueError(f"optim.method={method}: expected adam or sgd")
+        self.lr = lr
+        self.schedule = schedule
+        self.min_lr = min_lr
+        self.step_every = step_every
+        self.step_factor = step_factor
+        self.clip_value = clip_value
+        self.clip_norm = clip_norm
+
+    def descend(self, loss: Tensor, progress: Progress) -> None:
+        """Differentiate a loss by every parameter and step.
+
+        Raises:
+            NonFiniteError: The loss or its gradient is not finite; nothing has changed.
+        """
+        whole = self.averaged({"loss": loss}, progress)["loss"]
+        if not torch.isfinite(whole):
+            raise NonFiniteError("loss", float(whole.detach()))
+        names = list(self.targets)
+        grads = torch.autograd.grad(
+            loss, [self.targets[n] for n in names], allow_unused=True, materialize_grads=True
+        )
+        self.step(dict(zip(names, grads, strict=True)), progress)
+
+    def step(
+        self,
+        grads: dict[str, Tensor],
+        progress: Progress,
+        limit: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    ) -> None:
+        """Apply gradients, means over the tasks of a batch, matched to parameters by name.
+
+        Args:
+            grads: By name.
+            progress: Where training stands.
+            limit: What else clips them, once they are those of all processes' tasks.
+
+        Raises:
+            NonFiniteError: One of them is not finite; nothing has changed.
+        """
+        grads = self.averaged(grads, progress)
+        self.move(grads if limit is None else limit(grads), progress)
+
+    def averaged(self, grads: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
+        """The means over the tasks of all processes, from those over each one's batch."""
+        return grads if progress.share is None else distributed.mean(grads, progress.share.count)
+
+    def move(self, grads: dict[str, Tensor], progress: Progress) -> None:
+        """As `step`, of gradients that are `averaged` already."""
+        norm = self.check(grads)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(progress)
+        for name, parameter in self.targets.items():
+            grad = self._clip(grads[name], norm)
+            if grad.stride() != parameter.stride():
+                # The fused update reads memory in order: it would scramble another layout.
+                grad = torch.empty_like(parameter).copy_(grad)
+            parameter.grad = grad
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def check(self, grads: dict[str, Tensor]) -> Tensor:
+        """The Euclidean norm (0-dimensional) of gradients that `step` would take.
+
+        Raises:
+            NonFiniteError: One of them is not finite.
+        """
+        assert grads.keys() == self.targets.keys(), "gradients and parameters differ in names"
+        norms = torch._foreach_norm(list(grads.values()))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        if not torch.isfinite(norm):
+            raise _locate(grads, norm)
+        return norm
+
+    def rate(self, progress: Progress) -> float:
+        """The step size at a point of the run."""
+        if self.schedule == "linear":
+            return self.lr * (1.0 - progress.fraction)
+        if self.schedule == "cosine":
+            share = (1.0 + math.cos(math.pi * progress.fraction)) / 2.0
+            return self.min_lr + (self.lr - self.min_lr) * share
+        if self.schedule == "step":
+            return self.lr * self.step_factor ** (progress.step // self.step_every)
+        return self.lr
+
+    def _clip(self, grad: Tensor, norm: Tensor) -> Tensor:
+        if self.clip_norm is not None:
+            grad = grad * (self.clip_norm / norm.clamp(min=self.clip_norm))
+        if self.clip_value is not None:
+            grad = grad.clamp(-self.clip_value, self.clip_value)
+        return grad
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        # torch's optimisers keep the tensors that they are given: two must not share moments.
+        self.optimizer.load_state_dict(copy.deepcopy(state))
+
+
+def _locate(grads: dict[str, Tensor], norm: Tensor) -> NonFiniteError:
+    for name, grad in grads.items():
+        bad = grad[~torch.isfinite(grad)]
+        if bad.numel():
+            return NonFiniteError(f"the gradient of {name}", float(bad.flatten()[0]))
+    return NonFiniteError("the norm of the gradient", float(norm))
+
+
+def check_positive(name: str, value: float) -> None:
+    """Refuse a setting that is not above zero, or not finite.
+
+    Raises:
+        ValueError: It is so; the line begins with `name=value`.
+    """
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value}: expected a positive number")

@@ -1,0 +1,116 @@
+"""Gaussian-process regression, where it can with the kernel that the data have.
+
+Rasmussen & Williams 2006, algorithm 2.1, by scikit-learn. Shapes: T tasks, S support rows, Q
+query rows, D outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, task_metric
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+
+Bounds = float | Sequence[float]
+
+
+class ExactGP(Algorithm):
+    """Answers with the posterior of a Gaussian process with an RBF kernel.
+
+    Where the lengthscale and the scale of `data=gp` are numbers, it is the posterior of the
+    process that the curves are drawn from: the best possible mean and spread. Where they are
+    ranges, as they are of data without a kernel, they are fitted to each support set by maximum
+    likelihood within them. It has no parameters, ignores backbone and optimiser, and an update
+    changes nothing: one is enough (`train.steps=1`).
+
+    Args:
+        lengthscale: l, or its range.
+        scale: s, or its range.
+        noise: Standard deviation of the noise on the targets, which is part of the spread.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A number is out of range, scikit-learn is missing, or the data are no
+            regression.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("regression",)
+    package: ClassVar[str | None] = "sklearn"
+
+    def __init__(
+        self, *, lengthscale: Bounds = 1.0, scale: Bounds = 1.0, noise: float = 0.02, **common: Any
+    ) -> None:
+        super().__init__(**common)
+        try:
+            import sklearn.gaussian_process  # noqa: F401
+        except ImportError:
+            raise ValueError("algo=gp_exact needs scikit-learn: pip install '.[sklearn]'") from None
+        self.lengthscale = _bounds("lengthscale", lengthscale)
+        self.scale = _bounds("scale", scale)
+        if not 0.0 <= noise < math.inf:
+            raise ValueError(f"algo.noise={noise}: expected 0 or more")
+        self.noise_std = noise
+        self.net = nn.Identity()
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:  # noqa: ARG002
+        outputs = self.predict(batch.support_x, batch.support_y, batch.query_x).outputs
+        score = task_metric(self.spec, outputs, batch.query_y).mean()
+        return {"loss": score, self.spec.metric: score}
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        means, spreads = zip(
+            *(self._posterior(*task) for task in zip(support_x, support_y, query_x, strict=True)),
+            strict=True,
+        )
+        return Prediction(torch.stack(means), spread=torch.stack(spreads))
+
+    def _posterior(self, x: Tensor, y: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and spread (Q, D) of one task."""
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+
+        squares = [edge**2 for edge in self.scale]
+        kernel = ConstantKernel(_middle(squares), _range(squares)) * RBF(
+            _middle(self.lengthscale), _range(self.lengthscale)
+        )
+        # Not zero, where rows that nearly coincide leave no positive definite matrix.
+        noise = max(self.noise_std**2, 1e-10)
+        process = GaussianProcessRegressor(kernel, alpha=noise)
+        with warnings.catch_warnings():
+            # Said where the best lies at an end of its range, which is as it should be.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            process.fit(_numbers(x), _numbers(y))
+        mean, spread = process.predict(_numbers(asked), return_std=True)
+        spread = torch.as_tensor(spread).square().add(self.noise_std**2).sqrt()
+        shape = (len(asked), y.shape[1])
+        return (
+            torch.as_tensor(mean).reshape(shape).to(y),
+            spread.reshape(len(asked), -1).expand(shape).to(y),
+        )
+
+
+def _bounds(name: str, value: Bounds) -> tuple[float, float]:
+    edges = (value, value) if isinstance(value, int | float) else tuple(value)
+    if len(edges) != 2 or not 0.0 < edges[0] <= edges[1] < math.inf:
+        raise ValueError(f"algo.{name}={value}: expected a positive number, or a range of them")
+    return float(edges[0]), float(edges[1])
+
+
+def _middle(edges: Sequence[float]) -> float:
+    return math.sqrt(edges[0] * edges[1])
+
+
+def _range(edges: Sequence[float]) -> Any:
+    """As scikit-learn takes it: a number is not fitted."""
+    return "fixed" if edges[0] == edges[1] else tuple(edges)
+
+
+def _numbers(rows: Tensor) -> Any:
+    return rows.detach().flatten(1).double().cpu().numpy()

@@ -1,0 +1,396 @@
+"""A meta-learner over base-learners: it learns which way of learning suits a task.
+
+The selection of algorithms by features of the problem (Rice 1976), with what the base-learners
+reach in cross-validation ("landmarks", Pfahringer et al. 2000) as the main features, read as a
+sequence by an LSTM. Shapes: T tasks, S support rows, Q query rows, F features of a row, W ways,
+D outputs, B base-learners, K features of a task.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.selection import portfolio
+from metarun.backbones.layers.normalization import Pass
+from metarun.core.distributed import gathered, local_size
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.runs.folder import RunFolder
+
+Choice = Literal["pick", "weigh"]
+
+_PERFORMANCES = 5
+_TASK_FEATURES = 7
+_UNIT = 0.1
+"""Of the scores in an accuracy, or a mean squared error."""
+_LEAST_VARIANCE = 0.01
+_MOST_KEPT = 2**29
+"""Bytes of what base-learners made of tasks that stay in memory."""
+_WORST = 5.0
+"""Largest loss of a row that the meta-learner is shown."""
+
+
+class Selector(Algorithm):
+    """Runs every base-learner of a portfolio on a task's support, and chooses among them.
+
+    Each is cross-validated on the support. An LSTM reads how they did, one after another: score,
+    its distance from the others' in standard errors, loss, spread of the loss, agreement with the
+    others; beside them the features of the task: rows, features, share of variance between
+    classes (or correlation with the target), correlation of features, skewness, tails. Its last
+    state gives each base-learner a score.
+
+    With `choice=pick` the scores foretell how much better each does on the query rows than all do
+    on average, by least squares; the best learns the whole support and answers. With
+    `choice=weigh` all learn, and their answers are mixed by the softmax of the scores; the loss
+    is that of the mixed answer.
+
+    What the base-learners make of a task is kept, so that a task costs once. It depends on
+    nothing that is learned.
+
+    Rows are seen as they are, or images through the network of a finished run, `features=RUN`,
+    with the run's backbone and its running statistics.
+
+    Args:
+        learners: Names of the base-learners in the order in which they are read; None is all that
+            the kind of task has. Classification: `centroid`, `knn`, `ridge`, `logistic`, `bayes`,
+            `tree`, `mlp_RATE`; regression: `mean`, `knn`, `ridge`, `tree`, `mlp_RATE`.
+        choice: See above.
+        hidden: Units of the LSTM.
+        folds: Of the cross-validation; as many as the smallest class has rows, if those are fewer.
+        processes: That base-learners run in; None is one for each core.
+        cache: A folder in which what they make of tasks is kept between runs; None keeps it in
+            memory.
+        features: A run folder.
+        **common: Those of `Algorithm`.
+
+    Raises:
+        ValueError: A name or a number is wrong, scikit-learn is missing, or the run's network is
+            not this one.
+    """
+
+    package: ClassVar[str | None] = "sklearn"
+    least_shot: ClassVar[int] = 2
+    accepts_any_way: ClassVar[bool] = True
+    label_equivariant: ClassVar[bool] = True
+
+    told_mean: Tensor
+    told_variance: Tensor
+
+    def __init__(
+        self,
+        *,
+        learners: Sequence[str] | None = None,
+        choice: Choice = "pick",
+        hidden: int = 32,
+        folds: int = 5,
+        processes: int | None = None,
+        cache: str | None = None,
+        features: str | None = None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        try:
+            import sklearn
+        except ImportError:
+            raise ValueError("algo=selector needs scikit-learn: pip install '.[sklearn]'") from None
+        from joblib import Memory, cpu_count
+
+        if choice not in ("pick", "weigh"):
+            raise ValueError(f"algo.choice={choice}: expected pick or weigh")
+        positive("hidden", hidden)
+        if folds < 2:
+            raise ValueError(f"algo.folds={folds}: expected 2 or more")
+        self.learners = _checked(self.spec.kind, learners)
+        self.choice: Choice = choice
+        self.folds = folds
+        if processes is not None:
+            positive("processes", processes)
+        self.processes = processes or max(1, cpu_count() // local_size())
+        # What another version makes of a task may differ.
+        edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"
+        place = None if cache is None else Path(cache).expanduser() / edition
+        self._study = Memory(place, verbose=0).cache(portfolio.study)
+        self._kept: dict[str, portfolio.Study] = {}
+        self._bytes = 0
+        if features is not None and self.bn != "running":
+            raise ValueError(f"bn={self.bn}: algo.features sees rows one by one: use bn=running")
+        self.net = nn.Identity() if features is None else self._trained(Path(features))
+        seen = _PERFORMANCES + _TASK_FEATURES + len(self.learners)
+        # Of what the LSTM is told, which it sees scaled.
+        self.register_buffer("told_mean", torch.zeros(seen))
+        self.register_buffer("told_variance", torch.ones(seen))
+        self.lstm = nn.LSTM(seen, hidden, batch_first=True)
+        self.score = nn.Linear(hidden, len(self.learners))
+        # At first all are as good.
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+        self.optimizer = self._optim(self._learned())
+
+    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        held_out, answers, rows = self.studied(batch.support_x, batch.support_y, batch.query_x)
+        told = self.told(held_out, rows, batch.support_y)
+        scores = self.scores(told)
+        if self.choice == "weigh":
+            mixed = _mixed(scores, answers)
+            loss = _losses(self.spec.kind, mixed[:, None], batch.query_y).mean()
+        else:
+            mixed = _picked(scores, answers)
+            reached = task_metric(self.spec, answers, batch.query_y[:, None])
+            better = reached - reached.mean(1, keepdim=True)
+            better = better if self.spec.higher_is_better else -better
+            loss = (_UNIT * scores - better).square().mean()
+        score = task_metric(self.spec, mixed.detach(), batch.query_y).mean()
+        names, params = zip(*self._learned(), strict=True)
+        grads = torch.autograd.grad(loss, params)
+        self.optimizer.step(dict(zip(names, grads, strict=True)), progress)
+        told = gathered(told, progress.share)
+        nn.functional.batch_norm(
+            told.flatten(0, 1), self.told_mean, self.told_variance, training=True
+        )
+        return {"loss": loss.detach(), self.spec.metric: score}
+
+    @torch.no_grad()
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        """As in `Algorithm`; the strategies are the base-learners.
+
+        The rivals are `cv_winner`, which cross-validation alone would pick, and `committee`, the
+        mean of all.
+
+        The embedding of a task are the scores.
+        """
+        held_out, answers, rows = self.studied(support_x, support_y, query_x)
+        scores = self.scores(self.told(held_out, rows, support_y))
+        mixed = (_mixed if self.choice == "weigh" else _picked)(scores, answers)
+        strategies = {name: answers[:, number] for number, name in enumerate(self.learners)}
+        rivals = {
+            "committee": answers.mean(1),
+            "cv_winner": _picked(self.validated(held_out, support_y), answers),
+        }
+        outputs = mixed.log() if self.spec.kind == "classification" else mixed
+        return Prediction(outputs, embedding=scores, strategies=strategies, rivals=rivals)
+
+    def scores(self, told: Tensor) -> Tensor:
+        """(T, B) of the base-learners, by what the LSTM is `told`."""
+        # What never varies in training, as the number of rows, is not blown up where it does.
+        flat = nn.functional.batch_norm(
+            told.flatten(0, 1), self.told_mean, self.told_variance, eps=_LEAST_VARIANCE
+        )
+        steps, _ = self.lstm(flat.unflatten(0, told.shape[:2]))
+        scores: Tensor = self.score(steps[:, -1])
+        return scores
+
+    def told(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """(T, B, K) what the LSTM is told: of each base-learner, of the task, and which it is.
+
+        Args:
+            held_out: (T, B, S, D) their answers to the support rows out of fold.
+            rows: (T, S, F) the support.
+            labels: (T, S) labels, or (T, S, D) values.
+        """
+        performances = self.performances(held_out, labels)
+        batch, learners = performances.shape[:2]
+        task = task_features(self.spec.kind, rows, labels)[:, None].expand(-1, learners, -1)
+        names = torch.eye(learners, device=self.device).expand(batch, -1, -1)
+        return torch.cat([performances, task, names], 2).to(self.dtype)
+
+    def validated(self, held_out: Tensor, labels: Tensor) -> Tensor:
+        """(T, B) by which cross-validation chooses: the metric, and the loss where that is tied."""
+        # In float64, or ties of accuracies would round away the loss.
+        right, losses = self._judged(held_out.double(), labels)
+        return right.mean(2) - 1e-6 * losses.mean(2)
+
+    def performances(self, held_out: Tensor, labels: Tensor) -> Tensor:
+        """(T, B, 5) what the meta-learner is told of each base-learner; see the class."""
+        right, losses = (part.clamp(-_WORST, _WORST) for part in self._judged(held_out, labels))
+        score, loss = right.mean(2), losses.mean(2)
+        apart = right - right.mean(1, keepdim=True)
+        error = (apart.square().mean((1, 2)) / right.shape[2]).sqrt()
+        distance = (score - score.mean(1, keepdim=True)) / (error[:, None] + 1e-6)
+        told = [score, distance, loss, losses.std(2), self._agreement(held_out, labels)]
+        return torch.stack(told, 2)
+
+    def _judged(self, held_out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, B, S) whether an answer is right (minus the loss of a regression), and its loss."""
+        losses = _losses(self.spec.kind, held_out, labels)
+        if self.spec.kind == "regression":
+            losses = losses / _variance(labels)[:, None]
+            return -losses, losses
+        return (held_out.argmax(3) == labels[:, None]).to(losses), losses
+
+    def _agreement(self, held_out: Tensor, labels: Tensor) -> Tensor:
+        """(T, B) how often, or how nearly, one answers as the others do."""
+        if self.spec.kind == "classification":
+            answer = held_out.argmax(3)
+            return (answer[:, :, None] == answer[:, None]).to(held_out).mean((2, 3))
+        far = (held_out[:, :, None] - held_out[:, None]).square().mean((3, 4))
+        return (-far / _variance(labels)[:, None]).exp().mean(2)
+
+    def studied(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the base-learners make of tasks.
+
+        Returns:
+            (T, B, S, D) answers out of fold, (T, B, Q, D) answers to the queries, and the (T, S,
+            F) rows that were seen.
+        """
+        from joblib import Parallel, delayed
+        from joblib import hash as digest
+
+        seen, asked = self._seen(support_x), self._seen(query_x)
+        how = {
+            "ways": int(support_y.max()) + 1 if self.spec.kind == "classification" else None,
+            "names": self.learners,
+            "folds": self.folds,
+        }
+        # In float64, in which scikit-learn computes.
+        arrays = [part.cpu().numpy() for part in (seen.double(), support_y, asked.double())]
+        wanted = [
+            {"x": x, "y": y, "asked": queries, **how} for x, y, queries in zip(*arrays, strict=True)
+        ]
+        marks = [digest(task) for task in wanted]
+        new = [number for number, mark in enumerate(marks) if mark not in self._kept]
+        # Ctrl-C is the run's own to answer, at the end of an update.
+        apart = {"n_jobs": self.processes, "initializer": _ignore_interrupts}
+        several = len(new) > 1 and self.processes > 1
+        parallel = Parallel(**apart) if several else Parallel(1)
+        made = parallel(delayed(self._study)(**wanted[number]) for number in new)
+        self._kept |= {marks[number]: one for number, one in zip(new, made, strict=True)}
+        studies = [self._kept[mark] for mark in marks]
+        self._bytes += sum(_size(one) for one in made)
+        while self._bytes > _MOST_KEPT:
+            self._bytes -= _size(self._kept.pop(next(iter(self._kept))))
+        held_out, answers = (
+            torch.from_numpy(np.stack(parts)).to(self.device, self.dtype)
+            for parts in zip(*studies, strict=True)
+        )
+        return held_out, answers, seen
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """(T, R, F) rows as the base-learners see them, of rows (T, R, *input_shape)."""
+        if isinstance(self.net, nn.Identity):
+            return x.flatten(2)
+        with torch.no_grad():
+            rows = forward(self.net, own_parameters(self.net), x.flatten(0, 1), Pass(running=True))
+        return rows.reshape(*x.shape[:2], -1)
+
+    def _learned(self) -> list[tuple[str, nn.Parameter]]:
+        """What is meta-learned: not the network that features come from."""
+        return [(n, p) for n, p in self.named_parameters() if not n.startswith("net.")]
+
+    def _trained(self, run: Path) -> nn.Module:
+        """The network of a finished run, without its head."""
+        learned = RunFolder(run).load_learned()
+        if learned is None:
+            raise ValueError(f"algo.features={run}: expected the folder of a run with checkpoints")
+        state = learned[1]["state"]
+        net = self.build_network(None)
+        own = net.state_dict()
+        found = {name: state.get(f"net.{name}") for name in own}
+        unlike = [n for n, v in found.items() if v is None or v.shape != own[n].shape]
+        if unlike:
+            raise ValueError(
+                f"algo.features={run}: its network is not this one (no {unlike[0]} of this shape): "
+                "use its backbone=… and data of its size"
+            )
+        net.load_state_dict(found)
+        for param in net.parameters():
+            param.requires_grad_(False)
+        return net
+
+
+def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
+    """(T, 7) simple features of tasks, each of the order of one.
+
+    Logarithms of the number of rows and of the features that vary; the mean and the greatest
+    share of a feature's variance that lies between the classes, or its squared correlation with
+    the values; the mean squared correlation of features; the mean size of their skewness, and
+    their mean kurtosis beyond a normal's.
+
+    Args:
+        kind: Of the tasks.
+        rows: (T, S, F).
+        labels: (T, S) labels, or (T, S, D) values.
+    """
+    rows = rows.double()
+    num_rows = rows.shape[1]
+    centred = rows - rows.mean(1, keepdim=True)
+    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    varies = (deviation > 1e-9).double()
+    scaled = centred / torch.where(deviation > 1e-9, deviation, 1.0)
+    number = varies.sum((1, 2)).clamp(min=1.0)
+    if kind == "classification":
+        hot = nn.functional.one_hot(labels).double()
+        means = (hot.mT @ scaled) / hot.sum(1).clamp(min=1.0)[..., None]
+        between = (hot.mean(1)[..., None] * means.square()).sum(1)
+    else:
+        values = labels.double() - labels.double().mean(1, keepdim=True)
+        unit = values / values.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
+        between = ((unit.mT @ scaled) / num_rows).square().mean(1)
+    # The squared correlations of all pairs, by the S x S matrix of rows.
+    pairs = (scaled @ scaled.mT / num_rows).square().sum((1, 2)) - number
+    told = [
+        torch.full_like(number, num_rows).log() / 3.0,
+        number.log() / 3.0,
+        between.sum(1) / number,
+        between.amax(1),
+        pairs / (number * (number - 1.0)).clamp(min=1.0),
+        scaled.pow(3).mean(1).abs().sum(1) / number,
+        ((scaled.pow(4).mean(1) - 3.0) * varies[:, 0]).sum(1) / number / 3.0,
+    ]
+    return torch.stack(told, 1)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _size(study: portfolio.Study) -> int:
+    """Bytes."""
+    return study.held_out.nbytes + study.answers.nbytes
+
+
+def _mixed(scores: Tensor, answers: Tensor) -> Tensor:
+    """(T, Q, D) of answers (T, B, Q, D), by the softmax of scores (T, B)."""
+    return (scores.softmax(1)[:, :, None, None] * answers).sum(1)
+
+
+def _picked(scores: Tensor, answers: Tensor) -> Tensor:
+    """(T, Q, D) of answers (T, B, Q, D), those with the greatest of the scores (T, B)."""
+    return answers[torch.arange(len(answers), device=answers.device), scores.argmax(1)]
+
+
+def _losses(kind: str, answers: Tensor, targets: Tensor) -> Tensor:
+    """(T, B, R) cross-entropy of (T, B, R, W) probabilities, or squared error of values."""
+    if kind == "regression":
+        return (answers - targets[:, None]).square().mean(3)
+    index = targets[:, None, :, None].expand(*answers.shape[:3], 1)
+    return -answers.gather(3, index)[..., 0].log()
+
+
+def _variance(values: Tensor) -> Tensor:
+    """(T, 1) of (T, S, D) values."""
+    spread = (values - values.mean(1, keepdim=True)).square().mean((1, 2))
+    return spread.clamp(min=1e-12)[:, None]
+
+
+def _checked(kind: str, learners: Sequence[str] | None) -> list[str]:
+    known = portfolio.known(kind)
+    if learners is None:
+        return known
+    for name in learners:
+        if name not in known and portfolio.rate(name) is None:
+            raise ValueError(
+                f"algo.learners: there is no {name} for {kind}, expected some of "
+                f"{', '.join(known)} (any rate)"
+            )
+    if len(learners) < 2 or len(set(learners)) < len(learners):
+        raise ValueError("algo.learners: expected two or more, each once")
+    return list(learners)

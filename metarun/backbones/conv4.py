@@ -1,0 +1,218 @@
+"""Conv4: four blocks of 3x3 convolution, a normalisation, ReLU and a halving of the image.
+
+With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017, with stride-2
+convolutions the one of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers.normalization import (
+    BatchNorm,
+    FiLM,
+    InstanceNorm,
+    Pass,
+    Unchanged,
+    conv_and_norm,
+    many_rows,
+)
+from metarun.backbones.network import Network
+
+Downsample = Literal["max_pool", "stride"]
+Pool = Literal["flatten", "mean"]
+Norm = Literal["batch", "instance", "none"]
+
+
+class Conv4(Network):
+    """A stack of convolution blocks for images of any size and number of channels.
+
+    Args:
+        input_shape: (C, H, W).
+        output_dim: Outputs of the head; None ends at the features.
+        filters: Channels of each block (the papers use 32 and 64), or a list of one for each.
+        blocks: Number of blocks.
+        downsample: `max_pool` halves rounding down, `stride` rounding up.
+        strides: Of the convolution of each block, instead of a halving in all of them: Javed &
+            White (2019) have six blocks of strides 2, 1, 2, 1, 2, 2.
+        padding: Of each convolution, in pixels.
+        pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
+            does on Omniglot.
+        norm: `batch` norm; `instance` norm, whose answer to an image does not depend on others,
+            as learners need that meet one at a time; or `none`.
+        context_dim: Size of `Pass.context`, from which a FiLM layer scales and shifts the maps
+            of the last block but one, before ReLU (Zintgraf et al. 2019); 0 reads none.
+        maps: End at feature maps (N, C, H, W), as relation networks do: only the first two
+            blocks halve, and they do not pad (Sung et al. 2018). An algorithm asks for it.
+
+    Raises:
+        ValueError: The input is not an image, or too small for that many halvings.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        output_dim: int | None,
+        *,
+        filters: int | Sequence[int] = 64,
+        blocks: int = 4,
+        downsample: Downsample = "max_pool",
+        strides: Sequence[int] | None = None,
+        padding: int = 1,
+        pool: Pool = "flatten",
+        norm: Norm = "batch",
+        context_dim: int = 0,
+        maps: bool = False,
+    ) -> None:
+        halving = min(blocks, 2) if maps else blocks
+        pooled = halving if downsample == "max_pool" and strides is None else 0
+        check_image(input_shape, pooled, "conv4")
+        if downsample not in ("max_pool", "stride"):
+            raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
+        if padding < 0:
+            raise ValueError(f"backbone.padding={padding}: expected 0 or more")
+        steps = _strides(strides, blocks, halving if downsample == "stride" else 0)
+        widths = [filters] * blocks if isinstance(filters, int) else list(filters)
+        if min(widths, default=0) < 1 or blocks < 1:
+            raise ValueError(
+                f"backbone.filters={filters}, backbone.blocks={blocks}: expected 1 or more"
+            )
+        if len(widths) != blocks:
+            raise ValueError(
+                f"backbone.filters={filters} are not backbone.blocks={blocks}: give one number "
+                "for all blocks, or one for each"
+            )
+        if pool not in ("flatten", "mean"):
+            raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
+        if norm not in ("batch", "instance", "none"):
+            raise ValueError(f"backbone.norm={norm}: expected batch, instance or none")
+        if maps:
+            _check_maps(input_shape, pool)
+        paddings = [0 if maps and i < halving else padding for i in range(blocks)]
+        _check_size(input_shape, steps, paddings)
+        channels = [input_shape[0], *widths]
+        body = _Blocks(channels, steps, paddings, pooled, pool, norm, maps, context_dim)
+        super().__init__(body, input_shape, output_dim)
+
+
+class _Blocks(nn.Module):
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        paddings: Sequence[int],
+        num_pooled: int,
+        pool: str,
+        norm: str,
+        maps: bool,
+        context_dim: int,
+    ) -> None:
+        super().__init__()
+        blocks = len(channels) - 1
+        # A bias before batch norm has no effect on the output, but the papers' networks carry
+        # one and adapt it; it is kept so that parameter counts agree.
+        self.convs = nn.ModuleList(
+            nn.Conv2d(
+                channels[i],
+                channels[i + 1],
+                3,
+                stride=strides[i],
+                padding=paddings[i],
+            )
+            for i in range(blocks)
+        )
+        self.norms = nn.ModuleList(
+            _norm(norm, width, f"norms.{i}") for i, width in enumerate(channels[1:])
+        )
+        self.film_block = max(blocks - 2, 0)
+        self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
+        self.num_pooled = num_pooled
+        self.mean = pool == "mean"
+        self.maps = maps
+        self.native = False
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        x = self._laid_out(x)
+        for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            # Pooled before ReLU, which is the same thing and leaves it a quarter of the work.
+            x = conv_and_norm(conv, norm, x, how, pool=i < self.num_pooled)
+            if self.film is not None and i == self.film_block:
+                x = self.film(x, how)
+            x = torch.relu(x)
+        if self.maps:
+            return x
+        return x.mean((2, 3)) if self.mean else x.flatten(1)
+
+    def _laid_out(self, x: Tensor) -> Tensor:
+        """In the layout for which pooling and batch norm have vector code on a CPU."""
+        if not (self.native and many_rows(x) and x.device.type == "cpu"):
+            return x
+        if x.shape[1] > 1:
+            return x.contiguous(memory_format=torch.channels_last)
+        # One channel is in any layout already: by these strides the first maps are in this one.
+        return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
+
+
+def _norm(kind: str, width: int, name: str) -> nn.Module:
+    if kind == "batch":
+        return BatchNorm(width, name)
+    return InstanceNorm(width) if kind == "instance" else Unchanged()
+
+
+def _strides(strides: Sequence[int] | None, blocks: int, halving: int) -> list[int]:
+    """The stride of each block, of which the first `halving` have two where nothing is said."""
+    if strides is None:
+        return [2 if i < halving else 1 for i in range(blocks)]
+    if len(strides) != blocks or min(strides) < 1:
+        raise ValueError(
+            f"backbone.strides={list(strides)}: expected {blocks} positive numbers, one for each "
+            "of backbone.blocks"
+        )
+    return list(strides)
+
+
+def _check_size(
+    input_shape: tuple[int, ...], strides: Sequence[int], paddings: Sequence[int]
+) -> None:
+    """Refuse images that vanish in the convolutions."""
+    size = min(input_shape[1:])
+    for stride, padding in zip(strides, paddings, strict=True):
+        size = (size + 2 * padding - 3) // stride + 1
+        if size < 1:
+            raise ValueError(
+                f"backbone.padding={padding}: images of {input_shape[1]}x{input_shape[2]} pixels "
+                "vanish in the convolutions: use larger ones, or backbone.padding=1"
+            )
+
+
+def _check_maps(input_shape: tuple[int, ...], pool: str) -> None:
+    if pool == "mean":
+        raise ValueError("backbone.pool=mean leaves no feature maps to compare: use flatten")
+    if min(input_shape[1:]) < 10:
+        raise ValueError(
+            f"backbone=conv4 has no feature maps of images of {input_shape[1]}x{input_shape[2]}: "
+            "use images of 10 pixels or more a side"
+        )
+
+
+def check_image(input_shape: tuple[int, ...], halvings: int, name: str) -> None:
+    """Refuse inputs that are no image, or that vanish when halved `halvings` times.
+
+    Raises:
+        ValueError: Either is the case.
+    """
+    if len(input_shape) != 3:
+        raise ValueError(
+            f"backbone={name} needs images, this data set has inputs of shape {input_shape}: "
+            "use backbone=mlp"
+        )
+    side = min(input_shape[1:])
+    if side >> halvings < 1:
+        raise ValueError(
+            f"backbone={name} halves images {halvings} times, these are {input_shape[1]}x"
+            f"{input_shape[2]}: use images of {2**halvings} pixels or more a side, or backbone=mlp"
+        )

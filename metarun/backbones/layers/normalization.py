@@ -1,0 +1,444 @@
+"""Layers that behave under `torch.vmap` and double differentiation, and how a pass is made.
+
+Shapes: N rows, C channels, H W height and width.
+
+`nn.BatchNorm2d` gives silently wrong second-order gradients under vmap when its weight is
+adapted in the inner loop, and keeps statistics as a side effect. Batch norm is therefore a few
+lines of arithmetic here, and where its statistics come from is an argument of the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers.convolution import twice_differentiated
+from metarun.core import distributed, seeding
+
+BatchNormMode = Literal["transductive", "support", "running"]
+BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "running")
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """How one forward pass through a network is made.
+
+    Attributes:
+        rows: Batch norm takes its statistics from the first `rows` rows; None takes all.
+        running: Batch norm uses its running statistics instead.
+        moments: Filled by batch norm with the (mean, variance) of the pass, by buffer name,
+            for `update_running`; None keeps nothing.
+        noise: Key (0-dimensional int64) of the pass's random masks; None makes no noise, as
+            at evaluation.
+        context: (context_dim,) vector of the task, for networks that were made with a
+            `context_dim`; None is the zero vector.
+        twice: Whether its gradient will be differentiated, as that of an inner step is: what it
+            computes is the same, by operators whose second derivatives are the faster ones.
+    """
+
+    rows: int | None = None
+    running: bool = False
+    moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    noise: Tensor | None = None
+    context: Tensor | None = field(default=None, repr=False)
+    twice: bool = False
+
+
+BATCH = Pass()
+_IMAGE_CHANNELS = 4
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe & Szegedy 2015) whose statistics are an argument.
+
+    Exact to any order of differentiation, alone and under `torch.vmap`. With `native` set it
+    uses torch's fused operator where it can: several times faster, and right outside vmap.
+
+    Args:
+        num_features: C of (N, C) or (N, C, H, W) inputs.
+        name: Unique name in its network, the key of `Pass.moments`.
+        eps: Added to the variance.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, num_features: int, name: str, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.name = name
+        self.eps = eps
+        self.native = False
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features))
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        """Normalise (N, C) or (N, C, H, W)."""
+        if self.fuses(x, how):
+            return self._fused(x, how)
+        return self._normalised(x, how, None, _unchanged)
+
+    def pooled(self, x: Tensor, how: Pass, sign: Tensor) -> Tensor:
+        """Normalise what max-pooling by two leaves of images, as if they were pooled afterwards.
+
+        Args:
+            x: (N, C, H, W), each channel times its sign.
+            how: Of the pass.
+            sign: (C,) 1 or -1, that of the channel's weight.
+        """
+        return self._normalised(x, how, sign, _halved)
+
+    def fuses(self, x: Tensor, how: Pass) -> bool:
+        """Whether a pass is made by torch's fused operator.
+
+        It is for statistics of all rows. Its second derivatives cost twice what those of plain
+        arithmetic do (measured at 25 rows of 84x84).
+        """
+        plain = how.twice or how.running or how.rows is not None
+        return self.native and many_rows(x) and not plain
+
+    def of_patches(self, conv: nn.Conv2d, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
+        """Convolve and normalise images, without a pass over what the convolution gives.
+
+        The statistics of w p + b over all patches p follow from those of the patches: a mean of
+        w E[p] + b and a variance of w Cov[p] w'. Where the images are data, no derivative passes
+        through them.
+
+        Args:
+            conv: Whose outputs are to be normalised.
+            x: (N, C, H, W) what it is given.
+            how: Of a pass that does not use running statistics, for which none are to be found.
+
+        Returns:
+            Maps of shape (N, K, H', W'), and what is to be added to each of their K channels.
+        """
+        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        wide = x.to(self.running_mean.dtype)
+        seen = wide if how.rows is None else wide[: how.rows]
+        # Less the mean of each channel, so that next to nothing is taken from the squares.
+        level = seen.mean((0, 2, 3))
+        patches, sides = _patches(wide, level, conv)
+        rows = conv.weight.to(wide.dtype).flatten(1)
+        taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
+        bias = 0.0 if conv.bias is None else conv.bias.to(wide.dtype)
+        count = len(seen) * sides[0] * sides[1]
+        centre = patches[:count].mean(0)
+        spread = patches[:count].mT @ patches[:count] / count - centre * centre[:, None]
+        mean = rows @ centre + taken + bias
+        # Rounding alone can take it below zero.
+        var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
+        if how.moments is not None:
+            how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        weight = (rows * scale[:, None]).to(x.dtype)
+        if self.native and many_rows(x) and conv.in_channels > 1:
+            # Patches of colours are as large as the maps, and would be kept for the way back.
+            kernel = weight.view_as(conv.weight)
+            maps = nn.functional.conv2d(x, kernel, None, conv.stride, conv.padding)
+            taken = torch.zeros_like(taken)
+        else:
+            maps = (patches.to(x.dtype) @ weight.mT).view(len(x), *sides, -1).movedim(3, 1)
+        return maps, (self.bias + (taken + bias - mean) * scale).to(x.dtype)
+
+    def _normalised(
+        self,
+        x: Tensor,
+        how: Pass,
+        sign: Tensor | None,
+        thin: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        wide = x.to(self.running_mean.dtype)
+        mean, var, centred = self._statistics(wide, how, sign)
+        left = thin(wide) + _wide(-mean, x) if centred is None else thin(centred)
+        scale = _signed(self.weight, sign) * torch.rsqrt(var + self.eps)
+        return torch.addcmul(_wide(self.bias, x), left, _wide(scale, x)).to(x.dtype)
+
+    def _fused(self, x: Tensor, how: Pass) -> Tensor:
+        out, mean, inverse_std = torch.native_batch_norm(
+            x, self.weight, self.bias, None, None, True, 0.0, self.eps
+        )
+        if how.moments is not None:
+            var = inverse_std.detach() ** -2 - self.eps
+            how.moments[self.name] = (mean.detach(), _unbiased(var, _count(x)))
+        return out
+
+    def _statistics(
+        self, x: Tensor, how: Pass, sign: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean (C,) and variance (C,) of an input, or of one times the signs of its channels; and
+        the input less its mean, where that was needed."""
+        if how.running:
+            return _signed(self.running_mean, sign), self.running_var, None
+        seen = x if how.rows is None else x[: how.rows]
+        # Written so that derivatives divide and negate vectors of C, and not whole activations.
+        share = seen.shape[1] / seen.numel()
+        dims = _all_but_channels(x)
+        mean = seen.sum(dims) * share
+        centred = seen + _wide(-mean, x)
+        var = (centred * centred).sum(dims) * share
+        if how.moments is not None:
+            kept = _signed(mean.detach(), sign)
+            how.moments[self.name] = (kept, _unbiased(var.detach(), _count(seen)))
+        return mean, var, centred if how.rows is None else None
+
+
+def _signed(vector: Tensor, sign: Tensor | None) -> Tensor:
+    return vector if sign is None else vector * sign.to(vector.dtype)
+
+
+def _all_but_channels(x: Tensor) -> tuple[int, ...]:
+    return (0, *range(2, x.dim()))
+
+
+def _wide(vector: Tensor, x: Tensor) -> Tensor:
+    """(C,) in the shape of (1, C) or (1, C, 1, 1)."""
+    return vector.view((1, -1) + (1,) * (x.dim() - 2))
+
+
+class InstanceNorm(nn.Module):
+    """Instance normalisation (Ulyanov et al. 2016): each map of each row by its own statistics.
+
+    It is batch norm of a batch of one image, which is what a learner has that meets one at a
+    time.
+
+    Args:
+        num_features: C of (N, C, H, W) inputs.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+        """Normalise (N, C, H, W)."""
+        # The sums of a mixed pass in float32, as of batch norm.
+        wide = x.to(self.weight.dtype)
+        centred = wide - wide.mean((2, 3), keepdim=True)
+        scale = torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + self.eps)
+        scaled = centred * scale * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return scaled.to(x.dtype)
+
+
+class Unchanged(nn.Module):
+    """The place of a normalisation in a network that has none."""
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+        """The input."""
+        return x
+
+
+class FiLM(nn.Module):
+    """Feature-wise linear modulation (Perez et al. 2018) by the context of a task.
+
+    gamma * x + beta for each channel, (gamma, beta) a linear layer of the context, started as in
+    the code of CAVIA: weights U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases torch's.
+
+    Args:
+        context_dim: Size of the context.
+        num_features: C of (N, C, H, W) inputs.
+    """
+
+    def __init__(self, context_dim: int, num_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(context_dim, 2 * num_features)
+        nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor, how: Pass) -> Tensor:
+        """Scale and shift the channels of (N, C, H, W)."""
+        context = context_of(how, self.linear.in_features, x)
+        gamma, beta = self.linear(context).view(2, 1, -1, 1, 1)
+        scaled: Tensor = gamma * x + beta
+        return scaled
+
+
+def context_of(how: Pass, context_dim: int, like: Tensor) -> Tensor:
+    """The (context_dim,) context of a pass."""
+    return like.new_zeros(context_dim) if how.context is None else how.context.to(like.dtype)
+
+
+def _unbiased(var: Tensor, count: int) -> Tensor:
+    """The variance that running statistics keep, with one degree of freedom less."""
+    return var * (count / max(count - 1, 1))
+
+
+def _count(x: Tensor) -> int:
+    """Numbers to a channel."""
+    return x.numel() // x.shape[1]
+
+
+def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
+    """What a convolution looks at in (N, C, H, W) images, less a level of each channel.
+
+    Returns:
+        (N * H' * W', P) the P numbers of each patch, and (H', W').
+    """
+    (height, width), (down, right) = conv.kernel_size, conv.stride
+    assert not isinstance(conv.padding, str)
+    above, left = conv.padding
+    padded = nn.functional.pad(x, (left, left, above, above)) - _wide(level, x)
+    # Shifted images, since windows by strides have no derivative under vmap.
+    padded = padded.contiguous()
+    rows, columns = padded.shape[2] - height + 1, padded.shape[3] - width + 1
+    shifted = [
+        padded[:, :, i : i + rows : down, j : j + columns : right]
+        for i in range(height)
+        for j in range(width)
+    ]
+    patches = torch.stack(shifted, 2).flatten(1, 2).flatten(2).mT.flatten(0, 1)
+    return patches, (shifted[0].shape[2], shifted[0].shape[3])
+
+
+def conv_and_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, how: Pass, *, pool: bool = False
+) -> Tensor:
+    """Convolve and normalise (N, C, H, W) images, and halve them by max-pooling if asked.
+
+    To pool before what is the same for all of a map leaves a quarter of the work to that. Without
+    calling either module, but where somebody listens to what they give.
+
+    Args:
+        conv: A convolution with zeros around, in one group and without dilation.
+        norm: What normalises.
+        x: The images.
+        how: Of the pass.
+        pool: Whether to pool by two.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    halved = _halved if pool else _unchanged
+    if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
+        return halved(norm(conv(x), how))
+    twice = norm.native and how.twice and many_rows(x)
+    convolve: Any = twice_differentiated if twice else nn.functional.conv2d
+    if _has_small_patches(conv) and not how.running:
+        maps, shift = norm.of_patches(conv, x, how)
+        return halved(maps) + _wide(shift, maps)
+    if not pool or norm.fuses(x, how):
+        maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        return halved(norm(maps, how))
+    # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
+    # which changes no bit of what it computes.
+    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
+    bias = None if conv.bias is None else conv.bias * sign
+    weight = conv.weight * sign.view(-1, 1, 1, 1)
+    maps = convolve(x, weight, bias, conv.stride, conv.padding)
+    return norm.pooled(maps, how, sign)
+
+
+def _has_small_patches(conv: nn.Conv2d) -> bool:
+    """Whether a patch has no more numbers than what it is turned into, and is of an image.
+
+    Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
+    """
+    return conv.in_channels <= _IMAGE_CHANNELS and conv.weight.numel() <= conv.out_channels**2
+
+
+def _halved(x: Tensor) -> Tensor:
+    return nn.functional.max_pool2d(x, 2)
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def many_rows(x: Tensor) -> bool:
+    """Whether a batch is large enough for fused operators and their layout to pay.
+
+    Measured at 5 and 75 rows of 28x28.
+    """
+    return x.shape[0] >= 16
+
+
+def set_native(net: nn.Module) -> None:
+    """Let the layers of a network use fused operators and layouts that vmap does not bear."""
+    for module in net.modules():
+        if hasattr(module, "native"):
+            module.native = True  # type: ignore[assignment]
+
+
+def update_running(
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+) -> None:
+    """Move the running statistics of every batch norm towards the moments of a pass.
+
+    Args:
+        net: The network that made the pass.
+        moments: What `Pass.moments` collected, each with a leading dimension of T tasks; the
+            tasks are averaged, those of other processes too, so that their number does not change
+            the pace.
+        momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
+    """
+    if not moments:
+        return
+    count = len(next(iter(moments.values()))[0])
+    means = {f"mean {name}": mean.mean(0) for name, (mean, _) in moments.items()}
+    means |= {f"var {name}": var.mean(0) for name, (_, var) in moments.items()}
+    means = distributed.mean(means, count)
+    averaged = {name: (means[f"mean {name}"], means[f"var {name}"]) for name in moments}
+    move_running(net, averaged, momentum)
+
+
+def move_running(
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+) -> None:
+    """As `update_running`, towards moments without a dimension of tasks."""
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, BatchNorm) and module.name in moments:
+                mean, var = moments[module.name]
+                module.running_mean.lerp_(mean, momentum)
+                module.running_var.lerp_(var, momentum)
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Whether a network's answers depend on batch statistics at all."""
+    return any(isinstance(module, BatchNorm) for module in net.modules())
+
+
+def norm_parameters(net: nn.Module) -> set[str]:
+    """Qualified names of the scale and shift of every batch or instance norm."""
+    return {
+        f"{name}.{own}"
+        for name, module in net.named_modules()
+        if isinstance(module, BatchNorm | InstanceNorm)
+        for own, _ in module.named_parameters()
+    }
+
+
+def makes_noise(net: nn.Module) -> bool:
+    """Whether a network draws random masks in training."""
+    return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())
+
+
+def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
+    """DropBlock (Ghiasi et al. 2018): zero whole squares of (N, C, H, W), rescale the rest.
+
+    Args:
+        x: Activations.
+        noise: Key of the pass, 0-dimensional int64.
+        slot: Tells apart the layers of one network.
+        rate: Share of activations to drop, in [0, 1).
+        block_size: Side of a square, cut to what the activations hold.
+    """
+    height, width = x.shape[-2:]
+    side = min(block_size, height, width)
+    valid = (height - side + 1) * (width - side + 1)
+    seed_rate = rate * height * width / (side**2 * valid)
+    draws = seeding.uniform(noise, slot, x.shape, dtype=torch.float32)
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device)[None, :]
+    inside = (rows <= height - side) & (columns <= width - side)
+    corners = ((draws < seed_rate) & inside).to(x.dtype)
+    dropped = nn.functional.max_pool2d(
+        nn.functional.pad(corners, (side - 1, 0, side - 1, 0)), side, stride=1
+    )
+    mask = 1.0 - dropped
+    return x * mask * (mask.numel() / mask.sum().clamp(min=1.0))

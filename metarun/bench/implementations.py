@@ -1,0 +1,187 @@
+"""Our side of a workload: its tasks, the algorithm, and one step of it.
+
+Small grey images are the characters that ship with the package. Others are random numbers, since
+miniImageNet is not at hand everywhere, and what an image shows costs no time.
+
+Shapes: T tasks, S support rows, Q query rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.memory.mann import MANN
+from metarun.algorithms.metric.protonet import ProtoNet
+from metarun.algorithms.optimization.maml import MAML
+from metarun.algorithms.outer_optimizer import OuterOptimizer
+from metarun.backbones.conv4 import Conv4
+from metarun.backbones.mlp import MLP, Flat
+from metarun.backbones.network import set_mixed
+from metarun.backbones.resnet12 import ResNet12
+from metarun.bench.networks import resnet_widths
+from metarun.bench.workloads import Variant, Workload
+from metarun.core.types import EpisodeSize, EpisodeSource, Progress, Split, TaskBatch, TaskSpec
+from metarun.data.omniglot import OmniglotSmall
+from metarun.data.synthetic import Sinusoid
+from metarun.evaluation.episodes import evaluate
+from metarun.execution.engine import Engine
+
+Step = Callable[[], object]
+
+EPISODES_AT_ONCE = 25
+"""Of an evaluation, as `eval.tasks_per_batch` has it."""
+
+_NO_PROGRESS = Progress(0, 1)
+# A step costs the same at any rate, and at this one the weights stay where they are.
+_OUTER_LR = 1e-7
+
+
+def has_source(workload: Workload) -> bool:
+    """Whether its tasks are of a data set that ships, which has 20 drawings of a character."""
+    return workload.backbone == "mlp" or (
+        workload.channels == 1 and workload.image <= 105 and workload.shot + workload.query <= 20
+    )
+
+
+def source_of(
+    workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32
+) -> EpisodeSource:
+    """Where its tasks come from, if from a data set that ships."""
+    size = EpisodeSize(workload.way, workload.shot, workload.query)
+    sizes: dict[Split, EpisodeSize] = {"train": size, "val": size, "test": size}
+    common: dict[str, Any] = {
+        "sizes": sizes, "seed": 0, "eval_seed": 0, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    if workload.backbone == "mlp":
+        return Sinusoid(**common)
+    return OmniglotSmall(**common, image_size=workload.image)
+
+
+def spec_of(workload: Workload) -> TaskSpec:
+    """What its tasks ask for."""
+    if workload.backbone == "mlp":
+        return TaskSpec("regression", (1,), 1, 1)
+    shape = (workload.channels, workload.image, workload.image)
+    return TaskSpec("classification", shape, workload.way, workload.way)
+
+
+def batch_of(workload: Workload, device: torch.device, dtype: torch.dtype) -> TaskBatch:
+    """The tasks of a training step."""
+    if has_source(workload):
+        return source_of(workload, device, dtype).batch("train", 0, workload.tasks)
+    draw = torch.Generator().manual_seed(0)
+    shape = spec_of(workload).input_shape
+
+    def rows(of_a_class: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(workload.way).repeat(of_a_class).expand(workload.tasks, -1)
+        images = torch.randn(*labels.shape, *shape, generator=draw)
+        return images.to(device, dtype), labels.contiguous().to(device)
+
+    return TaskBatch(*rows(workload.shot), *rows(workload.query))
+
+
+def algorithm_of(
+    workload: Workload,
+    variant: Variant,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    outer_lr: float = _OUTER_LR,
+    threads: int | None = None,
+) -> Algorithm:
+    """The algorithm of a workload, with the same weights each time.
+
+    Args:
+        workload: Of training steps or of an evaluation.
+        variant: How it runs.
+        device: Where.
+        dtype: In what precision.
+        outer_lr: Of plain SGD.
+        threads: Of the engine; None takes one for each core.
+    """
+    common: dict[str, Any] = {
+        "spec": spec_of(workload),
+        "backbone": _backbone(workload),
+        "optim": partial(OuterOptimizer, method="sgd", lr=outer_lr),
+        "engine": Engine(**variant.engine_options, threads=threads),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        algorithm: Algorithm
+        if workload.method == "protonet":
+            algorithm = ProtoNet(**common)
+        elif workload.method == "mann":
+            algorithm = MANN(**common)
+        else:
+            algorithm = MAML(
+                **common,
+                inner_lr=workload.inner_lr,
+                inner_steps=workload.steps,
+                second_order_from=None if workload.first_order else 0,
+                recompute=variant.memory == "lean",
+            )
+    if variant.precision == "mixed":
+        set_mixed(algorithm)
+    return algorithm.to(device, dtype)
+
+
+def our_step(
+    workload: Workload, variant: Variant, device: torch.device, *, threads: int | None = None
+) -> tuple[Step, str]:
+    """One step of ours, and how its tasks run in the end."""
+    if workload.method == "sampling":
+        source = source_of(workload, device)
+        return lambda: source.batch("train", 0, workload.tasks), ""
+    algorithm = algorithm_of(workload, variant, device, threads=threads)
+    settled = algorithm.settled_engine().kind
+    if workload.method == "evaluation":
+        source = source_of(workload, device)
+        return lambda: evaluate(
+            algorithm, source, "test", workload.tasks, EPISODES_AT_ONCE
+        ), settled
+    batch = batch_of(workload, device, torch.float32)
+    return lambda: algorithm.update(batch, _NO_PROGRESS), settled
+
+
+def our_gradient(
+    workload: Workload, variant: Variant, device: torch.device
+) -> tuple[dict[str, Tensor], Algorithm]:
+    """The gradient by parameter of the network, and the algorithm as it was before.
+
+    In float64, but where networks compute in bfloat16: there in float32.
+    """
+    dtype = torch.float32 if variant.precision == "mixed" else torch.float64
+    # With an outer rate of 1 a step of SGD is the gradient itself.
+    algorithm = algorithm_of(workload, variant, device, dtype, outer_lr=1.0)
+    before = algorithm_of(workload, variant, device, dtype)
+    algorithm.update(batch_of(workload, device, dtype), _NO_PROGRESS)
+    after = dict(algorithm.net.named_parameters())
+    moved = {n: p.detach() - after[n].detach() for n, p in before.net.named_parameters()}
+    return moved, before
+
+
+def our_answers(
+    workload: Workload, variant: Variant, device: torch.device
+) -> tuple[Tensor, Algorithm]:
+    """Answers (T, Q, W) to the first test episodes, and the algorithm; precision as above."""
+    dtype = torch.float32 if variant.precision == "mixed" else torch.float64
+    algorithm = algorithm_of(workload, variant, device, dtype)
+    batch = source_of(workload, device, dtype).batch("test", 0, workload.tasks)
+    answers = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
+    return answers.outputs.detach(), algorithm
+
+
+def _backbone(workload: Workload) -> Any:
+    if workload.backbone == "mlp":
+        return partial(MLP, hidden=(40, 40))
+    if workload.backbone == "resnet12":
+        return partial(ResNet12, widths=resnet_widths(workload.filters), drop_rate=0.0)
+    if workload.backbone == "flat":
+        return Flat
+    return partial(Conv4, filters=workload.filters)

@@ -1,0 +1,339 @@
+"""`metarun bench`: the words of the command, and what is shown and written.
+
+What is typed is checked before torch is imported; files are written last, whole. Ctrl-C ends the
+measuring, and shows what there is by then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from metarun.bench.results import Curve, Result, record
+from metarun.bench.workloads import (
+    GROWTH,
+    RIVALS,
+    WORKLOADS,
+    Variant,
+    Workload,
+    grows,
+    known,
+    select,
+    variants,
+)
+from metarun.cli.parser import Parser
+from metarun.jobs.train import EXIT_INTERRUPTED, EXIT_OK
+from metarun.runs.folder import write_new
+
+if TYPE_CHECKING:
+    import argparse
+
+    import torch
+
+    from metarun.bench.suite import Suite
+
+_TO_GROW = "conv4-1"
+_TO_LEAK = "sinusoid"
+_SUFFIXES = (".png", ".svg")
+_WIDEST = 110
+
+
+@dataclass
+class _Report:
+    """What has been measured so far."""
+
+    results: list[Result] = field(default_factory=list)
+    curves: list[Curve] = field(default_factory=list)
+    leak: float | None = None
+    interrupted: bool = False
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer `metarun bench …`; returns the exit code.
+
+    Raises:
+        ValueError: Something that was typed does not suit; nothing has been measured.
+    """
+    args = _parser().parse_args(list(argv))
+    if args.list:
+        _list()
+        return EXIT_OK
+    workloads = select(_words(args.workload))
+    chosen = variants({o.name: _words([getattr(args, o.name)]) for o in _options()})
+    against = _known("--against", args.against, list(RIVALS))
+    growth = _known("--growth", args.growth, list(GROWTH)) or []
+    grown = select(_words(args.workload) or [_TO_GROW]) if growth else []
+    _check(args, growth, grown)
+    device = _device(args.device)
+    return _measure(
+        args, workloads, chosen, against, [(w, s) for w in grown for s in growth], device
+    )
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="metarun bench",
+        description="Speed and memory of meta-learning here, as ratios to the usual loops, timed "
+        "in turns in one process. Without words the quick workloads, in two or three minutes on "
+        "two idle cores.",
+    )
+    parser.add_argument("--list", action="store_true", help="the workloads, and stop")
+    parser.add_argument(
+        "--workload", nargs="+", metavar="NAME", default=[],
+        help="names or patterns such as 'conv4*'; '*' is all of them",
+    )  # fmt: skip
+    for option in _options():
+        words = option.metadata["words"]
+        parser.add_argument(
+            f"--{option.name}", metavar="WORD", default=option.default,
+            help=f"one or several of {','.join(words)} (default {option.default})",
+        )  # fmt: skip
+    parser.add_argument(
+        "--against", metavar="NAME", help=f"only these rivals, of {','.join(RIVALS)}"
+    )
+    parser.add_argument(
+        "--growth", metavar="SIZE",
+        help=f"also curves over {','.join(GROWTH)}, of the workloads named (else {_TO_GROW})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seconds", type=float, default=5.0,
+        help="time for each side of a workload; three rounds at least (default 5)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
+    parser.add_argument("--no-memory", action="store_true", help="leave out memory")
+    parser.add_argument(
+        "--memory-steps", type=int, default=2000, metavar="N",
+        help="sinusoid steps over which memory must not grow; 0 leaves it out (default 2000)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every figure to a new file"
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE",
+        help="also draw a new file, .svg or .png; no file is ever written over",
+    )  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    return parser
+
+
+def _options() -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(Variant)
+
+
+def _words(typed: Sequence[str]) -> list[str]:
+    """Words apart by blanks or commas."""
+    return [word for part in typed for word in part.split(",") if word]
+
+
+def _known(option: str, typed: str | None, allowed: Sequence[str]) -> list[str] | None:
+    if typed is None:
+        return None
+    words = _words([typed])
+    for word in words:
+        known(option, word, allowed)
+    return words
+
+
+def _check(args: argparse.Namespace, growth: Sequence[str], grown: Sequence[Workload]) -> None:
+    """Refuse numbers, sizes and files.
+
+    Raises:
+        ValueError: One does not suit.
+    """
+    if not (args.seconds > 0 and math.isfinite(args.seconds)):
+        raise ValueError(f"--seconds {args.seconds}: expected a positive number")
+    if args.memory_steps < 0:
+        raise ValueError(f"--memory-steps {args.memory_steps}: expected 0 or more")
+    for size in growth:
+        if not any(grows(workload, size) for workload in grown):
+            names = ", ".join(workload.name for workload in grown)
+            raise ValueError(f"--growth {size} means nothing in {names}: name another workload")
+    if "processes" in growth and args.device != "cpu":
+        raise ValueError("--growth processes counts processes on a CPU: use --device cpu")
+    _check_file("--json", args.json)
+    _check_file("--figure", args.figure)
+    if args.figure is not None and args.figure.suffix not in _SUFFIXES:
+        raise ValueError(f"--figure {args.figure}: expected a name that ends in .svg or .png")
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    if path is None:
+        return
+    if os.path.lexists(path):
+        what = "is a folder" if path.is_dir() else "is there already"
+        raise ValueError(f"{option} {path} {what}: name a new file")
+    if not path.parent.is_dir():
+        raise ValueError(
+            f"{option} {path}: there is no folder {path.parent}: make it, or name another"
+        )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {path} cannot be written: name a file elsewhere")
+
+
+def _device(word: str) -> torch.device:
+    """The device of a word.
+
+    Raises:
+        ValueError: It is not here.
+    """
+    import torch
+
+    try:
+        device = torch.device(word)
+    except RuntimeError:
+        raise ValueError(f"--device {word}: expected cpu, cuda or cuda:1") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {word}: expected cpu, cuda or cuda:1")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {word}: {torch.cuda.device_count()} GPUs are available here: "
+            "use --device cpu"
+        )
+    return device
+
+
+def _list() -> None:
+    console = Console(highlight=False)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for workload in WORKLOADS:
+        table.add_row(workload.name, workload.about + (" (slow)" if workload.slow else ""))
+    console.print(table)
+    console.print("\nThose marked slow are left out unless they are named.", style="dim")
+
+
+def _measure(
+    args: argparse.Namespace,
+    workloads: Sequence[Workload],
+    chosen: Sequence[Variant],
+    against: Sequence[str] | None,
+    growth: Sequence[tuple[Workload, str]],
+    device: torch.device,
+) -> int:
+    from metarun.bench.suite import Suite
+    from metarun.execution.allocator import keep_large_blocks
+
+    keep_large_blocks()
+    console = Console(highlight=False)
+    report = _Report()
+    with console.status("…") as status:
+        suite = Suite(
+            chosen, against, args.seconds, device,
+            with_memory=not args.no_memory, tell=lambda text: status.update(text),
+        )  # fmt: skip
+        try:
+            for workload in workloads:
+                report.results += suite.measure(workload)
+            for workload, size in growth:
+                if grows(workload, size):
+                    report.curves += suite.grow(workload, size)
+            if args.memory_steps and not args.no_memory:
+                report.leak = suite.leak(select([_TO_LEAK])[0], args.memory_steps)
+        except KeyboardInterrupt:
+            report.interrupted = True
+    _show(console, args, report, suite, device)
+    _write(args, report, suite, device)
+    if report.interrupted:
+        print("interrupted: this is what was measured before", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return EXIT_OK
+
+
+def _show(
+    console: Console, args: argparse.Namespace, report: _Report, suite: Suite, device: torch.device
+) -> None:
+    from metarun.bench import tables
+
+    console.print(Text(_title(suite, device)), soft_wrap=True)
+    width = min(console.width, _WIDEST)
+    if args.markdown and report.results:
+        console.print(Text(tables.markdown(report.results)), soft_wrap=True)
+    elif report.results:
+        console.print(tables.terminal(report.results), width=width)
+    for curves in _by_sweep(report.curves):
+        console.print(tables.growth(curves), width=width)
+    if report.leak is not None:
+        console.print(f"memory: {report.leak:+.1f} MiB over {args.memory_steps} sinusoid steps")
+    for name, why in _missing():
+        console.print(Text(f"without {name}: {why}"), soft_wrap=True)
+
+
+def _write(args: argparse.Namespace, report: _Report, suite: Suite, device: torch.device) -> None:
+    if args.json is not None:
+        content = record(
+            _machine(device),
+            suite.peaks,
+            report.results,
+            report.curves,
+            seconds=args.seconds,
+            memory_growth_mib=report.leak,
+            memory_steps=args.memory_steps,
+            without=dict(_missing()),
+            interrupted=report.interrupted,
+        )
+        write_new(args.json, (json.dumps(content, indent=2) + "\n").encode())
+    if args.figure is not None and (report.results or report.curves):
+        from metarun.bench.drawing import picture
+
+        kind = args.figure.suffix.removeprefix(".")
+        title = _title(suite, device)
+        write_new(args.figure, picture(report.results, report.curves, title, kind))
+
+
+def _by_sweep(curves: Sequence[Curve]) -> Iterator[list[Curve]]:
+    for key in dict.fromkeys((curve.workload, curve.size) for curve in curves):
+        yield [curve for curve in curves if (curve.workload, curve.size) == key]
+
+
+def _missing() -> list[tuple[str, str]]:
+    """The rivals that are not here, and why."""
+    from metarun.bench.baselines import why_missing
+
+    found = [(name, why_missing(name)) for name in RIVALS]
+    return [(name, why) for name, why in found if why is not None]
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    from metarun.core.environment import describe
+
+    return {
+        **describe(str(device)),
+        "processor": _processor(),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _title(suite: Suite, device: torch.device) -> str:
+    machine = _machine(device)
+    gpu = device.type == "cuda"
+    where = machine["device_name"] if gpu else machine["processor"]
+    peaks = [f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in suite.peaks.items()]
+    return (
+        f"{where}, {machine['cores']} cores, torch {machine['versions']['torch']} with "
+        f"{machine['torch_threads']} threads; matrix products: {' and '.join(peaks)}"
+    )
+
+
+def _processor() -> str:
+    """The model of the CPU, where the system says it."""
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

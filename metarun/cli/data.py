@@ -1,0 +1,176 @@
+"""`metarun data`: what is here, and how to fetch, import and verify what is not."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from metarun.cli.parser import Parser
+from metarun.data.storage import registry
+from metarun.data.storage.cache import Store, open_store
+
+_NARROWEST, _WIDEST = 40, 100
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer `metarun data [NAME] [--from PATH] [--root DIR] [--verify]`; the exit code.
+
+    Raises:
+        ValueError: The request cannot be met; the text says why.
+    """
+    parser = Parser(
+        prog="metarun data",
+        description="Without a NAME: which data sets are here. With one: fetch or import it.",
+    )
+    parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(registry.DATASETS))
+    parser.add_argument("--from", dest="source", metavar="PATH", help="import files you have")
+    parser.add_argument(
+        "--root", metavar="DIR", help="where data sets live ($METARUN_DATA, ~/.cache/metarun)"
+    )
+    parser.add_argument("--verify", action="store_true", help="read everything, compare the hashes")
+
+    args = parser.parse_args(list(argv))
+    if args.name is None:
+        if args.source is not None:
+            raise ValueError("--from PATH needs the name of a data set before it")
+        return _list(args.root, verify=args.verify)
+    entry = registry.DATASETS.get(args.name)
+    if entry is None:
+        raise ValueError(_unknown(args.name))
+    if entry.place == "folder":
+        return _check_folder(args.source or args.root)
+    if entry.place == "store":
+        return _provide(entry.name, args.source, args.root, verify=args.verify)
+    if args.source is not None:
+        raise ValueError(f"{entry.name} is {_STATES[entry.place]}: leave out --from")
+    if args.verify and entry.place == "shipped":
+        _verify_shipped()
+    print(f"{entry.name} is {_STATES[entry.place]}: type `metarun data={entry.name}`")
+    return 0
+
+
+_STATES = {"made": "made on the fly", "shipped": "shipped with metarun"}
+
+
+def _list(root: str | None, *, verify: bool) -> int:
+    """Print the table of data sets."""
+    base = registry.resolve_root(root)
+    table = Table(box=None, show_header=False, expand=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    # A path that is longer than a line is needed whole.
+    table.add_column(ratio=1, overflow="fold")
+    for entry in registry.DATASETS.values():
+        table.add_row(entry.name, entry.line)
+        table.add_row("", _state(entry, base, root, verify=verify))
+    columns = shutil.get_terminal_size((80, 24)).columns
+    Console(width=max(_NARROWEST, min(_WIDEST, columns)), highlight=False).print(table)
+    return 0
+
+
+def _state(entry: registry.DataSet, base: Path, root: str | None, *, verify: bool) -> str:
+    if entry.place == "folder":
+        return "type data=folder data.root=PATH"
+    if entry.place != "store":
+        return _STATES[entry.place]
+    try:
+        store = open_store(base / entry.name)
+        if store is not None and verify:
+            store.verify()
+    except ValueError as error:
+        return f"damaged: {error}"
+    if store is not None:
+        return f"here, in {store.folder}"
+    return str(registry.missing(entry.name, root)).partition(": ")[2]
+
+
+def _provide(name: str, source: str | None, root: str | None, *, verify: bool) -> int:
+    """Fetch or import a data set, or say that it is here."""
+    base = registry.resolve_root(root)
+    store = open_store(base / name)
+    if store is not None:
+        if source is not None:
+            raise ValueError(
+                f"{name} is in {store.folder} already: delete that folder to import it anew"
+            )
+        if verify:
+            store.verify()
+        print(f"{_describe(store)}{', every byte as it was imported' if verify else ''}")
+        return 0
+    if verify:
+        raise ValueError(str(registry.missing(name, root)))
+    path = None if source is None else Path(source).expanduser()
+    print(_describe(_import(name, path, base)))
+    return 0
+
+
+def _import(name: str, source: Path | None, base: Path) -> Store:
+    if name == "miniimagenet":
+        from metarun.data.storage.miniimagenet_files import FORMS, import_miniimagenet
+
+        if source is None:
+            raise ValueError(
+                "miniimagenet is not ours to hand out (its photographs are ImageNet's): import "
+                f"files you have with --from PATH; known are {FORMS}"
+            )
+        return import_miniimagenet(source, base)
+    from metarun.data.storage.omniglot_files import fetch_omniglot, import_omniglot
+
+    return fetch_omniglot(base) if source is None else import_omniglot(source, base)
+
+
+def _describe(store: Store) -> str:
+    facts = store.facts
+    counts = facts.get("counts")
+    if counts is None:
+        content = f"{facts['classes']} classes, {facts['images']} images"
+    else:
+        classes = "/".join(str(len(numbers)) for numbers in counts.values())
+        images = sum(sum(numbers) for numbers in counts.values())
+        content = f"{classes} train/val/test classes, {images} images"
+    return f"{facts['name']} is in {store.folder}: {content}"
+
+
+def _check_folder(root: str | None) -> int:
+    """Read every picture of a user's folder and sum it up."""
+    from metarun.data.folder import list_folder
+    from metarun.data.storage.image_files import open_image
+
+    if root is None:
+        raise ValueError("folder is your own: check one with `metarun data folder --from PATH`")
+    listing = list_folder(root)
+    for split, classes in listing.splits.items():
+        for files in classes.values():
+            for file in files:
+                open_image(file)
+        counts = [len(files) for files in classes.values()]
+        print(f"{split}: {len(classes)} classes of {min(counts)} to {max(counts)} images")
+    print(f"all can be read: type `metarun data=folder data.root={root}`")
+    return 0
+
+
+def _verify_shipped() -> None:
+    import zipfile
+
+    from metarun.data.storage.omniglot_files import FILES
+
+    for path in sorted(FILES.glob("*.zip")):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except zipfile.BadZipFile:
+            bad = path.name
+        if bad is not None:
+            raise ValueError(f"{path} is damaged at {bad}: install metarun again")
+
+
+def _unknown(name: str) -> str:
+    found = difflib.get_close_matches(name, registry.DATASETS, n=1)
+    known = ", ".join(registry.DATASETS)
+    return f"unknown data set {name}" + (
+        f": did you mean {found[0]}?" if found else f": choose from {known}"
+    )

@@ -1,0 +1,640 @@
+"""From what was typed to checked configurations: Hydra's composition, asked before anything runs.
+
+Hydra by itself answers a mistake with several lines, sometimes after it has made a folder, and
+sometimes (`+key`) not at all. Here every word is looked up first. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.default_element import ConfigDefault
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from hydra.version import setbase
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from metarun.config.build import NODES, Plain, conf_dir, nearest, one_line, unknown_key
+from metarun.config.naming import hashed_slug, job_name
+
+HYDRA_VERSION_BASE = "1.3"
+_MOST_JOBS = 10_000
+_EXTRAS = {
+    "joblib": "joblib",
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "optuna": "optuna",
+}
+"""The extra of the package that brings a launcher or a sweeper."""
+SEVERAL = ("logger",)
+"""Groups of which a run may have several choices, or none, as a list."""
+_FOLDER_OF_A_RUN = "hydra.sweep.subdir"
+_FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run that was asked for.
+
+    Attributes:
+        overrides: What was typed for it, without sweeps.
+        plain: Its resolved configuration.
+        folder: The folder that it makes.
+        has_recipe: Whether there is a recipe for its pair of algorithm and data.
+        may_be_there: Whether the folder may be there already, because it is named after what
+            the run computes.
+    """
+
+    overrides: list[str]
+    plain: Plain
+    folder: Path
+    has_recipe: bool
+    may_be_there: bool = False
+
+
+@dataclass(frozen=True)
+class Way:
+    """How Hydra goes through a sweep.
+
+    Attributes:
+        launcher: The word for `hydra/launcher`.
+        sweeper: The word for `hydra/sweeper`.
+        direction: `minimize` or `maximize`, where the sweeper has one.
+    """
+
+    launcher: str
+    sweeper: str
+    direction: str | None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the sweeper chooses runs by the results of others."""
+        return self.sweeper != "basic"
+
+    @property
+    def beside(self) -> bool:
+        """Whether runs happen in other processes, several at a time."""
+        return self.launcher != "basic"
+
+
+def register_resolvers() -> None:
+    """Teach OmegaConf the words that conf/ uses beyond Hydra's own."""
+    # Cached, so that a folder has one name however often it is asked for.
+    OmegaConf.register_new_resolver(
+        "metarun_unique", lambda: secrets.token_hex(3), replace=True, use_cache=True
+    )
+    OmegaConf.register_new_resolver("metarun_job", _job_name, replace=True)
+
+
+def _job_name(*, _root_: DictConfig) -> str:
+    """The name of a sweep's run: `_root_` is its configuration, Hydra's node included."""
+    plain = _plain(_root_)
+    hydra = HydraConfig.get()
+    plain["names"] = names_of(cast("dict[str, Any]", dict(hydra.runtime.choices)), plain)
+    parser = OverridesParser.create()
+    words = [parser.parse_override(str(word)) for word in hydra.overrides.task]
+    return job_name([_as_hydra_writes(word) for word in words], plain)
+
+
+def _as_hydra_writes(override: Override) -> str:
+    """`seed=1e3` as `seed=1000.0`: a sweep's words are written by Hydra, typed ones are not."""
+    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
+
+
+@contextmanager
+def composer(
+    config_dir: str | None = None, conf: str | None = None, config_name: str | None = None
+) -> Iterator[Composer]:
+    """Open the configurations, those of `config_dir` beside the shipped ones.
+
+    Raises:
+        ValueError: A folder is not there, or a file in it has the name of a shipped one.
+    """
+    shipped = Path(conf).resolve() if conf else conf_dir()
+    if not shipped.is_dir():
+        raise ValueError(f"--config-path {conf}: there is no such folder")
+    if config_dir is not None:
+        _check_config_dir(config_dir, shipped)
+    register_resolvers()
+    setbase(HYDRA_VERSION_BASE)
+    search_path = create_config_search_path(str(shipped))
+    if config_dir is not None:
+        search_path.prepend(
+            provider="command-line",
+            path=f"file://{Path(config_dir).resolve()}",
+            anchor=SearchPathQuery(provider="schema"),
+        )
+    instance = GlobalHydra.instance()
+    instance.clear()
+    hydra = Hydra.create_main_hydra2(task_name="metarun", config_search_path=search_path)
+    try:
+        yield Composer(hydra, config_name or "config")
+    finally:
+        instance.clear()
+
+
+def parse_value(word: str) -> tuple[str, Any]:
+    """A key and its value, read as Hydra reads them; no sweep, no + or ~.
+
+    Raises:
+        ValueError: It is not a plain KEY=VALUE.
+    """
+    override = read_words(OverridesParser.create(), [word])[0]
+    if override.is_sweep_override():
+        raise ValueError(f"{word} names several values: resume= and test= are about one run")
+    if override.type is not OverrideType.CHANGE or override.package is not None:
+        raise ValueError(f"{word}: resume= and test= take plain KEY=VALUE")
+    return override.key_or_group, override.value()
+
+
+def read_words(parser: OverridesParser, words: Sequence[str]) -> list[Override]:
+    """Parse words by Hydra's grammar.
+
+    Raises:
+        ValueError: One cannot be read.
+    """
+    parsed: list[Override] = []
+    for word in words:
+        try:
+            parsed += parser.parse_overrides([word])
+        except (HydraException, ValueError, RecursionError, OverflowError) as error:
+            raise ValueError(
+                f"cannot read {word!r}: expected key=value; quote a value with special "
+                "characters, as in 'key=\"a b\"'"
+            ) from error
+    return parsed
+
+
+class Composer:
+    """Composes configurations and answers mistakes with the nearest spelling."""
+
+    def __init__(self, hydra: Hydra, config_name: str) -> None:
+        self._hydra = hydra
+        loader = cast("ConfigLoaderImpl", hydra.config_loader)
+        self._repository = loader.repository
+        self._config_name = config_name
+        self._parser = OverridesParser.create(config_loader=loader)
+        self._options: dict[str, list[str]] = {}
+        self._bases: dict[tuple[str, ...], Plain] = {}
+        self._sweeps: dict[tuple[str, ...], DictConfig] = {}
+        self._latest: tuple[tuple[tuple[str, ...], RunMode], DictConfig] | None = None
+        if config_name not in self._in_group("", ObjectType.CONFIG):
+            raise ValueError(f"--config-name {config_name}: there is no {config_name}.yaml")
+
+    def options(self, group: str) -> list[str]:
+        """The words that a group can be set to."""
+        if group not in self._options:
+            self._options[group] = sorted(self._in_group(group, ObjectType.CONFIG))
+        return self._options[group]
+
+    def _in_group(self, group: str, kind: ObjectType) -> list[str]:
+        """What a group holds. Hydra's loader would copy everything it has read to answer this,
+        which takes as long as composing; its repository only looks."""
+        return self._repository.get_group_options(group, kind)
+
+    def target(self, group: str, name: str) -> str:
+        """The class of a choice, which is in its file or in that of one that it builds on.
+
+        Raises:
+            ValueError: It cannot be composed, where it has to be.
+        """
+        try:
+            found = self._repository.load_config(f"{group}/{name}")
+        except Exception:  # A file of the user's own may hold anything: composing explains it.
+            found = None
+        if found is not None:
+            for key in ("_target_", f"{group}._target_"):
+                target = OmegaConf.select(found.config, key)
+                if target is not None:
+                    return str(target)
+            for default in found.defaults_list or ():
+                if isinstance(default, ConfigDefault) and not default.is_self():
+                    return self.target(group, str(default.path))
+        # By other words of Hydra's that a file may say it with.
+        return str(self.job([f"{group}={name}", "~recipe"]).plain[group]["_target_"])
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Every config group, those inside others as `outer/inner`."""
+        return list(self._groups_in(""))
+
+    def _groups_in(self, parent: str) -> Iterator[str]:
+        for name in self._in_group(parent, ObjectType.GROUP):
+            group = f"{parent}/{name}" if parent else name
+            yield group
+            yield from self._groups_in(group)
+
+    def is_sweep(self, overrides: Sequence[str], multirun: bool) -> bool:
+        """Whether a request is for several runs, by `-m` or by its own configuration."""
+        if multirun:
+            return True
+        parsed = self._parse(overrides)
+        swept = [o for o in parsed if o.is_sweep_override()]
+        simple = self._one_of_each(parsed)
+        self._check_words(simple)
+        if self._compose(simple, RunMode.RUN).hydra.mode == RunMode.MULTIRUN:
+            return True
+        if swept:
+            raise ValueError(
+                f"{_text(swept[0])} names several values: add -m to run each, or quote a text "
+                "that has a comma"
+            )
+        return False
+
+    def way(self, overrides: Sequence[str]) -> Way:
+        """How Hydra would go through a sweep of these words."""
+        hydra = self._sweep_node(self._one_of_each(self._parse(overrides)))
+        choices = hydra.runtime.choices
+        number = hydra.launcher.get("tasks_per_node") or 1
+        if number > 1:
+            raise ValueError(
+                f"hydra.launcher.tasks_per_node={number}: a run of a sweep is one process: "
+                "expected 1; torchrun starts one run in several"
+            )
+        direction = hydra.sweeper.get("direction")
+        return Way(
+            str(choices["hydra/launcher"]),
+            str(choices["hydra/sweeper"]),
+            None if direction is None else str(getattr(direction, "name", direction)),
+        )
+
+    def _one_of_each(self, parsed: Sequence[Override]) -> list[str]:
+        """The words without what is swept, but the first choice of a swept group.
+
+        What keys there are depends on the groups; each run's own are looked up with it.
+        """
+        words: list[str] = []
+        for override in parsed:
+            if not override.is_sweep_override():
+                words.append(_text(override))
+            elif override.key_or_group in self.groups and override.is_choice_sweep():
+                first = next(iter(override.sweep_string_iterator()), None)
+                words += [] if first is None else [f"{override.key_or_group}={first}"]
+        return words
+
+    def _sweep_node(self, simple: Sequence[str]) -> DictConfig:
+        """Hydra's node of a sweep, from its words without those that are swept."""
+        words = tuple(simple)
+        if words not in self._sweeps:
+            self._sweeps[words] = self._compose(words, RunMode.MULTIRUN).hydra
+        return self._sweeps[words]
+
+    def sweep_words(self, overrides: Sequence[str]) -> list[str]:
+        """The words of a sweep with what its sweeper needs and was not typed.
+
+        Optuna writes its result into the folder of the sweep, which then is its own, and would
+        stop at the first run that fails.
+        """
+        self._check_words(self._one_of_each(self._parse(overrides)))
+        if not self.way(overrides).searches:
+            return list(overrides)
+        typed = {override.key_or_group for override in self._parse(overrides)}
+        told = sorted(word for word in overrides if not word.startswith("hydra"))
+        added = {
+            "hydra.sweep.dir": f"outputs/sweeps/{hashed_slug(told, 60)}",
+            "hydra.sweeper.max_failure_rate": "1.0",
+        }
+        more = [f"{key}='{value}'" for key, value in added.items() if key not in typed]
+        return [*overrides, *more]
+
+    def jobs(self, overrides: Sequence[str], sweep: bool) -> list[Job]:
+        """Every run of a request, composed and looked up.
+
+        Where a sweeper chooses values as it goes, the runs are some that meet every listed value
+        and the ends of every interval.
+
+        Raises:
+            ValueError: A word is unknown, or a sweep selects no run or too many.
+        """
+        if not sweep:
+            return [self.job(overrides, sweep)]
+        parsed = self._parse(overrides)
+        simple = self._one_of_each(parsed)
+        self._check_words(simple)
+        searches = self.way(overrides).searches
+        for override in parsed:
+            if override.is_sweep_override() and not searches:
+                self._check_sweep_key(override)
+            elif override.is_sweep_override() and override.key_or_group == "seed":
+                raise ValueError(
+                    f"{_text(override)}: a search would choose the luckiest seed; search with "
+                    "one, then repeat the best run with seed=0,1,2"
+                )
+        sweeper = self._sweep_node(simple).sweeper
+        params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
+        parsed = [*self._parse([f"{key}={value}" for key, value in params.items()]), *parsed]
+        combine = _corners if searches else _product
+        return [self.job(list(words), sweep) for words in combine(parsed)]
+
+    def job(self, overrides: Sequence[str], sweep: bool = False) -> Job:
+        """One run: every word looked up, composed, resolved.
+
+        Raises:
+            ValueError: A word is unknown or cannot be composed.
+        """
+        base = self._check_words(overrides)
+        cfg = self._compose(overrides, RunMode.RUN)
+        _check_added("", _structure(cfg), base)
+        choices = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra.runtime.choices))
+        if not cfg.get("backbone"):
+            raise ValueError(
+                f"no backbone belongs to data={choices['data']}: type backbone=… "
+                f"({self._one_of('backbone')})"
+            )
+        plain, folder = _resolve(cfg, "sweep" if sweep else "run")
+        plain["names"] = names_of(choices, plain)
+        recipes = self.options("recipe") if "recipe" in self.groups else []
+        return Job(list(overrides), plain, folder, choices.get("recipe") in recipes, sweep)
+
+    def _check_words(self, overrides: Sequence[str]) -> Plain:
+        """Look up every group and key; returns the structure that the groups compose to."""
+        parsed = self._parse(overrides)
+        for override in parsed:
+            if override.key_or_group in _FILES_OF_HYDRA:
+                raise ValueError(
+                    f"{_text(override)}: metarun alone writes a run's folder, its log among it"
+                )
+            if override.key_or_group == _FOLDER_OF_A_RUN:
+                raise ValueError(
+                    f"{_text(override)}: a run's folder is named after what it computes; type "
+                    "hydra.sweep.dir=… to put them all elsewhere"
+                )
+        groups = set(self.groups)
+        in_groups = [o for o in parsed if o.key_or_group in groups]
+        for override in in_groups:
+            self._check_group(override)
+        words = tuple(_text(o) for o in in_groups)
+        if words not in self._bases:
+            self._bases[words] = _structure(self._compose(words, RunMode.RUN))
+        base = self._bases[words]
+        known = [*leaves(base), *sorted(g for g in groups if not g.startswith("hydra"))]
+        for override in parsed:
+            if override not in in_groups:
+                self._check_key(override, base, known)
+        return base
+
+    def _check_group(self, override: Override) -> None:
+        group, value = override.key_or_group, override.value()
+        if override.is_delete():
+            if group in NODES:
+                raise ValueError(f"~{group}: a run needs one; type {group}=…")
+            return
+        if group in SEVERAL and isinstance(value, list):
+            for word in value:
+                self._check_choice(group, word)
+            return
+        if value is None:
+            none = f"type {group}=[]" if group in SEVERAL else f"type ~{group}"
+            hint = f"expected {self._one_of(group)}" if group in NODES else none
+            raise ValueError(f"{group}=null: {hint}")
+        self._check_choice(group, value)
+        if override.is_force_add() or (override.is_add() and group in self._default_groups()):
+            raise ValueError(f"{override.input_line}: type {group}={value}, without +")
+
+    def _check_choice(self, group: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in self.options(group):
+            _check_plugin(group, str(value))
+            near = nearest(str(value), self.options(group))
+            raise ValueError(f"{group}={value}: " + (near[2:] or f"expected {self._one_of(group)}"))
+
+    def _check_sweep_key(self, override: Override) -> None:
+        """A swept key that is unknown fails in every job; a group is looked up there."""
+        if override.key_or_group in SEVERAL:
+            raise ValueError(
+                f"{override.input_line}: the runs would be the same, in one folder; for several "
+                f"at once type {override.key_or_group}=[A,B]"
+            )
+        if override.key_or_group not in self.groups and not override.is_discrete_sweep():
+            raise ValueError(
+                f"{override.input_line}: a sweep takes lists, range() and glob(), not interval()"
+            )
+
+    def _check_key(self, override: Override, base: Plain, known: list[str]) -> None:
+        key = override.key_or_group
+        if override.package is not None or "/" in key:
+            group = key.partition("@")[0]
+            raise ValueError(f"there is no group {group}{nearest(group, self.groups)}")
+        if key.startswith("hydra.") and override.is_add():
+            return  # Hydra's own nodes hold open dictionaries, as hydra.job.env_set.
+        if not _has(base, key.split(".")):
+            raise unknown_key(key, known)
+        if override.is_delete():
+            raise ValueError(f"~{key}: a run needs every key; set it to another value, or null")
+        if override.is_add():
+            raise ValueError(f"{override.input_line}: {key} exists; type it without +")
+
+    def _default_groups(self) -> set[str]:
+        cfg = self._compose([], RunMode.RUN)
+        return {str(group) for group in cfg.hydra.runtime.choices}
+
+    def _one_of(self, group: str) -> str:
+        return "one of " + ", ".join(o for o in self.options(group) if not o.startswith("for_"))
+
+    def _parse(self, overrides: Sequence[str]) -> list[Override]:
+        return read_words(self._parser, overrides)
+
+    def _compose(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        """The configuration of these words, to be read alone: what was composed last is kept,
+        since the same words are asked about in turn."""
+        asked = tuple(overrides), mode
+        if self._latest is None or self._latest[0] != asked:
+            self._latest = asked, self._composed(overrides, mode)
+        return self._latest[1]
+
+    def _composed(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        try:
+            return self._hydra.compose_config(
+                config_name=self._config_name,
+                overrides=list(overrides),
+                run_mode=mode,
+                from_shell=False,
+                validate_sweep_overrides=False,
+            )
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ValueError(_explain(error)) from error
+        # A YAML file of the user's own may hold anything.
+        except Exception as error:
+            raise ValueError(f"the configuration cannot be read: {one_line(error)}") from error
+
+
+def _check_plugin(group: str, value: str) -> None:
+    """Name the extra that brings one of Hydra's plugins, where it is missing."""
+    if group in ("hydra/launcher", "hydra/sweeper") and value in _EXTRAS:
+        raise ValueError(
+            f"{group}={value} needs a plugin of Hydra's: pip install 'metarun[{_EXTRAS[value]}]'"
+        )
+
+
+def _check_config_dir(config_dir: str, shipped: Path) -> None:
+    folder = Path(config_dir).resolve()
+    if not folder.is_dir():
+        raise ValueError(f"--config-dir {config_dir}: there is no such folder")
+    if folder == shipped:
+        return
+    for path in sorted(folder.rglob("*.yaml")):
+        name = path.relative_to(folder)
+        if (shipped / name).exists():
+            raise ValueError(
+                f"{Path(config_dir) / name} has the name of a shipped file, which would win: "
+                "rename it"
+            )
+
+
+def _choices(parsed: Sequence[Override]) -> dict[str, list[str]]:
+    """The words that each key is set to; of an interval its ends."""
+    choices: dict[str, list[str]] = {}
+    for override in parsed:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            choices[key] = [_text(override)]
+            continue
+        try:
+            value = override.value()
+            if isinstance(value, IntervalSweep):
+                texts: Iterator[Any] = iter((value.start, value.end))
+            else:
+                texts = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
+            choices[key] = [f"{key}={text}" for text in texts]
+        except (HydraException, ValueError, ArithmeticError) as error:
+            raise ValueError(f"{override.input_line}: {one_line(error)}") from error
+        if not choices[key]:
+            raise ValueError(f"{override.input_line} selects nothing: `metarun list` shows names")
+    return choices
+
+
+def _corners(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
+    """Few jobs that together meet every word: one key changes at a time."""
+    choices = _choices(parsed)
+    first = {key: words[0] for key, words in choices.items()}
+    changed = [{**first, key: word} for key, words in choices.items() for word in words[1:]]
+    return [tuple(words.values()) for words in (first, *changed)]
+
+
+def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
+    """The words of every job, in the order of Hydra's basic sweeper."""
+    choices = _choices(parsed)
+    count = 1
+    for values in choices.values():
+        count *= len(values)
+    if count > _MOST_JOBS:
+        raise ValueError(f"the sweep asks for more than {_MOST_JOBS} runs: make it smaller")
+    return list(itertools.product(*choices.values()))
+
+
+def _text(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _structure(cfg: DictConfig) -> Plain:
+    return cast(Plain, OmegaConf.to_container(cfg, resolve=False))
+
+
+def leaves(node: Plain, prefix: str = "") -> list[str]:
+    """Every dotted key below a node but Hydra's and the classes'."""
+    found: list[str] = []
+    for key, value in node.items():
+        if not prefix and key == "hydra":
+            continue
+        if not str(key).startswith("_"):
+            found.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            found += leaves(cast(Plain, value), f"{prefix}{key}.")
+    return found
+
+
+def _has(node: Any, path: list[str]) -> bool:
+    if not path:
+        return True
+    head, rest = path[0], path[1:]
+    if isinstance(node, dict):
+        mapping = cast(Plain, node)
+        return head in mapping and _has(mapping[head], rest)
+    if isinstance(node, list):
+        return head.isdigit() and int(head) < len(node) and _has(node[int(head)], rest)
+    return False
+
+
+def _check_added(prefix: str, node: Plain, base: Plain) -> None:
+    """Refuse keys that only a typed dictionary can have added."""
+    for key, value in node.items():
+        if prefix == "" and key == "hydra":
+            continue
+        if key not in base:
+            raise unknown_key(f"{prefix}{key}", leaves(base, prefix))
+        known = base[key]
+        if isinstance(value, dict) and isinstance(known, dict):
+            _check_added(f"{prefix}{key}.", cast(Plain, value), cast(Plain, known))
+
+
+def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Path]:
+    """The resolved configuration and the folder that Hydra makes for it."""
+    holder = HydraConfig.instance()
+    before = holder.cfg
+    holder.set_config(cfg)
+    try:
+        plain = _plain(cfg)
+        folder = Path(str(cfg.hydra[mode].dir))
+        return plain, folder / str(cfg.hydra.sweep.subdir) if mode == "sweep" else folder
+    except MissingMandatoryValue as error:
+        raise ValueError(f"{error.full_key} is missing: type {error.full_key}=…") from error
+    except InterpolationResolutionError as error:
+        raise ValueError(f"{error.full_key}: {_first_line(error)}") from error
+    except OmegaConfBaseException as error:
+        raise ValueError(_explain(error)) from error
+    except RecursionError as error:
+        raise ValueError("a value refers to itself by ${…}") from error
+    finally:
+        holder.cfg = before
+
+
+def _plain(cfg: DictConfig) -> Plain:
+    """A configuration without Hydra's node, resolved."""
+    task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    return cast(Plain, OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+
+
+def names_of(choices: Plain, plain: Plain) -> dict[str, str]:
+    """The words chosen for the parts of a run, `for_<data>` made plain."""
+    names = {node: str(choices[node]) for node in ("algo", "data")}
+    backbone = str(choices.get("backbone"))
+    if backbone.startswith("for_"):
+        backbone = str(plain["backbone"].get("_target_")).rpartition(".")[2].lower()
+    names["backbone"] = backbone
+    if choices.get("experiment"):
+        names["experiment"] = str(choices["experiment"])
+    return names
+
+
+def _explain(error: BaseException) -> str:
+    """Hydra's and OmegaConf's message, and that of its cause, on one line."""
+    parts = [_first_line(error)]
+    if error.__cause__ is not None:
+        parts.append(_first_line(error.__cause__))
+    return ": ".join(parts)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__

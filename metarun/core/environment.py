@@ -1,0 +1,66 @@
+"""What a run ran on: versions, machine and the state of the code, for its records."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from typing import Any
+
+import metarun
+from metarun.core import distributed
+
+PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
+
+
+def versions() -> dict[str, str]:
+    """Version of Python, of this package and of what the numbers depend on."""
+    found = {"python": platform.python_version(), "metarun": metarun.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe(device: str) -> dict[str, Any]:
+    """The machine and the code.
+
+    Args:
+        device: As torch writes it, `cpu` or `cuda:0`.
+    """
+    import torch
+
+    on_gpu = device.startswith("cuda")
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "device": device,
+        "device_name": torch.cuda.get_device_name(device) if on_gpu else platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "processes": distributed.size(),
+        "command": sys.argv,
+        "git": _git(),
+    }
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the current folder, and whether anything differs from it."""
+    commit = _ask_git("rev-parse", "HEAD")
+    if not commit:
+        return None
+    return {"commit": commit, "dirty": bool(_ask_git("status", "--porcelain"))}
+
+
+def _ask_git(*words: str) -> str | None:
+    try:
+        answer = subprocess.run(
+            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,443 @@
+"""Classification tasks from images that stay on the device, sorted by class.
+
+An episode is an index, a gather and an augmentation, all over the whole batch of tasks.
+Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W images, N images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from metarun.core import seeding
+from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.data.augmentation import Augmentation
+from metarun.data.storage.cache import Pixels
+from metarun.data.storage.image_files import picture
+
+Rotations = Literal["none", "classes", "mirrored", "per_task"]
+Episodes = Literal["any", "within_alphabet"]
+
+_LOG = logging.getLogger(__name__)
+_NUM_ROTATIONS = 4
+_CLASSES_OF_ONE = {"none": 1, "classes": 4, "mirrored": 8, "per_task": 1}
+"""Classes that a class becomes by `rotations`."""
+_SLOT_GROUP, _SLOT_CLASSES, _SLOT_CLASS_ORDER, _SLOT_ROTATIONS = range(4)
+_SLOT_IMAGES, _SLOT_ROW_ORDER, _SLOT_IMAGE_ORDER = 4, 5, 14
+_KEY_SUPPORT, _KEY_QUERY = 100, 101
+
+
+@dataclass(frozen=True, slots=True)
+class ClassTable:
+    """The images of one split.
+
+    Attributes:
+        images: (N, C, H, W) uint8, sorted by class.
+        names: One for each class.
+        counts: Images of each class.
+        groups: The group (an alphabet) of each class; a group's classes stand together.
+        digest: A hash of the images where it is known already.
+    """
+
+    images: Tensor
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    groups: tuple[str, ...] | None = None
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.images.dtype == torch.uint8
+        assert self.images.dim() == 4
+        assert len(self.names) == len(self.counts)
+        assert sum(self.counts) == len(self.images)
+
+    def fingerprint(self) -> str:
+        """A hash of the names, the counts and the images."""
+        digest = self.digest
+        if digest is None:
+            digest = hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
+        facts = repr((self.names, self.counts, self.groups, tuple(self.images.shape), digest))
+        return hashlib.sha256(facts.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class _Resident:
+    """A split on the device, and where its classes and groups begin.
+
+    Attributes:
+        images: (N, C, H, W) uint8, or (4 N, C, H, W) with the rotated copies behind, or (8 N,
+            C, H, W) with the mirrored ones behind those.
+        num_images: N.
+        starts, counts: (classes,) first image and number of images of each class.
+        group_starts, group_counts: (groups,) first class and number of classes to choose from.
+        rotation_classes: Copies that count as classes of their own: 1, 4 or 8.
+    """
+
+    images: Tensor
+    num_images: int
+    starts: Tensor
+    counts: Tensor
+    group_starts: Tensor
+    group_counts: Tensor
+    rotation_classes: int
+
+
+class ClassEpisodes:
+    """Pure episodes from a table of classes for each split.
+
+    Args:
+        name: The data set's, for messages.
+        tables: What each split holds.
+        sizes: Rows of a task in each split; val's way is lowered to the classes there.
+        val_way: `eval.val_way` as typed; a typed value is never lowered.
+        seed: Of the training tasks.
+        eval_seed: Of the val and test tasks.
+        rotations: For training: `none`; `classes` makes each quarter turn a class of its own;
+            `mirrored` its mirror image too; `per_task` turns each class of a task by one random
+            quarter turn.
+        rotations_eval: The same for val and test, but for `mirrored`.
+        rotations_val: The same for val alone, to choose on more classes than it has; None is as
+            `rotations_eval`.
+        episodes: `any`, or `within_alphabet` to take a task's classes from one group.
+        augmentation: Changes to training images.
+        mean, std: Per channel, in [0, 1] units; None leaves pixels in [0, 1].
+        prepare: Turns one picture into (C, H, W) uint8 as the tables' images were.
+        can_drop: Whether the data set has `min_per_class`, to leave out small classes.
+    """
+
+    least_way: ClassVar[int] = 2
+    """Fewest classes of a task."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        tables: Mapping[Split, ClassTable],
+        sizes: Mapping[Split, EpisodeSize],
+        val_way: int | None,
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        rotations: Rotations = "none",
+        rotations_eval: Rotations = "none",
+        rotations_val: Rotations | None = None,
+        episodes: Episodes = "any",
+        augmentation: Augmentation | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        prepare: Callable[[Image.Image], Pixels],
+        can_drop: bool = False,
+    ) -> None:
+        _one_of("rotations", rotations, ("none", "classes", "mirrored", "per_task"))
+        _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
+        if rotations_val is not None:
+            _one_of("rotations_val", rotations_val, ("none", "classes", "per_task"))
+        _one_of("episodes", episodes, ("any", "within_alphabet"))
+        self._name = name
+        self._tables = dict(tables)
+        self._rotations: dict[Split, Rotations] = {
+            "train": rotations,
+            "val": rotations_eval if rotations_val is None else rotations_val,
+            "test": rotations_eval,
+        }
+        self._by_group = episodes == "within_alphabet"
+        self._augmentation = augmentation or Augmentation()
+        self._prepare_one = prepare
+        self._can_drop = can_drop
+        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
+        self._resident: dict[Split, _Resident] = {}
+        self.device = torch.device(device)
+        self._dtype = dtype
+        shape = tuple(self._tables["train"].images.shape[1:])
+        self._scale, self._offset = self._normalisation(shape[0], mean, std)
+        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
+        for split in ("train", "test"):
+            self._check_size(split)
+        self._fit_val_way(val_way)
+        self._check_size("val")
+        self.spec = TaskSpec(
+            kind="classification",
+            input_shape=shape,
+            output_dim=self.sizes["test"].way,
+            train_way=self.sizes["train"].way,
+            num_train_classes=self.num_classes("train"),
+            train_shot=self.sizes["train"].shot,
+        )
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Draw tasks `index … index + num_tasks - 1` of a split."""
+        size = self.sizes[split]
+        data = self._on_device(split)
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        picks, class_ids = self._pick(split, data, keys)
+        support = self._rows(split, data, keys, picks[..., : size.shot], _KEY_SUPPORT)
+        query = self._rows(split, data, keys, picks[..., size.shot :], _KEY_QUERY)
+        return TaskBatch(*support, *query, class_ids)
+
+    def num_classes(self, split: Split) -> int:
+        """Classes to choose from, with rotations where each is a class: what `class_ids` name."""
+        return self._copies(split) * len(self._tables[split].counts)
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        """The name behind each number in `class_ids`."""
+        names = self._tables[split].names
+        copies = self._copies(split)
+        if copies == 1:
+            return names
+        turned = [f"rot{90 * turn:03d}" for turn in range(_NUM_ROTATIONS)]
+        shown = [*turned, *(f"mirror_{turn}" for turn in turned)][:copies]
+        return tuple(f"{name}/{turn}" for turn in shown for name in names)
+
+    def prepare(self, images: Any) -> Tensor:
+        """Turn a user's pictures into rows (N, C, H, W), as this data set's images were.
+
+        Args:
+            images: A list of paths, PIL images or arrays ((H, W), (H, W, C) or (C, H, W), uint8
+                or in [0, 1]), or one array with a leading dimension. A floating torch tensor
+                (N, C, H, W) of the data set's own shape is taken as prepared already.
+
+        Raises:
+            ValueError: An image cannot be read; the message names it.
+        """
+        if isinstance(images, Tensor) and images.is_floating_point():
+            if tuple(images.shape[1:]) == self.spec.input_shape:
+                return images.to(self.device, self._dtype)
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, a tensor of prepared rows has "
+                f"(N, {', '.join(map(str, self.spec.input_shape))}): pass arrays, paths or "
+                "PIL images to have them prepared"
+            )
+        if isinstance(images, str | Path | Image.Image):
+            raise ValueError("one image was passed, a list is expected: put it in [brackets]")
+        rows = self._pixels(list(images))
+        if not rows:
+            raise ValueError("no images were passed: give at least one")
+        stacked = torch.from_numpy(np.stack(rows)).to(self.device)
+        return self._normalise(stacked.to(self._dtype).div_(255.0))
+
+    def _pixels(self, images: list[Any]) -> list[Pixels]:
+        """Prepare pictures one by one; files several at a time, since no two are one object."""
+
+        def one(position: int, image: Any) -> Pixels:
+            return self._prepare_one(picture(image, position))
+
+        if not all(isinstance(image, str | Path) for image in images):
+            return list(map(one, itertools.count(), images))
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            return list(pool.map(one, itertools.count(), images))
+
+    def fingerprint(self) -> str:
+        """A hash of every split's classes and images."""
+        facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
+        return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
+
+    def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, W) different classes of one group in random order, and their quarter turns."""
+        way = self.sizes[split].way
+        group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
+        count = data.group_counts[group]
+        chosen = sample(keys, _SLOT_CLASSES, count * data.rotation_classes, way)
+        order = seeding.bits(keys, _SLOT_CLASS_ORDER, (way,)).argsort(dim=-1, stable=True)
+        chosen = chosen.gather(-1, order)
+        turns = chosen // count[:, None]
+        return data.group_starts[group][:, None] + chosen % count[:, None], turns
+
+    def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(T, W, K + Q) rows in `data.images` for each class of a task, and the (T, W) classes."""
+        size = self.sizes[split]
+        classes, turns = self._choose_classes(split, data, keys)
+        class_ids = classes + turns * len(data.counts)
+        if self._rotations[split] == "per_task":
+            turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (size.way,))
+            class_ids = classes
+        picks = self._choose_images(data, keys, classes, size.shot + size.query)
+        return picks + (data.starts[classes] + turns * data.num_images)[..., None], class_ids
+
+    def _choose_images(
+        self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int
+    ) -> Tensor:
+        """(T, W, num_rows) different images of each class, numbered within the class."""
+        places = torch.arange(classes.shape[1], device=self.device)
+        keys = seeding.fold(keys[:, None], places)
+        picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
+        # What is sampled last is more often of a high number: shuffle before cutting.
+        order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
+        return picks.gather(-1, order)
+
+    def _rows(
+        self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
+    ) -> tuple[Tensor, Tensor]:
+        """Inputs (T, R, C, H, W) and labels (T, R) of the picked images, in random order."""
+        _, way, num = picks.shape
+        keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
+        order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
+        labels = order // max(num, 1)
+        index = picks.flatten(1).gather(-1, order)
+        return self._inputs(split, data, keys, index), labels
+
+    def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:
+        """(T, R, C, H, W) the images of an index (T, R), those of training tasks augmented."""
+        images = data.images.index_select(0, index.flatten()).to(self._dtype).div_(255.0)
+        images = images.unflatten(0, index.shape)
+        if split == "train" and index.shape[1]:
+            images = self._augmentation(images, keys)
+        return self._normalise(images)
+
+    def _normalisation(
+        self, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if mean is None or std is None:
+            return None, None
+        assert len(mean) == len(std) == channels
+        scale = torch.tensor(std, dtype=torch.float64).reciprocal()
+        offset = -torch.tensor(mean, dtype=torch.float64) * scale
+        shape = (channels, 1, 1)
+        return (
+            scale.to(self.device, self._dtype).reshape(shape),
+            offset.to(self.device, self._dtype).reshape(shape),
+        )
+
+    def _normalise(self, images: Tensor) -> Tensor:
+        if self._scale is None or self._offset is None:
+            return images
+        return images * self._scale + self._offset
+
+    def _on_device(self, split: Split) -> _Resident:
+        """The split as device tensors, made when it is first asked for."""
+        if split not in self._resident:
+            self._resident[split] = self._move(split)
+        return self._resident[split]
+
+    def _move(self, split: Split) -> _Resident:
+        table = self._tables[split]
+        images = table.images.to(self.device)
+        rotations = self._rotations[split]
+        if rotations != "none":
+            sides = [images, images.flip(-1)] if rotations == "mirrored" else [images]
+            turns = range(_NUM_ROTATIONS)
+            turned = [side.rot90(turn, dims=(-2, -1)) for side in sides for turn in turns]
+            images = torch.cat(turned).contiguous()
+        counts = torch.tensor(table.counts)
+        starts = counts.cumsum(0) - counts
+        groups = self._groups(split, self.sizes[split].way)
+        first, number = zip(*groups, strict=True)
+        return _Resident(
+            images=images,
+            num_images=len(table.images),
+            starts=starts.to(self.device),
+            counts=counts.to(self.device),
+            group_starts=torch.tensor(first, device=self.device),
+            group_counts=torch.tensor(number, device=self.device),
+            rotation_classes=self._copies(split),
+        )
+
+    def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
+        """(first class, number of classes) of each group with enough classes for a task."""
+        table = self._tables[split]
+        if not self._by_group:
+            return [(0, len(table.counts))]
+        if table.groups is None:
+            raise ValueError(
+                f"data.episodes=within_alphabet needs alphabets, {self._name} has none: "
+                "leave it at any"
+            )
+        names = dict.fromkeys(table.groups)
+        spans = [(table.groups.index(name), table.groups.count(name)) for name in names]
+        return [span for span in spans if self._copies(split) * span[1] >= way]
+
+    def _copies(self, split: Split) -> int:
+        """Classes that each class of the table counts as."""
+        return _CLASSES_OF_ONE[self._rotations[split]]
+
+    def _most_classes(self, split: Split) -> int:
+        """The largest number of classes that one task can have."""
+        return self._copies(split) * max(count for _, count in self._groups(split, 0))
+
+    def _fit_val_way(self, typed: int | None) -> None:
+        """Lower val's way to the classes there are, unless it was typed."""
+        size, most = self.sizes["val"], self._most_classes("val")
+        if typed is not None or size.way <= most:
+            return
+        _LOG.warning(
+            "val has %d classes, fewer than way=%d: meta-val runs with way %d "
+            "(eval.val_way sets it)",
+            most,
+            size.way,
+            most,
+        )
+        self.sizes["val"] = EpisodeSize(way=most, shot=size.shot, query=size.query)
+
+    def _check_size(self, split: Split) -> None:
+        """Compare the rows a task needs with what the split has, before any work."""
+        size, table = self.sizes[split], self._tables[split]
+        keys = _SIZE_KEYS[split]
+        least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
+        for field, low in least.items():
+            value = getattr(size, field)
+            if value < low:
+                raise ValueError(f"{keys[field]}={value} is out of range: {low} or more is allowed")
+        most = self._most_classes(split)
+        if size.way > most:
+            where = "an alphabet of " if self._by_group else ""
+            raise ValueError(
+                f"{keys['way']}={size.way} is more than the {most} classes in {where}"
+                f"{self._name}'s {split} split: set {keys['way']}={most} or less"
+            )
+        fewest = min(range(len(table.counts)), key=table.counts.__getitem__)
+        needed, count = size.shot + size.query, table.counts[fewest]
+        if count < needed:
+            raise ValueError(
+                f"class {table.names[fewest]} has {count} images, {size.shot}+{size.query} are "
+                f"needed: {self._way_out(split, size, count)}"
+            )
+
+    def _way_out(self, split: Split, size: EpisodeSize, count: int) -> str:
+        """What to type when a class has too few images."""
+        keys = _SIZE_KEYS[split]
+        if count > size.shot:
+            lower = f"lower {keys['query']} to {count - size.shot}"
+        else:
+            lower = f"lower {keys['shot']} to {max(count - 1, 1)} and {keys['query']} to 1"
+        drop = f" or set data.min_per_class={size.shot + size.query} to drop it"
+        return lower + (drop if self._can_drop else "")
+
+
+_SIZE_KEYS: dict[Split, dict[str, str]] = {
+    "train": {"way": "train.way", "shot": "train.shot", "query": "train.query"},
+    "val": {"way": "eval.val_way", "shot": "shot", "query": "query"},
+    "test": {"way": "way", "shot": "shot", "query": "query"},
+}
+
+
+def sample(keys: Tensor, slot: int, counts: Tensor, num: int) -> Tensor:
+    """Draw `num` different numbers below each of `counts`: (*K, num), in no even order.
+
+    Floyd's algorithm (Bentley & Floyd 1987): its work grows with `num`, not with `counts`,
+    which may differ from key to key.
+    """
+    draws = (seeding.bits(keys, slot, (num,)) >> 1) & (2**62 - 1)
+    chosen = torch.empty_like(draws)
+    for place in range(num):
+        top = counts - num + place
+        drawn = draws[..., place] % (top + 1)
+        seen = (chosen[..., :place] == drawn[..., None]).any(dim=-1)
+        chosen[..., place] = torch.where(seen, top, drawn)
+    return chosen
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"data.{name}={value} is unknown: choose {' or '.join(allowed)}")

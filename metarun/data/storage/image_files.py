@@ -1,0 +1,149 @@
+"""Reading and preparing single pictures; no torch."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from metarun.data.storage.cache import Pixels
+
+Resize = Literal["paper", "antialias"]
+
+SUFFIXES = frozenset(
+    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+DRAWING_SIZE = 28
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns a picture upright, by the orientation in its EXIF data."""
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """Read a picture completely, from a file or from its bytes.
+
+    Raises:
+        ValueError: It is missing, truncated or no picture; the message has its name.
+    """
+    name = name or (str(source) if isinstance(source, str | Path) else "an image")
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise ValueError(f"there is no image {name}: check the path") from None
+    # Pillow's readers of damaged files raise nearly everything.
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{name} cannot be read as an image ({reason}): replace or remove it"
+        ) from None
+
+
+def drawing(image: Image.Image, resize: Resize, side: int = DRAWING_SIZE) -> Pixels:
+    """A drawing of any size as (side, side) uint8, ink 255 and paper 0.
+
+    `paper` keeps 1-bit pictures at 1 bit and takes the nearest pixel: what Pillow does with any
+    filter on such pictures, and so what the code of MAML and ProtoNet did. `antialias` makes
+    greys.
+    """
+    size = (side, side)
+    if image.mode != "1":
+        image = on_paper(image, "L")
+    if resize == "antialias":
+        image = image.convert("L").resize(size, Image.Resampling.LANCZOS)
+        return 255 - np.asarray(image, dtype=np.uint8)
+    if image.mode != "1":
+        image = image.convert("1", dither=Image.Dither.NONE)
+    return np.where(np.asarray(image.resize(size, Image.Resampling.NEAREST)), 0, 255).astype(
+        np.uint8
+    )
+
+
+def photograph(image: Image.Image, size: int, *, crop: bool, grey: bool = False) -> Pixels:
+    """A photograph as (C, size, size) uint8.
+
+    Args:
+        image: Of any size and mode.
+        size: Side of the result.
+        crop: Take the largest square from the middle, instead of stretching the picture.
+        grey: One channel instead of three.
+    """
+    image = _upright(image)
+    image = on_paper(image, "L" if grey else "RGB")
+    if image.size != (size, size):
+        filter_ = Image.Resampling.LANCZOS
+        square = (size, size)
+        image = ImageOps.fit(image, square, filter_) if crop else image.resize(square, filter_)
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As the camera was held; `exif_transpose` also writes EXIF data, which fails on odd ones."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if turn is None else image.transpose(turn)
+
+
+def on_paper(image: Image.Image, mode: str) -> Image.Image:
+    """Convert to a mode, with what is transparent shown on white."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode in ("I", "I;16", "I;16B", "F"):
+        image = _to_bytes(image)
+    return image.convert(mode)
+
+
+def picture(image: Any, position: int) -> Image.Image:
+    """One of a user's images (a path, a PIL image or an array) as a PIL image.
+
+    Raises:
+        ValueError: It is none of these, or its values are out of range.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    if isinstance(image, str | Path):
+        return open_image(image)
+    array = np.asarray(image)
+    if array.ndim == 3 and array.shape[0] in (1, 3) and array.shape[2] not in (1, 3):
+        array = array.transpose(1, 2, 0)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    is_picture = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))
+    if not is_picture or array.dtype.kind not in "buif" or array.size == 0:
+        raise ValueError(
+            f"image {position} is an array of shape {np.shape(image)} and type {array.dtype}: "
+            "numbers of shape (H, W), (H, W, C) or (C, H, W) are expected"
+        )
+    return Image.fromarray(_as_bytes(array, position))
+
+
+def _as_bytes(array: np.ndarray[Any, Any], position: int) -> Pixels:
+    if array.dtype.kind in "bf":
+        array = array.astype(np.float64)
+        if not (np.isfinite(array).all() and array.min() >= 0.0 and array.max() <= 1.0):
+            raise ValueError(f"image {position} has values outside [0, 1]: scale it, or use uint8")
+        array = np.rint(array * 255.0)
+    elif array.min() < 0 or array.max() > 255:
+        raise ValueError(f"image {position} has values outside 0 to 255: scale it")
+    return np.ascontiguousarray(array.astype(np.uint8))
+
+
+def _to_bytes(image: Image.Image) -> Image.Image:
+    """Deep greys, which Pillow's own conversion would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    most = 65535.0 if values.max(initial=0.0) > 255.0 else 255.0
+    return Image.fromarray(np.clip(values * (255.0 / most), 0.0, 255.0).astype(np.uint8))

@@ -1,0 +1,248 @@
+"""Omniglot's own files: which characters there are, and how they become our store; no torch."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from tqdm import tqdm
+
+from metarun.core.types import SPLITS, Split
+from metarun.data.storage.cache import Store, build_store, open_store
+from metarun.data.storage.download import download, file_hash, need_space
+from metarun.data.storage.image_files import DRAWING_SIZE, drawing, open_image
+
+FILES = Path(__file__).parents[1] / "files"
+NUM_DRAWINGS = 20
+PARTS = ("images_background", "images_evaluation")
+_ORIGINAL_SIZE = (105, 105)
+_BYTES_NEEDED = 150_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Character:
+    """One of the 1,623: `part` is the archive it is in, `vinyals` its place in that split."""
+
+    part: str
+    alphabet: str
+    number: int
+    vinyals: Split
+
+    @property
+    def name(self) -> str:
+        return f"{self.alphabet}/character{self.number:02d}"
+
+
+@lru_cache(maxsize=1)
+def characters() -> tuple[Character, ...]:
+    """Every character, in the order of the store: by part, alphabet and number."""
+    found: list[Character] = []
+    text = (FILES / "omniglot_characters.txt").read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("#"):
+            continue
+        part, alphabet, first, last, split = line.split()
+        assert split in SPLITS
+        found.extend(
+            Character(f"images_{part}", alphabet, number, split)
+            for number in range(int(first), int(last) + 1)
+        )
+    return tuple(found)
+
+
+def fetch_omniglot(
+    root: Path, *, prefix: str | None = None, md5: Mapping[str, str] | None = None
+) -> Store:
+    """Download the two official archives and make our store from them.
+
+    Args:
+        root: Where the data sets are.
+        prefix: Where the archives are, without their names; torchvision knows it.
+        md5: Their hashes; torchvision knows them.
+
+    Raises:
+        ValueError: They cannot be fetched.
+    """
+    if prefix is None or md5 is None:
+        from torchvision.datasets import Omniglot
+
+        prefix, md5 = Omniglot.download_url_prefix, Omniglot.zips_md5
+    need_space(root, _BYTES_NEEDED)
+    folder = root / "omniglot-download"
+    for part in PARTS:
+        download(f"{prefix}/{part}.zip", folder / f"{part}.zip", md5=md5[part])
+    store = import_omniglot(folder, root)
+    for part in PARTS:
+        (folder / f"{part}.zip").unlink()
+    folder.rmdir()
+    return store
+
+
+def import_omniglot(source: Path, root: Path) -> Store:
+    """Make our store from files that the user has.
+
+    Args:
+        source: A folder with the two official zips or their extracted folders (also
+            torchvision's `omniglot-py` or the original repository's `python` in it), or one of
+            the two.
+        root: Where the data sets are.
+
+    Raises:
+        ValueError: Something is missing, damaged or too much; nothing is left behind.
+    """
+    readers = _find(source)
+    for reader in readers.values():
+        reader.check()
+    need_space(root, _BYTES_NEEDED)
+    everyone = characters()
+    shape = (len(everyone) * NUM_DRAWINGS, DRAWING_SIZE, DRAWING_SIZE)
+    folder = root / "omniglot"
+    with build_store(folder) as writer:
+        with writer.array("paper", shape) as paper, writer.array("antialias", shape) as smooth:
+            row = 0
+            for character in tqdm(everyone, desc="omniglot", unit="character"):
+                for name, data in readers[character.part].drawings(character.name):
+                    image = open_image(data, name)
+                    if image.size != _ORIGINAL_SIZE:
+                        raise ValueError(
+                            f"{name} is {image.width} x {image.height}, Omniglot's drawings are "
+                            "105 x 105: import the original files"
+                        )
+                    paper[row] = drawing(image, "paper")
+                    smooth[row] = drawing(image, "antialias")
+                    row += 1
+        assert row == len(paper)
+        writer.facts = {
+            "name": "omniglot",
+            "source": {part: str(reader.path) for part, reader in readers.items()},
+            "md5": {part: reader.md5() for part, reader in readers.items()},
+            "classes": len(everyone),
+            "images": shape[0],
+        }
+    store = open_store(folder)
+    assert store is not None
+    return store
+
+
+class _Reader(ABC):
+    """The drawings of one part, wherever they are."""
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.path = path
+        self._part = part
+        self._files: dict[str, list[str]] = {}
+        for name in self._names():
+            pieces = name.split("/")
+            hidden = any(piece.startswith((".", "__MACOSX")) for piece in pieces)
+            if len(pieces) < 3 or hidden or not pieces[-1].lower().endswith(".png"):
+                continue
+            self._files.setdefault("/".join(pieces[-3:-1]), []).append(name)
+
+    def check(self) -> None:
+        """Compare the characters and the number of their drawings with Omniglot's."""
+        expected = {c.name for c in characters() if c.part == self._part}
+        found = set(self._files)
+        if found != expected:
+            odd = sorted(expected - found) or sorted(found - expected)
+            what = "is missing" if expected - found else "does not belong there"
+            raise ValueError(
+                f"{self.path} has {len(found)} characters, Omniglot's {self._part} has "
+                f"{len(expected)}: {odd[0]} {what}; get a complete copy"
+            )
+        for character, files in self._files.items():
+            if len(files) != NUM_DRAWINGS:
+                raise ValueError(
+                    f"{self.path}: {character} has {len(files)} drawings, {NUM_DRAWINGS} are "
+                    "expected; get a complete copy"
+                )
+
+    def drawings(self, character: str) -> Iterable[tuple[str, bytes]]:
+        """The files of a character in the order of their names, as (name, bytes)."""
+        for name in sorted(self._files[character]):
+            yield f"{self.path}/{name}", self._read(name)
+
+    def md5(self) -> str | None:
+        """The hash of an archive; None for a folder."""
+        return None
+
+    @abstractmethod
+    def _names(self) -> Iterable[str]:
+        """Every file, with slashes."""
+
+    @abstractmethod
+    def _read(self, name: str) -> bytes:
+        """The bytes of a file."""
+
+
+class _ZipReader(_Reader):
+    def __init__(self, path: Path, part: str) -> None:
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except zipfile.BadZipFile:
+            raise ValueError(
+                f"{path} is no complete zip file: it was cut off or is something else; get it again"
+            ) from None
+        super().__init__(path, part)
+
+    def _names(self) -> Iterable[str]:
+        return self._zip.namelist()
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return self._zip.read(name)
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            raise ValueError(f"{self.path} is damaged at {name}: get it again") from None
+
+    def md5(self) -> str | None:
+        return file_hash(self.path, "md5")
+
+
+class _FolderReader(_Reader):
+    def _names(self) -> Iterable[str]:
+        return [path.relative_to(self.path).as_posix() for path in self.path.glob("*/*/*")]
+
+    def _read(self, name: str) -> bytes:
+        return (self.path / name).read_bytes()
+
+
+def _find(source: Path) -> dict[str, _Reader]:
+    """Look for both parts in and around a path."""
+    if not source.exists():
+        raise ValueError(f"--from {source}: there is no such file or folder")
+    inside = source.is_file() or source.name in PARTS
+    base = source.absolute().parent if inside else source
+    places = [base, *(base / name for name in ("omniglot-py", "omniglot", "python"))]
+    places.append(base / "omniglot" / "python")
+    found: dict[str, _Reader] = {}
+    for part in PARTS:
+        for place in places:
+            reader = _reader(place, part)
+            if reader is not None:
+                found[part] = reader
+                break
+    absent = [part for part in PARTS if part not in found]
+    if absent:
+        small = any(base.glob("images_background_small*"))
+        raise ValueError(
+            f"--from {source}: there is neither {absent[0]}.zip nor a folder {absent[0]}"
+            + (
+                "; the small sets there ship with metarun as data=omniglot_small"
+                if small
+                else ": name the folder that holds Omniglot's two zips, or what they unpack to"
+            )
+        )
+    return found
+
+
+def _reader(place: Path, part: str) -> _Reader | None:
+    if (place / f"{part}.zip").is_file():
+        return _ZipReader(place / f"{part}.zip", part)
+    for folder in (place / part / part, place / part):
+        if folder.is_dir():
+            return _FolderReader(folder, part)
+    return None

@@ -1,0 +1,268 @@
+"""What a run has learned, for use from Python, in the manner of scikit-learn.
+
+Shapes: N rows, W ways, D outputs.
+
+>>> learner = metarun.load("outputs/2026-11-21/…")                              # doctest: +SKIP
+>>> learner.fit(five_pictures, ["cat", "dog", "cow", "hen", "pig"])             # doctest: +SKIP
+>>> learner.predict(more_pictures)                                              # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.config import build
+from metarun.core import seeding
+from metarun.core.types import EpisodeSource
+from metarun.evaluation.test_time_augmentation import predict
+from metarun.runs.folder import RunFolder
+from metarun.training import trainer
+
+Array = npt.NDArray[Any]
+
+_ROWS_AT_ONCE = 250
+
+
+class NotFittedError(ValueError, AttributeError):
+    """`predict` before `fit`."""
+
+
+def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Learner:
+    """Load what a run has learned: its best parameters by meta-val, else its last.
+
+    Args:
+        run: The folder of the run.
+        bn: Where batch norm takes its statistics from: `support`, `running` or `transductive`
+            (all rows of one `predict` together). None takes the run's own, except that
+            `transductive` becomes `support`, so that no answer depends on the other rows.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ValueError: It is no run, or has no parameters yet, or its data are not there.
+    """
+    folder = RunFolder.open(run)
+    plain = folder.configuration()
+    plain["bn"] = bn or ("support" if plain["bn"] == "transductive" else plain["bn"])
+    experiment = restored(folder, plain, device)
+    return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
+
+
+def restored(folder: RunFolder, plain: build.Plain, device: str = "auto") -> build.Experiment:
+    """The parts of a run with what it has learned, wherever it was trained.
+
+    Args:
+        folder: Of the run.
+        plain: Its configuration.
+        device: As of `load`.
+
+    Raises:
+        ValueError: As of `load`.
+    """
+    # How the run's batches of tasks were spread is of no use to one task.
+    how = {
+        "device": device,
+        "engine": "auto",
+        "tasks_per_chunk": None,
+        "threads": None,
+        "graph": "auto",
+    }
+    learned = folder.load_learned()
+    if learned is None:
+        raise ValueError(f"{folder.path} has saved nothing yet: let it run first")
+    experiment = build.build({**plain, **how})
+    trainer.load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
+    return experiment
+
+
+class Learner:
+    """Learns one task from a few examples, then answers.
+
+    Args:
+        algorithm: What was meta-learned.
+        source: The data that it was learned on, which says how inputs are prepared.
+        views: Of each image that an answer is averaged over.
+
+    Attributes:
+        classes_: (W,) the labels of the task, sorted, after `fit`; the columns of
+            `predict_proba`. A regression has none.
+    """
+
+    classes_: Array
+
+    def __init__(self, algorithm: Algorithm, source: EpisodeSource, views: int = 1) -> None:
+        self._algorithm = algorithm.eval()
+        self._views = views
+        self._source = source
+        self._spec = source.spec
+        self._support: tuple[Tensor, Tensor] | None = None
+        self._flat_targets = False
+
+    def __repr__(self) -> str:
+        name = type(self._algorithm).__name__
+        state = "not fitted" if self._support is None else f"{len(self._support[0])} examples"
+        return f"Learner({name}, {self._spec.kind}, {state})"
+
+    @property
+    def labels_images(self) -> bool:
+        """Whether its inputs are images, and its answers are labels."""
+        return self._spec.kind == "classification" and hasattr(self._source, "prepare")
+
+    @property
+    def bn(self) -> str:
+        """Where batch norm takes its statistics from; `none` where there is none."""
+        return self._algorithm.bn_statistics
+
+    @property
+    def transductive(self) -> bool:
+        """Whether an answer depends on the other rows of one `predict`."""
+        return self._algorithm.transductive
+
+    def fit(self, inputs: Any, targets: Any) -> Learner:
+        """Take the examples of one task; those of an earlier `fit` are forgotten.
+
+        A learner whose answers depend on the order of examples gets them in random order.
+
+        Args:
+            inputs: N rows. Pictures as a list of arrays, PIL images or paths, or as one array,
+                are prepared as the run's data were; other inputs are arrays of numbers.
+            targets: N labels of any one type, or (N,) or (N, D) values.
+
+        Returns:
+            The learner itself.
+
+        Raises:
+            ValueError: The numbers of rows differ, an input cannot be read, or the number of
+                classes does not suit the algorithm.
+        """
+        rows = self._prepared(inputs)
+        values = np.asarray(targets)
+        if values.ndim == 0 or len(values) != len(rows):
+            count = "one target" if values.ndim == 0 else f"{len(values)} targets"
+            raise ValueError(f"fit got {len(rows)} inputs and {count}: expected as many of each")
+        if self._spec.kind == "classification":
+            classes, labels = self._labels(values)
+            self.classes_ = classes
+            self._support = rows, torch.from_numpy(labels).to(self._source.device)
+        else:
+            self._support = rows, self._values(values)
+            self._flat_targets = values.ndim == 1
+        if not self._algorithm.order_free and self._spec.streams is None:
+            # It was trained on rows in random order; examples mostly come class by class.
+            draw = torch.Generator().manual_seed(0)
+            order = torch.randperm(len(rows), generator=draw).to(self._source.device)
+            self._support = rows[order], self._support[1][order]
+        return self
+
+    def predict(self, inputs: Any) -> Array:
+        """Answer N rows: (N,) labels, or values of the shape that `fit` was given.
+
+        Raises:
+            NotFittedError: There was no `fit`.
+            ValueError: An input cannot be read.
+        """
+        outputs = self._outputs(inputs)
+        if self._spec.kind == "classification":
+            labels: Array = self.classes_[outputs.argmax(1).cpu().numpy()]
+            return labels
+        values: Array = outputs.cpu().numpy()
+        return values[:, 0] if self._flat_targets else values
+
+    def predict_proba(self, inputs: Any) -> Array:
+        """Probabilities (N, W) of the classes, in the order of `classes_`.
+
+        Raises:
+            NotFittedError: There was no `fit`.
+            ValueError: The task is a regression, or an input cannot be read.
+        """
+        if self._spec.kind != "classification":
+            raise ValueError("a regression has no classes: use predict")
+        probabilities: Array = self._outputs(inputs).double().softmax(1).cpu().numpy()
+        return probabilities
+
+    def _outputs(self, inputs: Any) -> Tensor:
+        """(N, W) logits or (N, D) values."""
+        if self._support is None:
+            raise NotFittedError("no examples yet: call fit(inputs, targets) first")
+        x, y = self._support[0][None], self._support[1][None]
+        rows = self._prepared(inputs)
+        # Rows that are answered together must stay together; others need not fit in memory.
+        size = len(rows) if self._algorithm.transductive else _ROWS_AT_ONCE
+        devices = [rows.device] if rows.is_cuda else []
+        parts: list[Tensor] = []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            for part in rows.split(max(1, size)):
+                seeding.seed_torch(0)
+                answer = predict(self._algorithm, x, y, part[None], self._views)
+                parts.append(answer.outputs[0])
+        outputs = torch.cat(parts)
+        # A learner of streams has outputs for more classes than those it was given.
+        wider = self._spec.kind == "classification" and self._spec.streams is not None
+        return outputs[:, : len(self.classes_)] if wider else outputs
+
+    def _prepared(self, inputs: Any) -> Tensor:
+        """(N, *input_shape) on the device."""
+        prepare = getattr(self._source, "prepare", None)
+        if prepare is not None:
+            return cast(Tensor, prepare(inputs))
+        shape = self._spec.input_shape
+        values = _numbers("inputs", inputs)
+        if shape == (1,) and values.ndim == 1:
+            values = values[:, None]
+        if values.ndim != 1 + len(shape) or values.shape[1:] != shape:
+            expected = ", ".join(map(str, ("N", *shape)))
+            raise ValueError(f"inputs have shape {values.shape}: expected ({expected})")
+        return self._tensor(values)
+
+    def _labels(self, values: Array) -> tuple[Array, Array]:
+        """The classes, and the position of each label among them."""
+        if values.ndim != 1:
+            raise ValueError(f"labels have shape {values.shape}: expected one for each input")
+        try:
+            classes, labels = np.unique(values, return_inverse=True)
+        except TypeError:
+            raise ValueError("labels have to be of one type, that can be sorted") from None
+        ways = self._spec.output_dim
+        if len(classes) < 2:
+            raise ValueError(f"fit got examples of {len(classes)} class: expected 2 or more")
+        if len(classes) != ways and not self._algorithm.accepts_any_way:
+            name = type(self._algorithm).__name__
+            raise ValueError(
+                f"fit got {len(classes)} classes and this {name} has learned tasks of {ways}: "
+                f"give {ways}, or train with way={len(classes)}, or use algo=protonet"
+            )
+        if self._spec.streams is not None and len(classes) > ways:
+            raise ValueError(f"fit got {len(classes)} classes, and the run has a head for {ways}")
+        return classes, labels.astype(np.int64)
+
+    def _values(self, values: Array) -> Tensor:
+        numbers = _numbers("targets", values)
+        if numbers.ndim == 1:
+            numbers = numbers[:, None]
+        if numbers.ndim != 2 or numbers.shape[1] != self._spec.output_dim:
+            raise ValueError(
+                f"targets have shape {values.shape}: expected (N, {self._spec.output_dim})"
+            )
+        return self._tensor(numbers)
+
+    def _tensor(self, values: Array) -> Tensor:
+        return torch.from_numpy(values).to(self._source.device, self._algorithm.dtype)
+
+
+def _numbers(name: str, values: Sequence[Any] | Array) -> Array:
+    try:
+        numbers = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} are not numbers of one shape") from None
+    if numbers.ndim == 0 or len(numbers) == 0:
+        raise ValueError(f"{name} are empty: expected one row or more")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} contain values that are not finite")
+    return numbers

@@ -1,0 +1,280 @@
+"""`metarun compare`: every algorithm on one data set, each with its recipe, in one table.
+
+A run's folder is named after its sizes and a hash of its configuration: the same command skips
+what is finished, continues what is not, and makes what is missing. Beside each run stands what
+its learner reaches before any training, on the same test episodes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from metarun.cli.parser import Parser
+from metarun.config import build
+from metarun.config.build import conf_dir
+from metarun.config.catalogue import description
+from metarun.config.composition import Composer, Job, composer
+from metarun.config.naming import digest, hashed_slug, slug
+from metarun.core.console import Screen
+from metarun.core.statistics import interval
+from metarun.jobs.ensure import make_or_continue
+from metarun.jobs.train import EXIT_FAILED, EXIT_OK, check_jobs
+from metarun.reporting.tables import (
+    UNTRAINED,
+    Result,
+    Row,
+    comparison,
+    read_result,
+    stream_comparison,
+)
+from metarun.runs.folder import RunFolder, write_atomically
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer `metarun compare data=… [KEY=VALUE,VALUE …]`; returns the exit code."""
+    parser = Parser(
+        prog="metarun compare",
+        description="Train and test every algorithm (or algo=…,…) on a data set, and print the "
+        "table. The same command again skips what is finished and continues what is not.",
+    )
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as `metarun -m` takes them")
+    parser.add_argument(
+        "--dir", type=Path, default=Path("outputs/compare"), help="where the runs are"
+    )
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument(
+        "--against", metavar="ALGO", help="on a stream: whom of the algorithms regret is against"
+    )
+    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
+    args = parser.parse_intermixed_args(list(argv))
+    for word in args.words:
+        if "=" not in word:
+            raise ValueError(f"{word!r} is not KEY=VALUE, as in `metarun compare data=sinusoid`")
+    with composer(args.config_dir) as compose:
+        jobs = compose.jobs(with_algorithms(compose, args.words), sweep=True)
+    plan = [replace(job, folder=args.dir / folder_name(job)) for job in jobs]
+    _check_against(args.against, plan)
+    failed = [] if args.table else _run_missing(plan, args.config_dir)
+    table = _table(plan, args.against)
+    print(f"\n{table}")
+    if not args.table:
+        path = args.dir / f"{_file_name(args.words, args.against)}.md"
+        write_atomically(path, f"{table}\n".encode())
+        written = [path, *_figures(plan, path)]
+        print(f"\nwritten to {', '.join(map(str, written))}")
+    for folder in failed:
+        print(f"error: {folder} has failed: the same command tries it again", file=sys.stderr)
+    return EXIT_FAILED if failed else EXIT_OK
+
+
+def folder_name(job: Job) -> str:
+    """What a run is called: its algorithm, data and sizes, and a hash of what it computes."""
+    plain = job.plain
+    names = plain["names"]
+    sizes = f"{plain['way']}way-{plain['shot']}shot-seed{plain['seed']}"
+    return slug([f"{names['algo']}-{names['data']}-{sizes}-{digest(plain)}"], 120)
+
+
+def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
+    """The words, with every algorithm that can learn the data unless some are named."""
+    if any(word.partition("=")[0] == "algo" for word in words):
+        return list(words)
+    jobs = [job.plain for job in compose.jobs(words, sweep=True)]
+    spec = build.source(jobs[0]).spec
+    shot = min(min(plain["shot"], plain["train"]["shot"]) for plain in jobs)
+    streams = spec.streams is not None
+    told = spec.streams is None or spec.streams["test"].told
+    suited: list[str] = []
+    for name in compose.options("algo"):
+        target = build.locate("algo._target_", compose.target("algo", name))
+        if getattr(target, "needs_told", False) and not told:
+            continue
+        least = getattr(target, "least_shot", 1)
+        if least > shot:
+            print(
+                f"warning: algo={name} is left out: it needs shot={least} or more", file=sys.stderr
+            )
+            continue
+        package = getattr(target, "package", None)
+        if package is not None and find_spec(package) is None:
+            print(f"warning: algo={name} is left out: it needs {package}", file=sys.stderr)
+            continue
+        if (
+            spec.kind in getattr(target, "kinds", ())
+            and getattr(target, "lives_online", False) == streams
+        ):
+            suited.append(name)
+    return [f"algo={','.join(suited)}", *words]
+
+
+def result_of(job: Job) -> Result | None:
+    """What a run has reached; None while it is not finished."""
+    return read_result(RunFolder(job.folder)) if job.folder.is_dir() else None
+
+
+def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
+    """Make or continue what is not finished; returns the folders of what has failed."""
+    missing = [job for job in plan if result_of(job) is None]
+    check_jobs([job for job in missing if not job.folder.exists()])
+    print(f"{len(plan) - len(missing)} of {len(plan)} runs are finished", flush=True)
+    failed: list[Path] = []
+    for number, job in enumerate(missing, 1):
+        print(f"\nrun {number} of {len(missing)}: {job.folder}", flush=True)
+        if _run(job, config_dir) != EXIT_OK:
+            failed.append(job.folder)
+    for job in plan:
+        result = result_of(job)
+        if result is not None and result.untrained is None and "stream" not in result.record:
+            _measure_untrained(job)
+    return failed
+
+
+def _run(job: Job, config_dir: str | None) -> int:
+    """Train and test one run; returns its exit code.
+
+    Raises:
+        SystemExit: It was interrupted.
+    """
+    outcome = make_or_continue(job.plain, job.folder, job.overrides, config_dir, Screen())
+    if outcome.state == "finished":
+        return EXIT_OK
+    print(f"error: {outcome.why}", file=sys.stderr)
+    if outcome.state == "interrupted":
+        raise SystemExit(128 + outcome.signum)
+    return EXIT_FAILED
+
+
+def _measure_untrained(job: Job) -> None:
+    """What the learner reaches with its initial parameters, on the run's test episodes."""
+    from metarun.evaluation.episodes import evaluate
+
+    made = build.build(job.plain)
+    measured = evaluate(
+        made.algorithm,
+        made.source,
+        "test",
+        made.eval.episodes,
+        made.eval.tasks_per_batch,
+        views=made.eval.views,
+    )
+    mean, ci95 = interval(measured.values)
+    record = {"mean": mean, "ci95": ci95, "episodes": made.eval.episodes}
+    RunFolder(job.folder).write_json(UNTRAINED, record)
+
+
+def _check_against(name: str | None, plan: Sequence[Job]) -> None:
+    """Refuse a comparator that is not among the runs, or that no stream is for.
+
+    Raises:
+        ValueError: It is so.
+    """
+    if name is None:
+        return
+    names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
+    if not _on_streams(plan):
+        raise ValueError("--against is for streams: use data=stream_…")
+    if name not in names:
+        raise ValueError(f"--against {name} is none of the algorithms: {', '.join(names)}")
+
+
+def _on_streams(plan: Sequence[Job]) -> bool:
+    target = build.locate("algo._target_", plan[0].plain["algo"]["_target_"])
+    return bool(getattr(target, "lives_online", False))
+
+
+def _table(plan: Sequence[Job], against: str | None) -> str:
+    """A row for each algorithm, a column for each size, the seeds together.
+
+    On streams, which have many figures, a table for each size.
+    """
+    columns = _by_setting(plan)
+    names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
+    rows = {
+        name: Row(
+            name,
+            _method(name),
+            [_results(jobs, name) for jobs in columns.values()],
+            [_failed(jobs, name) for jobs in columns.values()],
+        )
+        for name in names
+    }
+    if not _on_streams(plan):
+        return comparison(list(rows.values()), list(columns))
+    parts: list[str] = []
+    for number, column in enumerate(columns):
+        here = {
+            name: replace(row, cells=[row.cells[number]], failed=[row.failed[number]])
+            for name, row in rows.items()
+        }
+        table = stream_comparison(list(here.values()), here.get(against or ""))
+        parts.append(f"**{column}**\n\n{table}" if len(columns) > 1 else table)
+    return "\n\n".join(parts)
+
+
+def _results(jobs: Sequence[Job], name: str) -> list[Result]:
+    """What an algorithm's finished ones among these jobs have reached, one for each seed."""
+    found = [result_of(job) for job in jobs if job.plain["names"]["algo"] == name]
+    return [result for result in found if result is not None]
+
+
+def _failed(jobs: Sequence[Job], name: str) -> int:
+    """How many of an algorithm's runs among these jobs have failed."""
+    own = [job.folder for job in jobs if job.plain["names"]["algo"] == name]
+    return sum(f.is_dir() and RunFolder(f).status().get("state") == "failed" for f in own)
+
+
+def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
+    """The curves of learners along the same streams, in one figure beside the table."""
+    if not _on_streams(plan):
+        return []
+    from metarun.reporting.figures import streams
+
+    columns = _by_setting(plan)
+    paths: list[Path] = []
+    for number, jobs in enumerate(columns.values(), 1):
+        folders: dict[str, list[Path]] = {}
+        for job in jobs:
+            if result_of(job) is not None:
+                folders.setdefault(job.plain["names"]["algo"], []).append(job.folder)
+        name = table.name.removesuffix(".md") + ("" if len(columns) == 1 else f"-{number}")
+        paths += streams.draw_together(folders, table.with_name(name)) if folders else []
+    return paths
+
+
+def _by_setting(plan: Sequence[Job]) -> dict[str, list[Job]]:
+    """The jobs that belong together, by their size and the words that not all jobs have.
+
+    Jobs that differ in their seed alone belong together.
+    """
+    apart = ("algo", "seed", "way", "shot")
+    words = [[w for w in job.overrides if w.partition("=")[0] not in apart] for job in plan]
+    common = set(words[0]).intersection(*words)
+    found: dict[str, list[Job]] = {}
+    for job, own in zip(plan, words, strict=True):
+        setting = ", ".join([_size_name(job), *(word for word in own if word not in common)])
+        found.setdefault(setting, []).append(job)
+    return found
+
+
+def _size_name(job: Job) -> str:
+    plain = job.plain
+    if plain["way"] == 1:
+        return f"{plain['shot']} points"
+    return f"{plain['way']}-way {plain['shot']}-shot"
+
+
+def _file_name(words: Sequence[str], against: str | None) -> str:
+    """The command's words; a hash of them where they are too long for a name."""
+    said = [*words, *([] if against is None else [f"against={against}"])]
+    if len(whole := slug(said, 1000)) <= 120:
+        return whole or "all"
+    return hashed_slug(said, 110)
+
+
+def _method(name: str) -> str:
+    """The name and the paper, which open the description of an algorithm."""
+    return description(conf_dir() / "algo" / f"{name}.yaml").partition(":")[0]

@@ -1,0 +1,114 @@
+"""One run of several: made, taken up where it stopped, or skipped because it is finished."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from metarun.config.build import Plain
+from metarun.core.console import FILE_ONLY, Screen
+from metarun.jobs import resume, train
+from metarun.runs.folder import Interrupted, InUse, RunFolder
+
+State = Literal["finished", "kept", "failed", "interrupted", "elsewhere"]
+
+_SECONDS_TO_BEGIN = 10.0
+"""A folder without a status for longer belongs to nobody: its process was killed at once."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        state: `kept` was finished before, `elsewhere` is at work in another process.
+        why: One line, where it is not finished.
+        signum: The signal that interrupted it.
+    """
+
+    state: State
+    why: str = ""
+    signum: int = 0
+
+
+def make_or_continue(
+    plain: Plain, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
+) -> Outcome:
+    """Bring the run of a folder to its end; a failure is written there, with its traceback.
+
+    Args:
+        plain: The resolved configuration, which the folder's name stands for.
+        folder: Where the run is, or will be.
+        overrides: What was typed for it.
+        config_dir: The user's YAML files.
+        screen: Where to show how it goes.
+    """
+    try:
+        _clear_false_start(folder)
+        if not _begun(folder):
+            train.train(plain, folder, overrides, screen)
+            return Outcome("finished")
+        run = RunFolder.open(folder)
+        experiment = resume.continuation(run, [], config_dir)
+        if experiment is None:
+            return Outcome("kept")
+        train.train_in(run, experiment, screen)
+        return Outcome("finished")
+    except Interrupted as stop:
+        return Outcome("interrupted", str(stop), stop.signum)
+    except InUse as error:
+        return Outcome("elsewhere", str(error))
+    # Whatever it is, the other runs go on.
+    except Exception as error:
+        if plain["debug"]:
+            raise
+        if finished(folder):  # by another process, a moment ago
+            return Outcome("kept")
+        # A damaged status.json is a ValueError; whatever it is, it is told below.
+        with suppress(OSError, InUse, ValueError):
+            _record_failure(plain, folder, overrides, error)
+        return Outcome("failed", train.describe(error))
+
+
+def _begun(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run of a folder says that it is; one that cannot be read is not."""
+    with suppress(OSError, ValueError):
+        return bool(RunFolder(folder).status().get("state") == "finished")
+    return False
+
+
+def _clear_false_start(folder: Path) -> None:
+    """Remove what a process left that was killed while it made the folder."""
+    config = folder / "config.yaml"
+    while config.exists() and not (folder / "status.json").exists():
+        if time.time() - config.stat().st_mtime > _SECONDS_TO_BEGIN:
+            for path in (*folder.glob(".*.tmp"), folder / "overrides.yaml", config):
+                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                (folder / "checkpoints").rmdir()
+            return
+        # Another process may be making it at this moment.
+        time.sleep(0.2)
+
+
+def _record_failure(plain: Plain, folder: Path, overrides: Sequence[str], error: Exception) -> None:
+    """Write why a run failed, unless the trainer has."""
+    if not (folder / "status.json").exists():
+        RunFolder.create(folder, config=train.to_yaml(plain), overrides=list(overrides))
+    run = RunFolder(folder)
+    with run.locked(), run.logging():
+        status = run.status()
+        if status["state"] != "failed":
+            run.set_status("failed", step=status.get("step"), why=train.describe(error))
+            _log.info("failed: %s", error, extra=FILE_ONLY, exc_info=error)

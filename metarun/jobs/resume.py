@@ -1,0 +1,260 @@
+"""Runs that are there already: continue one (`resume=`), or meta-test it (`test=`).
+
+What is stored in the run folder is the truth; only what was typed, and may be, replaces it.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from omegaconf.errors import OmegaConfBaseException
+
+from metarun.config import build
+from metarun.config.build import Experiment, Plain
+from metarun.config.composition import Composer, composer, leaves, parse_value
+from metarun.config.naming import HOW_IT_RUNS, root_of, slug
+from metarun.core import distributed
+from metarun.jobs.train import (
+    EXIT_OK,
+    check_data,
+    draw_figures,
+    guarded,
+    silent,
+    to_yaml,
+    train_in,
+    warnings_held,
+)
+from metarun.runs.folder import Elsewhere, RunFolder, write_atomically
+from metarun.trackers.base import flat
+
+if TYPE_CHECKING:
+    from metarun.core.console import Screen
+
+_log = logging.getLogger(__name__)
+
+_HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
+RESUMABLE = (
+    "train.steps",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    *_HOW_TASKS_RUN,
+    "debug",
+    "logger",
+)
+"""What may change when a run goes on: the rest would make it another run."""
+
+TESTABLE = ("way", "shot", "query", "bn", *_HOW_TASKS_RUN, "debug")
+"""What may change in a meta-test, besides `data`, `data.…` and `eval.…`."""
+
+
+def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
+    """Continue a run in its own folder; returns the exit code.
+
+    Raises:
+        ValueError: It is no run, or something was typed that may not change.
+    """
+    with distributed.agreed():
+        run = RunFolder.open(path)
+    experiment = continuation(run, words, config_dir)
+    if experiment is None:
+        steps = run.configuration()["train"]["steps"]
+        print(
+            f"{path} is finished, after {steps} steps: type a larger train.steps to go on, or "
+            f"test={path} to meta-test it"
+        )
+        return EXIT_OK
+    return guarded(
+        lambda: train_in(_ours(run), experiment, _screen()), debug=bool(experiment.record["debug"])
+    )
+
+
+def _ours(run: RunFolder) -> RunFolder:
+    """The folder, which the first of several processes alone writes."""
+    return run if distributed.first() else Elsewhere()
+
+
+def _screen() -> Screen:
+    from metarun.core.console import Screen
+
+    return Screen() if distributed.first() else silent()
+
+
+def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
+    """The parts of a run that goes on; None if it is finished.
+
+    Raises:
+        ValueError: Something was typed that may not change.
+    """
+    with distributed.agreed():
+        experiment = _continued(run, words, config_dir)
+    if words and experiment is not None:
+        distributed.on_first(lambda: _note(run, words, experiment))
+    return experiment
+
+
+def _note(run: RunFolder, words: Sequence[str], experiment: Experiment) -> None:
+    """Write what was typed for a run that goes on."""
+    with run.locked():
+        _check_steps(run, experiment.train.steps)
+        overrides = [*run.overrides(), *words]
+        write_atomically(run.path / "config.yaml", to_yaml(experiment.record).encode())
+        write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
+
+
+def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
+    stored = run.configuration()
+    typed = dict(map(parse_value, words))
+    plain = copy.deepcopy(stored)
+    if "logger" in typed:
+        plain["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
+    for key in typed:
+        if key not in RESUMABLE and not key.startswith("logger."):
+            _refuse(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
+    plain = _with(plain, typed)
+    settings = build.check(plain)
+    if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
+        return None
+    with warnings_held():
+        for line in _changes(run, stored, typed, config_dir):
+            _log.warning("%s", line)
+        build.trackers(plain)
+        experiment = build.build(plain)
+        build.check_shares(experiment)
+    return experiment
+
+
+def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
+    """Meta-test a run, on other data or in another setting if typed; returns the exit code.
+
+    Raises:
+        ValueError: It is no run, or something was typed that belongs to training.
+    """
+    with distributed.agreed():
+        run = RunFolder.open(path)
+        experiment = _tested(run, words, config_dir)
+    from metarun.training import trainer
+
+    folder = distributed.on_first(lambda: run.test_folder(slug(words, 80) or "same"))
+
+    def work() -> None:
+        trainer.test(
+            experiment.algorithm,
+            experiment.source,
+            experiment.eval,
+            run,
+            folder,
+            experiment.facts,
+            _screen(),
+        )
+        if distributed.first():
+            draw_figures(folder)
+
+    return guarded(work, debug=bool(experiment.record["debug"]))
+
+
+def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
+    """The parts of a run for a meta-test."""
+    stored = run.configuration()
+    typed = dict(map(parse_value, words))
+    name = typed.pop("data", None)
+    for key in typed:
+        if key not in TESTABLE and not key.startswith(("data.", "eval.")):
+            _refuse(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} may")
+    plain = copy.deepcopy(stored)
+    if name is not None:
+        with composer(config_dir) as compose:
+            plain["data"] = _data_node(compose, name)
+        plain["names"]["data"] = name
+    plain = _with(plain, typed)
+    # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
+    plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
+    settings = build.check(plain)
+    check_data(plain)
+    with warnings_held():
+        experiment = build.build(plain)
+    if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
+        learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
+        raise ValueError(
+            f"way={settings.way}: the run learned {learned} and has a head for nothing else"
+        )
+    return experiment
+
+
+def _check_steps(run: RunFolder, steps: int) -> None:
+    checkpoint = run.load_last()
+    if checkpoint is not None and checkpoint["step"] > steps:
+        raise ValueError(f"train.steps={steps}: the run has made {checkpoint['step']}: type more")
+
+
+def _with(stored: Plain, typed: Mapping[str, Any]) -> Plain:
+    """A copy with the typed values in their places."""
+    plain = copy.deepcopy(stored)
+    for key, value in typed.items():
+        *path, leaf = key.split(".")
+        node: Any = plain
+        for part in path:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or leaf not in node:
+            raise build.unknown_key(key, leaves(stored))
+        node[leaf] = value
+    return plain
+
+
+def _refuse(key: str, stored: Plain, rule: str) -> None:
+    if key not in leaves(stored):
+        raise build.unknown_key(key, leaves(stored))
+    raise ValueError(f"{key} cannot change in {rule}")
+
+
+def _data_node(compose: Composer, name: Any) -> Plain:
+    """The node `data` of another data set, apart from every recipe."""
+    if not isinstance(name, str):
+        raise ValueError(f"data={name}: type one name of a data set")
+    job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
+    return cast(Plain, job.plain["data"])
+
+
+def _trackers_node(word: Any, stored: Plain, config_dir: str | None) -> Plain:
+    """The node `logger` of other trackers; those that the run has had keep their options."""
+    words = word if isinstance(word, list) else [word]
+    with composer(config_dir) as compose:
+        listed = ",".join(map(str, words))
+        node = cast(Plain, compose.job([f"logger=[{listed}]"]).plain["logger"])
+    before = stored.get("logger") or {}
+    return {name: before.get(name, options) for name, options in node.items()}
+
+
+def _changes(
+    run: RunFolder, stored: Plain, typed: Mapping[str, Any], config_dir: str | None
+) -> list[str]:
+    """What the run's own words compose to by now, where it differs from what is stored."""
+    try:
+        with composer(config_dir) as compose:
+            # Trackers are typed anew on a resume, and may be a user's own.
+            words = [word for word in run.overrides() if root_of(word) != "logger"]
+            plain = compose.job(words).plain
+    except (ValueError, OmegaConfBaseException) as error:
+        hint = "" if config_dir else "; type --config-dir again if the run had one"
+        return [
+            f"the run's words cannot be composed any more ({build.one_line(error)}): its stored "
+            f"configuration is used{hint}"
+        ]
+    then, now = flat(stored), flat(plain)
+    lines: list[str] = []
+    for key in sorted(then.keys() | now.keys()):
+        settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
+        # Of a learner that has nothing to meta-learn; no words of a user's say it.
+        settled |= key == "train.steps" and then.get(key) == 0
+        if not settled and then.get(key, _ABSENT) != now.get(key, _ABSENT):
+            lines.append(
+                f"{key} is {now.get(key, _ABSENT)} in the configuration by now and was "
+                f"{then.get(key, _ABSENT)} in the run: the run's value is kept"
+            )
+    return lines
+
+
+_ABSENT = "absent"

@@ -1,0 +1,452 @@
+"""A sweep: Hydra chooses the runs and starts them; this keeps them, counts them and sums up.
+
+Hydra's launchers differ in where a run happens: one after another here, in several processes, or
+on a cluster. What they share is the file system, so that is where the runs of a sweep tell each
+other how they ended: a journal beside their folders, of one line for each start and each end.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import os
+import secrets
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from metarun.config import build
+from metarun.config.composition import Job, Way, register_resolvers
+from metarun.core.console import Screen, figure, number
+from metarun.jobs import ensure
+from metarun.jobs.train import EXIT_FAILED, EXIT_OK, asked_for, describe
+from metarun.reporting import published
+from metarun.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Line = dict[str, Any]
+
+
+class Journal:
+    """What the runs of a sweep, in whatever process, have written about themselves.
+
+    Attributes:
+        path: A file beside their folders.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, event: str, **facts: Any) -> None:
+        """Append a line; the system keeps lines of several processes apart.
+
+        Once nobody waits for the sweep, its journal is gone, and nothing is written.
+        """
+        line = json.dumps({"event": event, **facts}) + "\n"
+        if self.path.exists():
+            with self.path.open("ab", buffering=0) as file:
+                file.write(line.encode())
+
+    def lines(self) -> list[Line]:
+        """Every line that is whole."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def ends(self) -> dict[str, Line]:
+        """The last end of each folder, in the order of their ends."""
+        return {line["folder"]: line for line in self.lines() if line["event"] == "end"}
+
+    def running(self) -> dict[str, Line]:
+        """The start of each folder that has not ended."""
+        found: dict[str, Line] = {}
+        for line in self.lines():
+            if line["event"] == "start":
+                found[line["folder"]] = line
+            elif line["event"] == "end":
+                found.pop(line["folder"], None)
+        return found
+
+    def stopped(self) -> bool:
+        """Whether no further run is to start."""
+        return any(line["event"] == "stop" for line in self.lines())
+
+
+class Worker:
+    """What Hydra calls for each run, in this process or, as a copy, in another.
+
+    Args:
+        journal: Of the sweep.
+        config_dir: The user's YAML files.
+        number: Runs of the sweep; None where a sweeper finds them as it goes.
+        bound: Whether other processes are this one's children, and end with it.
+    """
+
+    def __init__(
+        self, journal: Path, config_dir: str | None, number: int | None, *, bound: bool = False
+    ) -> None:
+        self._bound = bound
+        self._journal = Journal(journal)
+        self._config_dir = config_dir
+        self._number = number
+        self._quiet = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy in another process, whose screen is the sweep's and whose signals are too."""
+        self.__dict__.update(state)
+        self._quiet = True
+        if self._bound:
+            _end_with_parent()
+        register_resolvers()
+        logging.getLogger("metarun").addHandler(logging.NullHandler())
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+
+    def run(self, cfg: DictConfig) -> float | None:
+        """Bring one run to its end.
+
+        Returns:
+            Its best figure on meta-val, for a sweeper that looks for the best; None where it has
+            none, which Optuna counts as a failed trial.
+        """
+        plain, folder, words = asked_for(cfg)
+        if not self._journal.stopped():
+            self._run(plain, folder, words)
+        with suppress(OSError):
+            folder.rmdir()  # Hydra makes it, also for a run that never began.
+        return _val(folder)
+
+    def _run(self, plain: Any, folder: Path, words: Sequence[str]) -> None:
+        if self._quiet:
+            _leave_terminal()
+        name = str(folder)
+        if not self._quiet:
+            of = "" if self._number is None else f" of {self._number}"
+            print(f"\nrun {len(self._journal.ends()) + 1}{of}: {' '.join(words)}", flush=True)
+        self._journal.add("start", folder=name, host=socket.gethostname(), process=os.getpid())
+        screen = Screen(Console(quiet=True)) if self._quiet else Screen()
+        _at_work.set()
+        try:
+            outcome = ensure.make_or_continue(plain, folder, words, self._config_dir, screen)
+        except KeyboardInterrupt:
+            outcome = ensure.Outcome("interrupted", "stopped before it began", signal.SIGTERM)
+        finally:
+            _at_work.clear()
+        self._journal.add(
+            "end", folder=name, state=outcome.state, why=outcome.why, signum=outcome.signum
+        )
+        if not self._quiet and outcome.state != "finished":
+            _say(f"{folder}: {_described(outcome.state, outcome.why)}")
+        if outcome.state == "interrupted" or (
+            outcome.state == "failed" and plain["sweep"]["fail_fast"]
+        ):
+            self._journal.add("stop")
+
+
+def run(
+    plan: Sequence[Job],
+    way: Way,
+    words: Sequence[str],
+    config_dir: str | None,
+    hand_over: Callable[[Callable[[Any], Any]], int],
+) -> int:
+    """Run a sweep to its end and sum it up; returns the exit code.
+
+    Args:
+        plan: Its runs; where a sweeper finds them as it goes, some that stand for them.
+        way: Hydra's sweeper and launcher.
+        words: The command line, to be typed again.
+        config_dir: The user's YAML files.
+        hand_over: Gives Hydra what to call for each run.
+    """
+    place = plan[0].folder.parent
+    place.mkdir(parents=True, exist_ok=True)
+    journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
+    journal.path.touch()
+    count = None if way.searches else len(plan)
+    worker = Worker(journal.path, config_dir, count, bound=way.launcher == "joblib")
+    try:
+        with _stopping(journal, detached=way.launcher == "submitit_slurm") as stop:
+            monitor = _Monitor(journal, count).showing() if way.beside else nullcontext()
+            with monitor:
+                failed = _handed_over(hand_over, worker)
+        folders = list(journal.ends()) if way.searches else [str(job.folder) for job in plan]
+        code = _sum_up(journal, folders, words, stop.signum, failed)
+        shown = _show_tables([Path(folder) for folder in folders], config_dir)
+        return code or shown
+    finally:
+        journal.path.unlink(missing_ok=True)
+
+
+def check_direction(way: Way, job: Job) -> None:
+    """Refuse to look for the worst.
+
+    Raises:
+        ValueError: The sweeper's direction is not that of the metric.
+    """
+    if way.direction is None:
+        return
+    spec = build.source(job.plain).spec
+    wanted = "maximize" if spec.higher_is_better else "minimize"
+    if way.direction != wanted:
+        raise ValueError(
+            f"hydra.sweeper.direction={way.direction} looks for the worst {spec.metric}: type "
+            f"hydra.sweeper.direction={wanted}"
+        )
+
+
+def _handed_over(hand_over: Callable[[Callable[[Any], Any]], int], worker: Worker) -> str:
+    """Let Hydra work; returns what went wrong outside of every run, or nothing."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    # Else Hydra prints a traceback and exits, and nobody sums up.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        with warnings.catch_warnings():
+            # joblib replaces a process whose memory has grown, as torch's does.
+            warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+            code = hand_over(worker.run)
+    except KeyboardInterrupt:
+        return "stopped at once"
+    # A launcher or sweeper may fail in any way.
+    except Exception as error:
+        return f"Hydra's sweeper or launcher has failed: {describe(error)}"
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+    return "" if code == EXIT_OK else f"Hydra's sweeper or launcher has failed with code {code}"
+
+
+def _sum_up(
+    journal: Journal, folders: Sequence[str], words: Sequence[str], signum: int, failed: str
+) -> int:
+    """Say how many runs are finished, which failed and why, and how to go on."""
+    ends = journal.ends()
+    kept = sum(ends.get(folder, {}).get("state") == "kept" for folder in folders)
+    done = sum(ensure.finished(Path(folder)) for folder in folders)
+    before = f", {kept} of them before" if kept else ""
+    print(f"\n{done} of {len(folders)} runs are finished{before}")
+    for folder, end in ends.items():
+        if end["state"] in ("failed", "elsewhere"):
+            _say(f"error: {folder}: {_described(end['state'], end['why'])}")
+    # A search of which every run has failed says so once more, in its own words.
+    if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):
+        _say(f"error: {failed}")
+    signum = signum or next((end["signum"] for end in ends.values() if end["signum"]), 0)
+    left = len(folders) - len(ends)
+    if journal.stopped() and left > 0 and not signum:
+        _say(f"stopped at the first failure: {left} runs were not begun")
+    if done < len(folders) or failed:
+        verb = "interrupted; " if signum else ""
+        _say(f"{verb}the same command makes what is missing: metarun {shlex.join(words)}")
+    if signum:
+        return 128 + signum
+    return EXIT_FAILED if failed or done < len(folders) else EXIT_OK
+
+
+def _show_tables(folders: Sequence[Path], config_dir: str | None) -> int:
+    """Show what the runs reached; returns the exit code that this asks for, or 0."""
+    try:
+        found = list(published.read_runs([folder for folder in folders if folder.is_dir()]))
+        if any(run.result is not None for run in found):
+            print(f"\n{published.report(found, config_dir=config_dir)}", end="", flush=True)
+        return EXIT_FAILED if published.tell_damaged(found) else EXIT_OK
+    # The runs are what counts, and are there.
+    except (ValueError, OSError) as error:
+        _say(f"error: {describe(error)}")
+        return EXIT_FAILED
+
+
+def _described(state: str, why: str) -> str:
+    return {"kept": "finished before", "failed": f"failed: {why}"}.get(state, why)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _results(folder: Path) -> Line | None:
+    """What a finished run has reached; None of any other."""
+    with suppress(OSError, ValueError):
+        if ensure.finished(folder):
+            return RunFolder(folder).read_json("results.json")
+    return None
+
+
+def _val(folder: Path) -> float | None:
+    """The figure on meta-val by which a finished run chose its parameters."""
+    mean = ((_results(folder) or {}).get("val") or {}).get("mean")
+    return None if mean is None or not math.isfinite(mean) else float(mean)
+
+
+def _leave_terminal() -> None:
+    """Let Ctrl-C reach the sweep alone, which then stops its runs in order by SIGTERM."""
+    with suppress(OSError, AttributeError):
+        if os.getpgrp() != os.getpid():
+            os.setpgid(0, 0)
+    with suppress(ValueError):  # Python sets handlers in the main thread alone.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+_at_work = threading.Event()
+"""Whether a run is under way in this process."""
+
+
+@functools.cache
+def _end_with_parent() -> None:
+    """Watch for the end of the sweep: a process that outlived it would wait for work for ever.
+
+    The run under way is saved first, as by a signal.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        if _at_work.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+        while _at_work.is_set():
+            time.sleep(0.1)
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Stop:
+    """Attributes: signum: The signal that came; 0 before."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+
+@contextmanager
+def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
+    """Turn the first SIGINT or SIGTERM into an orderly end of all runs, a second into a rude one.
+
+    Args:
+        journal: Of the sweep.
+        detached: The runs are a cluster's, which go on by themselves: only the waiting ends.
+    """
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def receive(signum: int, _: FrameType | None) -> None:
+        if stop.signum or detached:
+            stop.signum = signum
+            if detached:
+                os.write(
+                    2, b"\nno longer waiting; the cluster's queue goes on (scancel stops it)\n"
+                )
+            raise KeyboardInterrupt
+        stop.signum = signum
+        os.write(2, b"\nstopping and saving every run; once more stops at once\n")
+        journal.add("stop")
+        for start in journal.running().values():
+            if start["host"] == socket.gethostname() and start["process"] != os.getpid():
+                with suppress(OSError):
+                    os.kill(start["process"], signal.SIGTERM)
+
+    before = {code: signal.signal(code, receive) for code in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for code, handler in before.items():
+            signal.signal(code, handler)
+
+
+class _Monitor:
+    """Shows the runs of other processes: a line for each that ends, and on a terminal a table."""
+
+    def __init__(self, journal: Journal, number: int | None) -> None:
+        self._journal = journal
+        self._number = number
+        self._told: set[str] = set()
+        self._over = threading.Event()
+        self._console = Console(highlight=False)
+
+    @contextmanager
+    def showing(self) -> Iterator[None]:
+        """Watch the journal while the runs last."""
+        thread = threading.Thread(target=self._watch, name="sweep monitor", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._over.set()
+            thread.join(timeout=5)
+
+    def _watch(self) -> None:
+        from rich.live import Live
+
+        live = self._console.is_terminal and self._console.file.isatty()
+        if not live:
+            while not self._over.wait(0.5):
+                self._tell()
+            self._tell()
+            return
+        with Live(console=self._console, refresh_per_second=2, transient=True) as screen:
+            while not self._over.wait(0.5):
+                self._tell()
+                screen.update(self._table())
+        self._tell()
+
+    def _tell(self) -> None:
+        """A line for each run that has ended since the last look."""
+        for folder, end in self._journal.ends().items():
+            if folder not in self._told:
+                self._told.add(folder)
+                of = "" if self._number is None else f" of {self._number}"
+                text = _reached(Path(folder)) or _described(end["state"], end["why"])
+                self._console.print(f"{len(self._told)}{of}  {folder}  {text}", soft_wrap=True)
+
+    def _table(self) -> Any:
+        from rich.table import Table
+
+        of = "" if self._number is None else f" of {self._number}"
+        table = Table(
+            "run", "step", "now", box=None, title=f"{len(self._told)}{of} runs have ended"
+        )
+        for folder in self._journal.running():
+            step, text = _progress(Path(folder))
+            table.add_row(Path(folder).name, step, text)
+        return table
+
+
+def _reached(folder: Path) -> str:
+    """What a finished run says of its test, in one line."""
+    results = _results(folder)
+    if results is None:
+        return ""
+    test, metric = results["test"], results["metric"]
+    return f"test {metric} {figure(metric, test['mean'], test['ci95'])}"
+
+
+def _progress(folder: Path) -> tuple[str, str]:
+    """How far a run is: `500/4000`, and its last line of metrics."""
+    with suppress(OSError, ValueError, KeyError):
+        steps = RunFolder(folder).status().get("steps", "?")
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+            line = json.loads(file.read().splitlines()[-1])
+        shown = [f"{k} {number(v)}" for k, v in line.items() if k != "step" and v is not None]
+        return f"{line['step']}/{steps}", "  ".join(shown)
+    return "", "starting"

@@ -1,0 +1,434 @@
+"""What adaptation does inside a network: where features go, which layers move, which are reused.
+
+Shapes: Q query rows, F features, L layers, T tasks, P parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.functional import Params, flatten
+from metarun.backbones.layers.normalization import Pass
+from metarun.core.statistics import Floats, interval
+from metarun.reporting.figures.drawing import COLOURS, MARKERS, SIZE, Panel, Series, named_rows
+from metarun.reporting.figures.tasks import Learned, answer, chosen, letter, task_of
+
+_TASKS, _FEW_TASKS = 6, 3
+"""Test tasks that the movement of layers is averaged over; few where each takes long."""
+_EMBEDDED_TASKS = 100
+_MOST_NUMBERS = 20_000_000
+"""Of all adapted parameters of the tasks that are embedded together."""
+_MOST_PIXELS = 2_000_000
+"""Of all images that are looked at to place tasks by their support."""
+_GRID = 100
+_TSNE_FROM = 12
+
+
+@dataclass
+class Watched:
+    """A network before and after it was adapted to one task.
+
+    Attributes:
+        steps: Inner steps between the two.
+        features: (Q, F) what the body makes of the queries, before and after.
+        layers: The output (Q, …) of each layer with parameters, before and after.
+        moved: ||after - before|| / ||before|| of each layer's parameters.
+    """
+
+    steps: int = 0
+    features: list[Tensor] = field(default_factory=list)
+    layers: list[dict[str, Tensor]] = field(default_factory=list)
+    moved: dict[str, float] = field(default_factory=dict)
+
+
+def panels(learned: Learned, figures: Floats) -> list[Panel]:
+    """Features of a task, and the layers of a learner that adapts by steps."""
+    spec = learned.source.spec
+    if spec.streams is not None:
+        return []
+    median = chosen(figures, higher=spec.higher_is_better)["median"]
+    made: list[Panel] = []
+    if spec.kind == "classification":
+        made += _features(learned, median)
+    if isinstance(learned.algorithm, AdaptingLearner):
+        made += _layers(learned, len(figures))
+    return made
+
+
+# Watching a network at work.
+
+
+@contextmanager
+def _recorded(net: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The last output of every layer with parameters of its own, and of `body`, by name."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                seen[name] = output.detach()
+
+        return hook
+
+    own = [
+        (name, part)
+        for name, part in net.named_modules()
+        if name == "body" or list(part.parameters(recurse=False))
+    ]
+    handles = [part.register_forward_hook(note(name)) for name, part in own if name]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def watch(learner: AdaptingLearner, x: Tensor, y: Tensor, query_x: Tensor) -> Watched:
+    """Adapt to one task, and look inside before and after.
+
+    Args:
+        learner: Who adapts.
+        x, y: (1, S, …) its support.
+        query_x: (1, Q, …) what is looked at.
+    """
+    seen = Watched(learner.evaluation_steps(learner.inner_steps))
+    queries = query_x.shape[1]
+
+    def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
+        path = learner.path(net, theta, rows[0], rows[1], seen.steps)
+        for weights in (path[0], path[-1]):
+            with _recorded(net) as outputs:
+                learner.answer(net, weights, rows[0], rows[2])
+            # Where the support's statistics are used its rows come first.
+            own = {name: output[-queries:] for name, output in outputs.items()}
+            seen.features += [own["body"]] if "body" in own else []
+            own.pop("body", None)
+            seen.layers.append(own)
+        seen.moved = _movement(path[0], path[-1])
+        return rows[2].new_zeros(())
+
+    learner.map_tasks(task, x, y, query_x)
+    return seen
+
+
+def _movement(before: Params, after: Params) -> dict[str, float]:
+    """How far each layer went, as a share of where it was; biases together with weights."""
+    layers = dict.fromkeys(name.rpartition(".")[0] for name in before)
+    moved: dict[str, float] = {}
+    for layer in layers:
+        own = [name for name in before if name.rpartition(".")[0] == layer]
+        start = torch.cat([before[name].flatten() for name in own]).double()
+        end = torch.cat([after[name].flatten() for name in own]).double()
+        moved[layer] = float((end - start).norm() / start.norm().clamp_min(1e-12))
+    return moved
+
+
+def linear_cka(one: Tensor, other: Tensor) -> float:
+    """How alike two representations of the same rows are: 1 up to a rotation and a scale.
+
+    Linear centred kernel alignment (Kornblith et al. 2019, eq. 5 with linear kernels):
+    <K, L> / (||K|| ||L||) of the centred Gram matrices of (Q, …) and (Q, …).
+    """
+    grams = []
+    for rows in (one, other):
+        flat = rows.double().flatten(1)
+        flat = flat - flat.mean(0)
+        grams.append(flat @ flat.T)
+    norm = grams[0].norm() * grams[1].norm()
+    return float((grams[0] * grams[1]).sum() / norm) if norm > 0 else float("nan")
+
+
+# Layers.
+
+
+def _layers(learned: Learned, episodes: int) -> list[Panel]:
+    learner = learned.algorithm
+    assert isinstance(learner, AdaptingLearner)
+    seen: list[Watched] = []
+    tasks = _FEW_TASKS if _is_large(learner) else _TASKS
+    for index in range(min(tasks, episodes)):
+        batch = task_of(learned, index)
+        seen.append(watch(learner, batch.support_x, batch.support_y, _rows(learned, batch.query_x)))
+    if not seen[0].steps or len(seen) < 2:
+        return []
+    moved = _finite({layer: [w.moved[layer] for w in seen] for layer in seen[0].moved})
+    alike = _finite(
+        {
+            layer: [linear_cka(w.layers[0][layer], w.layers[1][layer]) for w in seen]
+            for layer in seen[0].layers[0]
+        }
+    )
+    if not moved or not alike:
+        return []
+    steps, tasks = seen[0].steps, len(seen)
+    still = [layer for layer, values in moved.items() if max(values) == 0.0]
+    most = max(moved, key=lambda layer: float(np.mean(moved[layer])))
+    least = min(alike, key=lambda layer: float(np.mean(alike[layer])))
+    told = f"{most} moves most, by {100 * float(np.mean(moved[most])):.3g} % of its norm"
+    if still:
+        told += f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} stay"
+    reused = f"{least} changes most (CKA {float(np.mean(alike[least])):.2f})"
+    return [
+        _dots(
+            "moved",
+            "How far each layer moves",
+            {name: 100 * np.array(values) for name, values in moved.items()},
+            "movement in adaptation, % of the norm",
+            f"||after - before|| / ||before|| of each layer's parameters in {steps} inner "
+            f"steps, mean and 95 % interval over {tasks} test tasks: {told}.",
+            learned.colour,
+        ),
+        _dots(
+            "cka",
+            "Features reused",
+            {name: np.array(values) for name, values in alike.items()},
+            "CKA, before against after",
+            "How alike each layer's outputs for the queries are before and after adaptation: "
+            "linear CKA (Kornblith et al. 2019), 1 where the features are reused as they are. "
+            f"Mean and 95 % interval over {tasks} test tasks; {reused}.",
+            learned.colour,
+            limits=(0.0, 1.03),
+        ),
+    ]
+
+
+def _finite(layers: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Those layers that have a number for every task; of a path that diverged none."""
+    return {layer: values for layer, values in layers.items() if np.isfinite(values).all()}
+
+
+def _rows(learned: Learned, query_x: Tensor) -> Tensor:
+    """The queries; of a function of one number a grid, which are more."""
+    inputs: tuple[float, float] | None = getattr(learned.source, "inputs", None)
+    if inputs is None or learned.source.spec.input_shape != (1,):
+        return query_x
+    low, high = inputs
+    grid = torch.linspace(low, high, _GRID, dtype=query_x.dtype, device=query_x.device)
+    return grid[None, :, None]
+
+
+def _dots(
+    name: str,
+    title: str,
+    values: dict[str, Floats],
+    label: str,
+    caption: str,
+    colour: str,
+    limits: tuple[float, float] | None = None,
+) -> Panel:
+    """A dot and its interval for each layer, the first layer on top."""
+    layers = list(values)
+    figures = [interval(values[layer]) for layer in layers]
+    mean, width = (np.array(column) for column in zip(*figures, strict=True))
+    figure, axes, places = named_rows(layers, 0.24)
+    axes.errorbar(mean, places, xerr=width, fmt="o", color=colour, markersize=4, linewidth=1.2)
+    axes.set(xlabel=label, xlim=limits or (0.0, None))
+    return Panel(
+        name,
+        title,
+        caption,
+        f"{label} of {len(layers)} layers. {caption}",
+        figure,
+        {"layer": layers, "mean": list(map(float, mean)), "ci95": list(map(float, width))},
+    )
+
+
+# Features of one task.
+
+
+def _features(learned: Learned, index: int) -> list[Panel]:
+    """The queries of a task as points: of a learner that adapts before and after."""
+    batch = task_of(learned, index)
+    labels = batch.query_y[0].cpu().numpy()
+    learner = learned.algorithm
+    if isinstance(learner, AdaptingLearner):
+        found = watch(learner, batch.support_x, batch.support_y, batch.query_x).features
+        titles = ["before adaptation", "after adaptation"]
+    else:
+        found = _answered(learned, index, len(labels))
+        titles = ["as the learner sees them"]
+    views = [_plane(rows.double().flatten(1).cpu().numpy()) for rows in found]
+    near = [_nearest(rows.double().flatten(1), batch.query_y[0]) for rows in found]
+    made: list[Panel] = []
+    for place, (view, share) in enumerate(zip(views, near, strict=True)):
+        for method, points in view.items():
+            key = f"features-{method.lower().replace('-', '')}"
+            key += f"-{place}" if len(views) > 1 else ""
+            made.append(_points(key, f"{method}, {titles[place]}", points, labels, share, index))
+    return made
+
+
+def _answered(learned: Learned, index: int, queries: int) -> list[Tensor]:
+    """(Q, F) of the body of a learner that answers in one pass, where it has one."""
+    batch, net = task_of(learned, index), getattr(learned.algorithm, "net", None)
+    if not isinstance(net, nn.Module):
+        return []
+    with _recorded(net) as seen:
+        answer(learned, batch, batch.query_x, index)
+    body = seen.get("body")
+    if body is None or len(body) < queries:
+        return []
+    # The support's rows come first where both go through together.
+    return [body[-queries:]]
+
+
+def _plane(rows: Floats) -> dict[str, Floats]:
+    """(Q, 2) by principal components and, with scikit-learn, by t-SNE."""
+    views = {"PCA": principal(rows)}
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        return views
+    if len(rows) < _TSNE_FROM or not np.isfinite(rows).all() or np.ptp(rows) == 0.0:
+        return views
+    made = TSNE(perplexity=min(20.0, len(rows) / 4), init="pca", random_state=0, max_iter=500)
+    return {**views, "t-SNE": np.asarray(made.fit_transform(rows), dtype=np.float64)}
+
+
+def principal(rows: Floats) -> Floats:
+    """(N, 2) coordinates of N rows along their two first principal components."""
+    centred = np.nan_to_num(rows - rows.mean(0))
+    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    plane = (left * sizes)[:, :2]
+    return plane if plane.shape[1] == 2 else np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
+
+
+def _nearest(rows: Tensor, labels: Tensor) -> float:
+    """The share of rows whose nearest other one is of their class, in all dimensions."""
+    distances = torch.cdist(rows, rows)
+    distances.fill_diagonal_(float("inf"))
+    return float((labels[distances.argmin(1)] == labels).double().mean())
+
+
+def _points(name: str, title: str, points: Floats, labels: Any, share: float, index: int) -> Panel:
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    series: dict[str, Series] = {}
+    for way in range(int(labels.max()) + 1):
+        own = points[labels == way]
+        colour = COLOURS[way % len(COLOURS)]
+        key = f"way{way}"
+        marker = MARKERS[way % len(MARKERS)]
+        axes.scatter(
+            own[:, 0], own[:, 1], s=18, color=colour, marker=marker, alpha=0.85, gid=f"{key}-points"
+        )
+        series[key] = Series(letter(way), colour, marker=marker)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    told = f"{100 * share:.0f} % of the queries have one of their own class as nearest neighbour"
+    return Panel(
+        name,
+        title,
+        f"The queries of the median test task ({index}), a sign for each class, in the space "
+        f"of the last features. In all of its dimensions {told}.",
+        f"Points in a plane, one for each query. {told}.",
+        figure,
+        {
+            "class": [letter(int(label)) for label in labels],
+            "first": list(map(float, points[:, 0])),
+            "second": list(map(float, points[:, 1])),
+        },
+        series,
+    )
+
+
+# Tasks as points.
+
+
+def task_vectors(learned: Learned, episodes: int) -> Floats | None:
+    """(T, P) by how much adaptation to each of some test tasks moves the parameters."""
+    learner = learned.algorithm
+    if not isinstance(learner, AdaptingLearner) or learned.source.spec.streams is not None:
+        return None
+    count = sum(parameter.numel() for parameter in learner.parameters())
+    tasks = min(_EMBEDDED_TASKS, episodes, _MOST_NUMBERS // max(count, 1))
+    if tasks < _TSNE_FROM or _is_large(learner):
+        return None
+    steps = learner.evaluation_steps(learner.inner_steps)
+    batch = learned.source.batch("test", 0, tasks)
+
+    def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
+        path = learner.path(net, theta, rows[0], rows[1], steps)
+        names = [name for name in path[0] if path[0][name].is_floating_point()]
+        return flatten({name: path[-1][name] - path[0][name] for name in names})
+
+    moved = learner.map_tasks(task, batch.support_x, batch.support_y)
+    return np.asarray(moved.cpu().double().numpy())
+
+
+def support_vectors(learned: Learned, episodes: int) -> Floats | None:
+    """(T, F) the mean of what the body makes of the support of some test tasks.
+
+    None where the learner has no such network, or looking at enough tasks would take long.
+    """
+    body = getattr(getattr(learned.algorithm, "net", None), "body", None)
+    spec = learned.source.spec
+    if body is None or spec.kind != "classification":
+        return None
+    each = learned.source.batch("test", 0, 1).support_x.numel()
+    tasks = min(_EMBEDDED_TASKS, episodes, _MOST_PIXELS // each)
+    if tasks < _TSNE_FROM:
+        return None
+    how = Pass(running=learned.algorithm.bn_statistics == "running")
+    support = learned.source.batch("test", 0, tasks).support_x
+    with torch.no_grad():
+        means = torch.stack([body(rows, how).flatten(1).mean(0) for rows in support])
+    return np.asarray(means.cpu().double().numpy())
+
+
+def _is_large(learner: AdaptingLearner) -> bool:
+    """Whether a hundred adaptations would take seconds."""
+    convolutional = any(isinstance(module, nn.Conv2d) for module in learner.modules())
+    return convolutional and learner.device.type == "cpu"
+
+
+def embedded(
+    points: Floats, hue: Floats, label: str, what: str, names: Sequence[str] | None = None
+) -> Panel:
+    """Test tasks in a plane.
+
+    Args:
+        points: (N, 2).
+        hue: (N,) a number of each task.
+        label: What the number is called.
+        what: What a point is made of.
+        names: Of the groups that the numbers stand for, each with a sign of its own; None where
+            they are no groups.
+    """
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    series: dict[str, Series] = {}
+    x, y = points.T
+    if names is not None:
+        for number in np.unique(hue).astype(int):
+            own, key = hue == number, f"group{number}"
+            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+            dots = axes.scatter(x[own], y[own], s=12, color=colour, marker=marker, alpha=0.8)
+            dots.set_gid(f"{key}-points")
+            series[key] = Series(names[number], colour, marker=marker)
+    else:
+        dots = axes.scatter(x, y, s=14, c=hue, cmap="viridis", alpha=0.9)
+        figure.colorbar(dots, ax=axes, label=label)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    return Panel(
+        "tasks",
+        "Test tasks",
+        f"A point for each of {len(points)} test tasks: {what}, along its two first principal "
+        f"components, coloured by {label.replace(', %', ' in %')}.",
+        f"{len(points)} test tasks as points of a plane, coloured by {label}.",
+        figure,
+        {"first": list(map(float, x)), "second": list(map(float, y)), label: list(map(float, hue))},
+        series or None,
+    )

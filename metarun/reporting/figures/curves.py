@@ -1,0 +1,247 @@
+"""Figures of what a run has reached: along training, over inner steps, over test episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from metarun.core.console import figure as shown
+from metarun.core.statistics import Floats, interval
+from metarun.reporting.figures.drawing import INK, MUTED, SIZE, Panel, Series, band, error_axis
+from metarun.reporting.run_files import RunFiles
+
+_MOST_BINS = 30
+_FEW_POINTS = 30
+"""Of a line: each has a dot."""
+_FEW_EPISODES = 20
+
+
+def unit(metric: str) -> tuple[float, str]:
+    """What a metric is multiplied by to be read, and the label of its axis."""
+    return (100.0, "accuracy, %") if metric == "accuracy" else (1.0, "mean squared error")
+
+
+def whole_steps() -> MaxNLocator:
+    """Ticks of an axis of updates, which are whole however few they are."""
+    return MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True)
+
+
+def panels(run: RunFiles) -> list[Panel]:
+    """The figures that a run's own files give, as many as it has."""
+    made = [learning(run), loss(run), adaptation(run), histogram(run)]
+    return [panel for panel in made if panel is not None]
+
+
+def learning(run: RunFiles) -> Panel | None:
+    """The metric on training and meta-val tasks, with the best step; None without any."""
+    metric = run.metric
+    if metric is None:
+        return None
+    scale, label = unit(metric)
+    steps, train = run.curve(f"train/{metric}")
+    at, val = run.curve(f"val/{metric}")
+    width = run.curve(f"val/{metric}_ci95")[1]
+    lines = {
+        "training": (Series("training tasks", MUTED), steps, train, np.full(len(steps), np.nan)),
+        "meta-val": (Series("meta-val", run.colour), at, val, width),
+    }
+    lines = {key: line for key, line in lines.items() if len(line[1])}
+    # A learner that is only validated as it starts has no curve.
+    if not lines or max(line[1].max() for line in lines.values()) == 0:
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    columns: dict[str, list[object]] = {"split": [], "step": [], metric: [], "ci95": []}
+    for key, (series, x, y, w) in lines.items():
+        # A single point has no line to be seen by.
+        marker = "o" if len(x) < (_FEW_POINTS if key == "meta-val" else 2) else None
+        (line,) = axes.plot(x, scale * y, color=series.colour, marker=marker, markersize=3)
+        line.set(gid=key, linewidth=1.4)
+        band(axes, x, scale * y, scale * w, series.colour, key)
+        columns["split"] += [series.name] * len(x)
+        columns["step"] += [int(step) for step in x]
+        columns[metric] += list(map(float, y))
+        columns["ci95"] += list(map(float, w))
+    shown_series = {key: line[0] for key, line in lines.items()}
+    told = ""
+    best = (run.results or {}).get("val")
+    if best:
+        axes.plot(best["step"], scale * best["mean"], "D", color=INK, markersize=6, gid="best")
+        shown_series["best"] = Series(f"best, step {best['step']}", INK, marker="D")
+        told = (
+            f" The best was {shown(metric, best['mean'], best['ci95'])} at step {best['step']} "
+            f"({best['episodes']} episodes): these parameters were tested."
+        )
+    if metric != "accuracy":
+        error_axis(axes, np.concatenate([train, val]))
+    axes.set(xlabel="meta-updates", ylabel=label)
+    axes.xaxis.set_major_locator(whole_steps())
+    ends = _ends(val if len(val) else train, metric)
+    return Panel(
+        "learning",
+        "Learning",
+        f"{label.split(',')[0].capitalize()} along meta-training; the band is the 95 % interval "
+        f"over the episodes of meta-val.{told}",
+        f"{label} against meta-updates: {ends}.{told}",
+        figure,
+        columns,
+        shown_series,
+    )
+
+
+def loss(run: RunFiles) -> Panel | None:
+    """The training loss; None where it is the metric itself, or there is none."""
+    steps, values = run.curve("train/loss")
+    metric = run.metric
+    same = metric == "mse" and np.array_equal(values, run.curve("train/mse")[1], equal_nan=True)
+    if len(steps) < 2 or same:
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    axes.plot(steps, values, color=run.colour, linewidth=1.4)
+    axes.set(xlabel="meta-updates", ylabel="training loss")
+    axes.xaxis.set_major_locator(whole_steps())
+    if not (values < 0).any():
+        error_axis(axes, values)
+    return Panel(
+        "loss",
+        "Training loss",
+        "The loss that the outer optimiser descends, averaged between two lines of the log.",
+        f"Training loss against meta-updates: {_ends(values, 'loss')}.",
+        figure,
+        {"step": [int(step) for step in steps], "loss": list(map(float, values))},
+    )
+
+
+def adaptation(run: RunFiles) -> Panel | None:
+    """The metric after each inner step; None where there are no steps."""
+    results = run.results
+    if results is None or not results.get("curve") or len(results["curve"]) < 2:
+        return None
+    metric = str(results["metric"])
+    scale, label = unit(metric)
+    steps, mean, width = _columns(results["curve"])
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    axes.plot(steps, scale * mean, "o-", color=run.colour, linewidth=1.4, markersize=3)
+    band(axes, steps, scale * mean, scale * width, run.colour, "curve")
+    trained = run.plain["algo"].get("inner_steps")
+    told = ""
+    if isinstance(trained, int) and 0 < trained < len(steps):
+        axes.axvline(trained, color=MUTED, linestyle=":", linewidth=1.0)
+        axes.annotate(
+            " trained with",
+            (trained, 1.0),
+            xycoords=("data", "axes fraction"),
+            va="top",
+            fontsize=8,
+            color=INK,
+        )
+        told = f" Training took {trained}: the dotted line."
+    axes.set(xlabel="inner steps", ylabel=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if metric != "accuracy":
+        error_axis(axes, mean)
+    return Panel(
+        "adaptation",
+        "Adaptation",
+        f"The same test tasks after 0 to {len(steps) - 1} inner steps, with the 95 % interval."
+        f"{told}",
+        f"{label} against inner steps: {shown(metric, mean[0])} before the first, "
+        f"{shown(metric, mean[-1])} after {len(steps) - 1}.{told}",
+        figure,
+        {
+            "inner steps": [int(step) for step in steps],
+            metric: list(map(float, mean)),
+            "ci95": list(map(float, width)),
+        },
+    )
+
+
+def _columns(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
+    """Steps, means and half-widths of an adaptation curve."""
+    steps, mean, width = (
+        np.array([point[name] for point in curve], dtype=np.float64)
+        for name in ("steps", "mean", "ci95")
+    )
+    return steps, mean, width
+
+
+def histogram(run: RunFiles) -> Panel | None:
+    """How the test episodes are spread; None without any."""
+    results = run.results
+    if results is None or results["metric"] not in run.arrays:
+        return None
+    metric = str(results["metric"])
+    scale, label = unit(metric)
+    every = scale * np.asarray(run.arrays[metric], dtype=np.float64)
+    values = every[np.isfinite(every)]
+    if len(values) < 2:
+        return None
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    edges = _edges(values, metric, run.plain)
+    # Of errors the few that are far from all others are counted in the last bin.
+    inside = np.clip(values, None, edges[-1])
+    counts, _, _ = axes.hist(inside, bins=edges, color=run.colour, alpha=0.85)
+    mean, ci95 = interval(values)
+    axes.axvline(mean, color=INK, linewidth=1.4)
+    axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
+    axes.set(xlabel=label, ylabel="test episodes")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if metric == "accuracy":
+        # The first and the last bin reach beyond, to hold none and all of the answers.
+        axes.set_xticks([tick for tick in axes.get_xticks() if 0.0 <= tick <= scale])
+    told = _spread(values, " %" if metric == "accuracy" else "")
+    far = int((values > edges[-1]).sum())
+    notes = f" {far} beyond the last bin are counted in it." if far else ""
+    if len(values) < len(every):
+        notes += f" {len(every) - len(values)} without a finite figure are left out."
+    return Panel(
+        "episodes",
+        "Test episodes",
+        f"Each of the {len(values)} test episodes by itself; the line is their mean with its 95 % "
+        f"interval. {told}{notes}",
+        f"Histogram of the {label} of {len(values)} test episodes. {told}{notes}",
+        figure,
+        {
+            "from": list(edges[:-1]),
+            "to": [*edges[1:-1], max(edges[-1], float(values.max()))],
+            "episodes": [int(count) for count in counts],
+        },
+    )
+
+
+def _spread(values: Floats, sign: str) -> str:
+    """In words; `sign` is what stands behind each number."""
+    at = [0.05, 0.5, 0.95] if len(values) >= _FEW_EPISODES else [0.0, 0.5, 1.0]
+    lowest, median, highest = (f"{value:.4g}{sign}" for value in np.quantile(values, at))
+    if len(values) < _FEW_EPISODES:
+        return f"They lie between {lowest} and {highest}."
+    return f"Nine of ten lie between {lowest} and {highest}, the median is {median}."
+
+
+def _edges(values: Floats, metric: str, plain: Mapping[str, object]) -> list[float]:
+    """Bins as wide as whole answers of an accuracy, so that none holds one more than another."""
+    most = int(np.clip(len(values) / 4, 5, _MOST_BINS))
+    if metric == "accuracy":
+        answer = 100.0 / (int(str(plain["way"])) * int(str(plain["query"])))
+        low = int(np.round(values.min() / answer))
+        answers = int(np.round(values.max() / answer)) - low + 1
+        each = -(-answers // most)
+        count = -(-answers // each)
+        return [float((low - 0.5 + k * each) * answer) for k in range(count + 1)]
+    low_end, high_end = float(values.min()), float(np.quantile(values, 0.995))
+    if not high_end > low_end:
+        high_end = low_end + max(abs(low_end), 1.0) * 0.1
+    return list(map(float, np.linspace(low_end, high_end, 1 + most)))
+
+
+def _ends(values: Floats, metric: str) -> str:
+    here = values[np.isfinite(values)]
+    if not len(here):
+        return "no finite value"
+    return f"from {shown(metric, here[0])} to {shown(metric, here[-1])}"

@@ -1,0 +1,228 @@
+"""How every figure looks and is written."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from metarun.core.statistics import Floats
+from metarun.runs.folder import write_atomically
+
+# Okabe and Ito's, which colour-blind people tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+INK, MUTED, RULE, PAPER = "#1c2127", "#66707b", "#dde1e6", "#fefefe"
+"""Of a figure on white; the page puts its own in their place."""
+STYLE: Any = {
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": PAPER,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "font.size": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "metarun",
+}
+_SETTLED = {**STYLE, "figure.constrained_layout.use": False}
+"""Where things are where they shall be."""
+SIZE = (4.8, 3.2)
+"""Inches of a figure of one panel: what a phone shows without shrinking its letters."""
+_DPI = 150
+_SALT = 7765
+"""With which maml, protonet, reptile, fomaml, matching and anil have six colours."""
+_FAR = 20.0
+"""How many times the least the greatest error is from where on an axis is logarithmic."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Something in a figure that a reader may hide: every artist whose `gid` begins with it.
+
+    Attributes:
+        name: What it is called.
+        colour: Its colour.
+        dash: Its line style.
+        marker: Of points, which have no line.
+    """
+
+    name: str
+    colour: str
+    dash: str = "-"
+    marker: str = ""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure, what it says, and the numbers in it.
+
+    Attributes:
+        name: Of its files, unique in a report.
+        title: A few words.
+        caption: What is shown, in a sentence or two.
+        alt: What somebody who does not see it has to know.
+        figure: Made under `STYLE`.
+        columns: The numbers by column, all of one length.
+        series: What can be hidden, by the `gid` that its artists begin with.
+        wide: Whether it takes a row of the page.
+    """
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+    columns: Mapping[str, Sequence[Any]]
+    series: Mapping[str, Series] | None = None
+    wide: bool = False
+
+
+def colours(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a line style for each algorithm, the same in every report.
+
+    An algorithm's place is a hash of its name; one whose place is taken by another of the same
+    report, in alphabetical order, gets the next that is free.
+    """
+    # Not the grey, which is what a figure has for all that is no algorithm.
+    places = [(colour, dash) for dash in DASHES for colour in COLOURS[:-1]]
+    taken: dict[str, int] = {}
+    for name in sorted(set(algorithms)):
+        wanted = _place(name)
+        turns = range(len(places))
+        free = (k for n in turns if (k := (wanted + n) % len(places)) not in taken.values())
+        taken[name] = next(free, wanted)
+    return {name: places[place] for name, place in taken.items()}
+
+
+def _place(name: str) -> int:
+    digest = hashlib.blake2b(f"{_SALT} {name}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "little") % (len(COLOURS) - 1)
+
+
+def named_rows(
+    names: Sequence[str], height: float, fontsize: float = 7
+) -> tuple[Figure, Axes, Floats]:
+    """A figure with a row for each name, the first on top.
+
+    Args:
+        names: Of the rows.
+        height: Inches of one.
+        fontsize: Of the names.
+
+    Returns:
+        The figure, its axes, and where each row is.
+    """
+    figure = Figure(figsize=(SIZE[0], 0.9 + height * len(names)))
+    axes = figure.add_subplot()
+    places = np.arange(len(names), dtype=np.float64)[::-1]
+    axes.set_yticks(places, list(names), fontsize=fontsize)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.grid(visible=False, axis="y")
+    return figure, axes, places
+
+
+def error_axis(axes: Axes, values: Floats) -> None:
+    """Let an axis of errors begin at zero, or be logarithmic where they fell far."""
+    here = values[np.isfinite(values)]
+    if not len(here):
+        return
+    if 0.0 < _FAR * here.min() < here.max():
+        axes.set_yscale("log")
+        plain(axes.yaxis)
+    else:
+        axes.set_ylim(bottom=0.0)
+
+
+def plain(axis: Axis) -> None:
+    """Numbers as people write them, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def band(axes: Axes, x: Any, mean: Floats, width: Floats, colour: str, gid: str) -> None:
+    """The 95 % interval around a line."""
+    shown = axes.fill_between(x, mean - width, mean + width, color=colour, alpha=0.2, linewidth=0)
+    shown.set_gid(f"{gid}-band")
+
+
+def table(columns: Mapping[str, Sequence[Any]]) -> str:
+    """Columns of one length as CSV."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*(map(_cell, values) for values in columns.values()), strict=True))
+    return out.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return "" if value != value else f"{value:.6g}"
+    return str(value)
+
+
+def write(folder: Path, panel: Panel) -> str:
+    """Write a panel as PNG, SVG and CSV; returns the SVG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _lay_out(panel.figure)
+    svg = _drawn(panel.figure, "svg").decode()
+    write_atomically(folder / f"{panel.name}.svg", svg.encode())
+    write_atomically(folder / f"{panel.name}.png", _drawn(panel.figure, "png"))
+    write_atomically(folder / f"{panel.name}.csv", table(panel.columns).encode())
+    return svg
+
+
+def _lay_out(figure: Figure) -> None:
+    """Settle where things are once: with an engine every save would draw all of it twice."""
+    engine = figure.get_layout_engine()
+    with rc_context(_SETTLED):
+        if engine is not None:
+            engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    """A file without a date, so that the same figure is the same file."""
+    buffer = io.BytesIO()
+    # Each save sets the engine anew, by these.
+    with rc_context(_SETTLED):
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
+    return buffer.getvalue()
+
+
+def save(folder: Path, name: str, figure: Figure) -> list[Path]:
+    """Write a figure as PNG and SVG; returns the files."""
+    folder.mkdir(exist_ok=True)
+    _lay_out(figure)
+    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        write_atomically(path, _drawn(figure, path.suffix[1:]))
+    return paths

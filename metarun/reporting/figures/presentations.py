@@ -1,0 +1,52 @@
+"""Accuracy at the first, second, … presentation of a class, of a learner that remembers."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from metarun.reporting.figures.drawing import MUTED, SIZE, Panel, band
+from metarun.reporting.run_files import RunFiles
+
+
+def panels(run: RunFiles) -> list[Panel]:
+    """The curve by presentation; none of a learner that does not answer along a sequence."""
+    results = run.results
+    if results is None or "presentations" not in results:
+        return []
+    figures = results["presentations"]
+    mean, ci95 = (
+        100.0 * np.array([f[key] for f in figures], dtype=float) for key in ("mean", "ci95")
+    )
+    times = np.arange(1, len(figures) + 1)
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    axes.plot(times, mean, "o-", color=run.colour, linewidth=1.5, label=results["algo"])
+    band(axes, times, mean, ci95, run.colour, "curve")
+    chance = 100.0 / results["way"]
+    axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
+    axes.set(
+        title=run.title,
+        xlabel="presentation of a class",
+        ylabel="accuracy, %",
+        ylim=(0, 100),
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right")
+    told = f"from {mean[0]:.1f} % at the first to {mean[-1]:.1f} % at the {len(mean)}th"
+    return [
+        Panel(
+            "presentations",
+            "Presentations",
+            "Accuracy at the first, second, … presentation of a class along the support, each "
+            f"answered before its label is told: {told}. The band is the 95 % interval.",
+            f"Accuracy against the presentation of a class: {told}; chance is {chance:.0f} %.",
+            figure,
+            {
+                "presentation": [int(time) for time in times],
+                "accuracy, %": list(map(float, mean)),
+                "ci95": list(map(float, ci95)),
+            },
+        )
+    ]

@@ -1,0 +1,55 @@
+"""The ways of learning that a learner chooses among, against the one that chose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from metarun.core.statistics import Floats
+from metarun.reporting.figures.curves import unit
+from metarun.reporting.figures.drawing import INK, Panel, named_rows
+from metarun.reporting.run_files import RunFiles
+
+
+def panels(run: RunFiles) -> list[Panel]:
+    """How much better the learner is than each strategy; none where it chooses among none."""
+    results = run.results
+    if results is None or not results.get("strategies"):
+        return []
+    scale, label = unit(str(results["metric"]))
+    found = results["strategies"]
+    gains = {name: place["gain"] for name, place in found.items()}
+    # What is not finite is null in the file, and no number in an array of floats.
+    order = np.argsort(-_column(gains, "mean"), kind="stable")
+    names = [list(found)[place] for place in order]
+    gain, width = (scale * _column(gains, key)[order] for key in ("mean", "ci95"))
+    mean, ci95 = (scale * _column(found, key)[order] for key in ("mean", "ci95"))
+    figure, axes, places = named_rows(names, 0.24, fontsize=8)
+    axes.errorbar(gain, places, xerr=width, fmt="o", color=run.colour, markersize=4, linewidth=1.2)
+    axes.axvline(0.0, color=INK, linewidth=1.2)
+    axes.set(xlabel=f"{results['algo']} is better by ({label})")
+    beaten = sum(g - w > 0 for g, w in zip(gain, width, strict=True))
+    told = f"it beats {beaten} of {len(names)} beyond the interval"
+    return [
+        Panel(
+            "strategies",
+            "Ways of learning",
+            "How much better it is than each of its ways of learning on the same test tasks, "
+            f"paired, with the 95 % interval: {told}. `oracle` is the best of each task.",
+            f"Paired gains over {len(names)} strategies: {told}.",
+            figure,
+            {
+                "strategy": names,
+                label: list(map(float, mean)),
+                "ci95": list(map(float, ci95)),
+                "gain": list(map(float, gain)),
+                "gain ci95": list(map(float, width)),
+            },
+        )
+    ]
+
+
+def _column(places: Mapping[str, Mapping[str, Any]], key: str) -> Floats:
+    return np.array([place[key] for place in places.values()], dtype=np.float64)

@@ -1,0 +1,187 @@
+"""Figures of a run on a stream: the matrix of tasks after tasks, and what happens along it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from metarun.core.statistics import Floats, quiet
+from metarun.core.types import Stream
+from metarun.evaluation import continual_metrics
+from metarun.reporting.figures.curves import unit
+from metarun.reporting.figures.drawing import COLOURS, SIZE, STYLE, Panel, colours, save
+from metarun.reporting.run_files import RunFiles
+
+_MANY_VISITS = 20
+_FAR = 1000.0
+"""How many times worse than the best a curve is that has left the others' scale."""
+
+
+@quiet
+def panels(run: RunFiles) -> list[Panel]:
+    """The matrix of tasks after visits, and the curves along a stream; none of other tasks."""
+    results = run.results
+    if results is None or "matrix" not in run.arrays or not (run.path / "stream.csv").exists():
+        return []
+    matrix = run.arrays["matrix"].mean(0)
+    with (run.path / "stream.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    algo, metric = str(results["algo"]), str(results["metric"])
+    at = [(i, j) for i, j in np.ndindex(*matrix.shape)]
+    told = f"{matrix.shape[0]} rows, before the first visit and after each"
+    return [
+        Panel(
+            "matrix",
+            "Tasks after visits",
+            f"The {metric} on held-out rows of each task (column) after each visit (row), mean "
+            f"over {results['test']['episodes']} lifetimes: {told}. What is forgotten fades down "
+            "its column.",
+            f"A map of {matrix.shape[1]} tasks against visits: {told}.",
+            _matrix(matrix, results, run.title),
+            {
+                "visits so far": [i for i, _ in at],
+                "task": [j for _, j in at],
+                metric: [float(matrix[place]) for place in at],
+            },
+        ),
+        Panel(
+            "stream",
+            "Along the stream",
+            f"The {metric} on the task at hand, the loss of all incoming rows so far, and the "
+            f"{metric} on all tasks met, with the 95 % interval over lifetimes.",
+            f"Three curves along {len(rows)} steps of the stream.",
+            _panels({algo: rows}, results, run.title, {algo: (run.colour, "-")}),
+            {name: [row[name] for row in rows] for name in (rows[0] if rows else [])},
+        ),
+    ]
+
+
+@quiet
+def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
+    """Write the curves of several algorithms along the same streams as one PNG and SVG.
+
+    Args:
+        folders: Of the runs of each algorithm, one for each seed.
+        name: Of the files, without what they end with.
+
+    Returns:
+        The files.
+    """
+    figure, _ = together(folders, colours(folders))
+    return save(name.parent, name.name, figure)
+
+
+@quiet
+def together(
+    folders: Mapping[str, Sequence[Path]], looks: Mapping[str, tuple[str, str]]
+) -> tuple[Figure, dict[str, list[Any]]]:
+    """The curves of several algorithms along the same streams, and their numbers.
+
+    Args:
+        folders: Of the runs of each algorithm, one for each seed; a lifetime is averaged over
+            the seeds before the interval is taken.
+        looks: A colour and a line style for each.
+    """
+    curves: dict[str, list[dict[str, str]]] = {}
+    for algo, runs in folders.items():
+        about = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))
+        lived = [_lived(run) for run in runs]
+        mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
+        stream = Stream.of(about["layout"])
+        curves[algo] = list(csv.DictReader(io.StringIO(continual_metrics.curves(mean, stream))))
+    names = list(next(iter(curves.values()))[0])
+    columns: dict[str, list[Any]] = {"run": [a for a, rows in curves.items() for _ in rows]}
+    columns |= {n: [row[n] for rows in curves.values() for row in rows] for n in names}
+    with rc_context(STYLE):
+        return _panels(curves, about, f"along {about['data']}", looks), columns
+
+
+def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
+    """A heat map: a row before the first visit and after each, a column for each task."""
+    scale, label = unit(str(results["metric"]))
+    figure = Figure(figsize=(SIZE[0], 4.0))
+    axes = figure.add_subplot()
+    best = "viridis" if results["metric"] == "accuracy" else "viridis_r"
+    # One task that diverges would leave no colours for the others.
+    top = scale * float(np.nanquantile(matrix, 0.98)) if np.isfinite(matrix).any() else scale
+    image = axes.imshow(
+        scale * matrix, aspect="auto", cmap=best, vmin=0.0, vmax=top, origin="upper"
+    )
+    figure.colorbar(image, ax=axes, label=label)
+    axes.set(title=heading, xlabel="task", ylabel="visits so far")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _lived(run: Path) -> dict[str, Floats]:
+    with np.load(run / "episodes.npz") as arrays:
+        return {
+            n: np.asarray(arrays[n]) for n in ("incoming", "incoming_loss", "current", "matrix")
+        }
+
+
+def _panels(
+    curves: Mapping[str, list[dict[str, str]]],
+    results: Mapping[str, Any],
+    heading: str,
+    looks: Mapping[str, tuple[str, str]],
+) -> Figure:
+    """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
+    scale, metric = unit(str(results["metric"]))
+    metric = metric.replace("mean squared error", "squared error")
+    # Where there are many visits a curve within each of them would be a block of colour.
+    many = len(results["layout"]["visits"]) > _MANY_VISITS
+    figure = Figure(figsize=(SIZE[0], 6.4))
+    figure.suptitle(heading, fontsize=10)
+    drawn = figure.subplots(3, 1)
+    names = ("current", "cumulative_loss", "seen")
+    labels = (
+        f"{metric}\non the task just learned" if many else f"{metric}\non the task at hand",
+        "cumulative loss\nof incoming rows",
+        f"{metric}\non all tasks met",
+    )
+    for axes, name, label in zip(drawn, names, labels, strict=True):
+        tops = []
+        for algo, rows in curves.items():
+            ends = many and name == "current"
+            here = [row for row in rows if row[name] and (row["seen"] or not ends)]
+            x, y, width = _columns(here, name)
+            if name != "cumulative_loss":
+                y, width = scale * y, scale * width
+            colour, dash = looks[algo]
+            axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
+            if len(curves) <= len(COLOURS):
+                axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
+            tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
+        axes.set(ylabel=label, xlim=(0, None), ylim=(0, None))
+        # What an interval has beyond all answers right is not to be had.
+        if scale > 1.0 and name != "cumulative_loss":
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.04 * scale))
+        # One that diverges would leave no room for the others.
+        positive = [top for top in tops if top > 0]
+        if positive and max(positive) > _FAR * min(positive):
+            axes.set_ylim(top=_FAR / 10 * min(positive))
+    drawn[-1].set_xlabel("rows of the stream")
+    if len(curves) > 1:
+        handles, texts = drawn[0].get_legend_handles_labels()
+        figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _columns(rows: list[dict[str, str]], name: str) -> tuple[Floats, Floats, Floats]:
+    """Rows of the stream so far, a curve, and the half-width of its interval."""
+    columns = [[float(row[n] or "nan") for row in rows] for n in ("rows", name, f"{name}_ci95")]
+    x, y, width = (np.array(column) for column in columns)
+    return x, y, width

@@ -1,0 +1,151 @@
+"""Tasks as points, and the families and components that they fall into.
+
+Shapes: N test tasks, E numbers of an embedding, J families, K components.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from metarun.core.statistics import Floats
+from metarun.reporting.figures import adaptation
+from metarun.reporting.figures.drawing import COLOURS, INK, SIZE, Panel, Series
+from metarun.reporting.figures.tasks import Learned, answer
+from metarun.reporting.run_files import RunFiles
+
+_SHARED_TASKS = 40
+_DARK = 0.6
+
+
+def panels(run: RunFiles, learned: Learned | None) -> list[Panel]:
+    """Where test tasks lie, which component is responsible for each, and which family it is of."""
+    made = [*_points(run, learned), *_families(run)]
+    if learned is not None and "groups" in run.arrays:
+        made += _responsibilities(learned)
+    return made
+
+
+def _points(run: RunFiles, learned: Learned | None) -> list[Panel]:
+    arrays, metric = run.arrays, run.metric
+    if metric is None or metric not in arrays:
+        return []
+    vectors, what = arrays.get("embeddings"), "what the learner makes of its support"
+    if vectors is None or vectors.shape[1] < 2:
+        if learned is None:
+            return []
+        vectors = adaptation.task_vectors(learned, len(arrays[metric]))
+        what = "how adaptation moves the parameters"
+        if vectors is None:
+            vectors = adaptation.support_vectors(learned, len(arrays[metric]))
+            what = "the mean of its support's features"
+    if vectors is None or not np.isfinite(vectors).all():
+        return []
+    points = adaptation.principal(vectors)
+    if "families" in arrays:
+        families = arrays["families"][: len(points)]
+        return [adaptation.embedded(points, families, "family", what, _names(run, families))]
+    hue, label = _hue(run, learned, len(points))
+    return [adaptation.embedded(points, hue, label, what)]
+
+
+def _names(run: RunFiles, families: Any) -> list[str]:
+    """What the families of functions are called."""
+    found = run.plain["data"].get("families") or range(int(families.max()) + 1)
+    return list(map(str, found))
+
+
+def _hue(run: RunFiles, learned: Learned | None, tasks: int) -> tuple[Floats, str]:
+    """A number of each task to colour it by: one that its function has, else its figure."""
+    names = getattr(learned.source, "parameter_names", ()) if learned is not None else ()
+    if names and learned is not None:
+        values = learned.source.parameters("test", 0, tasks)[0]  # type: ignore[attr-defined]
+        return np.asarray(values.cpu().numpy()), str(names[0])
+    metric = str(run.metric)
+    values = np.asarray(run.arrays[metric][:tasks], dtype=np.float64)
+    return (100 * values, "accuracy, %") if metric == "accuracy" else (values, "squared error")
+
+
+def _families(run: RunFiles) -> list[Panel]:
+    """Tasks of each family in each group, as a map."""
+    found = (run.results or {}).get("families")
+    if not found:
+        return []
+    counts = np.array(found["counts"])
+    names = _names(run, np.arange(len(counts)))
+    figure = Figure(figsize=(SIZE[0], 0.9 + 0.42 * len(counts)))
+    axes = figure.add_subplot()
+    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    for (row, column), count in np.ndenumerate(counts):
+        colour = "white" if share[row, column] > _DARK else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+    axes.set_yticks(range(len(counts)), names[: len(counts)])
+    axes.set_xticks(range(counts.shape[1]), [str(k + 1) for k in range(counts.shape[1])])
+    axes.set(xlabel="group of tasks")
+    axes.grid(visible=False)
+    told = f"adjusted Rand index {found['adjusted_rand_index']:.2f}, by {found['by']}"
+    return [
+        Panel(
+            "families",
+            "Families found",
+            f"Test tasks of each family in each group that was found: {told}.",
+            f"A table of families against groups of tasks; {told}.",
+            figure,
+            {
+                "family": [names[j] for j, _ in np.ndindex(*counts.shape)],
+                "group": [k + 1 for _, k in np.ndindex(*counts.shape)],
+                "tasks": [int(count) for count in counts.reshape(-1)],
+            },
+        )
+    ]
+
+
+def _responsibilities(learned: Learned) -> list[Panel]:
+    """Each component's share in some test tasks, those of one family together."""
+    batch = learned.source.batch("test", 0, _SHARED_TASKS)
+    found = answer(learned, batch, batch.query_x, 0).responsibilities
+    if found is None:
+        return []
+    shares = found.cpu().double().numpy()
+    family = np.zeros(len(shares), dtype=np.int64)
+    if batch.class_ids is not None:
+        family = batch.class_ids[:, 0].cpu().numpy()
+    order = np.lexsort((-shares.max(1), shares.argmax(1), family))
+    figure = Figure(figsize=SIZE)
+    axes = figure.add_subplot()
+    series: dict[str, Series] = {}
+    places, under = np.arange(len(shares)), np.zeros(len(shares))
+    for component in range(shares.shape[1]):
+        colour, key = COLOURS[component % len(COLOURS)], f"component{component}"
+        bars = axes.bar(places, shares[order, component], bottom=under, color=colour, width=0.9)
+        for place, bar in enumerate(bars):
+            bar.set_gid(f"{key}-{place}")
+        under = under + shares[order, component]
+        series[key] = Series(f"component {component + 1}", colour, marker="s")
+    for border in np.nonzero(np.diff(family[order]))[0]:
+        axes.axvline(border + 0.5, color=INK, linewidth=1.6)
+    sure = float((shares.max(1) > 0.9).mean())
+    axes.set(xlabel="test task", ylabel="responsibility", ylim=(0, 1))
+    axes.grid(visible=False)
+    return [
+        Panel(
+            "responsibilities",
+            "Responsibilities",
+            f"The share of each component in {len(shares)} test tasks, a bar for each; lines part "
+            f"the families. {100 * sure:.0f} % of them have one above 0.9.",
+            f"Stacked bars of {shares.shape[1]} components' shares in {len(shares)} tasks.",
+            figure,
+            {
+                "task": [int(task) for task in order],
+                "family": [int(number) for number in family[order]],
+                **{
+                    f"component {k + 1}": list(map(float, shares[order, k]))
+                    for k in range(shares.shape[1])
+                },
+            },
+            series,
+        )
+    ]

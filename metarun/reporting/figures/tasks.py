@@ -1,0 +1,368 @@
+"""Single test tasks, and what a learner makes of them: a good one, the median, a bad one.
+
+The tasks are chosen by the figures of the test that is over; nothing is chosen by them.
+Shapes: S support rows, Q query rows, G points of a grid, W ways, C H W images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.core import seeding
+from metarun.core.console import figure as shown
+from metarun.core.statistics import Floats
+from metarun.core.types import EpisodeSource, Prediction, TaskBatch
+from metarun.evaluation.test_time_augmentation import predict
+from metarun.reporting.figures.drawing import INK, MUTED, PAPER, RIGHT, SIZE, WRONG, Panel, Series
+from metarun.reporting.figures.samples import mosaic, shares
+
+_STEPS = (0, 1, 5, 10)
+_FAINT = ("-.", ":", "--", "-")
+_GRID = 200
+_WITHIN = 1.96
+_MOST_WAYS, _MOST_SHOTS, _MOST_QUERIES = 10, 3, 8
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run has learned, ready to answer.
+
+    Attributes:
+        algorithm: With its best parameters by meta-val, else its last; in evaluation.
+        source: Its data.
+        colour: Of its algorithm, in every figure of a report.
+        views: Of each image that an answer is averaged over, as in the test.
+    """
+
+    algorithm: Algorithm
+    source: EpisodeSource
+    colour: str
+    views: int = 1
+
+    @property
+    def steps(self) -> int | None:
+        """Inner steps that the test took; None where there are none."""
+        trained = getattr(self.algorithm, "inner_steps", None)
+        return self.algorithm.evaluation_steps(trained) if isinstance(trained, int) else None
+
+
+def panels(learned: Learned, figures: Floats) -> list[Panel]:
+    """What is made of three test tasks; none where a task cannot be drawn.
+
+    Args:
+        learned: Who answers.
+        figures: (N,) the metric of each test episode.
+    """
+    shape = learned.source.spec.input_shape
+    curves = shape == (1,) and learned.source.spec.output_dim == 1
+    images = len(shape) == 3 and learned.source.spec.kind == "classification"
+    if not (curves or images) or learned.source.spec.streams is not None:
+        return []
+    draw = _fit if curves else _grid
+    return [
+        draw(learned, name, index, float(figures[index]))
+        for name, index in chosen(figures, higher=learned.source.spec.higher_is_better).items()
+    ]
+
+
+def chosen(figures: Floats, *, higher: bool) -> dict[str, int]:
+    """The numbers of a good, a median and a bad test task: at 5, 50 and 95 % from the best."""
+    goodness = np.where(np.isfinite(figures), figures if higher else -figures, -np.inf)
+    order = np.argsort(-goodness, kind="stable")
+    last = len(order) - 1
+    return {
+        name: int(order[round(share * last)])
+        for name, share in (("good", 0.05), ("median", 0.5), ("bad", 0.95))
+    }
+
+
+def task_of(learned: Learned, index: int) -> TaskBatch:
+    """One test task."""
+    return learned.source.batch("test", index, 1)
+
+
+def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> Prediction:
+    """Answers to other queries of a test task; the same each time."""
+    with torch.no_grad(), torch.random.fork_rng([]):
+        seeding.seed_torch(seeding.key("report", "test", index))
+        return predict(learned.algorithm, batch.support_x, batch.support_y, query_x, learned.views)
+
+
+# Regression.
+
+
+@dataclass
+class _Plot:
+    """A figure of y against x that keeps its numbers.
+
+    Attributes:
+        figure: With one panel.
+        series: What can be hidden.
+        columns: Every point drawn.
+        sight: Values that have to be in sight.
+    """
+
+    figure: Figure = field(default_factory=lambda: Figure(figsize=SIZE))
+    series: dict[str, Series] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(
+        default_factory=lambda: {"what": [], "x": [], "y": [], "spread": []}
+    )
+    sight: list[Floats] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.axes = self.figure.add_subplot()
+
+    def note(self, what: str, x: Floats, y: Floats) -> None:
+        """Keep the numbers of what is drawn."""
+        self.columns["what"] += [what] * len(x)
+        self.columns["x"] += list(map(float, x))
+        self.columns["y"] += list(map(float, y))
+        self.columns["spread"] += [math.nan] * len(x)
+
+    def line(self, key: str, what: str, series: Series, x: Floats, y: Floats, width: float) -> None:
+        """Draw a curve."""
+        self.series[key] = series
+        self.axes.plot(x, y, color=series.colour, linestyle=series.dash, linewidth=width, gid=key)
+        self.note(what, x, y)
+
+    def points(self, key: str, what: str, x: Floats, y: Floats, marker: str, size: float) -> None:
+        """Draw points."""
+        self.axes.scatter(
+            x, y, s=size, color=INK, edgecolors=PAPER, zorder=4, marker=marker, gid=f"{key}-points"
+        )
+        self.note(what, x, y)
+        self.sight.append(y)
+
+    def finish(self) -> None:
+        """Leave no more room than what has to be in sight needs, and a rim."""
+        values = np.concatenate(self.sight)
+        values = values[np.isfinite(values)]
+        low, high = float(values.min()), float(values.max())
+        rim = 0.2 * (high - low) or 1.0
+        bottom, top = self.axes.get_ylim()
+        self.axes.set_ylim(max(bottom, low - rim), min(top, high + rim))
+        self.axes.set(xlabel="x", ylabel="y")
+
+
+def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
+    """A task's function, its support, and the answers after some inner steps."""
+    batch = task_of(learned, index)
+    low, high = _range(learned.source, batch)
+    grid = torch.linspace(low, high, _GRID, dtype=batch.support_x.dtype)
+    grid = grid.to(batch.support_x.device)[None, :, None]
+    plot = _Plot()
+    _draw_truth(plot, learned.source, batch, grid, index)
+    spread = _draw_answers(plot, learned, batch, grid, index)
+    support = _numbers(batch.support_x[0, :, 0]), _numbers(batch.support_y[0, :, 0])
+    plot.points("support", "support", *support, "^", 90.0)
+    plot.series["support"] = Series("support", INK, marker="^")
+    plot.finish()
+    after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
+    told = f"Test task {index}: mean squared error on its queries {shown('mse', figure)}{after}."
+    more = " The band holds 95 % of what it expects." if spread else ""
+    return Panel(
+        f"fit-{name}",
+        f"A {name} task",
+        f"{told} Triangles are the {batch.support_x.shape[1]} support points.{more}",
+        f"{told} The answers on a grid against the function.",
+        plot.figure,
+        plot.columns,
+        plot.series,
+    )
+
+
+def _draw_truth(
+    plot: _Plot, source: EpisodeSource, batch: TaskBatch, grid: Tensor, index: int
+) -> None:
+    """The queries, and the function where it is known."""
+    truth = getattr(source, "truth", None)
+    if truth is not None:
+        values = _numbers(truth("test", index, grid[0])[:, 0])
+        line = Series("the function", INK)
+        plot.line("truth", "function", line, _numbers(grid[0, :, 0]), values, 1.2)
+        plot.sight.append(values)
+    queries = _numbers(batch.query_x[0, :, 0]), _numbers(batch.query_y[0, :, 0])
+    plot.points("queries", "query", *queries, "o", 20.0)
+    plot.series["queries"] = Series("queries", INK, marker="o")
+
+
+def _draw_answers(
+    plot: _Plot, learned: Learned, batch: TaskBatch, grid: Tensor, index: int
+) -> bool:
+    """Answers after inner steps where there are any, else the answer; whether it has a spread."""
+    x = _numbers(grid[0, :, 0])
+    steps = learned.steps if learned.steps is not None else max(_STEPS)
+    with torch.no_grad():
+        traced = learned.algorithm.trace(
+            batch.support_x, batch.support_y, grid, max(steps, *_STEPS)
+        )
+    if traced is not None:
+        faint = iter(_FAINT)
+        for step in sorted({steps, *_STEPS}):
+            name = f"{step} step{'s' * (step != 1)}"
+            tested = step == steps
+            line = Series(name, learned.colour, "-" if tested else next(faint))
+            values = _numbers(traced[step, 0, :, 0])
+            plot.line(f"after{step}", name, line, x, values, 2.2 if tested else 1.0)
+            # What is answered after other steps need not be in sight to its ends.
+            plot.sight += [values] if tested else []
+        return False
+    found = answer(learned, batch, grid, index)
+    values = _numbers(found.outputs[0, :, 0])
+    spread = None if found.spread is None else _numbers(found.spread[0, :, 0])
+    name = "answer" if spread is None else "mean and 95 % band"
+    plot.line("mean", name, Series(name, learned.colour), x, values, 2.0)
+    plot.sight.append(values)
+    if spread is None:
+        return False
+    plot.columns["spread"][-len(x) :] = list(map(float, spread))
+    ends = values - _WITHIN * spread, values + _WITHIN * spread
+    band = plot.axes.fill_between(x, *ends, color=learned.colour, alpha=0.2, linewidth=0)
+    band.set_gid("mean-band")
+    plot.sight += ends
+    return True
+
+
+def _range(source: EpisodeSource, batch: TaskBatch) -> tuple[float, float]:
+    ends: tuple[float, float] | None = getattr(source, "inputs", None)
+    both = torch.cat([batch.support_x, batch.query_x], 1)
+    return ends or (float(both.min()), float(both.max()))
+
+
+# Images.
+
+
+def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
+    """A task's support and queries, a row for each class, with the answers that are wrong."""
+    batch = task_of(learned, index)
+    found = answer(learned, batch, batch.query_x, index).outputs[0].argmax(-1).tolist()
+    labels = batch.query_y[0].tolist()
+    ways = int(batch.support_y.max()) + 1
+    names, rows = _names(learned.source, batch, ways), min(ways, _MOST_WAYS)
+    drawing = _pictures(batch, rows)
+    plotted = Figure(figsize=(0.46 * drawing.grid.shape[1] + 0.6, 0.46 * rows + 0.3))
+    marks = [
+        (row, drawing.shots + column, found[place], found[place] == labels[place])
+        for row, places in enumerate(drawing.queries)
+        for column, place in enumerate(places)
+    ]
+    _draw_grid(plotted.add_subplot(), drawing.grid, marks, drawing.shots)
+    told = f"Test task {index}: {shown('accuracy', figure)} of its queries answered right."
+    legend = "; ".join(f"{letter(way)} {names[way]}" for way in range(rows))
+    some = "" if rows == ways else f" The first {rows} of {ways} classes are shown."
+    return Panel(
+        f"task-{name}",
+        f"A {name} task",
+        f"{told} Left of the line the support, right of it queries of the same class: framed in "
+        "blue where the answer is right, crossed in orange with the letter of the answer where "
+        f"it is wrong. {legend}.{some}",
+        f"{told} A row of images for each of {rows} classes.",
+        plotted,
+        {
+            "query": list(range(len(labels))),
+            "class": [names[label] for label in labels],
+            "answer": [names[label] for label in found],
+            "right": [one == other for one, other in zip(found, labels, strict=True)],
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Images of a task in rows of one class: some of its support, then some of its queries.
+
+    Attributes:
+        grid: (rows, shots + queries, C, H, W) from 0 to 1; grey where a class has no more.
+        shots: Columns of the support.
+        queries: Of each row, which queries are shown.
+    """
+
+    grid: Floats
+    shots: int
+    queries: list[list[int]]
+
+
+def _pictures(batch: TaskBatch, rows: int) -> _Pictures:
+    every = _numbers(torch.cat([batch.support_x[0], batch.query_x[0]]))[None]
+    images = shares(every, every)[0]
+    support = [_of(batch.support_y, way)[:_MOST_SHOTS] for way in range(rows)]
+    queries = [_of(batch.query_y, way)[:_MOST_QUERIES] for way in range(rows)]
+    shots, asked = (max(map(len, places)) for places in (support, queries))
+    grid = np.full((rows, shots + asked, *images.shape[1:]), 0.5)
+    first = batch.support_y.shape[1]
+    for row in range(rows):
+        grid[row, : len(support[row])] = images[support[row]]
+        there = [first + place for place in queries[row]]
+        grid[row, shots : shots + len(there)] = images[there]
+    return _Pictures(grid, shots, queries)
+
+
+def _of(labels: Tensor, way: int) -> list[int]:
+    """Which rows of a task (1, R) are of a class."""
+    found: list[int] = (labels[0] == way).nonzero()[:, 0].tolist()
+    return found
+
+
+def _draw_grid(
+    axes: Axes, grid: Floats, marks: list[tuple[int, int, int, bool]], shots: int
+) -> None:
+    rows, _, _, height, width = grid.shape
+    high, wide = height + 2, width + 2
+    axes.imshow(mosaic(grid), interpolation="nearest")
+    for row, column, said, right in marks:
+        colour = RIGHT if right else WRONG
+        corner = (column * wide - 0.5, row * high - 0.5)
+        # Inside of its cell, so that no neighbour covers it.
+        inside = (corner[0] + 0.8, corner[1] + 0.8)
+        frame = Rectangle(
+            inside, wide - 1.6, high - 1.6, fill=False, edgecolor=colour, linewidth=1.4
+        )
+        axes.add_patch(frame)
+        if not right:
+            ends = (corner[0], corner[0] + wide), (corner[1], corner[1] + high)
+            axes.plot(*ends, color=colour, linewidth=1.0)
+            axes.annotate(
+                letter(said),
+                (corner[0] + wide - 1, corner[1] + 1),
+                ha="right",
+                va="top",
+                fontsize=7,
+                fontweight="bold",
+                color="white",
+                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0},
+            )
+    axes.axvline(shots * wide - 0.5, color=MUTED, linewidth=3.0)
+    axes.set_xlim(-0.5, grid.shape[1] * wide - 0.5)
+    axes.set_yticks([row * high + high / 2 for row in range(rows)], list(map(letter, range(rows))))
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _names(source: EpisodeSource, batch: TaskBatch, ways: int) -> list[str]:
+    names = getattr(source, "class_names", None)
+    if names is None or batch.class_ids is None:
+        return [f"class {letter(way)}" for way in range(ways)]
+    every: Sequence[str] = names("test")
+    return [every[int(number)] for number in batch.class_ids[0]]
+
+
+def letter(way: int) -> str:
+    """What a class of a task is called where its name is too long."""
+    return chr(ord("A") + way) if way < 26 else str(way + 1)
+
+
+def _numbers(values: Tensor) -> Floats:
+    return np.asarray(values.detach().cpu().numpy(), dtype=np.float64)

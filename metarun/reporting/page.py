@@ -1,0 +1,234 @@
+"""One HTML page of figures, tables and commands that needs nothing beside itself."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, Template
+from markupsafe import Markup
+
+import metarun
+from metarun.reporting.figures.drawing import COLOURS, INK, MUTED, PAPER, RULE, Panel, table, write
+
+GENERATOR = "metarun report"
+"""What a page says that it was made by, so that a page of somebody else's is not replaced."""
+
+_HERE = Path(__file__).parent
+_DARK = ("#56A8DE", "#F08A45", "#2FC397", "#E09BC0", "#F0B93A", "#8ACBF0", "#A9B1BA")
+"""`COLOURS` where the paper is dark."""
+_STROKES = {"-": "", "--": "6 3", ":": "1.5 3", "-.": "6 2 1.5 2"}
+_SIGNS = {
+    "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀",
+    ">": "▶",
+}  # fmt: skip
+"""Matplotlib's markers as text."""
+_POINTS = 4.0 / 3.0
+"""Pixels of a point."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of a table: its text, the number to sort by, and a colour before it."""
+
+    text: str
+    value: float | None = None
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Cells, and the series of a comparison that they are of."""
+
+    cells: Sequence[Cell]
+    series: str | None = None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under heads, and a remark below."""
+
+    title: str
+    heads: Sequence[str]
+    rows: Sequence[Row]
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Code:
+    """Text to copy."""
+
+    title: str
+    text: str
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page."""
+
+    name: str
+    title: str
+    text: str = ""
+    codes: Sequence[Code] = ()
+    tables: Sequence[Table] = ()
+    panels: Sequence[Panel] = ()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.codes or self.tables or self.panels)
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report says.
+
+    Attributes:
+        title: Its first line.
+        facts: Names and values of the figures that matter.
+        sections: In order; empty ones are left out.
+        note: What keeps it from being whole.
+    """
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    sections: Sequence[Section] = field(default_factory=tuple)
+    note: str = ""
+
+
+def render(page: Page, figures: Path) -> str:
+    """The page as HTML; its figures are also written as SVG, PNG and CSV.
+
+    Args:
+        page: What it says.
+        figures: The folder of the files.
+    """
+    sections = [
+        {
+            "name": section.name,
+            "title": section.title,
+            "text": section.text,
+            "codes": section.codes,
+            "tables": [_themed(table) for table in section.tables],
+            "figures": [_figure(panel, write(figures, panel)) for panel in section.panels],
+        }
+        for section in page.sections
+        if not section.empty
+    ]
+    light = {f"--{name}": colour for name, colour in _variables().items()}
+    script = (_HERE / "page.js").read_text(encoding="utf-8")
+    # Plain data in a block of its own, which no text of a run's can end.
+    block = json.dumps(light).replace("<", "\\u003c")
+    return _template().render(
+        page={"title": page.title, "facts": page.facts, "note": page.note, "sections": sections},
+        generator=GENERATOR,
+        version=metarun.__version__,
+        style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
+        palette=Markup(_palette()),
+        light=Markup(block),
+        script=Markup(script),
+    )
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a page that was made here before."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return f'content="{GENERATOR}"' in file.read(1000)
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(loader=FileSystemLoader(_HERE), autoescape=True, trim_blocks=True)
+    return environment.get_template("page.html.jinja")
+
+
+def _variables() -> dict[str, str]:
+    """Names of the page's colours, and what they are on white."""
+    names = {f"c{place}": colour for place, colour in enumerate(COLOURS)}
+    return {**names, "ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER}
+
+
+def _palette() -> str:
+    """The colours of both themes as rules of CSS."""
+    light = "".join(f"--c{place}:{colour};" for place, colour in enumerate(COLOURS))
+    dark = "".join(f"--c{place}:{colour};" for place, colour in enumerate(_DARK))
+    return f':root{{{light}}}:root[data-theme="dark"]{{{dark}}}'
+
+
+def _variable(colour: str) -> str:
+    """A colour of ours by its name, which the theme gives a value."""
+    named = {value.lower(): name for name, value in _variables().items()}
+    name = named.get(colour.lower())
+    return colour if name is None else f"var(--{name})"
+
+
+def _themed(table: Table) -> Mapping[str, Any]:
+    rows = [
+        {
+            "series": row.series,
+            "cells": [
+                {
+                    "text": cell.text,
+                    "value": cell.value
+                    if cell.value is not None and math.isfinite(cell.value)
+                    else None,
+                    "colour": None if cell.colour is None else _variable(cell.colour),
+                }
+                for cell in row.cells
+            ],
+        }
+        for row in table.rows
+    ]
+    return {"title": table.title, "heads": table.heads, "rows": rows, "text": table.text}
+
+
+def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
+    return {
+        "name": panel.name,
+        "title": panel.title,
+        "caption": panel.caption,
+        "wide": panel.wide,
+        "width": round(_POINTS * 72.0 * float(panel.figure.get_figwidth())),
+        "svg": Markup(inlined(svg, panel.name, panel.alt)),
+        "csv": table(panel.columns),
+        "legend": [
+            {
+                "prefix": f"{panel.name}--{key}",
+                "name": series.name,
+                "colour": _variable(series.colour),
+                "stroke": _STROKES[series.dash],
+                "sign": _SIGNS.get(series.marker, ""),
+            }
+            for key, series in (panel.series or {}).items()
+        ],
+    }
+
+
+def inlined(svg: str, name: str, alt: str) -> str:
+    """An SVG as a part of a page: its names its own, its colours the page's.
+
+    Args:
+        svg: As Matplotlib writes it.
+        name: Of the figure; every id in it is put behind it.
+        alt: What it says to somebody who does not see it.
+    """
+    body = svg[svg.index("<svg") :]
+    # Both hold addresses or rules that would reach beyond the figure.
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
+    body = re.sub(r'\bid="([^"]+)"', rf'id="{name}--\1"', body)
+    body = re.sub(r'href="#([^"]+)"', rf'href="#{name}--\1"', body)
+    body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}--\1)", body)
+    for variable, colour in _variables().items():
+        body = re.sub(re.escape(colour), f"var(--{variable})", body, flags=re.IGNORECASE)
+    head, rest = body.split(">", 1)
+    head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    return f'{head} role="img" aria-label="{html.escape(alt)}">{rest}'

@@ -1,0 +1,425 @@
+"""`metarun table`: what papers report against what runs have reached.
+
+A row is a printed figure; beside it stand the runs of its experiment, the seeds together. Runs
+without a printed figure are listed by what was typed for them.
+"""
+
+from __future__ import annotations
+
+import sys
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from metarun.cli.parser import Parser
+from metarun.config.build import Plain, check, conf_dir
+from metarun.config.composition import composer
+from metarun.config.naming import HOW_IT_RUNS, digest, root_of
+from metarun.core.console import duration
+from metarun.core.settings import Published, PublishedCell
+from metarun.jobs.train import EXIT_FAILED, EXIT_OK
+from metarun.reporting.tables import (
+    Figure,
+    Line,
+    Result,
+    Style,
+    figure_of,
+    paired,
+    read_result,
+    shown,
+    tables,
+)
+from metarun.runs.folder import RunFolder
+
+FORMATS = typing.get_args(Style)
+DAMAGED = "damaged"
+"""The state of a run whose files cannot be read."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what is known of it.
+
+    Attributes:
+        path: The folder.
+        plain: Its configuration.
+        words: What was typed for it.
+        result: What it has reached; None while it is not finished.
+        status: As in `status.json`.
+    """
+
+    path: Path
+    plain: Plain
+    words: tuple[str, ...]
+    result: Result | None
+    status: Mapping[str, Any]
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """What was typed apart from the seed, the experiment, and how it is run."""
+        apart = {"seed", "experiment", *HOW_IT_RUNS}
+        return tuple(word for word in self.words if root_of(word) not in apart)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        runs: One for each seed, finished.
+        plain: The configuration of the first, or of the experiment where there is no run.
+        label: What to call them.
+    """
+
+    runs: tuple[Run, ...]
+    plain: Plain
+    label: str
+
+    @property
+    def experiment(self) -> str | None:
+        """The word for `experiment`."""
+        return _experiment(self.plain)
+
+    @property
+    def results(self) -> list[Result]:
+        """What the runs have reached."""
+        return [run.result for run in self.runs if run.result is not None]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer `metarun table PATH… [--format …] [--paper NAME]`; returns the exit code."""
+    parser = Parser(
+        prog="metarun table",
+        description="Published against measured, for the runs below the folders.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="run folders, or folders of them")
+    parser.add_argument("--format", choices=FORMATS, default="terminal")
+    parser.add_argument("--paper", help="every cell of this paper's table, whether run or not")
+    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
+    args = parser.parse_args(list(argv))
+    if not args.paths and args.paper is None:
+        raise ValueError("metarun table needs a folder, as in `metarun table outputs/sweeps`")
+    found = list(read_runs(map(Path, args.paths)))
+    if not found and args.paper is None:
+        raise ValueError(f"{args.paths[0]}: there is no run in it")
+    print(report(found, args.format, args.config_dir, args.paper), end="")
+    return EXIT_FAILED if tell_damaged(found) else EXIT_OK
+
+
+def tell_damaged(runs: Iterable[Run]) -> int:
+    """Name the runs whose files cannot be read; returns how many they are."""
+    damaged = [run for run in runs if run.status["state"] == DAMAGED]
+    for run in damaged:
+        print(
+            f"error: {run.path} is damaged: {run.status['why']}: remove the folder, and the "
+            "command that made it makes it again",
+            file=sys.stderr,
+        )
+    return len(damaged)
+
+
+def read_runs(paths: Iterable[Path]) -> Iterator[Run]:
+    """The runs in and below folders, in the order of their names, each once.
+
+    Raises:
+        ValueError: A folder is not there.
+    """
+    met: set[Path] = set()
+    for path in paths:
+        if not path.is_dir():
+            raise ValueError(f"{path}: there is no such folder")
+        for status in sorted(path.rglob("status.json")):
+            folder = status.parent
+            if folder.resolve() not in met and (folder / "config.yaml").exists():
+                met.add(folder.resolve())
+                yield _read(folder)
+
+
+def _read(folder: Path) -> Run:
+    run = RunFolder(folder)
+    try:
+        words = tuple(run.overrides())
+        return Run(folder, run.configuration(), words, read_result(run), run.status())
+    # YAML's errors have many classes, numpy's and json's others.
+    except Exception as error:
+        why = " ".join(str(error).split()).removeprefix(f"{folder}/")
+        return Run(folder, {}, (), None, {"state": DAMAGED, "why": why})
+
+
+def report(
+    runs: Iterable[Run],
+    style: Style = "terminal",
+    config_dir: str | None = None,
+    paper: str | None = None,
+) -> str:
+    """Every table that the runs belong to.
+
+    Args:
+        runs: Finished or not.
+        style: How to write them.
+        config_dir: The user's YAML files.
+        paper: A paper's table to show in full, whether run or not.
+    """
+    runs = list(runs)
+    written = tables(style, parts(group(runs), config_dir, paper))
+    unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
+    if unfinished and style in ("terminal", "markdown"):
+        named = "".join(f"  {_stand(run)}\n" for run in unfinished)
+        written += ("\n" if written else "") + f"not finished:\n{named}"
+    return written
+
+
+def parts(
+    groups: Sequence[Group], config_dir: str | None = None, paper: str | None = None
+) -> list[tuple[str, list[Line]]]:
+    """The title and the lines of every table that groups of runs belong to."""
+    labelled = ranked(groups)
+    own = [g for g in labelled if not g.plain.get("published")]
+    cells = [g for g in groups if g.plain.get("published")]
+    made: list[tuple[str, list[Line]]] = []
+    for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
+        rows = _rows(names, cells, config_dir)
+        lines = [line for g in rows for line in published_lines(g)]
+        made += [(title, lines), *_pairs(rows)]
+    if own:
+        made += [("runs", [own_line(g) for g in own]), *_pairs(own)]
+    return made
+
+
+def ranked(groups: Sequence[Group]) -> list[Group]:
+    """Groups named by what tells them apart, the best on meta-val first: the test chooses none."""
+    return sorted(_labelled(groups), key=_by_val)
+
+
+def group(runs: Iterable[Run]) -> list[Group]:
+    """Finished runs by what they compute apart from the seed."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.result is not None:
+            name = f"{_experiment(run.plain)} {digest({**run.plain, 'seed': None})}"
+            found.setdefault(name, []).append(run)
+    return [
+        Group(tuple(_seeds(together)), together[0].plain, _name(together[0].plain))
+        for together in found.values()
+    ]
+
+
+def _experiment(plain: Plain) -> str | None:
+    found = plain["names"].get("experiment")
+    return None if found is None else str(found)
+
+
+def _name(plain: Plain) -> str:
+    return _experiment(plain) or f"algo={plain['names']['algo']} data={plain['names']['data']}"
+
+
+def _seeds(runs: Sequence[Run]) -> list[Run]:
+    """One run for each seed: the newest, where a seed was run more than once."""
+    newest = {run.plain["seed"]: run for run in sorted(runs, key=lambda r: r.status["time"])}
+    return [newest[seed] for seed in sorted(newest)]
+
+
+def published_lines(group: Group) -> list[Line]:
+    """A line for each printed figure of an experiment."""
+    published = check(group.plain).published
+    assert published is not None
+    return [_published_line(group, published, cell) for cell in published.cells]
+
+
+def _published_line(group: Group, published: Published, cell: PublishedCell) -> Line:
+    places = max(2, len(repr(cell.value).partition(".")[2]))
+    printed = Figure(cell.value, cell.ci95, places=places, mark=_marks(published, cell))
+    line: dict[str, str | Figure] = {
+        "experiment": str(group.experiment),
+        "method": published.row,
+        "task": _task(group.plain, cell),
+        "published": printed,
+        "ours": "not run",
+        "seeds": "0",
+        "episodes": "",
+        "difference": "",
+        "intervals meet": "",
+        "batch norm": "",
+        "split": _split(group.plain),
+        "steps": f"0 of {published.steps:,}",
+        "time": "",
+        "note": "",
+    }
+    if not group.runs:
+        return line
+    record = group.results[0].record
+    line |= {
+        "seeds": str(len(group.runs)),
+        "batch norm": str(record["bn_statistics"]),
+        "steps": f"{record['steps']:,} of {published.steps:,}",
+        "time": _time(group),
+        "note": _note(group, published),
+    }
+    try:
+        ours = figure_of(group.results, cell.inner_steps, cell.presentation)
+        ours = replace(ours, places=places)
+    except LookupError as error:
+        return line | {"ours": str(error)}
+    return line | {
+        "ours": ours,
+        "episodes": str(ours.episodes),
+        "difference": f"{ours.mean - cell.value:+.{places}f}",
+        "intervals meet": "yes" if ours.meets(printed) else "no",
+    }
+
+
+def _marks(published: Published, cell: PublishedCell) -> str:
+    marks = [] if cell.spread is None else [f"± {cell.spread:g} over runs"]
+    recalled = cell.recalled or published.confidence == "recalled"
+    return ", ".join([*marks, "recalled"] if recalled else marks)
+
+
+def _note(group: Group, published: Published) -> str:
+    """What keeps runs from being the recipe's."""
+    steps = int(group.results[0].record["steps"])
+    share = steps / published.steps
+    part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+    notes = [f"rehearsal of {part}"] if share < 1.0 else []
+    changed = [word for word in group.runs[0].told if not word.startswith("train.steps=")]
+    return "; ".join([*notes, f"changed: {' '.join(changed)}"] if changed else notes)
+
+
+def own_line(group: Group) -> Line:
+    """The line of runs that no paper speaks of."""
+    record, measured, val = group.results[0].record, figure_of(group.results), val_of(group)
+    return {
+        "run": group.label,
+        "task": _task(group.plain),
+        "meta-val": "–" if val is None else shown(val, accuracy=record["metric"] == "accuracy"),
+        "meta-test": measured,
+        "seeds": str(measured.seeds),
+        "episodes": str(measured.episodes),
+        "batch norm": str(record["bn_statistics"]),
+        "split": _split(group.plain),
+        "steps": f"{record['steps']:,}",
+        "time": _time(group),
+    }
+
+
+def _time(group: Group) -> str:
+    return duration(float(np.mean([result.record["seconds"] for result in group.results])))
+
+
+def val_of(group: Group) -> float | None:
+    """The mean over the seeds of the best figure on meta-val."""
+    found = [(result.record.get("val") or {}).get("mean") for result in group.results]
+    means = [float(mean) for mean in found if mean is not None]
+    return float(np.mean(means)) if len(means) == len(found) else None
+
+
+def _by_val(group: Group) -> float:
+    val = val_of(group)
+    if val is None:
+        return np.inf
+    return -val if group.results[0].record["metric"] == "accuracy" else val
+
+
+def _labelled(groups: Sequence[Group]) -> list[Group]:
+    """Groups named by what was typed for each and not for all of them."""
+    common = set.intersection(*(set(g.runs[0].told) for g in groups)) if groups else set()
+    return [
+        replace(g, label=" ".join(word for word in g.runs[0].told if word not in common) or g.label)
+        for g in groups
+    ]
+
+
+def _pairs(groups: Sequence[Group]) -> list[tuple[str, list[Line]]]:
+    """The best, by meta-val, of those that met the same episodes against each other one."""
+    together: dict[str, list[Group]] = {}
+    for g in groups:
+        if g.runs:
+            record = g.results[0].record
+            key = f"{record['metric']} {record['episodes_hash']} {len(g.results[0].episodes)}"
+            together.setdefault(key, []).append(g)
+    lines = [line for members in together.values() for line in _against_best(members)]
+    title = "on the same episodes, paired: mean difference ± 95 % interval"
+    return [(title, lines)] if lines else []
+
+
+def _against_best(groups: Sequence[Group]) -> list[Line]:
+    best, *others = sorted(groups, key=_by_val)
+    lines: list[Line] = []
+    for other in others:
+        difference = paired(best.results, other.results)
+        told_apart = not difference.meets(Figure(0.0))
+        lines.append(
+            {
+                "best on meta-val": best.label,
+                "other": other.label,
+                "best - other": difference,
+                "leaves out zero": "yes" if told_apart else "no",
+                "episodes": str(difference.episodes),
+            }
+        )
+    return lines
+
+
+def _papers(
+    experiments: set[str], config_dir: str | None, paper: str | None
+) -> Iterator[tuple[str, list[str]]]:
+    """Tables of papers with the names of their experiments: those that any run is about."""
+    left = set(experiments)
+    files = _paper_files(config_dir)
+    if paper is not None and paper not in files:
+        raise ValueError(f"--paper {paper}: expected one of {', '.join(files)}")
+    for name in [paper] if paper is not None else files if experiments else ():
+        names = _experiments_of(files[name])
+        if name == paper or experiments & set(names):
+            left -= set(names)
+            yield name, names
+    if left and paper is None:
+        yield "experiments", sorted(left)
+
+
+def _paper_files(config_dir: str | None) -> dict[str, Path]:
+    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    paths = [path for folder in folders for path in (folder / "paper").glob("*.yaml")]
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
+
+
+def _experiments_of(path: Path) -> list[str]:
+    """The experiments that a paper's sweep lists; read, not composed, which takes seconds."""
+    listed = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params.experiment")
+    return [name.strip() for name in str(listed or "").split(",") if name.strip()]
+
+
+def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None) -> list[Group]:
+    """The groups of a paper's experiments in its order; one without runs where there is none."""
+    rows: list[Group] = []
+    with composer(config_dir) as compose:
+        for name in names:
+            found = [g for g in groups if g.experiment == name]
+            rows += found or [Group((), compose.job([f"experiment={name}"]).plain, name)]
+    return rows
+
+
+def _task(plain: Plain, cell: PublishedCell | None = None) -> str:
+    size = f"{plain['shot']} points"
+    if plain["way"] > 1:
+        size = f"{plain['way']}-way {plain['shot']}-shot"
+    if cell is not None and cell.inner_steps is not None:
+        size += f", {cell.inner_steps} step{'s' * (cell.inner_steps != 1)}"
+    if cell is not None and cell.presentation is not None:
+        size += f", presentation {cell.presentation}"
+    return size
+
+
+def _split(plain: Plain) -> str:
+    data = str(plain["names"]["data"])
+    split = plain["data"].get("split")
+    return data if split is None else f"{data}/{split}"
+
+
+def _stand(run: Run) -> str:
+    why = f": {run.status['why']}" if run.status.get("why") else ""
+    return f"{run.path}: {run.status.get('state')} at step {run.status.get('step')}{why}"

@@ -1,0 +1,114 @@
+"""What a run has written, read for its report: as much as there is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarun.core.statistics import Floats
+from metarun.reporting.figures.drawing import colours
+from metarun.runs.folder import Record, RunFolder
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run, of a finished one or not.
+
+    Attributes:
+        path: Its folder.
+        plain: Its resolved configuration.
+        words: What was typed for it.
+        status: As in `status.json`.
+        colour: Of its algorithm, in every figure of a report.
+    """
+
+    path: Path
+    plain: Mapping[str, Any]
+    words: Sequence[str]
+    status: Mapping[str, Any]
+    colour: str
+
+    @classmethod
+    def read(cls, path: Path) -> RunFiles:
+        """Open the folder of a run.
+
+        Raises:
+            ValueError: It is none, or damaged.
+        """
+        run = RunFolder.open(path)
+        plain = run.configuration()
+        algo = str(plain["names"]["algo"])
+        return cls(path, plain, run.overrides(), run.status(), colours([algo])[algo][0])
+
+    @classmethod
+    def of_test(cls, path: Path) -> RunFiles:
+        """A folder with `results.json`, of a run or of a later meta-test."""
+        results = RunFolder(path).read_json("results.json")
+        algo = str(results["algo"])
+        plain = {"names": {"algo": algo, "data": results["data"]}, "seed": results["seed"]}
+        return cls(path, plain, (), {"state": "finished"}, colours([algo])[algo][0])
+
+    @cached_property
+    def results(self) -> Record | None:
+        """`results.json`; None while there is none."""
+        run = RunFolder(self.path)
+        return run.read_json("results.json") if run.has("results.json") else None
+
+    @cached_property
+    def environment(self) -> Record:
+        """`environment.json`; empty while there is none."""
+        run = RunFolder(self.path)
+        return run.read_json("environment.json") if run.has("environment.json") else {}
+
+    @cached_property
+    def arrays(self) -> dict[str, Any]:
+        """The arrays of `episodes.npz`; empty while there is none."""
+        return _arrays(self.path / "episodes.npz")
+
+    @cached_property
+    def samples(self) -> dict[str, Any]:
+        """The arrays of `samples.npz`; empty where nothing was made."""
+        return _arrays(self.path / "samples.npz")
+
+    @cached_property
+    def metrics(self) -> list[Record]:
+        """The lines of `metrics.jsonl`, but for one that is being written."""
+        return RunFolder(self.path).read_lines("metrics.jsonl")
+
+    def curve(self, name: str) -> tuple[Floats, Floats]:
+        """Steps and values of a metric of training or of meta-val; not a number where null."""
+        found = [(line["step"], line[name]) for line in self.metrics if name in line]
+        steps = np.array([step for step, _ in found], dtype=np.float64)
+        values = np.array([value for _, value in found], dtype=np.float64)
+        return steps, values
+
+    @property
+    def algo(self) -> str:
+        """The word for `algo`."""
+        return str(self.plain["names"]["algo"])
+
+    @property
+    def title(self) -> str:
+        """Algorithm, data and seed."""
+        return f"{self.algo} on {self.plain['names']['data']}, seed {self.plain['seed']}"
+
+    @property
+    def metric(self) -> str | None:
+        """The name of its figure, where a line of anything says it."""
+        if self.results is not None:
+            return str(self.results["metric"])
+        names = {name for line in self.metrics for name in line}
+        found = [m for m in ("accuracy", "mse") if {f"train/{m}", f"val/{m}"} & names]
+        return found[0] if found else None
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with np.load(path) as file:
+        return {name: file[name] for name in file}

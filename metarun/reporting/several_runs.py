@@ -1,0 +1,200 @@
+"""The page of several runs: their tables, their curves together, and the best of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from metarun.reporting import published, single_run
+from metarun.reporting.figures import comparison
+from metarun.reporting.figures.comparison import Entry
+from metarun.reporting.figures.drawing import DASHES, Panel, colours
+from metarun.reporting.page import Code, Page, Section, Table
+from metarun.reporting.page_tables import table
+from metarun.reporting.published import Group, Run
+from metarun.reporting.run_files import RunFiles
+from metarun.reporting.tables import Line, figure_of
+from metarun.runs.folder import Record, RunFolder
+
+_MOST_COMMANDS = 5
+"""Of runs made one by one the page does not list them."""
+
+
+def page(runs: Sequence[Run], config_dir: str | None) -> Page:
+    """What several runs have reached; the figures of their own are those of the best.
+
+    Args:
+        runs: Finished or not.
+        config_dir: The user's YAML files.
+    """
+    groups = published.group(runs)
+    clusters = _clusters(groups)
+    named = _by_name(entry for members in clusters.values() for entry in members)
+    tables = [table(title, lines, named) for title, lines in published.parts(groups, config_dir)]
+    unfinished = [run for run in runs if run.result is None]
+    facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
+    sections = [
+        _again(runs),
+        Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)]),
+    ]
+    for number, (title, members) in enumerate(clusters.items()):
+        name = "together" if not number else f"together-{number + 1}"
+        sections.append(Section(name, title, panels=_panels(members, number)))
+    note = ""
+    if clusters:
+        title, members = next(iter(clusters.items()))
+        about, own, note = _best(members, title)
+        facts += own
+        sections += about
+    return Page(_heading(runs), facts, sections, note)
+
+
+def _again(runs: Sequence[Run]) -> Section:
+    """The commands that made the runs, where they are few: a sweep is made by one."""
+    commands = dict.fromkeys(filter(None, (single_run.command(_environment(run)) for run in runs)))
+    codes = [Code("Command", "\n".join(commands))] if 0 < len(commands) <= _MOST_COMMANDS else []
+    return Section("again", "Run it again", codes=codes)
+
+
+def _environment(run: Run) -> Record:
+    folder = RunFolder(run.path)
+    return folder.read_json("environment.json") if folder.has("environment.json") else {}
+
+
+def _panels(members: Sequence[Entry], number: int) -> list[Panel]:
+    """The figures of a cluster, their names numbered from the second on."""
+    panels = comparison.panels(members, str(members[0].runs[0].metric))
+    if not number:
+        return panels
+    return [replace(panel, name=f"{panel.name}-{number + 1}") for panel in panels]
+
+
+def _best(members: Sequence[Entry], title: str) -> tuple[list[Section], list[tuple[str, str]], str]:
+    """The run that meta-val chooses: its sections, the page's facts of it, and what is missing."""
+    entry = next((entry for entry in members if entry.best), None)
+    if entry is None:
+        return [], [(f"best, {title}", "no meta-val to choose by")], ""
+    chosen = _chosen_seed(entry)
+    own, note = single_run.sections(chosen)
+    about = Section(
+        "best",
+        "The best run",
+        f"Chosen on meta-val among those of {title}, its seed too: {entry.label}, "
+        f"{single_run.title(chosen)}. What follows is about it alone.",
+        codes=single_run.again(chosen).codes,
+    )
+    facts = [(f"best on meta-val, {title}", entry.label)]
+    facts += [
+        (f"its {name}, seed {chosen.plain['seed']}", value)
+        for name, value in single_run.reached(chosen.results or {})
+    ]
+    return [about, *(replace(part, title=f"Best: {part.title}") for part in own)], facts, note
+
+
+def _chosen_seed(entry: Entry) -> RunFiles:
+    def figure(run: RunFiles) -> float:
+        mean = float(((run.results or {}).get("val") or {})["mean"])
+        return -mean if run.metric == "accuracy" else mean
+
+    return min(entry.runs, key=figure)
+
+
+def _heading(runs: Sequence[Run]) -> str:
+    names = {
+        word: list(dict.fromkeys(str(run.plain["names"][word]) for run in runs))
+        for word in ("algo", "data")
+    }
+    parts = [
+        ", ".join(found) if len(found) <= 4 else f"{len(found)} {what}"
+        for found, what in ((names["algo"], "algorithms"), (names["data"], "data sets"))
+    ]
+    return f"{len(runs)} runs: {' on '.join(parts)}"
+
+
+def _clusters(groups: Sequence[Group]) -> dict[str, list[Entry]]:
+    """Entries whose figures can stand on one axis, most first, each best on meta-val first."""
+    found: dict[str, list[Group]] = {}
+    for group in published.ranked(groups):
+        found.setdefault(_axis(group), []).append(group)
+    ordered = sorted(found.items(), key=lambda item: -len(item[1]))
+    looks = colours(str(group.plain["names"]["algo"]) for group in groups)
+    first = 0
+    clusters: dict[str, list[Entry]] = {}
+    for title, members in ordered:
+        clusters[title] = _entries(members, looks, first)
+        first += len(members)
+    return clusters
+
+
+def _axis(group: Group) -> str:
+    """What the figures of a group are of."""
+    results, plain = group.results[0].record, group.plain
+    size = f"{plain['way']}-way {plain['shot']}-shot"
+    if "layout" in results:
+        layout = results["layout"]
+        steps = len(layout["visits"]) * int(layout["steps"])
+        size = f"{max(layout['visits']) + 1} tasks in {steps} steps of {layout['rows']} rows"
+        if len(set(layout["visits"])) < len(layout["visits"]):
+            size += f", order {json.dumps(layout['visits'][:8])}…"
+    elif results["kind"] == "regression":
+        size = f"{plain['shot']} points"
+    return f"{size} on {plain['names']['data']}"
+
+
+def _entries(
+    groups: Sequence[Group], looks: Mapping[str, tuple[str, str]], first: int
+) -> list[Entry]:
+    """The groups of a figure; line styles tell those of one algorithm apart.
+
+    Args:
+        groups: Best on meta-val first.
+        looks: The colour and the line style of each algorithm.
+        first: The number of the first entry on the page.
+    """
+    met: Counter[str] = Counter()
+    made: list[Entry] = []
+    for number, group in enumerate(groups):
+        algo = str(group.plain["names"]["algo"])
+        colour, dash = looks[algo]
+        style = DASHES[(DASHES.index(dash) + met[algo]) % len(DASHES)]
+        met[algo] += 1
+        measured, val = figure_of(group.results), published.val_of(group)
+        words = (word.partition("=") for word in group.runs[0].told)
+        made.append(
+            Entry(
+                f"entry{first + number}",
+                group.label,
+                [RunFiles(r.path, r.plain, r.words, r.status, colour) for r in group.runs],
+                {key: value for key, _, value in words},
+                measured.mean,
+                measured.ci95,
+                math.nan if val is None else val,
+                colour,
+                style,
+                number == 0 and val is not None,
+            )
+        )
+    return made
+
+
+def _by_name(entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Entries by what tables call them, but for names that two of them share."""
+    listed = list(entries)
+    shared = Counter(entry.label for entry in listed)
+    return {entry.label: entry for entry in listed if shared[entry.label] == 1}
+
+
+def _unfinished(runs: Sequence[Run]) -> list[Table]:
+    lines: list[Line] = [
+        {
+            "run": str(run.path),
+            "state": str(run.status.get("state")),
+            "step": str(run.status.get("step", "")),
+            "why": str(run.status.get("why", "")),
+        }
+        for run in runs
+    ]
+    return [table("Not finished", lines)] if lines else []

@@ -1,0 +1,279 @@
+"""The parts of a page that are about one run."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from metarun.core.console import duration
+from metarun.core.console import figure as shown
+from metarun.jobs.train import describe, warnings_held
+from metarun.reporting import published
+from metarun.reporting.figures import classes, curves, presentations, samples, strategies, streams
+from metarun.reporting.figures.drawing import Panel
+from metarun.reporting.page import Code, Page, Section, Table
+from metarun.reporting.page_tables import table
+from metarun.reporting.run_files import RunFiles
+from metarun.reporting.tables import STREAM_HEADS, Figure, Line
+from metarun.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from metarun.reporting.figures.tasks import Learned
+
+_OWN = (curves, presentations, strategies)
+_ABOUT_STREAMS = "Defined, with sources, in metarun/evaluation/continual_metrics.py."
+_ABOUT_TASKS = "Three test tasks: at 5, 50 and 95 % of the way from the best to the worst."
+
+
+class _Notes:
+    """Why some of a page is missing; each reason once."""
+
+    def __init__(self, first: str = "") -> None:
+        self._texts = [first] if first else []
+
+    def panels(self, what: str, make: Callable[[], Sequence[Panel]]) -> Sequence[Panel]:
+        """Figures, or none and the reason: a user's own algorithm may raise anything."""
+        try:
+            return make()
+        except Exception as error:
+            self.add(f"No {what}: {describe(error)}.")
+            return []
+
+    def add(self, text: str) -> None:
+        """Say something once."""
+        if text not in self._texts:
+            self._texts.append(text)
+
+    def __str__(self) -> str:
+        return " ".join(self._texts)
+
+
+def page(files: RunFiles, note: str = "") -> Page:
+    """The page of one run, finished or not."""
+    stands = ""
+    if files.status["state"] != "finished":
+        at = f" at step {files.status['step']}" if "step" in files.status else ""
+        # A trainer's reason begins with the step.
+        reason = str(files.status.get("why") or "").removeprefix(
+            f"step {files.status.get('step')}: "
+        )
+        why = f": {reason}" if reason else ""
+        # A process that was killed has not said so.
+        killed = ", or was killed since" if files.status["state"] == "running" else ""
+        stands = f"The run is {files.status['state']}{at}{killed}{why}."
+    parts, missing = sections(files, " ".join(filter(None, [stands, note])))
+    return Page(title(files), facts(files), [again(files), *parts], missing)
+
+
+def title(files: RunFiles) -> str:
+    """What was run, in a line."""
+    results = files.results or {}
+    size = f"{files.plain['shot']} points"
+    if "layout" in results:
+        size = f"{max(results['layout']['visits']) + 1} tasks"
+    elif results.get("kind") == "classification" or int(files.plain["way"]) > 1:
+        size = f"{files.plain['way']}-way {files.plain['shot']}-shot"
+    names = files.plain["names"]
+    named = f"{names['experiment']}: " if names.get("experiment") else ""
+    return f"{named}{names['algo']} on {names['data']}, {size}, seed {files.plain['seed']}"
+
+
+def facts(files: RunFiles) -> list[tuple[str, str]]:
+    """The figures that matter most."""
+    results = files.results
+    if results is None:
+        return [
+            ("state", str(files.status["state"])),
+            ("step", f"{files.status.get('step', 0)} of {files.plain['train']['steps']}"),
+            ("folder", str(files.path)),
+        ]
+    rate = results.get("tasks_per_second")
+    return [
+        *reached(results),
+        *_sureness(results),
+        ("batch norm at test", str(results["bn_statistics"])),
+        ("parameters", f"{results['parameters']:,}"),
+        ("time", duration(results["seconds"]) + (f", {rate:,.0f} tasks/s" if rate else "")),
+        ("device", str(results["device"])),
+        ("folder", str(files.path)),
+    ]
+
+
+def reached(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The figures of meta-test and of the best step on meta-val."""
+    metric, test, val = results["metric"], results["test"], results.get("val")
+    figure = shown(metric, test["mean"], test["ci95"])
+    found = [(f"meta-test {metric}", f"{figure}, {test['episodes']} episodes")]
+    if val:
+        figure = shown(metric, val["mean"], val["ci95"])
+        found.append((f"meta-val {metric}", f"{figure}, step {val['step']} of {results['steps']}"))
+    return found
+
+
+def _sureness(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if "log_likelihood" not in results:
+        return []
+    likely, covered = results["log_likelihood"], results["coverage"]
+    return [
+        ("log-likelihood", shown("log_likelihood", likely["mean"], likely["ci95"])),
+        ("within the 95 % band", shown("accuracy", covered["mean"], covered["ci95"])),
+    ]
+
+
+def again(files: RunFiles) -> Section:
+    """What was run, and how to run it again."""
+    here = files.environment
+    git = here.get("git") or {}
+    words = [*_config_dir(here.get("command") or []), *files.words]
+    lines = [" ".join(["metarun", *map(shlex.quote, words)])]
+    if git.get("commit"):
+        dirty = ", with changes that were not committed" if git.get("dirty") else ""
+        lines.insert(0, f"# in a clone at {git['commit'][:12]}{dirty}")
+    finished = files.status["state"] == "finished"
+    verb = shlex.quote(f"{'test' if finished else 'resume'}={files.path}")
+    more = f"metarun {verb}" + ("  # and what is to be different, as shot=…" if finished else "")
+    codes = [Code("Command", "\n".join(lines)), Code("Go on", more)]
+    if here.get("versions"):
+        versions = "  ".join(f"{name} {v}" for name, v in here["versions"].items())
+        keys = ("device_name", "cores", "torch_threads", "platform")
+        machine = "  ".join(f"{key} {here[key]}" for key in keys if key in here)
+        codes.append(Code("Versions and machine", f"{versions}\n{machine}", folded=True))
+    text = RunFolder(files.path).config_text()
+    return Section(
+        "again", "Run it again", codes=[*codes, Code("Configuration", text, folded=True)]
+    )
+
+
+def command(environment: Mapping[str, Any]) -> str:
+    """The words that were typed where a run was made; empty where they resumed or tested one."""
+    words = list(map(str, environment.get("command") or []))[1:]
+    if not words or any(word.startswith(("resume=", "test=")) for word in words):
+        return ""
+    return " ".join(["metarun", *map(shlex.quote, words)])
+
+
+def _config_dir(command: Sequence[str]) -> list[str]:
+    """The option of a typed command that says where a user's own YAML files are."""
+    for place, word in enumerate(command):
+        if word in ("--config-dir", "-cd"):
+            return ["--config-dir", *command[place + 1 : place + 2]]
+        if word.startswith("--config-dir="):
+            return [word]
+    return []
+
+
+def sections(files: RunFiles, note: str = "") -> tuple[list[Section], str]:
+    """The parts of a page that are about one run, and why some are missing."""
+    notes = _Notes(note)
+    learned = _learned(files, notes)
+    own = [panel for source in _OWN for panel in source.panels(files)]
+    parts = [
+        Section("reached", "Learning and meta-test", panels=own, tables=_published(files)),
+        *_looked_at(files, learned, notes),
+        Section("samples", "What was made", panels=samples.panels(files)),
+        Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),
+        Section("tests", "Later meta-tests", tables=_tests(files, notes)),
+    ]
+    return parts, str(notes)
+
+
+def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[Section]:
+    """What a look at test tasks shows, and what has been counted of them."""
+    found = Section("classes", "Classes", panels=classes.panels(files))
+    if files.results is None or "stream" in files.results:
+        return [found]
+    from metarun.reporting.figures import task_groups
+
+    grouped = notes.panels("tasks as points", lambda: task_groups.panels(files, learned))
+    points = Section("groups", "Tasks as points", panels=grouped)
+    if learned is None:
+        return [found, points]
+    from metarun.reporting.figures import adaptation, tasks
+
+    figures = files.arrays[str(files.metric)]
+    single = notes.panels("single tasks", lambda: tasks.panels(learned, figures))
+    inside = notes.panels("look inside", lambda: adaptation.panels(learned, figures))
+    return [
+        Section("tasks", "Single tasks", _ABOUT_TASKS, panels=single),
+        found,
+        Section("adaptation", "Inside the network", panels=inside),
+        points,
+    ]
+
+
+def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
+    """What the run has learned; None where there is nothing to look at."""
+    if files.results is None or "stream" in files.results or files.metric not in files.arrays:
+        return None
+    from metarun.inference.learner import restored
+    from metarun.reporting.figures.tasks import Learned
+
+    try:
+        with warnings_held():
+            experiment = restored(RunFolder(files.path), dict(files.plain))
+    # Of a user's own algorithm anything; the rest of the page does not need it.
+    except Exception as error:
+        notes.add(f"No single tasks are shown: {describe(error)}.")
+        return None
+    algorithm, views = experiment.algorithm.eval(), experiment.eval.views
+    return Learned(algorithm, experiment.source, files.colour, views)
+
+
+def _published(files: RunFiles) -> list[Table]:
+    if not files.plain.get("published") or files.results is None:
+        return []
+    lines = [
+        line
+        for group in published.group(published.read_runs([files.path]))
+        for line in published.published_lines(group)
+    ]
+    return [table("Published against measured", lines)] if lines else []
+
+
+def _stream(files: RunFiles) -> list[Table]:
+    """The figures of lifelong learning."""
+    results = files.results
+    if results is None or not results.get("stream"):
+        return []
+    accuracy = results["metric"] == "accuracy"
+    lines: list[Line] = []
+    for name, value in results["stream"].items():
+        percent = accuracy and not name.startswith(("cumulative_loss", "rows_to"))
+        scale = 100.0 if percent else 1.0
+        mean = math.nan if value["mean"] is None else scale * value["mean"]
+        width = None if value["ci95"] is None else scale * value["ci95"]
+        head = STREAM_HEADS.get(name, name) + (", %" if percent else "")
+        lines.append({"figure": head, "mean ± 95 % interval over lifetimes": Figure(mean, width)})
+    return [
+        table(
+            "Figures",
+            lines,
+            text="Defined, with sources, in metarun/evaluation/continual_metrics.py.",
+        )
+    ]
+
+
+def _tests(files: RunFiles, notes: _Notes) -> list[Table]:
+    """Later meta-tests of the run."""
+    lines: list[Line] = []
+    for path in sorted((files.path / "tests").glob("*/results.json")):
+        try:
+            results = RunFolder(path.parent).read_json("results.json")
+        except ValueError as error:
+            notes.add(f"A later meta-test is left out: {error}.")
+            continue
+        test = results["test"]
+        lines.append(
+            {
+                "test": path.parent.name,
+                "data": str(results["data"]),
+                "way": str(results["way"]),
+                "shot": str(results["shot"]),
+                "figure": shown(results["metric"], test["mean"], test["ci95"]),
+                "episodes": str(test["episodes"]),
+                "batch norm": str(results["bn_statistics"]),
+            }
+        )
+    return [table("Meta-tests in other settings", lines)] if lines else []

@@ -1,0 +1,975 @@
+"""The only loop: meta-train, meta-validate, checkpoint, and meta-test once at the end.
+
+It knows no algorithm by name. Everything that a step depends on is in its number, in the
+parameters and in the checkpoint, so that a run that was killed and resumed is the run that was
+never killed, bit for bit, and so is its `metrics.jsonl`.
+
+Where several processes make a run, all of them are in this loop: each has a share of the tasks of
+an update, and they keep step. The folder, the screen and the trackers are the first one's.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.outer_optimizer import NonFiniteError
+from metarun.core import distributed, environment, seeding
+from metarun.core.console import (
+    BAR_SHOWS_IT,
+    FILE_ONLY,
+    Bar,
+    Screen,
+    duration,
+    figure,
+    number,
+    summary,
+)
+from metarun.core.distributed import ProcessLost
+from metarun.core.settings import EvalSettings, TrainSettings
+from metarun.core.statistics import Floats, interval
+from metarun.core.types import EpisodeSource, Progress, Share, TaskSpec
+from metarun.evaluation import continual_metrics, task_clusters
+from metarun.evaluation.episodes import EpisodeMetrics, Living, evaluate
+from metarun.runs.folder import (
+    DISK_FULL,
+    Interrupted,
+    Record,
+    RunError,
+    RunFolder,
+    check_space,
+    finite,
+    write_atomically,
+)
+from metarun.trackers.base import RATE, Trackers
+
+__all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
+
+_log = logging.getLogger(__name__)
+
+_COMPARED = ("data_fingerprint", "versions", "device", "engine", "torch_threads", "processes")
+_SAMPLED_TASKS = 8
+_SAMPLES = 10
+"""Rows made for each of them, and the most that are shown of its support."""
+
+
+def train(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    train: TrainSettings,
+    evaluation: EvalSettings,
+    run: RunFolder,
+    facts: Mapping[str, Any],
+    screen: Screen,
+    seed: int,
+    trackers: Trackers | None = None,
+) -> Record:
+    """Make a run, or continue the one in the folder, to its end.
+
+    Args:
+        algorithm: As it was made from the seed; a checkpoint replaces its parameters.
+        source: The data.
+        train: Meta-training.
+        evaluation: Meta-validation and meta-test.
+        run: The folder, new or of a run that was interrupted.
+        facts: What the records say of the run (algo, data, way …); `algo` and `data` have to be
+            those of the checkpoint.
+        screen: Where to show how it goes.
+        seed: Of whatever an algorithm draws from torch's global generator.
+        trackers: What else is told of every line of metrics.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        ValueError: The folder is in use, or its checkpoint does not suit; nothing has changed.
+        RunError: The run broke off: not finite, no space, or another process is gone.
+        Interrupted: SIGINT or SIGTERM; the run is saved.
+    """
+    with screen.attached(), run.locked(), run.logging(), _Signals() as signals:
+        loop = _Loop(
+            algorithm,
+            source,
+            train,
+            evaluation,
+            run,
+            facts,
+            screen,
+            seed,
+            signals,
+            trackers or Trackers(),
+        )
+        run.path = distributed.on_first(lambda: run.path)
+        loop.restore()
+        with loop.outcome():
+            loop.begin()
+            loop.train()
+            return loop.finish()
+
+
+def test(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    evaluation: EvalSettings,
+    run: RunFolder,
+    folder: Path,
+    facts: Mapping[str, Any],
+    screen: Screen,
+) -> Record:
+    """Meta-test what a run has learned, on its own data or on others.
+
+    Args:
+        algorithm: Made by the run's configuration, for the tasks of `source`.
+        source: The data.
+        evaluation: Number of episodes and steps.
+        run: Whose parameters: the best by meta-val, else the last.
+        folder: Where `results.json` and `episodes.npz` go: one of `run.test_folder`.
+        facts: As in `train`, of the test.
+        screen: Where to show how it goes.
+
+    Raises:
+        ValueError: The run has no checkpoint, or it does not fit the algorithm.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    with screen.attached(), _Signals() as signals, _removed_if_empty(folder):
+        began = time.perf_counter()
+        kind, checkpoint = distributed.on_first(lambda: _learned(run))
+        with distributed.agreed():
+            load_parameters(algorithm, checkpoint, facts, run.path)
+        try:
+            measured = _meta_test(algorithm, source, evaluation, screen, signals)
+        except _StopError as stop:
+            raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
+        if not distributed.first():
+            return {}
+        figures = _stream_figures(measured, source.spec, evaluation)
+        results: Record = {
+            **_about(algorithm, source, facts),
+            **_test_record(measured, source.spec, figures),
+            "parameters_from": kind,
+            "parameters_step": checkpoint["step"],
+            "seconds": time.perf_counter() - began,
+        }
+        results = finite(results)
+        _write_test(folder, source, measured, figures)
+        RunFolder(folder).write_json("results.json", results)
+        _write_samples(folder, algorithm, source)
+        _log.info("%s", summary(results, str(folder)))
+        return results
+
+
+def _learned(run: RunFolder) -> tuple[str, Record]:
+    learned = run.load_learned()
+    if learned is None:
+        raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
+    return learned
+
+
+def required_bytes(algorithm: Algorithm) -> int:
+    """Disk space that a run takes: its checkpoints, the one being written, and its records."""
+    values = [*algorithm.parameters(), *algorithm.buffers()]
+    size = sum(value.numel() * value.element_size() for value in values)
+    # Parameters with Adam's two moments, in best.pt and twice in each of three files.
+    return 3 * size * 7 + 16 * 2**20
+
+
+def load_parameters(
+    algorithm: Algorithm, checkpoint: Record, facts: Mapping[str, Any], path: Path
+) -> None:
+    """Give an algorithm the state of a checkpoint.
+
+    Raises:
+        ValueError: It is of another algorithm or of other shapes; nothing has changed.
+    """
+    if checkpoint["algo"] != facts.get("algo"):
+        raise ValueError(
+            f"{path} holds a checkpoint of algo={checkpoint['algo']}, "
+            f"which algo={facts.get('algo')} cannot read"
+        )
+    stored: Mapping[str, Any] = checkpoint["state"]
+    algorithm.make_room(stored)
+    here = algorithm.state_dict()
+    for name in sorted(stored.keys() ^ here.keys()):
+        where = "the checkpoint" if name in stored else "this algorithm"
+        raise ValueError(_misfit(path, f"only {where} has {name}"))
+    for name, value in here.items():
+        if isinstance(value, Tensor) and value.shape != stored[name].shape:
+            sizes = f"{tuple(stored[name].shape)} there and {tuple(value.shape)} here"
+            raise ValueError(_misfit(path, f"{name} is {sizes}"))
+    try:
+        algorithm.load_state_dict(stored)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(_misfit(path, str(error).splitlines()[0])) from error
+
+
+def _misfit(path: Path, what: str) -> str:
+    return (
+        f"{path}: its checkpoint does not fit, {what}: "
+        "way, backbone and algo's options have to be the run's"
+    )
+
+
+def _differing(was: Any, now: Any) -> tuple[Any, Any]:
+    """Two values, of records only what differs between them."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return was, now
+    then, here = cast(Record, was), cast(Record, now)
+    keys = [key for key in {**then, **here} if then.get(key) != here.get(key)]
+    return _listed(then, keys), _listed(here, keys)
+
+
+def _listed(record: Record, keys: list[str]) -> str:
+    return ", ".join(f"{key} {record.get(key, 'absent')}" for key in keys)
+
+
+class _StopError(Exception):
+    """A signal came and the work in hand is left where it can be taken up again."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class _Signals:
+    """Turns SIGINT and SIGTERM into a wish that the loop asks for at its own pace."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        # Python allows handlers in the main thread alone; elsewhere the caller's stay.
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self._before[signum] = signal.signal(signum, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def check(self, _: int = 0) -> None:
+        """Leave if there was a signal, in whichever process: all leave at the same step."""
+        signum = distributed.largest(self.signum or 0)
+        if signum:
+            self.signum = signum
+            raise _StopError(signum)
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        if not distributed.first():
+            return
+        # Not through the log, which the signal may have come in the middle of.
+        with suppress(OSError):
+            os.write(2, b"\nstopping and saving; once more stops at once\n")
+
+
+class _Loop:
+    """One run under way.
+
+    Attributes:
+        step: Updates done.
+        validated: Step of the last evaluation on meta-val, 0 before the first; -1 where there is
+            nothing to train, and one evaluation all the same.
+        best: Step, value, interval and state of the best evaluation on meta-val.
+        trained: State at the end of training, once the best has taken its place.
+        lives: How far the test lifetimes of a stream have come; None before they begin.
+        sums, count: Metrics of the updates since the last line, on the device, and their number.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        source: EpisodeSource,
+        train: TrainSettings,
+        evaluation: EvalSettings,
+        run: RunFolder,
+        facts: Mapping[str, Any],
+        screen: Screen,
+        seed: int,
+        signals: _Signals,
+        trackers: Trackers,
+    ) -> None:
+        self.algorithm = algorithm
+        self.source = source
+        self.settings = train
+        self.evaluation = evaluation
+        self.run = run
+        self.facts = facts
+        self.screen = screen
+        self.seed = seed
+        self.signals = signals
+        self.trackers = trackers
+        self.metric = source.spec.metric
+        self.share: Share | None = None
+        self.share_size = train.tasks_per_step
+        if distributed.size() > 1:
+            self.share = Share.of(train.tasks_per_step, distributed.rank(), distributed.size())
+            self.share_size = self.share.count
+        self.step = 0
+        self.saved: int | None = None
+        self.validated = 0 if train.steps else -1
+        self.best: Record | None = None
+        self.trained: Record | None = None
+        self.lives: Record | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.count = 0
+        self.seconds_before = 0.0
+        self.train_seconds = 0.0
+        self.window_seconds = 0.0
+        self.began = time.perf_counter()
+
+    # Before and after.
+
+    def restore(self) -> None:
+        """Take up the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: The run is finished, or the checkpoint does not suit; nothing has changed.
+        """
+        checkpoint = distributed.on_first(self._last)
+        if checkpoint is None:
+            return
+        with distributed.agreed():
+            load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
+        device = self.algorithm.device
+        self.step = self.saved = checkpoint["step"]
+        self.validated = checkpoint["validated"]
+        self.best = checkpoint["best"]
+        self.sums = {name: value.to(device) for name, value in checkpoint["sums"].items()}
+        self.count = checkpoint["count"]
+        self.seconds_before = checkpoint["seconds"]
+        self.train_seconds = checkpoint["train_seconds"]
+        self.window_seconds = checkpoint["window_seconds"]
+        over = self.step == self.settings.steps
+        self.lives = checkpoint.get("lives") if over else None
+        self.run.cut(checkpoint["lengths"])
+
+    def _last(self) -> Record | None:
+        checkpoint = self.run.load_last()
+        if checkpoint is None:
+            return None
+        step, total = checkpoint["step"], self.settings.steps
+        if step > total:
+            raise ValueError(f"train.steps={total}: the run has made {step} steps: type more")
+        if step == total and self.run.status().get("state") == "finished":
+            raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
+        return checkpoint
+
+    def begin(self) -> None:
+        """Write what the run runs on, and a checkpoint that a kill at once goes back to.
+
+        Raises:
+            ValueError: The disk has no room for the run.
+        """
+        if distributed.first():
+            check_space(self.run.path, required_bytes(self.algorithm))
+        device = str(self.algorithm.device)
+        here = {
+            **environment.describe(device),
+            "engine": self.algorithm.settled_engine().describe(),
+            "data_fingerprint": self.source.fingerprint(),
+        }
+        if self.saved is None:
+            self.run.cut({})
+            self.run.write_json("environment.json", here)
+            self.save()
+        else:
+            self._compare(here)
+            _log.info("continuing %s from step %d", self.run.path, self.step)
+        if self.best is None:
+            self.run.drop_best()
+        else:
+            self.run.save_best(self.best)
+        self.run.set_status("running", step=self.step, steps=self.settings.steps)
+        opening = time.perf_counter()
+        self.trackers.begin(self.run, self.step, self.metric)
+        # No part of the run: MLflow makes its first database in seconds.
+        self.began += time.perf_counter() - opening
+
+    def _compare(self, here: Record) -> None:
+        """Say what has changed since the run began, and note it."""
+        record = self.run.read_json("environment.json") if self.run.has("environment.json") else {}
+        before = {"processes": 1, **(record.get("resumed") or [record])[-1]}
+        for key in _COMPARED:
+            if key in before and before[key] != finite(here[key]):
+                was, now = _differing(before[key], finite(here[key]))
+                _log.warning(
+                    "%s: %s when the run began, %s now: the numbers will differ from those of "
+                    "a run in one go",
+                    key.replace("_", " "),
+                    was,
+                    now,
+                )
+        record["resumed"] = [*record.get("resumed", []), {"step": self.step, **here}]
+        self.run.write_json("environment.json", record)
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Turn whatever ends the run early into its status and one line."""
+        try:
+            yield
+        except (_StopError, KeyboardInterrupt):
+            signum = self.signals.signum or int(signal.SIGINT)
+            self.run.set_status("interrupted", step=self.saved, signal=signum)
+            text = f"saved at step {self.saved}; `metarun resume={self.run.path}` goes on"
+            _log.info(text, extra=FILE_ONLY)
+            raise Interrupted(signum, text) from None
+        except ProcessLost as error:
+            text = (
+                f"step {self.step}: another process of the run is gone (killed, or out of memory); "
+                f"{self._kept()}: `metarun resume={self.run.path}` goes on"
+            )
+            self._fail(text)
+            raise self._untold(RunError(text)) from error
+        except NonFiniteError as error:
+            text = (
+                f"step {self.step}: {error}; {self._kept()}: start again with a lower optim.lr "
+                "or algo.inner_lr, or with optim.clip_norm=10"
+            )
+            self._fail(text)
+            # Averaged, it is in every process.
+            raise distributed.told(RunError(text)) from error
+        except torch.OutOfMemoryError as error:
+            text = (
+                f"step {self.step}: out of GPU memory; {self._kept()}: set tasks_per_chunk to "
+                "fewer tasks, or start again with a lower train.tasks_per_step"
+            )
+            self._fail(text)
+            raise RunError(text) from error
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                self._fail(f"{type(error).__name__}: {error}")
+                raise
+            text = (
+                f"step {self.step}: no space is left for {self.run.path}; {self._kept()}: "
+                f"free some and type `metarun resume={self.run.path}`"
+            )
+            self._fail(text)
+            raise RunError(text) from error
+        except ValueError as error:
+            self._fail(str(error))
+            raise
+        except Exception as error:
+            self._fail(f"{type(error).__name__}: {error}")
+            raise
+
+    def _untold(self, error: RunError) -> Exception:
+        """Of the first process it is the next one that speaks, if it was killed in its work."""
+        killed = False
+        if distributed.rank() == 1:
+            with suppress(OSError, ValueError):
+                killed = RunFolder(self.run.path).status().get("state") == "running"
+        return error if killed else distributed.told(error)
+
+    def _kept(self) -> str:
+        return "nothing is saved" if self.saved is None else f"step {self.saved} is saved"
+
+    def _fail(self, why: str) -> None:
+        _log.info("failed: %s", why, extra=FILE_ONLY, exc_info=True)
+        try:
+            self.run.set_status("failed", step=self.saved, why=why)
+        except OSError as error:
+            _log.warning("%s/status.json cannot be written: %s", self.run.path, error)
+
+    # Meta-training.
+
+    def train(self) -> None:
+        """Make the updates that are left."""
+        total = self.settings.steps
+        try:
+            with self.screen.bar("train", total, self.step) as bar:
+                while True:
+                    self._validate_if_due()
+                    if self._due(self.settings.checkpoint_every) and self.saved != self.step:
+                        self.save()
+                    if self.step >= total:
+                        break
+                    self.signals.check()
+                    began = time.perf_counter()
+                    self._update()
+                    line = self._line() if self._due(self.settings.log_every) else None
+                    self.window_seconds += time.perf_counter() - began
+                    if line is not None:
+                        self._write(line, bar)
+                    bar.to(self.step)
+        except _StopError:
+            self.save()
+            raise
+
+    def _due(self, every: int) -> bool:
+        """Whether it is time for something that comes every so many steps and at the end."""
+        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+
+    def _update(self) -> None:
+        # So that an algorithm that draws from torch's generator resumes like any other.
+        seeding.seed_torch(seeding.key("update", self.seed, self.step))
+        progress = Progress(self.step, self.settings.steps, self.share)
+        first = progress.first_task(self.settings.tasks_per_step)
+        batch = self.source.batch("train", first, self.share_size)
+        metrics = self.algorithm.update(batch, progress)
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.count += 1
+        self.step += 1
+
+    def _average(self) -> None:
+        """Make the sums of the metrics those over all processes' tasks."""
+        if self.sums:
+            self.sums = distributed.mean(self.sums, self.share_size)
+
+    def _line(self) -> dict[str, float]:
+        """Means of the metrics since the last line: the only time that the device is waited for."""
+        self._average()
+        values = torch.stack(list(self.sums.values())) / self.count
+        return dict(zip(self.sums, values.tolist(), strict=True))
+
+    def _write(self, line: dict[str, float], bar: Bar) -> None:
+        rate = self.count * self.settings.tasks_per_step / max(self.window_seconds, 1e-9)
+        left = (self.settings.steps - self.step) * self.window_seconds / self.count
+        self.train_seconds += self.window_seconds
+        self.sums, self.count, self.window_seconds = {}, 0, 0.0
+        named = {f"train/{name}": value for name, value in line.items()}
+        self.run.append("metrics.jsonl", {"step": self.step, **named})
+        self.run.append(
+            "timing.jsonl",
+            {"step": self.step, "seconds": self._seconds(), "tasks_per_second": rate},
+        )
+        self.trackers.metrics(self.step, {**named, RATE: rate})
+        values = "  ".join(
+            f"{name} {figure(name, value) if name == self.metric else number(value)}"
+            for name, value in line.items()
+        )
+        text = f"{values}  {rate:,.0f} tasks/s"
+        bar.to(self.step, text)
+        _log.info(
+            "step %d/%d  %s  %s left",
+            self.step,
+            self.settings.steps,
+            text,
+            duration(left),
+            extra=BAR_SHOWS_IT,
+        )
+
+    # Meta-validation.
+
+    def _validate_if_due(self) -> None:
+        if self.step == self.validated or not self._due(self.settings.eval_every):
+            return
+        num_episodes = self.evaluation.val_episodes
+        option, mean, ci95 = self._best_option()
+        named = {f"val/{self.metric}": mean, f"val/{self.metric}_ci95": ci95}
+        named |= {f"val/{name}": value for name, value in option.items()}
+        self.run.append("metrics.jsonl", {"step": self.step, **named})
+        self.trackers.metrics(self.step, named)
+        self.validated = self.step
+        better = self._is_better(mean)
+        _log.info(
+            "step %d/%d  val %s %s (%d episodes%s)%s",
+            self.step,
+            self.settings.steps,
+            self.metric,
+            figure(self.metric, mean, ci95),
+            num_episodes,
+            "".join(f", {name} {value:g}" for name, value in option.items()),
+            ", the best so far" if better else "",
+        )
+        if better:
+            self.best = {
+                **self._names(),
+                "step": self.step,
+                "mean": mean,
+                "ci95": ci95,
+                "episodes": num_episodes,
+                "state": copy.deepcopy(self.algorithm.state_dict()),
+            }
+            self.run.save_best(self.best)
+
+    def _best_option(self) -> tuple[Mapping[str, float], float, float]:
+        """What the algorithm is to choose, which it does, and its figure on meta-val."""
+        found: tuple[Mapping[str, float], float, float] | None = None
+        for option in self.algorithm.options or [{}]:
+            self.algorithm.choose(option)
+            with self.screen.bar("val", self.evaluation.val_episodes) as bar:
+                measured = evaluate(
+                    self.algorithm,
+                    self.source,
+                    "val",
+                    self.evaluation.val_episodes,
+                    self.evaluation.tasks_per_batch,
+                    tick=_ticker(bar, self.signals),
+                )
+            mean, ci95 = interval(measured.values)
+            if found is None or self._better(mean, found[1]):
+                found = option, mean, ci95
+        assert found is not None
+        self.algorithm.choose(found[0])
+        return found
+
+    def _is_better(self, mean: float) -> bool:
+        if self.best is None:
+            return math.isfinite(mean)
+        return self._better(mean, self.best["mean"])
+
+    def _better(self, mean: float, before: float) -> bool:
+        if not math.isfinite(mean) or not math.isfinite(before):
+            return math.isfinite(mean)
+        return mean > before if self.source.spec.higher_is_better else mean < before
+
+    # Checkpoints.
+
+    def save(self) -> None:
+        """Write everything that the next step depends on.
+
+        The best parameters are part of it: whatever else is on the disk, this file alone says
+        where the run stands.
+        """
+        self._average()
+        self._check_alike()
+        self.run.save_last(
+            {
+                **self._names(),
+                "step": self.step,
+                "validated": self.validated,
+                "best": self.best,
+                "sums": self.sums,
+                "count": self.count,
+                "seconds": self._seconds(),
+                "train_seconds": self.train_seconds,
+                "window_seconds": self.window_seconds,
+                "lengths": self.run.lengths(),
+                "state": self.trained or self.algorithm.state_dict(),
+                "lives": self.lives,
+            }
+        )
+        self.saved = self.step
+        self.run.set_status("running", step=self.step, steps=self.settings.steps)
+
+    def _check_alike(self) -> None:
+        """Stop processes whose parameters have come apart, as an algorithm of a user's may let.
+
+        Raises:
+            RunError: They have.
+        """
+        if distributed.size() == 1:
+            return
+        digest = hashlib.blake2b(digest_size=8)
+        for leaf in pytree.tree_leaves(self.algorithm.state_dict()):
+            if isinstance(leaf, Tensor):
+                digest.update(
+                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                )
+        if len(set(distributed.collected(digest.hexdigest()))) > 1:
+            text = (
+                f"step {self.step}: the processes no longer have the same parameters: "
+                f"algo={self.facts.get('algo')} keeps something of its own tasks, or the machines "
+                "differ: run it in one process"
+            )
+            raise distributed.told(RunError(text))
+
+    def _names(self) -> Record:
+        return {"algo": self.facts.get("algo"), "data": self.facts.get("data")}
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    # Meta-test.
+
+    def finish(self) -> Record:
+        """Open the test split, for the first time and once, and sum up."""
+        chosen = self.best
+        if self.source.spec.streams is not None:
+            # What is saved while the best lives.
+            self.trained = copy.deepcopy(self.algorithm.state_dict())
+        if chosen is not None:
+            self.algorithm.load_state_dict(chosen["state"])
+        _log.info(
+            "testing on %d episodes with the parameters of step %d",
+            self.evaluation.episodes,
+            chosen["step"] if chosen else self.step,
+            extra=BAR_SHOWS_IT,
+        )
+        if self.source.spec.streams is None:
+            measured = _meta_test(
+                self.algorithm, self.source, self.evaluation, self.screen, self.signals
+            )
+        else:
+            measured = distributed.on_first(self._live)
+        if not distributed.first():
+            return {}
+        figures = _stream_figures(measured, self.source.spec, self.evaluation)
+        results: Record = {
+            **_about(self.algorithm, self.source, self.facts),
+            **_test_record(measured, self.source.spec, figures),
+            "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
+            "parameters_from": "best" if chosen else "last",
+            "parameters_step": chosen["step"] if chosen else self.step,
+            "steps": self.step,
+            "tasks_per_step": self.settings.tasks_per_step,
+            "seconds": self._seconds(),
+            "train_seconds": self.train_seconds,
+            "tasks_per_second": self.step
+            * self.settings.tasks_per_step
+            / max(self.train_seconds, 1e-9),
+        }
+        results = finite(results)
+        _write_test(self.run.path, self.source, measured, figures)
+        self.run.write_json("results.json", results)
+        _write_samples(self.run.path, self.algorithm, self.source)
+        self.run.set_status("finished", step=self.step, steps=self.settings.steps)
+        _log.info("%s", summary(results, str(self.run.path)))
+        return results
+
+    def _live(self) -> EpisodeMetrics:
+        """Live through the test trajectories; a run that was stopped goes on in the midst."""
+        living = _test_lifetimes(self.algorithm, self.source, self.evaluation)
+        if self.lives is not None:
+            living.restore(self.lives)
+        with self.screen.bar("test", living.steps) as bar:
+            tick = _ticker(bar, self.signals)
+
+            every, kept = self.settings.checkpoint_every, 0
+
+            def keep(done: int) -> None:
+                nonlocal kept
+                if every and done % every == 0 and done != kept:
+                    kept = done
+                    self.lives = living.save()
+                    self.save()
+                tick(done)
+
+            try:
+                return living.run(keep)
+            except _StopError:
+                self.lives = living.save()
+                self.save()
+                raise
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind for work that came to nothing."""
+    try:
+        yield
+    finally:
+        if distributed.first():
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def _meta_test(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    evaluation: EvalSettings,
+    screen: Screen,
+    signals: _Signals,
+) -> EpisodeMetrics:
+    if source.spec.streams is not None:
+        living = _test_lifetimes(algorithm, source, evaluation)
+
+        def live() -> EpisodeMetrics:
+            with screen.bar("test", living.steps) as bar:
+                return living.run(_ticker(bar, signals))
+
+        return distributed.on_first(live)
+    with screen.bar("test", evaluation.episodes) as bar:
+        measured = evaluate(
+            algorithm,
+            source,
+            "test",
+            evaluation.episodes,
+            evaluation.tasks_per_batch,
+            views=evaluation.views,
+            curve_steps=evaluation.curve_steps,
+            tick=_ticker(bar, signals),
+        )
+    num_bad = int(np.count_nonzero(~np.isfinite(measured.values)))
+    if num_bad:
+        _log.warning(
+            "%d of %d test episodes gave no finite %s: try fewer eval.inner_steps",
+            num_bad,
+            evaluation.episodes,
+            source.spec.metric,
+        )
+    return measured
+
+
+def _test_lifetimes(
+    algorithm: Algorithm, source: EpisodeSource, evaluation: EvalSettings
+) -> Living:
+    return Living(algorithm, source, "test", evaluation.episodes, evaluation.tasks_per_batch)
+
+
+def _ticker(bar: Bar, signals: _Signals) -> Any:
+    def tick(done: int) -> None:
+        bar.to(done)
+        signals.check()
+
+    return tick
+
+
+def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]) -> Record:
+    return {
+        **facts,
+        "kind": source.spec.kind,
+        "metric": source.spec.metric,
+        "transductive": algorithm.transductive,
+        "bn_statistics": algorithm.bn_statistics,
+        "parameters": sum(parameter.numel() for parameter in algorithm.parameters()),
+        "processes": distributed.size(),
+        "data_fingerprint": source.fingerprint(),
+        "versions": environment.versions(),
+    }
+
+
+def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, Floats]) -> Record:
+    record: Record = {
+        "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
+        "curve": None
+        if measured.curve is None
+        else [
+            {"steps": steps, **_interval_record(values)}
+            for steps, values in enumerate(measured.curve)
+        ],
+        "episodes_hash": measured.digest,
+        **{name: _interval_record(values) for name, values in measured.beside.items()},
+    }
+    if measured.presentations is not None:
+        record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
+    found = _families_record(measured)
+    if found is not None:
+        record["families"] = found
+    if measured.strategies:
+        record["strategies"] = _strategies_record(measured, spec)
+    if spec.streams is not None:
+        record["layout"] = asdict(spec.streams["test"])
+        record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
+    return record
+
+
+def _families_record(measured: EpisodeMetrics) -> Record | None:
+    """How well the families of the tasks are found, and the tasks of each in each group.
+
+    By the responsibilities of a mixture, else by a mixture of normals over the embeddings with a
+    component for each family.
+    """
+    families, groups = measured.families, measured.groups
+    if families is None:
+        return None
+    by = "responsibilities"
+    if groups is None:
+        by = "a mixture of normals over embeddings"
+        if measured.embeddings is None:
+            return None
+        groups = task_clusters.gaussian_mixture(measured.embeddings, int(families.max()) + 1)
+        if groups is None:
+            return None
+    table = task_clusters.counts(families, groups)
+    index = task_clusters.adjusted_rand_index(table)
+    return {"adjusted_rand_index": index, "by": by, "counts": table.tolist()}
+
+
+def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
+    """Of each way of learning the figure, and how much better the one that chose among them did.
+
+    `oracle` is the best of the strategies on each episode, by its queries.
+    """
+    best = np.max if spec.higher_is_better else np.min
+    sign = 1.0 if spec.higher_is_better else -1.0
+    oracle = best(np.stack(list(measured.strategies.values())), axis=0)
+    return {
+        name: {
+            **_interval_record(values),
+            "gain": _interval_record(sign * (measured.values - values)),
+        }
+        for name, values in {**measured.strategies, **measured.rivals, "oracle": oracle}.items()
+    }
+
+
+def _stream_figures(
+    measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings
+) -> dict[str, Floats]:
+    """The figures of a stream, (N,) of the lifetimes each; none of other tasks."""
+    if measured.lived is None or spec.streams is None:
+        return {}
+    return continual_metrics.summary(
+        measured.lived,
+        spec.streams["test"],
+        higher=spec.higher_is_better,
+        proficiency=evaluation.proficiency,
+    )
+
+
+def _interval_record(values: Floats) -> Record:
+    mean, ci95 = interval(values)
+    return {"mean": mean, "ci95": ci95}
+
+
+def _write_test(
+    folder: Path, source: EpisodeSource, measured: EpisodeMetrics, figures: Mapping[str, Floats]
+) -> None:
+    """Write the figure of every test episode, and what the algorithm made of its task."""
+    spec = source.spec
+    arrays: dict[str, Any] = {spec.metric: measured.values}
+    arrays |= {**(measured.lived or {}), **measured.beside}
+    arrays |= {f"{continual_metrics.FIGURE}{name}": values for name, values in figures.items()}
+    if measured.curve is not None:
+        arrays["curve"] = measured.curve
+    if measured.embeddings is not None:
+        arrays["embeddings"] = measured.embeddings
+    if measured.presentations is not None:
+        arrays["presentations"] = measured.presentations
+    for name, labels in (("families", measured.families), ("groups", measured.groups)):
+        if labels is not None:
+            arrays[name] = labels
+    if measured.confusions is not None:
+        arrays["confusions"] = measured.confusions
+        names = getattr(source, "class_names", None)
+        if names is not None:
+            arrays["class_names"] = np.array(names("test"), dtype=str)
+    theirs = {**measured.strategies, **measured.rivals}
+    arrays |= {f"strategy_{name}": values for name, values in theirs.items()}
+    _write_arrays(folder / "episodes.npz", arrays)
+    if measured.lived is not None and spec.streams is not None:
+        table = continual_metrics.curves(measured.lived, spec.streams["test"])
+        write_atomically(folder / "stream.csv", table.encode())
+
+
+def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
+    """Write what an algorithm that makes rows makes for the first test tasks, and their support."""
+    if not algorithm.generates:
+        return
+    support = source.batch("test", 0, _SAMPLED_TASKS).support_x
+    made = algorithm.generated(support, _SAMPLES)
+    # Evenly from all of it, so that there are rows of many classes.
+    shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
+    arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
+    _write_arrays(folder / "samples.npz", arrays)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getbuffer())

@@ -1,0 +1,118 @@
+"""The outer optimiser against torch's own, its schedules and its refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metarun.algorithms.outer_optimizer import NonFiniteError, OuterOptimizer
+from metarun.core.types import Progress
+
+
+def parameter() -> nn.Parameter:
+    return nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+
+
+def gradient(step: int) -> Tensor:
+    return torch.tensor([0.3, -0.1 * step], dtype=torch.float64)
+
+
+def test_adam_is_that_of_torch_whatever_order_the_gradients_come_in() -> None:
+    ours, theirs = [parameter(), parameter()], [parameter(), parameter()]
+    outer = OuterOptimizer([("a", ours[0]), ("b", ours[1])], lr=0.01)
+    reference = torch.optim.Adam(theirs, lr=0.01)
+    for step in range(5):
+        outer.step({"b": gradient(step), "a": 2 * gradient(step)}, Progress(step, 5))
+        theirs[0].grad, theirs[1].grad = 2 * gradient(step), gradient(step)
+        reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+def test_the_memory_layout_of_a_gradient_is_without_meaning() -> None:
+    grad = torch.randn(4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    moved = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        param = nn.Parameter(torch.zeros(4, 3, 2, 2))
+        outer = OuterOptimizer([("p", param)], lr=0.1)
+        for scale in (1.0, -0.3):
+            outer.step({"p": (scale * grad).contiguous(memory_format=layout)}, Progress(0, 1))
+        moved.append(param.detach().clone())
+    assert torch.equal(*moved)
+    assert not torch.equal(moved[0], torch.zeros_like(moved[0]))
+
+
+def test_descend_takes_the_gradient_of_the_loss_itself() -> None:
+    param = parameter()
+    outer = OuterOptimizer([("p", param)], method="sgd", lr=0.5)
+    outer.descend((param**2).sum(), Progress(0, 1))
+    torch.testing.assert_close(param.detach(), torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(bad: float) -> None:
+    good, worse = parameter(), parameter()
+    outer = OuterOptimizer([("good", good), ("worse", worse)])
+    grads = {"good": gradient(1), "worse": torch.tensor([0.0, bad], dtype=torch.float64)}
+    with pytest.raises(NonFiniteError, match="gradient of worse"):
+        outer.step(grads, Progress(0, 1))
+    assert torch.equal(good, parameter())
+    with pytest.raises(NonFiniteError, match="loss is"):
+        outer.descend(worse.sum() * bad, Progress(0, 1))
+    assert torch.equal(worse, parameter())
+
+
+def test_schedules_have_their_closed_forms() -> None:
+    def rate(schedule: str, step: int, **options: float) -> float:
+        outer = OuterOptimizer([("p", parameter())], lr=0.8, schedule=schedule, **options)  # type: ignore[arg-type]
+        return outer.rate(Progress(step, 100))
+
+    assert rate("constant", 99) == 0.8
+    assert rate("linear", 25) == pytest.approx(0.6)
+    assert rate("cosine", 0, min_lr=0.2) == pytest.approx(0.8)
+    assert rate("cosine", 50, min_lr=0.2) == pytest.approx(0.5)
+    assert rate("step", 59, step_every=20, step_factor=0.5) == pytest.approx(0.2)
+
+
+def test_clipping_by_value_cuts_elements_and_by_norm_scales_all() -> None:
+    def after(**options: float) -> Tensor:
+        param = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        outer = OuterOptimizer([("p", param)], method="sgd", lr=1.0, **options)  # type: ignore[arg-type]
+        outer.step({"p": torch.tensor([3.0, -4.0], dtype=torch.float64)}, Progress(0, 1))
+        return -param.detach()
+
+    assert after(clip_value=3.5).tolist() == [3.0, -3.5]
+    assert after(clip_norm=1.0).tolist() == pytest.approx([0.6, -0.8])
+    assert after(clip_norm=10.0).tolist() == [3.0, -4.0]
+
+
+def test_a_restored_state_goes_on_bit_for_bit() -> None:
+    first, second = parameter(), parameter()
+    outer = OuterOptimizer([("p", first)])
+    for step in range(3):
+        outer.step({"p": gradient(step)}, Progress(step, 6))
+    copy = OuterOptimizer([("p", second)])
+    copy.load_state_dict(outer.state_dict())
+    second.data.copy_(first.data)
+    for step in range(3, 6):
+        outer.step({"p": gradient(step)}, Progress(step, 6))
+        copy.step({"p": gradient(step)}, Progress(step, 6))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"lr": -1.0}, "optim.lr=-1.0"),
+        ({"lr": math.nan}, "optim.lr=nan"),
+        ({"method": "lbfgs"}, "adam or sgd"),
+        ({"schedule": "warm"}, "optim.schedule=warm"),
+        ({"clip_norm": 0.0}, "optim.clip_norm"),
+    ],
+)
+def test_bad_numbers_and_words_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        OuterOptimizer([("p", parameter())], **options)  # type: ignore[arg-type]

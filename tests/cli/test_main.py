@@ -1,0 +1,405 @@
+"""The command as a user meets it: exit codes, the one line of an error, and the files."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metarun import __version__
+from metarun.cli.main import main
+from metarun.config import build
+from metarun.config.catalogue import GROUPS, entries
+from metarun.jobs import train
+from tests.conftest import Command
+
+TINY = [
+    "train.steps=2", "train.tasks_per_step=2", "eval.episodes=4", "eval.val_episodes=4",
+    "eval.tasks_per_batch=4", "eval.curve_steps=1", "device=cpu",
+]  # fmt: skip
+
+OWN = """\
+from metarun.algorithms.optimization.maml import MAML
+
+class Mine(MAML):
+    pass
+
+class Fails(MAML):
+    def update(self, batch, progress):
+        raise {error}
+"""
+
+
+def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "metarun", *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80", **environment},
+        timeout=120,
+    )
+
+
+def runs(folder: Path) -> list[Path]:
+    """The run folders below outputs/, in the order of their names."""
+    return sorted(path.parent for path in (folder / "outputs").rglob("results.json"))
+
+
+def status(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return found
+
+
+def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+    assert list(folder.iterdir()) == []
+
+
+# What runs nothing.
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    done = run("--version", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"metarun {__version__}\n")
+
+
+def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
+    done = run("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in (
+        "resume=",
+        "test=",
+        "compare",
+        "metarun list",
+        "metarun data",
+        "metarun predict RUN",
+        "metarun report PATH",
+        "bench",
+        "protonet",
+        "-m",
+    ):
+        assert word in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "for_sinusoid" not in done.stdout
+
+
+def test_cfg_shows_the_configuration_and_runs_nothing(tmp_path: Path) -> None:
+    done = run("--cfg", "job", "--resolve", "shot=7", cwd=tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"^shot: 7$", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--info", "defaults"], ["--hydra-help"], ["-sc", "query=bash"]])
+def test_hydras_own_flags_work(words: list[str], tmp_path: Path) -> None:
+    done = run(*words, cwd=tmp_path, COMP_LINE="metarun algo=", COMP_POINT="13")
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_completion_offers_the_algorithms(tmp_path: Path) -> None:
+    line = "metarun algo=proton"
+    done = run("-sc", "query=bash", cwd=tmp_path, COMP_LINE=line, COMP_POINT=str(len(line)))
+    assert done.stdout.split() == ["algo=protonet"]
+
+
+def test_list_names_everything_with_one_line_each_in_80_columns(tmp_path: Path) -> None:
+    done = run("list", cwd=tmp_path)
+    assert done.returncode == 0
+    for word in ("maml", "protonet", "sinusoid", "omniglot_small", "resnet12", "quick_start"):
+        assert re.search(rf"^ *{word}\s+\w", done.stdout, re.MULTILINE)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert not re.search(r" $", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+@pytest.mark.parametrize("words", [["--help"], ["list"]], ids=" ".join)
+def test_what_there_is_fits_a_terminal_with_room_to_read(
+    words: list[str], columns: int, metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = metarun(*words).out.splitlines()
+    assert max(map(len, lines)) <= columns
+    # A text that is pressed against the right edge leaves most of each line blank.
+    assert all(len(line) - len(line.lstrip()) <= columns // 2 + 1 for line in lines)
+
+
+def test_a_narrow_help_says_every_word_that_the_wide_one_says(
+    metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    wide = metarun("--help").out
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = metarun("--help").out
+    assert narrow != wide
+    assert narrow.split() == wide.split()
+
+
+def test_every_listed_yaml_has_a_line_about_it() -> None:
+    for group in GROUPS:
+        for word, text in entries([build.conf_dir()], group).items():
+            assert text, f"{group}/{word}.yaml has no comment that says what it is"
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["algo=mmal"], ["algo=mmal", "did you mean maml?"]),
+        (["train.stpes=3"], ["did you mean train.steps?"]),
+        (["+new=3"], ["there is no key new"]),
+        (["-m", "algo=maml", "seed=1,x"], ["seed=x: expected a whole number"]),
+        (["-m", "experiment=glob(nothing*)"], ["selects nothing"]),
+        (["lsit"], ["did you mean `metarun list`?"]),
+        (["--mutlirun"], ["did you mean --multirun?"]),
+        (["--cfg", "jbo"], ["'jbo'"]),
+        (["--cfg", "job", "shto=3"], ["did you mean shot?"]),
+        (["--config-dir", "nowhere"], ["there is no such folder"]),
+        (["--experimental-rerun", "x.pickle"], ["resume="]),
+        (["algo=protonet", "data=sinusoid"], ["ProtoNet learns classification"]),
+        (["backbone=conv4"], ["conv4"]),
+        (["data=omniglot_small", "way=500"], ["500"]),
+        (["data=omniglot_small", "shot=15", "query=15"], ["15"]),
+        (["-m", "data=omniglot_small", "way=5,500"], ["500"]),
+        (["hydra.output_subdir=.hydra"], ["metarun alone writes"]),
+        (["list", "everything"], ["metarun list everything: expected algo or data"]),
+        (["resume=nowhere"], ["nowhere"]),
+        (["test=nowhere"], ["nowhere"]),
+        (["resume="], ["resume= names nothing: expected the folder of a run"]),
+        (["test=", "shot=5"], ["test= names nothing"]),
+        (["resume=a", "test=b"], ["resume= and test= do not go together"]),
+        (["resume=a", "-m", "seed=1,2"], ["does not go with -m"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_bad_input_is_one_line_and_exit_code_2_and_makes_nothing(
+    words: list[str], parts: list[str], metarun: Command, tmp_path: Path
+) -> None:
+    answer = metarun(*words)
+    assert answer.code == 2
+    assert answer.out == ""
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    for part in parts:
+        assert part in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_itself_says_no_more_than_that(tmp_path: Path) -> None:
+    done = run("algo=protonet", "data=sinusoid", cwd=tmp_path)
+    check_refused(done, tmp_path, "ProtoNet learns classification")
+
+
+def test_missing_data_are_answered_at_once_with_the_command(tmp_path: Path) -> None:
+    done = run("algo=maml", "data=omniglot", cwd=tmp_path, METARUN_DATA=str(tmp_path / "no"))
+    check_refused(done, tmp_path, "metarun data omniglot")
+
+
+def test_a_run_is_never_written_over_what_is_there(metarun: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").write_text("precious")
+    answer = metarun("algo=maml", "hydra.run.dir=mine")
+    assert answer.code == 2
+    assert "mine exists and is not empty" in answer.err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine"]
+
+
+def test_a_file_where_the_outputs_belong_is_refused(metarun: Command, tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("precious")
+    answer = metarun(*TINY)
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert (tmp_path / "outputs").read_text() == "precious"
+
+
+def test_a_disk_without_space_is_refused_before_anything_is_made(
+    metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    answer = metarun(*TINY)
+    assert answer.code == 2
+    assert "free" in answer.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_an_error_came_from(metarun: Command) -> None:
+    with pytest.raises(ValueError, match="way=0"):
+        metarun("way=0", "debug=true")
+
+
+def test_a_reader_that_stops_reading_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m metarun list | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stderr == ""
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=10)
+
+
+@given(words=st.lists(TEXT | st.builds("{}={}".format, TEXT, TEXT), max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_hostile_words_get_an_answer_and_never_a_traceback(words: list[str]) -> None:
+    before = sorted(Path.cwd().iterdir())
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["--cfg", "job", *words])
+    assert code in (0, 2)
+    if code == 2:
+        assert err.getvalue().startswith("error: ")
+        assert err.getvalue().count("\n") == 1
+    assert sorted(Path.cwd().iterdir()) == before
+
+
+# What runs.
+
+
+def test_a_run_trains_tests_and_says_where_its_files_are(tmp_path: Path) -> None:
+    done = run("algo=maml", "data=sinusoid", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = runs(tmp_path)
+    assert re.fullmatch(
+        r"outputs/\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d-maml-sinusoid-[0-9a-f]{6}",
+        folder.relative_to(tmp_path).as_posix(),
+    )
+    assert folder.name in "".join(done.stdout.split())
+    assert status(folder)["state"] == "finished"
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["algo"], results["data"], results["shot"]) == ("maml", "sinusoid", 5)
+    assert not (folder / ".hydra").exists()
+    assert not list(folder.glob("cli.log"))
+
+
+def test_a_bare_command_says_that_it_is_the_quick_start(
+    metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[dict[str, Any]] = []
+    monkeypatch.setattr(train, "train", lambda plain, *_: trained.append(plain))
+    answer = metarun()
+    assert answer.code == 0, answer.err
+    assert answer.out.startswith("quick start: ")
+    assert [plain["names"]["experiment"] for plain in trained] == ["quick_start"]
+    assert not metarun("algo=maml").out.startswith("quick start: ")
+
+
+def test_options_and_words_mix_in_any_order(metarun: Command, tmp_path: Path) -> None:
+    answer = metarun("algo=maml", "-m", "seed=1,2", *TINY)
+    assert answer.code == 0, answer.err
+    first, second = runs(tmp_path)
+    assert first.parent == second.parent
+    seeds = [json.loads((f / "results.json").read_text())["seed"] for f in (first, second)]
+    assert seeds == [1, 2]
+
+
+def test_runs_that_start_together_have_folders_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", *TINY]
+    started = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(120) for process in started] == [0, 0]
+    assert len(runs(tmp_path)) == 2
+
+
+def own(folder: Path, error: str = "AssertionError('never')") -> list[str]:
+    """An algorithm of one's own in the current folder, and the words that find it."""
+    # Modules of one name would be one module to all tests of this process.
+    module = re.sub(r"\W", "_", f"own_{folder.parent.name}_{folder.name}")
+    (folder / "conf/algo").mkdir(parents=True)
+    (folder / f"{module}.py").write_text(OWN.format(error=error))
+    for name in ("Mine", "Fails"):
+        (folder / f"conf/algo/{name.lower()}.yaml").write_text(
+            f"# One of my own\ndefaults:\n  - maml\n  - _self_\n_target_: {module}.{name}\n"
+        )
+    return ["--config-dir", "conf"]
+
+
+def test_an_algorithm_of_ones_own_runs_from_the_current_folder(tmp_path: Path) -> None:
+    done = run(*own(tmp_path), "algo=mine", *TINY, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "note: there is no recipe for algo=mine data=sinusoid" in done.stderr
+    (folder,) = runs(tmp_path)
+    assert json.loads((folder / "results.json").read_text())["algo"] == "mine"
+
+
+def test_a_run_that_fails_is_one_line(metarun: Command, tmp_path: Path) -> None:
+    conf = own(tmp_path, error="RuntimeError('out of\\nluck')")
+    answer = metarun(*conf, "algo=fails", *TINY)
+    assert answer.code == 1
+    assert "error: RuntimeError: out of luck (debug=true shows where)\n" in answer.err
+    assert "Traceback" not in answer.err
+
+
+def test_a_constructor_of_ones_own_that_fails_is_one_line(metarun: Command, tmp_path: Path) -> None:
+    conf = own(tmp_path)
+    (module,) = tmp_path.glob("own_*.py")
+    module.write_text(
+        OWN.format(error="AssertionError").replace(
+            "    pass", "    def __init__(self, **common):\n        raise RuntimeError('no luck')"
+        )
+    )
+    answer = metarun(*conf, "algo=mine", *TINY)
+    assert (answer.code, answer.err.count("\n")) == (1, 1)
+    assert "RuntimeError: no luck" in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_pair_without_a_recipe_says_so_once(metarun: Command, tmp_path: Path) -> None:
+    answer = metarun(*own(tmp_path), "-m", "algo=mine", "seed=1,2", *TINY)
+    assert answer.err.count("note: there is no recipe") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    words = ["-m", "algo=maml", "data=sinusoid", "seed=1,2", "train.steps=1000000", "device=cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metarun", *words, "train.log_every=10"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    (folder,) = (path.parent for path in (tmp_path / "outputs").rglob("status.json"))
+    assert status(folder)["state"] == "interrupted"
+    assert f"metarun resume={folder.relative_to(tmp_path)}" in err
+
+
+@pytest.mark.parametrize(
+    "command", ["bench", "compare", "data", "list", "predict", "report", "table"]
+)
+def test_an_option_that_a_command_has_not_is_answered_in_one_line(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--optoin", "x"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: ")
+    assert f": expected `metarun {command} " in line

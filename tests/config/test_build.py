@@ -1,0 +1,258 @@
+"""Types, ranges, and the parts of a run that a configuration makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+
+from metarun.config import build
+from metarun.config.composition import composer
+
+CONF = build.conf_dir()
+
+GIVEN = {
+    "algo": {"spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed"},
+    "data": {"sizes", "seed", "eval_seed", "device", "dtype", "val_way"},
+    "backbone": {"input_shape", "output_dim", "context_dim", "maps"},
+    "optim": {"parameters"},
+}
+"""What a constructor is handed besides its options."""
+
+
+def plain(*words: str, **options: Any) -> dict[str, Any]:
+    with composer(**options) as compose:
+        return compose.job(words).plain
+
+
+def build(*words: str, **options: Any) -> build.Experiment:
+    return build.build(plain(*words, **options))
+
+
+def refusal(*words: str, **options: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        build(*words, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+COMPONENTS = [
+    path
+    for group in build.NODES
+    for path in sorted((CONF / group).rglob("*.yaml"))
+    if not path.stem.startswith("for_")
+]
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_the_keys_of_a_yaml_are_the_keywords_of_its_constructor(path: Path) -> None:
+    group = path.parent.name
+    node = plain(f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else []))[group]
+    target = build.locate("", node["_target_"])
+    keys = set(node) - {"_target_", "_partial_"}
+    assert keys == set(build.keywords(target)) - GIVEN[group]
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (3, int, 3),
+        (3, float, 3.0),
+        (None, float | None, None),
+        ("a", Literal["a", "b"], "a"),
+        ([1, 2], Sequence[float], [1.0, 2.0]),
+        ([1, 2.5], tuple[float, float], (1.0, 2.5)),
+        ([1, 2, 3], tuple[int, ...], (1, 2, 3)),
+        (0.1, float | Sequence[float], 0.1),
+        ({"a": 1}, Mapping[str, int], {"a": 1}),
+        ("anything", Any, "anything"),
+    ],
+)
+def test_a_value_becomes_what_the_hint_asks_for(value: Any, hint: Any, expected: Any) -> None:
+    converted = build.convert("key", value, hint)
+    assert converted == expected
+    assert type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "words"),
+    [
+        ("x", int, "key=x: expected a whole number"),
+        (1.0, int, "key=1.0: expected a whole number"),
+        (True, int, "key=true: expected a whole number"),
+        (True, float, "key=true: expected a number"),
+        (1, bool, "key=1: expected true or false"),
+        (None, str, "key=null: expected text"),
+        ("c", Literal["a", "b"], "key=c: expected a or b"),
+        ([1], tuple[float, float], "key=[1]: expected a list of 2, as [a number,a number]"),
+        (["x"], Sequence[float], 'key=["x"]: expected a list, each item a number'),
+        ("x", float | None, "key=x: expected a number or null"),
+        (3, Mapping[str, int], "key=3: expected keys and values"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_the_right_one(
+    value: Any, hint: Any, words: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        build.convert("key", value, hint)
+    assert str(caught.value) == words
+
+
+def test_every_whole_number_of_the_schema_has_bounds() -> None:
+    flat = {
+        f"{prefix}{key}"
+        for prefix, node in (
+            ("", plain()),
+            ("train.", plain()["train"]),
+            ("eval.", plain()["eval"]),
+        )
+        for key in node
+    }
+    numbers = {
+        k for k in flat if k.rpartition(".")[2] not in (*build.NODES, "names", "train", "eval")
+    }
+    words = {"device", "precision", "bn", "engine", "graph", "debug", "resume", "test"}
+    words |= {"sweep", "published", "logger", "eval.proficiency"}
+    assert numbers - words == set(build._BOUNDS)
+
+
+def test_a_run_is_made_of_what_was_asked_for() -> None:
+    made = build("algo=maml", "data=sinusoid", "shot=3", "seed=4", "precision=float64")
+    assert type(made.algorithm).__name__ == "MAML"
+    assert type(made.source).__name__ == "Sinusoid"
+    assert {p.dtype for p in made.algorithm.parameters()} == {torch.float64}
+    batch = made.source.batch("test", 0, 2)
+    assert batch.support_x.shape == (2, 3, 1)
+    assert batch.support_x.dtype == torch.float64
+    assert made.facts["algo"] == "maml"
+    assert made.facts["backbone"] == "mlp"
+    assert made.facts["shot"] == 3
+
+
+def test_the_record_of_a_run_builds_the_same_run_again() -> None:
+    first = build("algo=maml", "data=sinusoid", "engine=auto", "device=cpu")
+    assert first.record["engine"] != "auto"
+    assert first.record["threads"] is not None
+    second = build.build(first.record)
+    assert second.record == first.record
+    assert second.facts == first.facts
+
+
+def test_the_initial_parameters_are_the_seeds_and_the_callers_draws_go_on() -> None:
+    def first_weight(seed: int) -> torch.Tensor:
+        return next(build(f"seed={seed}").algorithm.parameters()).detach().cpu()
+
+    torch.manual_seed(7)
+    undisturbed = torch.rand(())
+    torch.manual_seed(7)
+    one = first_weight(1)
+    assert torch.rand(()) == undisturbed
+    assert torch.equal(first_weight(1), one)
+    assert not torch.equal(first_weight(2), one)
+
+
+def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
+    assert build("seed=3").source is build("seed=3").source
+    assert build("seed=3").source is not build("seed=4").source
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["algo=protonet", "data=sinusoid"], "ProtoNet learns classification"),
+        (["data=sinusoid", "backbone=conv4"], "conv4"),
+        (["data=omniglot_small", "way=1"], "way=1 is out of range"),
+        (["algo=selector", "data=tables", "shot=1"], "shot=1 is out of range: algo=selector needs"),
+        (["algo=selector", "data=tables", "train.shot=1"], "train.shot=1 is out of range"),
+        (["data=sinusoid", "way=5"], "way=5 has no meaning in a regression"),
+        (["data=omniglot_small", "way=500"], "500"),
+        (["data=omniglot_small", "shot=15", "query=15"], "15"),
+        (["data=sinusoid", "eval.views=3"], "eval.views=3 is for images"),
+        (["algo=nearest", "precision=mixed"], "precision=mixed needs a network"),
+        (["algo.inner_lr=fast"], "algo.inner_lr=fast: expected a number or a list"),
+        (["algo.inner_steps=1.5"], "algo.inner_steps=1.5: expected a whole number"),
+        (["algo.inner_steps=-1"], "inner_steps"),
+        (["algo.adapt=tail"], "algo.adapt=tail: expected all, head or body"),
+        (["optim.lr=-1"], "optim.lr=-1"),
+        (["backbone.hidden=[]"], "backbone.hidden=[]"),
+        (["backbone.hidden=40"], "backbone.hidden=40: expected a list, each item a whole number"),
+        (["data.noise=loud"], "data.noise=loud: expected a number"),
+        (["data.amplitude=[3,1]"], "data.amplitude=[3,1]"),
+        (["algo._target_=nowhere.Mine"], "algo._target_=nowhere.Mine: there is no module nowhere"),
+        (["algo._target_=Mine"], "algo._target_=Mine: expected the dotted name of a class"),
+        (
+            ["algo._target_=metarun.algorithms.optimization.maml.MALM"],
+            "algo._target_=metarun.algorithms.optimization.maml.MALM: metarun.algorithms.optimization.maml has no MALM: "
+            "did you mean MAML?",
+        ),
+        (["algo._target_=builtins.dict"], "builtins.dict does not take spec"),
+    ],
+)  # fmt: skip
+def test_parts_that_do_not_suit_each_other_are_refused(words: list[str], message: str) -> None:
+    assert message in refusal(*words)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_that_is_not_here_is_refused(device: str) -> None:
+    assert refusal(f"device={device}") == (
+        f"device={device}: no GPU is available here: use device=cpu"
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_beyond_those_here_is_refused() -> None:
+    assert "GPU(s), counted from cuda:0" in refusal("device=cuda:64")
+
+
+OWN = """\
+import {module}
+from metarun.algorithms.optimization.maml import MAML
+
+class Mine(MAML):
+    def __init__(self, *, strength: float = 1.0, **common):
+        super().__init__(**common)
+        self.strength = strength
+"""
+
+
+def own(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch, imports: str = "math") -> str:
+    (folder / "conf/algo").mkdir(parents=True)
+    (folder / "conf/algo/mine.yaml").write_text(f"_target_: {module}.Mine\nstrength: 2\n")
+    (folder / f"{module}.py").write_text(OWN.format(module=imports))
+    monkeypatch.syspath_prepend(folder)
+    return str(folder / "conf")
+
+
+def test_an_algorithm_of_ones_own_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = build("algo=mine", config_dir=own(tmp_path, "own_algorithm", monkeypatch))
+    assert made.algorithm.strength == 2.0
+    assert made.facts["algo"] == "mine"
+
+
+def test_a_module_of_ones_own_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = own(tmp_path, "failing_algorithm", monkeypatch, imports="no_such_library")
+    assert refusal("algo=mine", config_dir=folder) == (
+        "algo._target_=failing_algorithm.Mine: importing failing_algorithm failed: "
+        "No module named 'no_such_library'"
+    )
+
+
+def test_keywords_follow_what_a_constructor_hands_on() -> None:
+    class Base:
+        def __init__(self, *, seed: int) -> None: ...
+
+    class Child(Base):
+        def __init__(self, *, rate: float, **common: Any) -> None: ...
+
+    class Closed(Base):
+        def __init__(self, *, rate: float) -> None: ...
+
+    assert set(build.keywords(Child)) == {"rate", "seed"}
+    assert set(build.keywords(Closed)) == {"rate"}

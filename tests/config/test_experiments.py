@@ -1,0 +1,174 @@
+"""The shipped experiments and papers: each composes, fits its data set, trains and is tested.
+
+The data sets are generated in their own files' formats and go through the real import, with few
+characters and images; a run of an experiment is cut down to one small update.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from metarun.config import build
+from metarun.config.composition import composer, names_of, register_resolvers
+from metarun.core.console import Screen
+from metarun.core.types import SPLITS
+from metarun.data import omniglot
+from metarun.data.storage import miniimagenet_files, omniglot_files
+from metarun.data.storage.miniimagenet_files import NUM_CLASSES, import_miniimagenet
+from metarun.data.storage.omniglot_files import Character, import_omniglot
+from metarun.jobs import train
+from tests.data import sources
+from tests.data.sources import write_omniglot_zips
+
+Plain = dict[str, Any]
+
+CONF = build.conf_dir()
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# Those that are no paper's.
+OWN = {"quick_start", "omniglot_small_best", "iris"}
+PAPERS = sorted(path.stem for path in (CONF / "paper").glob("*.yaml"))
+
+# Twenty in each split, the most ways there are: 60 in training are 15 in four rotations.
+CHARACTERS = (
+    *(
+        Character("images_background", split.title(), number, split)
+        for split in SPLITS
+        for number in range(1, 21)
+    ),
+    *(Character("images_evaluation", "More", number, "test") for number in range(1, 6)),
+)
+# The most images of one class in a task.
+PHOTOGRAPHS = 21
+
+
+def text(group: str, name: str) -> str:
+    return (CONF / group / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Small copies of Omniglot and miniImageNet, where metarun looks for them."""
+    folder = tmp_path_factory.mktemp("data_sets")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (omniglot, omniglot_files, sources):
+            patch.setattr(module, "characters", lambda: CHARACTERS)
+        patch.setattr(miniimagenet_files, "IMAGES_PER_CLASS", PHOTOGRAPHS)
+        write_omniglot_zips(folder / "zips")
+        write_photographs(folder / "pickles")
+        import_omniglot(folder / "zips", folder / "root")
+        import_miniimagenet(folder / "pickles", folder / "root")
+        patch.setenv("METARUN_DATA", str(folder / "root"))
+        yield
+
+
+def write_photographs(folder: Path) -> None:
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for split in SPLITS:
+        num_images = NUM_CLASSES[split] * PHOTOGRAPHS
+        coarse = generator.integers(0, 256, (num_images, 4, 4, 3), dtype=np.uint8)
+        rows = np.arange(num_images).reshape(-1, PHOTOGRAPHS).tolist()
+        content = {
+            "image_data": coarse.repeat(21, 1).repeat(21, 2),
+            "class_dict": {f"{split}{number:02d}": places for number, places in enumerate(rows)},
+        }
+        (folder / f"mini-imagenet-cache-{split}.pkl").write_bytes(pickle.dumps(content))
+
+
+@cache
+def composed(name: str) -> Plain:
+    """What an experiment says; by Hydra alone, since looking up every word takes much longer."""
+    register_resolvers()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+    choices = cast(Plain, OmegaConf.to_container(cfg.hydra.runtime.choices))
+    task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    plain = cast(Plain, OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+    return {**plain, "names": names_of(choices, plain)}
+
+
+def cut_down(plain: Plain) -> Plain:
+    """One small update of the same form: fewer ways, rows, tasks and filters."""
+    small = deepcopy(plain)
+    for sizes in (small, small["train"]):
+        for key, most in (("way", 5), ("shot", 5), ("query", 1)):
+            sizes[key] = min(sizes[key], most)
+    small["train"] |= {"steps": 1, "tasks_per_step": 1, "log_every": 1, "eval_every": 1}
+    small["eval"] |= {"episodes": 2, "val_episodes": 2, "curve_steps": 1}
+    if small["eval"]["inner_steps"] is not None:
+        small["eval"]["inner_steps"] = min(small["eval"]["inner_steps"], 2)
+    if "filters" in small["backbone"]:
+        small["backbone"]["filters"] = 4
+    if "inner_steps" in small["algo"]:
+        small["algo"]["inner_steps"] = min(small["algo"]["inner_steps"], 2)
+    if "head_epochs" in small["algo"]:
+        small["algo"]["head_epochs"] = 1
+    return {**small, "device": "cpu", "threads": 1}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_can_be_made(name: str) -> None:
+    plain = composed(name)
+    settings = build.check(plain)
+    # Streams have hundreds of test characters, which the small copy has not.
+    made = cut_down(plain) if plain["names"]["data"].startswith("stream_") else plain
+    experiment = build.build({**made, "device": "cpu"})
+    assert experiment.facts["experiment"] == name
+    if name not in OWN:
+        assert settings.published is not None
+        assert settings.published.steps == settings.train.steps
+        assert settings.published.cells
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_says_what_it_is(name: str) -> None:
+    first, title, *rest = text("experiment", name).splitlines()
+    assert first == "# @package _global_"
+    assert title.startswith("# ")
+    assert name == "quick_start" or f"# metarun experiment={name} seed=0" in rest
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_trains_and_is_tested(name: str, tmp_path: Path) -> None:
+    screen = Screen(Console(file=io.StringIO()))
+    train.train(cut_down(composed(name)), tmp_path / "run", [], screen)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["experiment"] == name
+    assert math.isfinite(results["test"]["mean"])
+    assert results["test"]["episodes"] == 2
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_paper_is_a_list_of_experiments(name: str) -> None:
+    lines = text("paper", name).splitlines()
+    assert lines[0] == "# @package _global_"
+    assert f"# metarun paper={name}" in lines
+    named = cast(Plain, OmegaConf.to_container(OmegaConf.load(CONF / "paper" / f"{name}.yaml")))
+    assert named["hydra"]["mode"] == "MULTIRUN"
+    chosen = named["hydra"]["sweeper"]["params"]["experiment"].split(",")
+    assert set(chosen) <= set(EXPERIMENTS)
+    assert len(set(chosen)) == len(chosen) > 0
+    with composer() as look_up:
+        assert look_up.is_sweep([f"paper={name}"], multirun=False)
+
+
+def test_a_paper_and_an_experiment_are_found_by_the_command() -> None:
+    with composer() as look_up:
+        assert look_up.options("experiment") == EXPERIMENTS
+        assert look_up.options("paper") == PAPERS
+        plain = look_up.job(["experiment=raghu2020_omniglot_anil_20way_5shot"]).plain
+    assert plain == composed("raghu2020_omniglot_anil_20way_5shot")

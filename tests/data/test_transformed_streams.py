@@ -1,0 +1,148 @@
+"""Streams of the same images turned, permuted and coloured."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
+from metarun.data.transformed_streams import PermutedStream, RainbowStream, RotatedStream, digits
+from tests.data.sources import assert_same, injected, sizes
+
+KINDS: Any = [RotatedStream, PermutedStream, RainbowStream]
+
+
+def stream(kind: Any, way: int = 4, shot: int = 3, query: int = 2, **how: Any) -> Any:
+    how = {"tasks": 5, "pool": 6, "rows": 4, "dtype": torch.float64} | how
+    train = EpisodeSize(way, 3, 2)
+    return kind(**injected(sizes=sizes(way, shot, query, train=train)) | how)
+
+
+def by_task(x: Tensor, tasks: int = 5) -> Tensor:
+    """The rows (T, J R, …) of each task, (T, J, R, …)."""
+    return x.unflatten(1, (tasks, -1))
+
+
+def plain(source: Any, batch_of: Any) -> TaskBatch:
+    """The same trajectories with their images as they are."""
+    source.change = lambda images, keys: images  # noqa: ARG005
+    return batch_of()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("split", SPLITS)
+def test_trajectories_are_pure_and_cut_anyhow(kind: Any, split: Split) -> None:
+    source = stream(kind)
+    whole = source.batch(split, 2, 3)
+    for number in range(3):
+        assert_same(whole[number : number + 1], source.batch(split, 2 + number, 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_task_shows_every_class_and_holds_out_what_no_task_shows(kind: Any) -> None:
+    source = stream(kind)
+    batch = plain(source, lambda: source.batch("test", 0, 2))
+    assert batch.support_x.shape[1] == 5 * 12
+    assert batch.query_x.shape[1] == 5 * 8
+    labels = by_task(batch.support_y)
+    assert all(row.bincount().tolist() == [3] * 4 for row in labels.flatten(0, 1))
+    assert any(not torch.equal(labels[0, 0], other) for other in labels[0, 1:])
+    for task in range(2):
+        shown = {tuple(row.flatten().tolist()) for row in batch.support_x[task]}
+        held = by_task(batch.query_x)[task]
+        assert not shown & {tuple(row.flatten().tolist()) for row in held[0]}
+        assert all(torch.equal(held[0], other) for other in held[1:])
+        # No more than the pool, and more than one task's.
+        assert 12 < len(shown) <= 4 * 6
+
+
+def test_a_label_is_the_same_class_in_every_task() -> None:
+    source = stream(PermutedStream, source="omniglot_small", pool=4, query=2)
+    batch = plain(source, lambda: source.batch("test", 0, 1))
+    of_class: dict[int, set[int]] = {}
+    images = source._tables["test"].images.flatten(1).double() / 255.0
+    for row, label in zip(batch.support_x[0], batch.support_y[0], strict=True):
+        place = int((images == row.flatten()).all(1).nonzero()[0])
+        of_class.setdefault(int(label), set()).add(place // 20)
+    assert batch.class_ids is not None
+    assert of_class == {label: {int(c)} for label, c in enumerate(batch.class_ids[0])}
+
+
+def test_a_task_turns_all_its_images_by_one_angle_that_grows() -> None:
+    source = stream(RotatedStream, tasks=4)
+    keys = torch.arange(3)
+    bar = torch.zeros(3, 4, 2, 1, 17, 17, dtype=torch.float64)
+    bar[..., 8, 8:] = 1.0
+    turned = source.change(bar, keys)
+    assert torch.equal(turned[:, :, 0], turned[:, :, 1])
+    x = torch.arange(17.0).double() - 8
+    mass = turned[:, :, 0, 0]
+    across, down = (mass * x).sum((2, 3)), (mass * x[:, None]).sum((2, 3))
+    angle = torch.rad2deg(torch.atan2(down, across)).abs()
+    for task in range(4):
+        assert (angle[:, task] > 45 * task - 3).all()
+        assert (angle[:, task] < 45 * (task + 1) + 3).all()
+    assert angle[:, 1].std() > 1.0
+
+
+def test_a_task_shuffles_all_its_images_in_one_order_of_its_own() -> None:
+    source = stream(PermutedStream, tasks=3)
+    numbers = torch.arange(36.0).view(6, 6)
+    images = numbers.expand(2, 3, 2, 1, 6, 6)
+    shuffled = source.change(images, torch.arange(2)).flatten(-2)
+    assert torch.equal(shuffled[:, :, 0], shuffled[:, :, 1])
+    orders = shuffled[:, :, 0, 0].flatten(0, 1)
+    assert all(torch.equal(order.sort().values, numbers.flatten()) for order in orders)
+    assert len(orders.unique(dim=0)) == 6
+
+
+def test_a_rainbow_has_56_looks_each_once() -> None:
+    source = stream(RainbowStream, tasks=56)
+    image = torch.zeros(1, 56, 1, 1, 16, 16, dtype=torch.float64)
+    image[..., 4:12, 6:12] = 1.0
+    image[..., 2:4, 6:8] = 1.0
+    looks = source.change(image, torch.tensor([5]))[0, :, 0]
+    assert looks.shape == (56, 3, 16, 16)
+    assert len((looks * 1000).round().flatten(1).unique(dim=0)) == 56
+    corners = looks[:, :, 0, 0]
+    assert len(corners.unique(dim=0)) == 7
+    # Ink is white, and half of the looks have a quarter of it.
+    ink = (looks.amin(1) > 0.95).sum((1, 2)).sort().values
+    assert ink[:28].max() * 3 < ink[28:].min()
+
+
+def test_the_digits_are_all_there_in_parts_that_share_none() -> None:
+    tables = digits()
+    rows = torch.cat([tables[split].images.flatten(1) for split in SPLITS])
+    assert len(rows) == 1797
+    assert all(len(table.names) == 10 for table in tables.values())
+    sets = [{row.numpy().tobytes() for row in tables[split].images} for split in SPLITS]
+    assert not sets[0] & sets[2]
+    assert not sets[1] & sets[2]
+
+
+def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    digits.cache_clear()
+    with pytest.raises(ValueError, match=r"pip install 'metarun\[sklearn\]'"):
+        stream(RotatedStream)
+    digits.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"source": "letters"}, "data.source=letters: expected digits or omniglot_small"),
+        ({"tasks": 0}, "data.tasks=0 is out of range"),
+        ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57 is out of range: there are 56 ways"),
+        ({"shot": 9}, "shot=9 is more than the 6 images of a class that the tasks share"),
+        ({"rows": 5}, "data.rows=5 does not divide the 12 rows of a task"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused_in_one_line(how: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        stream(how.pop("kind", RotatedStream), **how)

@@ -1,0 +1,167 @@
+"""The figure of an evaluation, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+from metarun.algorithms.metric.protonet import ProtoNet
+from metarun.algorithms.optimization.maml import MAML
+from metarun.backbones.conv4 import Conv4
+from metarun.core.statistics import interval, t_quantile
+from metarun.core.types import SPLITS, EpisodeSize, Prediction
+from metarun.data.omniglot import OmniglotSmall
+from metarun.data.synthetic import Linear
+from metarun.evaluation.episodes import evaluate
+from tests.helpers import linear_backbone, make
+
+
+def linear_tasks() -> Linear:
+    size = EpisodeSize(1, 4, 6)
+    return Linear(
+        sizes={"train": size, "val": size, "test": size},
+        seed=0,
+        eval_seed=1,
+        device=torch.device("cpu"),
+        dtype=torch.float64,
+    )
+
+
+def learner(**options: object) -> MAML:
+    return make(MAML, linear_tasks().spec, linear_backbone, **{"inner_lr": 0.3, **options})
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),
+    [(1, 12.706204736), (2, 4.302652730), (4, 2.776445105), (29, 2.045229642),
+     (599, 1.963932249), (100000, 1.959987708)],
+)  # fmt: skip
+def test_the_quantile_is_that_of_the_tables(freedom: int, quantile: float) -> None:
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=2e-9)
+
+
+def test_the_interval_is_t_s_over_root_n() -> None:
+    mean, ci95 = interval([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    assert ci95 == pytest.approx(4.302652730 / math.sqrt(3.0), abs=1e-8)
+
+
+def test_one_value_has_no_interval() -> None:
+    mean, ci95 = interval([0.5])
+    assert mean == 0.5
+    assert math.isnan(ci95)
+
+
+def test_the_mse_of_a_net_that_answers_zero_is_the_mean_square_of_the_values() -> None:
+    source, algorithm = linear_tasks(), learner(eval_inner_steps=0)
+    with torch.no_grad():
+        for parameter in algorithm.parameters():
+            parameter.zero_()
+    measured = evaluate(algorithm, source, "test", 7, 3)
+    expected = source.batch("test", 0, 7).query_y.square().mean((1, 2))
+    np.testing.assert_allclose(measured.values, expected.numpy(), rtol=1e-12)
+
+
+def test_neither_figures_nor_hash_depend_on_how_the_episodes_are_cut() -> None:
+    source, algorithm = linear_tasks(), learner()
+    whole = evaluate(algorithm, source, "test", 7, 100, curve_steps=2)
+    cut = evaluate(algorithm, source, "test", 7, 3, curve_steps=2)
+    np.testing.assert_allclose(whole.values, cut.values, rtol=1e-12)
+    assert whole.curve is not None
+    assert cut.curve is not None
+    np.testing.assert_allclose(whole.curve, cut.curve, rtol=1e-12)
+    assert whole.digest == cut.digest
+
+
+def test_embeddings_are_collected_over_the_episodes_where_there_are_any() -> None:
+    class Mean(MAML):
+        """Whose embedding of a task is the mean of its support."""
+
+        def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
+            outputs = super().predict(support_x, support_y, query_x).outputs
+            return Prediction(outputs, embedding=torch.cat([support_x, support_y], 2).mean(1))
+
+    source = linear_tasks()
+    batch = source.batch("test", 0, 7)
+    expected = torch.cat([batch.support_x, batch.support_y], 2).mean(1)
+    kept = evaluate(make(Mean, source.spec, linear_backbone), source, "test", 7, 3).embeddings
+    assert kept is not None
+    np.testing.assert_array_equal(kept, expected.numpy())
+    assert evaluate(learner(), source, "test", 7, 3).embeddings is None
+
+
+def test_other_episodes_have_another_hash() -> None:
+    source, algorithm = linear_tasks(), learner()
+    digests = {
+        evaluate(algorithm, source, "test", 7, 7).digest,
+        evaluate(algorithm, source, "test", 6, 7).digest,
+        evaluate(algorithm, source, "val", 7, 7).digest,
+    }
+    assert len(digests) == 3
+
+
+def test_each_point_of_the_curve_is_an_evaluation_with_as_many_steps() -> None:
+    source = linear_tasks()
+    curve = evaluate(learner(), source, "test", 5, 5, curve_steps=3).curve
+    assert curve is not None
+    assert curve.shape == (4, 5)
+    for steps in range(4):
+        direct = evaluate(learner(eval_inner_steps=steps), source, "test", 5, 5)
+        np.testing.assert_allclose(curve[steps], direct.values, rtol=1e-12)
+
+
+def test_an_evaluation_changes_nothing_and_says_how_far_it_is() -> None:
+    source, algorithm = linear_tasks(), learner()
+    before = {name: value.clone() for name, value in algorithm.named_parameters()}
+    done: list[int] = []
+    evaluate(algorithm, source, "val", 7, 3, tick=done.append)
+    assert done == [3, 6, 7]
+    assert algorithm.training
+    for name, value in algorithm.named_parameters():
+        assert torch.equal(value, before[name])
+        assert value.grad is None
+
+
+def test_an_algorithm_that_draws_at_random_is_measured_alike_each_time() -> None:
+    class Guesser(MAML):
+        def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
+            answer = super().predict(support_x, support_y, query_x)
+            return type(answer)(answer.outputs + torch.randn_like(answer.outputs))
+
+    algorithm = make(Guesser, linear_tasks().spec, linear_backbone)
+    first = evaluate(algorithm, linear_tasks(), "test", 4, 2).values
+    torch.manual_seed(99)
+    np.testing.assert_array_equal(first, evaluate(algorithm, linear_tasks(), "test", 4, 2).values)
+
+
+def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
+    sizes = {split: EpisodeSize(3, 1, 4) for split in SPLITS}
+    source = OmniglotSmall(
+        sizes=sizes, seed=0, eval_seed=1, val_way=None, device=torch.device("cpu"),
+        dtype=torch.float64,
+    )  # fmt: skip
+    algorithm = make(ProtoNet, source.spec, partial(Conv4, filters=2))
+    found = evaluate(algorithm, source, "test", 7, 3).confusions
+    assert found is not None
+    naive: Counter[tuple[int, int]] = Counter()
+    for index in range(7):
+        batch = source.batch("test", index, 1)
+        assert batch.class_ids is not None
+        with torch.no_grad():
+            answer = algorithm.eval().predict(batch.support_x, batch.support_y, batch.query_x)
+        ids = batch.class_ids[0].tolist()
+        for label, taken in zip(
+            batch.query_y[0].tolist(), answer.outputs[0].argmax(-1).tolist(), strict=True
+        ):
+            naive[ids[label], ids[taken]] += 1
+    assert {(own, taken): count for own, taken, count in found.tolist()} == naive
+    assert max(found[:, :2].max(1)) < len(source.class_names("test"))
+
+
+def test_functions_have_no_classes_to_confuse() -> None:
+    assert evaluate(learner(), linear_tasks(), "test", 2, 2).confusions is None

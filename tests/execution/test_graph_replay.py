@@ -1,0 +1,247 @@
+"""Replays do what the functions do, bit for bit, and are not used where they might not."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.algorithms.metric.protonet import ProtoNet
+from metarun.core.types import Progress
+from metarun.execution.engine import Engine
+from metarun.execution.graph_replay import Graphs, _followed
+from tests.algorithms.test_contract import PAIRS, answers, build, classes
+
+REPLAYING = [(algo, data) for algo, data in PAIRS if vars(classes()[algo]).get("replays")]
+# One of each class: the others are settings of it.
+DIFFERENT = list({(classes()[algo], data): (algo, data) for algo, data in REPLAYING[::-1]}.values())
+SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=28"], "sinusoid": []}
+
+
+def made_graphs(algorithm: Algorithm) -> list[Any]:
+    return list(algorithm.engine.graphs._made.values())
+
+
+def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
+    """A learner after updates that are far apart in the run, and its answers."""
+    torch.manual_seed(0)
+    own = {"mamlpp": ["algo.inner_steps=2"], "relation": ["backbone.blocks=4"]}.get(algo, [])
+    made = build(algo, data, "train.tasks_per_step=3", *SMALLER[data], *own)
+    made.algorithm.engine = engine
+    for step in (0, 1, 6, 7):
+        made.algorithm.update(made.source.batch("train", 3 * step, 3), Progress(step, 8))
+    return made.algorithm, answers(made.algorithm, made.source.batch("test", 0, 4))
+
+
+@pytest.mark.parametrize(
+    ("algo", "data", "kind"),
+    [
+        *((algo, data, "vmap") for algo, data in DIFFERENT),
+        ("fomaml", "omniglot_small", "threads"),
+        ("protonet", "omniglot_small", "threads"),
+    ],
+)
+def test_a_learner_that_replays_is_the_one_that_does_not_bit_for_bit(
+    algo: str, data: str, kind: Any
+) -> None:
+    engine = {"kind": kind, "tasks_per_chunk": 1 if kind == "threads" else None, "threads": 2}
+    plain, expected = learned(algo, data, Engine(**engine, graph="none"))
+    replayed, found = learned(algo, data, Engine(**engine, graph="replay"))
+    assert torch.equal(found, expected)
+    ours, theirs = replayed.state_dict(), plain.state_dict()
+    assert all(torch.equal(ours[n], v) for n, v in theirs.items() if isinstance(v, Tensor))
+    assert made_graphs(replayed)
+    assert all(made_graphs(replayed)), "a graph differed from its function"
+    assert not made_graphs(plain)
+
+
+def test_the_learners_with_recipes_of_long_runs_replay() -> None:
+    replaying = {algo for algo, _ in REPLAYING}
+    assert replaying >= {"maml", "fomaml", "anil", "metasgd", "mamlpp", "protonet", "cnp", "r2d2"}
+
+
+def test_a_subclass_replays_only_if_it_says_so_itself() -> None:
+    class Mine(ProtoNet):
+        """Might read anything."""
+
+    mine = Mine.__new__(Mine)
+    assert mine.replay_key(3) is None
+    assert ProtoNet.__new__(ProtoNet).replay_key(3) == (3,)
+
+
+def squares(values: list[Tensor]) -> Tensor:
+    return values[0] ** 2
+
+
+ARGS = ([torch.tensor([1.0, 2.0])],)
+
+
+def test_auto_follows_a_function_at_its_200th_call() -> None:
+    graphs = Graphs()
+    found = [graphs.find("auto", "squares", squares, ARGS) for _ in range(201)]
+    assert found[:199] == [None] * 199
+    assert found[199] is not None
+    assert found[200] is found[199]
+    assert torch.equal(found[199]([torch.tensor([3.0, 4.0])]), torch.tensor([9.0, 16.0]))
+
+
+def test_another_shape_is_followed_by_itself() -> None:
+    graphs = Graphs()
+    graphs.find("replay", "squares", squares, ARGS)
+    longer = ([torch.tensor([1.0, 2.0, 3.0])],)
+    found = graphs.find("replay", "squares", squares, longer)
+    assert found is not None
+    assert torch.equal(found(*longer), torch.tensor([1.0, 4.0, 9.0]))
+
+
+@pytest.mark.parametrize("kind", ["replay", "compile"])
+def test_a_function_that_reads_other_tensors_is_not_replayed(kind: Any) -> None:
+    factor = torch.tensor([2.0, 2.0])
+    assert Graphs().find(kind, "key", lambda values: values[0] * factor, ARGS) is None
+
+
+def test_a_function_that_computes_something_else_each_time_is_not_replayed() -> None:
+    calls = iter(range(100))
+    assert Graphs().find("replay", "key", lambda values: values[0] * next(calls), ARGS) is None
+
+
+def test_a_function_that_cannot_be_followed_is_not_replayed() -> None:
+    def branches(values: list[Tensor]) -> Tensor:
+        return values[0] if float(values[0].sum()) > 0 else -values[0]
+
+    assert Graphs().find("replay", "key", branches, ARGS) is None
+
+
+def test_without_a_key_nothing_is_replayed() -> None:
+    engine = Engine("vmap", graph="replay")
+    net = nn.Linear(2, 1)
+    params: dict[str, Tensor] = dict(net.named_parameters())
+    rows = (torch.ones(3, 4, 2),)
+
+    def task(net: nn.Module, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        answers = torch.func.functional_call(net, params, (x,))
+        return answers.square().mean(), answers
+
+    engine.gradients(task, net, params, rows)
+    assert not engine.graphs._made
+    engine.gradients(task, net, params, rows, key=())
+    assert any(engine.graphs._made.values())
+
+
+def test_a_replay_reads_buffers_as_they_are_by_then() -> None:
+    net = nn.Module()
+    net.register_buffer("offset", torch.tensor(1.0))
+    net.forward = lambda x: x + net.offset  # type: ignore[method-assign]
+    engine = Engine("vmap", graph="replay")
+
+    def task(net: nn.Module, _: dict[str, Tensor], x: Tensor) -> Tensor:
+        shifted: Tensor = x + net.offset
+        return shifted
+
+    rows = (torch.zeros(2, 3),)
+    assert torch.equal(engine.map(task, net, {}, rows, key=()), torch.ones(2, 3))
+    net.offset = torch.tensor(5.0)
+    assert torch.equal(engine.map(task, net, {}, rows, key=()), torch.full((2, 3), 5.0))
+    assert any(engine.graphs._made.values())
+
+
+def test_a_batch_of_another_size_has_its_own_mean() -> None:
+    net = nn.Linear(2, 1)
+    params: dict[str, Tensor] = dict(net.named_parameters())
+
+    def task(net: nn.Module, params: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+        answers = torch.func.functional_call(net, params, (x,))
+        return answers.square().mean(), answers
+
+    replayed, plain = Engine("loop", graph="replay"), Engine("loop", graph="none")
+    for num_tasks in (4, 2):
+        rows = (torch.randn(num_tasks, 3, 2),)
+        found, _ = replayed.gradients(task, net, params, rows, key=())
+        expected, _ = plain.gradients(task, net, params, rows)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(replayed.graphs._made.values())
+
+
+def test_a_copy_of_a_learner_has_no_graphs_of_the_original() -> None:
+    engine = Engine(graph="replay")
+    engine.graphs.find("replay", "squares", squares, ARGS)
+    assert not copy.deepcopy(engine).graphs._made
+
+
+def test_an_unknown_word_is_refused() -> None:
+    with pytest.raises(ValueError, match="graph=fast: expected one of auto, none, replay"):
+        Engine(graph="fast")  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
+def test_what_is_compiled_agrees_to_rounding() -> None:
+    plain, expected = learned("maml", "sinusoid", Engine("vmap", graph="none"))
+    compiled, found = learned("maml", "sinusoid", Engine("vmap", graph="compile"))
+    assert all(made_graphs(compiled))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for name, value in plain.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name), value, rtol=1e-10, atol=1e-10)
+
+
+def test_a_function_is_followed_without_being_computed() -> None:
+    """What it makes on the way would all be kept until its end."""
+    seen: list[Tensor] = []
+
+    def function(values: list[Tensor]) -> Tensor:
+        seen.append(values[0] * 2)
+        return seen[-1].sum()
+
+    assert Graphs().find("replay", "key", function, ARGS) is not None
+    assert isinstance(seen[0], FakeTensor)
+
+
+def test_what_is_made_of_the_data_alone_is_made_once_and_nothing_else_is() -> None:
+    def function(weights: list[Tensor], data: list[Tensor]) -> Tensor:
+        (weight,), (x,) = weights, data
+        return sum(weight.exp() * (x.cosh() + x.tanh() * 0.5) for _ in range(3)).sum()
+
+    args = ([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    module = _followed(function, args).__closure__[0].cell_contents
+    targets = [node.target for node in module.graph.nodes]
+    assert targets.count(torch.ops.aten.cosh.default) == 1
+    # Of weights it may have been made again to save memory.
+    assert targets.count(torch.ops.aten.exp.default) == 3
+    assert torch.equal(module(*args), function(*args))
+
+
+def test_data_that_are_changed_in_their_place_are_not_shared() -> None:
+    def function(weights: list[Tensor], data: list[Tensor]) -> Tensor:
+        (weight,), (x,) = weights, data
+        first, second = x.cosh(), x.cosh()
+        first.mul_(2.0)
+        return (weight * (first + second)).sum()
+
+    args = ([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    assert torch.equal(_followed(function, args)(*args), function(*args))
+
+
+def test_summands_that_are_nothing_are_left_out() -> None:
+    def function(values: list[Tensor]) -> Tensor:
+        zeros = torch.zeros_like(values[0])
+        return zeros.view(1, -1).expand(3, -1) + (values[0] + zeros).exp()
+
+    module = _followed(function, ARGS).__closure__[0].cell_contents
+    targets = [node.target for node in module.graph.nodes]
+    # One has another shape than the sum, which the other does not.
+    assert targets.count(torch.ops.aten.add.Tensor) == 1
+    assert torch.equal(module(*ARGS), function(*ARGS))
+
+
+def test_zeros_that_something_is_written_into_are_kept() -> None:
+    def function(values: list[Tensor]) -> Tensor:
+        sums = torch.zeros_like(values[0])
+        sums.view(-1).add_(values[0])
+        return values[0] + sums
+
+    assert torch.equal(_followed(function, ARGS)(*ARGS), 2 * ARGS[0][0])

@@ -1,0 +1,283 @@
+"""What a run has learned, used from Python in the manner of scikit-learn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import metarun
+from metarun.config import build
+from metarun.config.composition import composer
+from metarun.inference.learner import Learner, NotFittedError
+from metarun.jobs.train import to_yaml
+from metarun.runs.folder import RunFolder
+from metarun.training import trainer
+from tests.tiny_run import silent
+
+Picture = Image.Image
+
+COMMON = ["device=cpu", "eval.episodes=2", "eval.val_episodes=2", "train.tasks_per_step=1",
+          "query=2", "train.query=2"]  # fmt: skip
+
+
+def trained(path: Path, words: Sequence[str], **facts: str) -> Path:
+    """A run of a few steps, made as the command line makes it."""
+    with composer() as compose:
+        plain = compose.job([*COMMON, *words]).plain
+    experiment = build.build(plain)
+    run = RunFolder.create(path, to_yaml(experiment.record), words)
+    trainer.train(
+        experiment.algorithm,
+        experiment.source,
+        experiment.train,
+        experiment.eval,
+        run,
+        {**experiment.facts, **facts},
+        silent(),
+        experiment.seed,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def protonet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(
+        tmp_path_factory.mktemp("runs") / "protonet",
+        ["algo=protonet", "data=omniglot_small", "train.way=5", "train.steps=60"],
+    )
+
+
+@pytest.fixture(scope="module")
+def maml(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(
+        tmp_path_factory.mktemp("runs") / "maml",
+        ["algo=maml", "data=omniglot_small", "way=3", "train.steps=2"],
+    )
+
+
+@pytest.fixture(scope="module")
+def sinusoid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(
+        tmp_path_factory.mktemp("runs") / "sinusoid",
+        ["algo=maml", "data=sinusoid", "train.steps=20"],
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[list[Picture]]:
+    """Twenty drawings of each of six Sanskrit characters, which no run has trained on."""
+    archive = Path(metarun.__file__).parent / "data" / "files" / "images_background_small2.zip"
+    with zipfile.ZipFile(archive) as file:
+        names = sorted(n for n in file.namelist() if "Sanskrit" in n and n.endswith(".png"))
+        by_character: dict[str, list[Picture]] = {}
+        for name in names:
+            drawn = by_character.setdefault(name.rpartition("/")[0], [])
+            drawn.append(Image.open(BytesIO(file.read(name))))
+    return list(by_character.values())[:6]
+
+
+def test_labels_of_new_drawings_are_mostly_right(
+    protonet: Path, pictures: list[list[Picture]]
+) -> None:
+    words = ["ka", "kha", "ga", "gha", "nga", "cha"]
+    learner = metarun.load(protonet, device="cpu")
+    support = [drawing for drawings in pictures for drawing in drawings[:5]]
+    labels = [word for word in words for _ in range(5)]
+    assert learner.fit(support, labels) is learner
+    assert list(learner.classes_) == sorted(words)
+    query = [drawing for drawings in pictures for drawing in drawings[5:15]]
+    right = learner.predict(query) == np.repeat(words, 10)
+    assert right.mean() > 0.4, "chance is 0.17"
+
+
+def test_probabilities_are_those_of_the_classes_in_order(
+    protonet: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(protonet, device="cpu")
+    learner.fit([drawings[0] for drawings in pictures], [30, 10, 20, 60, 50, 40])
+    query = [drawings[1] for drawings in pictures]
+    probabilities = learner.predict_proba(query)
+    assert probabilities.shape == (6, 6)
+    np.testing.assert_allclose(probabilities.sum(1), 1.0)
+    np.testing.assert_array_equal(learner.classes_, [10, 20, 30, 40, 50, 60])
+    np.testing.assert_array_equal(learner.predict(query), learner.classes_[probabilities.argmax(1)])
+
+
+def test_paths_arrays_and_pictures_are_the_same(
+    protonet: Path, pictures: list[list[Picture]], tmp_path: Path
+) -> None:
+    learner = metarun.load(protonet, device="cpu")
+    drawings = [drawings[0] for drawings in pictures[:3]]
+    learner.fit(drawings, ["a", "b", "c"])
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for path, drawing in zip(paths, drawings, strict=True):
+        drawing.save(path)
+    # As arrays of grey levels, ink dark, as PIL gives them.
+    arrays = [np.asarray(drawing.convert("L")) for drawing in drawings]
+    expected = learner.predict_proba(drawings)
+    np.testing.assert_array_equal(learner.predict_proba(paths), expected)
+    assert learner.predict_proba(arrays).argmax(1).tolist() == expected.argmax(1).tolist()
+    assert list(learner.predict(drawings)) == ["a", "b", "c"]
+
+
+def test_an_answer_does_not_depend_on_the_other_rows_unless_asked(
+    maml: Path, pictures: list[list[Picture]]
+) -> None:
+    support = [drawings[0] for drawings in pictures[:3]]
+    query = [drawing for drawings in pictures[:3] for drawing in drawings[1:6]]
+
+    def shift(learner: Learner) -> float:
+        learner.fit(support, ["a", "b", "c"])
+        alone, together = learner.predict_proba(query[:1]), learner.predict_proba(query)[:1]
+        return float(np.abs(alone - together).max())
+
+    assert shift(metarun.load(maml, device="cpu")) < 1e-5
+    assert shift(metarun.load(maml, device="cpu", bn="transductive")) > 1e-4
+
+
+def test_a_head_of_fixed_width_wants_its_number_of_classes(
+    maml: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(maml, device="cpu")
+    with pytest.raises(ValueError, match="fit got 4 classes and this MAML has learned tasks of 3"):
+        learner.fit([drawings[0] for drawings in pictures[:4]], list("abcd"))
+    with pytest.raises(ValueError, match="examples of 1 class: expected 2 or more"):
+        learner.fit(pictures[0][:2], ["a", "a"])
+
+
+def test_a_new_fit_forgets_the_one_before(protonet: Path, pictures: list[list[Picture]]) -> None:
+    query = [drawings[1] for drawings in pictures[:2]]
+    once = metarun.load(protonet, device="cpu")
+    once.fit([drawings[0] for drawings in pictures[:2]], ["x", "y"])
+    twice = metarun.load(protonet, device="cpu")
+    twice.fit([drawings[0] for drawings in pictures], list("abcdef"))
+    twice.fit([drawings[0] for drawings in pictures[:2]], ["x", "y"])
+    np.testing.assert_array_equal(once.predict_proba(query), twice.predict_proba(query))
+
+
+def test_a_regression_takes_numbers_and_gives_them(sinusoid: Path) -> None:
+    learner = metarun.load(sinusoid, device="cpu")
+    x = np.linspace(-5.0, 5.0, 10)
+    learner.fit(x, np.sin(x))
+    answers = learner.predict(x)
+    assert answers.shape == (10,)
+    np.testing.assert_array_equal(learner.predict(x[:, None]), answers)
+    learner.fit(x[:, None], np.sin(x)[:, None])
+    assert learner.predict(x).shape == (10, 1)
+    np.testing.assert_array_equal(learner.predict(x)[:, 0], answers)
+    with pytest.raises(ValueError, match="a regression has no classes"):
+        learner.predict_proba(x)
+    assert not hasattr(learner, "classes_")
+
+
+def test_it_adapts_as_the_meta_test_does(sinusoid: Path) -> None:
+    learner = metarun.load(sinusoid, device="cpu")
+    algorithm: Any = learner._algorithm
+    batch = learner._source.batch("test", 0, 1)
+    expected = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs[0]
+    learner.fit(batch.support_x[0].numpy(), batch.support_y[0].numpy())
+    np.testing.assert_allclose(learner.predict(batch.query_x[0].numpy()), expected, rtol=1e-5)
+
+
+def test_many_rows_are_answered_as_few_are(sinusoid: Path) -> None:
+    learner = metarun.load(sinusoid, device="cpu").fit([0.0, 1.0], [0.0, 1.0])
+    x = np.linspace(-5.0, 5.0, 601)
+    parts = [learner.predict(x[start : start + 100]) for start in range(0, 601, 100)]
+    np.testing.assert_allclose(learner.predict(x), np.concatenate(parts), rtol=1e-5)
+
+
+def test_predicting_leaves_the_callers_generator_alone(sinusoid: Path) -> None:
+    learner = metarun.load(sinusoid, device="cpu").fit([0.0, 1.0], [0.0, 1.0])
+    before = torch.get_rng_state()
+    learner.predict([0.5])
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_predict_before_fit_says_what_to_call(sinusoid: Path) -> None:
+    learner = metarun.load(sinusoid, device="cpu")
+    assert repr(learner) == "Learner(MAML, regression, not fitted)"
+    with pytest.raises(NotFittedError, match=r"call fit\(inputs, targets\) first"):
+        learner.predict([0.5])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        ([1.0, 2.0], [1.0], "2 inputs and 1 targets"),
+        ([1.0, 2.0], 1.0, "2 inputs and one target"),
+        ([], [], "inputs are empty"),
+        ([[1.0, 2.0]], [1.0], r"inputs have shape \(1, 2\): expected \(N, 1\)"),
+        ([1.0], [[1.0, 2.0]], r"targets have shape \(1, 2\): expected \(N, 1\)"),
+        (["one"], [1.0], "inputs are not numbers"),
+        ([1.0], ["one"], "targets are not numbers"),
+        ([float("nan")], [1.0], "inputs contain values that are not finite"),
+    ],
+)
+def test_bad_examples_are_named_in_one_line(
+    inputs: Any, targets: Any, message: str, sinusoid: Path
+) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        metarun.load(sinusoid, device="cpu").fit(inputs, targets)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreadable_picture_is_named(
+    protonet: Path, pictures: list[list[Picture]], tmp_path: Path
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"broken\.png"):
+        metarun.load(protonet, device="cpu").fit(
+            [pictures[0][0], tmp_path / "broken.png"], ["a", "b"]
+        )
+
+
+def test_a_learner_that_minds_the_order_gets_examples_in_random_order(
+    tmp_path: Path, pictures: list[list[Picture]]
+) -> None:
+    words = ["algo=mann", "data=omniglot_small", "way=3", "shot=4", "train.steps=2"]
+    learner = metarun.load(trained(tmp_path / "mann", words), device="cpu")
+    shown = [drawing for drawings in pictures[:3] for drawing in drawings[:4]]
+    labels = [name for name in "abc" for _ in range(4)]
+    learner.fit(shown, labels)
+    assert learner._support is not None
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    kept = learner._support[1]
+    assert torch.equal(kept, torch.arange(3).repeat_interleave(4)[order])
+    assert len(set(kept[:5].tolist())) > 1
+    answers = [learner.fit(shown, labels).predict_proba(pictures[0][5:7]) for _ in range(2)]
+    assert np.array_equal(*answers)
+
+
+def test_what_is_no_run_or_has_nothing_yet_cannot_be_loaded(tmp_path: Path, maml: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        metarun.load(tmp_path / "nothing")
+    RunFolder.create(tmp_path / "new", RunFolder.open(maml).config_text())
+    with pytest.raises(ValueError, match="has saved nothing yet"):
+        metarun.load(tmp_path / "new", device="cpu")
+    RunFolder.create(tmp_path / "odd", "{a: [")
+    with pytest.raises(ValueError, match=r"config\.yaml is damaged"):
+        metarun.load(tmp_path / "odd")
+
+
+def test_a_run_loads_in_a_process_of_its_own(sinusoid: Path) -> None:
+    program = (
+        "import sys, metarun\n"
+        "print(metarun.load(sys.argv[1]).fit([0., 1.], [0., 1.]).predict([0.5]).shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, str(sinusoid)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "(1,)\n"), done.stderr

@@ -1,0 +1,234 @@
+"""`resume=` and `test=`: what is stored is the truth, and only what may change does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from metarun.cli.main import main
+from tests.conftest import Command
+
+TINY = [
+    "train.steps=4", "train.tasks_per_step=2", "train.checkpoint_every=2", "train.eval_every=2",
+    "eval.episodes=4", "eval.val_episodes=4", "eval.curve_steps=1", "device=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of MAML on sinusoids."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("finished")
+        patch.chdir(folder)
+        assert main(["algo=maml", "data=sinusoid", *TINY, "hydra.run.dir=run"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def stored(folder: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
+
+
+def state(folder: Path) -> str:
+    return str(json.loads((folder / "status.json").read_text())["state"])
+
+
+def edit(folder: Path, key: str, value: object) -> None:
+    """Change a stored value, as if the shipped YAML had had another one at the time."""
+    cfg = OmegaConf.load(folder / "config.yaml")
+    OmegaConf.update(cfg, key, value)
+    OmegaConf.save(cfg, folder / "config.yaml")
+
+
+def test_a_finished_run_says_so_and_stays_as_it_is(metarun: Command, run: Path) -> None:
+    before = files(run)
+    for words in ([], ["train.steps=3"], ["train.log_every=7"]):
+        answer = metarun(f"resume={run}", *words)
+        assert answer.code == 0
+        assert "is finished, after 4 steps" in answer.out
+    assert files(run) == before
+
+
+def test_a_finished_run_goes_on_to_more_steps_and_remembers_them(
+    metarun: Command, run: Path
+) -> None:
+    answer = metarun(f"resume={run}", "train.steps=6")
+    assert answer.code == 0, answer.err
+    assert json.loads((run / "results.json").read_text())["steps"] == 6
+    assert stored(run)["train"]["steps"] == 6
+    assert OmegaConf.to_container(OmegaConf.load(run / "overrides.yaml"))[-1] == "train.steps=6"
+    assert "after 6 steps" in metarun(f"resume={run}").out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("way=3", "way cannot change in a run that goes on"),
+        ("algo=anil", "algo cannot change in a run that goes on"),
+        ("algo.inner_lr=0.3", "algo.inner_lr cannot change in a run that goes on"),
+        ("train.stpes=9", "there is no key train.stpes: did you mean train.steps?"),
+        ("train.steps=many", "train.steps=many: expected a whole number"),
+        ("train.steps=5,6", "names several values"),
+        ("+train.steps=5", "take plain KEY=VALUE"),
+        ("engine=vamp", "engine=vamp: expected auto, vmap, loop or threads"),
+        ("device=gpu", "device=gpu: expected auto"),
+    ],
+)
+def test_what_may_not_change_is_refused_and_nothing_changes(
+    words: str, message: str, metarun: Command, run: Path
+) -> None:
+    before = files(run)
+    answer = metarun(f"resume={run}", words)
+    assert answer.code == 2
+    assert answer.err.startswith("error: ")
+    assert answer.err.count("\n") == 1
+    assert message in answer.err
+    assert files(run) == before
+
+
+def test_fewer_steps_than_were_made_are_refused(metarun: Command, run: Path) -> None:
+    status = json.loads((run / "status.json").read_text())
+    (run / "status.json").write_text(json.dumps({**status, "state": "interrupted"}))
+    before = files(run)
+    answer = metarun(f"resume={run}", "train.steps=2")
+    assert answer.code == 2
+    assert "train.steps=2: the run has made 4: type more" in answer.err
+    assert {k: v for k, v in files(run).items() if k != "lock"} == before
+
+
+def test_a_value_that_differs_by_now_is_named_and_the_runs_own_is_kept(
+    metarun: Command, run: Path
+) -> None:
+    edit(run, "algo.inner_lr", 0.5)
+    answer = metarun(f"resume={run}", "train.steps=5")
+    assert answer.code == 0, answer.err
+    lines = [line for line in answer.err.splitlines() if "the run's value is kept" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: algo.inner_lr is 0.01 in the configuration by now and was")
+    assert stored(run)["algo"]["inner_lr"] == 0.5
+
+
+def test_how_tasks_run_stays_as_it_was_settled_unless_typed(metarun: Command, run: Path) -> None:
+    edit(run, "engine", "loop")
+    assert metarun(f"resume={run}", "train.steps=5").code == 0
+    assert stored(run)["engine"] == "loop"
+    assert metarun(f"resume={run}", "train.steps=6", "engine=vmap").code == 0
+    assert stored(run)["engine"] == "vmap"
+
+
+def test_a_run_whose_words_mean_nothing_any_more_goes_on_by_its_stored_configuration(
+    metarun: Command, run: Path
+) -> None:
+    (run / "overrides.yaml").write_text("- algo=renamed\n")
+    answer = metarun(f"resume={run}", "train.steps=5")
+    assert answer.code == 0
+    assert "warning: the run's words cannot be composed any more" in answer.err
+
+
+@pytest.mark.parametrize("verb", ["resume", "test"])
+@pytest.mark.parametrize("content", [None, {}, {"config.yaml": "[", "status.json": "{}"}])
+def test_what_is_no_run_folder_is_refused(
+    verb: str, content: dict[str, str] | None, metarun: Command, tmp_path: Path
+) -> None:
+    if content is not None:
+        (tmp_path / "folder").mkdir()
+        for name, text in content.items():
+            (tmp_path / "folder" / name).write_text(text)
+    before = files(tmp_path)
+    answer = metarun(f"{verb}=folder")
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert files(tmp_path) == before
+
+
+def test_a_path_may_hold_what_hydras_grammar_does_not_read(
+    metarun: Command, run: Path, tmp_path: Path
+) -> None:
+    strange = run.rename(tmp_path / "a run, (mine)=1")
+    assert "is finished" in metarun(f"resume={strange}").out
+
+
+def results(run: Path) -> dict[str, Any]:
+    """The results of each meta-test below a run, by the folder's name."""
+    paths = sorted(run.glob("tests/*/results.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in paths}
+
+
+def test_a_meta_test_repeats_the_runs_own_figure(metarun: Command, run: Path) -> None:
+    assert metarun(f"test={run}").code == 0
+    own = json.loads((run / "results.json").read_text())
+    assert results(run)["same"]["test"] == own["test"]
+
+
+def test_each_meta_test_has_a_folder_of_its_own(metarun: Command, run: Path) -> None:
+    for _ in range(2):
+        assert metarun(f"test={run}", "shot=3").code == 0
+    assert list(results(run)) == ["shot=3", "shot=3-2"]
+
+
+def test_a_meta_test_takes_other_data_and_keeps_what_was_learned(
+    metarun: Command, run: Path
+) -> None:
+    before = files(run)
+    answer = metarun(f"test={run}", "data=linear", "data.noise=0.1", "shot=3")
+    assert answer.code == 0, answer.err
+    (found,) = results(run).values()
+    assert (found["algo"], found["data"], found["shot"]) == ("maml", "linear", 3)
+    assert {k: v for k, v in files(run).items() if not k.startswith("tests/")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.steps=3"], "train.steps cannot change in a meta-test"),
+        (["algo=anil"], "algo cannot change in a meta-test"),
+        (["data=lienar"], "data=lienar: did you mean linear?"),
+        (["data.nosie=1"], "there is no key data.nosie: did you mean data.noise?"),
+        (["data=omniglot_small"], "way=1 is out of range"),
+        (["data=omniglot_small", "way=5"], "way=5: the run learned a regression"),
+        (["way=5"], "way=5 has no meaning in a regression"),
+        (["eval.episodes=1"], "eval.episodes=1 is out of range"),
+    ],
+)
+def test_a_meta_test_that_cannot_be_is_refused_and_nothing_changes(
+    words: list[str], message: str, metarun: Command, run: Path
+) -> None:
+    before = files(run)
+    answer = metarun(f"test={run}", *words)
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert message in answer.err
+    assert files(run) == before
+
+
+def test_a_run_without_a_checkpoint_cannot_be_tested(metarun: Command, run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    answer = metarun(f"test={run}")
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert "to test" in answer.err
+    assert not list(run.glob("tests/*"))
+
+
+def test_a_metric_method_is_tested_on_more_ways_than_it_learned(
+    metarun: Command, tmp_path: Path
+) -> None:
+    words = ["algo=protonet", "data=omniglot_small", *TINY, "way=5", "train.way=5"]
+    assert metarun(*words, "train.query=2", "query=2", "hydra.run.dir=run").code == 0
+    answer = metarun("test=run", "way=8")
+    assert answer.code == 0, answer.err
+    assert results(tmp_path / "run")["way=8"]["way"] == 8

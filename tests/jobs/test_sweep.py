@@ -1,0 +1,430 @@
+"""Sweeps: found again, resumed, side by side, killed, and told how to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from metarun.config import composition
+from metarun.core.console import Screen
+from metarun.jobs import ensure
+from metarun.jobs.sweep import Journal
+from tests.cli.test_main import own
+from tests.conftest import Answer, Command
+
+TINY = [
+    "data=linear", "train.steps=4", "train.tasks_per_step=2", "train.eval_every=2",
+    "train.log_every=1", "train.checkpoint_every=1", "eval.episodes=4", "eval.val_episodes=4",
+    "eval.curve_steps=0", "device=cpu", "threads=1",
+]  # fmt: skip
+
+Inside = Callable[[Path, Sequence[str]], Answer]
+
+
+def start(words: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "metarun", *words],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"},
+    )
+
+
+def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    process = start(words, cwd)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture
+def inside(metarun: Command, monkeypatch: pytest.MonkeyPatch) -> Inside:
+    """The command in this process and another folder, which is made where it is missing."""
+
+    def call(place: Path, words: Sequence[str]) -> Answer:
+        place.mkdir(exist_ok=True)
+        monkeypatch.chdir(place)
+        return metarun(*words)
+
+    return call
+
+
+def folders(place: Path) -> dict[str, Path]:
+    """The run folders of a sweep by their names."""
+    sweeps = place / "outputs/sweeps"
+    return {path.parent.name: path.parent for path in sweeps.rglob("config.yaml")}
+
+
+def states(place: Path) -> list[str]:
+    return sorted(
+        json.loads((path / "status.json").read_text())["state"] for path in folders(place).values()
+    )
+
+
+def numbers(folder: Path) -> tuple[str, Any, Any, Any]:
+    """Everything that a run computed."""
+    results = json.loads((folder / "results.json").read_text())
+    metrics = (folder / "metrics.jsonl").read_text()
+    return metrics, results["test"], results["val"], results["episodes_hash"]
+
+
+def test_a_sweep_again_skips_what_is_finished_and_makes_what_is_missing(
+    metarun: Command, tmp_path: Path
+) -> None:
+    assert metarun("-m", "algo=maml", "seed=1,2", *TINY).code == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("results.json")}
+    answer = metarun("-m", "seed=1,2,3", *TINY, "algo=maml", "threads=2")
+    assert answer.code == 0, answer.err
+    assert "3 of 3 runs are finished, 2 of them before" in answer.out
+    assert len(folders(tmp_path)) == 3
+    assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_the_folder_that_is_checked_is_the_folder_that_hydra_makes(
+    metarun: Command, tmp_path: Path
+) -> None:
+    """Hydra writes the values of a sweep anew: 1e-3 as 0.001."""
+    words = ["-m", "algo.inner_lr=1e-3,0.5", "optim.lr=1e-2", *TINY]
+    with composition.composer() as compose:
+        planned = {job.folder.name for job in compose.jobs(words[1:], sweep=True)}
+    assert metarun(*words).code == 0
+    assert set(folders(tmp_path)) == planned
+
+
+def test_the_end_of_a_sweep_is_a_table_of_its_runs(metarun: Command) -> None:
+    answer = metarun("-m", "algo=maml,anil", "seed=1,2", *TINY)
+    assert "over 2 seeds" in answer.out
+    assert "on the same episodes, paired" in answer.out
+
+
+def test_a_run_that_fails_leaves_its_traceback_and_its_reason_and_the_others(
+    metarun: Command, tmp_path: Path
+) -> None:
+    conf = own(tmp_path, error="RuntimeError('out of luck')")
+    words = [*conf, "-m", "algo=fails,mine", *TINY]
+    answer = metarun(*words)
+    assert answer.code == 1
+    assert states(tmp_path) == ["failed", "finished"]
+    (failed,) = (path for name, path in folders(tmp_path).items() if "fails" in name)
+    assert "Traceback" in (failed / "metarun.log").read_text()
+    assert "out of luck" in json.loads((failed / "status.json").read_text())["why"]
+    assert f"error: outputs/sweeps/{failed.name}: failed: RuntimeError: out of luck" in answer.err
+    assert f"the same command makes what is missing: metarun {' '.join(words)}" in answer.err
+
+
+def test_a_run_that_cannot_even_begin_leaves_its_traceback_too(
+    metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(ensure.launch, "train", refuse)
+    answer = metarun("-m", "seed=1,2", *TINY)
+    assert answer.code == 1
+    assert states(tmp_path) == ["failed", "failed"]
+    for folder in folders(tmp_path).values():
+        assert "Traceback" in (folder / "metarun.log").read_text()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert metarun("-m", "seed=1,2", *TINY).code == 0
+    assert states(tmp_path) == ["finished", "finished"]
+
+
+def test_fail_fast_starts_no_further_run(metarun: Command, tmp_path: Path) -> None:
+    conf = own(tmp_path, error="RuntimeError")
+    answer = metarun(*conf, "-m", "algo=fails,mine", "sweep.fail_fast=true", *TINY)
+    assert answer.code == 1
+    assert states(tmp_path) == ["failed"]
+    assert "0 of 2 runs are finished" in answer.out
+
+
+def test_a_false_start_is_begun_anew(tmp_path: Path) -> None:
+    """A kill between the first file of a folder and the last."""
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.yaml").touch()
+    os.utime(folder / "config.yaml", (0, 0))
+    with composition.composer() as compose:
+        job = compose.job(TINY)
+    outcome = ensure.make_or_continue(job.plain, folder, TINY, None, Screen())
+    assert outcome.state == "finished", outcome.why
+
+
+def test_a_run_of_another_process_is_left_to_it(tmp_path: Path) -> None:
+    with composition.composer() as compose:
+        job = compose.job(TINY)
+    folder = tmp_path / "run"
+    assert ensure.make_or_continue(job.plain, folder, TINY, None, Screen()).state == "finished"
+    (folder / "results.json").unlink()
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps({**status, "state": "running"}))
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from metarun.runs.folder import RunFolder\n"
+            "with RunFolder.open(sys.argv[1]).locked(): print('held', flush=True); time.sleep(60)",
+            str(folder),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        outcome = ensure.make_or_continue(job.plain, folder, TINY, None, Screen())
+        assert outcome.state == "elsewhere"
+        assert f"in use by process {holder.pid}" in outcome.why
+    finally:
+        holder.kill()
+        holder.communicate()
+
+
+def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with composition.composer() as compose:
+        job = compose.job(TINY)
+    folder = tmp_path / "run"
+
+    def make() -> str:
+        return ensure.make_or_continue(job.plain, folder, TINY, None, Screen()).state
+
+    assert make() == "finished"
+    # As seen by a process that looked before the other began, and before it was finished.
+    monkeypatch.setattr(ensure, "_begun", lambda _: False)
+    assert make() == "elsewhere"
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        ensure.resume, "continuation", lambda *_: ensure.train.build.build(job.plain)
+    )
+    assert make() == "kept"
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+
+
+def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
+    tmp_path: Path, inside: Inside
+) -> None:
+    words = ["-m", "algo=maml,anil,reptile", "seed=1,2", *TINY, "train.steps=20"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    killed.mkdir()
+    assert inside(whole, words).code == 0
+    draw = random.Random(0)
+    for target in sorted(draw.sample(range(1, 5), 3)):
+        process = start(words, killed)
+        # Somewhere in the run that comes after so many: the kill meets it at any point.
+        while process.poll() is None and len(list(killed.rglob("results.json"))) < target:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.4))
+        process.kill()
+        process.communicate()
+    done = inside(killed, words)
+    assert done.code == 0, done.err
+    expected, found = folders(whole), folders(killed)
+    assert set(expected) == set(found)
+    assert len(found) == 6
+    for name, folder in found.items():
+        assert numbers(folder) == numbers(expected[name]), name
+    # The journal of a sweep that was killed is of no use to anybody, and in nobody's way.
+    assert "6 of 6 runs are finished" in done.out
+
+
+def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) -> None:
+    words = ["-m", "seed=1,2,3,4", *TINY, "train.steps=40"]
+    first, second = start(words, tmp_path), start(words, tmp_path)
+    for process in (first, second):
+        _, err = process.communicate(timeout=300)
+        assert "Traceback" not in err
+    assert inside(tmp_path, words).code == 0
+    assert states(tmp_path) == ["finished"] * 4
+    found, alone = folders(tmp_path), tmp_path / "alone"
+    assert inside(alone, words).code == 0
+    for name, folder in folders(alone).items():
+        assert numbers(folder) == numbers(found[name])
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+    ],
+    ids=["joblib", "submitit_local"],
+)
+def test_runs_of_other_processes_are_told_of_and_computed_alike(
+    launcher: list[str], tmp_path: Path, inside: Inside
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = [*own(tmp_path, error="RuntimeError('out of luck')"), "-m", "seed=1,2", *TINY]
+    done = run([*words, "algo=mine,fails", *launcher], tmp_path)
+    assert done.returncode == 1
+    assert states(tmp_path) == ["failed", "failed", "finished", "finished"]
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("failed: RuntimeError: out of luck") == 2
+    assert done.stdout.count("test mse") >= 2
+    assert "step 1/4" not in done.stdout
+    here = inside(tmp_path, [*words, "algo=mine"])
+    assert "2 of 2 runs are finished, 2 of them before" in here.out
+    found, alone = folders(tmp_path), tmp_path / "alone"
+    shutil.copytree(tmp_path / "conf", alone / "conf")
+    assert inside(alone, [*words, "algo=mine"]).code == 0
+    for name, folder in folders(alone).items():
+        assert numbers(folder) == numbers(found[name])
+
+
+def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["-m", "seed=1,2,3,4", *TINY, "train.steps=1000000"]
+    process = start([*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], tmp_path)
+    while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert states(tmp_path) == ["interrupted", "interrupted"]
+    assert "0 of 4 runs are finished" in out
+    assert "the same command makes what is missing: metarun -m seed=1,2,3,4" in err
+
+
+def test_optuna_searches_by_meta_val(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    words += ["hydra.sweeper.sampler.seed=1", "algo.inner_lr=interval(0.001,0.1)", *TINY]
+    # In processes of their own: Optuna keeps the standard error that it first met.
+    done = run(words, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (found,) = tmp_path.rglob("optimization_results.yaml")
+    best = min(numbers(folder)[2]["mean"] for folder in folders(tmp_path).values())
+    assert f"best_value: {best}" in found.read_text()
+    assert len(folders(tmp_path)) == 3
+    again = run(words, tmp_path)
+    assert "3 of 3 runs are finished, 3 of them before" in again.stdout
+
+
+def test_a_search_survives_a_run_that_fails(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    conf = own(tmp_path, error="RuntimeError('out of luck')")
+    words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=6", "hydra.sweeper.n_jobs=1"]
+    words += ["hydra.sweeper.sampler.seed=1", "algo=mine,fails", *TINY]
+    done = run([*conf, *words], tmp_path)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert set(states(tmp_path)) == {"failed", "finished"}
+
+
+def test_processes_whose_sweep_was_killed_save_their_runs_and_end(tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3,4", *TINY]
+    sweep = start([*words, "train.steps=1000000"], tmp_path)
+    while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and sweep.poll() is None:
+        time.sleep(0.05)
+    sweep.kill()
+    # Its processes hold the other end of the pipe until the last of them is gone.
+    sweep.communicate(timeout=120)
+    assert states(tmp_path) == ["interrupted", "interrupted"]
+
+
+def test_a_search_for_the_worst_is_refused(metarun: Command, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = ["-m", "hydra/sweeper=optuna", "optim.lr=interval(0.001,0.1)", *TINY]
+    answer = metarun(*words, "hydra.sweeper.direction=maximize")
+    assert answer.code == 2
+    assert "looks for the worst mse: type hydra.sweeper.direction=minimize" in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["hydra/sweeper=optuna", "seed=1,2", "optim.lr=interval(0.001,0.1)"],
+            "seed=1,2: a search would choose the luckiest seed",
+        ),
+        (["seed=1,2", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: a run's folder is named"),
+    ],
+)
+def test_what_would_mix_up_runs_is_refused(
+    words: list[str], message: str, metarun: Command, tmp_path: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    answer = metarun("-m", *words, *TINY)
+    assert answer.code == 2
+    assert message in answer.err
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_damaged_status_fails_its_run_alone(metarun: Command, tmp_path: Path) -> None:
+    assert metarun("-m", "seed=1,2", *TINY).code == 0
+    broken, _ = sorted(tmp_path.rglob("status.json"))
+    broken.write_text('{"state": "fin')
+    answer = metarun("-m", "seed=1,2,3", *TINY)
+    assert answer.code == 1
+    assert "Hydra" not in answer.err
+    assert "2 of 3 runs are finished, 1 of them before" in answer.out
+    assert "status.json is damaged" in answer.err
+
+
+def test_every_listed_value_of_a_search_is_looked_up_first(metarun: Command) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    answer = metarun("-m", "hydra/sweeper=optuna", "algo=maml,mml", "optim.lr=interval(0.001,0.1)")
+    assert (answer.code, answer.err) == (2, "error: algo=mml: did you mean maml?\n")
+
+
+@pytest.mark.parametrize(
+    ("word", "extra"),
+    [
+        ("hydra/launcher=joblib", "joblib"),
+        ("hydra/launcher=submitit_slurm", "slurm"),
+        ("hydra/sweeper=optuna", "optuna"),
+    ],
+)
+def test_a_plugin_that_is_missing_is_named_by_its_extra(
+    word: str, extra: str, metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = composition.Composer.options
+
+    def without_plugins(self: composition.Composer, group: str) -> list[str]:
+        return ["basic"] if group.startswith("hydra/") else options(self, group)
+
+    monkeypatch.setattr(composition.Composer, "options", without_plugins)
+    answer = metarun("-m", word, "seed=1,2", *TINY)
+    assert answer.code == 2
+    assert answer.err == (
+        f"error: {word} needs a plugin of Hydra's: pip install 'metarun[{extra}]'\n"
+    )
+
+
+def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.add("stop")
+    assert not journal.path.exists()
+    journal.path.touch()
+    journal.add("start", folder="a", host="h", process=1)
+    journal.add("end", folder="a", state="finished", why="", signum=0)
+    journal.add("start", folder="b", host="h", process=1)
+    with journal.path.open("a") as file:
+        file.write('{"event": "sto')
+    assert not journal.stopped()
+    assert list(journal.running()) == ["b"]
+    assert list(journal.ends()) == ["a"]
+
+
+def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=1,2"]
+    answer = metarun("-m", *words, *TINY)
+    assert answer.code == 2
+    assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: a run of a sweep is one")
