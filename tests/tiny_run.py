@@ -29,10 +29,10 @@ from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.backbones.mlp import MLP
 from metarun.core.console import Screen
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import EpisodeSize, Metrics, Progress, Split, TaskBatch
+from metarun.core.types import EpisodeSize, Metrics, Progress, Record, Split, TaskBatch
 from metarun.data.synthetic import Linear
 from metarun.runs import folder as run_folder
-from metarun.runs.folder import Record, RunFolder
+from metarun.runs.folder import RunFolder
 from metarun.trackers.base import Trackers
 from metarun.training import trainer
 from tests.helpers import make

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metarun.config import build
+from metarun.config.build import build_experiment
 from metarun.config.composition import composer
 from metarun.core import distributed, seeding
 from metarun.core.types import Progress, Share
@@ -46,7 +47,7 @@ def made(algo: str, data: str, *words: str) -> build.Experiment:
     small = [] if "backbone=" in " ".join(words) else SMALL[data]
     with composer() as compose:
         job = compose.job([f"algo={algo}", f"data={data}", *COMMON, *small, *words])
-    return build.build(job.plain)
+    return build_experiment(job.plain)
 
 
 def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:

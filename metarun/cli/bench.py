@@ -34,8 +34,8 @@ from metarun.bench.workloads import (
     variants,
 )
 from metarun.cli.parser import Parser
-from metarun.jobs.train import EXIT_INTERRUPTED, EXIT_OK
-from metarun.runs.folder import write_new
+from metarun.core.errors import EXIT_INTERRUPTED, EXIT_OK
+from metarun.core.files import write_new
 
 if TYPE_CHECKING:
     import argparse

@@ -17,9 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import metarun
-from metarun.config.build import check, conf_dir
+from metarun.config.catalogue import conf_dir
+from metarun.config.checks import check_config
 from metarun.core import distributed
-from metarun.jobs.train import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, describe
+from metarun.core.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    describe_error,
+)
 
 QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
@@ -87,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
             raise
         # What is wrong before the processes meet is wrong in all of them.
         if place.rank == 0 or (not distributed.first() and distributed.speaks_of(error)):
-            print(f"error: {distributed.speaker()}{describe(error)}", file=sys.stderr)
+            print(f"error: {distributed.speaker()}{describe_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
     except KeyboardInterrupt:
         if place.rank == 0:
@@ -158,8 +165,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _help(args: argparse.Namespace) -> int:
-    from metarun.config.catalogue import FULL_WIDTH, columns, stacked
     from metarun.config.composition import composer
+    from metarun.core.console import FULL_WIDTH, columns, stacked
 
     with composer(args.config_dir, args.config_path, args.config_name) as compose:
         lines = [
@@ -184,7 +191,7 @@ def _wrapped(words: list[str], indent: int) -> str:
 
 
 def _list(argv: list[str]) -> int:
-    from metarun.config.catalogue import run
+    from metarun.cli.list import run
 
     return run(argv)
 
@@ -246,7 +253,8 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     bare = not words and not args.multirun
     if bare:
         words = [f"experiment={QUICK_START}"]
-    from metarun.jobs.train import Launch, check_jobs, follow
+    from metarun.jobs.checks import check_jobs
+    from metarun.jobs.train import Launch, follow
 
     with distributed.agreed():
         with composer(args.config_dir, args.config_path, args.config_name) as compose:
@@ -263,7 +271,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         args.overrides = words
         if shows:
             for job in jobs:
-                check(job.plain)
+                check_config(job.plain)
             return _hand_over(args, _never)
         if bare:
             print(

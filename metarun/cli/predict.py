@@ -27,10 +27,11 @@ from rich.table import Table
 from rich.text import Text
 
 from metarun.cli.parser import Parser
-from metarun.core.console import Screen
+from metarun.core.console import Screen, warnings_held
+from metarun.core.errors import EXIT_OK
+from metarun.core.files import write_new
 from metarun.data.storage.image_files import SUFFIXES
-from metarun.jobs.train import EXIT_OK, warnings_held
-from metarun.runs.folder import RunFolder, write_new
+from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from metarun.inference.learner import Learner

@@ -13,14 +13,14 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from metarun.cli.parser import Parser
+from metarun.core.errors import EXIT_FAILED, EXIT_OK
+from metarun.core.files import write_atomically
 from metarun.core.statistics import quiet
-from metarun.jobs.train import EXIT_FAILED, EXIT_OK
 from metarun.reporting import published, several_runs, single_run
 from metarun.reporting.figures.drawing import STYLE
 from metarun.reporting.page import Page, is_ours, render
 from metarun.reporting.published import DAMAGED, Run
 from metarun.reporting.run_files import RunFiles
-from metarun.runs.folder import write_atomically
 
 FILE = "report.html"
 

@@ -1,27 +1,26 @@
 """What a configuration may say, where conf/ is, and how the parts of a run are made.
 
 A configuration is a plain, resolved dictionary here, as it stands in a run's `config.yaml`.
-`check` needs no torch; `build` is the only place that instantiates components.
+`check` needs no torch; `build_experiment` is the only place that instantiates components.
 """
 
 from __future__ import annotations
 
-import difflib
 import functools
 import importlib
 import inspect
 import json
-import math
-import re
-import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Union, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
 
+from metarun.config.checks import check_config, convert
+from metarun.config.schema import Config, Settings
+from metarun.config.suggestions import nearest, unknown_key
 from metarun.core import distributed
-from metarun.core.settings import EvalSettings, Published, SweepSettings, TrainSettings
+from metarun.core.errors import one_line
+from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.execution.allocator import keep_large_blocks
 
 if TYPE_CHECKING:
@@ -30,91 +29,6 @@ if TYPE_CHECKING:
     from metarun.algorithms.base import Algorithm
     from metarun.core.types import EpisodeSource
     from metarun.trackers.base import Tracker
-
-Plain = dict[str, Any]
-
-NODES = ("algo", "data", "backbone", "optim")
-"""The nodes that name a class and its options."""
-
-_LARGEST = 2**31 - 1
-_BOUNDS: dict[str, tuple[int, int]] = {
-    "way": (1, _LARGEST),
-    "shot": (1, _LARGEST),
-    "query": (1, _LARGEST),
-    "seed": (0, 2**63 - 1),
-    "tasks_per_chunk": (1, _LARGEST),
-    "threads": (1, 1024),
-    # Learners that live along a stream from the start train on nothing before.
-    "train.steps": (0, _LARGEST),
-    "train.tasks_per_step": (1, _LARGEST),
-    "train.way": (1, _LARGEST),
-    "train.shot": (1, _LARGEST),
-    # Reptile learns from support rows alone.
-    "train.query": (0, _LARGEST),
-    "train.log_every": (1, _LARGEST),
-    "train.eval_every": (1, _LARGEST),
-    "train.checkpoint_every": (1, _LARGEST),
-    # One episode has no interval.
-    "eval.episodes": (2, _LARGEST),
-    "eval.val_episodes": (2, _LARGEST),
-    "eval.val_way": (1, _LARGEST),
-    "eval.inner_steps": (0, _LARGEST),
-    "eval.curve_steps": (0, _LARGEST),
-    "eval.tasks_per_batch": (1, _LARGEST),
-    "eval.views": (1, 1000),
-    "eval.seed": (0, 2**63 - 1),
-}
-"""Least and greatest value of every whole number."""
-
-_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The typed root of a configuration.
-
-    Attributes:
-        algo, data, backbone, optim: `_target_` and options of a component.
-        way, shot, query: Size of a task at evaluation.
-        seed: Of the initial parameters, the training tasks and every other draw of a run.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        precision: Of parameters and data; `mixed` is float32 with networks that compute in
-            bfloat16.
-        bn: Where batch norm takes its statistics from at evaluation.
-        engine, tasks_per_chunk, threads, graph: How the tasks of a batch run.
-        train, eval: See `TrainSettings` and `EvalSettings`.
-        names: The words chosen for `algo`, `data` and `backbone`, for the records.
-        debug: Show where an error came from.
-        sweep: See `SweepSettings`.
-        published: What a paper reports for these very settings.
-        logger: `_target_` and options of each tracker, by its name.
-        resume, test: Always None here: they are requests about another run.
-    """
-
-    algo: Plain
-    data: Plain
-    backbone: Plain
-    optim: Plain
-    way: int
-    shot: int
-    query: int
-    seed: int
-    device: str
-    precision: Literal["float32", "float64", "mixed"]
-    bn: Literal["transductive", "support", "running"]
-    engine: Literal["auto", "vmap", "loop", "threads"]
-    tasks_per_chunk: int | None
-    threads: int | None
-    graph: Literal["auto", "none", "replay", "compile"]
-    train: TrainSettings
-    eval: EvalSettings
-    names: dict[str, str]
-    debug: bool = False
-    sweep: SweepSettings | None = None
-    published: Published | None = None
-    logger: Plain | None = None
-    resume: str | None = None
-    test: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,75 +47,12 @@ class Experiment:
     source: EpisodeSource
     train: TrainSettings
     eval: EvalSettings
-    facts: Plain
-    record: Plain
+    facts: Config
+    record: Config
     seed: int
 
 
-def conf_dir() -> Path:
-    """The folder of YAML files: the repository's where there is one, else the package's."""
-    package = Path(__file__).resolve().parents[1]
-    repository = package.parent
-    if (repository / "pyproject.toml").is_file() and (repository / "conf/config.yaml").is_file():
-        return repository / "conf"
-    return package / "conf"
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A question after the nearest spelling, or nothing where nothing is near."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f": did you mean {found[0]}?" if found else ""
-
-
-def unknown_key(key: str, known: Sequence[str]) -> ValueError:
-    """The error for a key that does not exist, with the one that was probably meant."""
-    leaf = key.rpartition(".")[2]
-    same_leaf = [other for other in known if other.rpartition(".")[2] == leaf]
-    hint = f": did you mean {' or '.join(same_leaf[:3])}?" if same_leaf else ""
-    # A key is never meant as the node that it is in.
-    others = [other for other in known if not key.startswith(f"{other}.")]
-    if not same_leaf and others:
-        likeness, _, best = max((*_likeness(key, other), other) for other in others)
-        hint = f": did you mean {best}?" if likeness > 0.6 else ""
-    return ValueError(f"there is no key {key}{hint or ' (`metarun --cfg job` lists them)'}")
-
-
-def _likeness(key: str, other: str) -> tuple[float, float]:
-    """Of two dotted keys, by their last words or as a whole, and as a whole; in [0, 1]."""
-    whole = difflib.SequenceMatcher(None, key, other).ratio()
-    last = difflib.SequenceMatcher(None, key.rpartition(".")[2], other.rpartition(".")[2]).ratio()
-    return max(whole, last), whole
-
-
-def check(plain: Mapping[str, Any]) -> Settings:
-    """Check keys, types and ranges; imports no torch.
-
-    Raises:
-        ValueError: The first thing that is wrong, by its key.
-    """
-    settings: Settings = _structure("", plain, Settings)
-    for key, (least, greatest) in _BOUNDS.items():
-        value = functools.reduce(getattr, key.split("."), cast(Any, settings))
-        if value is not None and not least <= value <= greatest:
-            expected = f"{least} or more" if value < least else f"at most {greatest}"
-            raise ValueError(f"{key}={value} is out of range: expected {expected}")
-    threshold = settings.eval.proficiency
-    if threshold is not None and not 0.0 < threshold < math.inf:
-        raise ValueError(f"eval.proficiency={threshold}: expected a positive number")
-    if not _DEVICE.fullmatch(settings.device):
-        raise ValueError(
-            f"device={settings.device}: expected auto, cpu, cuda or cuda:N with a number N"
-        )
-    for name in NODES:
-        if not isinstance(getattr(settings, name).get("_target_"), str):
-            raise ValueError(f"{name}._target_ is missing: it names the class to make")
-    for name, node in (settings.logger or {}).items():
-        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise ValueError(f"logger.{name}._target_ is missing: it names the class to make")
-    return settings
-
-
-def build(plain: Mapping[str, Any]) -> Experiment:
+def build_experiment(plain: Mapping[str, Any]) -> Experiment:
     """Make the parts of a run, and nothing on disk.
 
     Args:
@@ -210,7 +61,7 @@ def build(plain: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError: Something is wrong in the configuration, or its parts do not suit each other.
     """
-    settings = check(plain)
+    settings = check_config(plain)
     source = _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
@@ -288,10 +139,10 @@ def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
     return settings.train
 
 
-def trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
+def build_trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
     """Make the trackers of a configuration, none of which opens anything yet.
 
-    They are no part of `build`: a run is read, and tested, where its trackers are not installed.
+    They are no part of `build_experiment`: a run is read, and tested, where its trackers are not installed.
 
     Raises:
         ValueError: An option is wrong, or a package is missing.
@@ -299,7 +150,7 @@ def trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
     from metarun.trackers.base import Tracker
 
     made: dict[str, Tracker] = {}
-    for name, node in (check(plain).logger or {}).items():
+    for name, node in (check_config(plain).logger or {}).items():
         made[name] = _component(f"logger.{name}", node)()
         if not isinstance(made[name], Tracker):
             raise ValueError(
@@ -308,13 +159,13 @@ def trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
     return made
 
 
-def source(plain: Mapping[str, Any]) -> EpisodeSource:
+def build_source(plain: Mapping[str, Any]) -> EpisodeSource:
     """Make the data set of a configuration alone.
 
     Raises:
         ValueError: Something is wrong in the configuration, or the data are not here.
     """
-    return _source(check(plain))
+    return _source(check_config(plain))
 
 
 def _source(settings: Settings) -> EpisodeSource:
@@ -439,7 +290,7 @@ def _component(
                 f"{node['_target_']} does not take {key}: let its constructor accept **common "
                 "and hand it to super().__init__"
             )
-    options: Plain = {}
+    options: Config = {}
     for key, value in node.items():
         if key in ("_target_", "_partial_"):
             continue
@@ -475,7 +326,7 @@ def locate(key: str, path: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
         raise ValueError(f"{key}={path}: {module_name} has no {name}{nearest(name, dir(module))}")
-    return cast(Callable[..., Any], found)
+    return cast("Callable[..., Any]", found)
 
 
 def keywords(target: Callable[..., Any]) -> dict[str, Any]:
@@ -500,129 +351,3 @@ def keywords(target: Callable[..., Any]) -> dict[str, Any]:
             break
     found.pop("self", None)
     return found
-
-
-def convert(key: str, value: Any, hint: Any) -> Any:
-    """A value from a configuration as the type that a hint asks for.
-
-    Raises:
-        ValueError: It is not of that type; the message names the key and the type.
-    """
-    try:
-        return _convert(value, hint)
-    except TypeError:
-        typed = "null" if value is None else json.dumps(value) if _nested(value) else value
-        typed = str(typed).lower() if isinstance(typed, bool) else typed
-        raise ValueError(f"{key}={typed}: expected {describe(hint)}") from None
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
-        return _convert_union(value, args)
-    if origin is Literal:
-        return value if value in args else _refuse()
-    if origin is tuple and args[-1:] != (...,):
-        items = _items(value)
-        return tuple(map(_convert, items, args)) if len(items) == len(args) else _refuse()
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
-        return value if isinstance(value, dict) else _refuse()
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
-        converted = [_convert(item, args[0]) for item in _items(value)]
-        return tuple(converted) if origin is tuple else converted
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (bool, int, float, str, types.NoneType):
-        wanted = types.NoneType if hint is None else hint
-        return value if type(value) is wanted else _refuse()
-    return value
-
-
-def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
-    for option in options:
-        try:
-            return _convert(value, option)
-        except TypeError:
-            continue
-    return _refuse()
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else _refuse()
-
-
-def _refuse() -> NoReturn:
-    raise TypeError
-
-
-def _nested(value: Any) -> bool:
-    return isinstance(value, (list, dict))
-
-
-_WORDS: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    types.NoneType: "null",
-}
-
-
-def describe(hint: Any) -> str:
-    """A type hint in words."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint in _WORDS:
-        return _WORDS[hint]
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(describe, args))
-    if origin is Literal:
-        words = [str(word) for word in args]
-        return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
-    if origin is tuple and args[-1:] != (...,):
-        return f"a list of {len(args)}, as [{','.join(map(describe, args))}]"
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
-        return "keys and values"
-    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
-        return f"a list, each item {describe(args[0])}"
-    if is_dataclass(hint):
-        return "keys and values"
-    return getattr(hint, "__name__", str(hint))
-
-
-def _structure(prefix: str, plain: Any, kind: Any) -> Any:
-    """A dataclass from a dictionary, recursively; `prefix` is its own key."""
-    if not isinstance(plain, Mapping):
-        raise ValueError(f"{prefix}={plain}: expected keys and values, as {prefix}.key=value")
-    given = cast("Mapping[str, Any]", plain)
-    hints = typing.get_type_hints(kind)
-    known = [field.name for field in fields(kind)]
-    dotted = prefix + "." if prefix else ""
-    for key in given:
-        if key not in known:
-            raise unknown_key(f"{dotted}{key}", [dotted + other for other in known])
-    values: Plain = {}
-    for field in fields(kind):
-        key, hint = f"{dotted}{field.name}", hints[field.name]
-        if field.name not in given:
-            # A run that is older than a setting goes on with the setting's default.
-            if field.default is not MISSING:
-                continue
-            raise ValueError(f"{key} is missing: type {key}=…")
-        values[field.name] = _typed(key, given[field.name], hint)
-    return kind(**values)
-
-
-def _typed(key: str, value: Any, hint: Any) -> Any:
-    """A value as its hint asks for, where X, X | None or list[X] may be a dataclass X."""
-    options = [option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)]
-    if not options or (value is None and options[0] is not hint):
-        return convert(key, value, hint)
-    if typing.get_origin(hint) is list:
-        items = convert(key, value, list[Any])
-        return [_structure(f"{key}[{i}]", item, options[0]) for i, item in enumerate(items)]
-    return _structure(key, value, options[0])
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an exception, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

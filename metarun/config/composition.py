@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
@@ -35,11 +35,21 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from metarun.config.build import NODES, Plain, conf_dir, nearest, one_line, unknown_key
+from metarun.config.catalogue import conf_dir
 from metarun.config.naming import hashed_slug, job_name
+from metarun.config.schema import NODES, Config
+from metarun.config.suggestions import nearest, unknown_key
+from metarun.core.errors import one_line
+
+
+    from metarun.config.composition import Job
 
 HYDRA_VERSION_BASE = "1.3"
+
+
 _MOST_JOBS = 10_000
+
+
 _EXTRAS = {
     "joblib": "joblib",
     "submitit_local": "slurm",
@@ -47,9 +57,15 @@ _EXTRAS = {
     "optuna": "optuna",
 }
 """The extra of the package that brings a launcher or a sweeper."""
+
+
 SEVERAL = ("logger",)
 """Groups of which a run may have several choices, or none, as a list."""
+
+
 _FOLDER_OF_A_RUN = "hydra.sweep.subdir"
+
+
 _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
 
 
@@ -67,7 +83,7 @@ class Job:
     """
 
     overrides: list[str]
-    plain: Plain
+    plain: Config
     folder: Path
     has_recipe: bool
     may_be_there: bool = False
@@ -196,7 +212,7 @@ class Composer:
         self._config_name = config_name
         self._parser = OverridesParser.create(config_loader=loader)
         self._options: dict[str, list[str]] = {}
-        self._bases: dict[tuple[str, ...], Plain] = {}
+        self._bases: dict[tuple[str, ...], Config] = {}
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
         self._latest: tuple[tuple[tuple[str, ...], RunMode], DictConfig] | None = None
         if config_name not in self._in_group("", ObjectType.CONFIG):
@@ -367,7 +383,7 @@ class Composer:
         recipes = self.options("recipe") if "recipe" in self.groups else []
         return Job(list(overrides), plain, folder, choices.get("recipe") in recipes, sweep)
 
-    def _check_words(self, overrides: Sequence[str]) -> Plain:
+    def _check_words(self, overrides: Sequence[str]) -> Config:
         """Look up every group and key; returns the structure that the groups compose to."""
         parsed = self._parse(overrides)
         for override in parsed:
@@ -430,7 +446,7 @@ class Composer:
                 f"{override.input_line}: a sweep takes lists, range() and glob(), not interval()"
             )
 
-    def _check_key(self, override: Override, base: Plain, known: list[str]) -> None:
+    def _check_key(self, override: Override, base: Config, known: list[str]) -> None:
         key = override.key_or_group
         if override.package is not None or "/" in key:
             group = key.partition("@")[0]
@@ -547,11 +563,11 @@ def _text(override: Override) -> str:
     return override.input_line
 
 
-def _structure(cfg: DictConfig) -> Plain:
-    return cast(Plain, OmegaConf.to_container(cfg, resolve=False))
+def _structure(cfg: DictConfig) -> Config:
+    return cast("Config", OmegaConf.to_container(cfg, resolve=False))
 
 
-def leaves(node: Plain, prefix: str = "") -> list[str]:
+def leaves(node: Config, prefix: str = "") -> list[str]:
     """Every dotted key below a node but Hydra's and the classes'."""
     found: list[str] = []
     for key, value in node.items():
@@ -560,7 +576,7 @@ def leaves(node: Plain, prefix: str = "") -> list[str]:
         if not str(key).startswith("_"):
             found.append(f"{prefix}{key}")
         if isinstance(value, dict):
-            found += leaves(cast(Plain, value), f"{prefix}{key}.")
+            found += leaves(cast("Config", value), f"{prefix}{key}.")
     return found
 
 
@@ -569,14 +585,14 @@ def _has(node: Any, path: list[str]) -> bool:
         return True
     head, rest = path[0], path[1:]
     if isinstance(node, dict):
-        mapping = cast(Plain, node)
+        mapping = cast("Config", node)
         return head in mapping and _has(mapping[head], rest)
     if isinstance(node, list):
         return head.isdigit() and int(head) < len(node) and _has(node[int(head)], rest)
     return False
 
 
-def _check_added(prefix: str, node: Plain, base: Plain) -> None:
+def _check_added(prefix: str, node: Config, base: Config) -> None:
     """Refuse keys that only a typed dictionary can have added."""
     for key, value in node.items():
         if prefix == "" and key == "hydra":
@@ -585,10 +601,10 @@ def _check_added(prefix: str, node: Plain, base: Plain) -> None:
             raise unknown_key(f"{prefix}{key}", leaves(base, prefix))
         known = base[key]
         if isinstance(value, dict) and isinstance(known, dict):
-            _check_added(f"{prefix}{key}.", cast(Plain, value), cast(Plain, known))
+            _check_added(f"{prefix}{key}.", cast("Config", value), cast("Config", known))
 
 
-def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Path]:
+def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Path]:
     """The resolved configuration and the folder that Hydra makes for it."""
     holder = HydraConfig.instance()
     before = holder.cfg
@@ -609,13 +625,13 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Plain, Pat
         holder.cfg = before
 
 
-def _plain(cfg: DictConfig) -> Plain:
+def _plain(cfg: DictConfig) -> Config:
     """A configuration without Hydra's node, resolved."""
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return cast(Plain, OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+    return cast("Config", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
 
 
-def names_of(choices: Plain, plain: Plain) -> dict[str, str]:
+def names_of(choices: Config, plain: Config) -> dict[str, str]:
     """The words chosen for the parts of a run, `for_<data>` made plain."""
     names = {node: str(choices[node]) for node in ("algo", "data")}
     backbone = str(choices.get("backbone"))
@@ -638,3 +654,10 @@ def _explain(error: BaseException) -> str:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
+def to_yaml(plain: Any) -> str:
+    """Plain values as YAML that OmegaConf reads back alike."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain))

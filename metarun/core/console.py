@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -26,8 +28,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+
 BAR_SHOWS_IT = {"bar_shows_it": True}
+
+
 FILE_ONLY = {"file_only": True}
+
 
 _SECONDS_BETWEEN_UPDATES = 0.1
 
@@ -246,3 +252,69 @@ def _table(title: str, rows: list[tuple[str, str, str]], where: str) -> str:
     lines.append(f"{'files'.ljust(widths[0])}  {where}")
     rule = "─" * min(100, max(map(len, [title, *lines])))
     return "\n".join([rule, title, rule, *lines, rule])
+
+
+FULL_WIDTH = 80
+
+
+NARROWEST, WIDEST = 40, 100
+"""Columns of a terminal between which tables are fitted."""
+
+
+INDENT = 4
+
+
+def columns() -> int:
+    """Of the terminal, or of what reads instead of one."""
+    return max(NARROWEST, shutil.get_terminal_size((FULL_WIDTH, 24)).columns)
+
+
+def stacked(text: str, width: int) -> str:
+    """A text of two columns with the second below the first, for a narrow terminal."""
+    paragraphs: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        margin = " " * (len(line) - len(line.lstrip()))
+        left, _, right = line.strip().partition("  ")
+        if len(margin) > INDENT:
+            place, before = paragraphs.pop()
+            paragraphs.append((place, f"{before} {left}"))
+        else:
+            paragraphs.append((margin, left))
+            if right:
+                paragraphs.append((margin + " " * INDENT, right.strip()))
+    return "".join(
+        textwrap.fill(words, width, initial_indent=margin, subsequent_indent=margin) + "\n"
+        for margin, words in paragraphs
+    )
+
+
+@contextmanager
+def warnings_held() -> Iterator[None]:
+    """Keep warnings back until it is clear that no error makes them pointless; each once."""
+    logger = logging.getLogger("metarun")
+    before, records = list(logger.handlers), _Records()
+    logger.handlers[:] = [records]
+    try:
+        yield
+    finally:
+        logger.handlers[:] = before
+    for record in records.by_text.values():
+        logger.handle(record)
+
+
+class _Records(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_text: dict[str, logging.LogRecord] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.by_text.setdefault(record.getMessage(), record)
+
+
+def silent_screen() -> Screen:
+    """A screen that shows nothing."""
+    from rich.console import Console
+
+    from metarun.core.console import Screen
+
+    return Screen(Console(quiet=True))

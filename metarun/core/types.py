@@ -12,9 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+try:
+    import fcntl
+except ImportError:  # a system without it
+    fcntl = None  # type: ignore[assignment]
 
 Split = Literal["train", "val", "test"]
+
+
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
 
 Metrics = dict[str, "Tensor"]
 """Scalars (0-dimensional, detached) by name, for example `{"loss": …, "accuracy": …}`."""
@@ -236,3 +243,6 @@ class EpisodeSource(Protocol):
     def fingerprint(self) -> str:
         """A hash of the data and the split, for the records of a run."""
         ...
+
+
+Record = dict[str, Any]

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.config import build
+from metarun.config.build import build_experiment
+from metarun.config.schema import Config
 from metarun.core import seeding
 from metarun.core.types import EpisodeSource
 from metarun.evaluation.test_time_augmentation import predict
@@ -55,7 +57,7 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
     return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
 
 
-def restored(folder: RunFolder, plain: build.Plain, device: str = "auto") -> build.Experiment:
+def restored(folder: RunFolder, plain: Config, device: str = "auto") -> build.Experiment:
     """The parts of a run with what it has learned, wherever it was trained.
 
     Args:
@@ -77,7 +79,7 @@ def restored(folder: RunFolder, plain: build.Plain, device: str = "auto") -> bui
     learned = folder.load_learned()
     if learned is None:
         raise ValueError(f"{folder.path} has saved nothing yet: let it run first")
-    experiment = build.build({**plain, **how})
+    experiment = build_experiment({**plain, **how})
     trainer.load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
     return experiment
 
@@ -211,7 +213,7 @@ class Learner:
         """(N, *input_shape) on the device."""
         prepare = getattr(self._source, "prepare", None)
         if prepare is not None:
-            return cast(Tensor, prepare(inputs))
+            return cast("Tensor", prepare(inputs))
         shape = self._spec.input_shape
         values = _numbers("inputs", inputs)
         if shape == (1,) and values.ndim == 1:

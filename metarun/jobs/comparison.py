@@ -15,14 +15,16 @@ from pathlib import Path
 
 from metarun.cli.parser import Parser
 from metarun.config import build
-from metarun.config.build import conf_dir
-from metarun.config.catalogue import description
+from metarun.config.build import build_experiment, build_source
+from metarun.config.catalogue import conf_dir, description
 from metarun.config.composition import Composer, Job, composer
 from metarun.config.naming import digest, hashed_slug, slug
 from metarun.core.console import Screen
+from metarun.core.errors import EXIT_FAILED, EXIT_OK
+from metarun.core.files import write_atomically
 from metarun.core.statistics import interval
+from metarun.jobs.checks import check_jobs
 from metarun.jobs.ensure import make_or_continue
-from metarun.jobs.train import EXIT_FAILED, EXIT_OK, check_jobs
 from metarun.reporting.tables import (
     UNTRAINED,
     Result,
@@ -31,7 +33,7 @@ from metarun.reporting.tables import (
     read_result,
     stream_comparison,
 )
-from metarun.runs.folder import RunFolder, write_atomically
+from metarun.runs.folder import RunFolder
 
 
 def run(argv: Sequence[str]) -> int:
@@ -84,7 +86,7 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     if any(word.partition("=")[0] == "algo" for word in words):
         return list(words)
     jobs = [job.plain for job in compose.jobs(words, sweep=True)]
-    spec = build.source(jobs[0]).spec
+    spec = build_source(jobs[0]).spec
     shot = min(min(plain["shot"], plain["train"]["shot"]) for plain in jobs)
     streams = spec.streams is not None
     told = spec.streams is None or spec.streams["test"].told
@@ -152,7 +154,7 @@ def _measure_untrained(job: Job) -> None:
     """What the learner reaches with its initial parameters, on the run's test episodes."""
     from metarun.evaluation.episodes import evaluate
 
-    made = build.build(job.plain)
+    made = build_experiment(job.plain)
     measured = evaluate(
         made.algorithm,
         made.source,

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from metarun.config.build import Plain
+from metarun.config.composition import to_yaml
+from metarun.config.schema import Config
 from metarun.core.console import FILE_ONLY, Screen
+from metarun.core.errors import Interrupted, describe_error
 from metarun.jobs import resume, train
-from metarun.runs.folder import Interrupted, InUse, RunFolder
+from metarun.runs.folder import RunFolder
+from metarun.runs.lock import InUse
 
 State = Literal["finished", "kept", "failed", "interrupted", "elsewhere"]
 
@@ -39,7 +42,7 @@ class Outcome:
 
 
 def make_or_continue(
-    plain: Plain, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
+    plain: Config, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
 ) -> Outcome:
     """Bring the run of a folder to its end; a failure is written there, with its traceback.
 
@@ -74,7 +77,7 @@ def make_or_continue(
         # A damaged status.json is a ValueError; whatever it is, it is told below.
         with suppress(OSError, InUse, ValueError):
             _record_failure(plain, folder, overrides, error)
-        return Outcome("failed", train.describe(error))
+        return Outcome("failed", describe_error(error))
 
 
 def _begun(folder: Path) -> bool:
@@ -102,13 +105,15 @@ def _clear_false_start(folder: Path) -> None:
         time.sleep(0.2)
 
 
-def _record_failure(plain: Plain, folder: Path, overrides: Sequence[str], error: Exception) -> None:
+def _record_failure(
+    plain: Config, folder: Path, overrides: Sequence[str], error: Exception
+) -> None:
     """Write why a run failed, unless the trainer has."""
     if not (folder / "status.json").exists():
-        RunFolder.create(folder, config=train.to_yaml(plain), overrides=list(overrides))
+        RunFolder.create(folder, config=to_yaml(plain), overrides=list(overrides))
     run = RunFolder(folder)
     with run.locked(), run.logging():
         status = run.status()
         if status["state"] != "failed":
-            run.set_status("failed", step=status.get("step"), why=train.describe(error))
+            run.set_status("failed", step=status.get("step"), why=describe_error(error))
             _log.info("failed: %s", error, extra=FILE_ONLY, exc_info=error)

@@ -13,21 +13,20 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun.config import build
-from metarun.config.build import Experiment, Plain
-from metarun.config.composition import Composer, composer, leaves, parse_value
+from metarun.config.build import Experiment, build_experiment, build_trackers
+from metarun.config.checks import check_config
+from metarun.config.composition import Composer, composer, leaves, parse_value, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, root_of, slug
+from metarun.config.schema import Config
+from metarun.config.suggestions import unknown_key
 from metarun.core import distributed
-from metarun.jobs.train import (
-    EXIT_OK,
-    check_data,
-    draw_figures,
-    guarded,
-    silent,
-    to_yaml,
-    train_in,
-    warnings_held,
-)
-from metarun.runs.folder import Elsewhere, RunFolder, write_atomically
+from metarun.core.console import silent_screen, warnings_held
+from metarun.core.errors import EXIT_OK, one_line
+from metarun.core.files import write_atomically
+from metarun.jobs.checks import check_data
+from metarun.jobs.train import guarded, train_in
+from metarun.reporting.run_figures import draw_figures
+from metarun.runs.folder import NullRunFolder, RunFolder
 from metarun.trackers.base import flat
 
 if TYPE_CHECKING:
@@ -74,13 +73,13 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
 
 def _ours(run: RunFolder) -> RunFolder:
     """The folder, which the first of several processes alone writes."""
-    return run if distributed.first() else Elsewhere()
+    return run if distributed.first() else NullRunFolder()
 
 
 def _screen() -> Screen:
     from metarun.core.console import Screen
 
-    return Screen() if distributed.first() else silent()
+    return Screen() if distributed.first() else silent_screen()
 
 
 def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
@@ -115,14 +114,14 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
         if key not in RESUMABLE and not key.startswith("logger."):
             _refuse(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
     plain = _with(plain, typed)
-    settings = build.check(plain)
+    settings = check_config(plain)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
         return None
     with warnings_held():
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)
-        build.trackers(plain)
-        experiment = build.build(plain)
+        build_trackers(plain)
+        experiment = build_experiment(plain)
         build.check_shares(experiment)
     return experiment
 
@@ -172,10 +171,10 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
     plain = _with(plain, typed)
     # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
     plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
-    settings = build.check(plain)
+    settings = check_config(plain)
     check_data(plain)
     with warnings_held():
-        experiment = build.build(plain)
+        experiment = build_experiment(plain)
     if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
         learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
         raise ValueError(
@@ -190,7 +189,7 @@ def _check_steps(run: RunFolder, steps: int) -> None:
         raise ValueError(f"train.steps={steps}: the run has made {checkpoint['step']}: type more")
 
 
-def _with(stored: Plain, typed: Mapping[str, Any]) -> Plain:
+def _with(stored: Config, typed: Mapping[str, Any]) -> Config:
     """A copy with the typed values in their places."""
     plain = copy.deepcopy(stored)
     for key, value in typed.items():
@@ -199,37 +198,37 @@ def _with(stored: Plain, typed: Mapping[str, Any]) -> Plain:
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node:
-            raise build.unknown_key(key, leaves(stored))
+            raise unknown_key(key, leaves(stored))
         node[leaf] = value
     return plain
 
 
-def _refuse(key: str, stored: Plain, rule: str) -> None:
+def _refuse(key: str, stored: Config, rule: str) -> None:
     if key not in leaves(stored):
-        raise build.unknown_key(key, leaves(stored))
+        raise unknown_key(key, leaves(stored))
     raise ValueError(f"{key} cannot change in {rule}")
 
 
-def _data_node(compose: Composer, name: Any) -> Plain:
+def _data_node(compose: Composer, name: Any) -> Config:
     """The node `data` of another data set, apart from every recipe."""
     if not isinstance(name, str):
         raise ValueError(f"data={name}: type one name of a data set")
     job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
-    return cast(Plain, job.plain["data"])
+    return cast("Config", job.plain["data"])
 
 
-def _trackers_node(word: Any, stored: Plain, config_dir: str | None) -> Plain:
+def _trackers_node(word: Any, stored: Config, config_dir: str | None) -> Config:
     """The node `logger` of other trackers; those that the run has had keep their options."""
     words = word if isinstance(word, list) else [word]
     with composer(config_dir) as compose:
         listed = ",".join(map(str, words))
-        node = cast(Plain, compose.job([f"logger=[{listed}]"]).plain["logger"])
+        node = cast("Config", compose.job([f"logger=[{listed}]"]).plain["logger"])
     before = stored.get("logger") or {}
     return {name: before.get(name, options) for name, options in node.items()}
 
 
 def _changes(
-    run: RunFolder, stored: Plain, typed: Mapping[str, Any], config_dir: str | None
+    run: RunFolder, stored: Config, typed: Mapping[str, Any], config_dir: str | None
 ) -> list[str]:
     """What the run's own words compose to by now, where it differs from what is stored."""
     try:
@@ -240,7 +239,7 @@ def _changes(
     except (ValueError, OmegaConfBaseException) as error:
         hint = "" if config_dir else "; type --config-dir again if the run had one"
         return [
-            f"the run's words cannot be composed any more ({build.one_line(error)}): its stored "
+            f"the run's words cannot be composed any more ({one_line(error)}): its stored "
             f"configuration is used{hint}"
         ]
     then, now = flat(stored), flat(plain)

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from metarun.config import build
+from metarun.config.build import build_source
 from metarun.config.composition import Job, Way, register_resolvers
 from metarun.core.console import Screen, figure, number
+from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
 from metarun.jobs import ensure
-from metarun.jobs.train import EXIT_FAILED, EXIT_OK, asked_for, describe
+from metarun.jobs.train import asked_for
 from metarun.reporting import published
 from metarun.runs.folder import RunFolder
 
@@ -202,7 +203,7 @@ def check_direction(way: Way, job: Job) -> None:
     """
     if way.direction is None:
         return
-    spec = build.source(job.plain).spec
+    spec = build_source(job.plain).spec
     wanted = "maximize" if spec.higher_is_better else "minimize"
     if way.direction != wanted:
         raise ValueError(
@@ -225,7 +226,7 @@ def _handed_over(hand_over: Callable[[Callable[[Any], Any]], int], worker: Worke
         return "stopped at once"
     # A launcher or sweeper may fail in any way.
     except Exception as error:
-        return f"Hydra's sweeper or launcher has failed: {describe(error)}"
+        return f"Hydra's sweeper or launcher has failed: {describe_error(error)}"
     finally:
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -270,7 +271,7 @@ def _show_tables(folders: Sequence[Path], config_dir: str | None) -> int:
         return EXIT_FAILED if published.tell_damaged(found) else EXIT_OK
     # The runs are what counts, and are there.
     except (ValueError, OSError) as error:
-        _say(f"error: {describe(error)}")
+        _say(f"error: {describe_error(error)}")
         return EXIT_FAILED
 
 

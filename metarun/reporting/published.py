@@ -17,12 +17,14 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from metarun.cli.parser import Parser
-from metarun.config.build import Plain, check, conf_dir
+from metarun.config.catalogue import conf_dir
+from metarun.config.checks import check_config
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS, digest, root_of
+from metarun.config.schema import Config
 from metarun.core.console import duration
+from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.settings import Published, PublishedCell
-from metarun.jobs.train import EXIT_FAILED, EXIT_OK
 from metarun.reporting.tables import (
     Figure,
     Line,
@@ -54,7 +56,7 @@ class Run:
     """
 
     path: Path
-    plain: Plain
+    plain: Config
     words: tuple[str, ...]
     result: Result | None
     status: Mapping[str, Any]
@@ -77,7 +79,7 @@ class Group:
     """
 
     runs: tuple[Run, ...]
-    plain: Plain
+    plain: Config
     label: str
 
     @property
@@ -209,12 +211,12 @@ def group(runs: Iterable[Run]) -> list[Group]:
     ]
 
 
-def _experiment(plain: Plain) -> str | None:
+def _experiment(plain: Config) -> str | None:
     found = plain["names"].get("experiment")
     return None if found is None else str(found)
 
 
-def _name(plain: Plain) -> str:
+def _name(plain: Config) -> str:
     return _experiment(plain) or f"algo={plain['names']['algo']} data={plain['names']['data']}"
 
 
@@ -226,7 +228,7 @@ def _seeds(runs: Sequence[Run]) -> list[Run]:
 
 def published_lines(group: Group) -> list[Line]:
     """A line for each printed figure of an experiment."""
-    published = check(group.plain).published
+    published = check_config(group.plain).published
     assert published is not None
     return [_published_line(group, published, cell) for cell in published.cells]
 
@@ -403,7 +405,7 @@ def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None)
     return rows
 
 
-def _task(plain: Plain, cell: PublishedCell | None = None) -> str:
+def _task(plain: Config, cell: PublishedCell | None = None) -> str:
     size = f"{plain['shot']} points"
     if plain["way"] > 1:
         size = f"{plain['way']}-way {plain['shot']}-shot"
@@ -414,7 +416,7 @@ def _task(plain: Plain, cell: PublishedCell | None = None) -> str:
     return size
 
 
-def _split(plain: Plain) -> str:
+def _split(plain: Config) -> str:
     data = str(plain["names"]["data"])
     split = plain["data"].get("split")
     return data if split is None else f"{data}/{split}"

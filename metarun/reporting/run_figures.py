@@ -1,34 +1,56 @@
-"""The figures that a run draws of itself at its end, from its own files."""
+"""The figures that a run draws of itself at its end, from its own files.
+
+`metarun report` draws the rest, which needs a look at what was learned. matplotlib is imported
+with the first figure; a full disk costs the figures and never the run.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import TYPE_CHECKING
 
-from matplotlib import rc_context
+if TYPE_CHECKING:
+    from types import ModuleType
 
-from metarun.reporting.figures import curves, presentations, samples, streams
-from metarun.reporting.figures.drawing import STYLE, write
-from metarun.reporting.run_files import RunFiles
+    from metarun.reporting.run_files import RunFiles
 
 
-def draw(folder: Path) -> None:
-    """Write what there is of a stream, of presentations and of samples into `figures/`.
+def draw_figures(folder: Path) -> None:
+    """Draw what there is of a stream, of presentations and of samples into `figures/`.
 
     Args:
         folder: Of a finished run or of a meta-test.
     """
+    names = ("stream.csv", "samples.npz")
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    if "presentations" not in results and not any((folder / name).exists() for name in names):
+        return
+    from metarun.reporting.figures import presentations, samples, streams
+    from metarun.reporting.run_files import RunFiles
+
     _draw(RunFiles.of_test(folder), (streams, presentations, samples))
 
 
 def draw_curves(folder: Path) -> None:
-    """Write what a finished run has learned and reached along its way into `figures/`."""
+    """Draw what a finished run has learned and reached along its way into `figures/`."""
+    from metarun.reporting.figures import curves
+    from metarun.reporting.run_files import RunFiles
+
     _draw(RunFiles.read(folder), (curves,))
 
 
 def _draw(run: RunFiles, sources: Sequence[ModuleType]) -> None:
-    with rc_context(STYLE):
-        for source in sources:
-            for panel in source.panels(run):
-                write(run.path / "figures", panel)
+    from matplotlib import rc_context
+
+    from metarun.reporting.figures.drawing import STYLE, write
+
+    try:
+        with rc_context(STYLE):
+            for source in sources:
+                for panel in source.panels(run):
+                    write(run.path / "figures", panel)
+    except OSError as error:
+        print(f"warning: {run.path}/figures cannot be written: {error}", file=sys.stderr)

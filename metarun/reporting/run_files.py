@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from metarun.core.statistics import Floats
+from metarun.core.types import Record
 from metarun.reporting.figures.drawing import colours
-from metarun.runs.folder import Record, RunFolder
+from metarun.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from metarun.core.types import Record
 from metarun.reporting import published, single_run
 from metarun.reporting.figures import comparison
 from metarun.reporting.figures.comparison import Entry
@@ -17,7 +18,7 @@ from metarun.reporting.page_tables import table
 from metarun.reporting.published import Group, Run
 from metarun.reporting.run_files import RunFiles
 from metarun.reporting.tables import Line, figure_of
-from metarun.runs.folder import Record, RunFolder
+from metarun.runs.folder import RunFolder
 
 _MOST_COMMANDS = 5
 """Of runs made one by one the page does not list them."""

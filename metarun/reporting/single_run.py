@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from metarun.core.console import duration
+from metarun.core.console import duration, warnings_held
 from metarun.core.console import figure as shown
-from metarun.jobs.train import describe, warnings_held
+from metarun.core.errors import describe_error
 from metarun.reporting import published
 from metarun.reporting.figures import classes, curves, presentations, samples, strategies, streams
 from metarun.reporting.figures.drawing import Panel
@@ -38,7 +38,7 @@ class _Notes:
         try:
             return make()
         except Exception as error:
-            self.add(f"No {what}: {describe(error)}.")
+            self.add(f"No {what}: {describe_error(error)}.")
             return []
 
     def add(self, text: str) -> None:
@@ -215,7 +215,7 @@ def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
             experiment = restored(RunFolder(files.path), dict(files.plain))
     # Of a user's own algorithm anything; the rest of the page does not need it.
     except Exception as error:
-        notes.add(f"No single tasks are shown: {describe(error)}.")
+        notes.add(f"No single tasks are shown: {describe_error(error)}.")
         return None
     algorithm, views = experiment.algorithm.eval(), experiment.eval.views
     return Learned(algorithm, experiment.source, files.colour, views)

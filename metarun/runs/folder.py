@@ -9,21 +9,20 @@ a run's configuration at once.
 from __future__ import annotations
 
 import contextlib
-import errno
-import io
 import json
 import logging
-import math
 import os
-import pickle
-import shutil
 import socket
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal, cast
+
+from metarun.core.files import DISK_FULL, finite, prepared_file, to_json, write_atomically
+from metarun.core.types import Record
+from metarun.runs.checkpoints import read_checkpoint, serialized
+from metarun.runs.lock import InUse, locked_file
 
 try:
     import fcntl
@@ -31,37 +30,9 @@ except ImportError:  # a system without it
     fcntl = None  # type: ignore[assignment]
 
 State = Literal["running", "finished", "failed", "interrupted"]
-Record = dict[str, Any]
 
-FORMAT = 1
-"""Of checkpoints; raised when an older program could not read a newer one."""
-
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a disk, or of a user's share of it, that is full."""
 
 _log = logging.getLogger(__name__)
-
-
-class RunError(ValueError):
-    """A run that broke off: its text is one line with what happened and what to do."""
-
-
-class Interrupted(Exception):  # noqa: N818 - a wish of the user's, not an error
-    """A signal stopped the run, which can be continued: the text says from where and how.
-
-    Attributes:
-        signum: The signal.
-        exit_code: What a shell expects of a program that this signal ended.
-    """
-
-    def __init__(self, signum: int, text: str = "") -> None:
-        super().__init__(text or f"stopped by signal {signum}")
-        self.signum = signum
-        self.exit_code = 128 + signum
-
-
-class InUse(ValueError):  # noqa: N818 - a state of the folder's
-    """The folder is another run's, or another process is at work in it."""
 
 
 class RunFolder:
@@ -164,7 +135,7 @@ class RunFolder:
     def set_status(self, state: State, **facts: Any) -> None:
         """Write the status, in place if the disk has no room for a second file."""
         record = {"state": state, **facts, "time": datetime.now().isoformat(timespec="seconds")}
-        data = _json(record)
+        data = to_json(record)
         try:
             write_atomically(self._file("status.json"), data)
         except OSError as error:
@@ -178,7 +149,7 @@ class RunFolder:
 
     def write_json(self, name: str, record: Mapping[str, Any]) -> None:
         """Write a record; what is not finite becomes null."""
-        write_atomically(self._file(name), _json(record))
+        write_atomically(self._file(name), to_json(record))
 
     def read_json(self, name: str) -> Record:
         """Read a record.
@@ -237,8 +208,8 @@ class RunFolder:
     def save_last(self, checkpoint: Record) -> None:
         """Write `last.pt`; the one before stays as `previous.pt`."""
         folder = self.path / "checkpoints"
-        data = _serialised(checkpoint)
-        with _prepared(folder / "last.pt", data) as temporary:
+        data = serialized(checkpoint)
+        with prepared_file(folder / "last.pt", data) as temporary:
             if (folder / "last.pt").exists():
                 (folder / "last.pt").replace(folder / "previous.pt")
             temporary.replace(folder / "last.pt")
@@ -267,7 +238,7 @@ class RunFolder:
 
     def save_best(self, checkpoint: Record) -> None:
         """Write `best.pt`."""
-        write_atomically(self.path / "checkpoints" / "best.pt", _serialised(checkpoint))
+        write_atomically(self.path / "checkpoints" / "best.pt", serialized(checkpoint))
 
     def drop_best(self) -> None:
         """Remove `best.pt`, which a run that goes on from an earlier step has not earned yet."""
@@ -304,7 +275,7 @@ class RunFolder:
             InUse: Another process is at work here.
         """
         path = self._file("lock")
-        file = _locked_file(path)
+        file = locked_file(path)
         try:
             self._sweep()
             file.truncate(0)
@@ -355,7 +326,7 @@ class RunFolder:
                 temporary.unlink(missing_ok=True)
 
 
-class Elsewhere(RunFolder):
+class NullRunFolder(RunFolder):
     """The folder of a run that another process writes; here nothing is written or read.
 
     Attributes:
@@ -407,168 +378,3 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
-
-
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file or none: a reader meets the old content or the new."""
-    with _prepared(path, data) as temporary:
-        temporary.replace(path)
-
-
-def write_new(path: Path, data: bytes) -> Path:
-    """Write a whole file under a name that is free; returns it.
-
-    Raises:
-        FileExistsError: It is not.
-    """
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-    with _prepared(path, data) as temporary:
-        # `replace` alone would take the place of whatever has come meanwhile.
-        path.open("x").close()
-        temporary.replace(path)
-    return path
-
-
-def read_checkpoint(path: Path) -> Record:
-    """Load a checkpoint onto the CPU, without running anything that it may contain.
-
-    Raises:
-        ValueError: It is damaged, or of a newer format.
-    """
-    import torch
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is not None:
-            raise zipfile.BadZipFile(f"{broken} differs from its checksum")
-        checkpoint: Record = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged") from error
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of metarun")
-    if checkpoint["format"] > FORMAT:
-        raise ValueError(f"{path} was written by a newer metarun: update this one")
-    return checkpoint
-
-
-def check_space(path: str | Path, needed: int) -> None:
-    """Check that there is room for a run before it starts.
-
-    Args:
-        path: Where the run's folder is or will be.
-        needed: Bytes.
-
-    Raises:
-        ValueError: There is not.
-    """
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(
-            f"{place} has {_size(free)} free and the run needs about {_size(needed)}: "
-            "free some space, or put the run elsewhere with hydra.run.dir=…"
-        )
-
-
-def finite(value: Any) -> Any:
-    """The same nest of mappings, lists and numbers, with None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
-def _json(record: Mapping[str, Any]) -> bytes:
-    text = json.dumps(finite(record), indent=2, allow_nan=False, ensure_ascii=False)
-    return f"{text}\n".encode()
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
-
-
-def _serialised(checkpoint: Record) -> memoryview:
-    import torch
-
-    # In memory first: torch reports a full disk as an internal error of its own writer.
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **checkpoint}, buffer)
-    return buffer.getbuffer()
-
-
-@contextlib.contextmanager
-def _prepared(path: Path, data: bytes | memoryview) -> Iterator[Path]:
-    """A temporary file beside `path` with the data on the disk, removed unless it was moved."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        yield temporary
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    # Not every system can open a folder, nor every file system sync one.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _locked_file(path: Path) -> IO[str]:
-    """Open the lock file and hold it.
-
-    The kernel drops a lock with its process, so a lock that can be had is free or stale; where
-    the file system has none, the process written in the file is looked for.
-    """
-    while True:
-        file = path.open("a+", encoding="utf-8")
-        file.seek(0)
-        owner = file.read().split()
-        if not _held(file, owner):
-            file.close()
-            who = f"process {owner[1]} on {owner[0]}" if len(owner) == 2 else "another process"
-            raise InUse(
-                f"{path.parent} is in use by {who}: wait for it, or stop it, "
-                f"or remove {path} if it is gone"
-            )
-        # The process before may have removed the file between our opening and locking it.
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            return file
-        file.close()
-
-
-def _held(file: IO[str], owner: list[str]) -> bool:
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                return False
-    return len(owner) != 2 or (owner[0] == socket.gethostname() and not _alive(int(owner[1])))
-
-
-def _alive(process: int) -> bool:
-    if os.name != "posix":  # where signal 0 would end it
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return process != os.getpid()

@@ -21,7 +21,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from metarun.runs.folder import Interrupted, RunFolder
+from metarun.core.errors import Interrupted
+from metarun.runs.folder import RunFolder
 
 State = Literal["finished", "failed", "interrupted"]
 Values = Mapping[str, float]

@@ -45,21 +45,14 @@ from metarun.core.console import (
     summary,
 )
 from metarun.core.distributed import ProcessLost
+from metarun.core.errors import Interrupted, RunError
+from metarun.core.files import DISK_FULL, check_space, finite, write_atomically
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.statistics import Floats, interval
-from metarun.core.types import EpisodeSource, Progress, Share, TaskSpec
+from metarun.core.types import EpisodeSource, Progress, Record, Share, TaskSpec
 from metarun.evaluation import continual_metrics, task_clusters
 from metarun.evaluation.episodes import EpisodeMetrics, Living, evaluate
-from metarun.runs.folder import (
-    DISK_FULL,
-    Interrupted,
-    Record,
-    RunError,
-    RunFolder,
-    check_space,
-    finite,
-    write_atomically,
-)
+from metarun.runs.folder import RunFolder
 from metarun.trackers.base import RATE, Trackers
 
 __all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
@@ -232,7 +225,7 @@ def _differing(was: Any, now: Any) -> tuple[Any, Any]:
     """Two values, of records only what differs between them."""
     if not (isinstance(was, dict) and isinstance(now, dict)):
         return was, now
-    then, here = cast(Record, was), cast(Record, now)
+    then, here = cast("Record", was), cast("Record", now)
     keys = [key for key in {**then, **here} if then.get(key) != here.get(key)]
     return _listed(then, keys), _listed(here, keys)
 

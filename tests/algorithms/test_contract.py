@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm, task_metric
-from metarun.config import build
+from metarun.config.build import Experiment, build_experiment
+from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
+from metarun.config.schema import Config
 from metarun.core.types import Progress, TaskBatch
 from metarun.evaluation.stream_rollouts import Lifetimes
 
-ALGORITHMS = sorted(path.stem for path in (build.conf_dir() / "algo").glob("*.yaml"))
+ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
 SMALL = {
     "sinusoid": ["backbone.hidden=[8,8]", "shot=6", "train.shot=6"],
     "omniglot_small": ["way=3", "backbone.filters=4", "query=2", "shot=2"],
@@ -35,15 +37,15 @@ FEWER = {
 }
 
 
-def build(algo: str, data: str, *words: str) -> build.Experiment:
+def build(algo: str, data: str, *words: str) -> Experiment:
     common = ["precision=float64", "device=cpu", "engine=loop", *FEWER.get(algo, [])]
-    return build.build(
+    return build_experiment(
         deepcopy(composed(f"algo={algo}", f"data={data}", *SMALL[data], *common, *words))
     )
 
 
 @cache
-def composed(*words: str) -> build.Plain:
+def composed(*words: str) -> Config:
     """The configuration of words, of which many tests ask for the same."""
     with composer() as compose:
         return compose.job(words).plain
@@ -246,7 +248,7 @@ def test_a_short_training_beats_chance(algo: str) -> None:
 @pytest.mark.parametrize("algo", suited("sinusoid"))
 def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     words = [f"algo={algo}", "data=linear", "device=cpu", *FAST.get(algo, [])]
-    made = build.build(deepcopy(composed(*words)))
+    made = build_experiment(deepcopy(composed(*words)))
     for step in range(50):
         made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 50))
     batch = made.source.batch("test", 0, 100)

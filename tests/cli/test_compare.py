@@ -58,7 +58,7 @@ def test_what_is_missing_is_said_and_not_blank(
 def test_the_untrained_line_is_the_learner_with_its_initial_parameters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metarun.config import build
+    from metarun.config.build import build_experiment
     from metarun.evaluation.episodes import evaluate
 
     monkeypatch.chdir(tmp_path)
@@ -66,7 +66,7 @@ def test_the_untrained_line_is_the_learner_with_its_initial_parameters(
     assert main(["compare", *words]) == 0
     stored = json.loads(next(tmp_path.rglob("untrained.json")).read_text())
     with composer() as compose:
-        made = build.build(compose.job(words).plain)
+        made = build_experiment(compose.job(words).plain)
     values = evaluate(made.algorithm, made.source, "test", 4, 4).values
     assert stored["mean"] == pytest.approx(values.mean(), rel=1e-12)
 

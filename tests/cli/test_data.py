@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from metarun.config.build import conf_dir, keywords, locate
+from metarun.config.build import keywords, locate
+from metarun.config.catalogue import conf_dir
 from metarun.data.storage import omniglot_files, registry
 from metarun.data.storage.omniglot_files import FILES
 from tests.conftest import Command

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 
 from metarun import __version__
 from metarun.cli.main import main
-from metarun.config import build
-from metarun.config.catalogue import GROUPS, entries
+from metarun.config.catalogue import GROUPS, conf_dir, entries
 from metarun.jobs import train
 from tests.conftest import Command
 
@@ -155,7 +154,7 @@ def test_a_narrow_help_says_every_word_that_the_wide_one_says(
 
 def test_every_listed_yaml_has_a_line_about_it() -> None:
     for group in GROUPS:
-        for word, text in entries([build.conf_dir()], group).items():
+        for word, text in entries([conf_dir()], group).items():
             assert text, f"{group}/{word}.yaml has no comment that says what it is"
 
 

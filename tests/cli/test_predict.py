@@ -19,7 +19,8 @@ from PIL import Image
 import metarun
 from metarun.cli import predict
 from metarun.config import build
-from metarun.runs.folder import RunFolder, write_new
+from metarun.core.files import write_new
+from metarun.runs.folder import RunFolder
 from tests.conftest import Command
 from tests.inference.test_learner import trained
 

@@ -9,10 +9,13 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from metarun.config import build
+from metarun.config.build import Experiment, build_experiment
+from metarun.config.catalogue import conf_dir
+from metarun.config.checks import _BOUNDS, convert
 from metarun.config.composition import composer
+from metarun.config.schema import NODES
 
-CONF = build.conf_dir()
+CONF = conf_dir()
 
 GIVEN = {
     "algo": {"spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed"},
@@ -28,8 +31,8 @@ def plain(*words: str, **options: Any) -> dict[str, Any]:
         return compose.job(words).plain
 
 
-def build(*words: str, **options: Any) -> build.Experiment:
-    return build.build(plain(*words, **options))
+def build(*words: str, **options: Any) -> Experiment:
+    return build_experiment(plain(*words, **options))
 
 
 def refusal(*words: str, **options: Any) -> str:
@@ -42,7 +45,7 @@ def refusal(*words: str, **options: Any) -> str:
 
 COMPONENTS = [
     path
-    for group in build.NODES
+    for group in NODES
     for path in sorted((CONF / group).rglob("*.yaml"))
     if not path.stem.startswith("for_")
 ]
@@ -73,7 +76,7 @@ def test_the_keys_of_a_yaml_are_the_keywords_of_its_constructor(path: Path) -> N
     ],
 )
 def test_a_value_becomes_what_the_hint_asks_for(value: Any, hint: Any, expected: Any) -> None:
-    converted = build.convert("key", value, hint)
+    converted = convert("key", value, hint)
     assert converted == expected
     assert type(converted) is type(expected)
 
@@ -98,7 +101,7 @@ def test_a_value_of_another_type_is_refused_with_the_right_one(
     value: Any, hint: Any, words: str
 ) -> None:
     with pytest.raises(ValueError) as caught:
-        build.convert("key", value, hint)
+        convert("key", value, hint)
     assert str(caught.value) == words
 
 
@@ -112,12 +115,10 @@ def test_every_whole_number_of_the_schema_has_bounds() -> None:
         )
         for key in node
     }
-    numbers = {
-        k for k in flat if k.rpartition(".")[2] not in (*build.NODES, "names", "train", "eval")
-    }
+    numbers = {k for k in flat if k.rpartition(".")[2] not in (*NODES, "names", "train", "eval")}
     words = {"device", "precision", "bn", "engine", "graph", "debug", "resume", "test"}
     words |= {"sweep", "published", "logger", "eval.proficiency"}
-    assert numbers - words == set(build._BOUNDS)
+    assert numbers - words == set(_BOUNDS)
 
 
 def test_a_run_is_made_of_what_was_asked_for() -> None:
@@ -137,7 +138,7 @@ def test_the_record_of_a_run_builds_the_same_run_again() -> None:
     first = build("algo=maml", "data=sinusoid", "engine=auto", "device=cpu")
     assert first.record["engine"] != "auto"
     assert first.record["threads"] is not None
-    second = build.build(first.record)
+    second = build_experiment(first.record)
     assert second.record == first.record
     assert second.facts == first.facts
 

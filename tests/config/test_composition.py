@@ -10,17 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metarun.config import build
+from metarun.config.catalogue import conf_dir
+from metarun.config.checks import check_config
 from metarun.config.composition import Composer, Job, composer
 
-CONF = build.conf_dir()
+CONF = conf_dir()
 
 
 def job(*words: str, **options: Any) -> Job:
     with composer(**options) as compose:
         found = compose.jobs(list(words), compose.is_sweep(list(words), False))
     assert len(found) == 1
-    build.check(found[0].plain)
+    check_config(found[0].plain)
     return found[0]
 
 
@@ -60,7 +61,7 @@ def opened() -> Iterator[Composer]:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(CONF).as_posix())
 def test_every_yaml_composes_to_a_valid_configuration(path: Path, opened: Composer) -> None:
     found = opened.job(words_for(path))
-    build.check(found.plain)
+    check_config(found.plain)
     if path.parent.name == "recipe":
         assert found.has_recipe
 
@@ -270,7 +271,7 @@ def test_hostile_words_are_composed_or_refused_in_one_line(
     with composer() as compose:
         try:
             for found in compose.jobs(words, compose.is_sweep(words, multirun)):
-                build.check(found.plain)
+                check_config(found.plain)
         except ValueError as error:
             message = str(error)
     assert message

@@ -22,7 +22,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from metarun.config import build
+from metarun.config.build import build_experiment
+from metarun.config.catalogue import conf_dir
+from metarun.config.checks import check_config
 from metarun.config.composition import composer, names_of, register_resolvers
 from metarun.core.console import Screen
 from metarun.core.types import SPLITS
@@ -36,7 +38,7 @@ from tests.data.sources import write_omniglot_zips
 
 Plain = dict[str, Any]
 
-CONF = build.conf_dir()
+CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Those that are no paper's.
 OWN = {"quick_start", "omniglot_small_best", "iris"}
@@ -95,9 +97,9 @@ def composed(name: str) -> Plain:
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
-    choices = cast(Plain, OmegaConf.to_container(cfg.hydra.runtime.choices))
+    choices = cast("Plain", OmegaConf.to_container(cfg.hydra.runtime.choices))
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    plain = cast(Plain, OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+    plain = cast("Plain", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
     return {**plain, "names": names_of(choices, plain)}
 
 
@@ -123,10 +125,10 @@ def cut_down(plain: Plain) -> Plain:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_can_be_made(name: str) -> None:
     plain = composed(name)
-    settings = build.check(plain)
+    settings = check_config(plain)
     # Streams have hundreds of test characters, which the small copy has not.
     made = cut_down(plain) if plain["names"]["data"].startswith("stream_") else plain
-    experiment = build.build({**made, "device": "cpu"})
+    experiment = build_experiment({**made, "device": "cpu"})
     assert experiment.facts["experiment"] == name
     if name not in OWN:
         assert settings.published is not None
@@ -157,7 +159,7 @@ def test_a_paper_is_a_list_of_experiments(name: str) -> None:
     lines = text("paper", name).splitlines()
     assert lines[0] == "# @package _global_"
     assert f"# metarun paper={name}" in lines
-    named = cast(Plain, OmegaConf.to_container(OmegaConf.load(CONF / "paper" / f"{name}.yaml")))
+    named = cast("Plain", OmegaConf.to_container(OmegaConf.load(CONF / "paper" / f"{name}.yaml")))
     assert named["hydra"]["mode"] == "MULTIRUN"
     chosen = named["hydra"]["sweeper"]["params"]["experiment"].split(",")
     assert set(chosen) <= set(EXPERIMENTS)

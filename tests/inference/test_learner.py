@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 
 import metarun
-from metarun.config import build
-from metarun.config.composition import composer
+from metarun.config.build import build_experiment
+from metarun.config.composition import composer, to_yaml
 from metarun.inference.learner import Learner, NotFittedError
-from metarun.jobs.train import to_yaml
 from metarun.runs.folder import RunFolder
 from metarun.training import trainer
 from tests.tiny_run import silent
@@ -34,7 +33,7 @@ def trained(path: Path, words: Sequence[str], **facts: str) -> Path:
     """A run of a few steps, made as the command line makes it."""
     with composer() as compose:
         plain = compose.job([*COMMON, *words]).plain
-    experiment = build.build(plain)
+    experiment = build_experiment(plain)
     run = RunFolder.create(path, to_yaml(experiment.record), words)
     trainer.train(
         experiment.algorithm,

@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from metarun.core.files import check_space, write_atomically
 from metarun.runs import folder
-from metarun.runs.folder import RunFolder, check_space, read_checkpoint, write_atomically
+from metarun.runs.checkpoints import FORMAT, read_checkpoint
+from metarun.runs.folder import RunFolder
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def test_a_checkpoint_never_runs_what_it_contains(
 
 def test_a_checkpoint_of_a_newer_format_is_refused(run: RunFolder) -> None:
     path = run.path / "checkpoints" / "best.pt"
-    torch.save({"format": folder.FORMAT + 1}, path)
+    torch.save({"format": FORMAT + 1}, path)
     with pytest.raises(ValueError, match="newer metarun"):
         read_checkpoint(path)
 

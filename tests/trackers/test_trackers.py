@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from metarun.config.build import conf_dir, keywords, locate
+from metarun.config.build import keywords, locate
+from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS
 from metarun.runs.folder import RunFolder

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from metarun.runs.folder import RunFolder, read_checkpoint
+from metarun.runs.checkpoints import read_checkpoint
+from metarun.runs.folder import RunFolder
 from tests.tiny_run import go, make_algorithm, same_state
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the tiny run forks")

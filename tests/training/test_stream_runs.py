@@ -12,7 +12,7 @@ import pytest
 
 from metarun import load
 from metarun.evaluation.stream_rollouts import Lifetimes
-from metarun.runs.folder import read_checkpoint
+from metarun.runs.checkpoints import read_checkpoint
 from tests.conftest import Command
 
 TINY = (

@@ -23,12 +23,14 @@ from torch import Tensor
 
 from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.core.console import Screen
+from metarun.core.errors import Interrupted, RunError
 from metarun.core.settings import EvalSettings
 from metarun.core.statistics import interval
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.evaluation.episodes import evaluate
 from metarun.runs import folder
-from metarun.runs.folder import Interrupted, RunError, RunFolder, read_checkpoint
+from metarun.runs.checkpoints import read_checkpoint
+from metarun.runs.folder import RunFolder
 from metarun.training import trainer
 from tests.tiny_run import FACTS, STEPS, NoisyMAML, Watched, go, make_algorithm, same_state, silent
 

@@ -14,7 +14,7 @@ from metarun.algorithms.memory.mann import MANN, LeastRecentlyUsed, TuringMachin
 from metarun.algorithms.memory.snail import SNAIL
 from metarun.backbones.layers.recurrent import LSTMCell
 from metarun.config.build import Experiment
-from metarun.config.build import build as build_experiment
+from metarun.config.build import build_experiment as build_experiment
 from metarun.config.composition import composer
 from metarun.core.types import Progress, TaskBatch
 from metarun.evaluation.episodes import by_presentation, evaluate

@@ -21,7 +21,7 @@ from metarun.algorithms.probabilistic.neural_process import (
 )
 from metarun.backbones.mlp import MLP
 from metarun.config.build import Experiment
-from metarun.config.build import build as build_experiment
+from metarun.config.build import build_experiment as build_experiment
 from metarun.config.composition import composer
 from metarun.core.types import Prediction, Progress
 from metarun.evaluation.episodes import evaluate, sureness

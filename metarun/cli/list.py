@@ -1,0 +1,55 @@
+"""`metarun list`: what there is to choose from."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from metarun.cli.parser import Parser
+from metarun.config.catalogue import GROUPS, conf_dir, entries
+from metarun.core.console import INDENT, WIDEST, columns
+
+
+def run(argv: Sequence[str]) -> int:
+    """Answer `metarun list [GROUP…] [--config-dir DIR]`; returns the exit code."""
+    parser = Parser(
+        prog="metarun list", description="Algorithms, data sets, backbones and experiments."
+    )
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
+    args = parser.parse_args(list(argv))
+    for word in args.groups:
+        if word not in GROUPS:
+            raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")
+    if args.config_dir is not None and not args.config_dir.is_dir():
+        raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
+    folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])
+    width = min(WIDEST, columns())
+    console = Console(width=width, highlight=False)
+    for group in args.groups or GROUPS:
+        found = entries(folders, group)
+        if found:
+            console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
+            for line in _lines(found, width):
+                console.print(line, soft_wrap=True)
+            console.print()
+    return 0
+
+
+def _lines(found: Mapping[str, str], width: int) -> Iterator[Text]:
+    """Names with their texts beside them, or below where the names are long."""
+    longest = max(map(len, found))
+    beside = longest <= width // 3
+    indent = longest + 3 if beside else INDENT
+    for name, text in found.items():
+        first, *others = textwrap.wrap(text, width - indent) or [""]
+        if not beside:
+            yield Text(f" {name}", style="bold")
+            others.insert(0, first)
+        else:
+            yield Text.assemble((f" {name}".ljust(indent), "bold"), first)
+        yield from (Text(" " * indent + line) for line in others)

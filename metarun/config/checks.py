@@ -1,0 +1,201 @@
+"""Types and ranges of a configuration, checked before anything is made; no torch."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal, NoReturn, Union, cast
+
+from metarun.config.schema import NODES, Config, Settings
+from metarun.config.suggestions import unknown_key
+
+_LARGEST = 2**31 - 1
+
+
+_BOUNDS: dict[str, tuple[int, int]] = {
+    "way": (1, _LARGEST),
+    "shot": (1, _LARGEST),
+    "query": (1, _LARGEST),
+    "seed": (0, 2**63 - 1),
+    "tasks_per_chunk": (1, _LARGEST),
+    "threads": (1, 1024),
+    # Learners that live along a stream from the start train on nothing before.
+    "train.steps": (0, _LARGEST),
+    "train.tasks_per_step": (1, _LARGEST),
+    "train.way": (1, _LARGEST),
+    "train.shot": (1, _LARGEST),
+    # Reptile learns from support rows alone.
+    "train.query": (0, _LARGEST),
+    "train.log_every": (1, _LARGEST),
+    "train.eval_every": (1, _LARGEST),
+    "train.checkpoint_every": (1, _LARGEST),
+    # One episode has no interval.
+    "eval.episodes": (2, _LARGEST),
+    "eval.val_episodes": (2, _LARGEST),
+    "eval.val_way": (1, _LARGEST),
+    "eval.inner_steps": (0, _LARGEST),
+    "eval.curve_steps": (0, _LARGEST),
+    "eval.tasks_per_batch": (1, _LARGEST),
+    "eval.views": (1, 1000),
+    "eval.seed": (0, 2**63 - 1),
+}
+"""Least and greatest value of every whole number."""
+
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+
+
+def check_config(plain: Mapping[str, Any]) -> Settings:
+    """Check keys, types and ranges; imports no torch.
+
+    Raises:
+        ValueError: The first thing that is wrong, by its key.
+    """
+    settings: Settings = _structure("", plain, Settings)
+    for key, (least, greatest) in _BOUNDS.items():
+        value = functools.reduce(getattr, key.split("."), cast("Any", settings))
+        if value is not None and not least <= value <= greatest:
+            expected = f"{least} or more" if value < least else f"at most {greatest}"
+            raise ValueError(f"{key}={value} is out of range: expected {expected}")
+    threshold = settings.eval.proficiency
+    if threshold is not None and not 0.0 < threshold < math.inf:
+        raise ValueError(f"eval.proficiency={threshold}: expected a positive number")
+    if not _DEVICE.fullmatch(settings.device):
+        raise ValueError(
+            f"device={settings.device}: expected auto, cpu, cuda or cuda:N with a number N"
+        )
+    for name in NODES:
+        if not isinstance(getattr(settings, name).get("_target_"), str):
+            raise ValueError(f"{name}._target_ is missing: it names the class to make")
+    for name, node in (settings.logger or {}).items():
+        if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+            raise ValueError(f"logger.{name}._target_ is missing: it names the class to make")
+    return settings
+
+
+def convert(key: str, value: Any, hint: Any) -> Any:
+    """A value from a configuration as the type that a hint asks for.
+
+    Raises:
+        ValueError: It is not of that type; the message names the key and the type.
+    """
+    try:
+        return _convert(value, hint)
+    except TypeError:
+        typed = "null" if value is None else json.dumps(value) if _nested(value) else value
+        typed = str(typed).lower() if isinstance(typed, bool) else typed
+        raise ValueError(f"{key}={typed}: expected {describe_type(hint)}") from None
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(value, args)
+    if origin is Literal:
+        return value if value in args else _refuse()
+    if origin is tuple and args[-1:] != (...,):
+        items = _items(value)
+        return tuple(map(_convert, items, args)) if len(items) == len(args) else _refuse()
+    if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
+        return value if isinstance(value, dict) else _refuse()
+    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
+        converted = [_convert(item, args[0]) for item in _items(value)]
+        return tuple(converted) if origin is tuple else converted
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (bool, int, float, str, types.NoneType):
+        wanted = types.NoneType if hint is None else hint
+        return value if type(value) is wanted else _refuse()
+    return value
+
+
+def _convert_union(value: Any, options: tuple[Any, ...]) -> Any:
+    for option in options:
+        try:
+            return _convert(value, option)
+        except TypeError:
+            continue
+    return _refuse()
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else _refuse()
+
+
+def _refuse() -> NoReturn:
+    raise TypeError
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, (list, dict))
+
+
+_WORDS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "null",
+}
+
+
+def describe_type(hint: Any) -> str:
+    """A type hint in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(describe_type, args))
+    if origin is Literal:
+        words = [str(word) for word in args]
+        return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+    if origin is tuple and args[-1:] != (...,):
+        return f"a list of {len(args)}, as [{','.join(map(describe_type, args))}]"
+    if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
+        return "keys and values"
+    if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
+        return f"a list, each item {describe_type(args[0])}"
+    if is_dataclass(hint):
+        return "keys and values"
+    return getattr(hint, "__name__", str(hint))
+
+
+def _structure(prefix: str, plain: Any, kind: Any) -> Any:
+    """A dataclass from a dictionary, recursively; `prefix` is its own key."""
+    if not isinstance(plain, Mapping):
+        raise ValueError(f"{prefix}={plain}: expected keys and values, as {prefix}.key=value")
+    given = cast("Mapping[str, Any]", plain)
+    hints = typing.get_type_hints(kind)
+    known = [field.name for field in fields(kind)]
+    dotted = prefix + "." if prefix else ""
+    for key in given:
+        if key not in known:
+            raise unknown_key(f"{dotted}{key}", [dotted + other for other in known])
+    values: Config = {}
+    for field in fields(kind):
+        key, hint = f"{dotted}{field.name}", hints[field.name]
+        if field.name not in given:
+            # A run that is older than a setting goes on with the setting's default.
+            if field.default is not MISSING:
+                continue
+            raise ValueError(f"{key} is missing: type {key}=…")
+        values[field.name] = _typed(key, given[field.name], hint)
+    return kind(**values)
+
+
+def _typed(key: str, value: Any, hint: Any) -> Any:
+    """A value as its hint asks for, where X, X | None or list[X] may be a dataclass X."""
+    options = [option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)]
+    if not options or (value is None and options[0] is not hint):
+        return convert(key, value, hint)
+    if typing.get_origin(hint) is list:
+        items = convert(key, value, list[Any])
+        return [_structure(f"{key}[{i}]", item, options[0]) for i, item in enumerate(items)]
+    return _structure(key, value, options[0])

@@ -1,0 +1,62 @@
+"""The typed root of a configuration; plain data, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from metarun.core.settings import EvalSettings, Published, SweepSettings, TrainSettings
+
+Config = dict[str, Any]
+
+
+NODES = ("algo", "data", "backbone", "optim")
+"""The nodes that name a class and its options."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The typed root of a configuration.
+
+    Attributes:
+        algo, data, backbone, optim: `_target_` and options of a component.
+        way, shot, query: Size of a task at evaluation.
+        seed: Of the initial parameters, the training tasks and every other draw of a run.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        precision: Of parameters and data; `mixed` is float32 with networks that compute in
+            bfloat16.
+        bn: Where batch norm takes its statistics from at evaluation.
+        engine, tasks_per_chunk, threads, graph: How the tasks of a batch run.
+        train, eval: See `TrainSettings` and `EvalSettings`.
+        names: The words chosen for `algo`, `data` and `backbone`, for the records.
+        debug: Show where an error came from.
+        sweep: See `SweepSettings`.
+        published: What a paper reports for these very settings.
+        logger: `_target_` and options of each tracker, by its name.
+        resume, test: Always None here: they are requests about another run.
+    """
+
+    algo: Config
+    data: Config
+    backbone: Config
+    optim: Config
+    way: int
+    shot: int
+    query: int
+    seed: int
+    device: str
+    precision: Literal["float32", "float64", "mixed"]
+    bn: Literal["transductive", "support", "running"]
+    engine: Literal["auto", "vmap", "loop", "threads"]
+    tasks_per_chunk: int | None
+    threads: int | None
+    graph: Literal["auto", "none", "replay", "compile"]
+    train: TrainSettings
+    eval: EvalSettings
+    names: dict[str, str]
+    debug: bool = False
+    sweep: SweepSettings | None = None
+    published: Published | None = None
+    logger: Config | None = None
+    resume: str | None = None
+    test: str | None = None

@@ -1,0 +1,72 @@
+"""What is checked of every job of a request before any folder is made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from metarun.config import build
+from metarun.config.build import build_experiment, build_trackers
+from metarun.config.checks import check_config
+from metarun.config.schema import Config
+from metarun.core import distributed
+from metarun.core.console import warnings_held
+from metarun.core.files import check_space
+
+if TYPE_CHECKING:
+    from metarun.config.composition import Job
+
+
+def check_jobs(jobs: Sequence[Job]) -> None:
+    """Refuse what cannot run, and say which pairs have no recipe; makes nothing on disk.
+
+    Raises:
+        ValueError: The first thing that is wrong in any of the runs.
+    """
+    for job in jobs:
+        check_config(job.plain)
+        _check_folder(job)
+    for job in jobs:
+        check_data(job.plain)
+        build_trackers(job.plain)
+    from metarun.training.trainer import required_bytes
+
+    with warnings_held():
+        for job in jobs:
+            experiment = build_experiment(job.plain)
+            build.check_shares(experiment)
+            check_space(job.folder, required_bytes(experiment.algorithm))
+    if not distributed.first():
+        return
+    for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
+        print(
+            f"note: there is no recipe for {pair}: the values are the general ones, not tuned "
+            "for the pair",
+            file=sys.stderr,
+        )
+
+
+def _pair(job: Job) -> str:
+    names = job.plain["names"]
+    return f"algo={names['algo']} data={names['data']}"
+
+
+def check_data(plain: Config) -> None:
+    """Answer missing data at once, without loading torch."""
+    from metarun.data.storage import registry
+
+    message = registry.missing(plain["names"]["data"], plain["data"].get("root"))
+    if message is not None:
+        raise ValueError(message)
+
+
+def _check_folder(job: Job) -> None:
+    folder = job.folder
+    in_the_way = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if in_the_way and not job.may_be_there:
+        raise ValueError(f"{folder} exists and is not empty: a run is never written over another")
+    parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"{folder} cannot be made: {parent} is not a folder that you can write")
