@@ -142,7 +142,8 @@ def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
 def build_trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
     """Make the trackers of a configuration, none of which opens anything yet.
 
-    They are no part of `build_experiment`: a run is read, and tested, where its trackers are not installed.
+    They are no part of `build_experiment`: a run is read, and tested, where its trackers are not
+    installed.
 
     Raises:
         ValueError: An option is wrong, or a package is missing.

@@ -18,7 +18,6 @@ from metarun.config.suggestions import unknown_key
 
 _LARGEST = 2**31 - 1
 
-
 _BOUNDS: dict[str, tuple[int, int]] = {
     "way": (1, _LARGEST),
     "shot": (1, _LARGEST),
@@ -47,7 +46,6 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "eval.seed": (0, 2**63 - 1),
 }
 """Least and greatest value of every whole number."""
-
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
@@ -41,14 +41,8 @@ from metarun.config.schema import NODES, Config
 from metarun.config.suggestions import nearest, unknown_key
 from metarun.core.errors import one_line
 
-
-    from metarun.config.composition import Job
-
 HYDRA_VERSION_BASE = "1.3"
-
-
 _MOST_JOBS = 10_000
-
 
 _EXTRAS = {
     "joblib": "joblib",
@@ -58,14 +52,10 @@ _EXTRAS = {
 }
 """The extra of the package that brings a launcher or a sweeper."""
 
-
 SEVERAL = ("logger",)
 """Groups of which a run may have several choices, or none, as a list."""
 
-
 _FOLDER_OF_A_RUN = "hydra.sweep.subdir"
-
-
 _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
 
 

@@ -9,7 +9,6 @@ from metarun.core.settings import EvalSettings, Published, SweepSettings, TrainS
 
 Config = dict[str, Any]
 
-
 NODES = ("algo", "data", "backbone", "optim")
 """The nodes that name a class and its options."""
 

@@ -16,7 +16,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -28,13 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-
 BAR_SHOWS_IT = {"bar_shows_it": True}
-
-
 FILE_ONLY = {"file_only": True}
-
-
 _SECONDS_BETWEEN_UPDATES = 0.1
 
 
@@ -256,10 +251,8 @@ def _table(title: str, rows: list[tuple[str, str, str]], where: str) -> str:
 
 FULL_WIDTH = 80
 
-
 NARROWEST, WIDEST = 40, 100
 """Columns of a terminal between which tables are fitted."""
-
 
 INDENT = 4
 
@@ -314,7 +307,5 @@ class _Records(logging.Handler):
 def silent_screen() -> Screen:
     """A screen that shows nothing."""
     from rich.console import Console
-
-    from metarun.core.console import Screen
 
     return Screen(Console(quiet=True))

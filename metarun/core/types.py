@@ -18,10 +18,7 @@ except ImportError:  # a system without it
     fcntl = None  # type: ignore[assignment]
 
 Split = Literal["train", "val", "test"]
-
-
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
-
 
 Metrics = dict[str, "Tensor"]
 """Scalars (0-dimensional, detached) by name, for example `{"loss": …, "accuracy": …}`."""

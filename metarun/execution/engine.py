@@ -60,7 +60,6 @@ class Staged:
 Work = Callable[["_Nets", Way, Sequence[Tensor], Sequence[Tensor]], Any]
 """What a chunk of tasks comes to: of the network, how the chunk runs, the parameters, the rows."""
 
-
 # Up to here a convolution is bound by overhead, which vmap shares over tasks; beyond, by
 # arithmetic, which grouped convolutions do slowly (measured at 5 and at 75 rows of 28x28).
 _FEW_ROWS = 16

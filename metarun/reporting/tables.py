@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 UNTRAINED = "untrained.json"
 """What a run's learner reaches before any training, on the same test episodes."""
 
-
 BESIDE = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
 """What a record has beside the metric, and what it is called in a table."""
 

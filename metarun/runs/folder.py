@@ -30,8 +30,6 @@ except ImportError:  # a system without it
     fcntl = None  # type: ignore[assignment]
 
 State = Literal["running", "finished", "failed", "interrupted"]
-
-
 _log = logging.getLogger(__name__)
 
 
