@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.backbones.conv4 import Conv4
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.mlp import MLP
 from metarun.backbones.network import Network
 from metarun.backbones.resnet12 import ResNet12
@@ -39,7 +39,7 @@ class Identity(nn.Module):
         # Without any parameter a network of no head could not be trained at all.
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
         return x.flatten(1)
 
 

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.outer_optimizer import OuterOptimizer
-from metarun.backbones.layers.normalization import (
-    BATCH_NORM_MODES,
-    BatchNormMode,
-    Pass,
-    has_batch_norm,
-    makes_noise,
-)
+from metarun.backbones.layers.context import BATCH_NORM_MODES, BatchNormMode, ForwardContext
+from metarun.backbones.layers.dropout import makes_noise
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
 from metarun.execution.engine import Engine, TaskFunction
@@ -318,9 +314,9 @@ class Algorithm(nn.Module, ABC):
         """
         if self.bn == "support" and has_batch_norm(net):
             rows = torch.cat([support_x, query_x])
-            how = Pass(rows=support_x.shape[0], context=context)
+            how = ForwardContext(rows=support_x.shape[0], context=context)
             return forward(net, params, rows, how)[support_x.shape[0] :]
-        how = Pass(running=self.bn == "running", context=context)
+        how = ForwardContext(running=self.bn == "running", context=context)
         return forward(net, params, query_x, how)
 
 
@@ -344,7 +340,7 @@ def own_parameters(net: nn.Module) -> dict[str, Tensor]:
     return {name: param for name, param in net.named_parameters()}  # noqa: C416
 
 
-def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, how: Pass) -> Tensor:
+def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, how: ForwardContext) -> Tensor:
     """Run a network with parameters that are not its own."""
     outputs: Tensor = torch.func.functional_call(net, params, (x, how))
     return outputs

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import distributed
 from metarun.core.types import Progress
 
@@ -217,3 +218,25 @@ def check_positive(name: str, value: float) -> None:
     """
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value}: expected a positive number")
+
+
+def update_running_statistics(
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+) -> None:
+    """Move the running statistics of every batch norm towards the moments of a pass.
+
+    Args:
+        net: The network that made the pass.
+        moments: What `Pass.moments` collected, each with a leading dimension of T tasks; the
+            tasks are averaged, those of other processes too, so that their number does not change
+            the pace.
+        momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
+    """
+    if not moments:
+        return
+    count = len(next(iter(moments.values()))[0])
+    means = {f"mean {name}": mean.mean(0) for name, (mean, _) in moments.items()}
+    means |= {f"var {name}": var.mean(0) for name, (_, var) in moments.items()}
+    means = distributed.mean(means, count)
+    averaged = {name: (means[f"mean {name}"], means[f"var {name}"]) for name in moments}
+    move_running_statistics(net, averaged, momentum)

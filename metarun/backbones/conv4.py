@@ -12,15 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers.normalization import (
-    BatchNorm,
-    FiLM,
-    InstanceNorm,
-    Pass,
-    Unchanged,
-    conv_and_norm,
-    many_rows,
-)
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.conv_block import conv_and_norm
+from metarun.backbones.layers.modulation import FiLM
+from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, Unchanged, many_rows
 from metarun.backbones.network import Network
 
 Downsample = Literal["max_pool", "stride"]
@@ -135,7 +130,7 @@ class _Blocks(nn.Module):
         self.maps = maps
         self.native = False
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         x = self._laid_out(x)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             # Pooled before ReLU, which is the same thing and leaves it a quarter of the work.

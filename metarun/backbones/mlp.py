@@ -12,7 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers.normalization import BatchNorm, Pass, context_of
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.modulation import task_context
+from metarun.backbones.layers.normalization import BatchNorm
 from metarun.backbones.network import Network
 
 Activation = Literal["relu", "tanh"]
@@ -80,7 +82,7 @@ class Flat(Network):
 
 
 class _Flatten(nn.Module):
-    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
         return x.flatten(1)
 
 
@@ -104,10 +106,10 @@ class _Dense(nn.Module):
         )
         self.activation = torch.tanh if activation == "tanh" else torch.relu
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         x = x.flatten(1)
         if self.context_dim:
-            context = context_of(how, self.context_dim, x)
+            context = task_context(how, self.context_dim, x)
             x = torch.cat([x, context.expand(x.shape[0], -1)], 1)
         for i, linear in enumerate(self.linears):
             x = linear(x)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers.normalization import BATCH, Pass, norm_parameters
+from metarun.backbones.layers.context import BATCH_STATISTICS, ForwardContext
+from metarun.backbones.layers.normalization import norm_parameters
 
 
 class Network(nn.Module):
@@ -29,7 +30,7 @@ class Network(nn.Module):
         self.feature_dim = measure_features(body, input_shape)
         self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
 
-    def forward(self, x: Tensor, how: Pass = BATCH) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext = BATCH_STATISTICS) -> Tensor:
         """Answer (N, *input_shape) with (N, output_dim), or (N, F) where there is no head."""
         if self.mixed:
             return self._mixed_answers(x, how)
@@ -37,7 +38,7 @@ class Network(nn.Module):
         answers: Tensor = features if self.head is None else self.head(features)
         return answers
 
-    def _mixed_answers(self, x: Tensor, how: Pass) -> Tensor:
+    def _mixed_answers(self, x: Tensor, how: ForwardContext) -> Tensor:
         # Casts in sight, since under vmap torch.autocast leaves most operators as they are.
         kept = norm_parameters(self.body)
         halved = {
@@ -70,5 +71,5 @@ def set_mixed(module: nn.Module) -> int:
 def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Size of a body's features for one input, found by running it."""
     with torch.no_grad():
-        features: Tensor = body(torch.zeros(2, *input_shape), BATCH)
+        features: Tensor = body(torch.zeros(2, *input_shape), BATCH_STATISTICS)
     return features.shape[1]

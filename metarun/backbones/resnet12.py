@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from metarun.backbones.conv4 import check_image
-from metarun.backbones.layers.normalization import BatchNorm, Pass, conv_and_norm, drop_blocks
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.conv_block import conv_and_norm
+from metarun.backbones.layers.dropout import drop_blocks
+from metarun.backbones.layers.normalization import BatchNorm
 from metarun.backbones.network import Network
 
 _SLOPE = 0.1
@@ -75,7 +78,7 @@ class _Residual(nn.Module):
                     module.weight, a=_SLOPE, mode="fan_out", nonlinearity="leaky_relu"
                 )
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         for block in self.blocks:
             x = block(x, how)
         return x.mean((2, 3)) if self.mean_pool else x.flatten(1)
@@ -95,7 +98,7 @@ class _Block(nn.Module):
         self.drop_rate = drop_rate
         self.block_size = block_size
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         out = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             out = conv_and_norm(conv, norm, out, how)

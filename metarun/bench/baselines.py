@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import own_parameters
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.bench.implementations import EPISODES_AT_ONCE, Step, algorithm_of, batch_of, source_of
 from metarun.bench.networks import load, textbook
 from metarun.bench.workloads import RIVALS, Variant, Workload
@@ -204,7 +204,7 @@ def mann_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
     for i in range(batch.num_tasks):
         rows = (batch.support_x[i], batch.support_y[i], batch.query_x[i])
         targets = torch.cat([batch.support_y[i], batch.query_y[i]])
-        (loss_of(workload, net(*rows, Pass()), targets) / batch.num_tasks).backward()
+        (loss_of(workload, net(*rows, ForwardContext()), targets) / batch.num_tasks).backward()
 
 
 BACKWARD: dict[str, dict[str, Backward]] = {

@@ -215,7 +215,7 @@ def _predict(argv: list[str]) -> int:
 
 
 def _tables(argv: list[str]) -> int:
-    from metarun.reporting.published import run
+    from metarun.cli.table import run
 
     return run(argv)
 
@@ -245,10 +245,11 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
             raise ValueError("resume= and test= do not go together: type one of them")
         if shows:
             raise ValueError("--cfg and --info show a new run; see config.yaml in the run folder")
-        from metarun.jobs.resume import resume, test
+        from metarun.jobs.meta_test import meta_test
+        from metarun.jobs.resume import resume
 
         verb, path = next(iter(folders.items()))
-        act = resume if verb == "resume" else test
+        act = resume if verb == "resume" else meta_test
         return act(path, words, args.config_dir)
     bare = not words and not args.multirun
     if bare:

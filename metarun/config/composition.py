@@ -6,7 +6,6 @@ sometimes (`+key`) not at all. Here every word is looked up first. No torch is i
 
 from __future__ import annotations
 
-import itertools
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from hydra.version import setbase
@@ -37,12 +36,13 @@ from omegaconf.errors import (
 
 from metarun.config.catalogue import conf_dir
 from metarun.config.naming import hashed_slug, job_name
+from metarun.config.overrides import check_added, has_key, leaves, read_words, text_of
 from metarun.config.schema import NODES, Config
 from metarun.config.suggestions import nearest, unknown_key
+from metarun.config.sweeps import SweepMethod, corners, product
 from metarun.core.errors import one_line
 
 HYDRA_VERSION_BASE = "1.3"
-_MOST_JOBS = 10_000
 
 _EXTRAS = {
     "joblib": "joblib",
@@ -77,31 +77,6 @@ class Job:
     folder: Path
     has_recipe: bool
     may_be_there: bool = False
-
-
-@dataclass(frozen=True)
-class Way:
-    """How Hydra goes through a sweep.
-
-    Attributes:
-        launcher: The word for `hydra/launcher`.
-        sweeper: The word for `hydra/sweeper`.
-        direction: `minimize` or `maximize`, where the sweeper has one.
-    """
-
-    launcher: str
-    sweeper: str
-    direction: str | None
-
-    @property
-    def searches(self) -> bool:
-        """Whether the sweeper chooses runs by the results of others."""
-        return self.sweeper != "basic"
-
-    @property
-    def beside(self) -> bool:
-        """Whether runs happen in other processes, several at a time."""
-        return self.launcher != "basic"
 
 
 def register_resolvers() -> None:
@@ -158,38 +133,6 @@ def composer(
         yield Composer(hydra, config_name or "config")
     finally:
         instance.clear()
-
-
-def parse_value(word: str) -> tuple[str, Any]:
-    """A key and its value, read as Hydra reads them; no sweep, no + or ~.
-
-    Raises:
-        ValueError: It is not a plain KEY=VALUE.
-    """
-    override = read_words(OverridesParser.create(), [word])[0]
-    if override.is_sweep_override():
-        raise ValueError(f"{word} names several values: resume= and test= are about one run")
-    if override.type is not OverrideType.CHANGE or override.package is not None:
-        raise ValueError(f"{word}: resume= and test= take plain KEY=VALUE")
-    return override.key_or_group, override.value()
-
-
-def read_words(parser: OverridesParser, words: Sequence[str]) -> list[Override]:
-    """Parse words by Hydra's grammar.
-
-    Raises:
-        ValueError: One cannot be read.
-    """
-    parsed: list[Override] = []
-    for word in words:
-        try:
-            parsed += parser.parse_overrides([word])
-        except (HydraException, ValueError, RecursionError, OverflowError) as error:
-            raise ValueError(
-                f"cannot read {word!r}: expected key=value; quote a value with special "
-                "characters, as in 'key=\"a b\"'"
-            ) from error
-    return parsed
 
 
 class Composer:
@@ -263,12 +206,12 @@ class Composer:
             return True
         if swept:
             raise ValueError(
-                f"{_text(swept[0])} names several values: add -m to run each, or quote a text "
+                f"{text_of(swept[0])} names several values: add -m to run each, or quote a text "
                 "that has a comma"
             )
         return False
 
-    def way(self, overrides: Sequence[str]) -> Way:
+    def way(self, overrides: Sequence[str]) -> SweepMethod:
         """How Hydra would go through a sweep of these words."""
         hydra = self._sweep_node(self._one_of_each(self._parse(overrides)))
         choices = hydra.runtime.choices
@@ -279,7 +222,7 @@ class Composer:
                 "expected 1; torchrun starts one run in several"
             )
         direction = hydra.sweeper.get("direction")
-        return Way(
+        return SweepMethod(
             str(choices["hydra/launcher"]),
             str(choices["hydra/sweeper"]),
             None if direction is None else str(getattr(direction, "name", direction)),
@@ -293,7 +236,7 @@ class Composer:
         words: list[str] = []
         for override in parsed:
             if not override.is_sweep_override():
-                words.append(_text(override))
+                words.append(text_of(override))
             elif override.key_or_group in self.groups and override.is_choice_sweep():
                 first = next(iter(override.sweep_string_iterator()), None)
                 words += [] if first is None else [f"{override.key_or_group}={first}"]
@@ -344,13 +287,13 @@ class Composer:
                 self._check_sweep_key(override)
             elif override.is_sweep_override() and override.key_or_group == "seed":
                 raise ValueError(
-                    f"{_text(override)}: a search would choose the luckiest seed; search with "
+                    f"{text_of(override)}: a search would choose the luckiest seed; search with "
                     "one, then repeat the best run with seed=0,1,2"
                 )
         sweeper = self._sweep_node(simple).sweeper
         params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
         parsed = [*self._parse([f"{key}={value}" for key, value in params.items()]), *parsed]
-        combine = _corners if searches else _product
+        combine = corners if searches else product
         return [self.job(list(words), sweep) for words in combine(parsed)]
 
     def job(self, overrides: Sequence[str], sweep: bool = False) -> Job:
@@ -361,7 +304,7 @@ class Composer:
         """
         base = self._check_words(overrides)
         cfg = self._compose(overrides, RunMode.RUN)
-        _check_added("", _structure(cfg), base)
+        check_added("", _structure(cfg), base)
         choices = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra.runtime.choices))
         if not cfg.get("backbone"):
             raise ValueError(
@@ -379,18 +322,18 @@ class Composer:
         for override in parsed:
             if override.key_or_group in _FILES_OF_HYDRA:
                 raise ValueError(
-                    f"{_text(override)}: metarun alone writes a run's folder, its log among it"
+                    f"{text_of(override)}: metarun alone writes a run's folder, its log among it"
                 )
             if override.key_or_group == _FOLDER_OF_A_RUN:
                 raise ValueError(
-                    f"{_text(override)}: a run's folder is named after what it computes; type "
+                    f"{text_of(override)}: a run's folder is named after what it computes; type "
                     "hydra.sweep.dir=… to put them all elsewhere"
                 )
         groups = set(self.groups)
         in_groups = [o for o in parsed if o.key_or_group in groups]
         for override in in_groups:
             self._check_group(override)
-        words = tuple(_text(o) for o in in_groups)
+        words = tuple(text_of(o) for o in in_groups)
         if words not in self._bases:
             self._bases[words] = _structure(self._compose(words, RunMode.RUN))
         base = self._bases[words]
@@ -443,7 +386,7 @@ class Composer:
             raise ValueError(f"there is no group {group}{nearest(group, self.groups)}")
         if key.startswith("hydra.") and override.is_add():
             return  # Hydra's own nodes hold open dictionaries, as hydra.job.env_set.
-        if not _has(base, key.split(".")):
+        if not has_key(base, key.split(".")):
             raise unknown_key(key, known)
         if override.is_delete():
             raise ValueError(f"~{key}: a run needs every key; set it to another value, or null")
@@ -507,91 +450,8 @@ def _check_config_dir(config_dir: str, shipped: Path) -> None:
             )
 
 
-def _choices(parsed: Sequence[Override]) -> dict[str, list[str]]:
-    """The words that each key is set to; of an interval its ends."""
-    choices: dict[str, list[str]] = {}
-    for override in parsed:
-        key = override.get_key_element()
-        if not override.is_sweep_override():
-            choices[key] = [_text(override)]
-            continue
-        try:
-            value = override.value()
-            if isinstance(value, IntervalSweep):
-                texts: Iterator[Any] = iter((value.start, value.end))
-            else:
-                texts = itertools.islice(override.sweep_string_iterator(), _MOST_JOBS + 1)
-            choices[key] = [f"{key}={text}" for text in texts]
-        except (HydraException, ValueError, ArithmeticError) as error:
-            raise ValueError(f"{override.input_line}: {one_line(error)}") from error
-        if not choices[key]:
-            raise ValueError(f"{override.input_line} selects nothing: `metarun list` shows names")
-    return choices
-
-
-def _corners(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
-    """Few jobs that together meet every word: one key changes at a time."""
-    choices = _choices(parsed)
-    first = {key: words[0] for key, words in choices.items()}
-    changed = [{**first, key: word} for key, words in choices.items() for word in words[1:]]
-    return [tuple(words.values()) for words in (first, *changed)]
-
-
-def _product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
-    """The words of every job, in the order of Hydra's basic sweeper."""
-    choices = _choices(parsed)
-    count = 1
-    for values in choices.values():
-        count *= len(values)
-    if count > _MOST_JOBS:
-        raise ValueError(f"the sweep asks for more than {_MOST_JOBS} runs: make it smaller")
-    return list(itertools.product(*choices.values()))
-
-
-def _text(override: Override) -> str:
-    assert override.input_line is not None
-    return override.input_line
-
-
 def _structure(cfg: DictConfig) -> Config:
     return cast("Config", OmegaConf.to_container(cfg, resolve=False))
-
-
-def leaves(node: Config, prefix: str = "") -> list[str]:
-    """Every dotted key below a node but Hydra's and the classes'."""
-    found: list[str] = []
-    for key, value in node.items():
-        if not prefix and key == "hydra":
-            continue
-        if not str(key).startswith("_"):
-            found.append(f"{prefix}{key}")
-        if isinstance(value, dict):
-            found += leaves(cast("Config", value), f"{prefix}{key}.")
-    return found
-
-
-def _has(node: Any, path: list[str]) -> bool:
-    if not path:
-        return True
-    head, rest = path[0], path[1:]
-    if isinstance(node, dict):
-        mapping = cast("Config", node)
-        return head in mapping and _has(mapping[head], rest)
-    if isinstance(node, list):
-        return head.isdigit() and int(head) < len(node) and _has(node[int(head)], rest)
-    return False
-
-
-def _check_added(prefix: str, node: Config, base: Config) -> None:
-    """Refuse keys that only a typed dictionary can have added."""
-    for key, value in node.items():
-        if prefix == "" and key == "hydra":
-            continue
-        if key not in base:
-            raise unknown_key(f"{prefix}{key}", leaves(base, prefix))
-        known = base[key]
-        if isinstance(value, dict) and isinstance(known, dict):
-            _check_added(f"{prefix}{key}.", cast("Config", value), cast("Config", known))
 
 
 def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Path]:

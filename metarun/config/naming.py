@@ -56,3 +56,6 @@ def job_name(words: Sequence[str], plain: Mapping[str, Any]) -> str:
 def root_of(word: str) -> str:
     """The first part of the key of `KEY=VALUE`."""
     return re.split(r"[.=/@]", word.lstrip("+~"))[0]
+
+
+HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")

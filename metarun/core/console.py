@@ -28,6 +28,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from metarun.core import distributed
+
 BAR_SHOWS_IT = {"bar_shows_it": True}
 FILE_ONLY = {"file_only": True}
 _SECONDS_BETWEEN_UPDATES = 0.1
@@ -309,3 +311,8 @@ def silent_screen() -> Screen:
     from rich.console import Console
 
     return Screen(Console(quiet=True))
+
+
+def main_screen() -> Screen:
+
+    return Screen() if distributed.first() else silent_screen()

@@ -7,17 +7,19 @@ a task, D outputs.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metarun.algorithms.base import task_metric
+from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Step
 from metarun.core import seeding
-from metarun.core.types import Stream, TaskBatch
+from metarun.core.types import EpisodeSource, Split, Stream, TaskBatch
+from metarun.evaluation.measures import EpisodeMetrics, add_to_digest, as_array
 
 MEASURED = ("incoming", "incoming_loss", "current", "matrix")
 """What is kept of a lifetime, by name; see `Lifetimes.measured`."""
@@ -157,3 +159,103 @@ class Lifetimes:
     def _loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         losses = [self._algorithm.loss(*pair) for pair in zip(outputs, targets, strict=True)]
         return torch.stack(losses)
+
+
+class SplitRollouts:
+    """All the lifetimes of a split, some side by side, the others after them; can be taken up.
+
+    Args:
+        algorithm: Who lives.
+        source: A stream.
+        split: Of which trajectories.
+        episodes: N.
+        tasks_per_batch: Lifetimes side by side.
+        follow: As in `Lifetimes`.
+
+    Attributes:
+        steps: Steps of all batches together.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        source: EpisodeSource,
+        split: Split,
+        episodes: int,
+        tasks_per_batch: int,
+        *,
+        follow: bool = True,
+    ) -> None:
+        assert isinstance(algorithm, OnlineLearner)
+        assert source.spec.streams is not None
+        self._algorithm = algorithm
+        self._source = source
+        self._split: Split = split
+        self._stream = source.spec.streams[split]
+        self._follow = follow
+        self._starts = list(range(0, episodes, tasks_per_batch))
+        self._sizes = [min(tasks_per_batch, episodes - start) for start in self._starts]
+        self.steps = len(self._starts) * self._stream.num_steps
+        self._done: list[dict[str, Tensor]] = []
+        self._lives: Lifetimes | None = None
+
+    def run(self, tick: Callable[[int], None] | None = None) -> EpisodeMetrics:
+        """Live to the end.
+
+        Args:
+            tick: Called after each step with the steps done; may raise to stop, and `run` goes
+                on where it was.
+        """
+        was_training = self._algorithm.training
+        self._algorithm.eval()
+        try:
+            while len(self._done) < len(self._starts):
+                lives = self._lives = self._lives or self._begin()
+                before = len(self._done) * self._stream.num_steps
+
+                def look(lives: Lifetimes = lives, before: int = before) -> None:
+                    if tick is not None:
+                        tick(before + lives.step)
+
+                lives.begin(look)
+                while not lives.finished:
+                    lives.advance()
+                    look()
+                measured = lives.measured() if self._follow else {}
+                extra = {"untaught": lives.untaught()} if self._follow else {}
+                self._done.append({**measured, **extra, "final": lives.final()})
+                self._lives = None
+        finally:
+            self._algorithm.train(was_training)
+        lived = {n: as_array(torch.cat([part[n] for part in self._done])) for n in self._done[0]}
+        return EpisodeMetrics(
+            values=lived.pop("final"),
+            curve=None,
+            embeddings=None,
+            digest=self._digest(),
+            lived=lived if self._follow else None,
+        )
+
+    def save(self) -> dict[str, Any]:
+        """All that a later `restore` needs."""
+        return {"done": self._done, "lives": None if self._lives is None else self._lives.save()}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on where the same lifetimes were saved."""
+        self._done = list(saved["done"])
+        if saved["lives"] is not None:
+            self._lives = self._begin()
+            self._lives.restore(saved["lives"])
+
+    def _begin(self) -> Lifetimes:
+        batch = self._batch(len(self._done))
+        return Lifetimes(self._algorithm, batch, self._stream, follow=self._follow)
+
+    def _batch(self, number: int) -> TaskBatch:
+        return self._source.batch(self._split, self._starts[number], self._sizes[number])
+
+    def _digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=8)
+        for number in range(len(self._starts)):
+            add_to_digest(digest, self._batch(number))
+        return digest.hexdigest()

@@ -26,7 +26,7 @@ from metarun.core import seeding
 from metarun.core.types import EpisodeSource
 from metarun.evaluation.test_time_augmentation import predict
 from metarun.runs.folder import RunFolder
-from metarun.training import trainer
+from metarun.training.state import load_parameters
 
 Array = npt.NDArray[Any]
 
@@ -80,7 +80,7 @@ def restored(folder: RunFolder, plain: Config, device: str = "auto") -> build.Ex
     if learned is None:
         raise ValueError(f"{folder.path} has saved nothing yet: let it run first")
     experiment = build_experiment({**plain, **how})
-    trainer.load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
+    load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
     return experiment
 
 

@@ -31,7 +31,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     for job in jobs:
         check_data(job.plain)
         build_trackers(job.plain)
-    from metarun.training.trainer import required_bytes
+    from metarun.training.state import required_bytes
 
     with warnings_held():
         for job in jobs:

@@ -25,14 +25,8 @@ from metarun.core.files import write_atomically
 from metarun.core.statistics import interval
 from metarun.jobs.checks import check_jobs
 from metarun.jobs.ensure import make_or_continue
-from metarun.reporting.tables import (
-    UNTRAINED,
-    Result,
-    Row,
-    comparison,
-    read_result,
-    stream_comparison,
-)
+from metarun.reporting.comparison_tables import Row, comparison, stream_comparison
+from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
 
 

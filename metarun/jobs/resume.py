@@ -8,46 +8,37 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun.config import build
 from metarun.config.build import Experiment, build_experiment, build_trackers
 from metarun.config.checks import check_config
-from metarun.config.composition import Composer, composer, leaves, parse_value, to_yaml
-from metarun.config.naming import HOW_IT_RUNS, root_of, slug
+from metarun.config.composition import composer, to_yaml
+from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of
+from metarun.config.overrides import parse_value, refuse_change, with_values
 from metarun.config.schema import Config
-from metarun.config.suggestions import unknown_key
 from metarun.core import distributed
-from metarun.core.console import silent_screen, warnings_held
+from metarun.core.console import main_screen, warnings_held
 from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
-from metarun.jobs.checks import check_data
 from metarun.jobs.train import guarded, train_in
-from metarun.reporting.run_figures import draw_figures
 from metarun.runs.folder import NullRunFolder, RunFolder
 from metarun.trackers.base import flat
 
-if TYPE_CHECKING:
-    from metarun.core.console import Screen
-
 _log = logging.getLogger(__name__)
 
-_HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
 RESUMABLE = (
     "train.steps",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
-    *_HOW_TASKS_RUN,
+    *HOW_TASKS_RUN,
     "debug",
     "logger",
 )
 """What may change when a run goes on: the rest would make it another run."""
-
-TESTABLE = ("way", "shot", "query", "bn", *_HOW_TASKS_RUN, "debug")
-"""What may change in a meta-test, besides `data`, `data.…` and `eval.…`."""
 
 
 def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
@@ -67,19 +58,14 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
         )
         return EXIT_OK
     return guarded(
-        lambda: train_in(_ours(run), experiment, _screen()), debug=bool(experiment.record["debug"])
+        lambda: train_in(_ours(run), experiment, main_screen()),
+        debug=bool(experiment.record["debug"]),
     )
 
 
 def _ours(run: RunFolder) -> RunFolder:
     """The folder, which the first of several processes alone writes."""
     return run if distributed.first() else NullRunFolder()
-
-
-def _screen() -> Screen:
-    from metarun.core.console import Screen
-
-    return Screen() if distributed.first() else silent_screen()
 
 
 def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
@@ -112,8 +98,8 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
         plain["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
     for key in typed:
         if key not in RESUMABLE and not key.startswith("logger."):
-            _refuse(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
-    plain = _with(plain, typed)
+            refuse_change(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
+    plain = with_values(plain, typed)
     settings = check_config(plain)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
         return None
@@ -126,95 +112,10 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
     return experiment
 
 
-def test(path: str, words: Sequence[str], config_dir: str | None) -> int:
-    """Meta-test a run, on other data or in another setting if typed; returns the exit code.
-
-    Raises:
-        ValueError: It is no run, or something was typed that belongs to training.
-    """
-    with distributed.agreed():
-        run = RunFolder.open(path)
-        experiment = _tested(run, words, config_dir)
-    from metarun.training import trainer
-
-    folder = distributed.on_first(lambda: run.test_folder(slug(words, 80) or "same"))
-
-    def work() -> None:
-        trainer.test(
-            experiment.algorithm,
-            experiment.source,
-            experiment.eval,
-            run,
-            folder,
-            experiment.facts,
-            _screen(),
-        )
-        if distributed.first():
-            draw_figures(folder)
-
-    return guarded(work, debug=bool(experiment.record["debug"]))
-
-
-def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
-    """The parts of a run for a meta-test."""
-    stored = run.configuration()
-    typed = dict(map(parse_value, words))
-    name = typed.pop("data", None)
-    for key in typed:
-        if key not in TESTABLE and not key.startswith(("data.", "eval.")):
-            _refuse(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} may")
-    plain = copy.deepcopy(stored)
-    if name is not None:
-        with composer(config_dir) as compose:
-            plain["data"] = _data_node(compose, name)
-        plain["names"]["data"] = name
-    plain = _with(plain, typed)
-    # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
-    plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
-    settings = check_config(plain)
-    check_data(plain)
-    with warnings_held():
-        experiment = build_experiment(plain)
-    if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
-        learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
-        raise ValueError(
-            f"way={settings.way}: the run learned {learned} and has a head for nothing else"
-        )
-    return experiment
-
-
 def _check_steps(run: RunFolder, steps: int) -> None:
     checkpoint = run.load_last()
     if checkpoint is not None and checkpoint["step"] > steps:
         raise ValueError(f"train.steps={steps}: the run has made {checkpoint['step']}: type more")
-
-
-def _with(stored: Config, typed: Mapping[str, Any]) -> Config:
-    """A copy with the typed values in their places."""
-    plain = copy.deepcopy(stored)
-    for key, value in typed.items():
-        *path, leaf = key.split(".")
-        node: Any = plain
-        for part in path:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or leaf not in node:
-            raise unknown_key(key, leaves(stored))
-        node[leaf] = value
-    return plain
-
-
-def _refuse(key: str, stored: Config, rule: str) -> None:
-    if key not in leaves(stored):
-        raise unknown_key(key, leaves(stored))
-    raise ValueError(f"{key} cannot change in {rule}")
-
-
-def _data_node(compose: Composer, name: Any) -> Config:
-    """The node `data` of another data set, apart from every recipe."""
-    if not isinstance(name, str):
-        raise ValueError(f"data={name}: type one name of a data set")
-    job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
-    return cast("Config", job.plain["data"])
 
 
 def _trackers_node(word: Any, stored: Config, config_dir: str | None) -> Config:

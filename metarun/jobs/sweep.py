@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metarun.config.build import build_source
-from metarun.config.composition import Job, Way, register_resolvers
+from metarun.config.composition import Job, register_resolvers
+from metarun.config.sweeps import SweepMethod
 from metarun.core.console import Screen, figure, number
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
 from metarun.jobs import ensure
@@ -162,7 +163,7 @@ class Worker:
 
 def run(
     plan: Sequence[Job],
-    way: Way,
+    way: SweepMethod,
     words: Sequence[str],
     config_dir: str | None,
     hand_over: Callable[[Callable[[Any], Any]], int],
@@ -195,7 +196,7 @@ def run(
         journal.path.unlink(missing_ok=True)
 
 
-def check_direction(way: Way, job: Job) -> None:
+def check_direction(way: SweepMethod, job: Job) -> None:
     """Refuse to look for the worst.
 
     Raises:

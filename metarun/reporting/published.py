@@ -7,7 +7,6 @@ without a printed figure are listed by what was typed for them.
 from __future__ import annotations
 
 import sys
-import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,29 +15,17 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from metarun.cli.parser import Parser
 from metarun.config.catalogue import conf_dir
 from metarun.config.checks import check_config
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS, digest, root_of
 from metarun.config.schema import Config
 from metarun.core.console import duration
-from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.settings import Published, PublishedCell
-from metarun.reporting.tables import (
-    Figure,
-    Line,
-    Result,
-    Style,
-    figure_of,
-    paired,
-    read_result,
-    shown,
-    tables,
-)
+from metarun.reporting.results import Result, figure_of, paired, read_result
+from metarun.reporting.tables import Figure, Line, Style, shown, tables
 from metarun.runs.folder import RunFolder
 
-FORMATS = typing.get_args(Style)
 DAMAGED = "damaged"
 """The state of a run whose files cannot be read."""
 
@@ -91,26 +78,6 @@ class Group:
     def results(self) -> list[Result]:
         """What the runs have reached."""
         return [run.result for run in self.runs if run.result is not None]
-
-
-def run(argv: Sequence[str]) -> int:
-    """Answer `metarun table PATH… [--format …] [--paper NAME]`; returns the exit code."""
-    parser = Parser(
-        prog="metarun table",
-        description="Published against measured, for the runs below the folders.",
-    )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="run folders, or folders of them")
-    parser.add_argument("--format", choices=FORMATS, default="terminal")
-    parser.add_argument("--paper", help="every cell of this paper's table, whether run or not")
-    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
-    args = parser.parse_args(list(argv))
-    if not args.paths and args.paper is None:
-        raise ValueError("metarun table needs a folder, as in `metarun table outputs/sweeps`")
-    found = list(read_runs(map(Path, args.paths)))
-    if not found and args.paper is None:
-        raise ValueError(f"{args.paths[0]}: there is no run in it")
-    print(report(found, args.format, args.config_dir, args.paper), end="")
-    return EXIT_FAILED if tell_damaged(found) else EXIT_OK
 
 
 def tell_damaged(runs: Iterable[Run]) -> int:

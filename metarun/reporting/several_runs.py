@@ -16,8 +16,9 @@ from metarun.reporting.figures.drawing import DASHES, Panel, colours
 from metarun.reporting.page import Code, Page, Section, Table
 from metarun.reporting.page_tables import table
 from metarun.reporting.published import Group, Run
+from metarun.reporting.results import figure_of
 from metarun.reporting.run_files import RunFiles
-from metarun.reporting.tables import Line, figure_of
+from metarun.reporting.tables import Line
 from metarun.runs.folder import RunFolder
 
 _MOST_COMMANDS = 5

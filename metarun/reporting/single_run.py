@@ -11,12 +11,13 @@ from metarun.core.console import duration, warnings_held
 from metarun.core.console import figure as shown
 from metarun.core.errors import describe_error
 from metarun.reporting import published
+from metarun.reporting.comparison_tables import STREAM_HEADS
 from metarun.reporting.figures import classes, curves, presentations, samples, strategies, streams
 from metarun.reporting.figures.drawing import Panel
 from metarun.reporting.page import Code, Page, Section, Table
 from metarun.reporting.page_tables import table
 from metarun.reporting.run_files import RunFiles
-from metarun.reporting.tables import STREAM_HEADS, Figure, Line
+from metarun.reporting.tables import Figure, Line
 from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:

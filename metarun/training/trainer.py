@@ -12,21 +12,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 import logging
 import math
-import os
 import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
-from pathlib import Path
-from types import FrameType
 from typing import Any, cast
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -46,23 +39,21 @@ from metarun.core.console import (
 )
 from metarun.core.distributed import ProcessLost
 from metarun.core.errors import Interrupted, RunError
-from metarun.core.files import DISK_FULL, check_space, finite, write_atomically
+from metarun.core.files import DISK_FULL, check_space, finite
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.statistics import Floats, interval
-from metarun.core.types import EpisodeSource, Progress, Record, Share, TaskSpec
-from metarun.evaluation import continual_metrics, task_clusters
-from metarun.evaluation.episodes import EpisodeMetrics, Living, evaluate
+from metarun.core.statistics import interval
+from metarun.core.types import EpisodeSource, Progress, Record, Share
+from metarun.evaluation.episodes import evaluate
+from metarun.evaluation.measures import EpisodeMetrics
 from metarun.runs.folder import RunFolder
 from metarun.trackers.base import RATE, Trackers
-
-__all__ = ["Interrupted", "RunError", "load_parameters", "required_bytes", "test", "train"]
+from metarun.training.meta_test import measure_test, test_rollouts
+from metarun.training.results import about, stream_figures, test_record, write_samples, write_test
+from metarun.training.signals import Signals, StopRequestedError, ticker
+from metarun.training.state import load_parameters, required_bytes
 
 _log = logging.getLogger(__name__)
-
 _COMPARED = ("data_fingerprint", "versions", "device", "engine", "torch_threads", "processes")
-_SAMPLED_TASKS = 8
-_SAMPLES = 10
-"""Rows made for each of them, and the most that are shown of its support."""
 
 
 def train(
@@ -98,7 +89,7 @@ def train(
         RunError: The run broke off: not finite, no space, or another process is gone.
         Interrupted: SIGINT or SIGTERM; the run is saved.
     """
-    with screen.attached(), run.locked(), run.logging(), _Signals() as signals:
+    with screen.attached(), run.locked(), run.logging(), Signals() as signals:
         loop = _Loop(
             algorithm,
             source,
@@ -119,108 +110,6 @@ def train(
             return loop.finish()
 
 
-def test(
-    algorithm: Algorithm,
-    source: EpisodeSource,
-    evaluation: EvalSettings,
-    run: RunFolder,
-    folder: Path,
-    facts: Mapping[str, Any],
-    screen: Screen,
-) -> Record:
-    """Meta-test what a run has learned, on its own data or on others.
-
-    Args:
-        algorithm: Made by the run's configuration, for the tasks of `source`.
-        source: The data.
-        evaluation: Number of episodes and steps.
-        run: Whose parameters: the best by meta-val, else the last.
-        folder: Where `results.json` and `episodes.npz` go: one of `run.test_folder`.
-        facts: As in `train`, of the test.
-        screen: Where to show how it goes.
-
-    Raises:
-        ValueError: The run has no checkpoint, or it does not fit the algorithm.
-        Interrupted: SIGINT or SIGTERM.
-    """
-    with screen.attached(), _Signals() as signals, _removed_if_empty(folder):
-        began = time.perf_counter()
-        kind, checkpoint = distributed.on_first(lambda: _learned(run))
-        with distributed.agreed():
-            load_parameters(algorithm, checkpoint, facts, run.path)
-        try:
-            measured = _meta_test(algorithm, source, evaluation, screen, signals)
-        except _StopError as stop:
-            raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
-        if not distributed.first():
-            return {}
-        figures = _stream_figures(measured, source.spec, evaluation)
-        results: Record = {
-            **_about(algorithm, source, facts),
-            **_test_record(measured, source.spec, figures),
-            "parameters_from": kind,
-            "parameters_step": checkpoint["step"],
-            "seconds": time.perf_counter() - began,
-        }
-        results = finite(results)
-        _write_test(folder, source, measured, figures)
-        RunFolder(folder).write_json("results.json", results)
-        _write_samples(folder, algorithm, source)
-        _log.info("%s", summary(results, str(folder)))
-        return results
-
-
-def _learned(run: RunFolder) -> tuple[str, Record]:
-    learned = run.load_learned()
-    if learned is None:
-        raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
-    return learned
-
-
-def required_bytes(algorithm: Algorithm) -> int:
-    """Disk space that a run takes: its checkpoints, the one being written, and its records."""
-    values = [*algorithm.parameters(), *algorithm.buffers()]
-    size = sum(value.numel() * value.element_size() for value in values)
-    # Parameters with Adam's two moments, in best.pt and twice in each of three files.
-    return 3 * size * 7 + 16 * 2**20
-
-
-def load_parameters(
-    algorithm: Algorithm, checkpoint: Record, facts: Mapping[str, Any], path: Path
-) -> None:
-    """Give an algorithm the state of a checkpoint.
-
-    Raises:
-        ValueError: It is of another algorithm or of other shapes; nothing has changed.
-    """
-    if checkpoint["algo"] != facts.get("algo"):
-        raise ValueError(
-            f"{path} holds a checkpoint of algo={checkpoint['algo']}, "
-            f"which algo={facts.get('algo')} cannot read"
-        )
-    stored: Mapping[str, Any] = checkpoint["state"]
-    algorithm.make_room(stored)
-    here = algorithm.state_dict()
-    for name in sorted(stored.keys() ^ here.keys()):
-        where = "the checkpoint" if name in stored else "this algorithm"
-        raise ValueError(_misfit(path, f"only {where} has {name}"))
-    for name, value in here.items():
-        if isinstance(value, Tensor) and value.shape != stored[name].shape:
-            sizes = f"{tuple(stored[name].shape)} there and {tuple(value.shape)} here"
-            raise ValueError(_misfit(path, f"{name} is {sizes}"))
-    try:
-        algorithm.load_state_dict(stored)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(_misfit(path, str(error).splitlines()[0])) from error
-
-
-def _misfit(path: Path, what: str) -> str:
-    return (
-        f"{path}: its checkpoint does not fit, {what}: "
-        "way, backbone and algo's options have to be the run's"
-    )
-
-
 def _differing(was: Any, now: Any) -> tuple[Any, Any]:
     """Two values, of records only what differs between them."""
     if not (isinstance(was, dict) and isinstance(now, dict)):
@@ -232,50 +121,6 @@ def _differing(was: Any, now: Any) -> tuple[Any, Any]:
 
 def _listed(record: Record, keys: list[str]) -> str:
     return ", ".join(f"{key} {record.get(key, 'absent')}" for key in keys)
-
-
-class _StopError(Exception):
-    """A signal came and the work in hand is left where it can be taken up again."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-class _Signals:
-    """Turns SIGINT and SIGTERM into a wish that the loop asks for at its own pace."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        # Python allows handlers in the main thread alone; elsewhere the caller's stay.
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-
-    def check(self, _: int = 0) -> None:
-        """Leave if there was a signal, in whichever process: all leave at the same step."""
-        signum = distributed.largest(self.signum or 0)
-        if signum:
-            self.signum = signum
-            raise _StopError(signum)
-
-    def _receive(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-        if not distributed.first():
-            return
-        # Not through the log, which the signal may have come in the middle of.
-        with suppress(OSError):
-            os.write(2, b"\nstopping and saving; once more stops at once\n")
 
 
 class _Loop:
@@ -301,7 +146,7 @@ class _Loop:
         facts: Mapping[str, Any],
         screen: Screen,
         seed: int,
-        signals: _Signals,
+        signals: Signals,
         trackers: Trackers,
     ) -> None:
         self.algorithm = algorithm
@@ -423,7 +268,7 @@ class _Loop:
         """Turn whatever ends the run early into its status and one line."""
         try:
             yield
-        except (_StopError, KeyboardInterrupt):
+        except (StopRequestedError, KeyboardInterrupt):
             signum = self.signals.signum or int(signal.SIGINT)
             self.run.set_status("interrupted", step=self.saved, signal=signum)
             text = f"saved at step {self.saved}; `metarun resume={self.run.path}` goes on"
@@ -507,7 +352,7 @@ class _Loop:
                     if line is not None:
                         self._write(line, bar)
                     bar.to(self.step)
-        except _StopError:
+        except StopRequestedError:
             self.save()
             raise
 
@@ -612,7 +457,7 @@ class _Loop:
                     "val",
                     self.evaluation.val_episodes,
                     self.evaluation.tasks_per_batch,
-                    tick=_ticker(bar, self.signals),
+                    tick=ticker(bar, self.signals),
                 )
             mean, ci95 = interval(measured.values)
             if found is None or self._better(mean, found[1]):
@@ -705,17 +550,17 @@ class _Loop:
             extra=BAR_SHOWS_IT,
         )
         if self.source.spec.streams is None:
-            measured = _meta_test(
+            measured = measure_test(
                 self.algorithm, self.source, self.evaluation, self.screen, self.signals
             )
         else:
             measured = distributed.on_first(self._live)
         if not distributed.first():
             return {}
-        figures = _stream_figures(measured, self.source.spec, self.evaluation)
+        figures = stream_figures(measured, self.source.spec, self.evaluation)
         results: Record = {
-            **_about(self.algorithm, self.source, self.facts),
-            **_test_record(measured, self.source.spec, figures),
+            **about(self.algorithm, self.source, self.facts),
+            **test_record(measured, self.source.spec, figures),
             "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
             "parameters_from": "best" if chosen else "last",
             "parameters_step": chosen["step"] if chosen else self.step,
@@ -728,20 +573,20 @@ class _Loop:
             / max(self.train_seconds, 1e-9),
         }
         results = finite(results)
-        _write_test(self.run.path, self.source, measured, figures)
+        write_test(self.run.path, self.source, measured, figures)
         self.run.write_json("results.json", results)
-        _write_samples(self.run.path, self.algorithm, self.source)
+        write_samples(self.run.path, self.algorithm, self.source)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
         return results
 
     def _live(self) -> EpisodeMetrics:
         """Live through the test trajectories; a run that was stopped goes on in the midst."""
-        living = _test_lifetimes(self.algorithm, self.source, self.evaluation)
+        living = test_rollouts(self.algorithm, self.source, self.evaluation)
         if self.lives is not None:
             living.restore(self.lives)
         with self.screen.bar("test", living.steps) as bar:
-            tick = _ticker(bar, self.signals)
+            tick = ticker(bar, self.signals)
 
             every, kept = self.settings.checkpoint_every, 0
 
@@ -755,214 +600,7 @@ class _Loop:
 
             try:
                 return living.run(keep)
-            except _StopError:
+            except StopRequestedError:
                 self.lives = living.save()
                 self.save()
                 raise
-
-
-@contextmanager
-def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leave no folder behind for work that came to nothing."""
-    try:
-        yield
-    finally:
-        if distributed.first():
-            with suppress(OSError):
-                folder.rmdir()
-
-
-def _meta_test(
-    algorithm: Algorithm,
-    source: EpisodeSource,
-    evaluation: EvalSettings,
-    screen: Screen,
-    signals: _Signals,
-) -> EpisodeMetrics:
-    if source.spec.streams is not None:
-        living = _test_lifetimes(algorithm, source, evaluation)
-
-        def live() -> EpisodeMetrics:
-            with screen.bar("test", living.steps) as bar:
-                return living.run(_ticker(bar, signals))
-
-        return distributed.on_first(live)
-    with screen.bar("test", evaluation.episodes) as bar:
-        measured = evaluate(
-            algorithm,
-            source,
-            "test",
-            evaluation.episodes,
-            evaluation.tasks_per_batch,
-            views=evaluation.views,
-            curve_steps=evaluation.curve_steps,
-            tick=_ticker(bar, signals),
-        )
-    num_bad = int(np.count_nonzero(~np.isfinite(measured.values)))
-    if num_bad:
-        _log.warning(
-            "%d of %d test episodes gave no finite %s: try fewer eval.inner_steps",
-            num_bad,
-            evaluation.episodes,
-            source.spec.metric,
-        )
-    return measured
-
-
-def _test_lifetimes(
-    algorithm: Algorithm, source: EpisodeSource, evaluation: EvalSettings
-) -> Living:
-    return Living(algorithm, source, "test", evaluation.episodes, evaluation.tasks_per_batch)
-
-
-def _ticker(bar: Bar, signals: _Signals) -> Any:
-    def tick(done: int) -> None:
-        bar.to(done)
-        signals.check()
-
-    return tick
-
-
-def _about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]) -> Record:
-    return {
-        **facts,
-        "kind": source.spec.kind,
-        "metric": source.spec.metric,
-        "transductive": algorithm.transductive,
-        "bn_statistics": algorithm.bn_statistics,
-        "parameters": sum(parameter.numel() for parameter in algorithm.parameters()),
-        "processes": distributed.size(),
-        "data_fingerprint": source.fingerprint(),
-        "versions": environment.versions(),
-    }
-
-
-def _test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, Floats]) -> Record:
-    record: Record = {
-        "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
-        "curve": None
-        if measured.curve is None
-        else [
-            {"steps": steps, **_interval_record(values)}
-            for steps, values in enumerate(measured.curve)
-        ],
-        "episodes_hash": measured.digest,
-        **{name: _interval_record(values) for name, values in measured.beside.items()},
-    }
-    if measured.presentations is not None:
-        record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
-    found = _families_record(measured)
-    if found is not None:
-        record["families"] = found
-    if measured.strategies:
-        record["strategies"] = _strategies_record(measured, spec)
-    if spec.streams is not None:
-        record["layout"] = asdict(spec.streams["test"])
-        record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
-    return record
-
-
-def _families_record(measured: EpisodeMetrics) -> Record | None:
-    """How well the families of the tasks are found, and the tasks of each in each group.
-
-    By the responsibilities of a mixture, else by a mixture of normals over the embeddings with a
-    component for each family.
-    """
-    families, groups = measured.families, measured.groups
-    if families is None:
-        return None
-    by = "responsibilities"
-    if groups is None:
-        by = "a mixture of normals over embeddings"
-        if measured.embeddings is None:
-            return None
-        groups = task_clusters.gaussian_mixture(measured.embeddings, int(families.max()) + 1)
-        if groups is None:
-            return None
-    table = task_clusters.counts(families, groups)
-    index = task_clusters.adjusted_rand_index(table)
-    return {"adjusted_rand_index": index, "by": by, "counts": table.tolist()}
-
-
-def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
-    """Of each way of learning the figure, and how much better the one that chose among them did.
-
-    `oracle` is the best of the strategies on each episode, by its queries.
-    """
-    best = np.max if spec.higher_is_better else np.min
-    sign = 1.0 if spec.higher_is_better else -1.0
-    oracle = best(np.stack(list(measured.strategies.values())), axis=0)
-    return {
-        name: {
-            **_interval_record(values),
-            "gain": _interval_record(sign * (measured.values - values)),
-        }
-        for name, values in {**measured.strategies, **measured.rivals, "oracle": oracle}.items()
-    }
-
-
-def _stream_figures(
-    measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings
-) -> dict[str, Floats]:
-    """The figures of a stream, (N,) of the lifetimes each; none of other tasks."""
-    if measured.lived is None or spec.streams is None:
-        return {}
-    return continual_metrics.summary(
-        measured.lived,
-        spec.streams["test"],
-        higher=spec.higher_is_better,
-        proficiency=evaluation.proficiency,
-    )
-
-
-def _interval_record(values: Floats) -> Record:
-    mean, ci95 = interval(values)
-    return {"mean": mean, "ci95": ci95}
-
-
-def _write_test(
-    folder: Path, source: EpisodeSource, measured: EpisodeMetrics, figures: Mapping[str, Floats]
-) -> None:
-    """Write the figure of every test episode, and what the algorithm made of its task."""
-    spec = source.spec
-    arrays: dict[str, Any] = {spec.metric: measured.values}
-    arrays |= {**(measured.lived or {}), **measured.beside}
-    arrays |= {f"{continual_metrics.FIGURE}{name}": values for name, values in figures.items()}
-    if measured.curve is not None:
-        arrays["curve"] = measured.curve
-    if measured.embeddings is not None:
-        arrays["embeddings"] = measured.embeddings
-    if measured.presentations is not None:
-        arrays["presentations"] = measured.presentations
-    for name, labels in (("families", measured.families), ("groups", measured.groups)):
-        if labels is not None:
-            arrays[name] = labels
-    if measured.confusions is not None:
-        arrays["confusions"] = measured.confusions
-        names = getattr(source, "class_names", None)
-        if names is not None:
-            arrays["class_names"] = np.array(names("test"), dtype=str)
-    theirs = {**measured.strategies, **measured.rivals}
-    arrays |= {f"strategy_{name}": values for name, values in theirs.items()}
-    _write_arrays(folder / "episodes.npz", arrays)
-    if measured.lived is not None and spec.streams is not None:
-        table = continual_metrics.curves(measured.lived, spec.streams["test"])
-        write_atomically(folder / "stream.csv", table.encode())
-
-
-def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
-    """Write what an algorithm that makes rows makes for the first test tasks, and their support."""
-    if not algorithm.generates:
-        return
-    support = source.batch("test", 0, _SAMPLED_TASKS).support_x
-    made = algorithm.generated(support, _SAMPLES)
-    # Evenly from all of it, so that there are rows of many classes.
-    shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
-    arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
-    _write_arrays(folder / "samples.npz", arrays)
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getbuffer())

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.conv4 import Conv4
-from metarun.backbones.layers.normalization import Pass, has_batch_norm
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.backbones.mlp import MLP, Flat
 from metarun.backbones.network import Network, set_mixed
 from metarun.backbones.resnet12 import ResNet12
@@ -68,8 +69,8 @@ def test_a_dense_network_at_a_context_of_zero_is_the_one_without() -> None:
     plain.load_state_dict(state)
     x = torch.randn(5, 3)
     torch.testing.assert_close(joined(x), plain(x))
-    torch.testing.assert_close(joined(x, Pass(context=torch.zeros(4))), plain(x))
-    assert not torch.allclose(joined(x, Pass(context=torch.ones(4))), plain(x))
+    torch.testing.assert_close(joined(x, ForwardContext(context=torch.zeros(4))), plain(x))
+    assert not torch.allclose(joined(x, ForwardContext(context=torch.ones(4))), plain(x))
 
 
 def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
@@ -78,7 +79,7 @@ def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
     net = Conv4((1, 84, 84), None, padding=0, **how)
     assert net.feature_dim == 3 * 3 * 16
     assert [conv.stride for conv in net.body.convs] == [(s, s) for s in how["strides"]]
-    assert net(torch.zeros(2, 1, 84, 84), Pass()).shape == (2, 144)
+    assert net(torch.zeros(2, 1, 84, 84), ForwardContext()).shape == (2, 144)
     for wrong, says in (
         ({"strides": [2, 1]}, r"backbone\.strides=\[2, 1\]: expected 6 positive numbers"),
         ({"padding": -1}, r"backbone\.padding=-1"),
@@ -120,7 +121,7 @@ def test_resnet12_makes_noise_only_with_a_key() -> None:
     net = TINY_BACKBONES["resnet12"](input_shape=(1, 8, 8), output_dim=3)
     x = torch.randn(4, 1, 8, 8)
     assert torch.equal(net(x), net(x))
-    assert not torch.equal(net(x), net(x, Pass(noise=torch.tensor(1))))
+    assert not torch.equal(net(x), net(x, ForwardContext(noise=torch.tensor(1))))
 
 
 def test_truncated_normal_weights_are_within_two_deviations_and_biases_zero() -> None:
@@ -225,7 +226,7 @@ def test_pooling_first_is_batch_norm_relu_and_pooling_with_weights_of_either_sig
         (first,) = torch.autograd.grad(outputs.square().sum(), x, create_graph=True)
         return outputs, first, *torch.autograd.grad(first.square().sum(), x)
 
-    ours = derivatives(net(x, Pass(running=running)))
+    ours = derivatives(net(x, ForwardContext(running=running)))
     for mine, theirs_ in zip(ours, derivatives(reference(x)), strict=True):
         torch.testing.assert_close(mine, theirs_, rtol=1e-10, atol=1e-10)
 
@@ -236,7 +237,7 @@ def test_moments_of_a_block_that_pools_first_are_those_of_its_convolution() -> N
         net.body.norms[0].weight.copy_(torch.tensor([1.0, -1.0, 2.0, -0.5]))
     x = torch.randn(6, 1, 8, 8)
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    net(x, Pass(moments=moments))
+    net(x, ForwardContext(moments=moments))
     var, mean = torch.var_mean(net.body.convs[0](x), (0, 2, 3))
     torch.testing.assert_close(moments["norms.0"][0], mean)
     torch.testing.assert_close(moments["norms.0"][1], var)

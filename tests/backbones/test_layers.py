@@ -10,16 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from metarun.algorithms.outer_optimizer import update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.convolution import twice_differentiated
-from metarun.backbones.layers.normalization import (
-    BatchNorm,
-    FiLM,
-    InstanceNorm,
-    Pass,
-    conv_and_norm,
-    drop_blocks,
-    update_running,
-)
+from metarun.backbones.layers.dropout import drop_blocks
+from metarun.backbones.layers.modulation import FiLM
+from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm
 
 
 @pytest.fixture
@@ -29,18 +26,18 @@ def images() -> Tensor:
 
 def test_batch_statistics_are_those_of_torch(images: Tensor) -> None:
     ours, theirs = BatchNorm(4, "norm").double(), nn.BatchNorm2d(4).double()
-    torch.testing.assert_close(ours(images, Pass()), theirs(images))
+    torch.testing.assert_close(ours(images, ForwardContext()), theirs(images))
 
 
 def test_running_statistics_move_and_normalise_as_in_torch(images: Tensor) -> None:
     ours, theirs = BatchNorm(4, "norm").double(), nn.BatchNorm2d(4).double()
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    ours(images, Pass(moments=moments))
-    update_running(ours, {name: (m[None], v[None]) for name, (m, v) in moments.items()})
+    ours(images, ForwardContext(moments=moments))
+    update_running_statistics(ours, {name: (m[None], v[None]) for name, (m, v) in moments.items()})
     theirs(images)
     torch.testing.assert_close(ours.running_mean, theirs.running_mean)
     torch.testing.assert_close(ours.running_var, theirs.running_var)
-    torch.testing.assert_close(ours(images, Pass(running=True)), theirs.eval()(images))
+    torch.testing.assert_close(ours(images, ForwardContext(running=True)), theirs.eval()(images))
 
 
 def test_statistics_of_the_first_rows_do_not_see_the_others(images: Tensor) -> None:
@@ -48,14 +45,21 @@ def test_statistics_of_the_first_rows_do_not_see_the_others(images: Tensor) -> N
     changed = images.clone()
     changed[4] += 7.0
     torch.testing.assert_close(
-        norm(images, Pass(rows=4))[:4], norm(changed, Pass(rows=4))[:4], rtol=0, atol=0
+        norm(images, ForwardContext(rows=4))[:4],
+        norm(changed, ForwardContext(rows=4))[:4],
+        rtol=0,
+        atol=0,
     )
-    torch.testing.assert_close(norm(images, Pass(rows=4))[:4], norm(images[:4], Pass()))
+    torch.testing.assert_close(
+        norm(images, ForwardContext(rows=4))[:4], norm(images[:4], ForwardContext())
+    )
 
 
-@pytest.mark.parametrize("how", [Pass(), Pass(rows=4), Pass(running=True)], ids=str)
+@pytest.mark.parametrize(
+    "how", [ForwardContext(), ForwardContext(rows=4), ForwardContext(running=True)], ids=str
+)
 def test_what_is_pooled_before_it_is_normalised_is_as_if_it_were_pooled_after(
-    how: Pass, images: Tensor
+    how: ForwardContext, images: Tensor
 ) -> None:
     norm = BatchNorm(4, "norm").double()
     with torch.no_grad():
@@ -102,7 +106,7 @@ def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
     norm.native = native
     x = torch.randn(17, conv.in_channels, 8, 7).double()
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    found = conv_and_norm(conv, norm, x, Pass(**how, moments=moments), pool=pool)
+    found = conv_and_norm(conv, norm, x, ForwardContext(**how, moments=moments), pool=pool)
 
     maps = conv(x)
     seen = maps[: how.get("rows", 17)]
@@ -127,7 +131,7 @@ def test_what_a_convolution_of_images_gives_is_normalised_without_a_pass_over_it
     x = torch.randn(4, conv.in_channels, 8, 8).double()
     outputs = conv(x)
     with _Sums(outputs.numel()) as sums:
-        conv_and_norm(conv, norm, x, Pass())
+        conv_and_norm(conv, norm, x, ForwardContext())
     assert sums.count == maps
 
 
@@ -149,8 +153,8 @@ def test_statistics_of_patches_bear_pixels_far_from_zero() -> None:
     x = 200.0 + 0.5 * torch.randn(20, 2, 8, 8).double()
     # Unpadded: zeros beside such pixels would be most of the variance.
     conv.padding = (0, 0)
-    exact = conv_and_norm(conv, norm, x, Pass())
-    rounded = conv_and_norm(conv.float(), norm.float(), x.float(), Pass())
+    exact = conv_and_norm(conv, norm, x, ForwardContext())
+    rounded = conv_and_norm(conv.float(), norm.float(), x.float(), ForwardContext())
     torch.testing.assert_close(rounded.double(), exact, rtol=0, atol=0.01)
 
 
@@ -160,7 +164,7 @@ def test_batch_norm_is_exact_to_second_order(images: Tensor) -> None:
     weight = norm.weight.detach().clone().requires_grad_()
 
     def run(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(norm, {"weight": weight}, (x, Pass()))
+        return torch.func.functional_call(norm, {"weight": weight}, (x, ForwardContext()))
 
     assert torch.autograd.gradcheck(run, (x, weight))
     assert torch.autograd.gradgradcheck(run, (x, weight))
@@ -173,10 +177,10 @@ def test_film_scales_and_shifts_each_channel_by_a_linear_layer_of_the_context() 
         film.linear.bias.copy_(torch.tensor([0.5, 0.0, 0.0, 1.0]))
     x = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
     # gamma = (1 + 0.5, -1), beta = (2, -3 + 1)
-    moved = film(x, Pass(context=torch.tensor([1.0, -1.0])))
+    moved = film(x, ForwardContext(context=torch.tensor([1.0, -1.0])))
     assert moved.tolist() == [[[[3.5, 5.0]], [[-5.0, -6.0]]]]
     # At a context of zero what is left is the bias: gamma = (0.5, 0), beta = (0, 1).
-    assert film(x, Pass()).tolist() == [[[[0.5, 1.0]], [[1.0, 1.0]]]]
+    assert film(x, ForwardContext()).tolist() == [[[[0.5, 1.0]], [[1.0, 1.0]]]]
 
 
 def _second_order(normalise: Callable[..., Tensor], batched: bool) -> Tensor:
@@ -207,7 +211,7 @@ def test_vmap_over_an_adapted_batch_norm_keeps_second_order_gradients() -> None:
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         params = {"weight": weight, "bias": bias}
-        out: Tensor = torch.func.functional_call(norm, params, (x, Pass()))
+        out: Tensor = torch.func.functional_call(norm, params, (x, ForwardContext()))
         return out
 
     def theirs(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -247,12 +251,12 @@ def test_instance_norm_is_torchs_and_each_row_is_alone() -> None:
         norm.weight.uniform_(0.5, 2.0)
         norm.bias.uniform_(-1.0, 1.0)
     expected = nn.functional.instance_norm(x, weight=norm.weight, bias=norm.bias)
-    torch.testing.assert_close(norm(x, Pass()), expected)
-    torch.testing.assert_close(norm(x[1:2], Pass()), expected[1:2])
+    torch.testing.assert_close(norm(x, ForwardContext()), expected)
+    torch.testing.assert_close(norm(x[1:2], ForwardContext()), expected[1:2])
     # It is batch norm of a batch of one.
     batch = BatchNorm(3, "norm").double()
     batch.load_state_dict(norm.state_dict(), strict=False)
-    torch.testing.assert_close(batch(x[1:2], Pass()), expected[1:2])
+    torch.testing.assert_close(batch(x[1:2], ForwardContext()), expected[1:2])
 
 
 @pytest.mark.parametrize("bias", [False, True])

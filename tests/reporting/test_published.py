@@ -14,7 +14,8 @@ import pytest
 from scipy import stats
 
 from metarun.reporting.published import group, read_runs
-from metarun.reporting.tables import Figure, figure_of, paired, table
+from metarun.reporting.results import figure_of, paired
+from metarun.reporting.tables import Figure, table
 from tests.conftest import Command
 from tests.reporting.test_tables import result
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metarun.reporting.tables import UNTRAINED, Result, Row, comparison, read_result
+from metarun.reporting.comparison_tables import Row, comparison
+from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
 
 

@@ -22,8 +22,12 @@ from metarun.algorithms.functional import (
     sgd_path,
     unflatten,
 )
-from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import (
+    NonFiniteError,
+    check_positive,
+    update_running_statistics,
+)
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed, seeding
 from metarun.core.types import Metrics, Progress, Share, TaskBatch
 
@@ -103,7 +107,7 @@ class MultiTask(AdaptingLearner):
             start, x, y = rows
             weights = self._fit(net, start, x, y, self._anchor(mean, before))
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            outputs = forward(net, unflatten(weights, mean), x, Pass(moments=moments))
+            outputs = forward(net, unflatten(weights, mean), x, ForwardContext(moments=moments))
             return weights, self.loss(outputs, y), outputs, moments
 
         share = progress.share or Share(0, batch.num_tasks, batch.num_tasks)
@@ -117,7 +121,7 @@ class MultiTask(AdaptingLearner):
         with torch.no_grad():
             for name, mean in unflatten(means["weights"], shapes).items():
                 shapes[name].lerp_(mean, new)
-        update_running(self.net, moments, new)
+        update_running_statistics(self.net, moments, new)
         self.models += share.total
         score = task_metric(self.spec, outputs, y)
         return {"loss": loss, self.spec.metric: score.mean()}
@@ -150,7 +154,7 @@ class MultiTask(AdaptingLearner):
         shapes = own_parameters(net)
 
         def loss(theta: Tensor) -> Tensor:
-            return self.loss(forward(net, unflatten(theta, shapes), x, Pass()), y)
+            return self.loss(forward(net, unflatten(theta, shapes), x, ForwardContext()), y)
 
         params = {"theta": start}
         state = adam_start(params)
@@ -165,7 +169,7 @@ class MultiTask(AdaptingLearner):
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """The parameters before and after each step of the fine-tuning."""
-        how = Pass(running=self.bn == "running")
+        how = ForwardContext(running=self.bn == "running")
 
         def loss(params: Params) -> Tensor:
             return self.loss(forward(net, params, x, how), y)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import forward
 from metarun.algorithms.common.pretraining import Pretrained, Weights, labelled_rows
 from metarun.algorithms.functional import prototypes
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -62,7 +62,7 @@ class SimpleShot(Pretrained):
         metrics = super().update(batch, progress)
 
         def task(net: nn.Module, params: Weights, x: Tensor) -> Tensor:
-            return forward(net, params, x, Pass(running=True)).mean(0)
+            return forward(net, params, x, ForwardContext(running=True)).mean(0)
 
         mean = self.map_tasks(task, labelled_rows(batch)[0][None])[0]
         mean = distributed.mean({"mean": mean}, batch.num_tasks)["mean"]

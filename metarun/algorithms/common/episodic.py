@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
 from metarun.algorithms.functional import Params, above, under
-from metarun.algorithms.outer_optimizer import OuterOptimizer
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
 
@@ -34,7 +34,7 @@ class EpisodicLearner(Algorithm):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         """Answer the queries of one task.
 
@@ -59,7 +59,7 @@ class EpisodicLearner(Algorithm):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
-        how: Pass,
+        how: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
         """Answers (J, W) or (J, D) of one training task that the loss is of, and their targets.
 
@@ -72,7 +72,7 @@ class EpisodicLearner(Algorithm):
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             *parts, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            how = Pass(moments=moments, noise=noise)
+            how = ForwardContext(moments=moments, noise=noise)
             outputs, targets = self.judged(net, params, *parts, how)  # type: ignore[call-arg, arg-type]
             loss = self.loss(outputs, targets)
             return loss, (loss, task_metric(self.spec, outputs, targets), moments)
@@ -82,7 +82,7 @@ class EpisodicLearner(Algorithm):
             task, self.net, own_parameters(self.net), rows, key=self.replay_key()
         )
         self.optimizer.step(above("net.", grads), progress, self._limited)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
@@ -96,10 +96,10 @@ class EpisodicLearner(Algorithm):
         rows = (support_x, support_y, query_x)
         return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
 
-    def answering(self, support_rows: int) -> Pass:
+    def answering(self, support_rows: int) -> ForwardContext:
         """How a pass over the support and query rows of a task is made at evaluation."""
         rows = support_rows if self.bn == "support" else None
-        return Pass(rows=rows, running=self.bn == "running")
+        return ForwardContext(rows=rows, running=self.bn == "running")
 
     def _limited(self, grads: Params) -> Params:
         return above("net.", self.clipped(under("net.", grads)))

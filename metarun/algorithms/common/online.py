@@ -28,7 +28,8 @@ from metarun.algorithms.common.update_strategies import (
     with_adam,
 )
 from metarun.algorithms.functional import Params, above, descend, gradient, under
-from metarun.backbones.layers.normalization import Pass, has_batch_norm
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.backbones.mlp import MLP
 from metarun.core import seeding
 from metarun.core.types import Metrics, Prediction, Progress, Stream, TaskBatch
@@ -144,7 +145,7 @@ class OnlineLearner(Algorithm):
             x: The rows.
             task: Which task they are of, 0-dimensional; None where it is not told.
         """
-        return forward(net, under("weights.", state), x, Pass())
+        return forward(net, under("weights.", state), x, ForwardContext())
 
     # Over all lifetimes.
 
@@ -210,7 +211,7 @@ class OnlineLearner(Algorithm):
         with torch.random.fork_rng(devices=[]):
             seeding.seed_torch(seeding.key(self.seed, "untaught"))
             fresh = self.build().to(self.device, self.dtype)
-        return torch.stack([fresh(rows, Pass()).detach() for rows in x])
+        return torch.stack([fresh(rows, ForwardContext()).detach() for rows in x])
 
     def lifetime_key(self) -> Tensor:
         """The key of all draws of a lifetime, 0-dimensional; every lifetime has the same."""
@@ -269,7 +270,7 @@ class Predictor(nn.Module):
         self.body = body
         self.head = Head(feature_dim, hidden, output_dim)
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         answers: Tensor = self.head(self.body(x, how), how)
         return answers
 
@@ -289,7 +290,7 @@ class Head(nn.Module):
         nn.init.kaiming_normal_(self.last.weight, nonlinearity="relu")
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         x = x if self.hidden is None else self.hidden(x, how)
         answers: Tensor = self.last(x)
         return answers
@@ -357,7 +358,7 @@ class WeightLearner(OnlineLearner):
     def perceive(self, x: Tensor) -> Tensor:
         if self.adapt == "all":
             return x
-        return torch.stack([self.net.body(rows, Pass()) for rows in x])
+        return torch.stack([self.net.body(rows, ForwardContext()) for rows in x])
 
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
         weights = self._reset(theta) if self.reset else dict(theta)
@@ -387,7 +388,7 @@ class WeightLearner(OnlineLearner):
 
     def _loss_of(self, net: nn.Module) -> RowLoss:
         """The mean loss of weights of the plastic part on perceived rows."""
-        return lambda weights, x, y: self.loss(forward(net, weights, x, Pass()), y)
+        return lambda weights, x, y: self.loss(forward(net, weights, x, ForwardContext()), y)
 
     def _descend(self, state: State, loss: RowLoss, x: Tensor, y: Tensor) -> State:
         """The state after one gradient step."""

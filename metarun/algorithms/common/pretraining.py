@@ -17,7 +17,10 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
 from metarun.algorithms.functional import under
-from metarun.backbones.layers.normalization import Pass, has_batch_norm, makes_noise, update_running
+from metarun.algorithms.outer_optimizer import update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.dropout import makes_noise
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
 from metarun.core.types import Metrics, Progress, TaskBatch
 
@@ -129,7 +132,9 @@ class Pretrained(Algorithm):
         def task(net: nn.Module, params: Weights, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            features = forward(net, under("net.", params), x, Pass(moments=moments, noise=noise))
+            features = forward(
+                net, under("net.", params), x, ForwardContext(moments=moments, noise=noise)
+            )
             scores = self.head.scores(under("classifier.", params), features)
             loss = self.loss(scores, y)
             return loss, (loss, task_metric(self.spec, scores, y), moments)
@@ -141,7 +146,7 @@ class Pretrained(Algorithm):
             task, self.net, own_parameters(self), rows
         )
         self.optimizer.step(grads, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         return {"loss": losses[0], self.spec.metric: scores[0]}
 
     @property
@@ -162,7 +167,9 @@ class Pretrained(Algorithm):
     def features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S, F) and (T, Q, F) features, with batch norm as `bn` says."""
         num_support = support_x.shape[1]
-        how = Pass(rows=num_support if self.bn == "support" else None, running=self.bn == "running")
+        how = ForwardContext(
+            rows=num_support if self.bn == "support" else None, running=self.bn == "running"
+        )
 
         def task(net: nn.Module, params: Weights, *rows: Tensor) -> Tensor:
             return forward(net, params, torch.cat(rows), how)

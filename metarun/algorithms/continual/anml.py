@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.common.online import Predictor
 from metarun.algorithms.continual.trajectory import TrajectoryLearner
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 
 
 class ANML(TrajectoryLearner):
@@ -68,7 +68,7 @@ class Gated(nn.Module):
         self.features = features
         self.gate = gate
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         """(R, F) gated features of rows (R, …)."""
         gated: Tensor = self.features(x, how) * torch.sigmoid(self.gate(x, how))
         return gated

@@ -23,7 +23,7 @@ from metarun.algorithms.common.update_strategies import (
     with_adam,
 )
 from metarun.algorithms.functional import Params, sgd_adapt, under
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
 from metarun.core.types import Stream
 
@@ -171,7 +171,7 @@ class FTML(OnlineLearner):
     ) -> Tensor:
         weights = under("weights.", state)
         if task is None or not self.inner_steps:
-            return forward(net, weights, x, Pass())
+            return forward(net, weights, x, ForwardContext())
         # Rows that are not the task's weigh nothing, so that one never met leaves the weights.
         slot = (task % len(state["tasks.owner"])).reshape(1)
         names = ("owner", "rows", "x", "y")
@@ -181,7 +181,7 @@ class FTML(OnlineLearner):
         weigh = self._first(torch.where(owner == task, count, 0), len(kept_x))
         rate = state["inner_rate"]
         adapted = self._adapt(net, weights, rate, kept_x, kept_y, weigh, first_order=True)
-        return forward(net, adapted, x, Pass())
+        return forward(net, adapted, x, ForwardContext())
 
     def _keep(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
         """The state with the incoming rows in the buffer of their task."""
@@ -232,7 +232,7 @@ class FTML(OnlineLearner):
                 first_order = not self.second_order
                 rate = state["inner_rate"]
                 adapted = self._adapt(net, weights, rate, sx, sy, every, first_order=first_order)
-            return self.loss(forward(net, adapted, qx, Pass()), qy)
+            return self.loss(forward(net, adapted, qx, ForwardContext()), qy)
 
         def loss(weights: Params) -> Tensor:
             mapped = torch.func.vmap(of_task, in_dims=(None, 0, 0, 0, 0))
@@ -269,7 +269,7 @@ class FTML(OnlineLearner):
         total = weigh.sum().clamp(min=1.0)
 
         def loss(weights: Params) -> Tensor:
-            outputs = forward(net, weights, x, Pass())
+            outputs = forward(net, weights, x, ForwardContext())
             return (self.row_losses(outputs, y) * weigh).sum() / total
 
         rates = dict.fromkeys(weights, rate)

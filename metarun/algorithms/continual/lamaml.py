@@ -15,7 +15,7 @@ from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Replay, State, Step, draw_key
 from metarun.algorithms.functional import Params, above, gradient, under
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
 
 _SLOT_ORDER = 34
@@ -129,7 +129,7 @@ class LaMAML(OnlineLearner):
             losses = []
             for row in range(len(x)):
                 fast = self._look_ahead(net, fast, rates, x[row : row + 1], y[row : row + 1])
-                losses.append(self.loss(forward(net, fast, bx, Pass()), by))
+                losses.append(self.loss(forward(net, fast, bx, ForwardContext()), by))
             return torch.stack(losses).mean()
 
         grads = torch.func.grad(meta_loss)(learned)
@@ -150,7 +150,7 @@ class LaMAML(OnlineLearner):
     ) -> Params:
         """The weights after a step on one row, differentiable by the weights and the rates."""
         grads = gradient(
-            lambda weights: self.loss(forward(net, weights, x, Pass()), y),
+            lambda weights: self.loss(forward(net, weights, x, ForwardContext()), y),
             fast,
             first_order=not self.second_order,
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.functional import Params
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 
@@ -37,7 +37,7 @@ class Pretrained(WeightLearner):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         def task(net: nn.Module, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             x, y = parts
-            outputs = forward(net, params, x, Pass())
+            outputs = forward(net, params, x, ForwardContext())
             loss = self.loss(outputs, y)
             return loss, (loss, task_metric(self.spec, outputs, y))
 

@@ -21,7 +21,7 @@ from metarun.algorithms.base import forward, positive
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import State, Step, expanded
 from metarun.algorithms.functional import Params, flatten, unflatten
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 
 _SMALL = 0.05
 _LOSSES = 5
@@ -153,7 +153,7 @@ class TaskMemory(OnlineLearner):
         x: Tensor,
         task: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
-        return forward(net, unflatten(state["weights"], theta), x, Pass())
+        return forward(net, unflatten(state["weights"], theta), x, ForwardContext())
 
     def _probe(self, state: State, x: Tensor, step: Step) -> State:
         """Keep the first rows of the stream."""
@@ -252,14 +252,16 @@ class TaskMemory(OnlineLearner):
 
     def _embedding(self, net: nn.Module, theta: Params, state: State) -> Tensor:
         """(E,) the answers of the weights at hand to the probes."""
-        outputs = forward(net, unflatten(state["weights"], theta), state["probes"], Pass())
+        outputs = forward(
+            net, unflatten(state["weights"], theta), state["probes"], ForwardContext()
+        )
         if self.spec.kind == "classification":
             outputs = outputs.softmax(-1)
         return outputs.flatten()
 
     def _visit_loss(self, net: nn.Module, theta: Params, weights: Tensor, state: State) -> Tensor:
         """The mean loss of weights (P,) over the rows of the visit so far."""
-        outputs = forward(net, unflatten(weights, theta), state["visit.x"], Pass())
+        outputs = forward(net, unflatten(weights, theta), state["visit.x"], ForwardContext())
         losses = self.row_losses(outputs, state["visit.y"])
         count = state["visit.rows"].clamp(max=self.visit_rows)
         place = torch.arange(self.visit_rows, device=count.device)
@@ -267,4 +269,4 @@ class TaskMemory(OnlineLearner):
         return (losses * weigh).sum() / count
 
     def _loss(self, net: nn.Module, theta: Params, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss(forward(net, unflatten(weights, theta), x, Pass()), y)
+        return self.loss(forward(net, unflatten(weights, theta), x, ForwardContext()), y)

@@ -21,7 +21,7 @@ from metarun.algorithms.functional import (
     is_first_order,
     under,
 )
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gathered
 from metarun.core.types import Metrics, Progress, TaskBatch
 
@@ -80,7 +80,7 @@ class TrajectoryLearner(WeightLearner):
         def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y = parts
             after = self._live(net, params, support_x, support_y, rows, first_order)
-            outputs = forward(net, after, query_x, Pass())
+            outputs = forward(net, after, query_x, ForwardContext())
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs)
 
@@ -99,14 +99,16 @@ class TrajectoryLearner(WeightLearner):
         fast = {name: value for name, value in params.items() if name.startswith(self.inside)}
         if self.inside == ("head.",):
             # The representation is the same at each step: once for all.
-            x = forward(net.body, under("body.", params), x, Pass())
+            x = forward(net.body, under("body.", params), x, ForwardContext())
         for first in range(0, len(x), rows):
             seen, target = x[first : first + rows], y[first : first + rows]
 
             def loss(fast: Params, seen: Tensor = seen, target: Tensor = target) -> Tensor:
                 if self.inside == ("head.",):
-                    return self.loss(forward(net.head, under("head.", fast), seen, Pass()), target)
-                return self.loss(forward(net, {**params, **fast}, seen, Pass()), target)
+                    return self.loss(
+                        forward(net.head, under("head.", fast), seen, ForwardContext()), target
+                    )
+                return self.loss(forward(net, {**params, **fast}, seen, ForwardContext()), target)
 
             grads = gradient(loss, fast, first_order=first_order)
             fast = descend(fast, grads, lr=self.inner_lr)

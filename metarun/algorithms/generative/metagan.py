@@ -19,13 +19,17 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, positive, task_metric
 from metarun.algorithms.functional import Params
-from metarun.algorithms.outer_optimizer import OuterOptimizer, check_positive
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import (
+    OuterOptimizer,
+    check_positive,
+    update_running_statistics,
+)
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 Classes = Literal["softmax", "own"]
-Answer = Callable[[Tensor, Pass], Tensor]
+Answer = Callable[[Tensor, ForwardContext], Tensor]
 """Logits (R, W) of any rows (R, C, H, W') of a task that a learner has solved."""
 
 
@@ -146,12 +150,14 @@ class MetaGAN(Algorithm):
             support_x, support_y, query_x, query_y, noise, inner, outer = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             answer = self.solved(net, params, support_x, support_y, inner, noise, progress)
-            outputs = answer(query_x, Pass(moments=moments, noise=noise))
-            of_made = answer(outer, Pass(noise=noise))
+            outputs = answer(query_x, ForwardContext(moments=moments, noise=noise))
+            of_made = answer(outer, ForwardContext(noise=noise))
             loss = self.class_loss(outputs, query_y)
             loss = loss + self.weight * (taken_for_real(outputs) + taken_for_made(of_made))
             with torch.no_grad():
-                wish = torch.func.grad(lambda x: taken_for_real(answer(x, Pass(noise=noise))))
+                wish = torch.func.grad(
+                    lambda x: taken_for_real(answer(x, ForwardContext(noise=noise)))
+                )
                 pull = wish(outer)
             found = (of_made.logsumexp(1) < 0.0).to(loss.dtype).mean()
             return loss, (loss, outputs, found, taken_for_real(of_made), pull, moments)
@@ -171,7 +177,7 @@ class MetaGAN(Algorithm):
         self.adversary.check(turn)
         self.optimizer.step(grads, progress, self.limited)
         self.adversary.move(turn, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {
             "loss": losses.mean(),

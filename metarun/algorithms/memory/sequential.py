@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.execution.engine import Engine
 
@@ -126,7 +126,7 @@ class SequenceLearner(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
-        how: Pass,
+        how: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
         outputs = self._along(net, params, support_x, support_y, query_x, how)
         if self.loss_of == "sequence":
@@ -143,7 +143,7 @@ class SequenceLearner(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,  # noqa: ARG002
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         outputs = self._along(net, params, support_x, support_y, query_x, how)
         return outputs[len(support_x) :]
@@ -165,7 +165,7 @@ class SequenceLearner(EpisodicLearner):
         support_x: Tensor,
         support_y: Tensor,
         query_x: Tensor,
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         """Logits (S + Q, W) of one task."""
         outputs: Tensor = torch.func.functional_call(
@@ -183,7 +183,9 @@ class _Sequence(nn.Module):
         self.reader = reader
         self.ways = ways
 
-    def forward(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, how: Pass) -> Tensor:
+    def forward(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, how: ForwardContext
+    ) -> Tensor:
         features = self.features(torch.cat([support_x, query_x]), how)
         classes = torch.arange(self.ways, device=support_y.device)
         labels = (support_y[:, None] == classes).to(features.dtype)

@@ -14,7 +14,7 @@ from metarun.algorithms.base import positive
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.recurrent import LSTMCell
 
 
@@ -74,7 +74,7 @@ class MatchingNet(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         """Log-probabilities (Q, W) of one task's queries."""
         support, query = torch.func.functional_call(net, params, (support_x, query_x, how))
@@ -94,7 +94,9 @@ class _Embedding(nn.Module):
             else None
         )
 
-    def forward(self, support_x: Tensor, query_x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, support_x: Tensor, query_x: Tensor, how: ForwardContext
+    ) -> tuple[Tensor, Tensor]:
         features = self.features(torch.cat([support_x, query_x]), how)
         support, query = features[: len(support_x)], features[len(support_x) :]
         if self.context is None:

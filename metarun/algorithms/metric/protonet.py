@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import forward
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, prototypes
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 
 Distance = Literal["squared_euclidean", "cosine"]
 
@@ -60,7 +60,7 @@ class ProtoNet(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         features = forward(net, params, torch.cat([support_x, query_x]), how)
         return self._logits(features, support_y, ways)

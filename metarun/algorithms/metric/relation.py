@@ -15,7 +15,9 @@ from metarun.algorithms.base import positive
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, above, under
 from metarun.algorithms.generative.metagan import Answer, MetaGAN
-from metarun.backbones.layers.normalization import BatchNorm, Pass, conv_and_norm
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.conv_block import conv_and_norm
+from metarun.backbones.layers.normalization import BatchNorm
 from metarun.core.types import Progress
 
 
@@ -77,7 +79,7 @@ class RelationNet(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         """Scores (Q, W) of one task's queries, before the sigmoid."""
         scores: Tensor = torch.func.functional_call(
@@ -139,7 +141,7 @@ class _Relation(nn.Module):
         self.relation = _Comparison(shape, hidden, padding)
 
     def forward(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, how: Pass
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, how: ForwardContext
     ) -> Tensor:
         member = support_y[None] == torch.arange(ways, device=support_y.device)[:, None]
         if how.rows is None:
@@ -183,7 +185,7 @@ class _Comparison(nn.Module):
         self.hidden = nn.Linear(channels * sides[0] * sides[1], hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = torch.relu(conv_and_norm(conv, norm, x, how, pool=True))
         scores: Tensor = self.score(torch.relu(self.hidden(x.flatten(1))))

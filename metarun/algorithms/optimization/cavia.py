@@ -20,7 +20,8 @@ from metarun.algorithms.functional import (
     sgd_adapt,
     sgd_path,
 )
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.execution.engine import TaskFunction
 
@@ -79,7 +80,7 @@ class CAVIA(Algorithm):
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            inner = Pass(noise=noise, twice=not first_order)
+            inner = ForwardContext(noise=noise, twice=not first_order)
             adapted = sgd_adapt(
                 self._support_loss(net, params, support_x, support_y, inner),
                 self._start(support_x),
@@ -87,7 +88,7 @@ class CAVIA(Algorithm):
                 steps=self.inner_steps,
                 first_order=first_order,
             )
-            how = Pass(moments=moments, noise=noise, context=adapted["context"])
+            how = ForwardContext(moments=moments, noise=noise, context=adapted["context"])
             outputs = forward(net, params, query_x, how)
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs, moments)
@@ -95,7 +96,7 @@ class CAVIA(Algorithm):
         rows = self.training_rows(batch, progress)
         grads, (losses, outputs, moments) = self._gradients(task, rows)
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
@@ -124,7 +125,7 @@ class CAVIA(Algorithm):
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
     ) -> list[Tensor]:
         """The (E,) context at first and after each inner step at evaluation."""
-        loss = self._support_loss(net, params, x, y, Pass(running=self.bn == "running"))
+        loss = self._support_loss(net, params, x, y, ForwardContext(running=self.bn == "running"))
         start = self._start(x)
         path = sgd_path(loss, start, lr=self.inner_lr, steps=steps, first_order=True)
         return [phi["context"] for phi in (start, *path)]
@@ -133,7 +134,7 @@ class CAVIA(Algorithm):
         return {"context": like.new_zeros(self.num_context)}
 
     def _support_loss(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, how: Pass
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, how: ForwardContext
     ) -> Loss:
         def loss(phi: Params) -> Tensor:
             return self.loss(forward(net, params, x, replace(how, context=phi["context"])), y)

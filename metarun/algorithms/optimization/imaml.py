@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import Loss, Params, flatten, sgd_adapt, sgd_path, unflatten
-from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 Proximal = Literal["after", "each_step"]
@@ -105,12 +105,12 @@ class IMAML(AdaptingLearner):
             support_x, support_y, query_x, query_y, noise = rows
 
             def support_loss(params: Params, *, twice: bool = False) -> Tensor:
-                how = Pass(noise=noise, twice=twice)
+                how = ForwardContext(noise=noise, twice=twice)
                 return self.loss(forward(net, params, support_x, how), support_y)
 
             def query_loss(params: Params) -> tuple[Tensor, Any]:
                 moments: dict[str, tuple[Tensor, Tensor]] = {}
-                how = Pass(moments=moments, noise=noise)
+                how = ForwardContext(moments=moments, noise=noise)
                 outputs = forward(net, params, query_x, how)
                 loss = self.loss(outputs, query_y)
                 return loss, (loss, outputs, moments)
@@ -123,7 +123,7 @@ class IMAML(AdaptingLearner):
             task, self.net, own_parameters(self.net), self.training_rows(batch, progress)
         )
         self.optimizer.step({f"net.{name}": g.mean(0) for name, g in grads.items()}, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
@@ -161,7 +161,9 @@ class IMAML(AdaptingLearner):
         """The parameters before and after each inner step at evaluation."""
 
         def loss(params: Params) -> Tensor:
-            return self.loss(forward(net, params, x, Pass(running=self.bn == "running")), y)
+            return self.loss(
+                forward(net, params, x, ForwardContext(running=self.bn == "running")), y
+            )
 
         objective = _with_proximal(loss, theta, self.eval_lam) if self.eval_lam else loss
         path = sgd_path(objective, theta, lr=self.inner_lr, steps=steps, first_order=True)

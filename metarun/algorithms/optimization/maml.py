@@ -29,7 +29,8 @@ from metarun.algorithms.functional import (
     with_gradient,
 )
 from metarun.algorithms.generative.metagan import Answer, MetaGAN, taken_for_made, taken_for_real
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Progress, TaskBatch
 from metarun.execution.engine import Staged
 
@@ -113,7 +114,7 @@ class MAML(AdaptingLearner):
         ) -> Params:
             support_x, support_y, noise = rows
             theta, rates = self._split(params)
-            how = Pass(noise=noise, twice=not first_order)
+            how = ForwardContext(noise=noise, twice=not first_order)
             loss = self._support_loss(net, theta, support_x, support_y, how)
             return self._after(loss, weights, rates, first_order, steps)
 
@@ -126,7 +127,7 @@ class MAML(AdaptingLearner):
             _, _, query_x, query_y, noise = rows
             theta, _ = self._split(params)
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            how = Pass(moments=moments, noise=noise)
+            how = ForwardContext(moments=moments, noise=noise)
             outputs = forward(net, {**theta, **weights}, query_x, how)
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs, moments)
@@ -153,7 +154,7 @@ class MAML(AdaptingLearner):
             key=self.replay_key(first_order),
         )
         self.optimizer.step(grads, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
@@ -171,13 +172,15 @@ class MAML(AdaptingLearner):
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """All parameters before and after each inner step at evaluation."""
-        loss = self._support_loss(net, theta, x, y, Pass(running=self.bn == "running"))
+        loss = self._support_loss(net, theta, x, y, ForwardContext(running=self.bn == "running"))
         start = self._start(theta)
         rates = self._rates(dict(self.rates.named_parameters()))
         path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
         return [theta, *({**theta, **adapted} for adapted in path)]
 
-    def _support_loss(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: Pass) -> Loss:
+    def _support_loss(
+        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: ForwardContext
+    ) -> Loss:
         def loss(adapted: Params) -> Tensor:
             return self.loss(forward(net, {**theta, **adapted}, x, how), y)
 
@@ -231,7 +234,7 @@ class MetaGANMAML(MetaGAN, MAML):
     ) -> Answer:
         theta, rates = self._split(params)
         first_order = is_first_order(self.second_order_from, progress)
-        how = Pass(noise=noise, twice=not first_order)
+        how = ForwardContext(noise=noise, twice=not first_order)
         loss = self._support_loss(net, theta, support_x, support_y, how, made)
         start = self._start(theta)
         weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
@@ -243,7 +246,7 @@ class MetaGANMAML(MetaGAN, MAML):
         theta: Params,
         x: Tensor,
         y: Tensor,
-        how: Pass,
+        how: ForwardContext,
         made: Tensor | None = None,
     ) -> Loss:
         """Inner loss over real and made rows; at evaluation those are made here."""

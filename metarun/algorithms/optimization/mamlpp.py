@@ -25,7 +25,9 @@ from metarun.algorithms.functional import (
     is_first_order,
     under,
 )
-from metarun.backbones.layers.normalization import BatchNorm, Pass, norm_parameters, update_running
+from metarun.algorithms.outer_optimizer import update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import BatchNorm, norm_parameters
 from metarun.core.types import Metrics, Progress, TaskBatch
 from metarun.execution.engine import Staged, TaskFunction
 
@@ -113,7 +115,7 @@ class MAMLpp(AdaptingLearner):
         counts = [share > 0.0 for share in shares]
 
         def adapted(net: nn.Module, params: Params, x: Tensor, y: Tensor, noise: Tensor) -> Params:
-            how = Pass(noise=noise, twice=not first_order)
+            how = ForwardContext(noise=noise, twice=not first_order)
             path = self._descent(
                 net, params, x, y, how, steps=self.inner_steps, first_order=first_order
             )
@@ -139,7 +141,9 @@ class MAMLpp(AdaptingLearner):
                     moments: Moments = {}
                     own = {name: made[f"{step} {name}"] for name in self.adapted}
                     now = self._at(net, {**theta, **own}, step)
-                    outputs = forward(net, now, query_x, Pass(noise=noise, moments=moments))
+                    outputs = forward(
+                        net, now, query_x, ForwardContext(noise=noise, moments=moments)
+                    )
                     loss = loss + weights[step] * self.loss(outputs, query_y)
                     seen[-1].append(moments)
             kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]
@@ -155,7 +159,7 @@ class MAMLpp(AdaptingLearner):
             key=self.replay_key(first_order, *counts),
         )
         self.optimizer.step(grads, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
@@ -167,7 +171,7 @@ class MAMLpp(AdaptingLearner):
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """What the network reads before and after each inner step at evaluation."""
-        how = Pass(running=self.bn == "running")
+        how = ForwardContext(running=self.bn == "running")
         descent = self._descent(net, theta, x, y, how, steps=steps, first_order=True)
         start = self._at(net, _split(theta)[0], 0)
         return [start, *(self._at(net, weights, step) for step, (weights, _) in enumerate(descent))]
@@ -178,7 +182,7 @@ class MAMLpp(AdaptingLearner):
         params: Params,
         x: Tensor,
         y: Tensor,
-        how: Pass,
+        how: ForwardContext,
         *,
         steps: int,
         first_order: bool,
@@ -198,7 +202,7 @@ class MAMLpp(AdaptingLearner):
         theta: Params,
         x: Tensor,
         y: Tensor,
-        how: Pass,
+        how: ForwardContext,
         step: int,
         adapted: Params,
     ) -> tuple[Tensor, Moments]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.algorithms.functional import Params, flatten, under, unflatten
-from metarun.backbones.layers.normalization import BatchNorm, Pass
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import BatchNorm
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
 PreviousGate = Literal["logit", "gate"]
@@ -107,7 +108,9 @@ class MetaLSTM(Algorithm):
             state = self._begin(net, theta)
             for _ in range(self.inner_steps):
                 state = self._step(net, rule, state, support_x, support_y, noise)
-            outputs = forward(net, unflatten(state.theta, theta), query_x, Pass(noise=noise))
+            outputs = forward(
+                net, unflatten(state.theta, theta), query_x, ForwardContext(noise=noise)
+            )
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs)
 
@@ -168,7 +171,7 @@ class MetaLSTM(Algorithm):
 
         def loss(theta: Tensor) -> tuple[Tensor, Any]:
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            how = Pass(moments=moments, noise=noise)
+            how = ForwardContext(moments=moments, noise=noise)
             return self.loss(forward(net, unflatten(theta, shapes), x, how), y), moments
 
         constant = state.theta.detach()

@@ -19,7 +19,9 @@ from metarun.algorithms.functional import (
     sgd_adapt,
     sgd_path,
 )
-from metarun.backbones.layers.normalization import Pass, norm_parameters, update_running
+from metarun.algorithms.outer_optimizer import update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import norm_parameters
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.execution.engine import Staged
 
@@ -79,7 +81,7 @@ class ProtoMAML(Algorithm):
 
         def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
             x, y, noise = rows
-            how = Pass(noise=noise, twice=not first_order)
+            how = ForwardContext(noise=noise, twice=not first_order)
             return sgd_adapt(
                 self._support_loss(net, params, x, y, how),
                 self._start(net, params, x, y, ways, how),
@@ -105,7 +107,7 @@ class ProtoMAML(Algorithm):
             task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        update_running(self.net, moments)
+        update_running_statistics(self.net, moments)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
@@ -136,14 +138,14 @@ class ProtoMAML(Algorithm):
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, steps: int
     ) -> list[Params]:
         """Body and head after 0 ... `steps` inner steps at evaluation."""
-        how = Pass(running=self.bn == "running")
+        how = ForwardContext(running=self.bn == "running")
         loss = self._support_loss(net, params, x, y, how)
         start = self._start(net, params, x, y, ways, how)
         path = sgd_path(loss, start, lr=self.inner_lr, steps=steps, first_order=True)
         return [{**params, **adapted} for adapted in (start, *path)]
 
     def _start(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, how: Pass
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, how: ForwardContext
     ) -> Params:
         """What adapts, where it begins: the body as it is, the head from the prototypes."""
         centres = prototypes(forward(net, params, x, how), y, ways)
@@ -152,7 +154,9 @@ class ProtoMAML(Algorithm):
         start["head.bias"] = -centres.square().sum(1)
         return start
 
-    def _support_loss(self, net: nn.Module, params: Params, x: Tensor, y: Tensor, how: Pass) -> Any:
+    def _support_loss(
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, how: ForwardContext
+    ) -> Any:
         def loss(adapted: Params) -> Tensor:
             theta = {**params, **adapted}
             return self.loss(_head(theta, forward(net, _body(theta), x, how)), y)
@@ -170,9 +174,9 @@ class ProtoMAML(Algorithm):
     ) -> Tensor:
         """(Q, F) in training; `moments` receives the statistics of the pass."""
         if self.bn != "support":
-            return forward(net, _body(theta), query_x, Pass(moments=moments, noise=noise))
+            return forward(net, _body(theta), query_x, ForwardContext(moments=moments, noise=noise))
         num_support = support_x.shape[0]
-        how = Pass(rows=num_support, moments=moments, noise=noise)
+        how = ForwardContext(rows=num_support, moments=moments, noise=noise)
         return forward(net, _body(theta), torch.cat([support_x, query_x]), how)[num_support:]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 
 Solver = Literal["auto", "primal", "dual"]
 
@@ -83,7 +83,7 @@ class R2D2(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: Pass,
+        how: ForwardContext,
     ) -> Tensor:
         """Adjusted predictions (Q, W) or (Q, D) of one task's queries."""
         targets = support_y
@@ -121,7 +121,9 @@ class _RidgeNet(nn.Module):
         self.solver = solver
         self.lambda_per_row = lambda_per_row
 
-    def forward(self, support_x: Tensor, targets: Tensor, query_x: Tensor, how: Pass) -> Tensor:
+    def forward(
+        self, support_x: Tensor, targets: Tensor, query_x: Tensor, how: ForwardContext
+    ) -> Tensor:
         features = self.features(torch.cat([support_x, query_x]), how)
         features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
         support, query = features[: len(support_x)], features[len(support_x) :]

@@ -14,7 +14,8 @@ from metarun.algorithms.base import forward, positive, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import Pass, move_running
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import seeding
 from metarun.core.distributed import gathered
 from metarun.core.types import Metrics, Progress, TaskBatch
@@ -102,7 +103,7 @@ class Reptile(AdaptingLearner):
                 weights, state = self._step(self.net, weights, state, x[i, rows], y[i, rows])
             moments: Moments = {}
             with torch.no_grad():
-                outputs = forward(self.net, weights, x[i], Pass(moments=moments))
+                outputs = forward(self.net, weights, x[i], ForwardContext(moments=moments))
                 losses.append(self.loss(outputs, y[i]))
                 scores.append(task_metric(self.spec, outputs, y[i]))
             seen.append(moments)
@@ -134,7 +135,7 @@ class Reptile(AdaptingLearner):
         }
         whole = {n: [gathered(part, progress.share) for part in s] for n, s in stacked.items()}
         for moments in zip(*(zip(*pair, strict=True) for pair in whole.values()), strict=True):
-            move_running(self.net, dict(zip(whole, moments, strict=True)))
+            move_running_statistics(self.net, dict(zip(whole, moments, strict=True)))
 
     def path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
@@ -156,7 +157,7 @@ class Reptile(AdaptingLearner):
         """One mini-batch of inner training."""
 
         def loss(params: Params) -> Tensor:
-            return self.loss(forward(net, params, x, Pass()), y)
+            return self.loss(forward(net, params, x, ForwardContext()), y)
 
         grads = gradient(loss, weights, first_order=True)
         if self.inner_optimizer == "sgd":

@@ -20,8 +20,8 @@ from metarun.algorithms.functional import (
     sgd_path,
     under,
 )
-from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import Pass, update_running
+from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gathered
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -182,7 +182,7 @@ class Mixture(Algorithm):
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise, prior, warmth = rows
-            inner = Pass(noise=noise, twice=not first_order)
+            inner = ForwardContext(noise=noise, twice=not first_order)
             fits, losses, answers, moments = [], [], [], []
             for number, net in enumerate(nets):
                 seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -195,7 +195,9 @@ class Mixture(Algorithm):
                     first_order=first_order,
                 )
                 fits.append(loss(weights).detach())
-                answers.append(forward(net, weights, query_x, Pass(moments=seen, noise=noise)))
+                answers.append(
+                    forward(net, weights, query_x, ForwardContext(moments=seen, noise=noise))
+                )
                 losses.append(self.loss(answers[-1], query_y))
                 moments.append(seen)
             shares = self.responsibilities(torch.stack(fits), support_y.numel(), prior, warmth)
@@ -212,7 +214,7 @@ class Mixture(Algorithm):
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         for number, seen in enumerate(moments):
-            update_running(self.net[number], seen)
+            update_running_statistics(self.net[number], seen)
         shares = gathered(shares, progress.share)
         self._seat(shares)
         self.temperature.copy_(heat)
@@ -268,7 +270,7 @@ class Mixture(Algorithm):
         every: bool,
     ) -> list[tuple[Tensor, Tensor]]:
         """Answers (Q, D) and responsibilities (K,) after all inner steps, or after every one."""
-        how = Pass(running=self.bn == "running")
+        how = ForwardContext(running=self.bn == "running")
         fits, answers = [], []
         for number, net in enumerate(nets):
             theta = under(f"{number}.", params)
@@ -283,7 +285,7 @@ class Mixture(Algorithm):
         by_step = torch.stack(answers, 1)
         return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
 
-    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, how: Pass) -> Loss:
+    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, how: ForwardContext) -> Loss:
         def loss(weights: Params) -> Tensor:
             return self.loss(forward(net, weights, x, how), y)
 

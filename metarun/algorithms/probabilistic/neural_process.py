@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.normalization import BATCH, has_batch_norm
+from metarun.backbones.layers.context import BATCH_STATISTICS
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
@@ -230,7 +231,7 @@ class _Process(nn.Module):
         pairs = torch.cat([x, y], 1)
         parts = [asked]
         if self.encoder is not None:
-            rows = self.encoder(pairs, BATCH)
+            rows = self.encoder(pairs, BATCH_STATISTICS)
             vector = rows.mean(0)
             if self.attention is None:
                 parts.append(rows.mean(0).expand(len(asked), -1))
@@ -248,14 +249,16 @@ class _Process(nn.Module):
             z = mean + spread * noise
             seen = torch.cat([seen, z[:, None].expand(-1, len(asked), -1)], 2)
         means, raw = (
-            self.decoder(seen.flatten(0, 1), BATCH).unflatten(0, seen.shape[:2]).chunk(2, 2)
+            self.decoder(seen.flatten(0, 1), BATCH_STATISTICS)
+            .unflatten(0, seen.shape[:2])
+            .chunk(2, 2)
         )
         spreads = self.min_spread + (1.0 - self.min_spread) * nn.functional.softplus(raw)
         return means, spreads, divergence, vector
 
     def _latent(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and spread (Z,) of q(z | pairs)."""
-        hidden = self.latent_hidden(self.latent_encoder(pairs, BATCH).mean(0)).relu()  # type: ignore[misc]
+        hidden = self.latent_hidden(self.latent_encoder(pairs, BATCH_STATISTICS).mean(0)).relu()  # type: ignore[misc]
         mean, raw = self.latent_out(hidden).chunk(2)
         return mean, 0.1 + 0.9 * raw.sigmoid()
 
@@ -282,8 +285,8 @@ class Attention(nn.Module):
         queries, keys, values = (
             part.unflatten(1, (self.heads, -1)).transpose(0, 1)
             for part in (
-                self.query(self.embed(asked, BATCH)),
-                self.key(self.embed(x, BATCH)),
+                self.query(self.embed(asked, BATCH_STATISTICS)),
+                self.key(self.embed(x, BATCH_STATISTICS)),
                 self.value(rows),
             )
         )

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.algorithms.selection import portfolio
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gathered, local_size
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.runs.folder import RunFolder
@@ -278,7 +278,9 @@ class Selector(Algorithm):
         if isinstance(self.net, nn.Identity):
             return x.flatten(2)
         with torch.no_grad():
-            rows = forward(self.net, own_parameters(self.net), x.flatten(0, 1), Pass(running=True))
+            rows = forward(
+                self.net, own_parameters(self.net), x.flatten(0, 1), ForwardContext(running=True)
+            )
         return rows.reshape(*x.shape[:2], -1)
 
     def _learned(self) -> list[tuple[str, nn.Parameter]]:

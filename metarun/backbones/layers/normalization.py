@@ -10,46 +10,11 @@ lines of arithmetic here, and where its statistics come from is an argument of t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.backbones.layers.convolution import twice_differentiated
-from metarun.core import distributed, seeding
-
-BatchNormMode = Literal["transductive", "support", "running"]
-BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "running")
-
-
-@dataclass(frozen=True, slots=True)
-class Pass:
-    """How one forward pass through a network is made.
-
-    Attributes:
-        rows: Batch norm takes its statistics from the first `rows` rows; None takes all.
-        running: Batch norm uses its running statistics instead.
-        moments: Filled by batch norm with the (mean, variance) of the pass, by buffer name,
-            for `update_running`; None keeps nothing.
-        noise: Key (0-dimensional int64) of the pass's random masks; None makes no noise, as
-            at evaluation.
-        context: (context_dim,) vector of the task, for networks that were made with a
-            `context_dim`; None is the zero vector.
-        twice: Whether its gradient will be differentiated, as that of an inner step is: what it
-            computes is the same, by operators whose second derivatives are the faster ones.
-    """
-
-    rows: int | None = None
-    running: bool = False
-    moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
-    noise: Tensor | None = None
-    context: Tensor | None = field(default=None, repr=False)
-    twice: bool = False
-
-
-BATCH = Pass()
-_IMAGE_CHANNELS = 4
+from metarun.backbones.layers.context import ForwardContext
 
 
 class BatchNorm(nn.Module):
@@ -77,13 +42,13 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
         """Normalise (N, C) or (N, C, H, W)."""
         if self.fuses(x, how):
             return self._fused(x, how)
-        return self._normalised(x, how, None, _unchanged)
+        return self._normalised(x, how, None, unchanged)
 
-    def pooled(self, x: Tensor, how: Pass, sign: Tensor) -> Tensor:
+    def pooled(self, x: Tensor, how: ForwardContext, sign: Tensor) -> Tensor:
         """Normalise what max-pooling by two leaves of images, as if they were pooled afterwards.
 
         Args:
@@ -91,9 +56,9 @@ class BatchNorm(nn.Module):
             how: Of the pass.
             sign: (C,) 1 or -1, that of the channel's weight.
         """
-        return self._normalised(x, how, sign, _halved)
+        return self._normalised(x, how, sign, halved)
 
-    def fuses(self, x: Tensor, how: Pass) -> bool:
+    def fuses(self, x: Tensor, how: ForwardContext) -> bool:
         """Whether a pass is made by torch's fused operator.
 
         It is for statistics of all rows. Its second derivatives cost twice what those of plain
@@ -102,7 +67,7 @@ class BatchNorm(nn.Module):
         plain = how.twice or how.running or how.rows is not None
         return self.native and many_rows(x) and not plain
 
-    def of_patches(self, conv: nn.Conv2d, x: Tensor, how: Pass) -> tuple[Tensor, Tensor]:
+    def of_patches(self, conv: nn.Conv2d, x: Tensor, how: ForwardContext) -> tuple[Tensor, Tensor]:
         """Convolve and normalise images, without a pass over what the convolution gives.
 
         The statistics of w p + b over all patches p follow from those of the patches: a mean of
@@ -148,18 +113,18 @@ class BatchNorm(nn.Module):
     def _normalised(
         self,
         x: Tensor,
-        how: Pass,
+        how: ForwardContext,
         sign: Tensor | None,
         thin: Callable[[Tensor], Tensor],
     ) -> Tensor:
         # The sums of a mixed pass in float32, as torch's own operator takes them.
         wide = x.to(self.running_mean.dtype)
         mean, var, centred = self._statistics(wide, how, sign)
-        left = thin(wide) + _wide(-mean, x) if centred is None else thin(centred)
+        left = thin(wide) + as_channels(-mean, x) if centred is None else thin(centred)
         scale = _signed(self.weight, sign) * torch.rsqrt(var + self.eps)
-        return torch.addcmul(_wide(self.bias, x), left, _wide(scale, x)).to(x.dtype)
+        return torch.addcmul(as_channels(self.bias, x), left, as_channels(scale, x)).to(x.dtype)
 
-    def _fused(self, x: Tensor, how: Pass) -> Tensor:
+    def _fused(self, x: Tensor, how: ForwardContext) -> Tensor:
         out, mean, inverse_std = torch.native_batch_norm(
             x, self.weight, self.bias, None, None, True, 0.0, self.eps
         )
@@ -169,7 +134,7 @@ class BatchNorm(nn.Module):
         return out
 
     def _statistics(
-        self, x: Tensor, how: Pass, sign: Tensor | None
+        self, x: Tensor, how: ForwardContext, sign: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean (C,) and variance (C,) of an input, or of one times the signs of its channels; and
         the input less its mean, where that was needed."""
@@ -180,7 +145,7 @@ class BatchNorm(nn.Module):
         share = seen.shape[1] / seen.numel()
         dims = _all_but_channels(x)
         mean = seen.sum(dims) * share
-        centred = seen + _wide(-mean, x)
+        centred = seen + as_channels(-mean, x)
         var = (centred * centred).sum(dims) * share
         if how.moments is not None:
             kept = _signed(mean.detach(), sign)
@@ -196,7 +161,7 @@ def _all_but_channels(x: Tensor) -> tuple[int, ...]:
     return (0, *range(2, x.dim()))
 
 
-def _wide(vector: Tensor, x: Tensor) -> Tensor:
+def as_channels(vector: Tensor, x: Tensor) -> Tensor:
     """(C,) in the shape of (1, C) or (1, C, 1, 1)."""
     return vector.view((1, -1) + (1,) * (x.dim() - 2))
 
@@ -218,7 +183,7 @@ class InstanceNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
         """Normalise (N, C, H, W)."""
         # The sums of a mixed pass in float32, as of batch norm.
         wide = x.to(self.weight.dtype)
@@ -231,38 +196,9 @@ class InstanceNorm(nn.Module):
 class Unchanged(nn.Module):
     """The place of a normalisation in a network that has none."""
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
         """The input."""
         return x
-
-
-class FiLM(nn.Module):
-    """Feature-wise linear modulation (Perez et al. 2018) by the context of a task.
-
-    gamma * x + beta for each channel, (gamma, beta) a linear layer of the context, started as in
-    the code of CAVIA: weights U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases torch's.
-
-    Args:
-        context_dim: Size of the context.
-        num_features: C of (N, C, H, W) inputs.
-    """
-
-    def __init__(self, context_dim: int, num_features: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(context_dim, 2 * num_features)
-        nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="linear")
-
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
-        """Scale and shift the channels of (N, C, H, W)."""
-        context = context_of(how, self.linear.in_features, x)
-        gamma, beta = self.linear(context).view(2, 1, -1, 1, 1)
-        scaled: Tensor = gamma * x + beta
-        return scaled
-
-
-def context_of(how: Pass, context_dim: int, like: Tensor) -> Tensor:
-    """The (context_dim,) context of a pass."""
-    return like.new_zeros(context_dim) if how.context is None else how.context.to(like.dtype)
 
 
 def _unbiased(var: Tensor, count: int) -> Tensor:
@@ -284,7 +220,7 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[i
     (height, width), (down, right) = conv.kernel_size, conv.stride
     assert not isinstance(conv.padding, str)
     above, left = conv.padding
-    padded = nn.functional.pad(x, (left, left, above, above)) - _wide(level, x)
+    padded = nn.functional.pad(x, (left, left, above, above)) - as_channels(level, x)
     # Shifted images, since windows by strides have no derivative under vmap.
     padded = padded.contiguous()
     rows, columns = padded.shape[2] - height + 1, padded.shape[3] - width + 1
@@ -297,55 +233,11 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[i
     return patches, (shifted[0].shape[2], shifted[0].shape[3])
 
 
-def conv_and_norm(
-    conv: nn.Module, norm: nn.Module, x: Tensor, how: Pass, *, pool: bool = False
-) -> Tensor:
-    """Convolve and normalise (N, C, H, W) images, and halve them by max-pooling if asked.
-
-    To pool before what is the same for all of a map leaves a quarter of the work to that. Without
-    calling either module, but where somebody listens to what they give.
-
-    Args:
-        conv: A convolution with zeros around, in one group and without dilation.
-        norm: What normalises.
-        x: The images.
-        how: Of the pass.
-        pool: Whether to pool by two.
-    """
-    assert isinstance(conv, nn.Conv2d)
-    halved = _halved if pool else _unchanged
-    if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
-        return halved(norm(conv(x), how))
-    twice = norm.native and how.twice and many_rows(x)
-    convolve: Any = twice_differentiated if twice else nn.functional.conv2d
-    if _has_small_patches(conv) and not how.running:
-        maps, shift = norm.of_patches(conv, x, how)
-        return halved(maps) + _wide(shift, maps)
-    if not pool or norm.fuses(x, how):
-        maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
-        return halved(norm(maps, how))
-    # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
-    # which changes no bit of what it computes.
-    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
-    bias = None if conv.bias is None else conv.bias * sign
-    weight = conv.weight * sign.view(-1, 1, 1, 1)
-    maps = convolve(x, weight, bias, conv.stride, conv.padding)
-    return norm.pooled(maps, how, sign)
-
-
-def _has_small_patches(conv: nn.Conv2d) -> bool:
-    """Whether a patch has no more numbers than what it is turned into, and is of an image.
-
-    Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
-    """
-    return conv.in_channels <= _IMAGE_CHANNELS and conv.weight.numel() <= conv.out_channels**2
-
-
-def _halved(x: Tensor) -> Tensor:
+def halved(x: Tensor) -> Tensor:
     return nn.functional.max_pool2d(x, 2)
 
 
-def _unchanged(x: Tensor) -> Tensor:
+def unchanged(x: Tensor) -> Tensor:
     return x
 
 
@@ -364,29 +256,7 @@ def set_native(net: nn.Module) -> None:
             module.native = True  # type: ignore[assignment]
 
 
-def update_running(
-    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
-) -> None:
-    """Move the running statistics of every batch norm towards the moments of a pass.
-
-    Args:
-        net: The network that made the pass.
-        moments: What `Pass.moments` collected, each with a leading dimension of T tasks; the
-            tasks are averaged, those of other processes too, so that their number does not change
-            the pace.
-        momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
-    """
-    if not moments:
-        return
-    count = len(next(iter(moments.values()))[0])
-    means = {f"mean {name}": mean.mean(0) for name, (mean, _) in moments.items()}
-    means |= {f"var {name}": var.mean(0) for name, (_, var) in moments.items()}
-    means = distributed.mean(means, count)
-    averaged = {name: (means[f"mean {name}"], means[f"var {name}"]) for name in moments}
-    move_running(net, averaged, momentum)
-
-
-def move_running(
+def move_running_statistics(
     net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
 ) -> None:
     """As `update_running`, towards moments without a dimension of tasks."""
@@ -411,34 +281,3 @@ def norm_parameters(net: nn.Module) -> set[str]:
         if isinstance(module, BatchNorm | InstanceNorm)
         for own, _ in module.named_parameters()
     }
-
-
-def makes_noise(net: nn.Module) -> bool:
-    """Whether a network draws random masks in training."""
-    return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())
-
-
-def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
-    """DropBlock (Ghiasi et al. 2018): zero whole squares of (N, C, H, W), rescale the rest.
-
-    Args:
-        x: Activations.
-        noise: Key of the pass, 0-dimensional int64.
-        slot: Tells apart the layers of one network.
-        rate: Share of activations to drop, in [0, 1).
-        block_size: Side of a square, cut to what the activations hold.
-    """
-    height, width = x.shape[-2:]
-    side = min(block_size, height, width)
-    valid = (height - side + 1) * (width - side + 1)
-    seed_rate = rate * height * width / (side**2 * valid)
-    draws = seeding.uniform(noise, slot, x.shape, dtype=torch.float32)
-    rows = torch.arange(height, device=x.device)[:, None]
-    columns = torch.arange(width, device=x.device)[None, :]
-    inside = (rows <= height - side) & (columns <= width - side)
-    corners = ((draws < seed_rate) & inside).to(x.dtype)
-    dropped = nn.functional.max_pool2d(
-        nn.functional.pad(corners, (side - 1, 0, side - 1, 0)), side, stride=1
-    )
-    mask = 1.0 - dropped
-    return x * mask * (mask.numel() / mask.sum().clamp(min=1.0))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import Params, flatten
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.statistics import Floats, interval
 from metarun.reporting.figures.drawing import COLOURS, MARKERS, SIZE, Panel, Series, named_rows
 from metarun.reporting.figures.tasks import Learned, answer, chosen, letter, task_of
@@ -379,7 +379,7 @@ def support_vectors(learned: Learned, episodes: int) -> Floats | None:
     tasks = min(_EMBEDDED_TASKS, episodes, _MOST_PIXELS // each)
     if tasks < _TSNE_FROM:
         return None
-    how = Pass(running=learned.algorithm.bn_statistics == "running")
+    how = ForwardContext(running=learned.algorithm.bn_statistics == "running")
     support = learned.source.batch("test", 0, tasks).support_x
     with torch.no_grad():
         means = torch.stack([body(rows, how).flatten(1).mean(0) for rows in support])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from metarun.algorithms.baselines.simpleshot import SimpleShot
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Progress
 from tests.helpers import TINY_BACKBONES, labelled_batch, labelled_spec, linear_backbone, make
 
@@ -58,7 +58,7 @@ def test_the_mean_feature_is_gathered_under_running_statistics_after_each_update
         batch = labelled_batch(seed=step)
         algorithm.update(batch, Progress(step, 6))
         rows = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
-        mean = algorithm.net(rows, Pass(running=True)).mean(0).detach()
+        mean = algorithm.net(rows, ForwardContext(running=True)).mean(0).detach()
         expected = (1 - weight) * expected + weight * mean
         torch.testing.assert_close(algorithm.feature_mean, expected)
 

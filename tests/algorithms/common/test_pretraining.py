@@ -15,7 +15,7 @@ from metarun.algorithms.baselines.baseline import Baseline
 from metarun.algorithms.common.pretraining import Head
 from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.core.types import Progress
-from metarun.training.trainer import load_parameters
+from metarun.training.state import load_parameters
 from tests.helpers import TINY_BACKBONES, image_spec, make, moved
 from tests.helpers import labelled_batch as batch_of
 from tests.helpers import labelled_spec as spec_of

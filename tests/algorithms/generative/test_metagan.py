@@ -16,7 +16,7 @@ from metarun.algorithms.metric.relation import MetaGANRelation, RelationNet
 from metarun.algorithms.optimization.maml import MAML, MetaGANMAML
 from metarun.algorithms.outer_optimizer import NonFiniteError, OuterOptimizer
 from metarun.backbones.conv4 import Conv4
-from metarun.backbones.layers.normalization import Pass
+from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
 from metarun.core.types import Progress, TaskSpec
 from tests.helpers import image_batch, linear_backbone, make, moved, regression_spec
@@ -94,18 +94,22 @@ def test_gradients_of_maml_with_an_adversary_are_the_naive_ones(engine: str, inn
         made = made_rows(algorithm, support, inner + 4, 3, task)
         weights = dict(net.named_parameters())
         for _ in range(2):
-            outputs = torch.func.functional_call(net, weights, (support, Pass()))
+            outputs = torch.func.functional_call(net, weights, (support, ForwardContext()))
             loss = F.cross_entropy(outputs, labels)
             if inner:
-                of_made = torch.func.functional_call(net, weights, (made[:inner].detach(), Pass()))
+                of_made = torch.func.functional_call(
+                    net, weights, (made[:inner].detach(), ForwardContext())
+                )
                 loss = naive_loss(outputs, labels, of_made)
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
             weights = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), grads, strict=True)}
-        outputs = torch.func.functional_call(net, weights, (tasks.query_x[task], Pass()))
-        of_made = torch.func.functional_call(net, weights, (made[inner:].detach(), Pass()))
+        outputs = torch.func.functional_call(net, weights, (tasks.query_x[task], ForwardContext()))
+        of_made = torch.func.functional_call(
+            net, weights, (made[inner:].detach(), ForwardContext())
+        )
         total = total + naive_loss(outputs, tasks.query_y[task], of_made) / 2
         still = {name: weight.detach() for name, weight in weights.items()}
-        for_real = torch.func.functional_call(net, still, (made[inner:], Pass()))
+        for_real = torch.func.functional_call(net, still, (made[inner:], ForwardContext()))
         fooled = fooled - over_all(for_real).softmax(1)[:, :3].sum(1).log().mean() / 2
     learned, made_by = net.named_parameters(), algorithm.generator.named_parameters()
     expected = {}
@@ -130,8 +134,8 @@ def test_gradients_of_a_relation_network_with_an_adversary_are_the_naive_ones(
     for task in range(2):
         support, labels = tasks.support_x[task], tasks.support_y[task]
         made = made_rows(algorithm, support, 4, 3, task).detach()
-        real = net(support, labels, tasks.query_x[task], 3, Pass())
-        of_made = net(support, labels, made, 3, Pass())
+        real = net(support, labels, tasks.query_x[task], 3, ForwardContext())
+        of_made = net(support, labels, made, 3, ForwardContext())
         own = (real.sigmoid() - F.one_hot(tasks.query_y[task], 3)).square().mean()
         among = F.cross_entropy(real, tasks.query_y[task])
         told = naive_loss(real, tasks.query_y[task], of_made) - among
@@ -168,11 +172,11 @@ def test_evaluation_adapts_on_rows_made_for_the_support(engine: str) -> None:
     made = algorithm.generator(support[None], latent)[0].detach()
     weights = dict(net.named_parameters())
     outputs, of_made = (
-        torch.func.functional_call(net, weights, (x, Pass())) for x in (support, made)
+        torch.func.functional_call(net, weights, (x, ForwardContext())) for x in (support, made)
     )
     grads = torch.autograd.grad(naive_loss(outputs, labels, of_made), list(weights.values()))
     weights = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), grads, strict=True)}
-    expected = torch.func.functional_call(net, weights, (tasks.query_x[1], Pass()))
+    expected = torch.func.functional_call(net, weights, (tasks.query_x[1], ForwardContext()))
     found = algorithm.predict(tasks.support_x, tasks.support_y, tasks.query_x).outputs[1]
     torch.testing.assert_close(found, expected)
 

@@ -17,7 +17,8 @@ from metarun.config.build import Experiment
 from metarun.config.build import build_experiment as build_experiment
 from metarun.config.composition import composer
 from metarun.core.types import Progress, TaskBatch
-from metarun.evaluation.episodes import by_presentation, evaluate
+from metarun.evaluation.episodes import evaluate
+from metarun.evaluation.measures import by_presentation
 
 SMALL = [
     "data=omniglot_small", "backbone.filters=4", "way=3", "shot=4", "query=2",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.optimization.cavia import CAVIA
-from metarun.backbones.layers.normalization import Pass, context_of
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.modulation import task_context
 from metarun.backbones.network import Network
 from metarun.core.types import Progress
 from tests.helpers import (
@@ -43,8 +44,8 @@ class Joined(nn.Module):
         self.context_dim = context_dim
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, how: Pass) -> Tensor:
-        context = context_of(how, self.context_dim, x)
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+        context = task_context(how, self.context_dim, x)
         return torch.cat([x, context.expand(len(x), -1)], 1)
 
 
@@ -195,10 +196,10 @@ def test_only_the_context_adapts_and_it_is_the_embedding(backbone: str, bn: str)
     batch = image_batch(image_spec())
     algorithm = make(CAVIA, image_spec(), TINY_BACKBONES[backbone], inner_steps=3, bn=bn)
     answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
-    plain = algorithm.net(batch.query_x[0], Pass(running=bn == "running"))
+    plain = algorithm.net(batch.query_x[0], ForwardContext(running=bn == "running"))
     assert not torch.allclose(answer.outputs[0], plain)
     for i, context in enumerate(answer.embedding):
-        how = Pass(running=bn == "running", context=context)
+        how = ForwardContext(running=bn == "running", context=context)
         torch.testing.assert_close(answer.outputs[i], algorithm.net(batch.query_x[i], how))
 
 
@@ -210,7 +211,7 @@ def test_by_the_support_s_statistics_an_answer_does_not_depend_on_the_other_quer
     torch.testing.assert_close(whole.outputs[:, :1], alone.outputs)
     context = whole.embedding[0]
     rows = torch.cat([batch.support_x[0], batch.query_x[0]])
-    seen = algorithm.net(rows, Pass(rows=len(batch.support_x[0]), context=context))
+    seen = algorithm.net(rows, ForwardContext(rows=len(batch.support_x[0]), context=context))
     torch.testing.assert_close(whole.outputs[0], seen[len(batch.support_x[0]) :])
 
 
@@ -242,7 +243,7 @@ def test_batch_norm_gathers_its_running_statistics_from_the_query_pass() -> None
         algorithm = make(CAVIA, image_spec(), TINY_BACKBONES["conv4 max-pool"], **options)
         context = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).embedding[0]
         moments: dict[str, tuple[Tensor, Tensor]] = {}
-        algorithm.net(batch.query_x[0], Pass(context=context, moments=moments))
+        algorithm.net(batch.query_x[0], ForwardContext(context=context, moments=moments))
         algorithm.update(batch, Progress(0, 1))
         for norm in algorithm.net.body.norms:
             torch.testing.assert_close(norm.running_mean, 0.1 * moments[norm.name][0])

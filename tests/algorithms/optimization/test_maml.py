@@ -207,9 +207,9 @@ def test_anil_adapts_the_head_alone() -> None:
     batch = image_batch(spec)
     algorithm = make(MAML, spec, TINY_BACKBONES["conv4 max-pool"], adapt="head", inner_lr=0.5)
     features = algorithm.net.body
-    from metarun.backbones.layers.normalization import BATCH
+    from metarun.backbones.layers.context import BATCH_STATISTICS
 
-    support, query = (features(x[0], BATCH) for x in (batch.support_x, batch.query_x))
+    support, query = (features(x[0], BATCH_STATISTICS) for x in (batch.support_x, batch.query_x))
     weight, bias = (p.detach().requires_grad_() for p in algorithm.net.head.parameters())
     loss = nn.functional.cross_entropy(support @ weight.T + bias, batch.support_y[0])
     grads = torch.autograd.grad(loss, (weight, bias))

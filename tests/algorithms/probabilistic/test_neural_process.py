@@ -24,7 +24,8 @@ from metarun.config.build import Experiment
 from metarun.config.build import build_experiment as build_experiment
 from metarun.config.composition import composer
 from metarun.core.types import Prediction, Progress
-from metarun.evaluation.episodes import evaluate, sureness
+from metarun.evaluation.episodes import evaluate
+from metarun.evaluation.measures import uncertainty_metrics
 
 SMALL = [
     "data=gp", "shot=6", "query=4", "backbone.hidden=[8,8]", "precision=float64", "device=cpu",
@@ -329,7 +330,9 @@ def test_the_exact_process_is_as_sure_as_it_may_be_on_its_own_curves() -> None:
     assert answer.spread is not None
     # Neither surer nor less sure is better in log-likelihood.
     for factor in (0.7, 1.4):
-        other = sureness(Prediction(answer.outputs, spread=factor * answer.spread), batch.query_y)
+        other = uncertainty_metrics(
+            Prediction(answer.outputs, spread=factor * answer.spread), batch.query_y
+        )
         assert float(other["log_likelihood"].mean()) < measured.beside["log_likelihood"].mean()
 
 
@@ -352,7 +355,7 @@ def test_sureness_is_counted_by_hand() -> None:
     means = torch.tensor([[[0.0], [1.0], [2.0], [0.0]]])
     spread = torch.tensor([[[1.0], [0.5], [2.0], [0.1]]])
     targets = torch.tensor([[[1.9], [2.0], [2.0], [0.2]]])
-    figures = sureness(Prediction(means, spread=spread), targets)
+    figures = uncertainty_metrics(Prediction(means, spread=spread), targets)
     normals = stats.norm([0.0, 1.0, 2.0, 0.0], [1.0, 0.5, 2.0, 0.1])
     density = normals.logpdf([1.9, 2.0, 2.0, 0.2]).mean()
     assert float(figures["log_likelihood"]) == pytest.approx(density, rel=1e-6)

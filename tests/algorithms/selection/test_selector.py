@@ -429,9 +429,11 @@ def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
 
     def seen(x: Any) -> Any:
         with torch.no_grad():
-            from metarun.backbones.layers.normalization import Pass
+            from metarun.backbones.layers.context import ForwardContext
 
-            return trained.net(x.flatten(0, 1), Pass(running=True)).unflatten(0, x.shape[:2])
+            return trained.net(x.flatten(0, 1), ForwardContext(running=True)).unflatten(
+                0, x.shape[:2]
+            )
 
     found = there.predict(batch.support_x, batch.support_y, batch.query_x).strategies
     expected = plain.predict(seen(batch.support_x), batch.support_y, seen(batch.query_x)).strategies

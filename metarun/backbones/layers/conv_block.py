@@ -1,0 +1,67 @@
+"""Convolution, normalization and pooling of a block, in the order that costs least.
+
+Shapes: N rows, C channels, H W height and width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.convolution import twice_differentiated
+from metarun.backbones.layers.normalization import (
+    BatchNorm,
+    as_channels,
+    halved,
+    many_rows,
+    unchanged,
+)
+
+_IMAGE_CHANNELS = 4
+
+
+def conv_and_norm(
+    conv: nn.Module, norm: nn.Module, x: Tensor, how: ForwardContext, *, pool: bool = False
+) -> Tensor:
+    """Convolve and normalise (N, C, H, W) images, and halve them by max-pooling if asked.
+
+    To pool before what is the same for all of a map leaves a quarter of the work to that. Without
+    calling either module, but where somebody listens to what they give.
+
+    Args:
+        conv: A convolution with zeros around, in one group and without dilation.
+        norm: What normalises.
+        x: The images.
+        how: Of the pass.
+        pool: Whether to pool by two.
+    """
+    assert isinstance(conv, nn.Conv2d)
+    pooled = halved if pool else unchanged
+    if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
+        return pooled(norm(conv(x), how))
+    twice = norm.native and how.twice and many_rows(x)
+    convolve: Any = twice_differentiated if twice else nn.functional.conv2d
+    if _has_small_patches(conv) and not how.running:
+        maps, shift = norm.of_patches(conv, x, how)
+        return pooled(maps) + as_channels(shift, maps)
+    if not pool or norm.fuses(x, how):
+        maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
+        return pooled(norm(maps, how))
+    # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
+    # which changes no bit of what it computes.
+    sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
+    bias = None if conv.bias is None else conv.bias * sign
+    weight = conv.weight * sign.view(-1, 1, 1, 1)
+    maps = convolve(x, weight, bias, conv.stride, conv.padding)
+    return norm.pooled(maps, how, sign)
+
+
+def _has_small_patches(conv: nn.Conv2d) -> bool:
+    """Whether a patch has no more numbers than what it is turned into, and is of an image.
+
+    Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
+    """
+    return conv.in_channels <= _IMAGE_CHANNELS and conv.weight.numel() <= conv.out_channels**2

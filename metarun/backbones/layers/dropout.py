@@ -1,0 +1,39 @@
+"""Random masks, as a function of the key of a forward pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from metarun.core import seeding
+
+
+def makes_noise(net: nn.Module) -> bool:
+    """Whether a network draws random masks in training."""
+    return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())
+
+
+def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
+    """DropBlock (Ghiasi et al. 2018): zero whole squares of (N, C, H, W), rescale the rest.
+
+    Args:
+        x: Activations.
+        noise: Key of the pass, 0-dimensional int64.
+        slot: Tells apart the layers of one network.
+        rate: Share of activations to drop, in [0, 1).
+        block_size: Side of a square, cut to what the activations hold.
+    """
+    height, width = x.shape[-2:]
+    side = min(block_size, height, width)
+    valid = (height - side + 1) * (width - side + 1)
+    seed_rate = rate * height * width / (side**2 * valid)
+    draws = seeding.uniform(noise, slot, x.shape, dtype=torch.float32)
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = torch.arange(width, device=x.device)[None, :]
+    inside = (rows <= height - side) & (columns <= width - side)
+    corners = ((draws < seed_rate) & inside).to(x.dtype)
+    dropped = nn.functional.max_pool2d(
+        nn.functional.pad(corners, (side - 1, 0, side - 1, 0)), side, stride=1
+    )
+    mask = 1.0 - dropped
+    return x * mask * (mask.numel() / mask.sum().clamp(min=1.0))

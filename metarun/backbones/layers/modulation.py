@@ -1,0 +1,36 @@
+"""Layers that the context of a task scales and shifts."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from metarun.backbones.layers.context import ForwardContext
+
+
+class FiLM(nn.Module):
+    """Feature-wise linear modulation (Perez et al. 2018) by the context of a task.
+
+    gamma * x + beta for each channel, (gamma, beta) a linear layer of the context, started as in
+    the code of CAVIA: weights U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases torch's.
+
+    Args:
+        context_dim: Size of the context.
+        num_features: C of (N, C, H, W) inputs.
+    """
+
+    def __init__(self, context_dim: int, num_features: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(context_dim, 2 * num_features)
+        nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="linear")
+
+    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+        """Scale and shift the channels of (N, C, H, W)."""
+        context = task_context(how, self.linear.in_features, x)
+        gamma, beta = self.linear(context).view(2, 1, -1, 1, 1)
+        scaled: Tensor = gamma * x + beta
+        return scaled
+
+
+def task_context(how: ForwardContext, context_dim: int, like: Tensor) -> Tensor:
+    """The (context_dim,) context of a pass."""
+    return like.new_zeros(context_dim) if how.context is None else how.context.to(like.dtype)

@@ -1,0 +1,88 @@
+"""`test=`: meta-test a run, on its own data or on other data, in another setting if typed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, cast
+
+from metarun.config.build import Experiment, build_experiment
+from metarun.config.checks import check_config
+from metarun.config.composition import Composer, composer
+from metarun.config.naming import HOW_TASKS_RUN, slug
+from metarun.config.overrides import parse_value, refuse_change, with_values
+from metarun.config.schema import Config
+from metarun.core import distributed
+from metarun.core.console import main_screen, warnings_held
+from metarun.jobs.checks import check_data
+from metarun.jobs.train import guarded
+from metarun.reporting.run_figures import draw_figures
+from metarun.runs.folder import RunFolder
+
+TESTABLE = ("way", "shot", "query", "bn", *HOW_TASKS_RUN, "debug")
+"""What may change in a meta-test, besides `data`, `data.…` and `eval.…`."""
+
+
+def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
+    """Meta-test a run, on other data or in another setting if typed; returns the exit code.
+
+    Raises:
+        ValueError: It is no run, or something was typed that belongs to training.
+    """
+    with distributed.agreed():
+        run = RunFolder.open(path)
+        experiment = _tested(run, words, config_dir)
+    from metarun.training.meta_test import meta_test
+
+    folder = distributed.on_first(lambda: run.test_folder(slug(words, 80) or "same"))
+
+    def work() -> None:
+        meta_test(
+            experiment.algorithm,
+            experiment.source,
+            experiment.eval,
+            run,
+            folder,
+            experiment.facts,
+            main_screen(),
+        )
+        if distributed.first():
+            draw_figures(folder)
+
+    return guarded(work, debug=bool(experiment.record["debug"]))
+
+
+def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
+    """The parts of a run for a meta-test."""
+    stored = run.configuration()
+    typed = dict(map(parse_value, words))
+    name = typed.pop("data", None)
+    for key in typed:
+        if key not in TESTABLE and not key.startswith(("data.", "eval.")):
+            refuse_change(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} may")
+    plain = copy.deepcopy(stored)
+    if name is not None:
+        with composer(config_dir) as compose:
+            plain["data"] = _data_node(compose, name)
+        plain["names"]["data"] = name
+    plain = with_values(plain, typed)
+    # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
+    plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
+    settings = check_config(plain)
+    check_data(plain)
+    with warnings_held():
+        experiment = build_experiment(plain)
+    if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
+        learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
+        raise ValueError(
+            f"way={settings.way}: the run learned {learned} and has a head for nothing else"
+        )
+    return experiment
+
+
+def _data_node(compose: Composer, name: Any) -> Config:
+    """The node `data` of another data set, apart from every recipe."""
+    if not isinstance(name, str):
+        raise ValueError(f"data={name}: type one name of a data set")
+    job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
+    return cast("Config", job.plain["data"])

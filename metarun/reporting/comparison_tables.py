@@ -1,0 +1,223 @@
+"""Tables that compare algorithms on a data set or along streams, as Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from metarun.core.console import duration
+from metarun.core.statistics import Floats, quiet
+from metarun.evaluation import continual_metrics
+from metarun.reporting.results import BESIDE, Result, figure_of, over_seeds
+from metarun.reporting.tables import markdown_row, shown
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a comparison: one algorithm.
+
+    Attributes:
+        name: As it is typed.
+        method: What it is, in a few words.
+        cells: For each column (a size of task) the finished runs, one for each seed.
+        failed: How many runs of each column have failed; empty stands for none.
+    """
+
+    name: str
+    method: str
+    cells: Sequence[Sequence[Result]]
+    failed: Sequence[int] = ()
+
+
+def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Rows as a table in Markdown, the best of the first column first.
+
+    Args:
+        rows: One for each algorithm.
+        columns: Names of the sizes.
+    """
+    results = [result for row in rows for cell in row.cells for result in cell]
+    regression = any(result.record["metric"] == "mse" for result in results)
+    title = "MSE" if regression else "accuracy, %"
+    # What is measured is known from a run alone.
+    named = [f"{name}: {title}" if results else name for name in columns]
+    heads = ["`algo=`", "method", *named]
+    beside = [n for n in BESIDE if any(n in result.beside for result in results)]
+    heads += [BESIDE[name] for name in beside]
+    heads += ["before training", "tasks", "training", "parameters", "batch norm"]
+    ordered = sorted(rows, key=lambda row: _order(row, regression))
+    counts = sorted({len(result.episodes) for result in results})
+    seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
+    note = (
+        f"{_either(counts)} test episodes; mean ± 95 % interval over episodes; {_either(seeds)} "
+        "seed(s), with the interval over seeds in brackets where there are several."
+    )
+    lines = [
+        markdown_row(heads),
+        markdown_row(["---"] * len(heads)),
+        *(markdown_row(_cells(row, beside)) for row in ordered),
+    ]
+    return "\n".join([*lines, "", note] if results else lines)
+
+
+STREAM_HEADS = {
+    "anytime": "anytime",
+    "cumulative_loss": "cumulative loss",
+    "backward_transfer": "backward transfer",
+    "forward_transfer": "forward transfer",
+    "forgetting": "forgetting",
+    "rows_to_proficiency": "rows to proficiency",
+    "rows_to_proficiency_new": "of new tasks",
+    "rows_to_proficiency_returning": "of returning tasks",
+}
+"""What a figure of `continual.summary` is called in a table; accuracies are in percent there."""
+
+_NOT_METRICS = ("cumulative_loss", "rows_to")
+
+
+@quiet
+def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
+    """Learners along the same streams as a table in Markdown, the best at the end first.
+
+    Args:
+        rows: One for each algorithm, with one cell: the seeds.
+        against: Whom regret is counted against; it has the seeds of the others.
+    """
+    results = [result for row in rows for cell in row.cells for result in cell]
+    if not results:
+        return "nothing is finished yet"
+    regression = results[0].record["metric"] == "mse"
+    shown_figures = [n for n in STREAM_HEADS if any(n in result.figures for result in results)]
+    title = "MSE" if regression else "accuracy, %"
+    heads = ["`algo=`", "method", f"{title}, at the end"]
+    heads += [STREAM_HEADS[name] for name in shown_figures]
+    if against is not None:
+        heads += [f"regret against `{against.name}`", "grows as rows to the power"]
+    heads += ["training", "parameters"]
+    ordered = sorted(rows, key=lambda row: _order(row, regression))
+    lines = [markdown_row(heads), markdown_row(["---"] * len(heads))]
+    lines += [markdown_row(_stream_cells(row, shown_figures, against)) for row in ordered]
+    counts = sorted({len(result.episodes) for result in results})
+    seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
+    note = (
+        f"{_either(counts)} lifetimes; mean ± 95 % interval over them; {_either(seeds)} seed(s), "
+        "with the interval over seeds in brackets where there are several."
+    )
+    return "\n".join([*lines, "", note])
+
+
+def _stream_cells(row: Row, names: Sequence[str], against: Row | None) -> list[str]:
+    cell = row.cells[0]
+    cells = [f"`{row.name}`", row.method, *_figures(row)]
+    if not cell:
+        return [*cells, *[""] * (len(names) + (2 if against else 0) + 2)]
+    percent = 100.0 if cell[0].record["metric"] == "accuracy" else 1.0
+    for name in names:
+        scale = 1.0 if name.startswith(_NOT_METRICS) else percent
+        values = [scale * result.figures[name] for result in cell if name in result.figures]
+        places = 1 if scale != 1.0 or name.startswith("rows_to") else None
+        cells.append(str(over_seeds(values, places)) if values else "")
+    if against is not None:
+        cells += _regret_cells(row, against)
+    seconds = _mean([result.record["train_seconds"] for result in cell], duration)
+    return [*cells, seconds, f"{cell[0].record['parameters']:,}"]
+
+
+def _regret_cells(row: Row, against: Row) -> list[str]:
+    """The regret at the end and how fast it grows, or why it is not there.
+
+    Raises:
+        ValueError: The two have lived along different streams.
+    """
+    if row.name == against.name:
+        return ["–", "–"]
+    comparators = {result.record["seed"]: result for result in against.cells[0]}
+    curves: list[Floats] = []
+    for result in row.cells[0]:
+        seed = result.record["seed"]
+        if seed not in comparators:
+            return [f"no `{against.name}` with seed {seed}", "–"]
+        other = comparators[seed]
+        if result.record["episodes_hash"] != other.record["episodes_hash"]:
+            raise ValueError(
+                f"algo={against.name} has lived along other streams than algo={row.name}: no "
+                "regret can be counted"
+            )
+        assert result.losses is not None
+        assert other.losses is not None
+        assert result.stream is not None
+        curves.append(continual_metrics.regret(result.losses, other.losses, result.stream))
+    ends = over_seeds([curve[:, -1] for curve in curves])
+    powers = np.concatenate([continual_metrics.growth(curve) for curve in curves])
+    growing = np.isfinite(powers)
+    if not growing.any():
+        return [str(ends), "–"]
+    # Lifetimes that regret nothing have no power; how many have one is said.
+    mark = "" if growing.all() else f"{growing.sum()} of {len(powers)} lifetimes"
+    return [str(ends), str(replace(over_seeds([powers[growing]]), mark=mark))]
+
+
+def _cells(row: Row, beside: Sequence[str]) -> list[str]:
+    results = [result for cell in row.cells for result in cell]
+    figures = _figures(row)
+    if not results:
+        return [f"`{row.name}`", row.method, *figures, *[""] * (len(beside) + 5)]
+    record = results[0].record
+    seconds = [_mean([r.record["train_seconds"] for r in cell], duration) for cell in row.cells]
+    return [
+        f"`{row.name}`",
+        row.method,
+        *figures,
+        *(" / ".join(_beside(cell, name) for cell in row.cells) for name in beside),
+        " / ".join(_untrained(cell) for cell in row.cells),
+        f"{record['steps'] * record['tasks_per_step']:,}",
+        " / ".join(seconds),
+        f"{record['parameters']:,}",
+        record["bn_statistics"],
+    ]
+
+
+def _figures(row: Row) -> list[str]:
+    """What each column shows: a figure, or why there is none; seeds that failed are counted."""
+    shown_figures: list[str] = []
+    for cell, failed in zip(row.cells, row.failed or [0] * len(row.cells), strict=True):
+        if not cell:
+            shown_figures.append("failed" if failed else "not run")
+        else:
+            mark = f"{failed} failed" if failed else ""
+            shown_figures.append(str(replace(figure_of(cell), mark=mark)))
+    return shown_figures
+
+
+def _beside(cell: Sequence[Result], name: str) -> str:
+    """A figure beside the metric, over the seeds that have it; a share is in percent."""
+    scale, places = (100.0, 1) if name == "coverage" else (1.0, 2)
+    values = [scale * result.beside[name] for result in cell if name in result.beside]
+    return str(over_seeds(values, places)) if values else "–"
+
+
+def _untrained(cell: Sequence[Result]) -> str:
+    found = [result.untrained for result in cell if result.untrained is not None]
+    accuracy = bool(cell) and cell[0].record["metric"] == "accuracy"
+    return _mean(found, lambda mean: str(shown(mean, accuracy=accuracy)))
+
+
+def _mean(values: Sequence[float], show: Any) -> str:
+    return show(float(np.mean(values))) if values else "–"
+
+
+def _order(row: Row, regression: bool) -> float:
+    """Best first; what diverged or was not run last."""
+    means = [float(result.episodes.mean()) for result in row.cells[0]]
+    if not means or not np.isfinite(means).all():
+        return math.inf
+    mean = float(np.mean(means))
+    return mean if regression else -mean
+
+
+def _either(counts: Sequence[int]) -> str:
+    return " or ".join(map(str, counts))

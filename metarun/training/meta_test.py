@@ -1,0 +1,144 @@
+"""The meta-test of a run: at its end, and of a finished run in another setting."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarun.algorithms.base import Algorithm
+from metarun.core import distributed
+from metarun.core.console import (
+    Screen,
+    summary,
+)
+from metarun.core.errors import Interrupted
+from metarun.core.files import finite
+from metarun.core.settings import EvalSettings
+from metarun.core.types import EpisodeSource, Record
+from metarun.evaluation.episodes import evaluate
+from metarun.evaluation.measures import EpisodeMetrics
+from metarun.evaluation.stream_rollouts import SplitRollouts
+from metarun.runs.folder import RunFolder
+from metarun.training.results import about, stream_figures, test_record, write_samples, write_test
+from metarun.training.signals import Signals, StopRequestedError, ticker
+from metarun.training.state import load_parameters
+
+_log = logging.getLogger(__name__)
+
+
+def meta_test(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    evaluation: EvalSettings,
+    run: RunFolder,
+    folder: Path,
+    facts: Mapping[str, Any],
+    screen: Screen,
+) -> Record:
+    """Meta-test what a run has learned, on its own data or on others.
+
+    Args:
+        algorithm: Made by the run's configuration, for the tasks of `source`.
+        source: The data.
+        evaluation: Number of episodes and steps.
+        run: Whose parameters: the best by meta-val, else the last.
+        folder: Where `results.json` and `episodes.npz` go: one of `run.test_folder`.
+        facts: As in `train`, of the test.
+        screen: Where to show how it goes.
+
+    Raises:
+        ValueError: The run has no checkpoint, or it does not fit the algorithm.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    with screen.attached(), Signals() as signals, _removed_if_empty(folder):
+        began = time.perf_counter()
+        kind, checkpoint = distributed.on_first(lambda: _learned(run))
+        with distributed.agreed():
+            load_parameters(algorithm, checkpoint, facts, run.path)
+        try:
+            measured = measure_test(algorithm, source, evaluation, screen, signals)
+        except StopRequestedError as stop:
+            raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
+        if not distributed.first():
+            return {}
+        figures = stream_figures(measured, source.spec, evaluation)
+        results: Record = {
+            **about(algorithm, source, facts),
+            **test_record(measured, source.spec, figures),
+            "parameters_from": kind,
+            "parameters_step": checkpoint["step"],
+            "seconds": time.perf_counter() - began,
+        }
+        results = finite(results)
+        write_test(folder, source, measured, figures)
+        RunFolder(folder).write_json("results.json", results)
+        write_samples(folder, algorithm, source)
+        _log.info("%s", summary(results, str(folder)))
+        return results
+
+
+def _learned(run: RunFolder) -> tuple[str, Record]:
+    learned = run.load_learned()
+    if learned is None:
+        raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
+    return learned
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Leave no folder behind for work that came to nothing."""
+    try:
+        yield
+    finally:
+        if distributed.first():
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def measure_test(
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    evaluation: EvalSettings,
+    screen: Screen,
+    signals: Signals,
+) -> EpisodeMetrics:
+    if source.spec.streams is not None:
+        living = test_rollouts(algorithm, source, evaluation)
+
+        def live() -> EpisodeMetrics:
+            with screen.bar("test", living.steps) as bar:
+                return living.run(ticker(bar, signals))
+
+        return distributed.on_first(live)
+    with screen.bar("test", evaluation.episodes) as bar:
+        measured = evaluate(
+            algorithm,
+            source,
+            "test",
+            evaluation.episodes,
+            evaluation.tasks_per_batch,
+            views=evaluation.views,
+            curve_steps=evaluation.curve_steps,
+            tick=ticker(bar, signals),
+        )
+    num_bad = int(np.count_nonzero(~np.isfinite(measured.values)))
+    if num_bad:
+        _log.warning(
+            "%d of %d test episodes gave no finite %s: try fewer eval.inner_steps",
+            num_bad,
+            evaluation.episodes,
+            source.spec.metric,
+        )
+    return measured
+
+
+def test_rollouts(
+    algorithm: Algorithm, source: EpisodeSource, evaluation: EvalSettings
+) -> SplitRollouts:
+    return SplitRollouts(algorithm, source, "test", evaluation.episodes, evaluation.tasks_per_batch)

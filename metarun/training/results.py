@@ -1,0 +1,173 @@
+"""What a meta-test writes: `results.json`, `episodes.npz`, `stream.csv` and `samples.npz`.
+
+Shapes: N episodes, K presentations of a class.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metarun.algorithms.base import Algorithm
+from metarun.core import distributed, environment
+from metarun.core.files import write_atomically
+from metarun.core.settings import EvalSettings
+from metarun.core.statistics import Floats, interval
+from metarun.core.types import EpisodeSource, Record, TaskSpec
+from metarun.evaluation import continual_metrics, task_clusters
+from metarun.evaluation.measures import EpisodeMetrics
+
+_SAMPLED_TASKS = 8
+
+_SAMPLES = 10
+"""Rows made for each of them, and the most that are shown of its support."""
+
+
+def about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]) -> Record:
+    return {
+        **facts,
+        "kind": source.spec.kind,
+        "metric": source.spec.metric,
+        "transductive": algorithm.transductive,
+        "bn_statistics": algorithm.bn_statistics,
+        "parameters": sum(parameter.numel() for parameter in algorithm.parameters()),
+        "processes": distributed.size(),
+        "data_fingerprint": source.fingerprint(),
+        "versions": environment.versions(),
+    }
+
+
+def test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, Floats]) -> Record:
+    record: Record = {
+        "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
+        "curve": None
+        if measured.curve is None
+        else [
+            {"steps": steps, **_interval_record(values)}
+            for steps, values in enumerate(measured.curve)
+        ],
+        "episodes_hash": measured.digest,
+        **{name: _interval_record(values) for name, values in measured.beside.items()},
+    }
+    if measured.presentations is not None:
+        record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
+    found = _families_record(measured)
+    if found is not None:
+        record["families"] = found
+    if measured.strategies:
+        record["strategies"] = _strategies_record(measured, spec)
+    if spec.streams is not None:
+        record["layout"] = asdict(spec.streams["test"])
+        record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
+    return record
+
+
+def _families_record(measured: EpisodeMetrics) -> Record | None:
+    """How well the families of the tasks are found, and the tasks of each in each group.
+
+    By the responsibilities of a mixture, else by a mixture of normals over the embeddings with a
+    component for each family.
+    """
+    families, groups = measured.families, measured.groups
+    if families is None:
+        return None
+    by = "responsibilities"
+    if groups is None:
+        by = "a mixture of normals over embeddings"
+        if measured.embeddings is None:
+            return None
+        groups = task_clusters.gaussian_mixture(measured.embeddings, int(families.max()) + 1)
+        if groups is None:
+            return None
+    table = task_clusters.counts(families, groups)
+    index = task_clusters.adjusted_rand_index(table)
+    return {"adjusted_rand_index": index, "by": by, "counts": table.tolist()}
+
+
+def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
+    """Of each way of learning the figure, and how much better the one that chose among them did.
+
+    `oracle` is the best of the strategies on each episode, by its queries.
+    """
+    best = np.max if spec.higher_is_better else np.min
+    sign = 1.0 if spec.higher_is_better else -1.0
+    oracle = best(np.stack(list(measured.strategies.values())), axis=0)
+    return {
+        name: {
+            **_interval_record(values),
+            "gain": _interval_record(sign * (measured.values - values)),
+        }
+        for name, values in {**measured.strategies, **measured.rivals, "oracle": oracle}.items()
+    }
+
+
+def stream_figures(
+    measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings
+) -> dict[str, Floats]:
+    """The figures of a stream, (N,) of the lifetimes each; none of other tasks."""
+    if measured.lived is None or spec.streams is None:
+        return {}
+    return continual_metrics.summary(
+        measured.lived,
+        spec.streams["test"],
+        higher=spec.higher_is_better,
+        proficiency=evaluation.proficiency,
+    )
+
+
+def _interval_record(values: Floats) -> Record:
+    mean, ci95 = interval(values)
+    return {"mean": mean, "ci95": ci95}
+
+
+def write_test(
+    folder: Path, source: EpisodeSource, measured: EpisodeMetrics, figures: Mapping[str, Floats]
+) -> None:
+    """Write the figure of every test episode, and what the algorithm made of its task."""
+    spec = source.spec
+    arrays: dict[str, Any] = {spec.metric: measured.values}
+    arrays |= {**(measured.lived or {}), **measured.beside}
+    arrays |= {f"{continual_metrics.FIGURE}{name}": values for name, values in figures.items()}
+    if measured.curve is not None:
+        arrays["curve"] = measured.curve
+    if measured.embeddings is not None:
+        arrays["embeddings"] = measured.embeddings
+    if measured.presentations is not None:
+        arrays["presentations"] = measured.presentations
+    for name, labels in (("families", measured.families), ("groups", measured.groups)):
+        if labels is not None:
+            arrays[name] = labels
+    if measured.confusions is not None:
+        arrays["confusions"] = measured.confusions
+        names = getattr(source, "class_names", None)
+        if names is not None:
+            arrays["class_names"] = np.array(names("test"), dtype=str)
+    theirs = {**measured.strategies, **measured.rivals}
+    arrays |= {f"strategy_{name}": values for name, values in theirs.items()}
+    _write_arrays(folder / "episodes.npz", arrays)
+    if measured.lived is not None and spec.streams is not None:
+        table = continual_metrics.curves(measured.lived, spec.streams["test"])
+        write_atomically(folder / "stream.csv", table.encode())
+
+
+def write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
+    """Write what an algorithm that makes rows makes for the first test tasks, and their support."""
+    if not algorithm.generates:
+        return
+    support = source.batch("test", 0, _SAMPLED_TASKS).support_x
+    made = algorithm.generated(support, _SAMPLES)
+    # Evenly from all of it, so that there are rows of many classes.
+    shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
+    arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
+    _write_arrays(folder / "samples.npz", arrays)
+
+
+def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getbuffer())

@@ -1,0 +1,56 @@
+"""Parameters from checkpoints, and the room that these need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from metarun.algorithms.base import Algorithm
+from metarun.core.types import Record
+
+
+def required_bytes(algorithm: Algorithm) -> int:
+    """Disk space that a run takes: its checkpoints, the one being written, and its records."""
+    values = [*algorithm.parameters(), *algorithm.buffers()]
+    size = sum(value.numel() * value.element_size() for value in values)
+    # Parameters with Adam's two moments, in best.pt and twice in each of three files.
+    return 3 * size * 7 + 16 * 2**20
+
+
+def load_parameters(
+    algorithm: Algorithm, checkpoint: Record, facts: Mapping[str, Any], path: Path
+) -> None:
+    """Give an algorithm the state of a checkpoint.
+
+    Raises:
+        ValueError: It is of another algorithm or of other shapes; nothing has changed.
+    """
+    if checkpoint["algo"] != facts.get("algo"):
+        raise ValueError(
+            f"{path} holds a checkpoint of algo={checkpoint['algo']}, "
+            f"which algo={facts.get('algo')} cannot read"
+        )
+    stored: Mapping[str, Any] = checkpoint["state"]
+    algorithm.make_room(stored)
+    here = algorithm.state_dict()
+    for name in sorted(stored.keys() ^ here.keys()):
+        where = "the checkpoint" if name in stored else "this algorithm"
+        raise ValueError(_misfit(path, f"only {where} has {name}"))
+    for name, value in here.items():
+        if isinstance(value, Tensor) and value.shape != stored[name].shape:
+            sizes = f"{tuple(stored[name].shape)} there and {tuple(value.shape)} here"
+            raise ValueError(_misfit(path, f"{name} is {sizes}"))
+    try:
+        algorithm.load_state_dict(stored)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ValueError(_misfit(path, str(error).splitlines()[0])) from error
+
+
+def _misfit(path: Path, what: str) -> str:
+    return (
+        f"{path}: its checkpoint does not fit, {what}: "
+        "way, backbone and algo's options have to be the run's"
+    )
