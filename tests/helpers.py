@@ -39,7 +39,7 @@ class Identity(nn.Module):
         # Without any parameter a network of no head could not be trained at all.
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
         return x.flatten(1)
 
 
@@ -78,15 +78,15 @@ def image_batch(
     return TaskBatch(support_x, support_y, query_x, query_y)
 
 
-def labelled_spec(ways: int = 3) -> TaskSpec:
+def labeled_spec(ways: int = 3) -> TaskSpec:
     """Images of seven training classes."""
     return replace(image_spec(ways), num_train_classes=7)
 
 
-def labelled_batch(tasks: int = 3, shot: int = 2, query: int = 2, seed: int = 0) -> TaskBatch:
+def labeled_batch(tasks: int = 3, shot: int = 2, query: int = 2, seed: int = 0) -> TaskBatch:
     """Tasks of three of them each."""
     ids = torch.stack([torch.arange(7).roll(2 * task)[:3] for task in range(tasks)])
-    return replace(image_batch(labelled_spec(), tasks, shot, query, seed), class_ids=ids)
+    return replace(image_batch(labeled_spec(), tasks, shot, query, seed), class_ids=ids)
 
 
 def make(

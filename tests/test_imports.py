@@ -26,7 +26,7 @@ RANKS = {
     "config": 6,
     "request": 7, "listing": 7,
     "launch": 8, "predict": 8,
-    "papers": 9, "labelling": 9, "bench": 9,
+    "papers": 9, "labeling": 9, "bench": 9,
     "again": 9,
     "jobs": 10, "reporting": 10,
     "compare": 11, "sweep": 11,

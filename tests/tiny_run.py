@@ -38,7 +38,7 @@ from metarun.training import trainer
 from tests.helpers import make
 
 STEPS = 60
-FACTS = {"algo": "noisy", "data": "linear", "way": 1, "shot": 4, "query": 6, "seed": 3}
+RUN_INFO = {"algo": "noisy", "data": "linear", "way": 1, "shot": 4, "query": 6, "seed": 3}
 
 
 class NoisyMAML(MAML):
@@ -113,7 +113,7 @@ def go(
     source: Watched | None = None,
     algorithm: MAML | None = None,
     screen: Screen | None = None,
-    facts: Record | None = None,
+    run_info: Record | None = None,
     trackers: Trackers | None = None,
     **changes: int,
 ) -> Record:
@@ -123,7 +123,7 @@ def go(
         settings(**changes),
         EvalSettings(episodes=6, val_episodes=4, curve_steps=2, tasks_per_batch=2),
         folder(path),
-        facts or FACTS,
+        run_info or RUN_INFO,
         screen or silent(),
         3,
         trackers,

@@ -47,7 +47,7 @@ def made(algo: str, data: str, *words: str) -> build.Experiment:
     small = [] if "backbone=" in " ".join(words) else SMALL[data]
     with composer() as compose:
         job = compose.job([f"algo={algo}", f"data={data}", *COMMON, *small, *words])
-    return build_experiment(job.plain)
+    return build_experiment(job.config)
 
 
 def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
@@ -94,10 +94,10 @@ def tensors(state: Any) -> dict[str, Tensor]:
 
 
 def main(path: Path, cases: list[str]) -> None:
-    place = distributed.asked_for()
+    place = distributed.place_from_environment()
     distributed.start(place)
     found = {case: outcome(*case.split()) for case in cases}
-    if distributed.first():
+    if distributed.is_main():
         path.write_bytes(pickle.dumps(found))
     distributed.stop()
 

@@ -25,19 +25,19 @@ Backbone = Callable[..., nn.Module]
 """Makes a network from `input_shape` and `output_dim` (None: features, no head)."""
 
 Optim = Callable[..., OuterOptimizer]
-"""Makes an outer optimiser from (name, parameter) pairs."""
+"""Makes an outer optimizer from (name, parameter) pairs."""
 
 
 class Algorithm(nn.Module, ABC):
-    """A meta-learner: it owns its modules and its outer optimiser.
+    """A meta-learner: it owns its modules and its outer optimizer.
 
     A subclass adds its hyperparameters as keywords, hands the rest to `super().__init__`, sets
-    `self.net` by `build_network` and its optimiser, and writes `update` and `predict`.
+    `self.net` by `build_network` and its optimizer, and writes `update` and `predict`.
 
     Args:
         spec: What the tasks ask for.
         backbone: Makes the network.
-        optim: Makes the outer optimiser.
+        optim: Makes the outer optimizer.
         engine: How tasks run.
         bn: Where batch norm takes its statistics from at evaluation: `transductive` (the query
             rows together), `support`, or `running` (gathered in training).
@@ -54,7 +54,7 @@ class Algorithm(nn.Module, ABC):
     """Whether a task may have another number of ways than it was trained for."""
     label_equivariant: ClassVar[bool] = False
     """Whether permuting the labels of a task permutes the answers."""
-    lives_online: ClassVar[bool] = False
+    learns_online: ClassVar[bool] = False
     """Whether its tasks are trajectories of a stream, which it is judged on while it learns."""
     meta_trains: ClassVar[bool] = True
     """Whether there is anything to learn from training tasks."""
@@ -89,11 +89,11 @@ class Algorithm(nn.Module, ABC):
                 f"{name} learns {' and '.join(self.kinds)}, and the data ask for {spec.kind}: "
                 "choose another algo (`metarun list`)"
             )
-        if self.lives_online and spec.streams is None:
+        if self.learns_online and spec.streams is None:
             raise ValueError(
                 f"{name} lives along a stream, and the data are none: use data=stream_…"
             )
-        if spec.streams is not None and not self.lives_online:
+        if spec.streams is not None and not self.learns_online:
             raise ValueError(
                 f"the data are a stream, and {name} learns tasks one by one: use an algo for "
                 "streams, such as online or oml (`metarun list`)"
@@ -175,7 +175,7 @@ class Algorithm(nn.Module, ABC):
     def choose(self, option: Mapping[str, float]) -> None:
         """Take one of `options` from now on."""
 
-    def make_room(self, state: Mapping[str, Any]) -> None:
+    def match_shapes(self, state: Mapping[str, Any]) -> None:
         """Take the shapes of a state to be loaded where the data that it learned on set them.
 
         A meta-test may be on other data, with another number of training classes.
@@ -214,7 +214,7 @@ class Algorithm(nn.Module, ABC):
 
         Args:
             output_dim: Outputs of the head.
-            context_dim: Size of the `Pass.context` that it reads.
+            context_dim: Size of the `ForwardContext.context` that it reads.
 
         Raises:
             ValueError: It is to read a context, and this backbone reads none.
@@ -244,10 +244,10 @@ class Algorithm(nn.Module, ABC):
         return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=True)
 
     def build_optimizer(self) -> OuterOptimizer:
-        """Make the outer optimiser of every parameter registered so far."""
+        """Make the outer optimizer of every parameter registered so far."""
         return self._optim(list(self.named_parameters()))
 
-    def settled_engine(self) -> Engine:
+    def resolved_engine(self) -> Engine:
         """The engine with everything settled, for the network and where it is."""
         return self.engine.resolved(self.net, self.device)
 
@@ -292,7 +292,7 @@ class Algorithm(nn.Module, ABC):
             key: As there.
         """
         params = own_parameters(self.net)
-        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows, key=key)
+        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
         return outputs
 
     def answer(
@@ -314,10 +314,10 @@ class Algorithm(nn.Module, ABC):
         """
         if self.bn == "support" and has_batch_norm(net):
             rows = torch.cat([support_x, query_x])
-            how = ForwardContext(rows=support_x.shape[0], context=context)
-            return forward(net, params, rows, how)[support_x.shape[0] :]
-        how = ForwardContext(running=self.bn == "running", context=context)
-        return forward(net, params, query_x, how)
+            ctx = ForwardContext(rows=support_x.shape[0], context=context)
+            return forward(net, params, rows, ctx)[support_x.shape[0] :]
+        ctx = ForwardContext(running=self.bn == "running", context=context)
+        return forward(net, params, query_x, ctx)
 
 
 def _takes(make: Backbone, keyword: str) -> bool:
@@ -340,9 +340,9 @@ def own_parameters(net: nn.Module) -> dict[str, Tensor]:
     return {name: param for name, param in net.named_parameters()}  # noqa: C416
 
 
-def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, how: ForwardContext) -> Tensor:
+def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, ctx: ForwardContext) -> Tensor:
     """Run a network with parameters that are not its own."""
-    outputs: Tensor = torch.func.functional_call(net, params, (x, how))
+    outputs: Tensor = torch.func.functional_call(net, params, (x, ctx))
     return outputs
 
 

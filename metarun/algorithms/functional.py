@@ -49,13 +49,13 @@ def is_first_order(second_order_from: int | None, progress: Progress) -> bool:
     return second_order_from is None or progress.step < second_order_from
 
 
-def under(prefix: str, params: Params) -> Params:
+def strip_prefix(prefix: str, params: Params) -> Params:
     """The parameters whose names begin with a prefix, by their names below it."""
     return {n.removeprefix(prefix): p for n, p in params.items() if n.startswith(prefix)}
 
 
-def above(prefix: str, params: Params) -> Params:
-    """The parameters with a prefix before their names: the inverse of `under`."""
+def add_prefix(prefix: str, params: Params) -> Params:
+    """The parameters with a prefix before their names: the inverse of `strip_prefix`."""
     return {f"{prefix}{name}": param for name, param in params.items()}
 
 
@@ -180,8 +180,8 @@ def gradient_backwards(
     path = [start(params)]
     for _ in range(steps):
         path.append(step(path[-1], params))
-    judged = torch.func.grad(outcome, argnums=(0, 1), has_aux=True)
-    (pulled, grads), extras = judged(path.pop(), params)
+    outcome_gradient = torch.func.grad(outcome, argnums=(0, 1), has_aux=True)
+    (pulled, grads), extras = outcome_gradient(path.pop(), params)
     while path:
         pull = torch.func.vjp(step, path.pop(), params)[1]
         pulled, more = pull(pulled)

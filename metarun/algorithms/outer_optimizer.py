@@ -1,4 +1,4 @@
-"""The outer optimiser: the one place that averages, checks, clips and applies meta-gradients."""
+"""The outer optimizer: the one place that averages, checks, clips and applies meta-gradients."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class OuterOptimizer(nn.Module):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        # torch's optimisers keep the tensors that they are given: two must not share moments.
+        # torch's optimizers keep the tensors that they are given: two must not share moments.
         self.optimizer.load_state_dict(copy.deepcopy(state))
 
 

@@ -1,4 +1,4 @@
-"""Conv4: four blocks of 3x3 convolution, a normalisation, ReLU and a halving of the image.
+"""Conv4: four blocks of 3x3 convolution, a normalization, ReLU and a halving of the image.
 
 With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017, with stride-2
 convolutions the one of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
@@ -39,8 +39,8 @@ class Conv4(Network):
             does on Omniglot.
         norm: `batch` norm; `instance` norm, whose answer to an image does not depend on others,
             as learners need that meet one at a time; or `none`.
-        context_dim: Size of `Pass.context`, from which a FiLM layer scales and shifts the maps
-            of the last block but one, before ReLU (Zintgraf et al. 2019); 0 reads none.
+        context_dim: Size of `ForwardContext.context`, by which a FiLM layer scales and shifts
+            the maps of the last block but one, before ReLU (Zintgraf et al. 2019); 0 for none.
         maps: End at feature maps (N, C, H, W), as relation networks do: only the first two
             blocks halve, and they do not pad (Sung et al. 2018). An algorithm asks for it.
 
@@ -130,13 +130,13 @@ class _Blocks(nn.Module):
         self.maps = maps
         self.native = False
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = self._laid_out(x)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             # Pooled before ReLU, which is the same thing and leaves it a quarter of the work.
-            x = conv_and_norm(conv, norm, x, how, pool=i < self.num_pooled)
+            x = conv_and_norm(conv, norm, x, ctx, pool=i < self.num_pooled)
             if self.film is not None and i == self.film_block:
-                x = self.film(x, how)
+                x = self.film(x, ctx)
             x = torch.relu(x)
         if self.maps:
             return x

@@ -29,11 +29,12 @@ class MLP(Network):
         output_dim: Outputs of the head; None ends at the last hidden layer.
         hidden: Widths of the hidden layers.
         activation: `relu` or `tanh`.
-        batch_norm: Normalise before each activation.
+        batch_norm: Normalize before each activation.
         init: `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `truncated_normal` is the MAML
             code's: standard deviation 0.01 cut at two of them, biases 0; `kaiming_normal` is
             N(0, 2 / fan_in), biases 0, which carries the inputs' size through many layers.
-        context_dim: Size of `Pass.context`, which every input is joined with; 0 reads none.
+        context_dim: Size of `ForwardContext.context`, which is appended to every input; 0 for
+            none.
 
     Raises:
         ValueError: A width is not positive, a word is not one of those above, or batch norm
@@ -82,7 +83,7 @@ class Flat(Network):
 
 
 class _Flatten(nn.Module):
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
         return x.flatten(1)
 
 
@@ -106,15 +107,15 @@ class _Dense(nn.Module):
         )
         self.activation = torch.tanh if activation == "tanh" else torch.relu
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = x.flatten(1)
         if self.context_dim:
-            context = task_context(how, self.context_dim, x)
+            context = task_context(ctx, self.context_dim, x)
             x = torch.cat([x, context.expand(x.shape[0], -1)], 1)
         for i, linear in enumerate(self.linears):
             x = linear(x)
             if len(self.norms):
-                x = self.norms[i](x, how)
+                x = self.norms[i](x, ctx)
             x = self.activation(x)
         return x
 

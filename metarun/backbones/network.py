@@ -16,7 +16,7 @@ class Network(nn.Module):
     """A body with an optional linear head.
 
     Args:
-        body: Maps (N, *input_shape) and a `Pass` to (N, F) features.
+        body: Maps (N, *input_shape) and a `ForwardContext` to (N, F) features.
         input_shape: Shape of one input.
         output_dim: Outputs of the linear head; None leaves the features as the answer.
     """
@@ -30,21 +30,21 @@ class Network(nn.Module):
         self.feature_dim = measure_features(body, input_shape)
         self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
 
-    def forward(self, x: Tensor, how: ForwardContext = BATCH_STATISTICS) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext = BATCH_STATISTICS) -> Tensor:
         """Answer (N, *input_shape) with (N, output_dim), or (N, F) where there is no head."""
         if self.mixed:
-            return self._mixed_answers(x, how)
-        features = self.body(x, how)
+            return self._mixed_answers(x, ctx)
+        features = self.body(x, ctx)
         answers: Tensor = features if self.head is None else self.head(features)
         return answers
 
-    def _mixed_answers(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def _mixed_answers(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         # Casts in sight, since under vmap torch.autocast leaves most operators as they are.
         kept = norm_parameters(self.body)
         halved = {
             name: p if name in kept else p.bfloat16() for name, p in self.body.named_parameters()
         }
-        features: Tensor = torch.func.functional_call(self.body, halved, (x.bfloat16(), how))
+        features: Tensor = torch.func.functional_call(self.body, halved, (x.bfloat16(), ctx))
         if self.head is None:
             return features.float()
         weight, bias = self.head.weight.bfloat16(), self.head.bias.bfloat16()

@@ -78,9 +78,9 @@ class _Residual(nn.Module):
                     module.weight, a=_SLOPE, mode="fan_out", nonlinearity="leaky_relu"
                 )
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         for block in self.blocks:
-            x = block(x, how)
+            x = block(x, ctx)
         return x.mean((2, 3)) if self.mean_pool else x.flatten(1)
 
 
@@ -98,15 +98,15 @@ class _Block(nn.Module):
         self.drop_rate = drop_rate
         self.block_size = block_size
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         out = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            out = conv_and_norm(conv, norm, out, how)
+            out = conv_and_norm(conv, norm, out, ctx)
             if i < 2:
                 out = nn.functional.leaky_relu(out, _SLOPE)
-        short = conv_and_norm(self.shortcut, self.shortcut_norm, x, how)
+        short = conv_and_norm(self.shortcut, self.shortcut_norm, x, ctx)
         out = nn.functional.leaky_relu(out + short, _SLOPE)
         out = nn.functional.max_pool2d(out, 2)
-        if how.noise is None or self.drop_rate == 0.0:
+        if ctx.noise is None or self.drop_rate == 0.0:
             return out
-        return drop_blocks(out, how.noise, self.index, self.drop_rate, self.block_size)
+        return drop_blocks(out, ctx.noise, self.index, self.drop_rate, self.block_size)

@@ -21,7 +21,7 @@ from metarun.algorithms.base import own_parameters
 from metarun.backbones.layers.context import ForwardContext
 from metarun.bench.implementations import EPISODES_AT_ONCE, Step, algorithm_of, batch_of, source_of
 from metarun.bench.networks import load, textbook
-from metarun.bench.workloads import RIVALS, Variant, Workload
+from metarun.bench.workloads import BASELINES, Variant, Workload
 from metarun.core.types import TaskBatch
 
 Backward = Callable[[nn.Module, Workload, TaskBatch], None]
@@ -33,9 +33,9 @@ Answers = Callable[[nn.Module, Workload, TaskBatch], Tensor]
 _MODULES = {"learn2learn": "learn2learn.algorithms.maml", "higher": "higher"}
 
 
-def rivals_of(workload: Workload) -> list[str]:
+def baselines_of(workload: Workload) -> list[str]:
     """Whom a workload is timed against, of those that can be imported here."""
-    named = [name for name, methods in RIVALS.items() if workload.method in methods]
+    named = [name for name, methods in BASELINES.items() if workload.method in methods]
     return [name for name in named if why_missing(name) is None]
 
 
@@ -63,7 +63,7 @@ def _imported(name: str) -> Any:
             return error
 
 
-def rival_step(name: str, workload: Workload, device: torch.device) -> Step:
+def baseline_step(name: str, workload: Workload, device: torch.device) -> Step:
     """One step of a rival's, with plain SGD behind a gradient."""
     if workload.method == "sampling":
         return _per_image(workload)
@@ -194,8 +194,8 @@ def protonet_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> N
         features = net(torch.cat([batch.support_x[i], batch.query_x[i]]))
         support, query = features.split([workload.support_rows, workload.query_rows])
         sums = support.new_zeros(workload.way, support.shape[1])
-        centres = sums.index_add(0, batch.support_y[i], support) / workload.shot
-        logits = -torch.cdist(query, centres).square()
+        centers = sums.index_add(0, batch.support_y[i], support) / workload.shot
+        logits = -torch.cdist(query, centers).square()
         (loss_of(workload, logits, batch.query_y[i]) / batch.num_tasks).backward()
 
 

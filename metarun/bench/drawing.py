@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from metarun.bench.results import Curve, Ratio, Result
 from metarun.bench.tables import times
-from metarun.reporting.figures.drawing import COLOURS, INK, MARKERS, MUTED, STYLE, plain
+from metarun.reporting.figures.drawing import COLORS, INK, MARKERS, MUTED, STYLE, plain
 
 _WIDTH = 8.0
 _BAR, _GROUP_GAP = 0.19, 0.75
@@ -25,7 +25,7 @@ def picture(results: Sequence[Result], curves: Sequence[Curve], title: str, kind
     """A file of `svg` or `png`."""
     with rc_context(STYLE):
         groups = [list(group) for _, group in groupby(curves, lambda c: (c.workload, c.size))]
-        bars = sum(len(result.rivals) for result in results)
+        bars = sum(len(result.baselines) for result in results)
         top = 1.1 + _BAR * bars + 0.15 * len(results) if bars else 0.0
         figure = Figure(figsize=(_WIDTH, max(top + _PANEL * len(groups), 2.0)))
         parts: Any = figure.subfigures(
@@ -44,20 +44,22 @@ def picture(results: Sequence[Result], curves: Sequence[Curve], title: str, kind
 
 def _ratios(axes: Axes, results: Sequence[Result]) -> None:
     """A group of bars for each workload and variant, the first on top."""
-    names = list(dict.fromkeys(rival.name for result in results for rival in result.rivals))
-    colour = dict(zip(names, COLOURS, strict=False))
+    names = list(
+        dict.fromkeys(baseline.name for result in results for baseline in result.baselines)
+    )
+    color = dict(zip(names, COLORS, strict=False))
     place, ticks, shown = 0.0, [], set()
     for result in results:
-        if not result.rivals:
+        if not result.baselines:
             continue
         first = place
-        for rival in result.rivals:
-            ratio = result.ratio(rival)
+        for baseline in result.baselines:
+            ratio = result.ratio(baseline)
             axes.barh(
-                place, ratio.value - 1.0, left=1.0, height=0.85, color=colour[rival.name],
-                label=None if rival.name in shown else rival.name,
+                place, ratio.value - 1.0, left=1.0, height=0.85, color=color[baseline.name],
+                label=None if baseline.name in shown else baseline.name,
             )  # fmt: skip
-            shown.add(rival.name)
+            shown.add(baseline.name)
             axes.plot([ratio.low, ratio.high], [place, place], color=INK, linewidth=1.2)
             end = max(ratio.value, ratio.high, 1.0)
             axes.annotate(
@@ -73,7 +75,9 @@ def _ratios(axes: Axes, results: Sequence[Result]) -> None:
     axes.axvline(1.0, color=INK, linewidth=1.0)
     axes.set_xscale("log")
     plain(axes.xaxis)
-    every = [bound for r in results for rival in r.rivals for bound in _bounds(r.ratio(rival))]
+    every = [
+        bound for r in results for baseline in r.baselines for bound in _bounds(r.ratio(baseline))
+    ]
     axes.set_xlim(min(0.8, 0.9 * min(every)), max(2.0, 1.35 * max(every)))
     axes.set_xlabel("times faster than …  (line: middle half of the rounds)")
     axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=len(names), borderaxespad=0.2)
@@ -91,10 +95,10 @@ def _growth(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
     """Time and memory of a step, or tasks a second of processes, by a size."""
     size = curves[0].size
     left, right = panels
-    for curve, colour, marker in zip(curves, COLOURS, MARKERS, strict=False):
+    for curve, color, marker in zip(curves, COLORS, MARKERS, strict=False):
         x = [point.size for point in curve.points]
         style: dict[str, Any] = {
-            "color": colour,
+            "color": color,
             "marker": marker,
             "markersize": 4,
             "label": curve.side,

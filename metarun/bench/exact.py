@@ -15,7 +15,7 @@ from metarun.bench.workloads import Variant, Workload
 
 
 def differences(
-    workload: Workload, variant: Variant, rivals: list[str], device: torch.device
+    workload: Workload, variant: Variant, baselines: list[str], device: torch.device
 ) -> dict[str, float]:
     """The largest difference from each rival, relative to the largest of our numbers.
 
@@ -25,17 +25,17 @@ def differences(
     Args:
         workload: Taken in its small size.
         variant: Of ours.
-        rivals: By name.
+        baselines: By name.
         device: Where.
     """
     small = workload.small
-    if workload.method == "sampling" or not rivals:
+    if workload.method == "sampling" or not baselines:
         return {}
     if workload.method == "evaluation":
-        return _of_answers(small, variant, rivals, device)
+        return _of_answers(small, variant, baselines, device)
     ours, algorithm = our_gradient(small, variant, device)
     found = {}
-    for name in rivals:
+    for name in baselines:
         net = network(small, device, torch.float64)
         BACKWARD[small.method][name](net, small, batch_of(small, device, torch.float64))
         names = (
@@ -49,12 +49,12 @@ def differences(
 
 
 def _of_answers(
-    workload: Workload, variant: Variant, rivals: list[str], device: torch.device
+    workload: Workload, variant: Variant, baselines: list[str], device: torch.device
 ) -> dict[str, float]:
     ours, _ = our_answers(workload, variant, device)
     batch = source_of(workload, device, torch.float64).batch("test", 0, workload.tasks)
     net = network(workload, device, torch.float64)
-    return {name: _largest([ours], [ANSWERS[name](net, workload, batch)]) for name in rivals}
+    return {name: _largest([ours], [ANSWERS[name](net, workload, batch)]) for name in baselines}
 
 
 def _largest(ours: list[Tensor], theirs: list[Tensor]) -> float:

@@ -1,6 +1,6 @@
 """Our side of a workload: its tasks, the algorithm, and one step of it.
 
-Small grey images are the characters that ship with the package. Others are random numbers, since
+Small gray images are the characters that ship with the package. Others are random numbers, since
 miniImageNet is not at hand everywhere, and what an image shows costs no time.
 
 Shapes: T tasks, S support rows, Q query rows.
@@ -139,7 +139,7 @@ def our_step(
         source = source_of(workload, device)
         return lambda: source.batch("train", 0, workload.tasks), ""
     algorithm = algorithm_of(workload, variant, device, threads=threads)
-    settled = algorithm.settled_engine().kind
+    settled = algorithm.resolved_engine().kind
     if workload.method == "evaluation":
         source = source_of(workload, device)
         return lambda: evaluate(

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from metarun.bench.baselines import rival_step
+from metarun.bench.baselines import baseline_step
 from metarun.bench.implementations import Step, our_step
 from metarun.bench.workloads import Variant, Workload
 
@@ -37,7 +37,7 @@ def step_of(
 ) -> Step:
     """One step of a side's."""
     if isinstance(side, str):
-        return rival_step(side, workload, device)
+        return baseline_step(side, workload, device)
     return our_step(workload, side, device, threads=threads)[0]
 
 

@@ -4,7 +4,7 @@ import torch._dynamo  # noqa: F401  torch itself imports it with its first trans
 
 import metarun.bench.memory  # noqa: F401
 from metarun.bench.baselines import why_missing
-from metarun.bench.workloads import RIVALS
+from metarun.bench.workloads import BASELINES
 
-for name in RIVALS:
+for name in BASELINES:
     why_missing(name)

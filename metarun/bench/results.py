@@ -65,7 +65,7 @@ class Result:
         operations: Floating-point operations of the plain loop's step; None where not counted.
         peak: Operations a second of the machine's products; None where not measured.
         ours: Our figures.
-        rivals: Theirs.
+        baselines: Theirs.
     """
 
     workload: Workload
@@ -74,7 +74,7 @@ class Result:
     operations: int | None
     peak: float | None
     ours: Entry
-    rivals: tuple[Entry, ...]
+    baselines: tuple[Entry, ...]
 
     @property
     def label(self) -> str:
@@ -84,11 +84,11 @@ class Result:
             words.insert(0, self.engine)
         return f"metarun ({', '.join(words)})" if words else "metarun"
 
-    def ratio(self, rival: Entry) -> Ratio:
+    def ratio(self, baseline: Entry) -> Ratio:
         """How many times faster ours is than a rival."""
-        pairs = zip(rival.times.steps, self.ours.times.steps, strict=True)
+        pairs = zip(baseline.times.steps, self.ours.times.steps, strict=True)
         low, high = quartiles([theirs / ours for theirs, ours in pairs])
-        return Ratio(rival.times.median / self.ours.times.median, low, high)
+        return Ratio(baseline.times.median / self.ours.times.median, low, high)
 
     def share(self, entry: Entry) -> float | None:
         """Of the machine's peak that a side's step would use if it were the plain loop's."""
@@ -150,13 +150,13 @@ def record(
 
 
 def _result(result: Result) -> dict[str, Any]:
-    rivals = []
-    for rival in result.rivals:
-        ratio = result.ratio(rival)
-        rivals.append(
+    baselines = []
+    for baseline in result.baselines:
+        ratio = result.ratio(baseline)
+        baselines.append(
             {
-                **_entry(result, rival),
-                "difference": rival.difference,
+                **_entry(result, baseline),
+                "difference": baseline.difference,
                 "ratio": ratio.value,
                 "ratio_quartiles": [ratio.low, ratio.high],
             }
@@ -167,7 +167,7 @@ def _result(result: Result) -> dict[str, Any]:
         "engine": result.engine,
         "gflop": None if result.operations is None else result.operations / 1e9,
         "metarun": _entry(result, result.ours),
-        "rivals": rivals,
+        "rivals": baselines,
     }
 
 

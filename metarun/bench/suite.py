@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from metarun.bench.baselines import rival_step, rivals_of
+from metarun.bench.baselines import baseline_step, baselines_of
 from metarun.bench.exact import differences
 from metarun.bench.implementations import Step, our_step
 from metarun.bench.measuring import interleave, operations, peak
@@ -60,17 +60,17 @@ class Suite:
 
     def measure(self, workload: Workload) -> list[Result]:
         """A result of each variant, all timed in the same rounds."""
-        rivals = self._rivals(workload)
+        baselines = self._baselines(workload)
         variants = self._variants_of(workload)
         counted = operations(workload)
         self._tell(f"{workload.name}: times …")
-        times, engines = self._times(workload, [*variants, *rivals], self._seconds)
-        memory = self._memory(workload, [*variants, *rivals])
+        times, engines = self._times(workload, [*variants, *baselines], self._seconds)
+        memory = self._memory(workload, [*variants, *baselines])
         results = []
         for variant in variants:
             self._tell(f"{workload.name}: differences …")
-            apart = differences(workload, variant, rivals, self._device)
-            entries = [Entry(r, times[r], memory[r], apart.get(r)) for r in rivals]
+            apart = differences(workload, variant, baselines, self._device)
+            entries = [Entry(r, times[r], memory[r], apart.get(r)) for r in baselines]
             results.append(
                 Result(
                     workload,
@@ -92,7 +92,7 @@ class Suite:
             size: One of `GROWTH`.
             sizes: Values of it; by default those there.
         """
-        sides: list[Side] = [*self._variants_of(workload), *self._rivals(workload)[:1]]
+        sides: list[Side] = [*self._variants_of(workload), *self._baselines(workload)[:1]]
         points: dict[Side, list[Point]] = {side: [] for side in sides}
         for value in sizes or GROWTH[size]:
             self._tell(f"{workload.name}: {value} {size} …")
@@ -115,8 +115,8 @@ class Suite:
         """No engine has a hand in sampling."""
         return [Variant()] if workload.method == "sampling" else self._variants
 
-    def _rivals(self, workload: Workload) -> list[str]:
-        found = rivals_of(workload)
+    def _baselines(self, workload: Workload) -> list[str]:
+        found = baselines_of(workload)
         return [name for name in found if self._against is None or name in self._against]
 
     def _times(
@@ -127,7 +127,7 @@ class Suite:
         engines: dict[Side, str] = {}
         for side in sides:
             if isinstance(side, str):
-                steps[side] = rival_step(side, workload, self._device)
+                steps[side] = baseline_step(side, workload, self._device)
             else:
                 steps[side], engines[side] = our_step(workload, side, self._device)
         times = interleave(steps, seconds, self._device)

@@ -26,8 +26,8 @@ def terminal(results: Sequence[Result]) -> Table:
     for result in results:
         table.add_row(Text(result.workload.name, style="bold"))
         table.add_row(f"  {result.label}", *_figures(result, result.ours))
-        for rival in result.rivals:
-            table.add_row(f"  {rival.name}", *_figures(result, rival))
+        for baseline in result.baselines:
+            table.add_row(f"  {baseline.name}", *_figures(result, baseline))
     return table
 
 
@@ -38,18 +38,18 @@ def markdown(results: Sequence[Result]) -> str:
         work = f"{result.workload.about} ({result.label.removeprefix('metarun (').rstrip(')')})"
         if result.label == "metarun":
             work = result.workload.about
-        for rival in result.rivals:
-            shares = [share(result.share(entry)) for entry in (result.ours, rival)]
-            sizes = [size(entry.memory) for entry in (result.ours, rival)]
+        for baseline in result.baselines:
+            shares = [share(result.share(entry)) for entry in (result.ours, baseline)]
+            sizes = [size(entry.memory) for entry in (result.ours, baseline)]
             lines.append(
                 _line(
                     [
                         work,
                         milliseconds(result.ours.times.median),
-                        rival.name,
-                        milliseconds(rival.times.median),
-                        _ratio(result, rival),
-                        _difference(rival),
+                        baseline.name,
+                        milliseconds(baseline.times.median),
+                        _ratio(result, baseline),
+                        _difference(baseline),
                         ", ".join(shares),
                         ", ".join(sizes),
                     ]
@@ -122,8 +122,8 @@ def _figures(result: Result, entry: Entry) -> list[str]:
     ]
 
 
-def _ratio(result: Result, rival: Entry) -> str:
-    ratio = result.ratio(rival)
+def _ratio(result: Result, baseline: Entry) -> str:
+    ratio = result.ratio(baseline)
     return f"{times(ratio.value)}× ({times(ratio.low)}–{times(ratio.high)})"
 
 

@@ -117,7 +117,7 @@ WORKLOADS: tuple[Workload, ...] = (
 )  # fmt: skip
 """Every workload, in the order in which they are timed."""
 
-RIVALS: dict[str, tuple[Method, ...]] = {
+BASELINES: dict[str, tuple[Method, ...]] = {
     "functional": ("maml", "evaluation"),
     "learn2learn": ("maml", "evaluation"),
     "higher": ("maml",),

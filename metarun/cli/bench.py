@@ -23,8 +23,8 @@ from rich.text import Text
 
 from metarun.bench.results import Curve, Result, record
 from metarun.bench.workloads import (
+    BASELINES,
     GROWTH,
-    RIVALS,
     WORKLOADS,
     Variant,
     Workload,
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
         return EXIT_OK
     workloads = select(_words(args.workload))
     chosen = variants({o.name: _words([getattr(args, o.name)]) for o in _options()})
-    against = _known("--against", args.against, list(RIVALS))
+    against = _known("--against", args.against, list(BASELINES))
     growth = _known("--growth", args.growth, list(GROWTH)) or []
     grown = select(_words(args.workload) or [_TO_GROW]) if growth else []
     _check(args, growth, grown)
@@ -101,7 +101,7 @@ def _parser() -> Parser:
             help=f"one or several of {','.join(words)} (default {option.default})",
         )  # fmt: skip
     parser.add_argument(
-        "--against", metavar="NAME", help=f"only these rivals, of {','.join(RIVALS)}"
+        "--against", metavar="NAME", help=f"only these rivals, of {','.join(BASELINES)}"
     )
     parser.add_argument(
         "--growth", metavar="SIZE",
@@ -302,7 +302,7 @@ def _missing() -> list[tuple[str, str]]:
     """The rivals that are not here, and why."""
     from metarun.bench.baselines import why_missing
 
-    found = [(name, why_missing(name)) for name in RIVALS]
+    found = [(name, why_missing(name)) for name in BASELINES]
     return [(name, why) for name, why in found if why is not None]
 
 

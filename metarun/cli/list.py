@@ -43,11 +43,11 @@ def run(argv: Sequence[str]) -> int:
 def _lines(found: Mapping[str, str], width: int) -> Iterator[Text]:
     """Names with their texts beside them, or below where the names are long."""
     longest = max(map(len, found))
-    beside = longest <= width // 3
-    indent = longest + 3 if beside else INDENT
+    side_by_side = longest <= width // 3
+    indent = longest + 3 if side_by_side else INDENT
     for name, text in found.items():
         first, *others = textwrap.wrap(text, width - indent) or [""]
-        if not beside:
+        if not side_by_side:
             yield Text(f" {name}", style="bold")
             others.insert(0, first)
         else:

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     debug = "debug=true" in (word.lower() for word in argv)
     place = distributed.Place()
     try:
-        place = distributed.asked_for()
+        place = distributed.place_from_environment()
         _log_to_stderr() if place.rank == 0 else _hush()
         return _dispatch(list(argv), place)
     except BrokenPipeError:
@@ -93,8 +93,8 @@ def main(argv: Sequence[str]) -> int:
         if debug:
             raise
         # What is wrong before the processes meet is wrong in all of them.
-        if place.rank == 0 or (not distributed.first() and distributed.speaks_of(error)):
-            print(f"error: {distributed.speaker()}{describe_error(error)}", file=sys.stderr)
+        if place.rank == 0 or (not distributed.is_main() and distributed.should_report(error)):
+            print(f"error: {distributed.error_prefix()}{describe_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
     except KeyboardInterrupt:
         if place.rank == 0:
@@ -272,15 +272,15 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         args.overrides = words
         if shows:
             for job in jobs:
-                check_config(job.plain)
+                check_config(job.config)
             return _hand_over(args, _never)
         if bare:
             print(
                 "quick start: MAML learns sinusoids in about a minute (`metarun --help` for more)"
             )
         check_jobs(jobs)
-    if not distributed.first():
-        return follow(jobs[0].plain)
+    if not distributed.is_main():
+        return follow(jobs[0].config)
     if way is None:
         launch = Launch()
         code = _hand_over(args, launch.run)

@@ -17,7 +17,7 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ValueError: Always.
         """
-        # A pattern that the shell has spelt out may be thousands of files.
+        # A pattern that the shell has spelled out may be thousands of files.
         shown = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} …"
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         raise ValueError(f"{shown}: expected `{usage}`")

@@ -312,7 +312,7 @@ def probabilities(learner: Learner, files: Sequence[Path]) -> Probabilities:
     size = len(files) if learner.transductive else _AT_ONCE
     parts: list[Probabilities] = []
     screen = Screen()
-    with screen.attached(), screen.bar("labelling", len(files)) as bar:
+    with screen.attached(), screen.bar("labeling", len(files)) as bar:
         for first in range(0, len(files), size):
             parts.append(learner.predict_proba(files[first : first + size]))
             bar.to(first + len(parts[-1]))
@@ -382,7 +382,7 @@ def _show(
     columns = shutil.get_terminal_size((80, 24)).columns
     console = Console(width=max(_NARROWEST, min(_WIDEST, columns)), highlight=False)
     many = len(query.files)
-    # Not `console.is_terminal`, which variables for coloured logs turn on.
+    # Not `console.is_terminal`, which variables for colored logs turn on.
     shown = min(many, _ROWS_ON_A_TERMINAL) if sys.stdout.isatty() else many
     console.print(
         f"{names['algo']} on {names['data']}: {len(classes)} classes from {len(support.files)} "

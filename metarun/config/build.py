@@ -39,7 +39,7 @@ class Experiment:
         algorithm: On its device, in its precision.
         source: The data set.
         train, eval: The trainer's settings.
-        facts: What the records say of the run: names, sizes, seed, device, engine …
+        run_info: What the records say of the run: names, sizes, seed, device, engine …
         record: The configuration with everything settled, to store as `config.yaml`.
     """
 
@@ -47,21 +47,21 @@ class Experiment:
     source: EpisodeSource
     train: TrainSettings
     eval: EvalSettings
-    facts: Config
+    run_info: Config
     record: Config
     seed: int
 
 
-def build_experiment(plain: Mapping[str, Any]) -> Experiment:
+def build_experiment(config: Mapping[str, Any]) -> Experiment:
     """Make the parts of a run, and nothing on disk.
 
     Args:
-        plain: A resolved configuration, as stored in a run folder.
+        config: A resolved configuration, as stored in a run folder.
 
     Raises:
         ValueError: Something is wrong in the configuration, or its parts do not suit each other.
     """
-    settings = check_config(plain)
+    settings = check_config(config)
     source = _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
@@ -88,10 +88,10 @@ def build_experiment(plain: Mapping[str, Any]) -> Experiment:
                 f"{key}={shot} is out of range: algo={name} needs {algorithm.least_shot} or more"
             )
     train = _training(settings, algorithm)
-    engine = algorithm.settled_engine().describe()
-    record = {**plain, **engine, "device": str(device)}
-    record["train"] = {**plain["train"], "steps": train.steps}
-    facts = {
+    engine = algorithm.resolved_engine().describe()
+    record = {**config, **engine, "device": str(device)}
+    record["train"] = {**config["train"], "steps": train.steps}
+    run_info = {
         **settings.names,
         "way": settings.way,
         "shot": settings.shot,
@@ -104,7 +104,7 @@ def build_experiment(plain: Mapping[str, Any]) -> Experiment:
     }
     # The source may have lowered the ways on meta-val; the records say what was done.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
-    return Experiment(algorithm, source, train, evaluation, facts, record, settings.seed)
+    return Experiment(algorithm, source, train, evaluation, run_info, record, settings.seed)
 
 
 def check_shares(experiment: Experiment) -> None:
@@ -123,7 +123,7 @@ def check_shares(experiment: Experiment) -> None:
         )
     why = experiment.algorithm.needs_whole_batch
     if why is not None:
-        name = experiment.facts["algo"]
+        name = experiment.run_info["algo"]
         raise ValueError(f"algo={name} cannot share its tasks over {number} processes: {why}")
 
 
@@ -139,7 +139,7 @@ def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
     return settings.train
 
 
-def build_trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
+def build_trackers(config: Mapping[str, Any]) -> dict[str, Tracker]:
     """Make the trackers of a configuration, none of which opens anything yet.
 
     They are no part of `build_experiment`: a run is read, and tested, where its trackers are not
@@ -151,7 +151,7 @@ def build_trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
     from metarun.trackers.base import Tracker
 
     made: dict[str, Tracker] = {}
-    for name, node in (check_config(plain).logger or {}).items():
+    for name, node in (check_config(config).logger or {}).items():
         made[name] = _component(f"logger.{name}", node)()
         if not isinstance(made[name], Tracker):
             raise ValueError(
@@ -160,13 +160,13 @@ def build_trackers(plain: Mapping[str, Any]) -> dict[str, Tracker]:
     return made
 
 
-def build_source(plain: Mapping[str, Any]) -> EpisodeSource:
+def build_source(config: Mapping[str, Any]) -> EpisodeSource:
     """Make the data set of a configuration alone.
 
     Raises:
         ValueError: Something is wrong in the configuration, or the data are not here.
     """
-    return _source(check_config(plain))
+    return _source(check_config(config))
 
 
 def _source(settings: Settings) -> EpisodeSource:
@@ -265,16 +265,16 @@ def _source_key(settings: Settings) -> str:
 def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> EpisodeSource:
     from metarun.core.types import EpisodeSize
 
-    facts = json.loads(key)
+    made_of = json.loads(key)
     injected = {
-        "sizes": {split: EpisodeSize(*size) for split, size in facts["sizes"].items()},
-        "seed": facts["seed"],
-        "eval_seed": facts["eval_seed"],
-        "val_way": facts["val_way"],
+        "sizes": {split: EpisodeSize(*size) for split, size in made_of["sizes"].items()},
+        "seed": made_of["seed"],
+        "eval_seed": made_of["eval_seed"],
+        "val_way": made_of["val_way"],
         "device": device,
         "dtype": dtype,
     }
-    source: EpisodeSource = _component("data", facts["data"], injected)()
+    source: EpisodeSource = _component("data", made_of["data"], injected)()
     return source
 
 

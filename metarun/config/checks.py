@@ -50,13 +50,13 @@ _BOUNDS: dict[str, tuple[int, int]] = {
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
-def check_config(plain: Mapping[str, Any]) -> Settings:
+def check_config(config: Mapping[str, Any]) -> Settings:
     """Check keys, types and ranges; imports no torch.
 
     Raises:
         ValueError: The first thing that is wrong, by its key.
     """
-    settings: Settings = _structure("", plain, Settings)
+    settings: Settings = _structure("", config, Settings)
     for key, (least, greatest) in _BOUNDS.items():
         value = functools.reduce(getattr, key.split("."), cast("Any", settings))
         if value is not None and not least <= value <= greatest:
@@ -165,11 +165,11 @@ def describe_type(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _structure(prefix: str, plain: Any, kind: Any) -> Any:
+def _structure(prefix: str, config: Any, kind: Any) -> Any:
     """A dataclass from a dictionary, recursively; `prefix` is its own key."""
-    if not isinstance(plain, Mapping):
-        raise ValueError(f"{prefix}={plain}: expected keys and values, as {prefix}.key=value")
-    given = cast("Mapping[str, Any]", plain)
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{prefix}={config}: expected keys and values, as {prefix}.key=value")
+    given = cast("Mapping[str, Any]", config)
     hints = typing.get_type_hints(kind)
     known = [field.name for field in fields(kind)]
     dotted = prefix + "." if prefix else ""

@@ -65,7 +65,7 @@ class Job:
 
     Attributes:
         overrides: What was typed for it, without sweeps.
-        plain: Its resolved configuration.
+        config: Its resolved configuration.
         folder: The folder that it makes.
         has_recipe: Whether there is a recipe for its pair of algorithm and data.
         may_be_there: Whether the folder may be there already, because it is named after what
@@ -73,7 +73,7 @@ class Job:
     """
 
     overrides: list[str]
-    plain: Config
+    config: Config
     folder: Path
     has_recipe: bool
     may_be_there: bool = False
@@ -90,12 +90,12 @@ def register_resolvers() -> None:
 
 def _job_name(*, _root_: DictConfig) -> str:
     """The name of a sweep's run: `_root_` is its configuration, Hydra's node included."""
-    plain = _plain(_root_)
+    config = _plain(_root_)
     hydra = HydraConfig.get()
-    plain["names"] = names_of(cast("dict[str, Any]", dict(hydra.runtime.choices)), plain)
+    config["names"] = names_of(cast("dict[str, Any]", dict(hydra.runtime.choices)), config)
     parser = OverridesParser.create()
     words = [parser.parse_override(str(word)) for word in hydra.overrides.task]
-    return job_name([_as_hydra_writes(word) for word in words], plain)
+    return job_name([_as_hydra_writes(word) for word in words], config)
 
 
 def _as_hydra_writes(override: Override) -> str:
@@ -181,7 +181,7 @@ class Composer:
                 if isinstance(default, ConfigDefault) and not default.is_self():
                     return self.target(group, str(default.path))
         # By other words of Hydra's that a file may say it with.
-        return str(self.job([f"{group}={name}", "~recipe"]).plain[group]["_target_"])
+        return str(self.job([f"{group}={name}", "~recipe"]).config[group]["_target_"])
 
     @cached_property
     def groups(self) -> list[str]:
@@ -259,9 +259,9 @@ class Composer:
         if not self.way(overrides).searches:
             return list(overrides)
         typed = {override.key_or_group for override in self._parse(overrides)}
-        told = sorted(word for word in overrides if not word.startswith("hydra"))
+        named_words = sorted(word for word in overrides if not word.startswith("hydra"))
         added = {
-            "hydra.sweep.dir": f"outputs/sweeps/{hashed_slug(told, 60)}",
+            "hydra.sweep.dir": f"outputs/sweeps/{hashed_slug(named_words, 60)}",
             "hydra.sweeper.max_failure_rate": "1.0",
         }
         more = [f"{key}='{value}'" for key, value in added.items() if key not in typed]
@@ -311,10 +311,10 @@ class Composer:
                 f"no backbone belongs to data={choices['data']}: type backbone=… "
                 f"({self._one_of('backbone')})"
             )
-        plain, folder = _resolve(cfg, "sweep" if sweep else "run")
-        plain["names"] = names_of(choices, plain)
+        config, folder = _resolve(cfg, "sweep" if sweep else "run")
+        config["names"] = names_of(choices, config)
         recipes = self.options("recipe") if "recipe" in self.groups else []
-        return Job(list(overrides), plain, folder, choices.get("recipe") in recipes, sweep)
+        return Job(list(overrides), config, folder, choices.get("recipe") in recipes, sweep)
 
     def _check_words(self, overrides: Sequence[str]) -> Config:
         """Look up every group and key; returns the structure that the groups compose to."""
@@ -460,9 +460,9 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Pa
     before = holder.cfg
     holder.set_config(cfg)
     try:
-        plain = _plain(cfg)
+        config = _plain(cfg)
         folder = Path(str(cfg.hydra[mode].dir))
-        return plain, folder / str(cfg.hydra.sweep.subdir) if mode == "sweep" else folder
+        return config, folder / str(cfg.hydra.sweep.subdir) if mode == "sweep" else folder
     except MissingMandatoryValue as error:
         raise ValueError(f"{error.full_key} is missing: type {error.full_key}=…") from error
     except InterpolationResolutionError as error:
@@ -481,12 +481,12 @@ def _plain(cfg: DictConfig) -> Config:
     return cast("Config", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
 
 
-def names_of(choices: Config, plain: Config) -> dict[str, str]:
+def names_of(choices: Config, config: Config) -> dict[str, str]:
     """The words chosen for the parts of a run, `for_<data>` made plain."""
     names = {node: str(choices[node]) for node in ("algo", "data")}
     backbone = str(choices.get("backbone"))
     if backbone.startswith("for_"):
-        backbone = str(plain["backbone"].get("_target_")).rpartition(".")[2].lower()
+        backbone = str(config["backbone"].get("_target_")).rpartition(".")[2].lower()
     names["backbone"] = backbone
     if choices.get("experiment"):
         names["experiment"] = str(choices["experiment"])
@@ -506,8 +506,8 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(".:") if lines else type(error).__name__
 
 
-def to_yaml(plain: Any) -> str:
+def to_yaml(config: Any) -> str:
     """Plain values as YAML that OmegaConf reads back alike."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_yaml(OmegaConf.create(plain))
+    return OmegaConf.to_yaml(OmegaConf.create(config))

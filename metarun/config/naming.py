@@ -26,19 +26,19 @@ def hashed_slug(words: Sequence[str], longest: int) -> str:
     return f"{slug(words, longest)}-{own}"
 
 
-def digest(plain: Mapping[str, Any]) -> str:
+def digest(config: Mapping[str, Any]) -> str:
     """Eight hexadecimal digits of what a configuration computes.
 
     Args:
-        plain: A resolved configuration, with `names`.
+        config: A resolved configuration, with `names`.
     """
-    hashed = {key: value for key, value in plain.items() if key not in HOW_IT_RUNS}
-    hashed["names"] = {key: plain["names"][key] for key in ("algo", "data", "backbone")}
+    hashed = {key: value for key, value in config.items() if key not in HOW_IT_RUNS}
+    hashed["names"] = {key: config["names"][key] for key in ("algo", "data", "backbone")}
     text = json.dumps(hashed, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def job_name(words: Sequence[str], plain: Mapping[str, Any]) -> str:
+def job_name(words: Sequence[str], config: Mapping[str, Any]) -> str:
     """The folder of a sweep's run: its words in alphabetical order, and its hash.
 
     The order of the words and how the run is run are not part of the name, so that the same run
@@ -46,11 +46,11 @@ def job_name(words: Sequence[str], plain: Mapping[str, Any]) -> str:
 
     Args:
         words: `KEY=VALUE` of the run, as Hydra writes values.
-        plain: Its resolved configuration, with `names`.
+        config: Its resolved configuration, with `names`.
     """
-    told = sorted(word for word in words if root_of(word) not in HOW_IT_RUNS)
-    named = slug(told, 160) or f"{plain['names']['algo']}_{plain['names']['data']}"
-    return f"{named}-{digest(plain)}"
+    named_words = sorted(word for word in words if root_of(word) not in HOW_IT_RUNS)
+    named = slug(named_words, 160) or f"{config['names']['algo']}_{config['names']['data']}"
+    return f"{named}-{digest(config)}"
 
 
 def root_of(word: str) -> str:

@@ -90,16 +90,16 @@ def check_added(prefix: str, node: Config, base: Config) -> None:
 
 def with_values(stored: Config, typed: Mapping[str, Any]) -> Config:
     """A copy with the typed values in their places."""
-    plain = copy.deepcopy(stored)
+    config = copy.deepcopy(stored)
     for key, value in typed.items():
         *path, leaf = key.split(".")
-        node: Any = plain
+        node: Any = config
         for part in path:
             node = node.get(part) if isinstance(node, dict) else None
         if not isinstance(node, dict) or leaf not in node:
             raise unknown_key(key, leaves(stored))
         node[leaf] = value
-    return plain
+    return config
 
 
 def refuse_change(key: str, stored: Config, rule: str) -> None:

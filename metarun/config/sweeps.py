@@ -36,7 +36,7 @@ class SweepMethod:
         return self.sweeper != "basic"
 
     @property
-    def beside(self) -> bool:
+    def parallel(self) -> bool:
         """Whether runs happen in other processes, several at a time."""
         return self.launcher != "basic"
 

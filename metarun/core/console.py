@@ -76,7 +76,7 @@ class Screen:
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         try:
-            with self._live():
+            with self._with_progress():
                 yield
         finally:
             logger.handlers[:] = before
@@ -116,9 +116,9 @@ class Screen:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     @contextmanager
-    def _live(self) -> Iterator[None]:
+    def _with_progress(self) -> Iterator[None]:
         console = self.console
-        # Not `is_terminal` alone, which variables for coloured logs turn on.
+        # Not `is_terminal` alone, which variables for colored logs turn on.
         if (
             console.quiet
             or not (console.is_interactive and console.file.isatty())
@@ -315,4 +315,4 @@ def silent_screen() -> Screen:
 
 def main_screen() -> Screen:
 
-    return Screen() if distributed.first() else silent_screen()
+    return Screen() if distributed.is_main() else silent_screen()

@@ -55,10 +55,10 @@ class Place:
 _ALONE = Place()
 _place = _ALONE
 _alone = 0
-"""Depth of `on_first`, in which the first process has nobody to ask."""
+"""Depth of `on_main`, in which the first process has nobody to ask."""
 
 
-def asked_for() -> Place:
+def place_from_environment() -> Place:
     """What the environment says; one process if it says nothing.
 
     Raises:
@@ -122,7 +122,7 @@ def stop() -> None:
 
 
 def size() -> int:
-    """Number of processes that make the run together; 1 inside of `on_first`."""
+    """Number of processes that make the run together; 1 inside of `on_main`."""
     return 1 if _alone else _place.size
 
 
@@ -131,7 +131,7 @@ def rank() -> int:
     return _place.rank
 
 
-def first() -> bool:
+def is_main() -> bool:
     """Whether this is the process that writes, logs and shows."""
     return _place.rank == 0
 
@@ -172,7 +172,7 @@ def mean(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     }
 
 
-def gathered(rows: Tensor, share: Share | None) -> Tensor:
+def gather_rows(rows: Tensor, share: Share | None) -> Tensor:
     """(N, …) rows of all processes in order, from the (T, …) of this one's share."""
     if share is None or size() == 1:
         return rows
@@ -182,7 +182,7 @@ def gathered(rows: Tensor, share: Share | None) -> Tensor:
     return whole
 
 
-def largest(number: int) -> int:
+def maximum(number: int) -> int:
     """The largest of the processes' numbers."""
     if size() == 1:
         return number
@@ -205,7 +205,7 @@ def _sum(values: Tensor) -> None:
 # Objects.
 
 
-def collected(value: T) -> list[T]:
+def gather_objects(value: T) -> list[T]:
     """What each process has, in order; tensors have to be on the CPU."""
     if size() == 1:
         return [value]
@@ -217,15 +217,15 @@ def collected(value: T) -> list[T]:
     return found
 
 
-def on_first(work: Callable[[], T]) -> T:
+def on_main(work: Callable[[], T]) -> T:
     """Let the first process do a piece of work by itself; all get its result, or its error."""
     global _alone
     if size() == 1:
         return work()
-    if not first():
+    if not is_main():
         done, result = _broadcast(None)
         if not done:
-            raise told(result)
+            raise mark_reported(result)
         return result  # type: ignore[no-any-return]
     _alone += 1
     try:
@@ -272,28 +272,30 @@ def agreed() -> Iterator[None]:
         raise
     except Exception as error:
         mine = error
-    texts = collected(None if mine is None else " ".join(str(mine).split()) or repr(mine))
+    texts = gather_objects(None if mine is None else " ".join(str(mine).split()) or repr(mine))
     if mine is not None:
-        raise told(mine)
+        raise mark_reported(mine)
     for number, text in enumerate(texts):
         if text is not None:
-            raise told(ValueError(f"process {number}: {text}"))
+            raise mark_reported(ValueError(f"process {number}: {text}"))
 
 
-def told(error: Exception) -> Exception:
+def mark_reported(error: Exception) -> Exception:
     """Mark an error that all processes have, so that the first alone speaks of it."""
-    error.metarun_told = True  # type: ignore[attr-defined]
+    error.metarun_reported = True  # type: ignore[attr-defined]
     return error
 
 
-def speaks_of(error: BaseException) -> bool:
+def should_report(error: BaseException) -> bool:
     """Whether this process is the one to tell a user of an error."""
-    return first() or not (getattr(error, "metarun_told", False) or isinstance(error, ProcessLost))
+    return is_main() or not (
+        getattr(error, "metarun_reported", False) or isinstance(error, ProcessLost)
+    )
 
 
-def speaker() -> str:
+def error_prefix() -> str:
     """Who speaks, in front of an error; nothing of the first process."""
-    return "" if first() else f"process {rank()}: "
+    return "" if is_main() else f"process {rank()}: "
 
 
 @contextmanager

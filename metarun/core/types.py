@@ -49,14 +49,14 @@ class Stream:
         steps: Steps of a visit.
         rows: Rows of a step.
         queries: Held-out rows of each task.
-        told: Whether a learner may know which task a row is of.
+        task_ids_known: Whether a learner may know which task a row is of.
     """
 
     visits: tuple[int, ...]
     steps: int
     rows: int
     queries: int
-    told: bool = True
+    task_ids_known: bool = True
 
     @classmethod
     def of(cls, layout: Mapping[str, Any]) -> Stream:
@@ -165,7 +165,7 @@ class Prediction:
         responsibilities: (T, K) share of each of K components in a task, of a mixture.
         strategies: (T, Q, …) answers by name of each way of learning that it chose among, of
             which the metric can be taken as of `outputs`.
-        rivals: The same of other ways to choose among them, or to join them.
+        alternatives: The same of other ways to choose among them, or to join them.
     """
 
     outputs: Tensor
@@ -174,7 +174,7 @@ class Prediction:
     embedding: Tensor | None = None
     responsibilities: Tensor | None = None
     strategies: Mapping[str, Tensor] | None = None
-    rivals: Mapping[str, Tensor] | None = None
+    alternatives: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class Share:
 
     @classmethod
     def of(cls, total: int, rank: int, size: int) -> Share:
-        """Of process `rank` among `size`: neighbouring tasks, as many as the others or one less."""
+        """Of process `rank` among `size`: neighboring tasks, as many as the others or one less."""
         first = rank * total // size
         return cls(first, (rank + 1) * total // size - first, total)
 

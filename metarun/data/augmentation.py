@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from metarun.core import seeding
 
-_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOUR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
+_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
 _CONTROL_POINTS = 5
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -33,7 +33,7 @@ class Augmentation:
         elastic: Shifts of 5 x 5 points of a grid over the image, each from ± this fraction of
             the side; what lies between them moves smoothly, as from one hand to another.
         flip: Mirror left and right, with probability one half.
-        colour: Brightness, contrast and saturation, each from 1 ± this factor.
+        color: Brightness, contrast and saturation, each from 1 ± this factor.
         padding: What an affine map brings in from outside: paper, or the mirrored picture.
     """
 
@@ -43,7 +43,7 @@ class Augmentation:
     affine_shear: float = 0.0
     elastic: float = 0.0
     flip: bool = False
-    colour: float = 0.0
+    color: float = 0.0
     padding: Literal["zeros", "reflection"] = "zeros"
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Augmentation:
         _check("affine_scale", self.affine_scale, 0.9)
         _check("affine_shear", self.affine_shear, 60.0)
         _check("elastic", self.elastic, 0.5)
-        _check("colour", self.colour, 1.0)
+        _check("color", self.color, 1.0)
 
     @property
     def moves(self) -> bool:
@@ -76,8 +76,8 @@ class Augmentation:
             images = warp(images.flatten(0, 1), grid, self.padding).reshape(images.shape)
         if self.flip:
             images = _flip(images, keys)
-        if self.colour:
-            images = _colour(images, keys, self.colour)
+        if self.color:
+            images = _color(images, keys, self.color)
         return images
 
     def _affine(self, images: Tensor, keys: Tensor) -> Tensor:
@@ -158,17 +158,17 @@ def view(images: Tensor, number: int) -> Tensor:
 
 
 def _plane(coefficients: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W) values of a·x + b·y + c at the centres of the pixels, from (3, B) a, b, c.
+    """(B, H, W) values of a·x + b·y + c at the centers of the pixels, from (3, B) a, b, c.
 
     Written out because `affine_grid` is a matrix product, whose rounding follows the batch size.
     """
     a, b, c = coefficients[:, :, None, None].unbind()
-    x = _centres(width, coefficients)[None, None, :]
-    y = _centres(height, coefficients)[None, :, None]
+    x = _centers(width, coefficients)[None, None, :]
+    y = _centers(height, coefficients)[None, :, None]
     return a * x + (b * y + c)
 
 
-def _centres(size: int, like: Tensor) -> Tensor:
+def _centers(size: int, like: Tensor) -> Tensor:
     steps = torch.arange(size, dtype=like.dtype, device=like.device)
     return (2.0 * steps + 1.0) / size - 1.0
 
@@ -178,24 +178,24 @@ def _flip(images: Tensor, keys: Tensor) -> Tensor:
     return torch.where(heads[:, :, None, None, None], images.flip(-1), images)
 
 
-def _colour(images: Tensor, keys: Tensor, strength: float) -> Tensor:
-    """Scale brightness, then contrast and saturation about the mean and the grey picture."""
+def _color(images: Tensor, keys: Tensor, strength: float) -> Tensor:
+    """Scale brightness, then contrast and saturation about the mean and the gray picture."""
     draw = seeding.uniform(
-        keys, _SLOT_COLOUR, (images.shape[1], 3), low=1.0 - strength, high=1.0 + strength
+        keys, _SLOT_COLOR, (images.shape[1], 3), low=1.0 - strength, high=1.0 + strength
     ).to(images.dtype)
     brightness, contrast, saturation = draw[..., None, None, None].unbind(2)
     images = (images * brightness).clamp(0.0, 1.0)
-    grey = _grey(images)
+    gray = _gray(images)
     # float64, because the order of a sum may depend on the batch.
-    mean = grey.mean(dim=(-3, -2, -1), keepdim=True, dtype=torch.float64).to(images.dtype)
+    mean = gray.mean(dim=(-3, -2, -1), keepdim=True, dtype=torch.float64).to(images.dtype)
     images = (mean + contrast * (images - mean)).clamp(0.0, 1.0)
     if images.shape[2] == 3:
-        grey = _grey(images)
-        images = (grey + saturation * (images - grey)).clamp(0.0, 1.0)
+        gray = _gray(images)
+        images = (gray + saturation * (images - gray)).clamp(0.0, 1.0)
     return images
 
 
-def _grey(images: Tensor) -> Tensor:
+def _gray(images: Tensor) -> Tensor:
     if images.shape[2] != 3:
         return images
     red, green, blue = images.unbind(2)

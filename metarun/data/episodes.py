@@ -162,7 +162,7 @@ class ClassEpisodes:
         self.device = torch.device(device)
         self._dtype = dtype
         shape = tuple(self._tables["train"].images.shape[1:])
-        self._scale, self._offset = self._normalisation(shape[0], mean, std)
+        self._scale, self._offset = self._normalization(shape[0], mean, std)
         self.sizes: dict[Split, EpisodeSize] = dict(sizes)
         for split in ("train", "test"):
             self._check_size(split)
@@ -226,7 +226,7 @@ class ClassEpisodes:
         if not rows:
             raise ValueError("no images were passed: give at least one")
         stacked = torch.from_numpy(np.stack(rows)).to(self.device)
-        return self._normalise(stacked.to(self._dtype).div_(255.0))
+        return self._normalize(stacked.to(self._dtype).div_(255.0))
 
     def _pixels(self, images: list[Any]) -> list[Pixels]:
         """Prepare pictures one by one; files several at a time, since no two are one object."""
@@ -294,9 +294,9 @@ class ClassEpisodes:
         images = images.unflatten(0, index.shape)
         if split == "train" and index.shape[1]:
             images = self._augmentation(images, keys)
-        return self._normalise(images)
+        return self._normalize(images)
 
-    def _normalisation(
+    def _normalization(
         self, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
     ) -> tuple[Tensor | None, Tensor | None]:
         if mean is None or std is None:
@@ -310,7 +310,7 @@ class ClassEpisodes:
             offset.to(self.device, self._dtype).reshape(shape),
         )
 
-    def _normalise(self, images: Tensor) -> Tensor:
+    def _normalize(self, images: Tensor) -> Tensor:
         if self._scale is None or self._offset is None:
             return images
         return images * self._scale + self._offset

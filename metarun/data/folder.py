@@ -52,16 +52,16 @@ class Folder(ClassEpisodes):
 
     `root` holds either `train`, `val` and `test` folders of class folders, or the class folders
     themselves, which are then split by a hash of their names. Pictures are cut to the square in
-    their middle, and normalised with the mean and deviation of the train split. Where they are
+    their middle, and normalized with the mean and deviation of the train split. Where they are
     many they are kept as they were prepared, for later runs (see `prepared`).
 
     Args:
         root: The folder.
         image_size: Side of the pictures, in pixels.
-        grey: One channel instead of three.
+        grayscale: One channel instead of three.
         min_per_class: Leave out classes with fewer images; None leaves out none.
         val_fraction, test_fraction: Shares of the classes, where there are no split folders.
-        flip, colour, affine_degrees, affine_translate, affine_scale, affine_shear: See
+        flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
             `Augmentation`.
     """
 
@@ -70,12 +70,12 @@ class Folder(ClassEpisodes):
         *,
         root: str | None = None,
         image_size: int = 84,
-        grey: bool = False,
+        grayscale: bool = False,
         min_per_class: int | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
         flip: bool = False,
-        colour: float = 0.0,
+        color: float = 0.0,
         affine_degrees: float = 0.0,
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
@@ -96,19 +96,19 @@ class Folder(ClassEpisodes):
             test_fraction=test_fraction,
         )
         check_listing(listing, sizes)
-        _check_memory(listing.num_images, image_size, 1 if grey else 3)
+        _check_memory(listing.num_images, image_size, 1 if grayscale else 3)
         pictures = prepared(
             {split: listing.files(split) for split in SPLITS},
             Path(root or "").expanduser(),
             {
                 "image_size": image_size,
-                "grey": grey,
+                "grayscale": grayscale,
                 # Not of the pixels, but of which there are: to try several keeps each.
                 "min_per_class": min_per_class,
                 "val_fraction": val_fraction,
                 "test_fraction": test_fraction,
             },
-            lambda: read_pictures(listing, image_size, grey=grey),
+            lambda: read_pictures(listing, image_size, grayscale=grayscale),
         )
         super().__init__(
             name=f"folder {root}",
@@ -133,12 +133,12 @@ class Folder(ClassEpisodes):
                 affine_scale=affine_scale,
                 affine_shear=affine_shear,
                 flip=flip,
-                colour=colour,
+                color=color,
                 padding="reflection",
             ),
             mean=pictures.mean,
             std=pictures.std,
-            prepare=lambda image: photograph(image, image_size, crop=True, grey=grey),
+            prepare=lambda image: photograph(image, image_size, crop=True, grayscale=grayscale),
             can_drop=True,
         )
 
@@ -275,24 +275,24 @@ def check_listing(listing: Listing, sizes: Mapping[Split, EpisodeSize]) -> None:
                 )
 
 
-def read_pictures(listing: Listing, size: int, *, grey: bool) -> Prepared:
+def read_pictures(listing: Listing, size: int, *, grayscale: bool) -> Prepared:
     """Decode the pictures of all splits.
 
     Raises:
         ValueError: A picture cannot be read; the message has its name.
     """
-    images = {split: _decoded(listing.files(split), size, grey=grey) for split in SPLITS}
+    images = {split: _decoded(listing.files(split), size, grayscale=grayscale) for split in SPLITS}
     mean, std = _moments(torch.from_numpy(images["train"]))
     digests = {split: hashlib.sha256(pixels.data).hexdigest() for split, pixels in images.items()}
     return Prepared(images, digests, mean, std)
 
 
-def _decoded(files: list[Path], size: int, *, grey: bool) -> Pixels:
+def _decoded(files: list[Path], size: int, *, grayscale: bool) -> Pixels:
     """(N, C, H, W) pictures, decoded several at a time."""
-    images = np.empty((len(files), 1 if grey else 3, size, size), dtype=np.uint8)
+    images = np.empty((len(files), 1 if grayscale else 3, size, size), dtype=np.uint8)
 
     def read(file: Path) -> Pixels:
-        return photograph(open_image(file), size, crop=True, grey=grey)
+        return photograph(open_image(file), size, crop=True, grayscale=grayscale)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         rows = tqdm(

@@ -23,8 +23,8 @@ class MiniImageNet(ClassEpisodes):
 
     Args:
         root: Where the data sets are; None is `$METARUN_DATA` or `~/.cache/metarun`.
-        normalise: Subtract ImageNet's mean and divide by its deviation, for each channel.
-        flip, colour, affine_degrees, affine_translate, affine_scale, affine_shear: See
+        normalize: Subtract ImageNet's mean and divide by its deviation, for each channel.
+        flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
             `Augmentation`.
     """
 
@@ -32,9 +32,9 @@ class MiniImageNet(ClassEpisodes):
         self,
         *,
         root: str | None = None,
-        normalise: bool = True,
+        normalize: bool = True,
         flip: bool = False,
-        colour: float = 0.0,
+        color: float = 0.0,
         affine_degrees: float = 0.0,
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
@@ -65,11 +65,11 @@ class MiniImageNet(ClassEpisodes):
                 affine_scale=affine_scale,
                 affine_shear=affine_shear,
                 flip=flip,
-                colour=colour,
+                color=color,
                 padding="reflection",
             ),
-            mean=MEAN if normalise else None,
-            std=STD if normalise else None,
+            mean=MEAN if normalize else None,
+            std=STD if normalize else None,
             prepare=lambda image: photograph(image, SIZE, crop=False),
         )
 

@@ -44,7 +44,7 @@ class FunctionStream(Formulas):
             from one function to the next while a task lasts, whose held-out rows are of where
             it ends.
         visits: Of each task, in `returning`.
-        told: Whether a learner may know when a task begins and which one it is.
+        task_ids_known: Whether a learner may know when a task begins and which one it is.
         indexed: Join to each input which task it is of, one-hot, before the variable itself.
         functions: Number of different functions in training; None draws new ones for ever.
         **common: Those of the family.
@@ -60,7 +60,7 @@ class FunctionStream(Formulas):
         rows: int = 1,
         order: Order = "once",
         visits: int = 3,
-        told: bool = True,
+        task_ids_known: bool = True,
         indexed: bool = False,
         functions: int | None = None,
         **common: Any,
@@ -78,7 +78,7 @@ class FunctionStream(Formulas):
         if functions is not None and order == "drifting":
             raise ValueError("data.functions has no meaning where functions drift: leave it out")
         self._order = order
-        self._told = told
+        self._task_ids_known = task_ids_known
         self._indexed = indexed
         self._functions = functions
         visited = _visits(tasks, visits if order == "returning" else 1)
@@ -112,14 +112,20 @@ class FunctionStream(Formulas):
     def _facts(self) -> tuple[float, ...]:
         assert self.spec.streams is not None
         stream = self.spec.streams["test"]
-        own = (ORDERS.index(self._order), stream.told, self._indexed, stream.steps, stream.rows)
+        own = (
+            ORDERS.index(self._order),
+            stream.task_ids_known,
+            self._indexed,
+            stream.steps,
+            stream.rows,
+        )
         family = super()._facts()  # type: ignore[safe-super]
         return (*family, *own, stream.queries, *stream.visits)
 
     def _layout(self, split: Split, visits: tuple[int, ...], rows: int) -> Stream:
         size = self.sizes[split]
         _check_rows(split, size, rows, size.shot)
-        return Stream(visits, size.shot // rows, rows, size.query, self._told)
+        return Stream(visits, size.shot // rows, rows, size.query, self._task_ids_known)
 
     def _drawn(self, split: Split, keys: Tensor, count: int) -> list[Tensor]:
         """The parameters (T, count) of each trajectory's functions."""
@@ -178,7 +184,7 @@ class ClassStream(ClassEpisodes):
         rows: Rows that arrive together, in one step.
         remember: Random rows of the training split that the query of a training trajectory
             ends with, drawn from all of its classes.
-        told: Whether a learner may know when a task begins and which one it is.
+        task_ids_known: Whether a learner may know when a task begins and which one it is.
         **common: Those of the set of images.
 
     Raises:
@@ -193,7 +199,7 @@ class ClassStream(ClassEpisodes):
         classes_per_task: int = 1,
         rows: int = 1,
         remember: int = 0,
-        told: bool = True,
+        task_ids_known: bool = True,
         **common: Any,
     ) -> None:
         for name, value, least in (
@@ -206,7 +212,7 @@ class ClassStream(ClassEpisodes):
         super().__init__(**common)
         self._remember = remember
         self._classes_per_task = classes_per_task
-        self._told = told
+        self._task_ids_known = task_ids_known
         streams = {split: self._layout(split, rows) for split in SPLITS}
         ways = [self.num_classes("train"), *(self.sizes[split].way for split in SPLITS)]
         self.spec = replace(self.spec, streams=streams, output_dim=max(ways))
@@ -257,7 +263,7 @@ class ClassStream(ClassEpisodes):
             steps=together * size.shot // rows,
             rows=rows,
             queries=together * size.query,
-            told=self._told,
+            task_ids_known=self._task_ids_known,
         )
 
     def _by_class(self, picks: Tensor, labels: Tensor) -> list[Tensor]:

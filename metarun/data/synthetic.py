@@ -284,9 +284,9 @@ def _three(keys: Tensor) -> _Numbers:
 
 
 def _parabola(keys: Tensor) -> _Numbers:
-    curvature, offset, centre = _three(keys)
+    curvature, offset, center = _three(keys)
     steepness = 0.02 + 0.13 * curvature.abs() / 3.0
-    return steepness.copysign(curvature), offset, centre
+    return steepness.copysign(curvature), offset, center
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,7 +312,7 @@ _FAMILIES = {
 class Multimodal(Formulas):
     """Each task is a function of one of several families.
 
-    The regression of mixtures of initialisations (Vuorio et al. 2019, section 5.1; Jerfel et
+    The regression of mixtures of initializations (Vuorio et al. 2019, section 5.1; Jerfel et
     al. 2019, section 5.1), with Vuorio's ranges: `sinusoid` A sin(omega x + phi), `line`
     a x + b, `quadratic` a (x - c)^2 + b with |a| in [0.02, 0.15], and `tanh` a tanh(x - c) + b;
     `sawtooth` A (2 t - 1), t the fraction of (omega x + phi) / (2 pi), has the sinusoid's ranges.

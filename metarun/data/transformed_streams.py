@@ -1,4 +1,4 @@
-"""Streams of the same classes seen in another way by each task: turned, permuted, coloured.
+"""Streams of the same classes seen in another way by each task: turned, permuted, colored.
 
 Shapes: T trajectories, J tasks in each, W classes, K rows of a class in a task, P images of a
 class that the tasks share, Q held-out rows of a class, R = W K or W Q, C H W images.
@@ -29,7 +29,7 @@ Source = Literal["digits", "omniglot_small"]
 
 _SLOT_ANGLE, _SLOT_PERMUTATION, _SLOT_LOOKS = 40, 41, 42
 _SLOT_SHARED, _SLOT_ORDER = 43, 44
-_COLOURS = (
+_COLORS = (
     (0.9, 0.1, 0.1), (0.9, 0.5, 0.0), (0.9, 0.9, 0.1), (0.1, 0.7, 0.1), (0.1, 0.7, 0.9),
     (0.1, 0.1, 0.9), (0.6, 0.1, 0.8),
 )  # fmt: skip
@@ -49,7 +49,7 @@ class TransformedStream(ClassEpisodes):
         tasks: J.
         pool: P, or as many as a class has beyond those held out.
         rows: Rows that arrive together, in one step.
-        told: Whether a learner may know when a task begins and which one it is.
+        task_ids_known: Whether a learner may know when a task begins and which one it is.
         sizes, seed, eval_seed, device, dtype, val_way: See `ClassEpisodes`.
 
     Raises:
@@ -68,7 +68,7 @@ class TransformedStream(ClassEpisodes):
         tasks: int = 20,
         pool: int = 50,
         rows: int = 10,
-        told: bool = True,
+        task_ids_known: bool = True,
         sizes: Mapping[Split, EpisodeSize],
         seed: int,
         eval_seed: int,
@@ -96,11 +96,11 @@ class TransformedStream(ClassEpisodes):
             eval_seed=eval_seed,
             device=device,
             dtype=dtype,
-            prepare=lambda image: photograph(image, side, crop=True, grey=True),
+            prepare=lambda image: photograph(image, side, crop=True, grayscale=True),
         )
         self._tasks = tasks
         self._pools = {split: self._shared(split, pool) for split in SPLITS}
-        layouts = {split: self._layout(split, rows, told) for split in SPLITS}
+        layouts = {split: self._layout(split, rows, task_ids_known) for split in SPLITS}
         _, height, width = self.spec.input_shape
         self.spec = replace(
             self.spec,
@@ -180,13 +180,13 @@ class TransformedStream(ClassEpisodes):
             )
         return shared
 
-    def _layout(self, split: Split, rows: int, told: bool) -> Stream:
+    def _layout(self, split: Split, rows: int, task_ids_known: bool) -> Stream:
         size = self.sizes[split]
         visit = size.way * size.shot
         if visit % rows:
             raise ValueError(f"data.rows={rows} does not divide the {visit} rows of a task")
         visits = tuple(range(self._tasks))
-        return Stream(visits, visit // rows, rows, size.way * size.query, told)
+        return Stream(visits, visit // rows, rows, size.way * size.query, task_ids_known)
 
 
 class RotatedStream(TransformedStream):
@@ -217,22 +217,22 @@ class PermutedStream(TransformedStream):
 
 
 class RainbowStream(TransformedStream):
-    """Rainbow MNIST's 56 looks: 7 colours of the background, 2 scales, 4 quarter turns.
+    """Rainbow MNIST's 56 looks: 7 colors of the background, 2 scales, 4 quarter turns.
 
     Finn et al. (2019, section 5.2); the looks come in random order.
     """
 
     channels = 3
-    most_tasks = len(_COLOURS) * _NUM_SCALES * _NUM_TURNS
+    most_tasks = len(_COLORS) * _NUM_SCALES * _NUM_TURNS
 
     def change(self, images: Tensor, keys: Tensor) -> Tensor:
         assert self.most_tasks is not None
         look = seeding.choose(keys, _SLOT_LOOKS, self.most_tasks, self._tasks)
         turn, rest = look % _NUM_TURNS, look // _NUM_TURNS
-        scale, colour = rest % _NUM_SCALES, rest // _NUM_SCALES
+        scale, color = rest % _NUM_SCALES, rest // _NUM_SCALES
         angle = turn.to(torch.float64) * (math.pi / 2)
         ink = _moved(images, angle, 1.0 + scale.to(torch.float64))
-        paper = torch.tensor(_COLOURS, dtype=images.dtype, device=self.device)[colour]
+        paper = torch.tensor(_COLORS, dtype=images.dtype, device=self.device)[color]
         paper = paper[:, :, None, :, None, None]
         return ink + (1.0 - ink) * paper
 

@@ -22,37 +22,43 @@ if TYPE_CHECKING:
     from metarun.core.types import Stream
 
 FIGURE = "figure/"
-"""What the names of `summary` begin with where they stand beside those of `Lifetimes.measured`."""
+"""What the names of `summary` begin with where they stand beside those of `Rollouts.measured`."""
 
 
 @quiet
 def summary(
-    lived: Mapping[str, Floats], stream: Stream, *, higher: bool, proficiency: float | None = None
+    stream_record: Mapping[str, Floats],
+    stream: Stream,
+    *,
+    higher: bool,
+    proficiency: float | None = None,
 ) -> dict[str, Floats]:
     """Every figure of N lifetimes that needs no other run, (N,) each by name.
 
     Args:
-        lived: What `Lifetimes.measured` gives, with `untaught`.
+        stream_record: What `Rollouts.measured` gives, with `untrained`.
         stream: The layout.
         higher: Whether a higher metric is better.
         proficiency: See `to_proficiency`; None leaves it out. Where tasks return, first and later
             visits are also counted apart.
     """
-    visits, after = stream.visits, lived["matrix"][:, 1:]
+    visits, after = stream.visits, stream_record["matrix"][:, 1:]
     figures = {
         "average": average(after),
-        "anytime": prequential(lived["incoming"])[:, -1],
-        "cumulative_loss": cumulative(lived["incoming_loss"], stream)[:, -1],
+        "anytime": prequential(stream_record["incoming"])[:, -1],
+        "cumulative_loss": cumulative(stream_record["incoming_loss"], stream)[:, -1],
     }
     if stream.num_tasks > 1:  # else there is none to transfer to, or to forget
         figures |= {
             "backward_transfer": backward_transfer(after, visits, higher=higher),
-            "forward_transfer": forward_transfer(after, lived["untaught"], visits, higher=higher),
+            "forward_transfer": forward_transfer(
+                after, stream_record["untrained"], visits, higher=higher
+            ),
             "forgetting": forgetting(after, visits, higher=higher),
         }
     if proficiency is not None:
         needed = to_proficiency(
-            lived["current"], proficiency, len(visits), stream.rows, higher=higher
+            stream_record["current"], proficiency, len(visits), stream.rows, higher=higher
         )
         figures["rows_to_proficiency"] = needed.mean(-1)
         new = [list(visits).index(task) == visit for visit, task in enumerate(visits)]
@@ -63,18 +69,18 @@ def summary(
 
 
 @quiet
-def curves(lived: Mapping[str, Floats], stream: Stream) -> str:
+def curves(stream_record: Mapping[str, Floats], stream: Stream) -> str:
     """What happens along a stream, as CSV: a line for each step, means and 95 % intervals.
 
     `incoming` is the metric of the step's rows before they were learned, `current` that on the
     held-out rows of their task after it, `cumulative_loss` the loss of all incoming rows so far,
     `seen` the metric averaged over the tasks met, which is measured where a visit ends.
     """
-    seen = seen_so_far(lived["matrix"][:, 1:], stream.visits)
+    seen = seen_so_far(stream_record["matrix"][:, 1:], stream.visits)
     columns = {
-        "incoming": lived["incoming"],
-        "current": lived["current"],
-        "cumulative_loss": cumulative(lived["incoming_loss"], stream),
+        "incoming": stream_record["incoming"],
+        "current": stream_record["current"],
+        "cumulative_loss": cumulative(stream_record["incoming_loss"], stream),
     }
     head = ["step", "rows", "task", "tasks_met"]
     head += [name + part for name in (*columns, "seen") for part in ("", "_ci95")]
@@ -110,22 +116,22 @@ def backward_transfer(matrix: Floats, visits: Sequence[int], *, higher: bool) ->
 
 
 def forward_transfer(
-    matrix: Floats, untaught: Floats, visits: Sequence[int], *, higher: bool
+    matrix: Floats, untrained: Floats, visits: Sequence[int], *, higher: bool
 ) -> Floats:
     """(N,) what earlier learning did for tasks not met: FWT (Lopez-Paz & Ranzato 2017, eq. 4).
 
     The mean over the tasks but the first of R[f(j) - 1, j] - b[j], with f(j) the first visit to
-    j, and b[j] the metric on j of a network at random initialisation.
+    j, and b[j] the metric on j of a network at random initialization.
 
     Args:
         matrix: (N, V, J).
-        untaught: (N, J), b.
+        untrained: (N, J), b.
         visits: (V,).
         higher: Whether a higher metric is better.
     """
     tasks = [task for task in range(matrix.shape[-1]) if task != visits[0]]
     before = [list(visits).index(task) - 1 for task in tasks]
-    gains = matrix[..., before, tasks] - untaught[..., tasks]
+    gains = matrix[..., before, tasks] - untrained[..., tasks]
     return _gain(gains.mean(-1) if tasks else np.full(matrix.shape[:-2], np.nan), higher)
 
 

@@ -58,8 +58,10 @@ def evaluate(
     was measured; the hash is the first one's. Trajectories are lived in the first one.
     """
     if source.spec.streams is not None:
-        living = SplitRollouts(algorithm, source, split, episodes, tasks_per_batch, follow=False)
-        return distributed.on_first(lambda: living.run(None if tick is None else lambda _: tick(0)))
+        rollouts = SplitRollouts(algorithm, source, split, episodes, tasks_per_batch, follow=False)
+        return distributed.on_main(
+            lambda: rollouts.run(None if tick is None else lambda _: tick(0))
+        )
     starts = range(0, episodes, tasks_per_batch)
     mine: list[_Part] = []
     digest = hashlib.blake2b(digest_size=8)
@@ -70,10 +72,10 @@ def evaluate(
             for round_ in _rounds(starts):
                 for number, start in enumerate(round_):
                     own = number == distributed.rank()
-                    if not own and not distributed.first():
+                    if not own and not distributed.is_main():
                         continue
                     batch = source.batch(split, start, min(tasks_per_batch, episodes - start))
-                    if distributed.first():
+                    if distributed.is_main():
                         add_to_digest(digest, batch)
                     if own:
                         # An algorithm that draws numbers to answer answers the same each time.
@@ -83,19 +85,19 @@ def evaluate(
                     tick(min(round_[-1] + tasks_per_batch, episodes))
     finally:
         algorithm.train(was_training)
-    parts = _in_order(distributed.collected(mine), len(starts))
+    parts = _in_order(distributed.gather_objects(mine), len(starts))
     return EpisodeMetrics(
         values=as_array(torch.cat([part.values for part in parts])),
         curve=_joined([part.curve for part in parts], dim=1),
         embeddings=_joined([part.embeddings for part in parts]),
         digest=digest.hexdigest(),
         presentations=_joined([part.presentations for part in parts]),
-        beside=_joined_by_name([part.beside for part in parts]),
+        extra=_joined_by_name([part.extra for part in parts]),
         families=_labels([part.families for part in parts]),
         groups=_labels([part.groups for part in parts]),
         confusions=_counted([part.confused for part in parts]),
         strategies=_joined_by_name([part.strategies for part in parts]),
-        rivals=_joined_by_name([part.rivals for part in parts]),
+        alternatives=_joined_by_name([part.alternatives for part in parts]),
     )
 
 
@@ -118,12 +120,12 @@ class _Part:
     curve: Tensor | None
     embeddings: Tensor | None
     presentations: Tensor | None
-    beside: Mapping[str, Tensor]
+    extra: Mapping[str, Tensor]
     families: Tensor | None
     groups: Tensor | None
     confused: Tensor | None
     strategies: Mapping[str, Tensor]
-    rivals: Mapping[str, Tensor]
+    alternatives: Mapping[str, Tensor]
 
 
 def _measured(
@@ -144,14 +146,14 @@ def _measured(
         curve=None if curve_steps is None else _curve(algorithm, spec, batch, curve_steps),
         embeddings=answer.embedding,
         presentations=None if sequence is None else by_presentation(sequence, batch.support_y),
-        beside={} if answer.spread is None else uncertainty_metrics(answer, batch.query_y),
+        extra={} if answer.spread is None else uncertainty_metrics(answer, batch.query_y),
         families=None if ids is None or spec.kind != "regression" else ids[:, 0],
         groups=None if shares is None else shares.argmax(1),
         confused=None
         if ids is None or spec.num_train_classes is None
         else _confused(answer.outputs, batch.query_y, ids),
         strategies=figures(answer.strategies),
-        rivals=figures(answer.rivals),
+        alternatives=figures(answer.alternatives),
     )
     return part if distributed.size() == 1 else _on_cpu(part)
 

@@ -38,7 +38,7 @@ class EpisodeMetrics:
         embeddings: (N, E) what the algorithm made of each task; None if it makes no vector.
         presentations: (N, K) accuracy at the first to the K-th presentation of a class along the
             support; None if the algorithm does not answer along it.
-        beside: (N,) each by name, where the algorithm says how sure it is: `log_likelihood` of the
+        extra: (N,) each by name, where the algorithm says how sure it is: `log_likelihood` of the
             targets under normals with the answers' means and spreads, and `coverage`, the share
             of targets within 1.96 spreads of the mean.
         families: (N,) the number of the family of functions that each task is of; None where
@@ -46,25 +46,25 @@ class EpisodeMetrics:
         groups: (N,) the component with the greatest responsibility for each task; None where the
             algorithm is no mixture.
         strategies: (N,) the metric by name of each way of learning that it chose among.
-        rivals: (N,) the same of other ways to choose among them, or to join them.
+        alternatives: (N,) the same of other ways to choose among them, or to join them.
         confusions: (P, 3) the data-set class of queries, the class that they were taken for, and
             their number; None where a label is of no one class.
         digest: A hash of the episodes themselves: equal for equal episodes, however cut.
-        lived: What was measured along trajectories, (N, …) by name; None of other tasks. See
-            `Lifetimes.measured`, and `untaught`.
+        stream_record: What was measured along the streams, (N, …) by name: see
+            `Rollouts.measured`, and `untrained`. None where tasks are no streams.
     """
 
     values: Floats
     curve: Floats | None
     embeddings: Floats | None
     digest: str
-    lived: Mapping[str, Floats] | None = None
+    stream_record: Mapping[str, Floats] | None = None
     presentations: Floats | None = None
-    beside: Mapping[str, Floats] = field(default_factory=dict)
+    extra: Mapping[str, Floats] = field(default_factory=dict)
     families: Labels | None = None
     groups: Labels | None = None
     strategies: Mapping[str, Floats] = field(default_factory=dict)
-    rivals: Mapping[str, Floats] = field(default_factory=dict)
+    alternatives: Mapping[str, Floats] = field(default_factory=dict)
     confusions: Labels | None = None
 
 
@@ -84,7 +84,7 @@ def by_presentation(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def uncertainty_metrics(answer: Prediction, targets: Tensor) -> dict[str, Tensor]:
-    """(T,) figures by name of answers that have a spread; see `EpisodeMetrics.beside`.
+    """(T,) figures by name of answers that have a spread; see `EpisodeMetrics.extra`.
 
     Args:
         answer: With means and spreads (T, Q, D).

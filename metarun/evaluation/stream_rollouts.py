@@ -22,10 +22,10 @@ from metarun.core.types import EpisodeSource, Split, Stream, TaskBatch
 from metarun.evaluation.measures import EpisodeMetrics, add_to_digest, as_array
 
 MEASURED = ("incoming", "incoming_loss", "current", "matrix")
-"""What is kept of a lifetime, by name; see `Lifetimes.measured`."""
+"""What is kept of a lifetime, by name; see `Rollouts.measured`."""
 
 
-class Lifetimes:
+class Rollouts:
     """T lifetimes side by side.
 
     Args:
@@ -50,8 +50,8 @@ class Lifetimes:
         self._y = batch.support_y
         self._held_y = batch.query_y.unflatten(1, (stream.num_tasks, stream.queries))
         with torch.no_grad():
-            self._x = algorithm.perceive(batch.support_x)
-            held_x = algorithm.perceive(batch.query_x)
+            self._x = algorithm.encode(batch.support_x)
+            held_x = algorithm.encode(batch.query_x)
             self._held_x = held_x.unflatten(1, (stream.num_tasks, stream.queries))
             self.state = algorithm.start(self._x, self._y)
         self.step = 0
@@ -72,7 +72,7 @@ class Lifetimes:
         if self._begun:
             return
         after = self.state
-        for after in self._algorithm.foresee(self.state, self._x, self._y, self._stream):  # noqa: B007
+        for after in self._algorithm.train_in_hindsight(self.state, self._x, self._y, self._stream):  # noqa: B007
             if tick is not None:
                 tick()
         self.state, self._begun = after, True
@@ -82,7 +82,7 @@ class Lifetimes:
         """Be judged on the next step, then learn from it."""
         self.begin()
         stream, number = self._stream, self.step
-        told = stream.task(number) if stream.told else None
+        task = stream.task(number) if stream.task_ids_known else None
         begins = number % stream.steps == 0
         here = slice(number * stream.rows, (number + 1) * stream.rows)
         x, y = self._x[:, here], self._y[:, here]
@@ -91,16 +91,16 @@ class Lifetimes:
         if self._follow:
             if number == 0:
                 self._kept["matrix"].append(self._row())
-            outputs = self._algorithm.answers(self.state, x, told)
+            outputs = self._algorithm.answers(self.state, x, task)
             self._keep("incoming", task_metric(self._algorithm.spec, outputs, y))
             self._keep("incoming_loss", self._loss(outputs, y))
-        step = Step(number, here.start, told, begins and stream.told)
+        step = Step(number, here.start, task, begins and stream.task_ids_known)
         self.state = self._algorithm.observe(self.state, x, y, step)
         self.step += 1
         if self._follow:
-            task = stream.task(number)
-            outputs = self._algorithm.answers(self.state, self._held_x[:, task], told)
-            score = task_metric(self._algorithm.spec, outputs, self._held_y[:, task])
+            current = stream.task(number)
+            outputs = self._algorithm.answers(self.state, self._held_x[:, current], task)
+            score = task_metric(self._algorithm.spec, outputs, self._held_y[:, current])
             self._keep("current", score)
         if (self._follow and self.step % stream.steps == 0) or self.finished:
             self._kept["matrix"].append(self._row())
@@ -119,9 +119,9 @@ class Lifetimes:
         """(T,) the metric over all held-out rows at the end; tasks have equally many."""
         return self._kept["matrix"][-1].mean(-1)
 
-    def untaught(self) -> Tensor:
+    def untrained(self) -> Tensor:
         """(T, J) the metric of networks that were drawn anew and learned nothing."""
-        outputs = self._algorithm.untaught(self._batch.query_x)
+        outputs = self._algorithm.untrained_answers(self._batch.query_x)
         return self._scores(outputs.unflatten(1, self._held_y.shape[1:3]))
 
     def save(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ class Lifetimes:
     def _row(self) -> Tensor:
         """(T, J) the metric on each task's held-out rows as things stand."""
         learner, num_tasks = self._algorithm, self._stream.num_tasks
-        if self._stream.told and learner.asks_for_tasks:
+        if self._stream.task_ids_known and learner.answers_depend_on_task:
             return self._scores(learner.answers_of_tasks(self.state, self._held_x))
         outputs = learner.answers(self.state, self._held_x.flatten(1, 2), None)
         return self._scores(outputs.unflatten(1, (num_tasks, -1)))
@@ -170,7 +170,7 @@ class SplitRollouts:
         split: Of which trajectories.
         episodes: N.
         tasks_per_batch: Lifetimes side by side.
-        follow: As in `Lifetimes`.
+        follow: As in `Rollouts`.
 
     Attributes:
         steps: Steps of all batches together.
@@ -197,7 +197,7 @@ class SplitRollouts:
         self._sizes = [min(tasks_per_batch, episodes - start) for start in self._starts]
         self.steps = len(self._starts) * self._stream.num_steps
         self._done: list[dict[str, Tensor]] = []
-        self._lives: Lifetimes | None = None
+        self._rollouts: Rollouts | None = None
 
     def run(self, tick: Callable[[int], None] | None = None) -> EpisodeMetrics:
         """Live to the end.
@@ -210,46 +210,51 @@ class SplitRollouts:
         self._algorithm.eval()
         try:
             while len(self._done) < len(self._starts):
-                lives = self._lives = self._lives or self._begin()
+                rollouts = self._rollouts = self._rollouts or self._begin()
                 before = len(self._done) * self._stream.num_steps
 
-                def look(lives: Lifetimes = lives, before: int = before) -> None:
+                def look(rollouts: Rollouts = rollouts, before: int = before) -> None:
                     if tick is not None:
-                        tick(before + lives.step)
+                        tick(before + rollouts.step)
 
-                lives.begin(look)
-                while not lives.finished:
-                    lives.advance()
+                rollouts.begin(look)
+                while not rollouts.finished:
+                    rollouts.advance()
                     look()
-                measured = lives.measured() if self._follow else {}
-                extra = {"untaught": lives.untaught()} if self._follow else {}
-                self._done.append({**measured, **extra, "final": lives.final()})
-                self._lives = None
+                measured = rollouts.measured() if self._follow else {}
+                extra = {"untrained": rollouts.untrained()} if self._follow else {}
+                self._done.append({**measured, **extra, "final": rollouts.final()})
+                self._rollouts = None
         finally:
             self._algorithm.train(was_training)
-        lived = {n: as_array(torch.cat([part[n] for part in self._done])) for n in self._done[0]}
+        stream_record = {
+            n: as_array(torch.cat([part[n] for part in self._done])) for n in self._done[0]
+        }
         return EpisodeMetrics(
-            values=lived.pop("final"),
+            values=stream_record.pop("final"),
             curve=None,
             embeddings=None,
             digest=self._digest(),
-            lived=lived if self._follow else None,
+            stream_record=stream_record if self._follow else None,
         )
 
     def save(self) -> dict[str, Any]:
         """All that a later `restore` needs."""
-        return {"done": self._done, "lives": None if self._lives is None else self._lives.save()}
+        return {
+            "done": self._done,
+            "lives": None if self._rollouts is None else self._rollouts.save(),
+        }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on where the same lifetimes were saved."""
         self._done = list(saved["done"])
         if saved["lives"] is not None:
-            self._lives = self._begin()
-            self._lives.restore(saved["lives"])
+            self._rollouts = self._begin()
+            self._rollouts.restore(saved["lives"])
 
-    def _begin(self) -> Lifetimes:
+    def _begin(self) -> Rollouts:
         batch = self._batch(len(self._done))
-        return Lifetimes(self._algorithm, batch, self._stream, follow=self._follow)
+        return Rollouts(self._algorithm, batch, self._stream, follow=self._follow)
 
     def _batch(self, number: int) -> TaskBatch:
         return self._source.batch(self._split, self._starts[number], self._sizes[number])

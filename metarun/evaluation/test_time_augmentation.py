@@ -43,7 +43,7 @@ def predict(
         sequence=sequence,
         responsibilities=torch.stack(shares).mean(0) if shares else None,
         strategies=_averaged([answer.strategies for answer in answers]),
-        rivals=_averaged([answer.rivals for answer in answers]),
+        alternatives=_averaged([answer.alternatives for answer in answers]),
     )
 
 

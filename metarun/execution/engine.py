@@ -27,12 +27,12 @@ KINDS: tuple[Kind, ...] = ("auto", "vmap", "loop", "threads")
 Params = dict[str, Tensor]
 Tensors = tuple[Tensor, ...]
 TaskFunction = Callable[..., Any]
-Way = Literal["alone", "batched", "staged"]
-"""How a chunk runs: one task, more by vmap, or those first by vmap and then one by one."""
+ChunkMode = Literal["single", "batched", "two_stage"]
+"""How a chunk runs: one task, several by vmap, or the first stage by vmap and then one by one."""
 
 
 @dataclass(frozen=True)
-class Staged:
+class TwoStageTask:
     """A task function in two stages, the first of which sees only a part of the rows.
 
     Where those are few and all are many, as a support and its queries may be, tasks share the
@@ -44,20 +44,20 @@ class Staged:
         reads: The positions of the rows that `first` sees.
     """
 
-    first: TaskFunction
-    then: TaskFunction
+    adapt: TaskFunction
+    predict: TaskFunction
     reads: tuple[int, ...]
 
     def __call__(self, net: nn.Module, params: Params, *rows: Tensor) -> Any:
-        made = self.first(net, params, *self.picked(rows))
-        return self.then(net, params, made, *rows)
+        made = self.adapt(net, params, *self.support_rows(rows))
+        return self.predict(net, params, made, *rows)
 
-    def picked(self, rows: Sequence[Tensor]) -> Tensors:
+    def support_rows(self, rows: Sequence[Tensor]) -> Tensors:
         """Those that `first` sees."""
         return tuple(rows[i] for i in self.reads)
 
 
-Work = Callable[["_Nets", Way, Sequence[Tensor], Sequence[Tensor]], Any]
+Work = Callable[["_Nets", ChunkMode, Sequence[Tensor], Sequence[Tensor]], Any]
 """What a chunk of tasks comes to: of the network, how the chunk runs, the parameters, the rows."""
 
 # Up to here a convolution is bound by overhead, which vmap shares over tasks; beyond, by
@@ -65,7 +65,7 @@ Work = Callable[["_Nets", Way, Sequence[Tensor], Sequence[Tensor]], Any]
 _FEW_ROWS = 16
 # A chunk in stages has no more tasks than gain from each other (measured with 4, 8 and 16): what
 # the first stage keeps for the way back grows with them.
-_STAGED_TASKS = 8
+_TWO_STAGE_TASKS = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Engine:
         kind: `vmap`, `loop` or `threads`; `auto` is settled by `resolved`.
         tasks_per_chunk: Tasks that run together by vmap. None takes the whole batch for `vmap`;
             for `threads` an equal share each where tasks have few rows, else one at a time, but
-            for the first stage of what is `Staged`.
+            for the first stage of what is `TwoStageTask`.
         threads: Python threads of `threads`, each with an equal share of the cores; None
             takes one for each core.
         native: Whether tasks outside vmap may use layers as `set_native` makes them, which a
@@ -154,7 +154,7 @@ class Engine:
         scale = 1.0 / rows[0].shape[0]
 
         def backward(
-            nets: _Nets, way: Way, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+            nets: _Nets, mode: ChunkMode, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> tuple[Tensors, Any]:
             # Prediction runs under no_grad and worker threads start with it off: say it here.
             with torch.enable_grad():
@@ -162,10 +162,10 @@ class Engine:
                 # out for ever: one holds the interpreter and waits for the leaf, the other not.
                 leaves = [leaf.detach().requires_grad_() for leaf in leaves]
                 here = dict(zip(names, leaves, strict=True))
-                if way == "staged":
-                    assert isinstance(function, Staged)
-                    return _staged_gradients(function, nets, here, chunk, scale)
-                losses, extras = _call(function, nets, way, here, chunk)
+                if mode == "two_stage":
+                    assert isinstance(function, TwoStageTask)
+                    return _two_stage_gradients(function, nets, here, chunk, scale)
+                losses, extras = _call(function, nets, mode, here, chunk)
                 return _pulled((losses.sum() * scale,), leaves), _detached(extras)
 
         total: Tensors | None = None
@@ -196,11 +196,11 @@ class Engine:
         names = list(params)
 
         def forward(
-            nets: _Nets, way: Way, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+            nets: _Nets, mode: ChunkMode, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> Any:
             with torch.no_grad():
                 here = dict(zip(names, leaves, strict=True))
-                return _call(function, nets, way, here, chunk)
+                return _call(function, nets, mode, here, chunk)
 
         leaves = tuple(params.values())
         kept = _kept(key, ("map",), function, names)
@@ -218,17 +218,17 @@ class Engine:
         """Results of `work` on the chunks of the batch, in order."""
         num_tasks = rows[0].shape[0]
         workers = min(self.threads or 1, num_tasks) if self.kind == "threads" else 1
-        size, way = self._plan(function, rows, workers)
+        size, mode = self._plan(function, rows, workers)
         chunks = list(_chunks(rows, size))
         workers = min(workers, len(chunks))
-        replays = self._replays(work, net, way, leaves, chunks, key)
+        replays = self._replays(work, net, mode, leaves, chunks, key)
 
         def share(worker: int) -> Iterator[Any]:
             # functional_call swaps the parameters of the module that it runs, so that each thread
             # needs modules of its own; the tensors in them stay shared.
             nets = _Nets(net, native=self.native, own=workers > 1)
             for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]:
-                yield replay(chunk) if replay else work(nets, way, leaves, chunk)
+                yield replay(chunk) if replay else work(nets, mode, leaves, chunk)
 
         yield from share(0) if workers == 1 else _over_threads(share, len(chunks), workers)
 
@@ -236,7 +236,7 @@ class Engine:
         self,
         work: Work,
         net: nn.Module,
-        way: Way,
+        mode: ChunkMode,
         leaves: Tensors,
         chunks: list[Tensors],
         key: Hashable,
@@ -259,7 +259,7 @@ class Engine:
                 for name, buffer in zip(named, buffers, strict=True)
             }
             return torch.func.functional_call(
-                holder, here, (lambda: work(nets, way, leaves, chunk),)
+                holder, here, (lambda: work(nets, mode, leaves, chunk),)
             )
 
         found: dict[int, Callable[..., Any] | None] = {}
@@ -267,25 +267,25 @@ class Engine:
             size = chunk[0].shape[0]
             if size not in found:
                 found[size] = self.graphs.find(
-                    self.graph, (key, net, self.native, way), whole, (leaves, buffers, chunk)
+                    self.graph, (key, net, self.native, mode), whole, (leaves, buffers, chunk)
                 )
         graphs = (found[chunk[0].shape[0]] for chunk in chunks)
         return [graph and partial(graph, leaves, buffers) for graph in graphs]
 
-    def _plan(self, function: TaskFunction, rows: Tensors, workers: int) -> tuple[int, Way]:
+    def _plan(self, function: TaskFunction, rows: Tensors, workers: int) -> tuple[int, ChunkMode]:
         """Tasks of a chunk, and how they run."""
         num_tasks = rows[0].shape[0]
         share = -(-num_tasks // workers)
-        size, staged = 1, False
+        size, two_stage = 1, False
         if self.kind == "vmap":
             size = self.tasks_per_chunk or num_tasks
         elif self.kind == "threads" and (self.tasks_per_chunk or _few(rows)):
             size = self.tasks_per_chunk or share
-        elif self.kind == "threads" and isinstance(function, Staged):
-            staged = _few(function.picked(rows))
-            size = -(-share // -(-share // _STAGED_TASKS)) if staged else 1
+        elif self.kind == "threads" and isinstance(function, TwoStageTask):
+            two_stage = _few(function.support_rows(rows))
+            size = -(-share // -(-share // _TWO_STAGE_TASKS)) if two_stage else 1
         size = min(size, num_tasks)
-        return size, "alone" if size == 1 else "staged" if staged else "batched"
+        return size, "single" if size == 1 else "two_stage" if two_stage else "batched"
 
 
 class _Nets:
@@ -327,31 +327,33 @@ def _kept(key: Hashable, work: Hashable, function: TaskFunction, names: list[str
     """A key with what a caller cannot forget."""
     if key is None:
         return None
-    stages = (function.first, function.then) if isinstance(function, Staged) else (function,)
+    stages = (
+        (function.adapt, function.predict) if isinstance(function, TwoStageTask) else (function,)
+    )
     return key, work, tuple(stage.__code__ for stage in stages), tuple(names)
 
 
 def _call(
-    function: TaskFunction, nets: _Nets, way: Way, params: Params, rows: Sequence[Tensor]
+    function: TaskFunction, nets: _Nets, mode: ChunkMode, params: Params, rows: Sequence[Tensor]
 ) -> Any:
     """Results for a chunk with a leading dimension of tasks."""
-    if way == "batched":
+    if mode == "batched":
         return torch.vmap(lambda *task: function(nets.batched, params, *task))(*rows)
-    if way == "alone":
+    if mode == "single":
         return _unsqueezed(function(nets.alone, params, *(tensor[0] for tensor in rows)))
-    assert isinstance(function, Staged)
-    made = _first(function, nets, params, rows)
+    assert isinstance(function, TwoStageTask)
+    made = _adapt(function, nets, params, rows)
     results = [
-        _unsqueezed(function.then(nets.alone, params, own, *task))
+        _unsqueezed(function.predict(nets.alone, params, own, *task))
         for own, task in zip(_by_task(made), zip(*rows, strict=True), strict=True)
     ]
     return _concatenate(results)
 
 
-def _first(function: Staged, nets: _Nets, params: Params, rows: Sequence[Tensor]) -> Params:
+def _adapt(function: TwoStageTask, nets: _Nets, params: Params, rows: Sequence[Tensor]) -> Params:
     """What the first stage makes of a chunk, by vmap."""
-    made: Params = torch.vmap(lambda *task: function.first(nets.batched, params, *task))(
-        *function.picked(rows)
+    made: Params = torch.vmap(lambda *task: function.adapt(nets.batched, params, *task))(
+        *function.support_rows(rows)
     )
     return made
 
@@ -361,21 +363,21 @@ def _by_task(made: Params) -> list[Params]:
     return [dict(zip(made, column, strict=True)) for column in columns]
 
 
-def _staged_gradients(
-    function: Staged, nets: _Nets, params: Params, rows: Sequence[Tensor], scale: float
+def _two_stage_gradients(
+    function: TwoStageTask, nets: _Nets, params: Params, rows: Sequence[Tensor], scale: float
 ) -> tuple[Tensors, Any]:
     """Gradients of a chunk's losses, and the extras: forth by stages, and back.
 
     The second stage goes back to what the first made, one task after another; from there all
     tasks go back together.
     """
-    made = _first(function, nets, params, rows)
+    made = _adapt(function, nets, params, rows)
     leaves = tuple(params.values())
     total: Tensors | None = None
     pulled, extras = [], []
     for theirs, task in zip(_by_task(made), zip(*rows, strict=True), strict=True):
         own = {name: tensor.detach().requires_grad_() for name, tensor in theirs.items()}
-        loss, extra = function.then(nets.alone, params, own, *task)
+        loss, extra = function.predict(nets.alone, params, own, *task)
         grads = _pulled((loss * scale,), (*own.values(), *leaves))
         pulled.append(grads[: len(own)])
         total = _added(total, grads[len(own) :])

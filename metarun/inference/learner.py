@@ -51,18 +51,18 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
         ValueError: It is no run, or has no parameters yet, or its data are not there.
     """
     folder = RunFolder.open(run)
-    plain = folder.configuration()
-    plain["bn"] = bn or ("support" if plain["bn"] == "transductive" else plain["bn"])
-    experiment = restored(folder, plain, device)
+    config = folder.configuration()
+    config["bn"] = bn or ("support" if config["bn"] == "transductive" else config["bn"])
+    experiment = restored(folder, config, device)
     return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
 
 
-def restored(folder: RunFolder, plain: Config, device: str = "auto") -> build.Experiment:
+def restored(folder: RunFolder, config: Config, device: str = "auto") -> build.Experiment:
     """The parts of a run with what it has learned, wherever it was trained.
 
     Args:
         folder: Of the run.
-        plain: Its configuration.
+        config: Its configuration.
         device: As of `load`.
 
     Raises:
@@ -79,8 +79,8 @@ def restored(folder: RunFolder, plain: Config, device: str = "auto") -> build.Ex
     learned = folder.load_learned()
     if learned is None:
         raise ValueError(f"{folder.path} has saved nothing yet: let it run first")
-    experiment = build_experiment({**plain, **how})
-    load_parameters(experiment.algorithm, learned[1], experiment.facts, folder.path)
+    experiment = build_experiment({**config, **how})
+    load_parameters(experiment.algorithm, learned[1], experiment.run_info, folder.path)
     return experiment
 
 

@@ -26,19 +26,19 @@ def check_jobs(jobs: Sequence[Job]) -> None:
         ValueError: The first thing that is wrong in any of the runs.
     """
     for job in jobs:
-        check_config(job.plain)
+        check_config(job.config)
         _check_folder(job)
     for job in jobs:
-        check_data(job.plain)
-        build_trackers(job.plain)
+        check_data(job.config)
+        build_trackers(job.config)
     from metarun.training.state import required_bytes
 
     with warnings_held():
         for job in jobs:
-            experiment = build_experiment(job.plain)
+            experiment = build_experiment(job.config)
             build.check_shares(experiment)
             check_space(job.folder, required_bytes(experiment.algorithm))
-    if not distributed.first():
+    if not distributed.is_main():
         return
     for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
         print(
@@ -49,15 +49,15 @@ def check_jobs(jobs: Sequence[Job]) -> None:
 
 
 def _pair(job: Job) -> str:
-    names = job.plain["names"]
+    names = job.config["names"]
     return f"algo={names['algo']} data={names['data']}"
 
 
-def check_data(plain: Config) -> None:
+def check_data(config: Config) -> None:
     """Answer missing data at once, without loading torch."""
     from metarun.data.storage import registry
 
-    message = registry.missing(plain["names"]["data"], plain["data"].get("root"))
+    message = registry.missing(config["names"]["data"], config["data"].get("root"))
     if message is not None:
         raise ValueError(message)
 

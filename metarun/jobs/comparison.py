@@ -69,25 +69,25 @@ def run(argv: Sequence[str]) -> int:
 
 def folder_name(job: Job) -> str:
     """What a run is called: its algorithm, data and sizes, and a hash of what it computes."""
-    plain = job.plain
-    names = plain["names"]
-    sizes = f"{plain['way']}way-{plain['shot']}shot-seed{plain['seed']}"
-    return slug([f"{names['algo']}-{names['data']}-{sizes}-{digest(plain)}"], 120)
+    config = job.config
+    names = config["names"]
+    sizes = f"{config['way']}way-{config['shot']}shot-seed{config['seed']}"
+    return slug([f"{names['algo']}-{names['data']}-{sizes}-{digest(config)}"], 120)
 
 
 def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     """The words, with every algorithm that can learn the data unless some are named."""
     if any(word.partition("=")[0] == "algo" for word in words):
         return list(words)
-    jobs = [job.plain for job in compose.jobs(words, sweep=True)]
+    jobs = [job.config for job in compose.jobs(words, sweep=True)]
     spec = build_source(jobs[0]).spec
-    shot = min(min(plain["shot"], plain["train"]["shot"]) for plain in jobs)
+    shot = min(min(config["shot"], config["train"]["shot"]) for config in jobs)
     streams = spec.streams is not None
-    told = spec.streams is None or spec.streams["test"].told
+    task_ids_known = spec.streams is None or spec.streams["test"].task_ids_known
     suited: list[str] = []
     for name in compose.options("algo"):
         target = build.locate("algo._target_", compose.target("algo", name))
-        if getattr(target, "needs_told", False) and not told:
+        if getattr(target, "needs_task_ids", False) and not task_ids_known:
             continue
         least = getattr(target, "least_shot", 1)
         if least > shot:
@@ -101,7 +101,7 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
             continue
         if (
             spec.kind in getattr(target, "kinds", ())
-            and getattr(target, "lives_online", False) == streams
+            and getattr(target, "learns_online", False) == streams
         ):
             suited.append(name)
     return [f"algo={','.join(suited)}", *words]
@@ -135,7 +135,7 @@ def _run(job: Job, config_dir: str | None) -> int:
     Raises:
         SystemExit: It was interrupted.
     """
-    outcome = make_or_continue(job.plain, job.folder, job.overrides, config_dir, Screen())
+    outcome = make_or_continue(job.config, job.folder, job.overrides, config_dir, Screen())
     if outcome.state == "finished":
         return EXIT_OK
     print(f"error: {outcome.why}", file=sys.stderr)
@@ -148,7 +148,7 @@ def _measure_untrained(job: Job) -> None:
     """What the learner reaches with its initial parameters, on the run's test episodes."""
     from metarun.evaluation.episodes import evaluate
 
-    made = build_experiment(job.plain)
+    made = build_experiment(job.config)
     measured = evaluate(
         made.algorithm,
         made.source,
@@ -170,7 +170,7 @@ def _check_against(name: str | None, plan: Sequence[Job]) -> None:
     """
     if name is None:
         return
-    names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
+    names = list(dict.fromkeys(job.config["names"]["algo"] for job in plan))
     if not _on_streams(plan):
         raise ValueError("--against is for streams: use data=stream_…")
     if name not in names:
@@ -178,8 +178,8 @@ def _check_against(name: str | None, plan: Sequence[Job]) -> None:
 
 
 def _on_streams(plan: Sequence[Job]) -> bool:
-    target = build.locate("algo._target_", plan[0].plain["algo"]["_target_"])
-    return bool(getattr(target, "lives_online", False))
+    target = build.locate("algo._target_", plan[0].config["algo"]["_target_"])
+    return bool(getattr(target, "learns_online", False))
 
 
 def _table(plan: Sequence[Job], against: str | None) -> str:
@@ -188,7 +188,7 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
     On streams, which have many figures, a table for each size.
     """
     columns = _by_setting(plan)
-    names = list(dict.fromkeys(job.plain["names"]["algo"] for job in plan))
+    names = list(dict.fromkeys(job.config["names"]["algo"] for job in plan))
     rows = {
         name: Row(
             name,
@@ -213,13 +213,13 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
 
 def _results(jobs: Sequence[Job], name: str) -> list[Result]:
     """What an algorithm's finished ones among these jobs have reached, one for each seed."""
-    found = [result_of(job) for job in jobs if job.plain["names"]["algo"] == name]
+    found = [result_of(job) for job in jobs if job.config["names"]["algo"] == name]
     return [result for result in found if result is not None]
 
 
 def _failed(jobs: Sequence[Job], name: str) -> int:
     """How many of an algorithm's runs among these jobs have failed."""
-    own = [job.folder for job in jobs if job.plain["names"]["algo"] == name]
+    own = [job.folder for job in jobs if job.config["names"]["algo"] == name]
     return sum(f.is_dir() and RunFolder(f).status().get("state") == "failed" for f in own)
 
 
@@ -235,7 +235,7 @@ def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
         folders: dict[str, list[Path]] = {}
         for job in jobs:
             if result_of(job) is not None:
-                folders.setdefault(job.plain["names"]["algo"], []).append(job.folder)
+                folders.setdefault(job.config["names"]["algo"], []).append(job.folder)
         name = table.name.removesuffix(".md") + ("" if len(columns) == 1 else f"-{number}")
         paths += streams.draw_together(folders, table.with_name(name)) if folders else []
     return paths
@@ -257,10 +257,10 @@ def _by_setting(plan: Sequence[Job]) -> dict[str, list[Job]]:
 
 
 def _size_name(job: Job) -> str:
-    plain = job.plain
-    if plain["way"] == 1:
-        return f"{plain['shot']} points"
-    return f"{plain['way']}-way {plain['shot']}-shot"
+    config = job.config
+    if config["way"] == 1:
+        return f"{config['shot']} points"
+    return f"{config['way']}-way {config['shot']}-shot"
 
 
 def _file_name(words: Sequence[str], against: str | None) -> str:

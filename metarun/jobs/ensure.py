@@ -42,12 +42,12 @@ class Outcome:
 
 
 def make_or_continue(
-    plain: Config, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
+    config: Config, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
 ) -> Outcome:
     """Bring the run of a folder to its end; a failure is written there, with its traceback.
 
     Args:
-        plain: The resolved configuration, which the folder's name stands for.
+        config: The resolved configuration, which the folder's name stands for.
         folder: Where the run is, or will be.
         overrides: What was typed for it.
         config_dir: The user's YAML files.
@@ -56,7 +56,7 @@ def make_or_continue(
     try:
         _clear_false_start(folder)
         if not _begun(folder):
-            train.train(plain, folder, overrides, screen)
+            train.train(config, folder, overrides, screen)
             return Outcome("finished")
         run = RunFolder.open(folder)
         experiment = resume.continuation(run, [], config_dir)
@@ -70,13 +70,13 @@ def make_or_continue(
         return Outcome("elsewhere", str(error))
     # Whatever it is, the other runs go on.
     except Exception as error:
-        if plain["debug"]:
+        if config["debug"]:
             raise
         if finished(folder):  # by another process, a moment ago
             return Outcome("kept")
         # A damaged status.json is a ValueError; whatever it is, it is told below.
         with suppress(OSError, InUse, ValueError):
-            _record_failure(plain, folder, overrides, error)
+            _record_failure(config, folder, overrides, error)
         return Outcome("failed", describe_error(error))
 
 
@@ -106,11 +106,11 @@ def _clear_false_start(folder: Path) -> None:
 
 
 def _record_failure(
-    plain: Config, folder: Path, overrides: Sequence[str], error: Exception
+    config: Config, folder: Path, overrides: Sequence[str], error: Exception
 ) -> None:
     """Write why a run failed, unless the trainer has."""
     if not (folder / "status.json").exists():
-        RunFolder.create(folder, config=to_yaml(plain), overrides=list(overrides))
+        RunFolder.create(folder, config=to_yaml(config), overrides=list(overrides))
     run = RunFolder(folder)
     with run.locked(), run.logging():
         status = run.status()

@@ -34,7 +34,7 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
         experiment = _tested(run, words, config_dir)
     from metarun.training.meta_test import meta_test
 
-    folder = distributed.on_first(lambda: run.test_folder(slug(words, 80) or "same"))
+    folder = distributed.on_main(lambda: run.test_folder(slug(words, 80) or "same"))
 
     def work() -> None:
         meta_test(
@@ -43,10 +43,10 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
             experiment.eval,
             run,
             folder,
-            experiment.facts,
+            experiment.run_info,
             main_screen(),
         )
-        if distributed.first():
+        if distributed.is_main():
             draw_figures(folder)
 
     return guarded(work, debug=bool(experiment.record["debug"]))
@@ -60,18 +60,18 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
     for key in typed:
         if key not in TESTABLE and not key.startswith(("data.", "eval.")):
             refuse_change(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} may")
-    plain = copy.deepcopy(stored)
+    config = copy.deepcopy(stored)
     if name is not None:
         with composer(config_dir) as compose:
-            plain["data"] = _data_node(compose, name)
-        plain["names"]["data"] = name
-    plain = with_values(plain, typed)
+            config["data"] = _data_node(compose, name)
+        config["names"]["data"] = name
+    config = with_values(config, typed)
     # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
-    plain["train"] |= {key: plain[key] for key in ("way", "shot", "query")}
-    settings = check_config(plain)
-    check_data(plain)
+    config["train"] |= {key: config[key] for key in ("way", "shot", "query")}
+    settings = check_config(config)
+    check_data(config)
     with warnings_held():
-        experiment = build_experiment(plain)
+        experiment = build_experiment(config)
     if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
         learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
         raise ValueError(
@@ -85,4 +85,4 @@ def _data_node(compose: Composer, name: Any) -> Config:
     if not isinstance(name, str):
         raise ValueError(f"data={name}: type one name of a data set")
     job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
-    return cast("Config", job.plain["data"])
+    return cast("Config", job.config["data"])

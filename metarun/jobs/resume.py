@@ -65,7 +65,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
 
 def _ours(run: RunFolder) -> RunFolder:
     """The folder, which the first of several processes alone writes."""
-    return run if distributed.first() else NullRunFolder()
+    return run if distributed.is_main() else NullRunFolder()
 
 
 def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
@@ -77,7 +77,7 @@ def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -
     with distributed.agreed():
         experiment = _continued(run, words, config_dir)
     if words and experiment is not None:
-        distributed.on_first(lambda: _note(run, words, experiment))
+        distributed.on_main(lambda: _note(run, words, experiment))
     return experiment
 
 
@@ -93,21 +93,21 @@ def _note(run: RunFolder, words: Sequence[str], experiment: Experiment) -> None:
 def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
     stored = run.configuration()
     typed = dict(map(parse_value, words))
-    plain = copy.deepcopy(stored)
+    config = copy.deepcopy(stored)
     if "logger" in typed:
-        plain["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
+        config["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
     for key in typed:
         if key not in RESUMABLE and not key.startswith("logger."):
             refuse_change(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
-    plain = with_values(plain, typed)
-    settings = check_config(plain)
+    config = with_values(config, typed)
+    settings = check_config(config)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
         return None
     with warnings_held():
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)
-        build_trackers(plain)
-        experiment = build_experiment(plain)
+        build_trackers(config)
+        experiment = build_experiment(config)
         build.check_shares(experiment)
     return experiment
 
@@ -123,7 +123,7 @@ def _trackers_node(word: Any, stored: Config, config_dir: str | None) -> Config:
     words = word if isinstance(word, list) else [word]
     with composer(config_dir) as compose:
         listed = ",".join(map(str, words))
-        node = cast("Config", compose.job([f"logger=[{listed}]"]).plain["logger"])
+        node = cast("Config", compose.job([f"logger=[{listed}]"]).config["logger"])
     before = stored.get("logger") or {}
     return {name: before.get(name, options) for name, options in node.items()}
 
@@ -136,14 +136,14 @@ def _changes(
         with composer(config_dir) as compose:
             # Trackers are typed anew on a resume, and may be a user's own.
             words = [word for word in run.overrides() if root_of(word) != "logger"]
-            plain = compose.job(words).plain
+            config = compose.job(words).config
     except (ValueError, OmegaConfBaseException) as error:
         hint = "" if config_dir else "; type --config-dir again if the run had one"
         return [
             f"the run's words cannot be composed any more ({one_line(error)}): its stored "
             f"configuration is used{hint}"
         ]
-    then, now = flat(stored), flat(plain)
+    then, now = flat(stored), flat(config)
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
         settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")

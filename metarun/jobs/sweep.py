@@ -127,14 +127,14 @@ class Worker:
             Its best figure on meta-val, for a sweeper that looks for the best; None where it has
             none, which Optuna counts as a failed trial.
         """
-        plain, folder, words = asked_for(cfg)
+        config, folder, words = asked_for(cfg)
         if not self._journal.stopped():
-            self._run(plain, folder, words)
+            self._run(config, folder, words)
         with suppress(OSError):
             folder.rmdir()  # Hydra makes it, also for a run that never began.
         return _val(folder)
 
-    def _run(self, plain: Any, folder: Path, words: Sequence[str]) -> None:
+    def _run(self, config: Any, folder: Path, words: Sequence[str]) -> None:
         if self._quiet:
             _leave_terminal()
         name = str(folder)
@@ -145,7 +145,7 @@ class Worker:
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
         _at_work.set()
         try:
-            outcome = ensure.make_or_continue(plain, folder, words, self._config_dir, screen)
+            outcome = ensure.make_or_continue(config, folder, words, self._config_dir, screen)
         except KeyboardInterrupt:
             outcome = ensure.Outcome("interrupted", "stopped before it began", signal.SIGTERM)
         finally:
@@ -156,7 +156,7 @@ class Worker:
         if not self._quiet and outcome.state != "finished":
             _say(f"{folder}: {_described(outcome.state, outcome.why)}")
         if outcome.state == "interrupted" or (
-            outcome.state == "failed" and plain["sweep"]["fail_fast"]
+            outcome.state == "failed" and config["sweep"]["fail_fast"]
         ):
             self._journal.add("stop")
 
@@ -185,7 +185,7 @@ def run(
     worker = Worker(journal.path, config_dir, count, bound=way.launcher == "joblib")
     try:
         with _stopping(journal, detached=way.launcher == "submitit_slurm") as stop:
-            monitor = _Monitor(journal, count).showing() if way.beside else nullcontext()
+            monitor = _Monitor(journal, count).showing() if way.parallel else nullcontext()
             with monitor:
                 failed = _handed_over(hand_over, worker)
         folders = list(journal.ends()) if way.searches else [str(job.folder) for job in plan]
@@ -204,7 +204,7 @@ def check_direction(way: SweepMethod, job: Job) -> None:
     """
     if way.direction is None:
         return
-    spec = build_source(job.plain).spec
+    spec = build_source(job.config).spec
     wanted = "maximize" if spec.higher_is_better else "minimize"
     if way.direction != wanted:
         raise ValueError(

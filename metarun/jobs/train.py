@@ -38,11 +38,11 @@ def asked_for(cfg: DictConfig) -> tuple[Config, Path, list[str]]:
     from metarun.config.composition import names_of
 
     hydra = HydraConfig.get()
-    plain = cast("Config", OmegaConf.to_container(cfg, resolve=True))
+    config = cast("Config", OmegaConf.to_container(cfg, resolve=True))
     choices = cast("dict[str, Any]", OmegaConf.to_container(hydra.runtime.choices))
-    plain["names"] = names_of(choices, plain)
+    config["names"] = names_of(choices, config)
     overrides = [str(word) for word in hydra.overrides.task]
-    return plain, _from_here(Path(str(hydra.runtime.output_dir))), overrides
+    return config, _from_here(Path(str(hydra.runtime.output_dir))), overrides
 
 
 class Launch:
@@ -59,9 +59,9 @@ class Launch:
         """Train a run in the folder that Hydra made."""
         from metarun.core.console import Screen
 
-        plain, folder, overrides = asked_for(cfg)
+        config, folder, overrides = asked_for(cfg)
         self.code = guarded(
-            lambda: train(plain, folder, overrides, Screen()), debug=bool(plain["debug"])
+            lambda: train(config, folder, overrides, Screen()), debug=bool(config["debug"])
         )
 
 
@@ -72,18 +72,18 @@ def _from_here(folder: Path) -> Path:
     return folder.relative_to(here) if below else folder
 
 
-def train(plain: Config, folder: Path, overrides: Sequence[str], screen: Screen) -> None:
+def train(config: Config, folder: Path, overrides: Sequence[str], screen: Screen) -> None:
     """Make the parts of a run and train it in a new folder."""
-    experiment = build_experiment(plain)
+    experiment = build_experiment(config)
     run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
     train_in(run, experiment, screen)
 
 
-def follow(plain: Config) -> int:
+def follow(config: Config) -> int:
     """Train a run whose folder and screen are the first process's; returns the exit code."""
     return guarded(
-        lambda: train_in(NullRunFolder(), build_experiment(plain), silent_screen()),
-        debug=bool(plain["debug"]),
+        lambda: train_in(NullRunFolder(), build_experiment(config), silent_screen()),
+        debug=bool(config["debug"]),
     )
 
 
@@ -92,9 +92,9 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
     from metarun.trackers.base import Trackers
     from metarun.training import trainer
 
-    record, facts = experiment.record, experiment.facts
-    first = distributed.first()
-    trackers = Trackers(build_trackers(record) if first else {}, record, facts)
+    record, run_info = experiment.record, experiment.run_info
+    first = distributed.is_main()
+    trackers = Trackers(build_trackers(record) if first else {}, record, run_info)
     with trackers.closing():
         results = trainer.train(
             experiment.algorithm,
@@ -102,7 +102,7 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
             experiment.train,
             experiment.eval,
             run,
-            facts,
+            run_info,
             screen,
             experiment.seed,
             trackers,
@@ -126,14 +126,14 @@ def guarded(work: Callable[[], object], *, debug: bool) -> int:
     try:
         work()
     except Interrupted as stop:
-        if distributed.first():
+        if distributed.is_main():
             print(f"interrupted: {stop}", file=sys.stderr)
         raise SystemExit(stop.exit_code) from None
     except Exception as error:
         if debug:
             raise
-        if distributed.speaks_of(error):
-            print(f"error: {distributed.speaker()}{describe_error(error)}", file=sys.stderr)
+        if distributed.should_report(error):
+            print(f"error: {distributed.error_prefix()}{describe_error(error)}", file=sys.stderr)
         refused = isinstance(error, ValueError) and not isinstance(error, RunError)
         return EXIT_BAD_INPUT if refused else EXIT_FAILED
     return EXIT_OK

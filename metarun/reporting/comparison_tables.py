@@ -12,7 +12,7 @@ import numpy as np
 from metarun.core.console import duration
 from metarun.core.statistics import Floats, quiet
 from metarun.evaluation import continual_metrics
-from metarun.reporting.results import BESIDE, Result, figure_of, over_seeds
+from metarun.reporting.results import EXTRA_METRICS, Result, figure_of, over_seeds
 from metarun.reporting.tables import markdown_row, shown
 
 
@@ -46,8 +46,8 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     # What is measured is known from a run alone.
     named = [f"{name}: {title}" if results else name for name in columns]
     heads = ["`algo=`", "method", *named]
-    beside = [n for n in BESIDE if any(n in result.beside for result in results)]
-    heads += [BESIDE[name] for name in beside]
+    extra = [n for n in EXTRA_METRICS if any(n in result.extra for result in results)]
+    heads += [EXTRA_METRICS[name] for name in extra]
     heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
     counts = sorted({len(result.episodes) for result in results})
@@ -59,7 +59,7 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     lines = [
         markdown_row(heads),
         markdown_row(["---"] * len(heads)),
-        *(markdown_row(_cells(row, beside)) for row in ordered),
+        *(markdown_row(_cells(row, extra)) for row in ordered),
     ]
     return "\n".join([*lines, "", note] if results else lines)
 
@@ -161,18 +161,18 @@ def _regret_cells(row: Row, against: Row) -> list[str]:
     return [str(ends), str(replace(over_seeds([powers[growing]]), mark=mark))]
 
 
-def _cells(row: Row, beside: Sequence[str]) -> list[str]:
+def _cells(row: Row, extra: Sequence[str]) -> list[str]:
     results = [result for cell in row.cells for result in cell]
     figures = _figures(row)
     if not results:
-        return [f"`{row.name}`", row.method, *figures, *[""] * (len(beside) + 5)]
+        return [f"`{row.name}`", row.method, *figures, *[""] * (len(extra) + 5)]
     record = results[0].record
     seconds = [_mean([r.record["train_seconds"] for r in cell], duration) for cell in row.cells]
     return [
         f"`{row.name}`",
         row.method,
         *figures,
-        *(" / ".join(_beside(cell, name) for cell in row.cells) for name in beside),
+        *(" / ".join(_extra(cell, name) for cell in row.cells) for name in extra),
         " / ".join(_untrained(cell) for cell in row.cells),
         f"{record['steps'] * record['tasks_per_step']:,}",
         " / ".join(seconds),
@@ -193,10 +193,10 @@ def _figures(row: Row) -> list[str]:
     return shown_figures
 
 
-def _beside(cell: Sequence[Result], name: str) -> str:
+def _extra(cell: Sequence[Result], name: str) -> str:
     """A figure beside the metric, over the seeds that have it; a share is in percent."""
     scale, places = (100.0, 1) if name == "coverage" else (1.0, 2)
-    values = [scale * result.beside[name] for result in cell if name in result.beside]
+    values = [scale * result.extra[name] for result in cell if name in result.extra]
     return str(over_seeds(values, places)) if values else "–"
 
 

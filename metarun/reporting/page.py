@@ -16,14 +16,14 @@ from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
 import metarun
-from metarun.reporting.figures.drawing import COLOURS, INK, MUTED, PAPER, RULE, Panel, table, write
+from metarun.reporting.figures.drawing import COLORS, INK, MUTED, PAPER, RULE, Panel, table, write
 
 GENERATOR = "metarun report"
 """What a page says that it was made by, so that a page of somebody else's is not replaced."""
 
 _HERE = Path(__file__).parent
 _DARK = ("#56A8DE", "#F08A45", "#2FC397", "#E09BC0", "#F0B93A", "#8ACBF0", "#A9B1BA")
-"""`COLOURS` where the paper is dark."""
+"""`COLORS` where the paper is dark."""
 _STROKES = {"-": "", "--": "6 3", ":": "1.5 3", "-.": "6 2 1.5 2"}
 _SIGNS = {
     "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀",
@@ -36,11 +36,11 @@ _POINTS = 4.0 / 3.0
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of a table: its text, the number to sort by, and a colour before it."""
+    """A cell of a table: its text, the number to sort by, and a color before it."""
 
     text: str
     value: float | None = None
-    colour: str | None = None
+    color: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def render(page: Page, figures: Path) -> str:
         for section in page.sections
         if not section.empty
     ]
-    light = {f"--{name}": colour for name, colour in _variables().items()}
+    light = {f"--{name}": color for name, color in _variables().items()}
     script = (_HERE / "page.js").read_text(encoding="utf-8")
     # Plain data in a block of its own, which no text of a run's can end.
     block = json.dumps(light).replace("<", "\\u003c")
@@ -151,23 +151,23 @@ def _template() -> Template:
 
 
 def _variables() -> dict[str, str]:
-    """Names of the page's colours, and what they are on white."""
-    names = {f"c{place}": colour for place, colour in enumerate(COLOURS)}
+    """Names of the page's colors, and what they are on white."""
+    names = {f"c{place}": color for place, color in enumerate(COLORS)}
     return {**names, "ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER}
 
 
 def _palette() -> str:
-    """The colours of both themes as rules of CSS."""
-    light = "".join(f"--c{place}:{colour};" for place, colour in enumerate(COLOURS))
-    dark = "".join(f"--c{place}:{colour};" for place, colour in enumerate(_DARK))
+    """The colors of both themes as rules of CSS."""
+    light = "".join(f"--c{place}:{color};" for place, color in enumerate(COLORS))
+    dark = "".join(f"--c{place}:{color};" for place, color in enumerate(_DARK))
     return f':root{{{light}}}:root[data-theme="dark"]{{{dark}}}'
 
 
-def _variable(colour: str) -> str:
-    """A colour of ours by its name, which the theme gives a value."""
+def _variable(color: str) -> str:
+    """A color of ours by its name, which the theme gives a value."""
     named = {value.lower(): name for name, value in _variables().items()}
-    name = named.get(colour.lower())
-    return colour if name is None else f"var(--{name})"
+    name = named.get(color.lower())
+    return color if name is None else f"var(--{name})"
 
 
 def _themed(table: Table) -> Mapping[str, Any]:
@@ -180,7 +180,7 @@ def _themed(table: Table) -> Mapping[str, Any]:
                     "value": cell.value
                     if cell.value is not None and math.isfinite(cell.value)
                     else None,
-                    "colour": None if cell.colour is None else _variable(cell.colour),
+                    "color": None if cell.color is None else _variable(cell.color),
                 }
                 for cell in row.cells
             ],
@@ -203,7 +203,7 @@ def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
             {
                 "prefix": f"{panel.name}--{key}",
                 "name": series.name,
-                "colour": _variable(series.colour),
+                "color": _variable(series.color),
                 "stroke": _STROKES[series.dash],
                 "sign": _SIGNS.get(series.marker, ""),
             }
@@ -213,7 +213,7 @@ def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
 
 
 def inlined(svg: str, name: str, alt: str) -> str:
-    """An SVG as a part of a page: its names its own, its colours the page's.
+    """An SVG as a part of a page: its names its own, its colors the page's.
 
     Args:
         svg: As Matplotlib writes it.
@@ -227,8 +227,8 @@ def inlined(svg: str, name: str, alt: str) -> str:
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}--\1"', body)
     body = re.sub(r'href="#([^"]+)"', rf'href="#{name}--\1"', body)
     body = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}--\1)", body)
-    for variable, colour in _variables().items():
-        body = re.sub(re.escape(colour), f"var(--{variable})", body, flags=re.IGNORECASE)
+    for variable, color in _variables().items():
+        body = re.sub(re.escape(color), f"var(--{variable})", body, flags=re.IGNORECASE)
     head, rest = body.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
     return f'{head} role="img" aria-label="{html.escape(alt)}">{rest}'

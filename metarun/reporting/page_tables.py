@@ -1,4 +1,4 @@
-"""Lines of tables as the page has them: with numbers to sort by, and the colour of a run."""
+"""Lines of tables as the page has them: with numbers to sort by, and the color of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _row(line: Line, heads: Sequence[str], entries: Mapping[str, Entry]) -> Row:
     entry = entries.get(str(line[heads[0]]))
     if entry is None:
         return Row(cells)
-    return Row([replace(cells[0], colour=entry.colour), *cells[1:]], entry.key)
+    return Row([replace(cells[0], color=entry.color), *cells[1:]], entry.key)
 
 
 def _cell(value: str | Figure) -> Cell:

@@ -36,20 +36,20 @@ class Run:
 
     Attributes:
         path: The folder.
-        plain: Its configuration.
+        config: Its configuration.
         words: What was typed for it.
         result: What it has reached; None while it is not finished.
         status: As in `status.json`.
     """
 
     path: Path
-    plain: Config
+    config: Config
     words: tuple[str, ...]
     result: Result | None
     status: Mapping[str, Any]
 
     @property
-    def told(self) -> tuple[str, ...]:
+    def typed(self) -> tuple[str, ...]:
         """What was typed apart from the seed, the experiment, and how it is run."""
         apart = {"seed", "experiment", *HOW_IT_RUNS}
         return tuple(word for word in self.words if root_of(word) not in apart)
@@ -61,18 +61,18 @@ class Group:
 
     Attributes:
         runs: One for each seed, finished.
-        plain: The configuration of the first, or of the experiment where there is no run.
+        config: The configuration of the first, or of the experiment where there is no run.
         label: What to call them.
     """
 
     runs: tuple[Run, ...]
-    plain: Config
+    config: Config
     label: str
 
     @property
     def experiment(self) -> str | None:
         """The word for `experiment`."""
-        return _experiment(self.plain)
+        return _experiment(self.config)
 
     @property
     def results(self) -> list[Result]:
@@ -147,9 +147,9 @@ def parts(
     groups: Sequence[Group], config_dir: str | None = None, paper: str | None = None
 ) -> list[tuple[str, list[Line]]]:
     """The title and the lines of every table that groups of runs belong to."""
-    labelled = ranked(groups)
-    own = [g for g in labelled if not g.plain.get("published")]
-    cells = [g for g in groups if g.plain.get("published")]
+    labeled = ranked(groups)
+    own = [g for g in labeled if not g.config.get("published")]
+    cells = [g for g in groups if g.config.get("published")]
     made: list[tuple[str, list[Line]]] = []
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
         rows = _rows(names, cells, config_dir)
@@ -162,7 +162,7 @@ def parts(
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
     """Groups named by what tells them apart, the best on meta-val first: the test chooses none."""
-    return sorted(_labelled(groups), key=_by_val)
+    return sorted(_labeled(groups), key=_by_val)
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
@@ -170,32 +170,32 @@ def group(runs: Iterable[Run]) -> list[Group]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         if run.result is not None:
-            name = f"{_experiment(run.plain)} {digest({**run.plain, 'seed': None})}"
+            name = f"{_experiment(run.config)} {digest({**run.config, 'seed': None})}"
             found.setdefault(name, []).append(run)
     return [
-        Group(tuple(_seeds(together)), together[0].plain, _name(together[0].plain))
+        Group(tuple(_seeds(together)), together[0].config, _name(together[0].config))
         for together in found.values()
     ]
 
 
-def _experiment(plain: Config) -> str | None:
-    found = plain["names"].get("experiment")
+def _experiment(config: Config) -> str | None:
+    found = config["names"].get("experiment")
     return None if found is None else str(found)
 
 
-def _name(plain: Config) -> str:
-    return _experiment(plain) or f"algo={plain['names']['algo']} data={plain['names']['data']}"
+def _name(config: Config) -> str:
+    return _experiment(config) or f"algo={config['names']['algo']} data={config['names']['data']}"
 
 
 def _seeds(runs: Sequence[Run]) -> list[Run]:
     """One run for each seed: the newest, where a seed was run more than once."""
-    newest = {run.plain["seed"]: run for run in sorted(runs, key=lambda r: r.status["time"])}
+    newest = {run.config["seed"]: run for run in sorted(runs, key=lambda r: r.status["time"])}
     return [newest[seed] for seed in sorted(newest)]
 
 
 def published_lines(group: Group) -> list[Line]:
     """A line for each printed figure of an experiment."""
-    published = check_config(group.plain).published
+    published = check_config(group.config).published
     assert published is not None
     return [_published_line(group, published, cell) for cell in published.cells]
 
@@ -206,7 +206,7 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
     line: dict[str, str | Figure] = {
         "experiment": str(group.experiment),
         "method": published.row,
-        "task": _task(group.plain, cell),
+        "task": _task(group.config, cell),
         "published": printed,
         "ours": "not run",
         "seeds": "0",
@@ -214,7 +214,7 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
         "difference": "",
         "intervals meet": "",
         "batch norm": "",
-        "split": _split(group.plain),
+        "split": _split(group.config),
         "steps": f"0 of {published.steps:,}",
         "time": "",
         "note": "",
@@ -254,7 +254,7 @@ def _note(group: Group, published: Published) -> str:
     share = steps / published.steps
     part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
     notes = [f"rehearsal of {part}"] if share < 1.0 else []
-    changed = [word for word in group.runs[0].told if not word.startswith("train.steps=")]
+    changed = [word for word in group.runs[0].typed if not word.startswith("train.steps=")]
     return "; ".join([*notes, f"changed: {' '.join(changed)}"] if changed else notes)
 
 
@@ -263,13 +263,13 @@ def own_line(group: Group) -> Line:
     record, measured, val = group.results[0].record, figure_of(group.results), val_of(group)
     return {
         "run": group.label,
-        "task": _task(group.plain),
+        "task": _task(group.config),
         "meta-val": "–" if val is None else shown(val, accuracy=record["metric"] == "accuracy"),
         "meta-test": measured,
         "seeds": str(measured.seeds),
         "episodes": str(measured.episodes),
         "batch norm": str(record["bn_statistics"]),
-        "split": _split(group.plain),
+        "split": _split(group.config),
         "steps": f"{record['steps']:,}",
         "time": _time(group),
     }
@@ -293,11 +293,13 @@ def _by_val(group: Group) -> float:
     return -val if group.results[0].record["metric"] == "accuracy" else val
 
 
-def _labelled(groups: Sequence[Group]) -> list[Group]:
+def _labeled(groups: Sequence[Group]) -> list[Group]:
     """Groups named by what was typed for each and not for all of them."""
-    common = set.intersection(*(set(g.runs[0].told) for g in groups)) if groups else set()
+    common = set.intersection(*(set(g.runs[0].typed) for g in groups)) if groups else set()
     return [
-        replace(g, label=" ".join(word for word in g.runs[0].told if word not in common) or g.label)
+        replace(
+            g, label=" ".join(word for word in g.runs[0].typed if word not in common) or g.label
+        )
         for g in groups
     ]
 
@@ -368,14 +370,14 @@ def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None)
     with composer(config_dir) as compose:
         for name in names:
             found = [g for g in groups if g.experiment == name]
-            rows += found or [Group((), compose.job([f"experiment={name}"]).plain, name)]
+            rows += found or [Group((), compose.job([f"experiment={name}"]).config, name)]
     return rows
 
 
-def _task(plain: Config, cell: PublishedCell | None = None) -> str:
-    size = f"{plain['shot']} points"
-    if plain["way"] > 1:
-        size = f"{plain['way']}-way {plain['shot']}-shot"
+def _task(config: Config, cell: PublishedCell | None = None) -> str:
+    size = f"{config['shot']} points"
+    if config["way"] > 1:
+        size = f"{config['way']}-way {config['shot']}-shot"
     if cell is not None and cell.inner_steps is not None:
         size += f", {cell.inner_steps} step{'s' * (cell.inner_steps != 1)}"
     if cell is not None and cell.presentation is not None:
@@ -383,9 +385,9 @@ def _task(plain: Config, cell: PublishedCell | None = None) -> str:
     return size
 
 
-def _split(plain: Config) -> str:
-    data = str(plain["names"]["data"])
-    split = plain["data"].get("split")
+def _split(config: Config) -> str:
+    data = str(config["names"]["data"])
+    split = config["data"].get("split")
     return data if split is None else f"{data}/{split}"
 
 

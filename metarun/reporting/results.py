@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 UNTRAINED = "untrained.json"
 """What a run's learner reaches before any training, on the same test episodes."""
 
-BESIDE = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
+EXTRA_METRICS = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
 """What a record has beside the metric, and what it is called in a table."""
 
 
@@ -36,7 +36,7 @@ class Result:
         curve: (P, N) the same after 0 … P - 1 inner steps; None where it was not taken.
         presentations: (N, K) the same at each presentation of a class; None where there are none.
         untrained: The mean with the initial parameters; None where it was not measured.
-        beside: (N,) each of `BESIDE` that it has.
+        extra: (N,) each of `EXTRA_METRICS` that it has.
         figures: On a stream, (N,) each of `continual.summary`.
         losses: On a stream, (N, K) the loss of each step before it was learned.
         stream: Its layout.
@@ -47,7 +47,7 @@ class Result:
     untrained: float | None
     curve: Floats | None = None
     presentations: Floats | None = None
-    beside: Mapping[str, Floats] = field(default_factory=dict)
+    extra: Mapping[str, Floats] = field(default_factory=dict)
     figures: Mapping[str, Floats] = field(default_factory=dict)
     losses: Floats | None = None
     stream: Stream | None = None
@@ -63,7 +63,7 @@ def read_result(run: RunFolder) -> Result | None:
         return None
     record = run.read_json("results.json")
     prefix = continual_metrics.FIGURE
-    wanted = (record["metric"], "curve", "presentations", "incoming_loss", *BESIDE)
+    wanted = (record["metric"], "curve", "presentations", "incoming_loss", *EXTRA_METRICS)
     with np.load(run.path / "episodes.npz") as file:
         # What else there is of a stream is large, and read by its figures alone.
         names = [name for name in file if name in wanted or name.startswith(prefix)]
@@ -75,7 +75,7 @@ def read_result(run: RunFolder) -> Result | None:
         untrained,
         arrays.get("curve"),
         arrays.get("presentations"),
-        {name: arrays[name] for name in BESIDE if name in arrays},
+        {name: arrays[name] for name in EXTRA_METRICS if name in arrays},
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
         _layout(record),

@@ -12,7 +12,7 @@ import numpy as np
 
 from metarun.core.statistics import Floats
 from metarun.core.types import Record
-from metarun.reporting.figures.drawing import colours
+from metarun.reporting.figures.drawing import colors
 from metarun.runs.folder import RunFolder
 
 
@@ -22,17 +22,17 @@ class RunFiles:
 
     Attributes:
         path: Its folder.
-        plain: Its resolved configuration.
+        config: Its resolved configuration.
         words: What was typed for it.
         status: As in `status.json`.
-        colour: Of its algorithm, in every figure of a report.
+        color: Of its algorithm, in every figure of a report.
     """
 
     path: Path
-    plain: Mapping[str, Any]
+    config: Mapping[str, Any]
     words: Sequence[str]
     status: Mapping[str, Any]
-    colour: str
+    color: str
 
     @classmethod
     def read(cls, path: Path) -> RunFiles:
@@ -42,17 +42,17 @@ class RunFiles:
             ValueError: It is none, or damaged.
         """
         run = RunFolder.open(path)
-        plain = run.configuration()
-        algo = str(plain["names"]["algo"])
-        return cls(path, plain, run.overrides(), run.status(), colours([algo])[algo][0])
+        config = run.configuration()
+        algo = str(config["names"]["algo"])
+        return cls(path, config, run.overrides(), run.status(), colors([algo])[algo][0])
 
     @classmethod
     def of_test(cls, path: Path) -> RunFiles:
         """A folder with `results.json`, of a run or of a later meta-test."""
         results = RunFolder(path).read_json("results.json")
         algo = str(results["algo"])
-        plain = {"names": {"algo": algo, "data": results["data"]}, "seed": results["seed"]}
-        return cls(path, plain, (), {"state": "finished"}, colours([algo])[algo][0])
+        config = {"names": {"algo": algo, "data": results["data"]}, "seed": results["seed"]}
+        return cls(path, config, (), {"state": "finished"}, colors([algo])[algo][0])
 
     @cached_property
     def results(self) -> Record | None:
@@ -91,12 +91,12 @@ class RunFiles:
     @property
     def algo(self) -> str:
         """The word for `algo`."""
-        return str(self.plain["names"]["algo"])
+        return str(self.config["names"]["algo"])
 
     @property
     def title(self) -> str:
         """Algorithm, data and seed."""
-        return f"{self.algo} on {self.plain['names']['data']}, seed {self.plain['seed']}"
+        return f"{self.algo} on {self.config['names']['data']}, seed {self.config['seed']}"
 
     @property
     def metric(self) -> str | None:

@@ -12,7 +12,7 @@ from metarun.core.types import Record
 from metarun.reporting import published, single_run
 from metarun.reporting.figures import comparison
 from metarun.reporting.figures.comparison import Entry
-from metarun.reporting.figures.drawing import DASHES, Panel, colours
+from metarun.reporting.figures.drawing import DASHES, Panel, colors
 from metarun.reporting.page import Code, Page, Section, Table
 from metarun.reporting.page_tables import table
 from metarun.reporting.published import Group, Run
@@ -39,7 +39,7 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     unfinished = [run for run in runs if run.result is None]
     facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
     sections = [
-        _again(runs),
+        _reproduce(runs),
         Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)]),
     ]
     for number, (title, members) in enumerate(clusters.items()):
@@ -54,7 +54,7 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     return Page(_heading(runs), facts, sections, note)
 
 
-def _again(runs: Sequence[Run]) -> Section:
+def _reproduce(runs: Sequence[Run]) -> Section:
     """The commands that made the runs, where they are few: a sweep is made by one."""
     commands = dict.fromkeys(filter(None, (single_run.command(_environment(run)) for run in runs)))
     codes = [Code("Command", "\n".join(commands))] if 0 < len(commands) <= _MOST_COMMANDS else []
@@ -86,11 +86,11 @@ def _best(members: Sequence[Entry], title: str) -> tuple[list[Section], list[tup
         "The best run",
         f"Chosen on meta-val among those of {title}, its seed too: {entry.label}, "
         f"{single_run.title(chosen)}. What follows is about it alone.",
-        codes=single_run.again(chosen).codes,
+        codes=single_run.reproduce(chosen).codes,
     )
     facts = [(f"best on meta-val, {title}", entry.label)]
     facts += [
-        (f"its {name}, seed {chosen.plain['seed']}", value)
+        (f"its {name}, seed {chosen.config['seed']}", value)
         for name, value in single_run.reached(chosen.results or {})
     ]
     return [about, *(replace(part, title=f"Best: {part.title}") for part in own)], facts, note
@@ -106,7 +106,7 @@ def _chosen_seed(entry: Entry) -> RunFiles:
 
 def _heading(runs: Sequence[Run]) -> str:
     names = {
-        word: list(dict.fromkeys(str(run.plain["names"][word]) for run in runs))
+        word: list(dict.fromkeys(str(run.config["names"][word]) for run in runs))
         for word in ("algo", "data")
     }
     parts = [
@@ -122,7 +122,7 @@ def _clusters(groups: Sequence[Group]) -> dict[str, list[Entry]]:
     for group in published.ranked(groups):
         found.setdefault(_axis(group), []).append(group)
     ordered = sorted(found.items(), key=lambda item: -len(item[1]))
-    looks = colours(str(group.plain["names"]["algo"]) for group in groups)
+    looks = colors(str(group.config["names"]["algo"]) for group in groups)
     first = 0
     clusters: dict[str, list[Entry]] = {}
     for title, members in ordered:
@@ -133,8 +133,8 @@ def _clusters(groups: Sequence[Group]) -> dict[str, list[Entry]]:
 
 def _axis(group: Group) -> str:
     """What the figures of a group are of."""
-    results, plain = group.results[0].record, group.plain
-    size = f"{plain['way']}-way {plain['shot']}-shot"
+    results, config = group.results[0].record, group.config
+    size = f"{config['way']}-way {config['shot']}-shot"
     if "layout" in results:
         layout = results["layout"]
         steps = len(layout["visits"]) * int(layout["steps"])
@@ -142,8 +142,8 @@ def _axis(group: Group) -> str:
         if len(set(layout["visits"])) < len(layout["visits"]):
             size += f", order {json.dumps(layout['visits'][:8])}…"
     elif results["kind"] == "regression":
-        size = f"{plain['shot']} points"
-    return f"{size} on {plain['names']['data']}"
+        size = f"{config['shot']} points"
+    return f"{size} on {config['names']['data']}"
 
 
 def _entries(
@@ -153,28 +153,28 @@ def _entries(
 
     Args:
         groups: Best on meta-val first.
-        looks: The colour and the line style of each algorithm.
+        looks: The color and the line style of each algorithm.
         first: The number of the first entry on the page.
     """
     met: Counter[str] = Counter()
     made: list[Entry] = []
     for number, group in enumerate(groups):
-        algo = str(group.plain["names"]["algo"])
-        colour, dash = looks[algo]
+        algo = str(group.config["names"]["algo"])
+        color, dash = looks[algo]
         style = DASHES[(DASHES.index(dash) + met[algo]) % len(DASHES)]
         met[algo] += 1
         measured, val = figure_of(group.results), published.val_of(group)
-        words = (word.partition("=") for word in group.runs[0].told)
+        words = (word.partition("=") for word in group.runs[0].typed)
         made.append(
             Entry(
                 f"entry{first + number}",
                 group.label,
-                [RunFiles(r.path, r.plain, r.words, r.status, colour) for r in group.runs],
+                [RunFiles(r.path, r.config, r.words, r.status, color) for r in group.runs],
                 {key: value for key, _, value in words},
                 measured.mean,
                 measured.ci95,
                 math.nan if val is None else val,
-                colour,
+                color,
                 style,
                 number == 0 and val is not None,
             )

@@ -65,20 +65,20 @@ def page(files: RunFiles, note: str = "") -> Page:
         killed = ", or was killed since" if files.status["state"] == "running" else ""
         stands = f"The run is {files.status['state']}{at}{killed}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])))
-    return Page(title(files), facts(files), [again(files), *parts], missing)
+    return Page(title(files), facts(files), [reproduce(files), *parts], missing)
 
 
 def title(files: RunFiles) -> str:
     """What was run, in a line."""
     results = files.results or {}
-    size = f"{files.plain['shot']} points"
+    size = f"{files.config['shot']} points"
     if "layout" in results:
         size = f"{max(results['layout']['visits']) + 1} tasks"
-    elif results.get("kind") == "classification" or int(files.plain["way"]) > 1:
-        size = f"{files.plain['way']}-way {files.plain['shot']}-shot"
-    names = files.plain["names"]
+    elif results.get("kind") == "classification" or int(files.config["way"]) > 1:
+        size = f"{files.config['way']}-way {files.config['shot']}-shot"
+    names = files.config["names"]
     named = f"{names['experiment']}: " if names.get("experiment") else ""
-    return f"{named}{names['algo']} on {names['data']}, {size}, seed {files.plain['seed']}"
+    return f"{named}{names['algo']} on {names['data']}, {size}, seed {files.config['seed']}"
 
 
 def facts(files: RunFiles) -> list[tuple[str, str]]:
@@ -87,13 +87,13 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
     if results is None:
         return [
             ("state", str(files.status["state"])),
-            ("step", f"{files.status.get('step', 0)} of {files.plain['train']['steps']}"),
+            ("step", f"{files.status.get('step', 0)} of {files.config['train']['steps']}"),
             ("folder", str(files.path)),
         ]
     rate = results.get("tasks_per_second")
     return [
         *reached(results),
-        *_sureness(results),
+        *_uncertainty(results),
         ("batch norm at test", str(results["bn_statistics"])),
         ("parameters", f"{results['parameters']:,}"),
         ("time", duration(results["seconds"]) + (f", {rate:,.0f} tasks/s" if rate else "")),
@@ -113,7 +113,7 @@ def reached(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     return found
 
 
-def _sureness(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _uncertainty(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "log_likelihood" not in results:
         return []
     likely, covered = results["log_likelihood"], results["coverage"]
@@ -123,7 +123,7 @@ def _sureness(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def again(files: RunFiles) -> Section:
+def reproduce(files: RunFiles) -> Section:
     """What was run, and how to run it again."""
     here = files.environment
     git = here.get("git") or {}
@@ -213,17 +213,17 @@ def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
 
     try:
         with warnings_held():
-            experiment = restored(RunFolder(files.path), dict(files.plain))
+            experiment = restored(RunFolder(files.path), dict(files.config))
     # Of a user's own algorithm anything; the rest of the page does not need it.
     except Exception as error:
         notes.add(f"No single tasks are shown: {describe_error(error)}.")
         return None
     algorithm, views = experiment.algorithm.eval(), experiment.eval.views
-    return Learned(algorithm, experiment.source, files.colour, views)
+    return Learned(algorithm, experiment.source, files.color, views)
 
 
 def _published(files: RunFiles) -> list[Table]:
-    if not files.plain.get("published") or files.results is None:
+    if not files.config.get("published") or files.results is None:
         return []
     lines = [
         line

@@ -47,7 +47,7 @@ class Start:
         id: Of the run in every back end, the same after any number of resumes.
         folder: The run's.
         config: Its resolved configuration.
-        facts: What the records say of it: names, sizes, seed, device …
+        run_info: What the records say of it: names, sizes, seed, device …
         metric: The figure of meta-test, as `test/accuracy`.
         step: From where it goes on.
         lines: What stands in its folder.
@@ -57,7 +57,7 @@ class Start:
     id: str
     folder: Path
     config: Mapping[str, Any]
-    facts: Mapping[str, Any]
+    run_info: Mapping[str, Any]
     metric: str
     step: int
     lines: Sequence[Line]
@@ -110,18 +110,18 @@ class Trackers:
     Args:
         trackers: By the words they were asked for with.
         config: The run's resolved configuration.
-        facts: What the records say of the run.
+        run_info: What the records say of the run.
     """
 
     def __init__(
         self,
         trackers: Mapping[str, Tracker] | None = None,
         config: Mapping[str, Any] | None = None,
-        facts: Mapping[str, Any] | None = None,
+        run_info: Mapping[str, Any] | None = None,
     ) -> None:
         self._alive = dict(trackers or {})
         self._config = dict(config or {})
-        self._facts = dict(facts or {})
+        self._run_info = dict(run_info or {})
         self._held: dict[str, Mapping[str, int]] = {}
         self._run: RunFolder | None = None
 
@@ -145,7 +145,7 @@ class Trackers:
                 id=record["id"],
                 folder=run.path,
                 config=self._config,
-                facts=self._facts,
+                run_info=self._run_info,
                 metric=f"test/{metric}",
                 step=step,
                 lines=lines,

@@ -38,7 +38,7 @@ def meta_test(
     evaluation: EvalSettings,
     run: RunFolder,
     folder: Path,
-    facts: Mapping[str, Any],
+    run_info: Mapping[str, Any],
     screen: Screen,
 ) -> Record:
     """Meta-test what a run has learned, on its own data or on others.
@@ -49,7 +49,7 @@ def meta_test(
         evaluation: Number of episodes and steps.
         run: Whose parameters: the best by meta-val, else the last.
         folder: Where `results.json` and `episodes.npz` go: one of `run.test_folder`.
-        facts: As in `train`, of the test.
+        run_info: As in `train`, of the test.
         screen: Where to show how it goes.
 
     Raises:
@@ -58,18 +58,18 @@ def meta_test(
     """
     with screen.attached(), Signals() as signals, _removed_if_empty(folder):
         began = time.perf_counter()
-        kind, checkpoint = distributed.on_first(lambda: _learned(run))
+        kind, checkpoint = distributed.on_main(lambda: _learned(run))
         with distributed.agreed():
-            load_parameters(algorithm, checkpoint, facts, run.path)
+            load_parameters(algorithm, checkpoint, run_info, run.path)
         try:
             measured = measure_test(algorithm, source, evaluation, screen, signals)
         except StopRequestedError as stop:
             raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
-        if not distributed.first():
+        if not distributed.is_main():
             return {}
         figures = stream_figures(measured, source.spec, evaluation)
         results: Record = {
-            **about(algorithm, source, facts),
+            **about(algorithm, source, run_info),
             **test_record(measured, source.spec, figures),
             "parameters_from": kind,
             "parameters_step": checkpoint["step"],
@@ -96,7 +96,7 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if distributed.first():
+        if distributed.is_main():
             with suppress(OSError):
                 folder.rmdir()
 
@@ -109,13 +109,13 @@ def measure_test(
     signals: Signals,
 ) -> EpisodeMetrics:
     if source.spec.streams is not None:
-        living = test_rollouts(algorithm, source, evaluation)
+        rollouts = test_rollouts(algorithm, source, evaluation)
 
-        def live() -> EpisodeMetrics:
-            with screen.bar("test", living.steps) as bar:
-                return living.run(ticker(bar, signals))
+        def roll_out() -> EpisodeMetrics:
+            with screen.bar("test", rollouts.steps) as bar:
+                return rollouts.run(ticker(bar, signals))
 
-        return distributed.on_first(live)
+        return distributed.on_main(roll_out)
     with screen.bar("test", evaluation.episodes) as bar:
         measured = evaluate(
             algorithm,

@@ -28,9 +28,9 @@ _SAMPLES = 10
 """Rows made for each of them, and the most that are shown of its support."""
 
 
-def about(algorithm: Algorithm, source: EpisodeSource, facts: Mapping[str, Any]) -> Record:
+def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, Any]) -> Record:
     return {
-        **facts,
+        **run_info,
         "kind": source.spec.kind,
         "metric": source.spec.metric,
         "transductive": algorithm.transductive,
@@ -52,7 +52,7 @@ def test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, 
             for steps, values in enumerate(measured.curve)
         ],
         "episodes_hash": measured.digest,
-        **{name: _interval_record(values) for name, values in measured.beside.items()},
+        **{name: _interval_record(values) for name, values in measured.extra.items()},
     }
     if measured.presentations is not None:
         record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
@@ -102,7 +102,11 @@ def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
             **_interval_record(values),
             "gain": _interval_record(sign * (measured.values - values)),
         }
-        for name, values in {**measured.strategies, **measured.rivals, "oracle": oracle}.items()
+        for name, values in {
+            **measured.strategies,
+            **measured.alternatives,
+            "oracle": oracle,
+        }.items()
     }
 
 
@@ -110,10 +114,10 @@ def stream_figures(
     measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings
 ) -> dict[str, Floats]:
     """The figures of a stream, (N,) of the lifetimes each; none of other tasks."""
-    if measured.lived is None or spec.streams is None:
+    if measured.stream_record is None or spec.streams is None:
         return {}
     return continual_metrics.summary(
-        measured.lived,
+        measured.stream_record,
         spec.streams["test"],
         higher=spec.higher_is_better,
         proficiency=evaluation.proficiency,
@@ -131,7 +135,7 @@ def write_test(
     """Write the figure of every test episode, and what the algorithm made of its task."""
     spec = source.spec
     arrays: dict[str, Any] = {spec.metric: measured.values}
-    arrays |= {**(measured.lived or {}), **measured.beside}
+    arrays |= {**(measured.stream_record or {}), **measured.extra}
     arrays |= {f"{continual_metrics.FIGURE}{name}": values for name, values in figures.items()}
     if measured.curve is not None:
         arrays["curve"] = measured.curve
@@ -147,11 +151,11 @@ def write_test(
         names = getattr(source, "class_names", None)
         if names is not None:
             arrays["class_names"] = np.array(names("test"), dtype=str)
-    theirs = {**measured.strategies, **measured.rivals}
+    theirs = {**measured.strategies, **measured.alternatives}
     arrays |= {f"strategy_{name}": values for name, values in theirs.items()}
     _write_arrays(folder / "episodes.npz", arrays)
-    if measured.lived is not None and spec.streams is not None:
-        table = continual_metrics.curves(measured.lived, spec.streams["test"])
+    if measured.stream_record is not None and spec.streams is not None:
+        table = continual_metrics.curves(measured.stream_record, spec.streams["test"])
         write_atomically(folder / "stream.csv", table.encode())
 
 

@@ -43,7 +43,7 @@ class Signals:
 
     def check(self, _: int = 0) -> None:
         """Leave if there was a signal, in whichever process: all leave at the same step."""
-        signum = distributed.largest(self.signum or 0)
+        signum = distributed.maximum(self.signum or 0)
         if signum:
             self.signum = signum
             raise StopRequestedError(signum)
@@ -52,7 +52,7 @@ class Signals:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        if not distributed.first():
+        if not distributed.is_main():
             return
         # Not through the log, which the signal may have come in the middle of.
         with suppress(OSError):

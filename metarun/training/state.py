@@ -21,20 +21,20 @@ def required_bytes(algorithm: Algorithm) -> int:
 
 
 def load_parameters(
-    algorithm: Algorithm, checkpoint: Record, facts: Mapping[str, Any], path: Path
+    algorithm: Algorithm, checkpoint: Record, run_info: Mapping[str, Any], path: Path
 ) -> None:
     """Give an algorithm the state of a checkpoint.
 
     Raises:
         ValueError: It is of another algorithm or of other shapes; nothing has changed.
     """
-    if checkpoint["algo"] != facts.get("algo"):
+    if checkpoint["algo"] != run_info.get("algo"):
         raise ValueError(
             f"{path} holds a checkpoint of algo={checkpoint['algo']}, "
-            f"which algo={facts.get('algo')} cannot read"
+            f"which algo={run_info.get('algo')} cannot read"
         )
     stored: Mapping[str, Any] = checkpoint["state"]
-    algorithm.make_room(stored)
+    algorithm.match_shapes(stored)
     here = algorithm.state_dict()
     for name in sorted(stored.keys() ^ here.keys()):
         where = "the checkpoint" if name in stored else "this algorithm"

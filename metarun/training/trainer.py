@@ -62,7 +62,7 @@ def train(
     train: TrainSettings,
     evaluation: EvalSettings,
     run: RunFolder,
-    facts: Mapping[str, Any],
+    run_info: Mapping[str, Any],
     screen: Screen,
     seed: int,
     trackers: Trackers | None = None,
@@ -75,7 +75,7 @@ def train(
         train: Meta-training.
         evaluation: Meta-validation and meta-test.
         run: The folder, new or of a run that was interrupted.
-        facts: What the records say of the run (algo, data, way …); `algo` and `data` have to be
+        run_info: What the records say of the run (algo, data, way …); `algo` and `data` have to be
             those of the checkpoint.
         screen: Where to show how it goes.
         seed: Of whatever an algorithm draws from torch's global generator.
@@ -96,13 +96,13 @@ def train(
             train,
             evaluation,
             run,
-            facts,
+            run_info,
             screen,
             seed,
             signals,
             trackers or Trackers(),
         )
-        run.path = distributed.on_first(lambda: run.path)
+        run.path = distributed.on_main(lambda: run.path)
         loop.restore()
         with loop.outcome():
             loop.begin()
@@ -132,7 +132,7 @@ class _Loop:
             nothing to train, and one evaluation all the same.
         best: Step, value, interval and state of the best evaluation on meta-val.
         trained: State at the end of training, once the best has taken its place.
-        lives: How far the test lifetimes of a stream have come; None before they begin.
+        rollouts_state: How far the test lifetimes of a stream have come; None before they begin.
         sums, count: Metrics of the updates since the last line, on the device, and their number.
     """
 
@@ -143,7 +143,7 @@ class _Loop:
         train: TrainSettings,
         evaluation: EvalSettings,
         run: RunFolder,
-        facts: Mapping[str, Any],
+        run_info: Mapping[str, Any],
         screen: Screen,
         seed: int,
         signals: Signals,
@@ -154,7 +154,7 @@ class _Loop:
         self.settings = train
         self.evaluation = evaluation
         self.run = run
-        self.facts = facts
+        self.run_info = run_info
         self.screen = screen
         self.seed = seed
         self.signals = signals
@@ -170,7 +170,7 @@ class _Loop:
         self.validated = 0 if train.steps else -1
         self.best: Record | None = None
         self.trained: Record | None = None
-        self.lives: Record | None = None
+        self.rollouts_state: Record | None = None
         self.sums: dict[str, Tensor] = {}
         self.count = 0
         self.seconds_before = 0.0
@@ -186,11 +186,11 @@ class _Loop:
         Raises:
             ValueError: The run is finished, or the checkpoint does not suit; nothing has changed.
         """
-        checkpoint = distributed.on_first(self._last)
+        checkpoint = distributed.on_main(self._last)
         if checkpoint is None:
             return
         with distributed.agreed():
-            load_parameters(self.algorithm, checkpoint, self.facts, self.run.path)
+            load_parameters(self.algorithm, checkpoint, self.run_info, self.run.path)
         device = self.algorithm.device
         self.step = self.saved = checkpoint["step"]
         self.validated = checkpoint["validated"]
@@ -201,7 +201,7 @@ class _Loop:
         self.train_seconds = checkpoint["train_seconds"]
         self.window_seconds = checkpoint["window_seconds"]
         over = self.step == self.settings.steps
-        self.lives = checkpoint.get("lives") if over else None
+        self.rollouts_state = checkpoint.get("lives") if over else None
         self.run.cut(checkpoint["lengths"])
 
     def _last(self) -> Record | None:
@@ -221,12 +221,12 @@ class _Loop:
         Raises:
             ValueError: The disk has no room for the run.
         """
-        if distributed.first():
+        if distributed.is_main():
             check_space(self.run.path, required_bytes(self.algorithm))
         device = str(self.algorithm.device)
         here = {
             **environment.describe(device),
-            "engine": self.algorithm.settled_engine().describe(),
+            "engine": self.algorithm.resolved_engine().describe(),
             "data_fingerprint": self.source.fingerprint(),
         }
         if self.saved is None:
@@ -280,7 +280,7 @@ class _Loop:
                 f"{self._kept()}: `metarun resume={self.run.path}` goes on"
             )
             self._fail(text)
-            raise self._untold(RunError(text)) from error
+            raise self._reported_by_main(RunError(text)) from error
         except NonFiniteError as error:
             text = (
                 f"step {self.step}: {error}; {self._kept()}: start again with a lower optim.lr "
@@ -288,7 +288,7 @@ class _Loop:
             )
             self._fail(text)
             # Averaged, it is in every process.
-            raise distributed.told(RunError(text)) from error
+            raise distributed.mark_reported(RunError(text)) from error
         except torch.OutOfMemoryError as error:
             text = (
                 f"step {self.step}: out of GPU memory; {self._kept()}: set tasks_per_chunk to "
@@ -313,13 +313,13 @@ class _Loop:
             self._fail(f"{type(error).__name__}: {error}")
             raise
 
-    def _untold(self, error: RunError) -> Exception:
+    def _reported_by_main(self, error: RunError) -> Exception:
         """Of the first process it is the next one that speaks, if it was killed in its work."""
         killed = False
         if distributed.rank() == 1:
             with suppress(OSError, ValueError):
                 killed = RunFolder(self.run.path).status().get("state") == "running"
-        return error if killed else distributed.told(error)
+        return error if killed else distributed.mark_reported(error)
 
     def _kept(self) -> str:
         return "nothing is saved" if self.saved is None else f"step {self.saved} is saved"
@@ -499,7 +499,7 @@ class _Loop:
                 "window_seconds": self.window_seconds,
                 "lengths": self.run.lengths(),
                 "state": self.trained or self.algorithm.state_dict(),
-                "lives": self.lives,
+                "lives": self.rollouts_state,
             }
         )
         self.saved = self.step
@@ -519,16 +519,16 @@ class _Loop:
                 digest.update(
                     leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 )
-        if len(set(distributed.collected(digest.hexdigest()))) > 1:
+        if len(set(distributed.gather_objects(digest.hexdigest()))) > 1:
             text = (
                 f"step {self.step}: the processes no longer have the same parameters: "
-                f"algo={self.facts.get('algo')} keeps something of its own tasks, or the machines "
-                "differ: run it in one process"
+                f"algo={self.run_info.get('algo')} keeps something of its own tasks, or the "
+                "machines differ: run it in one process"
             )
-            raise distributed.told(RunError(text))
+            raise distributed.mark_reported(RunError(text))
 
     def _names(self) -> Record:
-        return {"algo": self.facts.get("algo"), "data": self.facts.get("data")}
+        return {"algo": self.run_info.get("algo"), "data": self.run_info.get("data")}
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -554,12 +554,12 @@ class _Loop:
                 self.algorithm, self.source, self.evaluation, self.screen, self.signals
             )
         else:
-            measured = distributed.on_first(self._live)
-        if not distributed.first():
+            measured = distributed.on_main(self._test_on_stream)
+        if not distributed.is_main():
             return {}
         figures = stream_figures(measured, self.source.spec, self.evaluation)
         results: Record = {
-            **about(self.algorithm, self.source, self.facts),
+            **about(self.algorithm, self.source, self.run_info),
             **test_record(measured, self.source.spec, figures),
             "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
             "parameters_from": "best" if chosen else "last",
@@ -580,12 +580,12 @@ class _Loop:
         _log.info("%s", summary(results, str(self.run.path)))
         return results
 
-    def _live(self) -> EpisodeMetrics:
+    def _test_on_stream(self) -> EpisodeMetrics:
         """Live through the test trajectories; a run that was stopped goes on in the midst."""
-        living = test_rollouts(self.algorithm, self.source, self.evaluation)
-        if self.lives is not None:
-            living.restore(self.lives)
-        with self.screen.bar("test", living.steps) as bar:
+        rollouts = test_rollouts(self.algorithm, self.source, self.evaluation)
+        if self.rollouts_state is not None:
+            rollouts.restore(self.rollouts_state)
+        with self.screen.bar("test", rollouts.steps) as bar:
             tick = ticker(bar, self.signals)
 
             every, kept = self.settings.checkpoint_every, 0
@@ -594,13 +594,13 @@ class _Loop:
                 nonlocal kept
                 if every and done % every == 0 and done != kept:
                     kept = done
-                    self.lives = living.save()
+                    self.rollouts_state = rollouts.save()
                     self.save()
                 tick(done)
 
             try:
-                return living.run(keep)
+                return rollouts.run(keep)
             except StopRequestedError:
-                self.lives = living.save()
+                self.rollouts_state = rollouts.save()
                 self.save()
                 raise

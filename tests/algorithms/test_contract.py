@@ -17,7 +17,7 @@ from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
 from metarun.config.schema import Config
 from metarun.core.types import Progress, TaskBatch
-from metarun.evaluation.stream_rollouts import Lifetimes
+from metarun.evaluation.stream_rollouts import Rollouts
 
 ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
 SMALL = {
@@ -48,7 +48,7 @@ def build(algo: str, data: str, *words: str) -> Experiment:
 def composed(*words: str) -> Config:
     """The configuration of words, of which many tests ask for the same."""
     with composer() as compose:
-        return compose.job(words).plain
+        return compose.job(words).config
 
 
 @cache
@@ -62,7 +62,7 @@ def classes() -> dict[str, type[Algorithm]]:
 def suited(data: str) -> list[str]:
     kind = "classification" if "omniglot" in data else "regression"
     streams = data.startswith("stream_")
-    found = {a: c for a, c in classes().items() if kind in c.kinds and c.lives_online == streams}
+    found = {a: c for a, c in classes().items() if kind in c.kinds and c.learns_online == streams}
     if streams:
         # One of each class: the others are settings of it that `learn` reads alone.
         found = {a: c for a, c in found.items() if a == min(b for b in found if found[b] is c)}
@@ -155,10 +155,10 @@ def test_answers_follow_a_permutation_of_the_labels_as_declared(trained: Trained
     if algorithm.spec.kind == "regression":
         pytest.skip("a regression has no labels")
     new = torch.tensor([2, 0, 1])
-    relabelled = TaskBatch(batch.support_x, new[batch.support_y], batch.query_x, new[batch.query_y])
+    relabeled = TaskBatch(batch.support_x, new[batch.support_y], batch.query_x, new[batch.query_y])
     # A stream's learner has outputs for every training class, beyond those of the task.
     follows = torch.allclose(
-        answers(algorithm, relabelled)[..., new],
+        answers(algorithm, relabeled)[..., new],
         outputs[..., :3],
         rtol=1e-6,
         atol=1e-8,
@@ -268,10 +268,10 @@ def test_a_lifetime_among_lines_ends_better_than_it_began(algo: str) -> None:
     words += ["algo.step_lr=0.03", "algo.rates_start=0.03"] if algo == "cmaml" else []
     made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)
     stream = made.source.spec.streams["test"]  # type: ignore[index]
-    lives = Lifetimes(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
+    lives = Rollouts(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
     while not lives.finished:
         lives.advance()
     # One who has had the stream beforehand, and does not adapt, is held against knowing nothing.
     knew = algo == "joint_hindsight"
-    began = lives.untaught() if knew else lives.measured()["matrix"][:, 0]
+    began = lives.untrained() if knew else lives.measured()["matrix"][:, 0]
     assert lives.final().mean() < began.mean()

@@ -1,4 +1,4 @@
-"""Inner optimisers against torch's own and closed forms."""
+"""Inner optimizers against torch's own and closed forms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outer optimiser against torch's own, its schedules and its refusals."""
+"""The outer optimizer against torch's own, its schedules and its refusals."""
 
 from __future__ import annotations
 

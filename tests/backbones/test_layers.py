@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
-from metarun.backbones.layers.convolution import twice_differentiated
+from metarun.backbones.layers.convolution import conv2d_for_double_backward
 from metarun.backbones.layers.dropout import drop_blocks
 from metarun.backbones.layers.modulation import FiLM
 from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm
@@ -29,7 +29,7 @@ def test_batch_statistics_are_those_of_torch(images: Tensor) -> None:
     torch.testing.assert_close(ours(images, ForwardContext()), theirs(images))
 
 
-def test_running_statistics_move_and_normalise_as_in_torch(images: Tensor) -> None:
+def test_running_statistics_move_and_normalize_as_in_torch(images: Tensor) -> None:
     ours, theirs = BatchNorm(4, "norm").double(), nn.BatchNorm2d(4).double()
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     ours(images, ForwardContext(moments=moments))
@@ -58,8 +58,8 @@ def test_statistics_of_the_first_rows_do_not_see_the_others(images: Tensor) -> N
 @pytest.mark.parametrize(
     "how", [ForwardContext(), ForwardContext(rows=4), ForwardContext(running=True)], ids=str
 )
-def test_what_is_pooled_before_it_is_normalised_is_as_if_it_were_pooled_after(
-    how: ForwardContext, images: Tensor
+def test_what_is_pooled_before_it_is_normalized_is_as_if_it_were_pooled_after(
+    ctx: ForwardContext, images: Tensor
 ) -> None:
     norm = BatchNorm(4, "norm").double()
     with torch.no_grad():
@@ -67,8 +67,8 @@ def test_what_is_pooled_before_it_is_normalised_is_as_if_it_were_pooled_after(
         norm.bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
         norm.running_mean.copy_(torch.tensor([0.2, -0.1, 0.0, 0.5]))
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
-    expected = nn.functional.max_pool2d(norm(images, how), 2)
-    torch.testing.assert_close(norm.pooled(images * sign.view(-1, 1, 1), how, sign), expected)
+    expected = nn.functional.max_pool2d(norm(images, ctx), 2)
+    torch.testing.assert_close(norm.pooled(images * sign.view(-1, 1, 1), ctx, sign), expected)
 
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -100,18 +100,18 @@ def pulled_twice(outputs: Tensor, own: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("how", [{}, {"twice": True}, {"rows": 7}, {"running": True}], ids=str)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
-    name: str, how: dict[str, Any], pool: bool, native: bool
+    name: str, ctx: dict[str, Any], pool: bool, native: bool
 ) -> None:
     conv, norm, own = own_tensors(name)
     norm.native = native
     x = torch.randn(17, conv.in_channels, 8, 7).double()
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    found = conv_and_norm(conv, norm, x, ForwardContext(**how, moments=moments), pool=pool)
+    found = conv_and_norm(conv, norm, x, ForwardContext(**ctx, moments=moments), pool=pool)
 
     maps = conv(x)
-    seen = maps[: how.get("rows", 17)]
+    seen = maps[: ctx.get("rows", 17)]
     mean, var = seen.mean((0, 2, 3)), seen.var((0, 2, 3), unbiased=False)
-    if "running" in how:
+    if "running" in ctx:
         mean, var = norm.running_mean, norm.running_var
     else:
         torch.testing.assert_close(moments["norm"][0], mean)
@@ -124,7 +124,7 @@ def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
 
 
 @pytest.mark.parametrize(("name", "maps"), [("of images", 0), ("with strides", 0), ("of maps", 2)])
-def test_what_a_convolution_of_images_gives_is_normalised_without_a_pass_over_it(
+def test_what_a_convolution_of_images_gives_is_normalized_without_a_pass_over_it(
     name: str, maps: int
 ) -> None:
     conv, norm, _ = own_tensors(name)
@@ -183,7 +183,7 @@ def test_film_scales_and_shifts_each_channel_by_a_linear_layer_of_the_context() 
     assert film(x, ForwardContext()).tolist() == [[[[0.5, 1.0]], [[1.0, 1.0]]]]
 
 
-def _second_order(normalise: Callable[..., Tensor], batched: bool) -> Tensor:
+def _second_order(normalize: Callable[..., Tensor], batched: bool) -> Tensor:
     """Gradient by a layer before the norm, after an inner step on the norm's weight and bias."""
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, 5, 6, 4, dtype=torch.float64, generator=draw)
@@ -192,7 +192,7 @@ def _second_order(normalise: Callable[..., Tensor], batched: bool) -> Tensor:
 
     def task(rows: Tensor, targets: Tensor) -> Tensor:
         def loss(affine: Tensor, part: slice) -> Tensor:
-            out = normalise(rows[part] @ mixing, affine[0], affine[1])
+            out = normalize(rows[part] @ mixing, affine[0], affine[1])
             return (torch.tanh(out) - targets[part]).square().mean()
 
         adapted = start - 0.5 * torch.func.grad(loss)(start, slice(0, 3))
@@ -277,4 +277,4 @@ def test_a_convolution_that_is_differentiated_twice_is_torchs_to_third_order(
         return found
 
     expected = pulled(nn.functional.conv2d)
-    torch.testing.assert_close(pulled(twice_differentiated), expected)
+    torch.testing.assert_close(pulled(conv2d_for_double_backward), expected)

@@ -19,7 +19,7 @@ COMPARED = [workload for workload in TINY if workload.method != "sampling"]
 
 @pytest.mark.parametrize("workload", COMPARED, ids=lambda workload: workload.name)
 def test_our_gradients_are_those_of_every_rival(workload: Any) -> None:
-    names = baselines.rivals_of(workload)
+    names = baselines.baselines_of(workload)
     assert names
     found = differences(workload, PLAIN, names, CPU)
     assert list(found) == names
@@ -63,7 +63,7 @@ def test_evaluations_reach_the_same_accuracy() -> None:
     workload = replace(BY_NAME["evaluation"], tasks=30)
     step, _ = our_step(workload, PLAIN, CPU)
     ours: Any = step()
-    theirs = baselines.rival_step("functional", workload, CPU)()
+    theirs = baselines.baseline_step("functional", workload, CPU)()
     assert ours.values.mean() == pytest.approx(theirs, abs=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_a_rival_that_cannot_be_imported_is_left_out_with_a_reason(
     monkeypatch.setitem(baselines._MODULES, "higher", "no_such_module")
     baselines._imported.cache_clear()
     try:
-        assert "higher" not in baselines.rivals_of(BY_NAME["sinusoid"])
+        assert "higher" not in baselines.baselines_of(BY_NAME["sinusoid"])
         assert "no_such_module" in str(baselines.why_missing("higher"))
     finally:
         baselines._imported.cache_clear()

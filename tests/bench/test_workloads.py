@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from metarun.bench.workloads import RIVALS, WORKLOADS, Variant, grown, grows, select, variants
+from metarun.bench.workloads import BASELINES, WORKLOADS, Variant, grown, grows, select, variants
 from metarun.execution.engine import KINDS
 from tests.bench.tiny import BY_NAME
 
@@ -25,7 +25,7 @@ def test_a_pattern_takes_the_slow_ones_too_in_the_catalogues_order() -> None:
 
 def test_every_workload_has_somebody_to_beat() -> None:
     for workload in WORKLOADS:
-        assert any(workload.method in methods for methods in RIVALS.values())
+        assert any(workload.method in methods for methods in BASELINES.values())
 
 
 def test_variants_are_all_combinations_of_the_words() -> None:

@@ -95,22 +95,22 @@ def test_the_record_holds_every_figure_of_every_side(done: Done) -> None:
             assert side["milliseconds"] > 0
             assert side["first_milliseconds"] > 0
             assert side["memory_mib"] is None
-        for rival in result["rivals"]:
-            low, high = rival["ratio_quartiles"]
+        for baseline in result["rivals"]:
+            low, high = baseline["ratio_quartiles"]
             assert 0 < low <= high
-            ratio = rival["milliseconds"] / result["metarun"]["milliseconds"]
-            assert rival["ratio"] == pytest.approx(ratio)
+            ratio = baseline["milliseconds"] / result["metarun"]["milliseconds"]
+            assert baseline["ratio"] == pytest.approx(ratio)
 
 
 def test_every_difference_of_a_step_is_in_the_record(done: Done) -> None:
     for result in done.record["results"]:
-        for rival in result["rivals"]:
+        for baseline in result["rivals"]:
             if result["workload"]["method"] == "sampling":
-                assert rival["difference"] is None
+                assert baseline["difference"] is None
             else:
-                assert 0 <= rival["difference"] < 1e-10
+                assert 0 <= baseline["difference"] < 1e-10
                 assert result["gflop"] > 0
-                assert rival["share_of_peak"] > 0
+                assert baseline["share_of_peak"] > 0
 
 
 def test_curves_have_a_point_for_each_size(done: Done) -> None:

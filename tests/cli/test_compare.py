@@ -66,7 +66,7 @@ def test_the_untrained_line_is_the_learner_with_its_initial_parameters(
     assert main(["compare", *words]) == 0
     stored = json.loads(next(tmp_path.rglob("untrained.json")).read_text())
     with composer() as compose:
-        made = build_experiment(compose.job(words).plain)
+        made = build_experiment(compose.job(words).config)
     values = evaluate(made.algorithm, made.source, "test", 4, 4).values
     assert stored["mean"] == pytest.approx(values.mean(), rel=1e-12)
 
@@ -237,10 +237,10 @@ def test_what_differs_but_in_the_seed_stands_apart(
         assert "over 2 seeds" in part
     assert len(list((tmp_path / "outputs/compare").glob("*.png"))) == 2
     # A comparator that lacks a seed is said, not left out.
-    plain = [word for word in words if not word.startswith(("seed", "data.tasks", "algo="))]
-    assert main(["compare", *plain, "data.tasks=2", "algo=online", "seed=0,1,2"]) == 0
+    config = [word for word in words if not word.startswith(("seed", "data.tasks", "algo="))]
+    assert main(["compare", *config, "data.tasks=2", "algo=online", "seed=0,1,2"]) == 0
     capsys.readouterr()
-    more = [*plain, "data.tasks=2", "algo=online,joint_hindsight", "seed=0,1,2", "--table"]
+    more = [*config, "data.tasks=2", "algo=online,joint_hindsight", "seed=0,1,2", "--table"]
     assert main(["compare", *more, "--against", "joint_hindsight"]) == 0
     assert "no `joint_hindsight` with seed 2" in capsys.readouterr().out
 
@@ -260,7 +260,7 @@ def test_a_diverged_run_is_said_in_every_figure(
 def test_where_nothing_is_told_those_who_need_it_stay_away() -> None:
     with composer() as compose:
         told = with_algorithms(compose, ["data=stream_linear"])[0]
-        untold = with_algorithms(compose, ["data=stream_linear", "data.told=false"])[0]
+        untold = with_algorithms(compose, ["data=stream_linear", "data.task_ids_known=false"])[0]
     apart = {"ewc", "ftml", "ftml_hindsight", "ftl", "toe", "from_scratch", "maml_frozen"}
     assert set(told.split("=")[1].split(",")) - set(untold.split("=")[1].split(",")) == apart
 

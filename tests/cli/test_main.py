@@ -293,11 +293,11 @@ def test_a_bare_command_says_that_it_is_the_quick_start(
     metarun: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[dict[str, Any]] = []
-    monkeypatch.setattr(train, "train", lambda plain, *_: trained.append(plain))
+    monkeypatch.setattr(train, "train", lambda config, *_: trained.append(config))
     answer = metarun()
     assert answer.code == 0, answer.err
     assert answer.out.startswith("quick start: ")
-    assert [plain["names"]["experiment"] for plain in trained] == ["quick_start"]
+    assert [config["names"]["experiment"] for config in trained] == ["quick_start"]
     assert not metarun("algo=maml").out.startswith("quick start: ")
 
 

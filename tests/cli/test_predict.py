@@ -1,4 +1,4 @@
-"""`metarun predict`: a folder of a user's own images, labelled from a few examples."""
+"""`metarun predict`: a folder of a user's own images, labeled from a few examples."""
 
 from __future__ import annotations
 
@@ -232,8 +232,8 @@ def test_pictures_of_every_mode_are_answered_alike(
     query.mkdir()
     drawn = Image.open(drawings / "many/ka/05.png")
     ink = drawn.convert("L")
-    ink.save(query / "grey.PNG")
-    drawn.convert("RGB").save(query / "colour.tif")
+    ink.save(query / "gray.PNG")
+    drawn.convert("RGB").save(query / "color.tif")
     clear = Image.new("RGBA", drawn.size, (0, 0, 0, 0))
     clear.paste((0, 0, 0, 255), mask=ink.point(lambda value: 255 - value))
     clear.save(query / "clear.png")
@@ -549,9 +549,9 @@ def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
         "import os, signal, sys, time\n"
         # What a shell has started with & is deaf to it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from metarun import cli, labelling\n"
+        "from metarun import cli, labeling\n"
         # Another thread may get the signal first: this one waits for it.
-        "labelling.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "labeling.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     done = subprocess.run(

@@ -26,13 +26,13 @@ GIVEN = {
 """What a constructor is handed besides its options."""
 
 
-def plain(*words: str, **options: Any) -> dict[str, Any]:
+def config(*words: str, **options: Any) -> dict[str, Any]:
     with composer(**options) as compose:
-        return compose.job(words).plain
+        return compose.job(words).config
 
 
 def build(*words: str, **options: Any) -> Experiment:
-    return build_experiment(plain(*words, **options))
+    return build_experiment(config(*words, **options))
 
 
 def refusal(*words: str, **options: Any) -> str:
@@ -54,7 +54,7 @@ COMPONENTS = [
 @pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_the_keys_of_a_yaml_are_the_keywords_of_its_constructor(path: Path) -> None:
     group = path.parent.name
-    node = plain(f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else []))[group]
+    node = config(f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else []))[group]
     target = build.locate("", node["_target_"])
     keys = set(node) - {"_target_", "_partial_"}
     assert keys == set(build.keywords(target)) - GIVEN[group]
@@ -109,9 +109,9 @@ def test_every_whole_number_of_the_schema_has_bounds() -> None:
     flat = {
         f"{prefix}{key}"
         for prefix, node in (
-            ("", plain()),
-            ("train.", plain()["train"]),
-            ("eval.", plain()["eval"]),
+            ("", config()),
+            ("train.", config()["train"]),
+            ("eval.", config()["eval"]),
         )
         for key in node
     }
@@ -129,9 +129,9 @@ def test_a_run_is_made_of_what_was_asked_for() -> None:
     batch = made.source.batch("test", 0, 2)
     assert batch.support_x.shape == (2, 3, 1)
     assert batch.support_x.dtype == torch.float64
-    assert made.facts["algo"] == "maml"
-    assert made.facts["backbone"] == "mlp"
-    assert made.facts["shot"] == 3
+    assert made.run_info["algo"] == "maml"
+    assert made.run_info["backbone"] == "mlp"
+    assert made.run_info["shot"] == 3
 
 
 def test_the_record_of_a_run_builds_the_same_run_again() -> None:
@@ -140,7 +140,7 @@ def test_the_record_of_a_run_builds_the_same_run_again() -> None:
     assert first.record["threads"] is not None
     second = build_experiment(first.record)
     assert second.record == first.record
-    assert second.facts == first.facts
+    assert second.run_info == first.run_info
 
 
 def test_the_initial_parameters_are_the_seeds_and_the_callers_draws_go_on() -> None:
@@ -187,8 +187,8 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
         (["algo._target_=Mine"], "algo._target_=Mine: expected the dotted name of a class"),
         (
             ["algo._target_=metarun.algorithms.optimization.maml.MALM"],
-            "algo._target_=metarun.algorithms.optimization.maml.MALM: metarun.algorithms.optimization.maml has no MALM: "
-            "did you mean MAML?",
+            "algo._target_=metarun.algorithms.optimization.maml.MALM: "
+            "metarun.algorithms.optimization.maml has no MALM: did you mean MAML?",
         ),
         (["algo._target_=builtins.dict"], "builtins.dict does not take spec"),
     ],
@@ -232,7 +232,7 @@ def own(folder: Path, module: str, monkeypatch: pytest.MonkeyPatch, imports: str
 def test_an_algorithm_of_ones_own_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = build("algo=mine", config_dir=own(tmp_path, "own_algorithm", monkeypatch))
     assert made.algorithm.strength == 2.0
-    assert made.facts["algo"] == "mine"
+    assert made.run_info["algo"] == "mine"
 
 
 def test_a_module_of_ones_own_that_fails_is_one_line(

@@ -21,7 +21,7 @@ def job(*words: str, **options: Any) -> Job:
     with composer(**options) as compose:
         found = compose.jobs(list(words), compose.is_sweep(list(words), False))
     assert len(found) == 1
-    check_config(found[0].plain)
+    check_config(found[0].config)
     return found[0]
 
 
@@ -61,7 +61,7 @@ def opened() -> Iterator[Composer]:
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: path.relative_to(CONF).as_posix())
 def test_every_yaml_composes_to_a_valid_configuration(path: Path, opened: Composer) -> None:
     found = opened.job(words_for(path))
-    check_config(found.plain)
+    check_config(found.config)
     if path.parent.name == "recipe":
         assert found.has_recipe
 
@@ -104,19 +104,19 @@ def own_conf(tmp_path: Path) -> Path:
 def test_precedence_is_command_line_experiment_recipe_algo_root(
     words: list[str], steps: int, own_conf: Path
 ) -> None:
-    assert job(*words, config_dir=str(own_conf)).plain["train"]["steps"] == steps
+    assert job(*words, config_dir=str(own_conf)).config["train"]["steps"] == steps
 
 
 def test_training_sizes_are_those_of_evaluation_unless_typed() -> None:
-    plain = job("algo=maml", "data=sinusoid", "~recipe", "shot=7", "train.query=3").plain
-    assert plain["train"]["shot"] == 7
-    assert plain["train"]["query"] == 3
+    config = job("algo=maml", "data=sinusoid", "~recipe", "shot=7", "train.query=3").config
+    assert config["train"]["shot"] == 7
+    assert config["train"]["query"] == 3
 
 
 def test_the_backbone_follows_the_data_unless_typed() -> None:
-    assert job("data=omniglot_small").plain["names"]["backbone"] == "conv4"
-    assert job("data=sinusoid").plain["names"]["backbone"] == "mlp"
-    assert job("data=omniglot_small", "backbone=resnet12").plain["names"]["backbone"] == "resnet12"
+    assert job("data=omniglot_small").config["names"]["backbone"] == "conv4"
+    assert job("data=sinusoid").config["names"]["backbone"] == "mlp"
+    assert job("data=omniglot_small", "backbone=resnet12").config["names"]["backbone"] == "resnet12"
 
 
 def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
     (tmp_path / "data/photos.yaml").write_text("_target_: photos.Photos\n")
     message = refusal("data=photos", config_dir=str(tmp_path))
     assert message.startswith("no backbone belongs to data=photos: type backbone=…")
-    assert job("data=photos", "backbone=conv4", config_dir=str(tmp_path)).plain["data"]
+    assert job("data=photos", "backbone=conv4", config_dir=str(tmp_path)).config["data"]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_an_experiment_may_be_a_sweep_by_itself(tmp_path: Path) -> None:
     with composer(config_dir=str(tmp_path)) as compose:
         assert compose.is_sweep(words, False)
         found = compose.jobs(words, True)
-    assert [(j.plain["names"]["algo"], j.plain["seed"]) for j in found] == [
+    assert [(j.config["names"]["algo"], j.config["seed"]) for j in found] == [
         ("maml", 1), ("maml", 2), ("anil", 1), ("anil", 2),
     ]  # fmt: skip
 
@@ -271,7 +271,7 @@ def test_hostile_words_are_composed_or_refused_in_one_line(
     with composer() as compose:
         try:
             for found in compose.jobs(words, compose.is_sweep(words, multirun)):
-                check_config(found.plain)
+                check_config(found.config)
         except ValueError as error:
             message = str(error)
     assert message
@@ -282,8 +282,8 @@ def test_keys_of_a_swept_group_may_be_typed() -> None:
     words = ["algo=online,replay", "data=stream_linear,stream_sinusoid", "data.tasks=3"]
     with composer() as compose:
         jobs = compose.jobs([*words, "algo.online_lr=0.03"], sweep=True)
-        assert {job.plain["algo"]["online_lr"] for job in jobs} == {0.03}
-        assert {job.plain["data"]["tasks"] for job in jobs} == {3}
+        assert {job.config["algo"]["online_lr"] for job in jobs} == {0.03}
+        assert {job.config["data"]["tasks"] for job in jobs} == {3}
         assert len(jobs) == 4
         with pytest.raises(ValueError, match=r"there is no key algo\.memory"):
             compose.jobs([*words, "algo.memory=10"], sweep=True)

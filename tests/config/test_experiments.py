@@ -99,13 +99,13 @@ def composed(name: str) -> Plain:
         cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
     choices = cast("Plain", OmegaConf.to_container(cfg.hydra.runtime.choices))
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    plain = cast("Plain", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
-    return {**plain, "names": names_of(choices, plain)}
+    config = cast("Plain", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+    return {**config, "names": names_of(choices, config)}
 
 
-def cut_down(plain: Plain) -> Plain:
+def cut_down(config: Plain) -> Plain:
     """One small update of the same form: fewer ways, rows, tasks and filters."""
-    small = deepcopy(plain)
+    small = deepcopy(config)
     for sizes in (small, small["train"]):
         for key, most in (("way", 5), ("shot", 5), ("query", 1)):
             sizes[key] = min(sizes[key], most)
@@ -124,12 +124,12 @@ def cut_down(plain: Plain) -> Plain:
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_can_be_made(name: str) -> None:
-    plain = composed(name)
-    settings = check_config(plain)
+    config = composed(name)
+    settings = check_config(config)
     # Streams have hundreds of test characters, which the small copy has not.
-    made = cut_down(plain) if plain["names"]["data"].startswith("stream_") else plain
+    made = cut_down(config) if config["names"]["data"].startswith("stream_") else config
     experiment = build_experiment({**made, "device": "cpu"})
-    assert experiment.facts["experiment"] == name
+    assert experiment.run_info["experiment"] == name
     if name not in OWN:
         assert settings.published is not None
         assert settings.published.steps == settings.train.steps
@@ -172,5 +172,5 @@ def test_a_paper_and_an_experiment_are_found_by_the_command() -> None:
     with composer() as look_up:
         assert look_up.options("experiment") == EXPERIMENTS
         assert look_up.options("paper") == PAPERS
-        plain = look_up.job(["experiment=raghu2020_omniglot_anil_20way_5shot"]).plain
-    assert plain == composed("raghu2020_omniglot_anil_20way_5shot")
+        config = look_up.job(["experiment=raghu2020_omniglot_anil_20way_5shot"]).config
+    assert config == composed("raghu2020_omniglot_anil_20way_5shot")

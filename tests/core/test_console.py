@@ -49,7 +49,7 @@ def test_without_a_terminal_there_are_lines_and_no_control_characters() -> None:
     assert file.getvalue() == "step 1\nwarning: lower [query] to 6\n"
 
 
-def test_colours_asked_for_by_a_variable_make_no_terminal_of_a_pipe() -> None:
+def test_colors_asked_for_by_a_variable_make_no_terminal_of_a_pipe() -> None:
     file = io.StringIO()
     screen = Screen(Console(file=file, force_terminal=True, _environ={}))
     with screen.attached(), screen.bar("train", 10) as bar:

@@ -45,7 +45,7 @@ MORE = [
 def data_for(algo: str) -> str:
     kind = classes()[algo]
     images = "classification" in kind.kinds
-    if kind.lives_online:
+    if kind.learns_online:
         return "stream_omniglot_small" if images else "stream_linear"
     if algo == "selector":
         return "tables"
@@ -283,7 +283,7 @@ def test_a_signal_to_any_process_stops_all_at_one_step(tmp_path: Path) -> None:
     assert status["state"] == "interrupted"
 
 
-def test_shares_are_neighbours_and_miss_no_task() -> None:
+def test_shares_are_neighbors_and_miss_no_task() -> None:
     shares = [Share.of(7, rank, 3) for rank in range(3)]
     assert [share.count for share in shares] == [2, 2, 3]
     firsts = [Progress(5, 10, share).first_task(share.count) for share in shares]
@@ -306,13 +306,13 @@ def test_half_an_environment_is_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=text):
-        distributed.asked_for()
+        distributed.place_from_environment()
 
 
 def test_one_process_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
-    assert distributed.asked_for() == distributed.Place()
+    assert distributed.place_from_environment() == distributed.Place()
 
 
 POISON = """\

@@ -55,7 +55,7 @@ def test_choices_are_distinct_and_every_thing_is_chosen_equally_often() -> None:
     assert ((counts - 6_000) ** 2 / 6_000).sum() < 35
 
 
-def test_slots_and_neighbouring_keys_are_uncorrelated() -> None:
+def test_slots_and_neighboring_keys_are_uncorrelated() -> None:
     draws = seeding.uniform(seeding.task_keys(0, "train", 0, 50_000, CPU), 0, dtype=torch.float64)
     other = seeding.uniform(seeding.task_keys(0, "train", 0, 50_000, CPU), 1, dtype=torch.float64)
     for pair in (torch.stack([draws, other]), torch.stack([draws[1:], draws[:-1]])):

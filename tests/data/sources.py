@@ -65,7 +65,7 @@ def numbered(
         "eval_seed": 1,
         "device": CPU,
         "dtype": torch.float32,
-        "prepare": lambda image: photograph(image, 4, crop=True, grey=True),
+        "prepare": lambda image: photograph(image, 4, crop=True, grayscale=True),
     }
     return ClassEpisodes(**(options | how))
 
@@ -78,7 +78,7 @@ def augmented(**how: Any) -> ClassEpisodes:
         affine_shear=10.0,
         elastic=0.05,
         flip=True,
-        colour=0.4,
+        color=0.4,
     )
     return numbered(augmentation=augmentation, **how)
 
@@ -125,8 +125,8 @@ def write_photos(folder: Path, count: int, shade: int = 0, side: int = 12) -> No
     """Plain pictures of different brightness."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in range(count):
-        colour = (shade % 256, (place * 20) % 256, 128)
-        Image.new("RGB", (side + 3, side), colour).save(folder / f"{place:04d}.png")
+        color = (shade % 256, (place * 20) % 256, 128)
+        Image.new("RGB", (side + 3, side), color).save(folder / f"{place:04d}.png")
 
 
 def write_class_folders(root: Path, counts: dict[str, int]) -> None:

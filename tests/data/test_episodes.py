@@ -214,12 +214,12 @@ def test_within_groups_a_task_stays_in_one_group_that_is_large_enough() -> None:
 
 
 def test_training_images_alone_are_augmented() -> None:
-    changed, plain = augmented(), numbered()
+    changed, config = augmented(), numbered()
     assert not torch.equal(
-        changed.batch("train", 0, 3).support_x, plain.batch("train", 0, 3).support_x
+        changed.batch("train", 0, 3).support_x, config.batch("train", 0, 3).support_x
     )
     for split in ("val", "test"):
-        assert_same(changed.batch(split, 0, 3), plain.batch(split, 0, 3))
+        assert_same(changed.batch(split, 0, 3), config.batch(split, 0, 3))
 
 
 def test_evaluation_does_not_depend_on_the_seed_of_training() -> None:
@@ -228,10 +228,10 @@ def test_evaluation_does_not_depend_on_the_seed_of_training() -> None:
     assert not torch.equal(one.batch("train", 0, 5).support_x, other.batch("train", 0, 5).support_x)
 
 
-def test_normalisation_is_per_channel() -> None:
-    plain = numbered().batch("test", 0, 2).support_x
+def test_normalization_is_per_channel() -> None:
+    config = numbered().batch("test", 0, 2).support_x
     scaled = numbered(mean=[0.25], std=[0.5]).batch("test", 0, 2).support_x
-    torch.testing.assert_close(scaled, (plain - 0.25) / 0.5)
+    torch.testing.assert_close(scaled, (config - 0.25) / 0.5)
 
 
 def test_training_may_do_without_query_rows() -> None:
@@ -297,7 +297,7 @@ def test_a_fingerprint_follows_the_images() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["affine_degrees", "affine_translate", "affine_scale", "affine_shear", "colour", "elastic"],
+    ["affine_degrees", "affine_translate", "affine_scale", "affine_shear", "color", "elastic"],
 )
 def test_augmentation_out_of_range_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.{key}=-0\.1 is out of range"):
@@ -383,13 +383,13 @@ def test_a_flip_mirrors_about_half_of_the_images() -> None:
     assert 70 < mirrored.sum() < 130
 
 
-def test_colour_changes_stay_in_range_and_leave_black_alone() -> None:
+def test_color_changes_stay_in_range_and_leave_black_alone() -> None:
     image = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
-    changed = drawn(Augmentation(colour=0.4), image)
+    changed = drawn(Augmentation(color=0.4), image)
     assert changed.min() >= 0.0
     assert changed.max() <= 1.0
     assert changed.std(dim=0).mean() > 0.05
-    assert drawn(Augmentation(colour=0.4), torch.zeros(3, 6, 6)).abs().max() == 0.0
+    assert drawn(Augmentation(color=0.4), torch.zeros(3, 6, 6)).abs().max() == 0.0
 
 
 def test_pictures_of_every_kind_are_prepared_alike(tmp_path: Path) -> None:

@@ -66,21 +66,21 @@ def test_split_folders_are_taken_as_they_are(split_folders: Path) -> None:
     assert folder(split_folders).class_names("val") == tuple(NAMES[4:8])
 
 
-def test_rows_are_the_pictures_cut_square_and_normalised(split_folders: Path) -> None:
+def test_rows_are_the_pictures_cut_square_and_normalized(split_folders: Path) -> None:
     source = folder(split_folders)
     batch = source.batch("train", 0, 200)
     assert batch.support_x.shape == (200, 2, 3, 8, 8)
     images = source._tables["train"].images
     expected = photograph(Image.open(split_folders / "train" / "class1" / "0002.png"), 8, crop=True)
     np.testing.assert_array_equal(images[4 + 2].numpy(), expected)
-    everything = source._normalise(images / 255.0)
+    everything = source._normalize(images / 255.0)
     # Green alone differs from picture to picture within a class.
     assert everything[:, 1].mean().abs() < 1e-4
     assert everything[:, 1].std(correction=0) == pytest.approx(1.0, abs=1e-3)
 
 
-def test_grey_pictures_have_one_channel(one_folder: Path) -> None:
-    assert folder(one_folder, grey=True).spec.input_shape == (1, 8, 8)
+def test_gray_pictures_have_one_channel(one_folder: Path) -> None:
+    assert folder(one_folder, grayscale=True).spec.input_shape == (1, 8, 8)
 
 
 def test_a_users_picture_is_prepared_as_the_data_were(split_folders: Path) -> None:
@@ -88,14 +88,14 @@ def test_a_users_picture_is_prepared_as_the_data_were(split_folders: Path) -> No
     path = split_folders / "val" / "class5" / "0001.png"
     row = source.prepare([path])[0]
     images = source._tables["val"].images
-    torch.testing.assert_close(row, source._normalise(images[4 + 1] / 255.0))
+    torch.testing.assert_close(row, source._normalize(images[4 + 1] / 255.0))
 
 
 def test_a_photograph_is_turned_as_the_camera_says() -> None:
     image = Image.new("RGB", (8, 8), "black")
     image.paste("white", (0, 0, 8, 4))
     image.getexif()[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
-    pixels = photograph(image, 8, crop=True, grey=True)[0]
+    pixels = photograph(image, 8, crop=True, grayscale=True)[0]
     assert (pixels[:, 4:] == 255).all()
     assert (pixels[:, :4] == 0).all()
 
@@ -107,14 +107,14 @@ def test_a_photograph_with_odd_exif_data_is_turned_all_the_same() -> None:
     drawn = Image.new("L", (32, 32), 255)
     drawn.paste(0, (0, 0, 16, 32))
     drawn.save(file := BytesIO(), "JPEG", exif=exif)
-    pixels = photograph(Image.open(file), 32, crop=True, grey=True)[0]
+    pixels = photograph(Image.open(file), 32, crop=True, grayscale=True)[0]
     assert pixels[:8].max() < 50
     assert pixels[-8:].min() > 200
 
 
-def test_deep_greys_keep_their_contrast() -> None:
+def test_deep_grays_keep_their_contrast() -> None:
     values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    pixels = photograph(Image.fromarray(values), 8, crop=True, grey=True)[0]
+    pixels = photograph(Image.fromarray(values), 8, crop=True, grayscale=True)[0]
     np.testing.assert_allclose(pixels, values / 257.0, atol=1.0)
 
 

@@ -27,7 +27,7 @@ from metarun.data.storage.miniimagenet_files import (
     NUM_CLASSES,
     import_miniimagenet,
     read_cache_pickle,
-    recognise,
+    recognize,
 )
 from tests.data.sources import injected, png
 
@@ -215,10 +215,10 @@ def test_a_folder_around_the_files_and_a_file_among_them_will_do(
 ) -> None:
     write_pickles(tmp_path / "miniimagenet", sets)
     for source in (tmp_path, tmp_path / "miniimagenet" / "mini-imagenet-cache-val.pkl"):
-        assert recognise(source).base == tmp_path / "miniimagenet"
+        assert recognize(source).base == tmp_path / "miniimagenet"
 
 
-def test_the_source_gives_normalised_photographs(sets: Sets, tmp_path: Path) -> None:
+def test_the_source_gives_normalized_photographs(sets: Sets, tmp_path: Path) -> None:
     write_pickles(tmp_path / "theirs", sets)
     import_miniimagenet(tmp_path / "theirs", tmp_path)
     three = dict.fromkeys(SPLITS, EpisodeSize(5, 1, 2))
@@ -233,9 +233,9 @@ def test_the_source_gives_normalised_photographs(sets: Sets, tmp_path: Path) -> 
         assert any(
             (found == image).all() for image in sets["test"][names[batch.class_ids[1, label]]]
         )
-    plain = MiniImageNet(root=str(tmp_path), normalise=False, **injected(sizes=three))
-    assert plain.batch("train", 0, 1).support_x.min() >= 0.0
-    changed = MiniImageNet(root=str(tmp_path), flip=True, colour=0.4, **injected(sizes=three))
+    config = MiniImageNet(root=str(tmp_path), normalize=False, **injected(sizes=three))
+    assert config.batch("train", 0, 1).support_x.min() >= 0.0
+    changed = MiniImageNet(root=str(tmp_path), flip=True, color=0.4, **injected(sizes=three))
     assert not torch.equal(
         changed.batch("train", 0, 1).support_x, source.batch("train", 0, 1).support_x
     )
@@ -324,7 +324,7 @@ def test_other_sets_and_archives_are_refused_by_name(tmp_path: Path) -> None:
         ("miniImageNet_category_split_train_phase_train.pickle", "files of Gidaris & Komodakis"),
         ("train_images_png.pkl", "that is tieredImageNet"),
         ("mini-imagenet.zip", "is an archive: unpack it"),
-        ("notes.txt", "no form of miniImageNet is recognised there; known are train.csv"),
+        ("notes.txt", "no form of miniImageNet is recognized there; known are train.csv"),
     ):
         folder = tmp_path / file.replace(".", "_")
         folder.mkdir()

@@ -100,8 +100,8 @@ def test_the_papers_resizing_is_pillows_lanczos_on_one_bit() -> None:
             theirs = image.resize((28, 28), Image.Resampling.LANCZOS)
             expected = 255 * (1 - np.asarray(theirs, dtype=np.uint8))
             np.testing.assert_array_equal(drawing(image, "paper"), expected)
-            grey = image.convert("L").resize((28, 28), Image.Resampling.LANCZOS)
-            np.testing.assert_array_equal(drawing(image, "antialias"), 255 - np.asarray(grey))
+            gray = image.convert("L").resize((28, 28), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(drawing(image, "antialias"), 255 - np.asarray(gray))
 
 
 def test_a_users_drawing_is_prepared_as_the_data_were() -> None:
@@ -148,8 +148,8 @@ def test_val_alone_can_have_its_rotations_as_classes() -> None:
     source = small(sizes=sizes(way=60), rotations_val="classes")
     assert source.sizes["val"].way == 60
     assert (source.num_classes("val"), source.num_classes("test")) == (4 * 17, 89)
-    plain, turned = small(sizes=sizes(way=5)), small(sizes=sizes(way=5), rotations_val="classes")
-    assert torch.equal(plain.batch("test", 0, 2).support_x, turned.batch("test", 0, 2).support_x)
+    config, turned = small(sizes=sizes(way=5)), small(sizes=sizes(way=5), rotations_val="classes")
+    assert torch.equal(config.batch("test", 0, 2).support_x, turned.batch("test", 0, 2).support_x)
     with pytest.raises(ValueError, match=r"data\.rotations_val=mirrored is unknown"):
         small(rotations_val="mirrored")
 
@@ -218,15 +218,15 @@ def test_the_same_set_comes_from_zips_folders_and_torchvisions_layout(
     tiny: Path, tmp_path: Path
 ) -> None:
     stores = [import_omniglot(tiny, tmp_path / "a")]
-    plain, nested = tmp_path / "plain", tmp_path / "nested" / "omniglot-py"
+    config, nested = tmp_path / "plain", tmp_path / "nested" / "omniglot-py"
     twice = tmp_path / "twice"
     for part in PARTS:
         with zipfile.ZipFile(tiny / f"{part}.zip") as archive:
-            archive.extractall(plain)
+            archive.extractall(config)
             archive.extractall(nested)
             archive.extractall(twice / part)
-    (plain / PARTS[0] / ".DS_Store").write_bytes(b"")
-    sources = [plain, plain / PARTS[1], nested.parent, nested, twice, tiny / f"{PARTS[0]}.zip"]
+    (config / PARTS[0] / ".DS_Store").write_bytes(b"")
+    sources = [config, config / PARTS[1], nested.parent, nested, twice, tiny / f"{PARTS[0]}.zip"]
     stores += [import_omniglot(s, tmp_path / f"root{i}") for i, s in enumerate(sources)]
     assert all(same_arrays(store, stores[0]) for store in stores)
     assert open_store(tmp_path / "a" / "omniglot") == stores[0]

@@ -36,7 +36,7 @@ def characters(**how: Any) -> ClassStream:
         "eval_seed": 1,
         "device": CPU,
         "dtype": torch.float32,
-        "prepare": lambda image: photograph(image, 4, crop=True, grey=True),
+        "prepare": lambda image: photograph(image, 4, crop=True, grayscale=True),
     }
     return ClassStream(**options | how)
 

@@ -1,4 +1,4 @@
-"""Streams of the same images turned, permuted and coloured."""
+"""Streams of the same images turned, permuted and colored."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def by_task(x: Tensor, tasks: int = 5) -> Tensor:
     return x.unflatten(1, (tasks, -1))
 
 
-def plain(source: Any, batch_of: Any) -> TaskBatch:
+def config(source: Any, batch_of: Any) -> TaskBatch:
     """The same trajectories with their images as they are."""
     source.change = lambda images, keys: images  # noqa: ARG005
     return batch_of()  # type: ignore[no-any-return]
@@ -45,7 +45,7 @@ def test_trajectories_are_pure_and_cut_anyhow(kind: Any, split: Split) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_task_shows_every_class_and_holds_out_what_no_task_shows(kind: Any) -> None:
     source = stream(kind)
-    batch = plain(source, lambda: source.batch("test", 0, 2))
+    batch = config(source, lambda: source.batch("test", 0, 2))
     assert batch.support_x.shape[1] == 5 * 12
     assert batch.query_x.shape[1] == 5 * 8
     labels = by_task(batch.support_y)
@@ -62,7 +62,7 @@ def test_each_task_shows_every_class_and_holds_out_what_no_task_shows(kind: Any)
 
 def test_a_label_is_the_same_class_in_every_task() -> None:
     source = stream(PermutedStream, source="omniglot_small", pool=4, query=2)
-    batch = plain(source, lambda: source.batch("test", 0, 1))
+    batch = config(source, lambda: source.batch("test", 0, 1))
     of_class: dict[int, set[int]] = {}
     images = source._tables["test"].images.flatten(1).double() / 255.0
     for row, label in zip(batch.support_x[0], batch.support_y[0], strict=True):

@@ -110,29 +110,31 @@ def test_rows_to_proficiency_count_until_the_threshold_is_reached_first() -> Non
 
 def test_first_and_later_visits_are_counted_apart_where_tasks_return() -> None:
     stream = Stream(visits=(0, 1, 0), steps=2, rows=3, queries=1)
-    lived = {
+    stream_record = {
         "incoming": np.zeros((1, 6)),
         "incoming_loss": np.zeros((1, 6)),
         "current": np.array([[0.1, 0.9, 0.1, 0.2, 0.9, 0.9]]),
         "matrix": np.zeros((1, 4, 2)),
-        "untaught": np.zeros((1, 2)),
+        "untrained": np.zeros((1, 2)),
     }
-    found = continual_metrics.summary(lived, stream, higher=True, proficiency=0.5)
+    found = continual_metrics.summary(stream_record, stream, higher=True, proficiency=0.5)
     assert found["rows_to_proficiency_new"] == pytest.approx([6.0])
     assert found["rows_to_proficiency_returning"] == pytest.approx([3.0])
     assert found["rows_to_proficiency"] == pytest.approx([5.0])
-    assert "rows_to_proficiency" not in continual_metrics.summary(lived, stream, higher=True)
+    assert "rows_to_proficiency" not in continual_metrics.summary(
+        stream_record, stream, higher=True
+    )
 
 
 def test_the_curves_have_a_line_for_each_step_and_the_tasks_met_where_a_visit_ends() -> None:
     stream = Stream(visits=(0, 1), steps=2, rows=3, queries=1)
-    lived = {
+    stream_record = {
         "incoming": np.array([[0.0, 1.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]]),
         "incoming_loss": np.full((2, 4), 0.5),
         "current": np.full((2, 4), 0.25),
         "matrix": np.stack([np.zeros((3, 2)), np.ones((3, 2))]),
     }
-    lines = continual_metrics.curves(lived, stream).splitlines()
+    lines = continual_metrics.curves(stream_record, stream).splitlines()
     head = lines[0].split(",")
     rows = [dict(zip(head, line.split(","), strict=True)) for line in lines[1:]]
     assert [row["rows"] for row in rows] == ["3", "6", "9", "12"]

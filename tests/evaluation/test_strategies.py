@@ -22,12 +22,12 @@ def test_a_run_reports_each_base_learner_the_rivals_and_the_oracle(
     with np.load(tmp_path / "run/episodes.npz") as arrays:
         own = arrays["accuracy"]
         single = {n: arrays[f"strategy_{n}"] for n in ("centroid", "knn", "tree")}
-        rivals = {n: arrays[f"strategy_{n}"] for n in ("committee", "cv_winner")}
+        alternatives = {n: arrays[f"strategy_{n}"] for n in ("committee", "cv_winner")}
     # It picks one of them, and so does cross-validation; the mean of all is not one.
     every = np.stack(list(single.values()))
     assert (every == own).any(0).all()
-    assert (every == rivals["cv_winner"]).any(0).all()
-    theirs = {**single, **rivals, "oracle": every.max(0)}
+    assert (every == alternatives["cv_winner"]).any(0).all()
+    theirs = {**single, **alternatives, "oracle": every.max(0)}
     reported = results["strategies"]
     assert list(reported) == list(theirs)
     for name, values in theirs.items():

@@ -34,7 +34,7 @@ def test_a_view_is_one_affine_map_for_all_images(images: Tensor) -> None:
         torch.testing.assert_close(
             change, change.mean((1, 2), keepdim=True).expand_as(change), rtol=0, atol=1e-5
         )
-    # Linear ramps over pixel centres: 11 pixels from -1 to 1, in a picture 12 pixels wide.
+    # Linear ramps over pixel centers: 11 pixels from -1 to 1, in a picture 12 pixels wide.
     a, b = places.diff(dim=2).mean((1, 2)) * 11 / 2, places.diff(dim=1).mean((1, 2)) * 11 / 2
     middle = (places[:, 1:3, 1:3].mean((1, 2)) * 11 / 12)[:, None]
     theta = torch.cat([a[:, None], b[:, None], middle], 1)
@@ -77,15 +77,15 @@ class Chooser:
             means,
             responsibilities=shares,
             strategies={"twice": 2.0 * means},
-            rivals={"thrice": 3.0 * means},
+            alternatives={"thrice": 3.0 * means},
         )
 
 
 def test_ways_of_learning_are_averaged_over_the_same_views(images: Tensor) -> None:
     answer = predict(Chooser(), images, torch.zeros(2, 3), images, 3)  # type: ignore[arg-type]
     assert answer.strategies is not None
-    assert answer.rivals is not None
+    assert answer.alternatives is not None
     torch.testing.assert_close(answer.strategies["twice"], 2.0 * answer.outputs)
-    torch.testing.assert_close(answer.rivals["thrice"], 3.0 * answer.outputs)
+    torch.testing.assert_close(answer.alternatives["thrice"], 3.0 * answer.outputs)
     seen = torch.stack([view(images, number).flatten(1).mean(1) for number in range(3)]).mean(0)
     torch.testing.assert_close(answer.responsibilities, seen[:, None])

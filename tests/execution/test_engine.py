@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metarun.execution.engine import Engine, Staged
+from metarun.execution.engine import Engine, TwoStageTask
 
 PARAMS = {"scale": torch.tensor([2.0, 3.0], dtype=torch.float64)}
 
@@ -20,7 +20,7 @@ class Calls:
         self.first: list[torch.Size] = []
         self.then: list[torch.Size] = []
         self.leaves: list[Tensor] = []
-        self.function = Staged(self._first, self._then, reads=(0,))
+        self.function = TwoStageTask(self._first, self._then, reads=(0,))
 
     def _first(self, _: nn.Module, params: dict[str, Tensor], few: Tensor) -> dict[str, Tensor]:
         self.first.append(few.shape)

@@ -29,11 +29,11 @@ COMMON = ["device=cpu", "eval.episodes=2", "eval.val_episodes=2", "train.tasks_p
           "query=2", "train.query=2"]  # fmt: skip
 
 
-def trained(path: Path, words: Sequence[str], **facts: str) -> Path:
+def trained(path: Path, words: Sequence[str], **run_info: str) -> Path:
     """A run of a few steps, made as the command line makes it."""
     with composer() as compose:
-        plain = compose.job([*COMMON, *words]).plain
-    experiment = build_experiment(plain)
+        config = compose.job([*COMMON, *words]).config
+    experiment = build_experiment(config)
     run = RunFolder.create(path, to_yaml(experiment.record), words)
     trainer.train(
         experiment.algorithm,
@@ -41,7 +41,7 @@ def trained(path: Path, words: Sequence[str], **facts: str) -> Path:
         experiment.train,
         experiment.eval,
         run,
-        {**experiment.facts, **facts},
+        {**experiment.run_info, **run_info},
         silent(),
         experiment.seed,
     )
@@ -121,7 +121,7 @@ def test_paths_arrays_and_pictures_are_the_same(
     paths = [tmp_path / f"{i}.png" for i in range(3)]
     for path, drawing in zip(paths, drawings, strict=True):
         drawing.save(path)
-    # As arrays of grey levels, ink dark, as PIL gives them.
+    # As arrays of gray levels, ink dark, as PIL gives them.
     arrays = [np.asarray(drawing.convert("L")) for drawing in drawings]
     expected = learner.predict_proba(drawings)
     np.testing.assert_array_equal(learner.predict_proba(paths), expected)

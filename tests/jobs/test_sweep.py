@@ -158,7 +158,7 @@ def test_a_false_start_is_begun_anew(tmp_path: Path) -> None:
     os.utime(folder / "config.yaml", (0, 0))
     with composition.composer() as compose:
         job = compose.job(TINY)
-    outcome = ensure.make_or_continue(job.plain, folder, TINY, None, Screen())
+    outcome = ensure.make_or_continue(job.config, folder, TINY, None, Screen())
     assert outcome.state == "finished", outcome.why
 
 
@@ -166,7 +166,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path: Path) -> None:
     with composition.composer() as compose:
         job = compose.job(TINY)
     folder = tmp_path / "run"
-    assert ensure.make_or_continue(job.plain, folder, TINY, None, Screen()).state == "finished"
+    assert ensure.make_or_continue(job.config, folder, TINY, None, Screen()).state == "finished"
     (folder / "results.json").unlink()
     status = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps({**status, "state": "running"}))
@@ -183,7 +183,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        outcome = ensure.make_or_continue(job.plain, folder, TINY, None, Screen())
+        outcome = ensure.make_or_continue(job.config, folder, TINY, None, Screen())
         assert outcome.state == "elsewhere"
         assert f"in use by process {holder.pid}" in outcome.why
     finally:
@@ -199,7 +199,7 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
     folder = tmp_path / "run"
 
     def make() -> str:
-        return ensure.make_or_continue(job.plain, folder, TINY, None, Screen()).state
+        return ensure.make_or_continue(job.config, folder, TINY, None, Screen()).state
 
     assert make() == "finished"
     # As seen by a process that looked before the other began, and before it was finished.
@@ -207,7 +207,7 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
     assert make() == "elsewhere"
     monkeypatch.undo()
     monkeypatch.setattr(
-        ensure.resume, "continuation", lambda *_: ensure.train.build.build(job.plain)
+        ensure.resume, "continuation", lambda *_: ensure.train.build.build(job.config)
     )
     assert make() == "kept"
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"

@@ -51,7 +51,7 @@ class Opened:
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(path.as_uri())
 
-    def colour(self, selector: str, which: str = "color") -> str:
+    def color(self, selector: str, which: str = "color") -> str:
         script = f"e => getComputedStyle(e)['{which}']"
         return str(self.page.locator(selector).first.evaluate(script))
 
@@ -111,12 +111,12 @@ def test_the_page_is_light_or_dark_as_the_system_is_until_the_reader_says(
 ) -> None:
     path = report(made(runs, "maml"))
     light, dark = opened(path, size, "light"), opened(path, size, "dark")
-    assert light.colour("body", "background-color") != dark.colour("body", "background-color")
+    assert light.color("body", "background-color") != dark.color("body", "background-color")
     line = '[id="learning--meta-val"] path'
-    assert light.colour(line, "stroke") != dark.colour(line, "stroke")
+    assert light.color(line, "stroke") != dark.color(line, "stroke")
     dark.page.locator("#theme").click()
     for selector, which in (("body", "background-color"), (line, "stroke")):
-        assert dark.colour(selector, which) == light.colour(selector, which)
+        assert dark.color(selector, which) == light.color(selector, which)
 
 
 def test_text_has_enough_contrast_in_both_themes(runs: Path, opened: Any) -> None:
@@ -129,11 +129,11 @@ def test_text_has_enough_contrast_in_both_themes(runs: Path, opened: Any) -> Non
 
     for scheme in ("light", "dark"):
         here = opened(report(made(runs, "maml")), "desktop", scheme)
-        paper = luminance(here.colour("figure", "background-color"))
+        paper = luminance(here.color("figure", "background-color"))
         for selector, which in (
             ("figcaption", "color"), ("figure h3", "color"), (".drawing text", "fill"),
         ):  # fmt: skip
-            ink = luminance(here.colour(selector, which))
+            ink = luminance(here.color(selector, which))
             bright, dim = max(ink, paper), min(ink, paper)
             assert (bright + 0.05) / (dim + 0.05) >= 4.5, (scheme, selector)
 

@@ -24,14 +24,14 @@ from metarun.reporting.figures import (
     streams,
     tasks,
 )
-from metarun.reporting.figures.drawing import COLOURS, Panel
+from metarun.reporting.figures.drawing import COLORS, Panel
 from metarun.reporting.run_files import RunFiles
 from tests.helpers import image_batch, image_spec, make
 
 
-def files(tmp_path: Path, metric: str, values: list[float], **plain: int) -> RunFiles:
+def files(tmp_path: Path, metric: str, values: list[float], **config: int) -> RunFiles:
     run = RunFiles(
-        tmp_path, {"way": 5, "query": 3, "names": {}, "algo": {}, **plain}, (), {}, COLOURS[0]
+        tmp_path, {"way": 5, "query": 3, "names": {}, "algo": {}, **config}, (), {}, COLORS[0]
     )
     run.__dict__["results"] = {"metric": metric}
     run.__dict__["arrays"] = {metric: np.array(values)}
@@ -39,7 +39,7 @@ def files(tmp_path: Path, metric: str, values: list[float], **plain: int) -> Run
 
 
 def naive_cka(one: np.ndarray, other: np.ndarray) -> float:
-    """||Y'X||^2 / (||X'X|| ||Y'Y||) of centred columns."""
+    """||Y'X||^2 / (||X'X|| ||Y'Y||) of centered columns."""
     x, y = (rows - rows.mean(0) for rows in (one, other))
     cross = np.linalg.norm(y.T @ x) ** 2
     return float(cross / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
@@ -150,22 +150,22 @@ def test_without_a_wrong_answer_no_pair_is_confused(tmp_path: Path) -> None:
     assert [panel.name for panel in classes.panels(run)] == ["classes"]
 
 
-def test_an_algorithm_has_its_colour_whoever_stands_beside_it() -> None:
-    alone = {name: drawing.colours([name])[name] for name in ("maml", "protonet", "anil")}
-    together = drawing.colours(["protonet", "anil", "maml", "reptile", "r2d2"])
+def test_an_algorithm_has_its_color_whoever_stands_beside_it() -> None:
+    alone = {name: drawing.colors([name])[name] for name in ("maml", "protonet", "anil")}
+    together = drawing.colors(["protonet", "anil", "maml", "reptile", "r2d2"])
     assert len(set(comparison.values())) == 5
     assert sum(together[name] == look for name, look in alone.items()) >= 2
 
 
 def test_no_two_algorithms_look_alike_before_every_look_is_taken() -> None:
-    looks = drawing.colours(f"algorithm{n}" for n in range(24))
+    looks = drawing.colors(f"algorithm{n}" for n in range(24))
     assert len(set(looks.values())) == 24
-    assert len(drawing.colours(f"algorithm{n}" for n in range(60))) == 60
+    assert len(drawing.colors(f"algorithm{n}" for n in range(60))) == 60
 
 
-def test_no_algorithm_has_the_grey_of_what_is_none() -> None:
-    looks = drawing.colours(f"algorithm{n}" for n in range(24))
-    assert COLOURS[-1] not in {colour for colour, _ in looks.values()}
+def test_no_algorithm_has_the_gray_of_what_is_none() -> None:
+    looks = drawing.colors(f"algorithm{n}" for n in range(24))
+    assert COLORS[-1] not in {color for color, _ in looks.values()}
 
 
 def test_a_panel_is_written_three_times_and_the_same_each_time(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_the_curve_of_several_seeds_is_that_of_their_averaged_episodes(tmp_path:
         run = files(tmp_path, "mse", [])
         run.arrays["curve"] = curve
         runs.append(run)
-    entry = comparison.Entry("entry0", "maml", runs, {}, 0.5, 0.1, 0.5, COLOURS[0], "-", True)
+    entry = comparison.Entry("entry0", "maml", runs, {}, 0.5, 0.1, 0.5, COLORS[0], "-", True)
     panel = comparison.adaptation([entry], "mse")
     assert panel is not None
     for step in range(4):
@@ -271,7 +271,7 @@ def test_accuracy_along_a_stream_is_in_percent_and_ends_at_all() -> None:
     values = [(k, 0.9, 0.5, k, 1, 0.8, 0.1) for k in (10, 20)]
     lines = [dict(zip(columns, map(str, row), strict=True)) for row in values]
     results = {"metric": "accuracy", "layout": {"visits": [0, 1]}}
-    figure = streams._panels({"a": lines}, results, "heading", {"a": (COLOURS[0], "-")})
+    figure = streams._panels({"a": lines}, results, "heading", {"a": (COLORS[0], "-")})
     current, loss, seen = figure.axes
     assert current.get_lines()[0].get_ydata() == pytest.approx([90.0, 90.0])
     assert seen.get_lines()[0].get_ydata() == pytest.approx([80.0, 80.0])

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from metarun.reporting.figures.drawing import COLOURS, SIZE, STYLE, Panel, Series, band
+from metarun.reporting.figures.drawing import COLORS, SIZE, STYLE, Panel, Series, band
 from metarun.reporting.page import Cell, Code, Page, Row, Section, Table, inlined, is_ours, render
 
 NASTY = "</script><script>alert(1)</script> & <b>'\"</b>"
@@ -19,15 +19,15 @@ def panel(name: str) -> Panel:
     with rc_context(STYLE):
         figure = Figure(figsize=SIZE)
         axes = figure.add_subplot()
-        axes.plot([0, 1], [0, 1], color=COLOURS[0], gid="one", marker="o")
-        band(axes, [0, 1], np.array([0.0, 1.0]), np.array([0.1, 0.1]), COLOURS[0], "one")
+        axes.plot([0, 1], [0, 1], color=COLORS[0], gid="one", marker="o")
+        band(axes, [0, 1], np.array([0.0, 1.0]), np.array([0.1, 0.1]), COLORS[0], "one")
         axes.set(xlabel=NASTY)
-    series = {"one": Series(NASTY, COLOURS[0])}
+    series = {"one": Series(NASTY, COLORS[0])}
     return Panel(name, NASTY, NASTY, NASTY, figure, {"x": [0, 1], NASTY: [NASTY, 2]}, series)
 
 
 def page() -> Page:
-    table = Table(NASTY, [NASTY], [Row([Cell(NASTY, 1.0, COLOURS[1])], "entry0")], NASTY)
+    table = Table(NASTY, [NASTY], [Row([Cell(NASTY, 1.0, COLORS[1])], "entry0")], NASTY)
     section = Section(
         "part", NASTY, NASTY, [Code(NASTY, NASTY)], [table], [panel("first"), panel("second")]
     )
@@ -59,13 +59,13 @@ def test_ids_are_unique_and_every_reference_has_one(tmp_path: Path) -> None:
     assert 'data-hides="second--one"' in html
 
 
-def test_colours_are_the_pages_in_the_page_and_real_in_the_files(tmp_path: Path) -> None:
+def test_colors_are_the_pages_in_the_page_and_real_in_the_files(tmp_path: Path) -> None:
     html = render(page(), tmp_path)
     drawn = html[html.index("<svg") : html.index("</svg>")]
     assert "var(--c0)" in drawn
-    assert not any(colour.lower() in drawn.lower() for colour in COLOURS)
+    assert not any(color.lower() in drawn.lower() for color in COLORS)
     svg = (tmp_path / "first.svg").read_text()
-    assert COLOURS[0].lower() in svg
+    assert COLORS[0].lower() in svg
     assert "var(--" not in svg
 
 

@@ -119,14 +119,14 @@ def make_run(run: Path, step: int) -> int:
 
 
 def main(run: Path, step: int) -> None:
-    from tests.tiny_run import FACTS, Watched, go
+    from tests.tiny_run import RUN_INFO, Watched, go
 
     def on_batch(split: str, index: int) -> None:
         if split == "train" and step and index == 2 * step:
             os.kill(os.getpid(), signal.SIGKILL)
 
     made = {"tensorboard": TensorBoard(), "mlflow": MLflow(), "wandb": WandB()}
-    trackers = Trackers(made, {"algo": {"inner_lr": 0.1}, "seed": 3}, FACTS)
+    trackers = Trackers(made, {"algo": {"inner_lr": 0.1}, "seed": 3}, RUN_INFO)
     with trackers.closing():
         results = go(run, Watched(on_batch), trackers=trackers)
         trackers.finish(results, sorted((run / "figures").glob("*")))

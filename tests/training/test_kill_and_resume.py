@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_algorithm_is_refused_and_nothing_changes(tmp_pa
     stop_at(33, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match="holds a checkpoint of algo=noisy, which algo=maml"):
-        go(tmp_path, facts={"algo": "maml"})
+        go(tmp_path, run_info={"algo": "maml"})
     with pytest.raises(ValueError, match=r"body.*weight is \(6, 1\) there and \(7, 1\) here"):
         go(tmp_path, algorithm=make_algorithm(hidden=7))
     with pytest.raises(ValueError, match="only this algorithm has rates"):

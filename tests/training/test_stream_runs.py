@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from metarun import load
-from metarun.evaluation.stream_rollouts import Lifetimes
+from metarun.evaluation.stream_rollouts import Rollouts
 from metarun.runs.checkpoints import read_checkpoint
 from tests.conftest import Command
 
@@ -47,7 +47,7 @@ def test_a_run_on_a_stream_writes_its_figures_and_curves(metarun: Command) -> No
     arrays = np.load(folder() / "episodes.npz")
     assert arrays["matrix"].shape == (5, 4, 3)
     assert arrays["incoming"].shape == arrays["current"].shape == (5, 12)
-    assert arrays["untaught"].shape == (5, 3)
+    assert arrays["untrained"].shape == (5, 3)
     np.testing.assert_allclose(arrays["mse"], arrays["matrix"][:, -1].mean(1))
     assert record["test"]["mean"] == pytest.approx(record["stream"]["average"]["mean"])
     with (folder() / "stream.csv").open() as file:
@@ -72,23 +72,23 @@ def test_a_run_killed_in_the_midst_of_a_stream_goes_on_exactly(
 ) -> None:
     words = (f"algo={algo}", *TINY)
     assert metarun(*words, "hydra.run.dir=whole").code == 0
-    lived = 0
+    stream_record = 0
 
     class Killed(BaseException):
         pass
 
-    def killed(self: Lifetimes) -> None:
-        nonlocal lived
-        if self._follow and lived == steps:
+    def killed(self: Rollouts) -> None:
+        nonlocal stream_record
+        if self._follow and stream_record == steps:
             raise Killed
-        lived += self._follow
+        stream_record += self._follow
         advance(self)
 
-    advance = Lifetimes.advance
-    monkeypatch.setattr(Lifetimes, "advance", killed)
+    advance = Rollouts.advance
+    monkeypatch.setattr(Rollouts, "advance", killed)
     with pytest.raises(Killed):
         metarun(*words, "hydra.run.dir=killed")
-    monkeypatch.setattr(Lifetimes, "advance", advance)
+    monkeypatch.setattr(Rollouts, "advance", advance)
     saved = read_checkpoint(Path("killed/checkpoints/last.pt"))["lives"]
     assert (saved is None) == (steps < 5)
     answer = metarun("resume=killed")
@@ -123,7 +123,7 @@ def test_what_was_learned_is_tested_on_another_stream(metarun: Command) -> None:
             ("algo=oml", *TINY, "train.steps=0"),
             "train.steps=0: algo=oml learns from training tasks",
         ),
-        (("algo=ewc", *TINY, "data.told=false"), "use data.told=true"),
+        (("algo=ewc", *TINY, "data.task_ids_known=false"), "use data.task_ids_known=true"),
         (
             ("algo=online", "data=stream_omniglot_small", "backbone=mlp_omniglot"),
             "use backbone.norm=none or instance, or backbone.batch_norm=false",

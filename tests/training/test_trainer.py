@@ -33,7 +33,16 @@ from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
 from metarun.training import trainer
 from metarun.training.meta_test import meta_test
-from tests.tiny_run import FACTS, STEPS, NoisyMAML, Watched, go, make_algorithm, same_state, silent
+from tests.tiny_run import (
+    RUN_INFO,
+    STEPS,
+    NoisyMAML,
+    Watched,
+    go,
+    make_algorithm,
+    same_state,
+    silent,
+)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +167,7 @@ def test_without_a_finite_meta_val_the_last_parameters_are_tested(tmp_path: Path
 
 def test_the_results_say_what_was_run_and_what_came_out(finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text())
-    for key, value in FACTS.items():
+    for key, value in RUN_INFO.items():
         assert results[key] == value
     assert results["metric"] == "mse"
     assert results["transductive"] is False
@@ -181,7 +190,7 @@ def test_one_test_episode_has_a_mean_and_no_interval(tmp_path: Path) -> None:
     evaluation = EvalSettings(episodes=1, curve_steps=1)
     folder = run.test_folder("one")
     trained = RunFolder.open(tmp_path / "trained")
-    meta_test(algorithm, source, evaluation, trained, folder, FACTS, silent())
+    meta_test(algorithm, source, evaluation, trained, folder, RUN_INFO, silent())
     record = json.loads((folder / "results.json").read_text())
     assert record["test"]["mean"] > 0
     assert record["test"]["ci95"] is None
@@ -192,7 +201,7 @@ def test_a_meta_test_gives_what_the_run_gave_and_leaves_the_run_alone(finished: 
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
     folder = run.test_folder("same")
     evaluation = EvalSettings(episodes=6, curve_steps=2, tasks_per_batch=2)
-    results = meta_test(make_algorithm(), Watched(), evaluation, run, folder, FACTS, silent())
+    results = meta_test(make_algorithm(), Watched(), evaluation, run, folder, RUN_INFO, silent())
     assert results["test"] == run.read_json("results.json")["test"]
     assert results["episodes_hash"] == run.read_json("results.json")["episodes_hash"]
     assert json.loads((folder / "results.json").read_text()) == results
@@ -203,7 +212,9 @@ def test_a_meta_test_that_does_not_fit_leaves_no_folder(finished: Path) -> None:
     run = RunFolder.open(finished)
     folder = run.test_folder("wider")
     with pytest.raises(ValueError, match="does not fit"):
-        meta_test(make_algorithm(hidden=9), Watched(), EvalSettings(), run, folder, FACTS, silent())
+        meta_test(
+            make_algorithm(hidden=9), Watched(), EvalSettings(), run, folder, RUN_INFO, silent()
+        )
     assert not folder.exists()
 
 

@@ -39,14 +39,14 @@ class MultiTask(AdaptingLearner):
 
     An update fits T models by Adam on all of their task's rows (support and, where there are
     any, query) and folds them into the mean of all models so far, which is the network. The
-    reported loss is that of the models on those rows. The outer optimiser is unused.
+    reported loss is that of the models on those rows. The outer optimizer is unused.
 
     A penalty makes the models alike: decay / 2 * |theta - anchor|^2 is added to the loss, with
     the anchor at 0 (`l2`) or at the mean of the models so far (`mean`; the first ones have
     none). The paper fits one model after another, so that `mean` is its method exactly with
     `train.tasks_per_step=1`; the models of one update share the mean before it.
 
-    The paper leaves open the optimiser of the models, their number of rows and the size of the
+    The paper leaves open the optimizer of the models, their number of rows and the size of the
     penalty ("as high as possible without significantly deterring performance"), and the official
     code has none of it.
 
@@ -112,7 +112,7 @@ class MultiTask(AdaptingLearner):
 
         share = progress.share or Share(0, batch.num_tasks, batch.num_tasks)
         rows = (self._starts(before + share.first, batch.num_tasks), x, y)
-        weights, losses, outputs, moments = self.settled_engine().map(task, self.net, shapes, rows)
+        weights, losses, outputs, moments = self.resolved_engine().map(task, self.net, shapes, rows)
         loss = losses.mean()
         means = distributed.mean({"loss": loss, "weights": weights.mean(0)}, share.count)
         if not torch.isfinite(means["loss"]):
@@ -169,10 +169,10 @@ class MultiTask(AdaptingLearner):
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """The parameters before and after each step of the fine-tuning."""
-        how = ForwardContext(running=self.bn == "running")
+        ctx = ForwardContext(running=self.bn == "running")
 
         def loss(params: Params) -> Tensor:
-            return self.loss(forward(net, params, x, how), y)
+            return self.loss(forward(net, params, x, ctx), y)
 
         path = sgd_path(loss, theta, lr=self.inner_lr, steps=steps, first_order=True)
         return [theta, *path]

@@ -21,7 +21,7 @@ Distance = Literal["squared_euclidean", "cosine"]
 class Nearest(Algorithm):
     """Answers with the label, or the value, of the nearest support row.
 
-    It has no parameters, ignores backbone and optimiser, and an update changes nothing: one is
+    It has no parameters, ignores backbone and optimizer, and an update changes nothing: one is
     enough (`train.steps=1`). The logit of a class is minus the distance to its nearest row.
 
     Args:

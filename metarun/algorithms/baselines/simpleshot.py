@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward
-from metarun.algorithms.common.pretraining import Pretrained, Weights, labelled_rows
+from metarun.algorithms.common.pretraining import Pretrained, Weights, labeled_rows
 from metarun.algorithms.functional import prototypes
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed
@@ -64,7 +64,7 @@ class SimpleShot(Pretrained):
         def task(net: nn.Module, params: Weights, x: Tensor) -> Tensor:
             return forward(net, params, x, ForwardContext(running=True)).mean(0)
 
-        mean = self.map_tasks(task, labelled_rows(batch)[0][None])[0]
+        mean = self.map_tasks(task, labeled_rows(batch)[0][None])[0]
         mean = distributed.mean({"mean": mean}, batch.num_tasks)["mean"]
         self.feature_mean.lerp_(mean, max(self.mean_momentum, 1.0 / (progress.step + 1)))
         return metrics
@@ -72,12 +72,12 @@ class SimpleShot(Pretrained):
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         support, query = map(self.transformed, self.features(support_x, query_x))
         ways = int(support_y.max()) + 1
-        centres = torch.vmap(lambda x, y: prototypes(x, y, ways))(support, support_y)
-        return Prediction(-(query[:, :, None] - centres[:, None]).square().sum(-1))
+        centers = torch.vmap(lambda x, y: prototypes(x, y, ways))(support, support_y)
+        return Prediction(-(query[:, :, None] - centers[:, None]).square().sum(-1))
 
     def transformed(self, features: Tensor) -> Tensor:
         """The (…, F) features that are compared."""
         if self.transform == "none":
             return features
-        centred = features - self.feature_mean if self.transform == "cl2" else features
-        return nn.functional.normalize(centred, dim=-1)
+        centered = features - self.feature_mean if self.transform == "cl2" else features
+        return nn.functional.normalize(centered, dim=-1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.functional import Params, above, under
+from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.core.types import Prediction
-from metarun.execution.engine import Staged
+from metarun.execution.engine import TwoStageTask
 
 
 class AdaptingLearner(Algorithm):
@@ -45,18 +45,20 @@ class AdaptingLearner(Algorithm):
             return self.answer(net, weights, rows[0], rows[2])
 
         rows = (support_x, support_y, query_x)
-        task = Staged(adapted, answers, reads=(0, 1))
+        task = TwoStageTask(adapted, answers, reads=(0, 1))
         return Prediction(self.map_tasks(task, *rows, key=self.replay_key(steps)))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def visited(net: nn.Module, theta: Params, x: Tensor, y: Tensor) -> Params:
             path = self.path(net, theta, x, y, steps)
-            return {k: v for step, at in enumerate(path) for k, v in above(f"{step} ", at).items()}
+            return {
+                k: v for step, at in enumerate(path) for k, v in add_prefix(f"{step} ", at).items()
+            }
 
         def answers(net: nn.Module, _: Params, path: Params, *rows: Tensor) -> Tensor:
-            weights = (under(f"{step} ", path) for step in range(steps + 1))
+            weights = (strip_prefix(f"{step} ", path) for step in range(steps + 1))
             return torch.stack([self.answer(net, at, rows[0], rows[2]) for at in weights])
 
         rows = (support_x, support_y, query_x)
-        task = Staged(visited, answers, reads=(0, 1))
+        task = TwoStageTask(visited, answers, reads=(0, 1))
         return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
-from metarun.algorithms.functional import Params, above, under
+from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
@@ -34,7 +34,7 @@ class EpisodicLearner(Algorithm):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Answer the queries of one task.
 
@@ -45,13 +45,13 @@ class EpisodicLearner(Algorithm):
             support_y: (S,) labels, or (S, D) values.
             query_x: (Q, *input_shape).
             ways: W of a classification.
-            how: Of the pass; `rows` counts support rows, which come first.
+            ctx: Of the pass; `rows` counts support rows, which come first.
 
         Returns:
             (Q, W) logits, or (Q, D) values.
         """
 
-    def judged(
+    def outputs_and_targets(
         self,
         net: nn.Module,
         params: Params,
@@ -59,39 +59,39 @@ class EpisodicLearner(Algorithm):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
         """Answers (J, W) or (J, D) of one training task that the loss is of, and their targets.
 
         Those of the queries, unless a subclass knows better.
         """
         ways = self.spec.train_way
-        return self.answers(net, params, support_x, support_y, query_x, ways, how), query_y
+        return self.answers(net, params, support_x, support_y, query_x, ways, ctx), query_y
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             *parts, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            how = ForwardContext(moments=moments, noise=noise)
-            outputs, targets = self.judged(net, params, *parts, how)  # type: ignore[call-arg, arg-type]
+            ctx = ForwardContext(moments=moments, noise=noise)
+            outputs, targets = self.outputs_and_targets(net, params, *parts, ctx)  # type: ignore[call-arg, arg-type]
             loss = self.loss(outputs, targets)
             return loss, (loss, task_metric(self.spec, outputs, targets), moments)
 
         rows = self.training_rows(batch, progress)
-        grads, (losses, scores, moments) = self.settled_engine().gradients(
+        grads, (losses, scores, moments) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), rows, key=self.replay_key()
         )
-        self.optimizer.step(above("net.", grads), progress, self._limited)
+        self.optimizer.step(add_prefix("net.", grads), progress, self._limited)
         update_running_statistics(self.net, moments)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
         classes = self.spec.kind == "classification"
         ways = int(support_y.max()) + 1 if classes else self.spec.train_way
-        how = self.answering(support_x.shape[1])
+        ctx = self.answering(support_x.shape[1])
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            return self.answers(net, params, rows[0], rows[1], rows[2], ways, how)
+            return self.answers(net, params, rows[0], rows[1], rows[2], ways, ctx)
 
         rows = (support_x, support_y, query_x)
         return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
@@ -102,8 +102,8 @@ class EpisodicLearner(Algorithm):
         return ForwardContext(rows=rows, running=self.bn == "running")
 
     def _limited(self, grads: Params) -> Params:
-        return above("net.", self.clipped(under("net.", grads)))
+        return add_prefix("net.", self.clipped(strip_prefix("net.", grads)))
 
     def clipped(self, grads: Params) -> Params:
-        """The gradients by name, as they go to the outer optimiser."""
+        """The gradients by name, as they go to the outer optimizer."""
         return grads

@@ -27,7 +27,7 @@ from metarun.algorithms.common.update_strategies import (
     adam_moved,
     with_adam,
 )
-from metarun.algorithms.functional import Params, above, descend, gradient, under
+from metarun.algorithms.functional import Params, add_prefix, descend, gradient, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.backbones.mlp import MLP
@@ -51,16 +51,16 @@ class OnlineLearner(Algorithm):
         ValueError: The backbone has batch norm.
     """
 
-    lives_online: ClassVar[bool] = True
+    learns_online: ClassVar[bool] = True
     accepts_any_way: ClassVar[bool] = True
     order_free: bool = False
     meta_trains: ClassVar[bool] = False
-    asks_for_tasks: ClassVar[bool] = False
+    answers_depend_on_task: ClassVar[bool] = False
     """Whether an answer depends on which task is asked about, where that is told."""
 
     maps_inside: ClassVar[bool] = False
     """Whether `learn` or `respond` themselves map over something, by torch's vmap."""
-    needs_told: ClassVar[bool] = False
+    needs_task_ids: ClassVar[bool] = False
     """Whether it can live only where the stream tells which task is which."""
 
     net: Predictor
@@ -83,22 +83,24 @@ class OnlineLearner(Algorithm):
             ValueError: The backbone has batch norm, or the stream does not tell what is needed.
         """
         assert self.spec.streams is not None
-        if self.needs_told and not self.spec.streams["test"].told:
-            raise ValueError(f"{type(self).__name__} keeps tasks apart: use data.told=true")
+        if self.needs_task_ids and not self.spec.streams["test"].task_ids_known:
+            raise ValueError(
+                f"{type(self).__name__} keeps tasks apart: use data.task_ids_known=true"
+            )
         net = self.build()
         if has_batch_norm(net):
             raise ValueError(
                 f"{type(self).__name__} meets a few rows at a time, which have no batch to be "
-                "normalised by: use backbone.norm=none or instance, or backbone.batch_norm=false"
+                "normalized by: use backbone.norm=none or instance, or backbone.batch_norm=false"
             )
         return net
 
     @property
-    def plastic(self) -> nn.Module:
+    def online_net(self) -> nn.Module:
         """The network that lives: the part of `net` whose weights change along the stream."""
         return self.net
 
-    def perceive(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         """What the plastic part sees of rows (T, R, …): they themselves, or features of them.
 
         Whatever is here stays as it is for a lifetime, so that it is computed once.
@@ -145,16 +147,16 @@ class OnlineLearner(Algorithm):
             x: The rows.
             task: Which task they are of, 0-dimensional; None where it is not told.
         """
-        return forward(net, under("weights.", state), x, ForwardContext())
+        return forward(net, strip_prefix("weights.", state), x, ForwardContext())
 
     # Over all lifetimes.
 
     def start(self, x: Tensor, y: Tensor) -> State:
         """The states (T, …) of T lifetimes, from the perceived rows (T, S, …) of their streams."""
-        state = self.begin(own_parameters(self.plastic), x[0], y[0])
+        state = self.begin(own_parameters(self.online_net), x[0], y[0])
         return {n: v.detach().expand(len(x), *v.shape).clone() for n, v in state.items()}
 
-    def foresee(
+    def train_in_hindsight(
         self,
         state: State,  # noqa: ARG002
         x: Tensor,  # noqa: ARG002
@@ -206,14 +208,14 @@ class OnlineLearner(Algorithm):
         outputs: Tensor = self._each(one, state, x)
         return outputs
 
-    def untaught(self, x: Tensor) -> Tensor:
+    def untrained_answers(self, x: Tensor) -> Tensor:
         """(T, R, D) answers of a network drawn anew to rows (T, R, …) as the data have them."""
         with torch.random.fork_rng(devices=[]):
             seeding.seed_torch(seeding.key(self.seed, "untaught"))
             fresh = self.build().to(self.device, self.dtype)
         return torch.stack([fresh(rows, ForwardContext()).detach() for rows in x])
 
-    def lifetime_key(self) -> Tensor:
+    def rollout_key(self) -> Tensor:
         """The key of all draws of a lifetime, 0-dimensional; every lifetime has the same."""
         return torch.tensor(seeding.key(self.seed, "lifetime"), device=self.device)
 
@@ -225,14 +227,14 @@ class OnlineLearner(Algorithm):
 
     def _each(self, lifetime: Any, state: State, *rows: Tensor) -> Any:
         """Map `lifetime(net, theta, state, *rows)` over T states and rows (T, …)."""
-        net = self.plastic
+        net = self.online_net
 
         def one(net: nn.Module, theta: Params, *values: Tensor) -> Any:
             own = dict(zip(state, values[len(rows) :], strict=True))
             return lifetime(net, theta, own, *values[: len(rows)])
 
         engine = self.engine.resolved(net, self.device)
-        if self.maps_inside or self.asks_for_tasks:
+        if self.maps_inside or self.answers_depend_on_task:
             engine = replace(engine, native=False)
         return engine.map(one, net, own_parameters(net), (*rows, *state.values()))
 
@@ -243,14 +245,14 @@ class OnlineLearner(Algorithm):
         """
         assert self.spec.streams is not None
         size = self.spec.streams["test"].rows
-        task = 0 if self.asks_for_tasks else None
-        x = self.perceive(support_x)
+        task = 0 if self.answers_depend_on_task else None
+        x = self.encode(support_x)
         state = self.start(x, support_y)
         for number, first in enumerate(range(0, x.shape[1], size)):
             rows = slice(first, first + size)
             step = Step(number, first, task, begins=task is not None and number == 0)
             state = self.observe(state, x[:, rows], support_y[:, rows], step)
-        return Prediction(self.answers(state, self.perceive(query_x), task))
+        return Prediction(self.answers(state, self.encode(query_x), task))
 
 
 class Predictor(nn.Module):
@@ -270,8 +272,8 @@ class Predictor(nn.Module):
         self.body = body
         self.head = Head(feature_dim, hidden, output_dim)
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
-        answers: Tensor = self.head(self.body(x, how), how)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        answers: Tensor = self.head(self.body(x, ctx), ctx)
         return answers
 
 
@@ -290,8 +292,8 @@ class Head(nn.Module):
         nn.init.kaiming_normal_(self.last.weight, nonlinearity="relu")
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
-        x = x if self.hidden is None else self.hidden(x, how)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        x = x if self.hidden is None else self.hidden(x, ctx)
         answers: Tensor = self.last(x)
         return answers
 
@@ -352,10 +354,10 @@ class WeightLearner(OnlineLearner):
         self.rate.fill_(option.get("online_lr", self.rates[0]))
 
     @property
-    def plastic(self) -> nn.Module:
+    def online_net(self) -> nn.Module:
         return self.net.head if self.adapt == "head" else self.net
 
-    def perceive(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor) -> Tensor:
         if self.adapt == "all":
             return x
         return torch.stack([self.net.body(rows, ForwardContext()) for rows in x])
@@ -364,8 +366,8 @@ class WeightLearner(OnlineLearner):
         weights = self._reset(theta) if self.reset else dict(theta)
         adam = self.online_optim == "adam"
         return {
-            **(with_adam(weights) if adam else above("weights.", weights)),
-            "key": self.lifetime_key(),
+            **(with_adam(weights) if adam else add_prefix("weights.", weights)),
+            "key": self.rollout_key(),
             "rate": self.rate,
             **self.rule.begin(weights, x, y),
         }
@@ -380,7 +382,7 @@ class WeightLearner(OnlineLearner):
         step: Step,
     ) -> State:
         loss = self._loss_of(net)
-        state = self.rule.enter(state, under("weights.", state), loss, step)
+        state = self.rule.enter(state, strip_prefix("weights.", state), loss, step)
         for update in range(self.rule.updates):
             rows = self.rule.rows(state, x, y, step, update)
             state = self._descend(state, loss, *rows)
@@ -392,7 +394,7 @@ class WeightLearner(OnlineLearner):
 
     def _descend(self, state: State, loss: RowLoss, x: Tensor, y: Tensor) -> State:
         """The state after one gradient step."""
-        weights = under("weights.", state)
+        weights = strip_prefix("weights.", state)
 
         def held(weights: Params) -> Tensor:
             penalty = self.rule.penalty(state, weights)
@@ -403,7 +405,7 @@ class WeightLearner(OnlineLearner):
         if self.online_optim == "adam":
             return {**state, **adam_moved(state, grads, state["rate"])}
         moved = descend(weights, grads, lr=dict.fromkeys(weights, state["rate"]))
-        return {**state, **above("weights.", moved)}
+        return {**state, **add_prefix("weights.", moved)}
 
     def _reset(self, theta: Params) -> Params:
         """The parameters with the last layer drawn anew."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
-from metarun.algorithms.functional import under
+from metarun.algorithms.functional import strip_prefix
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
@@ -35,7 +35,7 @@ class Head:
     """Scores of classes from features, as pure functions of weights.
 
     `linear` is x W^T + b. `cosine` is s g_k cos(x, v_k) with a learned length g_k and direction
-    v_k for each class (`distLinear` of Chen et al.'s code: weight normalisation, Salimans & Kingma
+    v_k for each class (`distLinear` of Chen et al.'s code: weight normalization, Salimans & Kingma
     2016; the paper itself has no g).
 
     Args:
@@ -133,16 +133,16 @@ class Pretrained(Algorithm):
             x, y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             features = forward(
-                net, under("net.", params), x, ForwardContext(moments=moments, noise=noise)
+                net, strip_prefix("net.", params), x, ForwardContext(moments=moments, noise=noise)
             )
-            scores = self.head.scores(under("classifier.", params), features)
+            scores = self.head.scores(strip_prefix("classifier.", params), features)
             loss = self.loss(scores, y)
             return loss, (loss, task_metric(self.spec, scores, y), moments)
 
         # One task to the engine, which then runs it alone and with fused operators.
-        x, y = labelled_rows(batch)
+        x, y = labeled_rows(batch)
         rows = (x[None], y[None], self.noise(progress, 1))
-        grads, (losses, scores, moments) = self.settled_engine().gradients(
+        grads, (losses, scores, moments) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self), rows
         )
         self.optimizer.step(grads, progress)
@@ -158,7 +158,7 @@ class Pretrained(Algorithm):
             )
         return None
 
-    def make_room(self, state: Mapping[str, Any]) -> None:
+    def match_shapes(self, state: Mapping[str, Any]) -> None:
         for name, weights in self.classifier.items():
             stored = state.get(f"classifier.{name}")
             if stored is not None and stored.shape[1:] == weights.shape[1:]:
@@ -167,18 +167,18 @@ class Pretrained(Algorithm):
     def features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
         """(T, S, F) and (T, Q, F) features, with batch norm as `bn` says."""
         num_support = support_x.shape[1]
-        how = ForwardContext(
+        ctx = ForwardContext(
             rows=num_support if self.bn == "support" else None, running=self.bn == "running"
         )
 
         def task(net: nn.Module, params: Weights, *rows: Tensor) -> Tensor:
-            return forward(net, params, torch.cat(rows), how)
+            return forward(net, params, torch.cat(rows), ctx)
 
         features = self.map_tasks(task, support_x, query_x)
         return features[:, :num_support], features[:, num_support:]
 
 
-def labelled_rows(batch: TaskBatch) -> tuple[Tensor, Tensor]:
+def labeled_rows(batch: TaskBatch) -> tuple[Tensor, Tensor]:
     """All rows of a batch, (N, *input_shape), and their labels among all training classes, (N)."""
     assert batch.class_ids is not None
     labels = batch.class_ids.gather(1, torch.cat([batch.support_y, batch.query_y], 1))

@@ -17,11 +17,11 @@ from metarun.algorithms.base import positive
 from metarun.algorithms.functional import (
     AdamState,
     Params,
-    above,
     adam_start,
     adam_step,
+    add_prefix,
     gradient,
-    under,
+    strip_prefix,
 )
 from metarun.core import seeding
 
@@ -223,8 +223,8 @@ class Elastic(Rule):
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:
         zeros = {name: torch.zeros_like(value) for name, value in weights.items()}
         return {
-            **above("fisher.", zeros),
-            **above("pull.", zeros),
+            **add_prefix("fisher.", zeros),
+            **add_prefix("pull.", zeros),
             "recent.x": x.new_zeros(self.fisher_rows, *x.shape[1:]),
             "recent.y": y.new_zeros(self.fisher_rows, *y.shape[1:]),
             "recent.count": torch.zeros((), dtype=torch.int64, device=x.device),
@@ -250,7 +250,7 @@ class Elastic(Rule):
         return after
 
     def penalty(self, state: State, weights: Params) -> Tensor | None:
-        fisher, pull = under("fisher.", state), under("pull.", state)
+        fisher, pull = strip_prefix("fisher.", state), strip_prefix("pull.", state)
         # Up to a constant: what is summed over the tasks is expanded.
         terms = [
             (0.5 * fisher[name] * weight.square() - pull[name] * weight).sum()
@@ -275,16 +275,18 @@ def with_adam(weights: Params) -> State:
 
 def adam_moved(state: State, grads: Params, lr: Tensor) -> State:
     """The entries of `with_adam` after one update, with betas 0.9 and 0.999."""
-    before = AdamState(under("first.", state), under("second.", state), state["updates"])
-    weights = under("weights.", state)
+    before = AdamState(
+        strip_prefix("first.", state), strip_prefix("second.", state), state["updates"]
+    )
+    weights = strip_prefix("weights.", state)
     return _entries(*adam_step(weights, grads, before, lr=lr, betas=(0.9, 0.999)))
 
 
 def _entries(weights: Params, adam: AdamState) -> State:
     return {
-        **above("weights.", weights),
-        **above("first.", adam.first),
-        **above("second.", adam.second),
+        **add_prefix("weights.", weights),
+        **add_prefix("first.", adam.first),
+        **add_prefix("second.", adam.second),
         "updates": adam.count,
     }
 

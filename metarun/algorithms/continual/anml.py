@@ -25,7 +25,7 @@ class ANML(TrajectoryLearner):
     gate is learned by the meta-loss alone. A lifetime changes the head. See `TrajectoryLearner`.
 
     The official code asks for the rows of the trajectory again in the meta-loss, where ours are
-    held out, and normalises by the statistics of each batch, which along a trajectory is one
+    held out, and normalizes by the statistics of each batch, which along a trajectory is one
     image: use `backbone.norm=instance`.
 
     Args:
@@ -68,7 +68,7 @@ class Gated(nn.Module):
         self.features = features
         self.gate = gate
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """(R, F) gated features of rows (R, …)."""
-        gated: Tensor = self.features(x, how) * torch.sigmoid(self.gate(x, how))
+        gated: Tensor = self.features(x, ctx) * torch.sigmoid(self.gate(x, ctx))
         return gated

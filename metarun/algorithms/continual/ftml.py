@@ -22,7 +22,7 @@ from metarun.algorithms.common.update_strategies import (
     expanded,
     with_adam,
 )
-from metarun.algorithms.functional import Params, sgd_adapt, under
+from metarun.algorithms.functional import Params, sgd_adapt, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
 from metarun.core.types import Stream
@@ -64,8 +64,8 @@ class FTML(OnlineLearner):
             stream does not tell tasks apart.
     """
 
-    asks_for_tasks = True
-    needs_told = True
+    answers_depend_on_task = True
+    needs_task_ids = True
     meta_rate: Tensor
     inner_rate: Tensor
 
@@ -136,7 +136,7 @@ class FTML(OnlineLearner):
             **with_adam(theta),
             "meta_rate": self.meta_rate,
             "inner_rate": self.inner_rate,
-            "key": self.lifetime_key(),
+            "key": self.rollout_key(),
             "tasks.x": x.new_zeros(slots, most, *x.shape[1:]),
             "tasks.y": y.new_zeros(slots, most, *y.shape[1:]),
             "tasks.rows": torch.zeros(slots, dtype=torch.int64, device=x.device),
@@ -169,7 +169,7 @@ class FTML(OnlineLearner):
         x: Tensor,
         task: Tensor | None,
     ) -> Tensor:
-        weights = under("weights.", state)
+        weights = strip_prefix("weights.", state)
         if task is None or not self.inner_steps:
             return forward(net, weights, x, ForwardContext())
         # Rows that are not the task's weigh nothing, so that one never met leaves the weights.
@@ -211,7 +211,7 @@ class FTML(OnlineLearner):
 
     def _meta_update(self, net: nn.Module, state: State, step: Step, update: int) -> State:
         """The state after one update of the weights by Adam."""
-        weights = under("weights.", state)
+        weights = strip_prefix("weights.", state)
         key = draw_key(state, step, update, state["key"].device)
         most = state["tasks.x"].shape[1]
         met = state["tasks.owner"] >= 0
@@ -304,7 +304,9 @@ class FTMLHindsight(FTML):
                 f"algo.memory={self.memory}: expected {tasks} or more, which the stream has"
             )
 
-    def foresee(self, state: State, x: Tensor, y: Tensor, stream: Stream) -> Iterator[State]:
+    def train_in_hindsight(
+        self, state: State, x: Tensor, y: Tensor, stream: Stream
+    ) -> Iterator[State]:
         known = state
         for number in range(stream.num_steps):
             step = Step(number, number * stream.rows, stream.task(number), begins=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import forward, positive
 from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Replay, State, Step, draw_key
-from metarun.algorithms.functional import Params, above, gradient, under
+from metarun.algorithms.functional import Params, add_prefix, gradient, strip_prefix
 from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
@@ -95,9 +95,9 @@ class LaMAML(OnlineLearner):
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
         rates = {name: torch.full_like(value, self.rates_start) for name, value in theta.items()}
         return {
-            **above("weights.", theta),
-            **above("rates.", rates),
-            "key": self.lifetime_key(),
+            **add_prefix("weights.", theta),
+            **add_prefix("rates.", rates),
+            "key": self.rollout_key(),
             **self.reservoir.begin(theta, x, y),
         }
 
@@ -125,7 +125,7 @@ class LaMAML(OnlineLearner):
         learned = {n: v for n, v in state.items() if n.startswith(("weights.", "rates."))}
 
         def meta_loss(learned: Params) -> Tensor:
-            fast, rates = under("weights.", learned), under("rates.", learned)
+            fast, rates = strip_prefix("weights.", learned), strip_prefix("rates.", learned)
             losses = []
             for row in range(len(x)):
                 fast = self._look_ahead(net, fast, rates, x[row : row + 1], y[row : row + 1])
@@ -133,9 +133,9 @@ class LaMAML(OnlineLearner):
             return torch.stack(losses).mean()
 
         grads = torch.func.grad(meta_loss)(learned)
-        weights, rates = under("weights.", state), under("rates.", state)
-        of_weights = self._clipped(under("weights.", grads))
-        of_rates = self._clipped(under("rates.", grads))
+        weights, rates = strip_prefix("weights.", state), strip_prefix("rates.", state)
+        of_weights = self._clipped(strip_prefix("weights.", grads))
+        of_rates = self._clipped(strip_prefix("rates.", grads))
         if self.rates == "learned":
             rates = {name: rate - self.rates_lr * of_rates[name] for name, rate in rates.items()}
         moved = {
@@ -143,7 +143,7 @@ class LaMAML(OnlineLearner):
             - (rates[name].relu() if self.moves == "rates" else self.step_lr) * of_weights[name]
             for name, weight in weights.items()
         }
-        return {**state, **above("weights.", moved), **above("rates.", rates)}
+        return {**state, **add_prefix("weights.", moved), **add_prefix("rates.", rates)}
 
     def _look_ahead(
         self, net: nn.Module, fast: Params, rates: Params, x: Tensor, y: Tensor

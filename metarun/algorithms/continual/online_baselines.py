@@ -72,7 +72,7 @@ class EWC(WeightLearner):
         ValueError: The stream does not tell when a task ends.
     """
 
-    needs_told = True
+    needs_task_ids = True
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class JointHindsight(WeightLearner):
         self.updates = updates
         self.batch = batch
 
-    def foresee(
+    def train_in_hindsight(
         self,
         state: State,
         x: Tensor,

@@ -45,7 +45,7 @@ class Pretrained(WeightLearner):
             torch.cat([batch.support_x, batch.query_x], 1),
             torch.cat([batch.support_y, batch.query_y], 1),
         )
-        grads, (losses, scores) = self.settled_engine().gradients(
+        grads, (losses, scores) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), parts
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)

@@ -138,7 +138,7 @@ class TaskMemory(OnlineLearner):
         state = {name: torch.where(begins, fresh[name], value) for name, value in state.items()}
         state = self._meet(state, x, y, surprise, begins)
         if self.memory:
-            state = self._recognise(net, theta, state)
+            state = self._recognize(net, theta, state)
         weights = state["weights"]
         for _ in range(self.updates):
             grad = torch.func.grad(lambda w, s=state: self._visit_loss(net, theta, w, s))(weights)
@@ -174,7 +174,7 @@ class TaskMemory(OnlineLearner):
             step: Where it stands.
         """
         assert self.spec.streams is not None
-        if self.spec.streams["test"].told or not step.rows:
+        if self.spec.streams["test"].task_ids_known or not step.rows:
             return torch.tensor(step.begins and step.rows > 0, device=surprise.device)
         losses = state["surprise.losses"]
         unlike = surprise > losses.mean() + self.surprise * losses.std()
@@ -235,7 +235,7 @@ class TaskMemory(OnlineLearner):
             "surprise.steps": state["surprise.steps"] + (~begins).long(),
         }
 
-    def _recognise(self, net: nn.Module, theta: Params, state: State) -> State:
+    def _recognize(self, net: nn.Module, theta: Params, state: State) -> State:
         """Take up the weights of the memory that the rows of the visit speak for, if any."""
 
         def of_memory(weights: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from metarun.algorithms.functional import (
     descend,
     gradient,
     is_first_order,
-    under,
+    strip_prefix,
 )
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.distributed import gathered
+from metarun.core.distributed import gather_rows
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 
@@ -75,38 +75,39 @@ class TrajectoryLearner(WeightLearner):
         first_order = is_first_order(self.second_order_from, progress)
         if self.reset:
             # What is drawn depends on the labels of all trajectories of the update.
-            self._forget(gathered(batch.support_y, progress.share))
+            self._forget(gather_rows(batch.support_y, progress.share))
 
         def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y = parts
-            after = self._live(net, params, support_x, support_y, rows, first_order)
+            after = self._roll_out(net, params, support_x, support_y, rows, first_order)
             outputs = forward(net, after, query_x, ForwardContext())
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs)
 
         parts = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
-        grads, (losses, outputs) = self.settled_engine().gradients(
+        grads, (losses, outputs) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), parts
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def _live(
+    def _roll_out(
         self, net: Any, params: Params, x: Tensor, y: Tensor, rows: int, first_order: bool
     ) -> Params:
         """All parameters after the rows (S, …) of one trajectory."""
         fast = {name: value for name, value in params.items() if name.startswith(self.inside)}
         if self.inside == ("head.",):
             # The representation is the same at each step: once for all.
-            x = forward(net.body, under("body.", params), x, ForwardContext())
+            x = forward(net.body, strip_prefix("body.", params), x, ForwardContext())
         for first in range(0, len(x), rows):
             seen, target = x[first : first + rows], y[first : first + rows]
 
             def loss(fast: Params, seen: Tensor = seen, target: Tensor = target) -> Tensor:
                 if self.inside == ("head.",):
                     return self.loss(
-                        forward(net.head, under("head.", fast), seen, ForwardContext()), target
+                        forward(net.head, strip_prefix("head.", fast), seen, ForwardContext()),
+                        target,
                     )
                 return self.loss(forward(net, {**params, **fast}, seen, ForwardContext()), target)
 

@@ -128,7 +128,7 @@ class MetaGAN(Algorithm):
 
         Args:
             net: The network, or its replica.
-            params: What is meta-learned, by the names of the optimiser.
+            params: What is meta-learned, by the names of the optimizer.
             support_x: (S, C, H, W').
             support_y: (S,) labels.
             made: (inner_fakes, C, H, W') rows made for the support.
@@ -164,7 +164,7 @@ class MetaGAN(Algorithm):
 
         inner, outer = made.detach().split([self.inner_fakes, self.fakes], 1)
         rows = (*self.training_rows(batch, progress), inner, outer)
-        grads, (losses, outputs, found, fooled, pull, moments) = self.settled_engine().gradients(
+        grads, (losses, outputs, found, fooled, pull, moments) = self.resolved_engine().gradients(
             task, self.net, {**self.optimizer.targets}, rows
         )
         theirs = dict(self.generator.named_parameters())
@@ -187,7 +187,7 @@ class MetaGAN(Algorithm):
         }
 
     def limited(self, grads: Params) -> Params:
-        """The learner's gradients as they go to its optimiser."""
+        """The learner's gradients as they go to its optimizer."""
         return grads
 
     def class_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

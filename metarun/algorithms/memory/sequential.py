@@ -18,7 +18,7 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.execution.engine import Engine
 
-Judged = Literal["sequence", "query"]
+LossOf = Literal["sequence", "query"]
 
 
 class Reader(nn.Module):
@@ -44,7 +44,7 @@ class SequenceLearner(EpisodicLearner):
     `self.net` by `with_reader`.
 
     Args:
-        judged: Answers that the loss is of: those along the whole `sequence`, queries included,
+        loss_of: Answers that the loss is of: those along the whole `sequence`, queries included,
             or those to the `query` rows.
         curriculum: [rows, from, until]: training sequences are cut to so many rows up to update
             `from`, then to ever more of them, and are whole from update `until` on; null cuts
@@ -63,13 +63,13 @@ class SequenceLearner(EpisodicLearner):
     def __init__(
         self,
         *,
-        judged: Judged = "sequence",
+        loss_of: LossOf = "sequence",
         curriculum: tuple[int, int, int] | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if judged not in ("sequence", "query"):
-            raise ValueError(f"algo.judged={judged}: expected sequence or query")
+        if loss_of not in ("sequence", "query"):
+            raise ValueError(f"algo.loss_of={loss_of}: expected sequence or query")
         if curriculum is not None:
             rows, first, last = curriculum
             if rows < 1 or not 0 <= first <= last:
@@ -77,11 +77,11 @@ class SequenceLearner(EpisodicLearner):
                     f"algo.curriculum={list(curriculum)}: expected [rows, from, until], 1 or more "
                     "rows and updates in their order"
                 )
-            if judged == "query":
+            if loss_of == "query":
                 raise ValueError(
-                    "algo.curriculum has no queries to judge: use algo.judged=sequence"
+                    "algo.curriculum has no queries to judge: use algo.loss_of=sequence"
                 )
-        self.loss_of: Judged = judged
+        self.loss_of: LossOf = loss_of
         self.curriculum = curriculum
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -105,7 +105,7 @@ class SequenceLearner(EpisodicLearner):
         share = max(0.0, step - first) / max(1, last - first)
         return min(whole, rows + int(share * (whole - rows)))
 
-    def settled_engine(self) -> Engine:
+    def resolved_engine(self) -> Engine:
         """`auto` is vmap: weights are those of all tasks, so that a batch of rows is one batch.
 
         The many small steps along a sequence are shared by the tasks, several times faster.
@@ -118,7 +118,7 @@ class SequenceLearner(EpisodicLearner):
         """The network: a body of the backbone whose features (N, F) a reader remembers."""
         return _Sequence(features, reader, self.spec.output_dim)
 
-    def judged(
+    def outputs_and_targets(
         self,
         net: nn.Module,
         params: Params,
@@ -126,13 +126,13 @@ class SequenceLearner(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
-        outputs = self._along(net, params, support_x, support_y, query_x, how)
+        outputs = self._along(net, params, support_x, support_y, query_x, ctx)
         if self.loss_of == "sequence":
             return outputs, torch.cat([support_y, query_y])
         if not len(query_y):
-            raise ValueError("algo.judged=query learns from queries alone: use train.query=1")
+            raise ValueError("algo.loss_of=query learns from queries alone: use train.query=1")
         return outputs[len(support_x) :], query_y
 
     def answers(
@@ -143,16 +143,16 @@ class SequenceLearner(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,  # noqa: ARG002
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
-        outputs = self._along(net, params, support_x, support_y, query_x, how)
+        outputs = self._along(net, params, support_x, support_y, query_x, ctx)
         return outputs[len(support_x) :]
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        how = self.answering(support_x.shape[1])
+        ctx = self.answering(support_x.shape[1])
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            return self._along(net, params, *rows, how)  # type: ignore[call-arg, arg-type]
+            return self._along(net, params, *rows, ctx)  # type: ignore[call-arg, arg-type]
 
         outputs = self.map_tasks(task, support_x, support_y, query_x)
         rows = support_x.shape[1]
@@ -165,11 +165,11 @@ class SequenceLearner(EpisodicLearner):
         support_x: Tensor,
         support_y: Tensor,
         query_x: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Logits (S + Q, W) of one task."""
         outputs: Tensor = torch.func.functional_call(
-            net, params, (support_x, support_y, query_x, how)
+            net, params, (support_x, support_y, query_x, ctx)
         )
         return outputs
 
@@ -184,9 +184,9 @@ class _Sequence(nn.Module):
         self.ways = ways
 
     def forward(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, how: ForwardContext
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ctx: ForwardContext
     ) -> Tensor:
-        features = self.features(torch.cat([support_x, query_x]), how)
+        features = self.features(torch.cat([support_x, query_x]), ctx)
         classes = torch.arange(self.ways, device=support_y.device)
         labels = (support_y[:, None] == classes).to(features.dtype)
         rows = len(support_x)

@@ -18,7 +18,7 @@ from metarun.algorithms.memory.sequential import Reader, SequenceLearner
 
 
 class SNAIL(SequenceLearner):
-    """Attends to the labelled rows before a row, over features of its recent past.
+    """Attends to the labeled rows before a row, over features of its recent past.
 
     The network of section 5.1 and figure 3: attention (keys 64, values 32), a block of temporal
     convolutions, attention (256, 128), another block, attention (512, 256), and a linear layer.
@@ -26,7 +26,7 @@ class SNAIL(SequenceLearner):
     training sequence with its query (section 3; the replication has the natural logarithm).
 
     A row enters with its label, and a row that is asked about without one. The paper asks about
-    the last row alone, `judged=query`. With `judged=sequence` every row is asked about as if the
+    the last row alone, `loss_of=query`. With `loss_of=sequence` every row is asked about as if the
     sequence ended there: its answer is the paper's network's for the rows before it and itself.
 
     Args:
@@ -50,14 +50,14 @@ class SNAIL(SequenceLearner):
         self.filters = filters
         self._make(math.ceil(math.log2(length)))
 
-    def make_room(self, state: Mapping[str, Any]) -> None:
+    def match_shapes(self, state: Mapping[str, Any]) -> None:
         # A meta-test with other shots is of the network that was trained.
         taps = [name for name in state if name.endswith(".taps.weight")]
         if taps and len(taps) // 2 != self.depth:
             self._make(len(taps) // 2)
 
     def _make(self, depth: int) -> None:
-        """Make the network with blocks of so many dense blocks, and its optimiser."""
+        """Make the network with blocks of so many dense blocks, and its optimizer."""
         self.depth = depth
         features = self.build_network(None)
         size: int = features.feature_dim  # type: ignore[assignment]
@@ -83,13 +83,13 @@ class _Reader(Reader):
         self.answer = nn.Linear(channels + 256, ways)
 
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-        told = torch.cat([rows, labels], 1)
-        asked = torch.cat([rows, queries])
-        asked = torch.cat([asked, asked.new_zeros(len(asked), labels.shape[1])], 1)
-        place = torch.arange(len(asked), device=rows.device).clamp(max=len(rows))
+        labeled = torch.cat([rows, labels], 1)
+        unlabeled = torch.cat([rows, queries])
+        unlabeled = torch.cat([unlabeled, unlabeled.new_zeros(len(unlabeled), labels.shape[1])], 1)
+        place = torch.arange(len(unlabeled), device=rows.device).clamp(max=len(rows))
         for layer in self.layers:
-            told, asked = layer(told, asked, place)
-        logits: Tensor = self.answer(asked)
+            labeled, unlabeled = layer(labeled, unlabeled, place)
+        logits: Tensor = self.answer(unlabeled)
         return logits
 
 
@@ -107,10 +107,10 @@ class DenseBlock(nn.Module):
         self.dilation = dilation
         self.taps = nn.Linear(2 * channels, 2 * filters)
 
-    def forward(self, told: Tensor, asked: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, labeled: Tensor, unlabeled: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Map rows (S, C) and rows (A, C), each asked about after `place` of the former."""
-        past = torch.cat([told.new_zeros(self.dilation, told.shape[1]), told])
-        return self._join(past[: len(told)], told), self._join(past[place], asked)
+        past = torch.cat([labeled.new_zeros(self.dilation, labeled.shape[1]), labeled])
+        return self._join(past[: len(labeled)], labeled), self._join(past[place], unlabeled)
 
     def _join(self, past: Tensor, now: Tensor) -> Tensor:
         values, gates = self.taps(torch.cat([past, now], 1)).chunk(2, 1)
@@ -132,19 +132,19 @@ class Attention(nn.Module):
         self.key = nn.Linear(channels, keys)
         self.value = nn.Linear(channels, values)
 
-    def forward(self, told: Tensor, asked: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, labeled: Tensor, unlabeled: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """Map rows (S, C) and rows (A, C), each asked about after `place` of the former.
 
         A row sees those before it, and itself.
         """
-        keys, values = self.key(told), self.value(told)
-        places = torch.arange(len(told), device=told.device)
+        keys, values = self.key(labeled), self.value(labeled)
+        places = torch.arange(len(labeled), device=labeled.device)
         scale = keys.shape[1] ** -0.5
-        scores = scale * self.query(told) @ keys.T
+        scores = scale * self.query(labeled) @ keys.T
         seen = scores.masked_fill(places > places[:, None], -torch.inf).softmax(1) @ values
-        wanted = scale * self.query(asked)
+        wanted = scale * self.query(unlabeled)
         scores = (wanted @ keys.T).masked_fill(places >= place[:, None], -torch.inf)
-        own = (wanted * self.key(asked)).sum(1, keepdim=True)
+        own = (wanted * self.key(unlabeled)).sum(1, keepdim=True)
         weights = torch.cat([scores, own], 1).softmax(1)
-        read = weights[:, :-1] @ values + weights[:, -1:] * self.value(asked)
-        return torch.cat([told, seen], 1), torch.cat([asked, read], 1)
+        read = weights[:, :-1] @ values + weights[:, -1:] * self.value(unlabeled)
+        return torch.cat([labeled, seen], 1), torch.cat([unlabeled, read], 1)

@@ -74,10 +74,10 @@ class MatchingNet(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Log-probabilities (Q, W) of one task's queries."""
-        support, query = torch.func.functional_call(net, params, (support_x, query_x, how))
+        support, query = torch.func.functional_call(net, params, (support_x, query_x, ctx))
         similarity = nn.functional.normalize(query) @ nn.functional.normalize(support).T
         return class_log_probabilities(self.scale * similarity, support_y, ways)
 
@@ -95,9 +95,9 @@ class _Embedding(nn.Module):
         )
 
     def forward(
-        self, support_x: Tensor, query_x: Tensor, how: ForwardContext
+        self, support_x: Tensor, query_x: Tensor, ctx: ForwardContext
     ) -> tuple[Tensor, Tensor]:
-        features = self.features(torch.cat([support_x, query_x]), how)
+        features = self.features(torch.cat([support_x, query_x]), ctx)
         support, query = features[: len(support_x)], features[len(support_x) :]
         if self.context is None:
             return support, query

@@ -60,17 +60,17 @@ class ProtoNet(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
-        features = forward(net, params, torch.cat([support_x, query_x]), how)
+        features = forward(net, params, torch.cat([support_x, query_x]), ctx)
         return self._logits(features, support_y, ways)
 
     def _logits(self, features: Tensor, support_y: Tensor, ways: int) -> Tensor:
         """(Q, W) from the (S + Q, F) features of one task, support rows first."""
         num_support = support_y.shape[0]
         query = features[num_support:]
-        centres = prototypes(features[:num_support], support_y, ways)
+        centers = prototypes(features[:num_support], support_y, ways)
         if self.distance == "cosine":
-            similarity = nn.functional.normalize(query) @ nn.functional.normalize(centres).T
+            similarity = nn.functional.normalize(query) @ nn.functional.normalize(centers).T
             return self.scale * (similarity - 1.0)
-        return -self.scale * (query[:, None] - centres[None]).square().sum(-1)
+        return -self.scale * (query[:, None] - centers[None]).square().sum(-1)

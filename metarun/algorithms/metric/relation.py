@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
 from metarun.algorithms.common.episodic import EpisodicLearner
-from metarun.algorithms.functional import Params, above, under
+from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.algorithms.generative.metagan import Answer, MetaGAN
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
@@ -68,7 +68,7 @@ class RelationNet(EpisodicLearner):
         with torch.no_grad():
             shape = embedding(torch.zeros(2, *self.spec.input_shape)).shape[1:]
         self.net = _Relation(embedding, shape, hidden, padding)
-        self.net.apply(_initialise)
+        self.net.apply(_initialize)
         self.optimizer = self.build_optimizer()
 
     def answers(
@@ -79,11 +79,11 @@ class RelationNet(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Scores (Q, W) of one task's queries, before the sigmoid."""
         scores: Tensor = torch.func.functional_call(
-            net, params, (support_x, support_y, query_x, ways, how)
+            net, params, (support_x, support_y, query_x, ways, ctx)
         )
         return scores
 
@@ -125,11 +125,11 @@ class MetaGANRelation(MetaGAN, RelationNet):
         noise: Tensor,  # noqa: ARG002
         progress: Progress,  # noqa: ARG002
     ) -> Answer:
-        theta, ways = under("net.", params), self.spec.train_way
-        return lambda x, how: self.answers(net, theta, support_x, support_y, x, ways, how)
+        theta, ways = strip_prefix("net.", params), self.spec.train_way
+        return lambda x, ctx: self.answers(net, theta, support_x, support_y, x, ways, ctx)
 
     def limited(self, grads: Params) -> Params:
-        return above("net.", self.clipped(under("net.", grads)))
+        return add_prefix("net.", self.clipped(strip_prefix("net.", grads)))
 
 
 class _Relation(nn.Module):
@@ -141,17 +141,17 @@ class _Relation(nn.Module):
         self.relation = _Comparison(shape, hidden, padding)
 
     def forward(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, how: ForwardContext
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, ctx: ForwardContext
     ) -> Tensor:
         member = support_y[None] == torch.arange(ways, device=support_y.device)[:, None]
-        if how.rows is None:
-            support = self.embedding(support_x, how)
+        if ctx.rows is None:
+            support = self.embedding(support_x, ctx)
             # Last, so that the running statistics are those of the queries, as in the code.
-            maps = self.embedding(query_x, how)
+            maps = self.embedding(query_x, ctx)
         else:
             # The support rows are compared as well: their pairs are what g's statistics are of.
-            maps = self.embedding(torch.cat([support_x, query_x]), how)
-            support = maps[: how.rows]
+            maps = self.embedding(torch.cat([support_x, query_x]), ctx)
+            support = maps[: ctx.rows]
         classes = (member.to(maps.dtype) @ support.flatten(1)).unflatten(1, maps.shape[1:])
         pairs = torch.cat(
             [
@@ -160,9 +160,9 @@ class _Relation(nn.Module):
             ],
             2,
         )
-        seen = None if how.rows is None else how.rows * ways
-        scores: Tensor = self.relation(pairs.flatten(0, 1), replace(how, rows=seen))
-        return scores.view(len(maps), ways)[how.rows or 0 :]
+        seen = None if ctx.rows is None else ctx.rows * ways
+        scores: Tensor = self.relation(pairs.flatten(0, 1), replace(ctx, rows=seen))
+        return scores.view(len(maps), ways)[ctx.rows or 0 :]
 
 
 class _Comparison(nn.Module):
@@ -185,9 +185,9 @@ class _Comparison(nn.Module):
         self.hidden = nn.Linear(channels * sides[0] * sides[1], hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = torch.relu(conv_and_norm(conv, norm, x, how, pool=True))
+            x = torch.relu(conv_and_norm(conv, norm, x, ctx, pool=True))
         scores: Tensor = self.score(torch.relu(self.hidden(x.flatten(1))))
         return scores
 
@@ -198,7 +198,7 @@ def _norm(grads: Params, module: str) -> Tensor:
     return norm
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """The weights that the code starts from, in f and in g."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")

@@ -80,7 +80,7 @@ class CAVIA(Algorithm):
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            inner = ForwardContext(noise=noise, twice=not first_order)
+            inner = ForwardContext(noise=noise, double_backward=not first_order)
             adapted = sgd_adapt(
                 self._support_loss(net, params, support_x, support_y, inner),
                 self._start(support_x),
@@ -88,8 +88,8 @@ class CAVIA(Algorithm):
                 steps=self.inner_steps,
                 first_order=first_order,
             )
-            how = ForwardContext(moments=moments, noise=noise, context=adapted["context"])
-            outputs = forward(net, params, query_x, how)
+            ctx = ForwardContext(moments=moments, noise=noise, context=adapted["context"])
+            outputs = forward(net, params, query_x, ctx)
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs, moments)
 
@@ -109,7 +109,7 @@ class CAVIA(Algorithm):
             return self.answer(net, params, rows[0], rows[2], context), context
 
         rows = (support_x, support_y, query_x)
-        outputs, contexts = self.settled_engine().map(
+        outputs, contexts = self.resolved_engine().map(
             task, self.net, own_parameters(self.net), rows
         )
         return Prediction(outputs, embedding=contexts)
@@ -134,16 +134,16 @@ class CAVIA(Algorithm):
         return {"context": like.new_zeros(self.num_context)}
 
     def _support_loss(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, how: ForwardContext
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ctx: ForwardContext
     ) -> Loss:
         def loss(phi: Params) -> Tensor:
-            return self.loss(forward(net, params, x, replace(how, context=phi["context"])), y)
+            return self.loss(forward(net, params, x, replace(ctx, context=phi["context"])), y)
 
         return loss
 
     def _gradients(self, task: TaskFunction, rows: tuple[Tensor, ...]) -> tuple[Params, Any]:
         """Mean over tasks of the gradients, cut task by task, and what is beside the losses."""
-        engine, params, clip = self.settled_engine(), own_parameters(self.net), self.task_clip
+        engine, params, clip = self.resolved_engine(), own_parameters(self.net), self.task_clip
         if clip is None:
             return engine.gradients(task, self.net, params, rows)
 

@@ -104,22 +104,22 @@ class IMAML(AdaptingLearner):
         def task(net: nn.Module, theta: Params, *rows: Tensor) -> Any:
             support_x, support_y, query_x, query_y, noise = rows
 
-            def support_loss(params: Params, *, twice: bool = False) -> Tensor:
-                how = ForwardContext(noise=noise, twice=twice)
-                return self.loss(forward(net, params, support_x, how), support_y)
+            def support_loss(params: Params, *, double_backward: bool = False) -> Tensor:
+                ctx = ForwardContext(noise=noise, double_backward=double_backward)
+                return self.loss(forward(net, params, support_x, ctx), support_y)
 
             def query_loss(params: Params) -> tuple[Tensor, Any]:
                 moments: dict[str, tuple[Tensor, Tensor]] = {}
-                how = ForwardContext(moments=moments, noise=noise)
-                outputs = forward(net, params, query_x, how)
+                ctx = ForwardContext(moments=moments, noise=noise)
+                outputs = forward(net, params, query_x, ctx)
                 loss = self.loss(outputs, query_y)
                 return loss, (loss, outputs, moments)
 
             phi = self._solve(support_loss, theta)
             grads, extras = torch.func.grad(query_loss, has_aux=True)(phi)
-            return self._implicit(partial(support_loss, twice=True), phi, grads), extras
+            return self._implicit(partial(support_loss, double_backward=True), phi, grads), extras
 
-        grads, (losses, outputs, moments) = self.settled_engine().map(
+        grads, (losses, outputs, moments) = self.resolved_engine().map(
             task, self.net, own_parameters(self.net), self.training_rows(batch, progress)
         )
         self.optimizer.step({f"net.{name}": g.mean(0) for name, g in grads.items()}, progress)
@@ -203,10 +203,10 @@ def conjugate_gradients(
 
 def _with_proximal(loss: Loss, start: Params, lam: float) -> Loss:
     """A loss plus lam / 2 times the squared distance to where adaptation starts."""
-    centre = {name: param.detach() for name, param in start.items()}
+    center = {name: param.detach() for name, param in start.items()}
 
     def objective(params: Params) -> Tensor:
-        distances = [(params[n] - centre[n]).square().sum() for n in params]
+        distances = [(params[n] - center[n]).square().sum() for n in params]
         return loss(params) + 0.5 * lam * torch.stack(distances).sum()
 
     return objective

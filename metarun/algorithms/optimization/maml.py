@@ -25,23 +25,23 @@ from metarun.algorithms.functional import (
     is_first_order,
     sgd_adapt,
     sgd_path,
-    under,
+    strip_prefix,
     with_gradient,
 )
 from metarun.algorithms.generative.metagan import Answer, MetaGAN, taken_for_made, taken_for_real
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Progress, TaskBatch
-from metarun.execution.engine import Staged
+from metarun.execution.engine import TwoStageTask
 
 Adapted = Literal["all", "head", "body"]
 Rates = Literal["fixed", "tensor", "element"]
 
 
 class MAML(AdaptingLearner):
-    """Learns an initialisation from which a few gradient steps solve a task.
+    """Learns an initialization from which a few gradient steps solve a task.
 
-    Minimises sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
+    Minimizes sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
     al. 2017, eq. 1). The loss is that after the last inner step, as in the official code.
 
     The official code's inner classification loss is a sum over the W classes where ours is a
@@ -114,31 +114,31 @@ class MAML(AdaptingLearner):
         ) -> Params:
             support_x, support_y, noise = rows
             theta, rates = self._split(params)
-            how = ForwardContext(noise=noise, twice=not first_order)
-            loss = self._support_loss(net, theta, support_x, support_y, how)
+            ctx = ForwardContext(noise=noise, double_backward=not first_order)
+            loss = self._support_loss(net, theta, support_x, support_y, ctx)
             return self._after(loss, weights, rates, first_order, steps)
 
         def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
             return after(net, start(params), params, *rows, steps=self.inner_steps)
 
-        def judged(
+        def query_loss(
             net: nn.Module, params: Params, weights: Params, *rows: Tensor
         ) -> tuple[Tensor, Any]:
             _, _, query_x, query_y, noise = rows
             theta, _ = self._split(params)
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            how = ForwardContext(moments=moments, noise=noise)
-            outputs = forward(net, {**theta, **weights}, query_x, how)
+            ctx = ForwardContext(moments=moments, noise=noise)
+            outputs = forward(net, {**theta, **weights}, query_x, ctx)
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs, moments)
 
-        task = Staged(adapted, judged, reads=(0, 1, 4))
+        task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
 
         def recomputed(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             grads, extras = gradient_backwards(
                 start,
-                lambda weights, params: after(net, weights, params, *task.picked(rows)),
-                lambda weights, params: judged(net, params, weights, *rows),
+                lambda weights, params: after(net, weights, params, *task.support_rows(rows)),
+                lambda weights, params: query_loss(net, params, weights, *rows),
                 params,
                 steps=self.inner_steps,
             )
@@ -146,7 +146,7 @@ class MAML(AdaptingLearner):
 
         rows = self.training_rows(batch, progress)
         params: Params = {**self.optimizer.targets}
-        grads, (losses, outputs, moments) = self.settled_engine().gradients(
+        grads, (losses, outputs, moments) = self.resolved_engine().gradients(
             recomputed if self.recompute and not first_order else task,
             self.net,
             params,
@@ -179,17 +179,17 @@ class MAML(AdaptingLearner):
         return [theta, *({**theta, **adapted} for adapted in path)]
 
     def _support_loss(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, how: ForwardContext
+        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, ctx: ForwardContext
     ) -> Loss:
         def loss(adapted: Params) -> Tensor:
-            return self.loss(forward(net, {**theta, **adapted}, x, how), y)
+            return self.loss(forward(net, {**theta, **adapted}, x, ctx), y)
 
         return loss
 
     def _split(self, params: Params) -> tuple[Params, float | Params]:
         """The network's parameters and the inner rates, from all that is meta-learned."""
-        theta = under("net.", params)
-        rates = under("rates.", params)
+        theta = strip_prefix("net.", params)
+        rates = strip_prefix("rates.", params)
         return theta, self._rates(rates)
 
     def _rates(self, learned: Params) -> float | Params:
@@ -234,11 +234,11 @@ class MetaGANMAML(MetaGAN, MAML):
     ) -> Answer:
         theta, rates = self._split(params)
         first_order = is_first_order(self.second_order_from, progress)
-        how = ForwardContext(noise=noise, twice=not first_order)
-        loss = self._support_loss(net, theta, support_x, support_y, how, made)
+        ctx = ForwardContext(noise=noise, double_backward=not first_order)
+        loss = self._support_loss(net, theta, support_x, support_y, ctx, made)
         start = self._start(theta)
         weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
-        return lambda x, how: forward(net, weights, x, how)
+        return lambda x, ctx: forward(net, weights, x, ctx)
 
     def _support_loss(
         self,
@@ -246,20 +246,20 @@ class MetaGANMAML(MetaGAN, MAML):
         theta: Params,
         x: Tensor,
         y: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
         made: Tensor | None = None,
     ) -> Loss:
         """Inner loss over real and made rows; at evaluation those are made here."""
         if not self.inner_fakes:
-            return super()._support_loss(net, theta, x, y, how)
+            return super()._support_loss(net, theta, x, y, ctx)
         rows = self.made_at_evaluation(x) if made is None else made
 
         def loss(adapted: Params) -> Tensor:
             weights = {**theta, **adapted}
-            outputs = forward(net, weights, x, how)
-            of_made = forward(net, weights, rows, how)
-            told = taken_for_real(outputs) + taken_for_made(of_made)
-            return self.class_loss(outputs, y) + self.weight * told
+            outputs = forward(net, weights, x, ctx)
+            of_made = forward(net, weights, rows, ctx)
+            source_loss = taken_for_real(outputs) + taken_for_made(of_made)
+            return self.class_loss(outputs, y) + self.weight * source_loss
 
         return loss
 

@@ -17,19 +17,19 @@ from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import (
     Params,
-    above,
+    add_prefix,
     check_inner_loop,
     descend,
     dict_key,
     gradient_and_extras,
     is_first_order,
-    under,
+    strip_prefix,
 )
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import BatchNorm, norm_parameters
 from metarun.core.types import Metrics, Progress, TaskBatch
-from metarun.execution.engine import Staged, TaskFunction
+from metarun.execution.engine import TaskFunction, TwoStageTask
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
@@ -47,7 +47,7 @@ class MAMLpp(AdaptingLearner):
     - A cosine schedule of the outer rate, which is `optim.schedule`.
 
     Beyond the training's number of steps the last step's rates and rows go on; the code has an
-    untrained spare rate for one further step, and no rows. Like the code, training normalises
+    untrained spare rate for one further step, and no rows. Like the code, training normalizes
     by the statistics of the pass, so that statistics kept for each step matter only with
     `bn=running`; the code never reads them.
 
@@ -115,19 +115,23 @@ class MAMLpp(AdaptingLearner):
         counts = [share > 0.0 for share in shares]
 
         def adapted(net: nn.Module, params: Params, x: Tensor, y: Tensor, noise: Tensor) -> Params:
-            how = ForwardContext(noise=noise, twice=not first_order)
+            ctx = ForwardContext(noise=noise, double_backward=not first_order)
             path = self._descent(
-                net, params, x, y, how, steps=self.inner_steps, first_order=first_order
+                net, params, x, y, ctx, steps=self.inner_steps, first_order=first_order
             )
             made: Params = {}
             for step, (theta, moments) in enumerate(path):
                 if counts[step]:
-                    made |= above(f"{step} ", {name: theta[name] for name in self.adapted})
-                made |= above(f"{step} mean ", {name: mean for name, (mean, _) in moments.items()})
-                made |= above(f"{step} var ", {name: var for name, (_, var) in moments.items()})
+                    made |= add_prefix(f"{step} ", {name: theta[name] for name in self.adapted})
+                made |= add_prefix(
+                    f"{step} mean ", {name: mean for name, (mean, _) in moments.items()}
+                )
+                made |= add_prefix(
+                    f"{step} var ", {name: var for name, (_, var) in moments.items()}
+                )
             return made
 
-        def judged(
+        def query_loss(
             net: nn.Module, params: Params, made: Params, *rows: Tensor
         ) -> tuple[Tensor, Any]:
             _, _, query_x, query_y, noise, weights = rows
@@ -135,7 +139,10 @@ class MAMLpp(AdaptingLearner):
             loss = query_x.new_zeros(())
             seen: list[list[Moments]] = []
             for step in range(self.inner_steps):
-                means, variances = under(f"{step} mean ", made), under(f"{step} var ", made)
+                means, variances = (
+                    strip_prefix(f"{step} mean ", made),
+                    strip_prefix(f"{step} var ", made),
+                )
                 seen.append([{name: (means[name], variances[name]) for name in means}])
                 if counts[step]:
                     moments: Moments = {}
@@ -151,8 +158,8 @@ class MAMLpp(AdaptingLearner):
 
         weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
         rows = (*self.training_rows(batch, progress), weights)
-        grads, (losses, outputs, moments) = self.settled_engine().gradients(
-            Staged(adapted, judged, reads=(0, 1, 4)),
+        grads, (losses, outputs, moments) = self.resolved_engine().gradients(
+            TwoStageTask(adapted, query_loss, reads=(0, 1, 4)),
             self.net,
             {**self.optimizer.targets},
             rows,
@@ -166,13 +173,13 @@ class MAMLpp(AdaptingLearner):
     def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
         """As in `Algorithm`, of all that is meta-learned."""
         params: Params = {**self.optimizer.targets}
-        outputs: Tensor = self.settled_engine().map(task, self.net, params, rows, key=key)
+        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
         return outputs
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """What the network reads before and after each inner step at evaluation."""
-        how = ForwardContext(running=self.bn == "running")
-        descent = self._descent(net, theta, x, y, how, steps=steps, first_order=True)
+        ctx = ForwardContext(running=self.bn == "running")
+        descent = self._descent(net, theta, x, y, ctx, steps=steps, first_order=True)
         start = self._at(net, _split(theta)[0], 0)
         return [start, *(self._at(net, weights, step) for step, (weights, _) in enumerate(descent))]
 
@@ -182,7 +189,7 @@ class MAMLpp(AdaptingLearner):
         params: Params,
         x: Tensor,
         y: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
         *,
         steps: int,
         first_order: bool,
@@ -191,7 +198,7 @@ class MAMLpp(AdaptingLearner):
         theta, rates = _split(params)
         adapted = {name: theta[name] for name in self.adapted}
         for step in range(steps):
-            loss = partial(self._support_loss, net, theta, x, y, how, step)
+            loss = partial(self._support_loss, net, theta, x, y, ctx, step)
             grads, moments = gradient_and_extras(loss, adapted, first_order=first_order)
             adapted = descend(adapted, grads, lr=self._rates_at(rates, step))
             yield {**theta, **adapted}, moments
@@ -202,13 +209,13 @@ class MAMLpp(AdaptingLearner):
         theta: Params,
         x: Tensor,
         y: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
         step: int,
         adapted: Params,
     ) -> tuple[Tensor, Moments]:
         moments: Moments = {}
         now = self._at(net, {**theta, **adapted}, step)
-        return self.loss(forward(net, now, x, replace(how, moments=moments)), y), moments
+        return self.loss(forward(net, now, x, replace(ctx, moments=moments)), y), moments
 
     def _at(self, net: nn.Module, theta: Params, step: int) -> Params:
         """What the network reads at an inner step: that step's row of all that has rows."""
@@ -261,6 +268,6 @@ def _stack_moments(seen: list[list[Moments]]) -> Moments:
 
 def _split(params: Params) -> tuple[Params, Params]:
     """The network's parameters and the learned rates, from all that is meta-learned."""
-    theta = under("net.", params)
-    rates = under("rates.", params)
+    theta = strip_prefix("net.", params)
+    rates = strip_prefix("rates.", params)
     return theta, rates

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
-from metarun.algorithms.functional import Params, flatten, under, unflatten
+from metarun.algorithms.functional import Params, flatten, strip_prefix, unflatten
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import BatchNorm
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
@@ -103,8 +103,8 @@ class MetaLSTM(Algorithm):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
-            theta = under("net.", params)
-            rule = under("rule.", params)
+            theta = strip_prefix("net.", params)
+            rule = strip_prefix("rule.", params)
             state = self._begin(net, theta)
             for _ in range(self.inner_steps):
                 state = self._step(net, rule, state, support_x, support_y, noise)
@@ -114,7 +114,7 @@ class MetaLSTM(Algorithm):
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs)
 
-        grads, (losses, outputs) = self.settled_engine().gradients(
+        grads, (losses, outputs) = self.resolved_engine().gradients(
             task, self.net, {**self.optimizer.targets}, self.training_rows(batch, progress)
         )
         self.optimizer.step(grads, progress)
@@ -171,8 +171,8 @@ class MetaLSTM(Algorithm):
 
         def loss(theta: Tensor) -> tuple[Tensor, Any]:
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            how = ForwardContext(moments=moments, noise=noise)
-            return self.loss(forward(net, unflatten(theta, shapes), x, how), y), moments
+            ctx = ForwardContext(moments=moments, noise=noise)
+            return self.loss(forward(net, unflatten(theta, shapes), x, ctx), y), moments
 
         constant = state.theta.detach()
         slope, (value, moments) = torch.func.grad_and_value(loss, has_aux=True)(constant)

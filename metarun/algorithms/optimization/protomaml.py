@@ -23,7 +23,7 @@ from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import norm_parameters
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
-from metarun.execution.engine import Staged
+from metarun.execution.engine import TwoStageTask
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
@@ -81,16 +81,16 @@ class ProtoMAML(Algorithm):
 
         def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
             x, y, noise = rows
-            how = ForwardContext(noise=noise, twice=not first_order)
+            ctx = ForwardContext(noise=noise, double_backward=not first_order)
             return sgd_adapt(
-                self._support_loss(net, params, x, y, how),
-                self._start(net, params, x, y, ways, how),
+                self._support_loss(net, params, x, y, ctx),
+                self._start(net, params, x, y, ways, ctx),
                 lr=self.inner_lr,
                 steps=self.inner_steps,
                 first_order=first_order,
             )
 
-        def judged(
+        def query_loss(
             net: nn.Module, params: Params, weights: Params, *rows: Tensor
         ) -> tuple[Tensor, Any]:
             support_x, _, query_x, query_y, noise = rows
@@ -101,9 +101,9 @@ class ProtoMAML(Algorithm):
             loss = self.loss(logits, query_y)
             return loss, (loss, task_metric(self.spec, logits, query_y), moments)
 
-        task = Staged(adapted, judged, reads=(0, 1, 4))
+        task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
         rows = self.training_rows(batch, progress)
-        grads, (losses, scores, moments) = self.settled_engine().gradients(
+        grads, (losses, scores, moments) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
@@ -120,7 +120,7 @@ class ProtoMAML(Algorithm):
         def answers(net: nn.Module, _: Params, weights: Params, *rows: Tensor) -> Tensor:
             return _head(weights, self.answer(net, _body(weights), rows[0], rows[2]))
 
-        task = Staged(adapted, answers, reads=(0, 1))
+        task = TwoStageTask(adapted, answers, reads=(0, 1))
         return Prediction(self.map_tasks(task, support_x, support_y, query_x))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
@@ -138,28 +138,28 @@ class ProtoMAML(Algorithm):
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, steps: int
     ) -> list[Params]:
         """Body and head after 0 ... `steps` inner steps at evaluation."""
-        how = ForwardContext(running=self.bn == "running")
-        loss = self._support_loss(net, params, x, y, how)
-        start = self._start(net, params, x, y, ways, how)
+        ctx = ForwardContext(running=self.bn == "running")
+        loss = self._support_loss(net, params, x, y, ctx)
+        start = self._start(net, params, x, y, ways, ctx)
         path = sgd_path(loss, start, lr=self.inner_lr, steps=steps, first_order=True)
         return [{**params, **adapted} for adapted in (start, *path)]
 
     def _start(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, how: ForwardContext
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, ctx: ForwardContext
     ) -> Params:
         """What adapts, where it begins: the body as it is, the head from the prototypes."""
-        centres = prototypes(forward(net, params, x, how), y, ways)
+        centers = prototypes(forward(net, params, x, ctx), y, ways)
         start = {name: param for name, param in params.items() if name not in self.constant}
-        start["head.weight"] = 2.0 * centres
-        start["head.bias"] = -centres.square().sum(1)
+        start["head.weight"] = 2.0 * centers
+        start["head.bias"] = -centers.square().sum(1)
         return start
 
     def _support_loss(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, how: ForwardContext
+        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ctx: ForwardContext
     ) -> Any:
         def loss(adapted: Params) -> Tensor:
             theta = {**params, **adapted}
-            return self.loss(_head(theta, forward(net, _body(theta), x, how)), y)
+            return self.loss(_head(theta, forward(net, _body(theta), x, ctx)), y)
 
         return loss
 
@@ -176,8 +176,8 @@ class ProtoMAML(Algorithm):
         if self.bn != "support":
             return forward(net, _body(theta), query_x, ForwardContext(moments=moments, noise=noise))
         num_support = support_x.shape[0]
-        how = ForwardContext(rows=num_support, moments=moments, noise=noise)
-        return forward(net, _body(theta), torch.cat([support_x, query_x]), how)[num_support:]
+        ctx = ForwardContext(rows=num_support, moments=moments, noise=noise)
+        return forward(net, _body(theta), torch.cat([support_x, query_x]), ctx)[num_support:]
 
 
 def _head(theta: Params, features: Tensor) -> Tensor:

@@ -83,14 +83,14 @@ class R2D2(EpisodicLearner):
         support_y: Tensor,
         query_x: Tensor,
         ways: int,
-        how: ForwardContext,
+        ctx: ForwardContext,
     ) -> Tensor:
         """Adjusted predictions (Q, W) or (Q, D) of one task's queries."""
         targets = support_y
         if self.spec.kind == "classification":
             targets = support_y[:, None] == torch.arange(ways, device=support_y.device)
         outputs: Tensor = torch.func.functional_call(
-            net, params, (support_x, targets.to(support_x.dtype), query_x, how)
+            net, params, (support_x, targets.to(support_x.dtype), query_x, ctx)
         )
         return outputs
 
@@ -122,9 +122,9 @@ class _RidgeNet(nn.Module):
         self.lambda_per_row = lambda_per_row
 
     def forward(
-        self, support_x: Tensor, targets: Tensor, query_x: Tensor, how: ForwardContext
+        self, support_x: Tensor, targets: Tensor, query_x: Tensor, ctx: ForwardContext
     ) -> Tensor:
-        features = self.features(torch.cat([support_x, query_x]), how)
+        features = self.features(torch.cat([support_x, query_x]), ctx)
         features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
         support, query = features[: len(support_x)], features[len(support_x) :]
         penalty = self.log_lambda.exp()
@@ -134,7 +134,7 @@ class _RidgeNet(nn.Module):
 
 
 def ridge(x: Tensor, y: Tensor, penalty: Tensor, solver: Solver = "auto") -> Tensor:
-    """Weights (F, D) that minimise |x w - y|^2 + penalty |w|^2, differentiable in all three.
+    """Weights (F, D) that minimize |x w - y|^2 + penalty |w|^2, differentiable in all three.
 
     Args:
         x: (S, F).
@@ -148,6 +148,6 @@ def ridge(x: Tensor, y: Tensor, penalty: Tensor, solver: Solver = "auto") -> Ten
     dual = solver == "dual"
     gram, right = (x @ x.T, y) if dual else (x.T @ x, x.T @ y)
     system = gram + penalty * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    # Not solve, whose check waits for a GPU: what is not finite is found by the outer optimiser.
+    # Not solve, whose check waits for a GPU: what is not finite is found by the outer optimizer.
     solution: Tensor = torch.linalg.solve_ex(system, right).result
     return x.T @ solution if dual else solution

@@ -17,7 +17,7 @@ from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import seeding
-from metarun.core.distributed import gathered
+from metarun.core.distributed import gather_rows
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -25,9 +25,9 @@ Inner = Literal["adam", "sgd"]
 
 
 class Reptile(AdaptingLearner):
-    """Moves the initialisation towards the weights that each task's training ends with.
+    """Moves the initialization towards the weights that each task's training ends with.
 
-    theta <- theta + epsilon * mean_i (U_i(theta) - theta) (Algorithm 2): the outer optimiser is
+    theta <- theta + epsilon * mean_i (U_i(theta) - theta) (Algorithm 2): the outer optimizer is
     SGD with rate epsilon on the gradient theta - mean_i U_i(theta), so `optim.lr=1` with a
     linear schedule is the code's step. A task is trained on *all* of its rows (support and,
     where there are any, query) in shuffled mini-batches.
@@ -133,7 +133,7 @@ class Reptile(AdaptingLearner):
             name: [torch.stack([moments[name][i] for moments in seen]) for i in range(2)]
             for name in seen[0]
         }
-        whole = {n: [gathered(part, progress.share) for part in s] for n, s in stacked.items()}
+        whole = {n: [gather_rows(part, progress.share) for part in s] for n, s in stacked.items()}
         for moments in zip(*(zip(*pair, strict=True) for pair in whole.values()), strict=True):
             move_running_statistics(self.net, dict(zip(whole, moments, strict=True)))
 

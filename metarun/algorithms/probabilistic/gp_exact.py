@@ -26,7 +26,7 @@ class ExactGP(Algorithm):
     Where the lengthscale and the scale of `data=gp` are numbers, it is the posterior of the
     process that the curves are drawn from: the best possible mean and spread. Where they are
     ranges, as they are of data without a kernel, they are fitted to each support set by maximum
-    likelihood within them. It has no parameters, ignores backbone and optimiser, and an update
+    likelihood within them. It has no parameters, ignores backbone and optimizer, and an update
     changes nothing: one is enough (`train.steps=1`).
 
     Args:

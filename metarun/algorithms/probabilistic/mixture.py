@@ -1,4 +1,4 @@
-"""Mixtures of initialisations, fitted by expectation-maximisation over tasks (Jerfel et al. 2019).
+"""Mixtures of initializations, fitted by expectation-maximization over tasks (Jerfel et al. 2019).
 
 There is no official code. Shapes: T tasks, S support rows, Q query rows, D outputs, K components.
 """
@@ -18,11 +18,11 @@ from metarun.algorithms.functional import (
     is_first_order,
     sgd_adapt,
     sgd_path,
-    under,
+    strip_prefix,
 )
 from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.distributed import gathered
+from metarun.core.distributed import gather_rows
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
 Assignment = Literal["soft", "hard"]
@@ -35,12 +35,12 @@ _BALANCE = 0.02
 
 
 class Mixture(Algorithm):
-    """K initialisations, of which each task is learned from the one that fits it.
+    """K initializations, of which each task is learned from the one that fits it.
 
-    The E-step adapts every initialisation to a task's support by gradient steps and takes the
+    The E-step adapts every initialization to a task's support by gradient steps and takes the
     support loss L_k after them for minus a log-likelihood: with the sum over rows S L_k, the
     responsibilities are softmax_k(log pi_k - S L_k / temperature) (Jerfel et al. 2019, section
-    3.2). `assign=hard` gives all to the greatest. The M-step is a step of the outer optimiser on
+    3.2). `assign=hard` gives all to the greatest. The M-step is a step of the outer optimizer on
     sum_k gamma_k L_k(query), in which the responsibilities gamma are constants. With one
     component it is MAML.
 
@@ -182,14 +182,14 @@ class Mixture(Algorithm):
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise, prior, warmth = rows
-            inner = ForwardContext(noise=noise, twice=not first_order)
+            inner = ForwardContext(noise=noise, double_backward=not first_order)
             fits, losses, answers, moments = [], [], [], []
             for number, net in enumerate(nets):
                 seen: dict[str, tuple[Tensor, Tensor]] = {}
                 loss = self._support_loss(net, support_x, support_y, inner)
                 weights = sgd_adapt(
                     loss,
-                    under(f"{number}.", params),
+                    strip_prefix(f"{number}.", params),
                     lr=self.inner_lr,
                     steps=self.inner_steps,
                     first_order=first_order,
@@ -209,13 +209,13 @@ class Mixture(Algorithm):
             *self.training_rows(batch, progress),
             *self._beliefs(batch.num_tasks, heat, opening=True),
         )
-        grads, (losses, outputs, shares, moments) = self.settled_engine().gradients(
+        grads, (losses, outputs, shares, moments) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         for number, seen in enumerate(moments):
             update_running_statistics(self.net[number], seen)
-        shares = gathered(shares, progress.share)
+        shares = gather_rows(shares, progress.share)
         self._seat(shares)
         self.temperature.copy_(heat)
         score = task_metric(self.spec, outputs, batch.query_y)
@@ -238,7 +238,7 @@ class Mixture(Algorithm):
             return self._along(nets, params, *rows, steps=steps, every=False)[-1]
 
         beliefs = self._beliefs(len(query_x), self.temperature, opening=False)
-        outputs, shares = self.settled_engine().map(
+        outputs, shares = self.resolved_engine().map(
             task,
             self.net,
             own_parameters(self.net),
@@ -270,11 +270,11 @@ class Mixture(Algorithm):
         every: bool,
     ) -> list[tuple[Tensor, Tensor]]:
         """Answers (Q, D) and responsibilities (K,) after all inner steps, or after every one."""
-        how = ForwardContext(running=self.bn == "running")
+        ctx = ForwardContext(running=self.bn == "running")
         fits, answers = [], []
         for number, net in enumerate(nets):
-            theta = under(f"{number}.", params)
-            loss = self._support_loss(net, support_x, support_y, how)
+            theta = strip_prefix(f"{number}.", params)
+            loss = self._support_loss(net, support_x, support_y, ctx)
             path = [theta, *sgd_path(loss, theta, lr=self.inner_lr, steps=steps, first_order=True)]
             visited = path if every else path[-1:]
             fits.append(torch.stack([loss(weights) for weights in visited]))
@@ -285,9 +285,9 @@ class Mixture(Algorithm):
         by_step = torch.stack(answers, 1)
         return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
 
-    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, how: ForwardContext) -> Loss:
+    def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, ctx: ForwardContext) -> Loss:
         def loss(weights: Params) -> Tensor:
-            return self.loss(forward(net, weights, x, how), y)
+            return self.loss(forward(net, weights, x, ctx), y)
 
         return loss
 

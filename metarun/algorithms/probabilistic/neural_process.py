@@ -154,7 +154,7 @@ class NeuralProcess(Algorithm):
             unseen = slice(size if size < len(y) else 0, None)
             return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]))
 
-        grads, (losses, scores) = self.settled_engine().gradients(
+        grads, (losses, scores) = self.resolved_engine().gradients(
             task,
             self.net,
             own_parameters(self.net),

@@ -146,8 +146,8 @@ def _folds(labels: NDArray[Any] | None, rows: int, folds: int) -> NDArray[np.int
 
 def _scaled(x: Array, rows: NDArray[np.int64]) -> Array:
     mean, deviation = x[rows].mean(0), x[rows].std(0)
-    centred: Array = x - mean
-    return centred / np.where(deviation > 1e-12, deviation, 1.0)
+    centered: Array = x - mean
+    return centered / np.where(deviation > 1e-12, deviation, 1.0)
 
 
 Maker = Callable[[Array, Array, Array], Array]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.distributed import gathered, local_size
+from metarun.core.distributed import gather_rows, local_size
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.runs.folder import RunFolder
 
@@ -80,8 +80,8 @@ class Selector(Algorithm):
     accepts_any_way: ClassVar[bool] = True
     label_equivariant: ClassVar[bool] = True
 
-    told_mean: Tensor
-    told_variance: Tensor
+    evidence_mean: Tensor
+    evidence_variance: Tensor
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class Selector(Algorithm):
         self.net = nn.Identity() if features is None else self._trained(Path(features))
         seen = _PERFORMANCES + _TASK_FEATURES + len(self.learners)
         # Of what the LSTM is told, which it sees scaled.
-        self.register_buffer("told_mean", torch.zeros(seen))
-        self.register_buffer("told_variance", torch.ones(seen))
+        self.register_buffer("evidence_mean", torch.zeros(seen))
+        self.register_buffer("evidence_variance", torch.ones(seen))
         self.lstm = nn.LSTM(seen, hidden, batch_first=True)
         self.score = nn.Linear(hidden, len(self.learners))
         # At first all are as good.
@@ -135,8 +135,8 @@ class Selector(Algorithm):
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         held_out, answers, rows = self.studied(batch.support_x, batch.support_y, batch.query_x)
-        told = self.told(held_out, rows, batch.support_y)
-        scores = self.scores(told)
+        evidence = self.evidence(held_out, rows, batch.support_y)
+        scores = self.scores(evidence)
         if self.choice == "weigh":
             mixed = _mixed(scores, answers)
             loss = _losses(self.spec.kind, mixed[:, None], batch.query_y).mean()
@@ -150,9 +150,9 @@ class Selector(Algorithm):
         names, params = zip(*self._learned(), strict=True)
         grads = torch.autograd.grad(loss, params)
         self.optimizer.step(dict(zip(names, grads, strict=True)), progress)
-        told = gathered(told, progress.share)
+        evidence = gather_rows(evidence, progress.share)
         nn.functional.batch_norm(
-            told.flatten(0, 1), self.told_mean, self.told_variance, training=True
+            evidence.flatten(0, 1), self.evidence_mean, self.evidence_variance, training=True
         )
         return {"loss": loss.detach(), self.spec.metric: score}
 
@@ -166,27 +166,29 @@ class Selector(Algorithm):
         The embedding of a task are the scores.
         """
         held_out, answers, rows = self.studied(support_x, support_y, query_x)
-        scores = self.scores(self.told(held_out, rows, support_y))
+        scores = self.scores(self.evidence(held_out, rows, support_y))
         mixed = (_mixed if self.choice == "weigh" else _picked)(scores, answers)
         strategies = {name: answers[:, number] for number, name in enumerate(self.learners)}
-        rivals = {
+        alternatives = {
             "committee": answers.mean(1),
             "cv_winner": _picked(self.validated(held_out, support_y), answers),
         }
         outputs = mixed.log() if self.spec.kind == "classification" else mixed
-        return Prediction(outputs, embedding=scores, strategies=strategies, rivals=rivals)
+        return Prediction(
+            outputs, embedding=scores, strategies=strategies, alternatives=alternatives
+        )
 
-    def scores(self, told: Tensor) -> Tensor:
-        """(T, B) of the base-learners, by what the LSTM is `told`."""
+    def scores(self, evidence: Tensor) -> Tensor:
+        """(T, B) of the base-learners, by what the LSTM is `evidence`."""
         # What never varies in training, as the number of rows, is not blown up where it does.
         flat = nn.functional.batch_norm(
-            told.flatten(0, 1), self.told_mean, self.told_variance, eps=_LEAST_VARIANCE
+            evidence.flatten(0, 1), self.evidence_mean, self.evidence_variance, eps=_LEAST_VARIANCE
         )
-        steps, _ = self.lstm(flat.unflatten(0, told.shape[:2]))
+        steps, _ = self.lstm(flat.unflatten(0, evidence.shape[:2]))
         scores: Tensor = self.score(steps[:, -1])
         return scores
 
-    def told(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+    def evidence(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """(T, B, K) what the LSTM is told: of each base-learner, of the task, and which it is.
 
         Args:
@@ -203,20 +205,22 @@ class Selector(Algorithm):
     def validated(self, held_out: Tensor, labels: Tensor) -> Tensor:
         """(T, B) by which cross-validation chooses: the metric, and the loss where that is tied."""
         # In float64, or ties of accuracies would round away the loss.
-        right, losses = self._judged(held_out.double(), labels)
+        right, losses = self._correct_and_losses(held_out.double(), labels)
         return right.mean(2) - 1e-6 * losses.mean(2)
 
     def performances(self, held_out: Tensor, labels: Tensor) -> Tensor:
         """(T, B, 5) what the meta-learner is told of each base-learner; see the class."""
-        right, losses = (part.clamp(-_WORST, _WORST) for part in self._judged(held_out, labels))
+        right, losses = (
+            part.clamp(-_WORST, _WORST) for part in self._correct_and_losses(held_out, labels)
+        )
         score, loss = right.mean(2), losses.mean(2)
         apart = right - right.mean(1, keepdim=True)
         error = (apart.square().mean((1, 2)) / right.shape[2]).sqrt()
         distance = (score - score.mean(1, keepdim=True)) / (error[:, None] + 1e-6)
-        told = [score, distance, loss, losses.std(2), self._agreement(held_out, labels)]
-        return torch.stack(told, 2)
+        evidence = [score, distance, loss, losses.std(2), self._agreement(held_out, labels)]
+        return torch.stack(evidence, 2)
 
-    def _judged(self, held_out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _correct_and_losses(self, held_out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(T, B, S) whether an answer is right (minus the loss of a regression), and its loss."""
         losses = _losses(self.spec.kind, held_out, labels)
         if self.spec.kind == "regression":
@@ -245,7 +249,7 @@ class Selector(Algorithm):
         from joblib import hash as digest
 
         seen, asked = self._seen(support_x), self._seen(query_x)
-        how = {
+        ctx = {
             "ways": int(support_y.max()) + 1 if self.spec.kind == "classification" else None,
             "names": self.learners,
             "folds": self.folds,
@@ -253,7 +257,7 @@ class Selector(Algorithm):
         # In float64, in which scikit-learn computes.
         arrays = [part.cpu().numpy() for part in (seen.double(), support_y, asked.double())]
         wanted = [
-            {"x": x, "y": y, "asked": queries, **how} for x, y, queries in zip(*arrays, strict=True)
+            {"x": x, "y": y, "asked": queries, **ctx} for x, y, queries in zip(*arrays, strict=True)
         ]
         marks = [digest(task) for task in wanted]
         new = [number for number, mark in enumerate(marks) if mark not in self._kept]
@@ -323,10 +327,10 @@ def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
     """
     rows = rows.double()
     num_rows = rows.shape[1]
-    centred = rows - rows.mean(1, keepdim=True)
-    deviation = centred.square().mean(1, keepdim=True).sqrt()
+    centered = rows - rows.mean(1, keepdim=True)
+    deviation = centered.square().mean(1, keepdim=True).sqrt()
     varies = (deviation > 1e-9).double()
-    scaled = centred / torch.where(deviation > 1e-9, deviation, 1.0)
+    scaled = centered / torch.where(deviation > 1e-9, deviation, 1.0)
     number = varies.sum((1, 2)).clamp(min=1.0)
     if kind == "classification":
         hot = nn.functional.one_hot(labels).double()
@@ -338,7 +342,7 @@ def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
         between = ((unit.mT @ scaled) / num_rows).square().mean(1)
     # The squared correlations of all pairs, by the S x S matrix of rows.
     pairs = (scaled @ scaled.mT / num_rows).square().sum((1, 2)) - number
-    told = [
+    evidence = [
         torch.full_like(number, num_rows).log() / 3.0,
         number.log() / 3.0,
         between.sum(1) / number,
@@ -347,7 +351,7 @@ def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
         scaled.pow(3).mean(1).abs().sum(1) / number,
         ((scaled.pow(4).mean(1) - 3.0) * varies[:, 0]).sum(1) / number / 3.0,
     ]
-    return torch.stack(told, 1)
+    return torch.stack(evidence, 1)
 
 
 def _ignore_interrupts() -> None:

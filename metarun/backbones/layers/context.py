@@ -24,8 +24,9 @@ class ForwardContext:
             at evaluation.
         context: (context_dim,) vector of the task, for networks that were made with a
             `context_dim`; None is the zero vector.
-        twice: Whether its gradient will be differentiated, as that of an inner step is: what it
-            computes is the same, by operators whose second derivatives are the faster ones.
+        double_backward: Whether the gradient of the pass is differentiated again, as that of a
+            second-order inner step is. The same numbers, by operators whose second derivatives
+            are faster.
     """
 
     rows: int | None = None
@@ -33,7 +34,7 @@ class ForwardContext:
     moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
     noise: Tensor | None = None
     context: Tensor | None = field(default=None, repr=False)
-    twice: bool = False
+    double_backward: bool = False
 
 
 BATCH_STATISTICS = ForwardContext()

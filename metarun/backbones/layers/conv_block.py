@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.layers.context import ForwardContext
-from metarun.backbones.layers.convolution import twice_differentiated
+from metarun.backbones.layers.convolution import conv2d_for_double_backward
 from metarun.backbones.layers.normalization import (
     BatchNorm,
     as_channels,
@@ -24,39 +24,39 @@ _IMAGE_CHANNELS = 4
 
 
 def conv_and_norm(
-    conv: nn.Module, norm: nn.Module, x: Tensor, how: ForwardContext, *, pool: bool = False
+    conv: nn.Module, norm: nn.Module, x: Tensor, ctx: ForwardContext, *, pool: bool = False
 ) -> Tensor:
-    """Convolve and normalise (N, C, H, W) images, and halve them by max-pooling if asked.
+    """Convolve and normalize (N, C, H, W) images, and halve them by max-pooling if asked.
 
     To pool before what is the same for all of a map leaves a quarter of the work to that. Without
     calling either module, but where somebody listens to what they give.
 
     Args:
         conv: A convolution with zeros around, in one group and without dilation.
-        norm: What normalises.
+        norm: What normalizes.
         x: The images.
-        how: Of the pass.
+        ctx: Of the forward pass.
         pool: Whether to pool by two.
     """
     assert isinstance(conv, nn.Conv2d)
     pooled = halved if pool else unchanged
     if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
-        return pooled(norm(conv(x), how))
-    twice = norm.native and how.twice and many_rows(x)
-    convolve: Any = twice_differentiated if twice else nn.functional.conv2d
-    if _has_small_patches(conv) and not how.running:
-        maps, shift = norm.of_patches(conv, x, how)
+        return pooled(norm(conv(x), ctx))
+    double_backward = norm.native and ctx.double_backward and many_rows(x)
+    convolve: Any = conv2d_for_double_backward if double_backward else nn.functional.conv2d
+    if _has_small_patches(conv) and not ctx.running:
+        maps, shift = norm.of_patches(conv, x, ctx)
         return pooled(maps) + as_channels(shift, maps)
-    if not pool or norm.fuses(x, how):
+    if not pool or norm.fuses(x, ctx):
         maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
-        return pooled(norm(maps, how))
+        return pooled(norm(maps, ctx))
     # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
     # which changes no bit of what it computes.
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
     bias = None if conv.bias is None else conv.bias * sign
     weight = conv.weight * sign.view(-1, 1, 1, 1)
     maps = convolve(x, weight, bias, conv.stride, conv.padding)
-    return norm.pooled(maps, how, sign)
+    return norm.pooled(maps, ctx, sign)
 
 
 def _has_small_patches(conv: nn.Conv2d) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 Pair = tuple[int, ...]
 
 
-def twice_differentiated(
+def conv2d_for_double_backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair
 ) -> Tensor:
     """As `torch.nn.functional.conv2d`, outside vmap; exact to any order.

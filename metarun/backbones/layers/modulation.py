@@ -23,14 +23,14 @@ class FiLM(nn.Module):
         self.linear = nn.Linear(context_dim, 2 * num_features)
         nn.init.kaiming_uniform_(self.linear.weight, nonlinearity="linear")
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Scale and shift the channels of (N, C, H, W)."""
-        context = task_context(how, self.linear.in_features, x)
+        context = task_context(ctx, self.linear.in_features, x)
         gamma, beta = self.linear(context).view(2, 1, -1, 1, 1)
         scaled: Tensor = gamma * x + beta
         return scaled
 
 
-def task_context(how: ForwardContext, context_dim: int, like: Tensor) -> Tensor:
+def task_context(ctx: ForwardContext, context_dim: int, like: Tensor) -> Tensor:
     """The (context_dim,) context of a pass."""
-    return like.new_zeros(context_dim) if how.context is None else how.context.to(like.dtype)
+    return like.new_zeros(context_dim) if ctx.context is None else ctx.context.to(like.dtype)

@@ -18,14 +18,14 @@ from metarun.backbones.layers.context import ForwardContext
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe & Szegedy 2015) whose statistics are an argument.
+    """Batch normalization (Ioffe & Szegedy 2015) whose statistics are an argument.
 
     Exact to any order of differentiation, alone and under `torch.vmap`. With `native` set it
     uses torch's fused operator where it can: several times faster, and right outside vmap.
 
     Args:
         num_features: C of (N, C) or (N, C, H, W) inputs.
-        name: Unique name in its network, the key of `Pass.moments`.
+        name: Unique name in its network, the key of `ForwardContext.moments`.
         eps: Added to the variance.
     """
 
@@ -42,49 +42,49 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features))
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
-        """Normalise (N, C) or (N, C, H, W)."""
-        if self.fuses(x, how):
-            return self._fused(x, how)
-        return self._normalised(x, how, None, unchanged)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """Normalize (N, C) or (N, C, H, W)."""
+        if self.fuses(x, ctx):
+            return self._fused(x, ctx)
+        return self._normalized(x, ctx, None, unchanged)
 
-    def pooled(self, x: Tensor, how: ForwardContext, sign: Tensor) -> Tensor:
-        """Normalise what max-pooling by two leaves of images, as if they were pooled afterwards.
+    def pooled(self, x: Tensor, ctx: ForwardContext, sign: Tensor) -> Tensor:
+        """Normalize what max-pooling by two leaves of images, as if they were pooled afterwards.
 
         Args:
             x: (N, C, H, W), each channel times its sign.
-            how: Of the pass.
+            ctx: Of the forward pass.
             sign: (C,) 1 or -1, that of the channel's weight.
         """
-        return self._normalised(x, how, sign, halved)
+        return self._normalized(x, ctx, sign, halved)
 
-    def fuses(self, x: Tensor, how: ForwardContext) -> bool:
+    def fuses(self, x: Tensor, ctx: ForwardContext) -> bool:
         """Whether a pass is made by torch's fused operator.
 
         It is for statistics of all rows. Its second derivatives cost twice what those of plain
         arithmetic do (measured at 25 rows of 84x84).
         """
-        plain = how.twice or how.running or how.rows is not None
+        plain = ctx.double_backward or ctx.running or ctx.rows is not None
         return self.native and many_rows(x) and not plain
 
-    def of_patches(self, conv: nn.Conv2d, x: Tensor, how: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Convolve and normalise images, without a pass over what the convolution gives.
+    def of_patches(self, conv: nn.Conv2d, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """Convolve and normalize images, without a pass over what the convolution gives.
 
         The statistics of w p + b over all patches p follow from those of the patches: a mean of
         w E[p] + b and a variance of w Cov[p] w'. Where the images are data, no derivative passes
         through them.
 
         Args:
-            conv: Whose outputs are to be normalised.
+            conv: Whose outputs are to be normalized.
             x: (N, C, H, W) what it is given.
-            how: Of a pass that does not use running statistics, for which none are to be found.
+            ctx: Of a pass that does not use running statistics, for which none are to be found.
 
         Returns:
             Maps of shape (N, K, H', W'), and what is to be added to each of their K channels.
         """
         # The sums of a mixed pass in float32, as torch's own operator takes them.
         wide = x.to(self.running_mean.dtype)
-        seen = wide if how.rows is None else wide[: how.rows]
+        seen = wide if ctx.rows is None else wide[: ctx.rows]
         # Less the mean of each channel, so that next to nothing is taken from the squares.
         level = seen.mean((0, 2, 3))
         patches, sides = _patches(wide, level, conv)
@@ -92,17 +92,17 @@ class BatchNorm(nn.Module):
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
         bias = 0.0 if conv.bias is None else conv.bias.to(wide.dtype)
         count = len(seen) * sides[0] * sides[1]
-        centre = patches[:count].mean(0)
-        spread = patches[:count].mT @ patches[:count] / count - centre * centre[:, None]
-        mean = rows @ centre + taken + bias
+        center = patches[:count].mean(0)
+        spread = patches[:count].mT @ patches[:count] / count - center * center[:, None]
+        mean = rows @ center + taken + bias
         # Rounding alone can take it below zero.
         var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
-        if how.moments is not None:
-            how.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
+        if ctx.moments is not None:
+            ctx.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
         if self.native and many_rows(x) and conv.in_channels > 1:
-            # Patches of colours are as large as the maps, and would be kept for the way back.
+            # Patches of colors are as large as the maps, and would be kept for the way back.
             kernel = weight.view_as(conv.weight)
             maps = nn.functional.conv2d(x, kernel, None, conv.stride, conv.padding)
             taken = torch.zeros_like(taken)
@@ -110,47 +110,47 @@ class BatchNorm(nn.Module):
             maps = (patches.to(x.dtype) @ weight.mT).view(len(x), *sides, -1).movedim(3, 1)
         return maps, (self.bias + (taken + bias - mean) * scale).to(x.dtype)
 
-    def _normalised(
+    def _normalized(
         self,
         x: Tensor,
-        how: ForwardContext,
+        ctx: ForwardContext,
         sign: Tensor | None,
         thin: Callable[[Tensor], Tensor],
     ) -> Tensor:
         # The sums of a mixed pass in float32, as torch's own operator takes them.
         wide = x.to(self.running_mean.dtype)
-        mean, var, centred = self._statistics(wide, how, sign)
-        left = thin(wide) + as_channels(-mean, x) if centred is None else thin(centred)
+        mean, var, centered = self._statistics(wide, ctx, sign)
+        left = thin(wide) + as_channels(-mean, x) if centered is None else thin(centered)
         scale = _signed(self.weight, sign) * torch.rsqrt(var + self.eps)
         return torch.addcmul(as_channels(self.bias, x), left, as_channels(scale, x)).to(x.dtype)
 
-    def _fused(self, x: Tensor, how: ForwardContext) -> Tensor:
+    def _fused(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         out, mean, inverse_std = torch.native_batch_norm(
             x, self.weight, self.bias, None, None, True, 0.0, self.eps
         )
-        if how.moments is not None:
+        if ctx.moments is not None:
             var = inverse_std.detach() ** -2 - self.eps
-            how.moments[self.name] = (mean.detach(), _unbiased(var, _count(x)))
+            ctx.moments[self.name] = (mean.detach(), _unbiased(var, _count(x)))
         return out
 
     def _statistics(
-        self, x: Tensor, how: ForwardContext, sign: Tensor | None
+        self, x: Tensor, ctx: ForwardContext, sign: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Mean (C,) and variance (C,) of an input, or of one times the signs of its channels; and
         the input less its mean, where that was needed."""
-        if how.running:
+        if ctx.running:
             return _signed(self.running_mean, sign), self.running_var, None
-        seen = x if how.rows is None else x[: how.rows]
+        seen = x if ctx.rows is None else x[: ctx.rows]
         # Written so that derivatives divide and negate vectors of C, and not whole activations.
         share = seen.shape[1] / seen.numel()
         dims = _all_but_channels(x)
         mean = seen.sum(dims) * share
-        centred = seen + as_channels(-mean, x)
-        var = (centred * centred).sum(dims) * share
-        if how.moments is not None:
+        centered = seen + as_channels(-mean, x)
+        var = (centered * centered).sum(dims) * share
+        if ctx.moments is not None:
             kept = _signed(mean.detach(), sign)
-            how.moments[self.name] = (kept, _unbiased(var.detach(), _count(seen)))
-        return mean, var, centred if how.rows is None else None
+            ctx.moments[self.name] = (kept, _unbiased(var.detach(), _count(seen)))
+        return mean, var, centered if ctx.rows is None else None
 
 
 def _signed(vector: Tensor, sign: Tensor | None) -> Tensor:
@@ -167,7 +167,7 @@ def as_channels(vector: Tensor, x: Tensor) -> Tensor:
 
 
 class InstanceNorm(nn.Module):
-    """Instance normalisation (Ulyanov et al. 2016): each map of each row by its own statistics.
+    """Instance normalization (Ulyanov et al. 2016): each map of each row by its own statistics.
 
     It is batch norm of a batch of one image, which is what a learner has that meets one at a
     time.
@@ -183,20 +183,20 @@ class InstanceNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_features))
         self.bias = nn.Parameter(torch.zeros(num_features))
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
-        """Normalise (N, C, H, W)."""
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
+        """Normalize (N, C, H, W)."""
         # The sums of a mixed pass in float32, as of batch norm.
         wide = x.to(self.weight.dtype)
-        centred = wide - wide.mean((2, 3), keepdim=True)
-        scale = torch.rsqrt(centred.square().mean((2, 3), keepdim=True) + self.eps)
-        scaled = centred * scale * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        centered = wide - wide.mean((2, 3), keepdim=True)
+        scale = torch.rsqrt(centered.square().mean((2, 3), keepdim=True) + self.eps)
+        scaled = centered * scale * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
         return scaled.to(x.dtype)
 
 
 class Unchanged(nn.Module):
-    """The place of a normalisation in a network that has none."""
+    """The place of a normalization in a network that has none."""
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:  # noqa: ARG002
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
         """The input."""
         return x
 

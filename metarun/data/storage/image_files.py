@@ -57,7 +57,7 @@ def drawing(image: Image.Image, resize: Resize, side: int = DRAWING_SIZE) -> Pix
 
     `paper` keeps 1-bit pictures at 1 bit and takes the nearest pixel: what Pillow does with any
     filter on such pictures, and so what the code of MAML and ProtoNet did. `antialias` makes
-    greys.
+    grays.
     """
     size = (side, side)
     if image.mode != "1":
@@ -72,23 +72,23 @@ def drawing(image: Image.Image, resize: Resize, side: int = DRAWING_SIZE) -> Pix
     )
 
 
-def photograph(image: Image.Image, size: int, *, crop: bool, grey: bool = False) -> Pixels:
+def photograph(image: Image.Image, size: int, *, crop: bool, grayscale: bool = False) -> Pixels:
     """A photograph as (C, size, size) uint8.
 
     Args:
         image: Of any size and mode.
         size: Side of the result.
         crop: Take the largest square from the middle, instead of stretching the picture.
-        grey: One channel instead of three.
+        grayscale: One channel instead of three.
     """
     image = _upright(image)
-    image = on_paper(image, "L" if grey else "RGB")
+    image = on_paper(image, "L" if grayscale else "RGB")
     if image.size != (size, size):
         filter_ = Image.Resampling.LANCZOS
         square = (size, size)
         image = ImageOps.fit(image, square, filter_) if crop else image.resize(square, filter_)
     pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if grey else np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    return pixels[None] if grayscale else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -143,7 +143,7 @@ def _as_bytes(array: np.ndarray[Any, Any], position: int) -> Pixels:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Deep greys, which Pillow's own conversion would clip at 255."""
+    """Deep grays, which Pillow's own conversion would clip at 255."""
     values = np.asarray(image, dtype=np.float64)
     most = 65535.0 if values.max(initial=0.0) > 255.0 else 255.0
     return Image.fromarray(np.clip(values * (255.0 / most), 0.0, 255.0).astype(np.uint8))

@@ -1,6 +1,6 @@
 """The forms in which miniImageNet is handed around, and how they become our store; no torch.
 
-Each form is recognised by what is in the folder. The split is Ravi & Larochelle's (2017): 64,
+Each form is recognized by what is in the folder. The split is Ravi & Larochelle's (2017): 64,
 16 and 20 classes of 600 images. Shapes: N images, C H W.
 """
 
@@ -55,7 +55,7 @@ def import_miniimagenet(source: Path, root: Path) -> Store:
         ValueError: They are in no form we know, damaged, or not miniImageNet; nothing is left
             behind.
     """
-    layout = recognise(source)
+    layout = recognize(source)
     classes = {split: layout.classes(split) for split in SPLITS}
     _check(layout, classes)
     totals = {split: sum(counts.values()) for split, counts in classes.items()}
@@ -101,7 +101,7 @@ class Layout(ABC):
         return {}
 
 
-def recognise(source: Path) -> Layout:
+def recognize(source: Path) -> Layout:
     """Find out in which form a folder holds miniImageNet.
 
     Raises:
@@ -117,7 +117,7 @@ def recognise(source: Path) -> Layout:
             if found is not None:
                 return found
     raise ValueError(
-        f"--from {source}: no form of miniImageNet is recognised there; known are {FORMS}"
+        f"--from {source}: no form of miniImageNet is recognized there; known are {FORMS}"
     )
 
 

@@ -19,7 +19,7 @@ from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import Params, flatten
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.statistics import Floats, interval
-from metarun.reporting.figures.drawing import COLOURS, MARKERS, SIZE, Panel, Series, named_rows
+from metarun.reporting.figures.drawing import COLORS, MARKERS, SIZE, Panel, Series, named_rows
 from metarun.reporting.figures.tasks import Learned, answer, chosen, letter, task_of
 
 _TASKS, _FEW_TASKS = 6, 3
@@ -135,8 +135,8 @@ def _movement(before: Params, after: Params) -> dict[str, float]:
 def linear_cka(one: Tensor, other: Tensor) -> float:
     """How alike two representations of the same rows are: 1 up to a rotation and a scale.
 
-    Linear centred kernel alignment (Kornblith et al. 2019, eq. 5 with linear kernels):
-    <K, L> / (||K|| ||L||) of the centred Gram matrices of (Q, …) and (Q, …).
+    Linear centered kernel alignment (Kornblith et al. 2019, eq. 5 with linear kernels):
+    <K, L> / (||K|| ||L||) of the centered Gram matrices of (Q, …) and (Q, …).
     """
     grams = []
     for rows in (one, other):
@@ -173,9 +173,9 @@ def _layers(learned: Learned, episodes: int) -> list[Panel]:
     still = [layer for layer, values in moved.items() if max(values) == 0.0]
     most = max(moved, key=lambda layer: float(np.mean(moved[layer])))
     least = min(alike, key=lambda layer: float(np.mean(alike[layer])))
-    told = f"{most} moves most, by {100 * float(np.mean(moved[most])):.3g} % of its norm"
+    summary = f"{most} moves most, by {100 * float(np.mean(moved[most])):.3g} % of its norm"
     if still:
-        told += f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} stay"
+        summary += f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} stay"
     reused = f"{least} changes most (CKA {float(np.mean(alike[least])):.2f})"
     return [
         _dots(
@@ -184,8 +184,8 @@ def _layers(learned: Learned, episodes: int) -> list[Panel]:
             {name: 100 * np.array(values) for name, values in moved.items()},
             "movement in adaptation, % of the norm",
             f"||after - before|| / ||before|| of each layer's parameters in {steps} inner "
-            f"steps, mean and 95 % interval over {tasks} test tasks: {told}.",
-            learned.colour,
+            f"steps, mean and 95 % interval over {tasks} test tasks: {summary}.",
+            learned.color,
         ),
         _dots(
             "cka",
@@ -195,7 +195,7 @@ def _layers(learned: Learned, episodes: int) -> list[Panel]:
             "How alike each layer's outputs for the queries are before and after adaptation: "
             "linear CKA (Kornblith et al. 2019), 1 where the features are reused as they are. "
             f"Mean and 95 % interval over {tasks} test tasks; {reused}.",
-            learned.colour,
+            learned.color,
             limits=(0.0, 1.03),
         ),
     ]
@@ -222,7 +222,7 @@ def _dots(
     values: dict[str, Floats],
     label: str,
     caption: str,
-    colour: str,
+    color: str,
     limits: tuple[float, float] | None = None,
 ) -> Panel:
     """A dot and its interval for each layer, the first layer on top."""
@@ -230,7 +230,7 @@ def _dots(
     figures = [interval(values[layer]) for layer in layers]
     mean, width = (np.array(column) for column in zip(*figures, strict=True))
     figure, axes, places = named_rows(layers, 0.24)
-    axes.errorbar(mean, places, xerr=width, fmt="o", color=colour, markersize=4, linewidth=1.2)
+    axes.errorbar(mean, places, xerr=width, fmt="o", color=color, markersize=4, linewidth=1.2)
     axes.set(xlabel=label, xlim=limits or (0.0, None))
     return Panel(
         name,
@@ -296,8 +296,8 @@ def _plane(rows: Floats) -> dict[str, Floats]:
 
 def principal(rows: Floats) -> Floats:
     """(N, 2) coordinates of N rows along their two first principal components."""
-    centred = np.nan_to_num(rows - rows.mean(0))
-    left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
+    centered = np.nan_to_num(rows - rows.mean(0))
+    left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
     plane = (left * sizes)[:, :2]
     return plane if plane.shape[1] == 2 else np.pad(plane, ((0, 0), (0, 2 - plane.shape[1])))
 
@@ -315,23 +315,23 @@ def _points(name: str, title: str, points: Floats, labels: Any, share: float, in
     series: dict[str, Series] = {}
     for way in range(int(labels.max()) + 1):
         own = points[labels == way]
-        colour = COLOURS[way % len(COLOURS)]
+        color = COLORS[way % len(COLORS)]
         key = f"way{way}"
         marker = MARKERS[way % len(MARKERS)]
         axes.scatter(
-            own[:, 0], own[:, 1], s=18, color=colour, marker=marker, alpha=0.85, gid=f"{key}-points"
+            own[:, 0], own[:, 1], s=18, color=color, marker=marker, alpha=0.85, gid=f"{key}-points"
         )
-        series[key] = Series(letter(way), colour, marker=marker)
+        series[key] = Series(letter(way), color, marker=marker)
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
-    told = f"{100 * share:.0f} % of the queries have one of their own class as nearest neighbour"
+    summary = f"{100 * share:.0f} % of the queries have one of their own class as nearest neighbor"
     return Panel(
         name,
         title,
         f"The queries of the median test task ({index}), a sign for each class, in the space "
-        f"of the last features. In all of its dimensions {told}.",
-        f"Points in a plane, one for each query. {told}.",
+        f"of the last features. In all of its dimensions {summary}.",
+        f"Points in a plane, one for each query. {summary}.",
         figure,
         {
             "class": [letter(int(label)) for label in labels],
@@ -379,10 +379,10 @@ def support_vectors(learned: Learned, episodes: int) -> Floats | None:
     tasks = min(_EMBEDDED_TASKS, episodes, _MOST_PIXELS // each)
     if tasks < _TSNE_FROM:
         return None
-    how = ForwardContext(running=learned.algorithm.bn_statistics == "running")
+    ctx = ForwardContext(running=learned.algorithm.bn_statistics == "running")
     support = learned.source.batch("test", 0, tasks).support_x
     with torch.no_grad():
-        means = torch.stack([body(rows, how).flatten(1).mean(0) for rows in support])
+        means = torch.stack([body(rows, ctx).flatten(1).mean(0) for rows in support])
     return np.asarray(means.cpu().double().numpy())
 
 
@@ -412,10 +412,10 @@ def embedded(
     if names is not None:
         for number in np.unique(hue).astype(int):
             own, key = hue == number, f"group{number}"
-            colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            dots = axes.scatter(x[own], y[own], s=12, color=colour, marker=marker, alpha=0.8)
+            color, marker = COLORS[number % len(COLORS)], MARKERS[number % len(MARKERS)]
+            dots = axes.scatter(x[own], y[own], s=12, color=color, marker=marker, alpha=0.8)
             dots.set_gid(f"{key}-points")
-            series[key] = Series(names[number], colour, marker=marker)
+            series[key] = Series(names[number], color, marker=marker)
     else:
         dots = axes.scatter(x, y, s=14, c=hue, cmap="viridis", alpha=0.9)
         figure.colorbar(dots, ax=axes, label=label)
@@ -426,8 +426,8 @@ def embedded(
         "tasks",
         "Test tasks",
         f"A point for each of {len(points)} test tasks: {what}, along its two first principal "
-        f"components, coloured by {label.replace(', %', ' in %')}.",
-        f"{len(points)} test tasks as points of a plane, coloured by {label}.",
+        f"components, colored by {label.replace(', %', ' in %')}.",
+        f"{len(points)} test tasks as points of a plane, colored by {label}.",
         figure,
         {"first": list(map(float, x)), "second": list(map(float, y)), label: list(map(float, hue))},
         series or None,

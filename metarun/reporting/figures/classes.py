@@ -25,10 +25,10 @@ def panels(run: RunFiles) -> list[Panel]:
     names = [str(name) for name in run.arrays.get("class_names", [])]
     if not names:
         names = [f"class {number}" for number in range(int(pairs[:, :2].max()) + 1)]
-    return [by_class(pairs, names, run.colour), *confused(pairs, names)]
+    return [by_class(pairs, names, run.color), *confused(pairs, names)]
 
 
-def by_class(pairs: Floats, names: list[str], colour: str) -> Panel:
+def by_class(pairs: Floats, names: list[str], color: str) -> Panel:
     """The share of each class's queries that were answered right, the worst named."""
     classes = np.unique(pairs[:, 0])
     asked = np.array([pairs[pairs[:, 0] == c, 2].sum() for c in classes])
@@ -37,21 +37,21 @@ def by_class(pairs: Floats, names: list[str], colour: str) -> Panel:
     order = np.argsort(share, kind="stable")
     shown = order if len(order) <= 2 * _NAMED else np.r_[order[:_NAMED], order[-_NAMED:]]
     figure, axes, places = named_rows([_short(names[int(classes[c])]) for c in shown], 0.17)
-    axes.barh(places, 100 * share[shown], color=colour, alpha=0.85, height=0.7)
+    axes.barh(places, 100 * share[shown], color=color, alpha=0.85, height=0.7)
     axes.set(xlabel="queries answered right, %", xlim=(0, 100))
     some = "" if len(shown) == len(order) else f", the {_NAMED} worst and the {_NAMED} best"
     if some:
         axes.axhline(_NAMED - 0.5, color=INK, linewidth=1.0, linestyle=":")
     worst, best = order[0], order[-1]
-    told = (
+    summary = (
         f"{names[int(classes[worst])]} is hardest ({100 * share[worst]:.1f} %), "
         f"{names[int(classes[best])]} easiest ({100 * share[best]:.1f} %)"
     )
     return Panel(
         "classes",
         "Classes",
-        f"Of {len(order)} test classes{some}: {told}. Over all test episodes.",
-        f"Accuracy by class: {told}.",
+        f"Of {len(order)} test classes{some}: {summary}. Over all test episodes.",
+        f"Accuracy by class: {summary}.",
         figure,
         {
             "class": [names[int(classes[c])] for c in order],
@@ -76,14 +76,14 @@ def confused(pairs: Floats, names: list[str]) -> list[Panel]:
     axes.set(xlabel="queries taken for the other")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     true, said, most = ordered[0]
-    told = f"{names[true]} is taken for {names[said]} most often ({most} queries)"
+    summary = f"{names[true]} is taken for {names[said]} most often ({most} queries)"
     return [
         Panel(
             "confusions",
             "Confusions",
-            f"A test class, and below it what its queries were taken for: {told}, of "
+            f"A test class, and below it what its queries were taken for: {summary}, of "
             f"{wrong[:, 2].sum():.0f} wrong answers in all test episodes.",
-            f"Most confused pairs of a class and an answer: {told}.",
+            f"Most confused pairs of a class and an answer: {summary}.",
             figure,
             {
                 "class": [names[true] for true, _, _ in ordered],

@@ -40,21 +40,21 @@ class Entry:
         key: `entry0`, `entry1` …: the series that it is in every figure.
         label: What to call them.
         runs: One for each seed.
-        told: What was typed for them, by key.
+        typed: What was typed for them, by key.
         mean, ci95: On meta-test, in the unit in which it is shown.
         val: The mean of the best figures on meta-val; not a number where there is none.
-        colour, dash: Of its algorithm, and among those of the same algorithm.
+        color, dash: Of its algorithm, and among those of the same algorithm.
         best: Whether meta-val chooses it.
     """
 
     key: str
     label: str
     runs: Sequence[RunFiles]
-    told: Mapping[str, str]
+    typed: Mapping[str, str]
     mean: float
     ci95: float | None
     val: float
-    colour: str
+    color: str
     dash: str
     best: bool
 
@@ -86,7 +86,7 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
             place,
             xerr=width,
             fmt="D" if entry.best else "o",
-            color=entry.colour,
+            color=entry.color,
             markersize=6 if entry.best else 4,
             linewidth=1.3,
         )
@@ -94,15 +94,15 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
             artist.set_gid(f"{entry.key}-{part}")
     axes.set(xlabel=f"meta-test {label}")
     some = "" if len(shown) == len(entries) else f" The best {_NAMED} of {len(entries)} are shown."
-    told = "there is no meta-val to choose by"
+    summary = "there is no meta-val to choose by"
     for entry in entries:
         if entry.best:
-            told = f"{entry.label} is best on meta-val, with {entry.mean:.4g} here (the diamond)"
+            summary = f"{entry.label} is best on meta-val, with {entry.mean:.4g} here (the diamond)"
     return Panel(
         "reached",
         "Meta-test",
-        f"Mean and 95 % interval over test episodes: {told}.{some}",
-        f"{len(shown)} runs by their meta-test {label}: {told}.",
+        f"Mean and 95 % interval over test episodes: {summary}.{some}",
+        f"{len(shown)} runs by their meta-test {label}: {summary}.",
         figure,
         {
             "run": [entry.label for entry in entries],
@@ -209,13 +209,13 @@ def _drawn(
 
 def settings(entries: Sequence[Entry], metric: str) -> list[Panel]:
     """Meta-val against each number that was swept."""
-    keys = dict.fromkeys(key for entry in entries for key in entry.told)
+    keys = dict.fromkeys(key for entry in entries for key in entry.typed)
     made: list[Panel] = []
     for key in keys:
         found = [
             (value, entry)
             for entry in entries
-            if np.isfinite(value := _number(entry.told.get(key))) and np.isfinite(entry.val)
+            if np.isfinite(value := _number(entry.typed.get(key))) and np.isfinite(entry.val)
         ]
         values = sorted({value for value, _ in found})
         if len(values) < 2:
@@ -235,7 +235,7 @@ def _setting(
             value,
             scale * entry.val,
             "D" if entry.best else "o",
-            color=entry.colour,
+            color=entry.color,
             markersize=7 if entry.best else 5,
             alpha=0.85,
             gid=f"{entry.key}-dot",
@@ -263,18 +263,18 @@ def _setting(
 
 def _along(entries: Sequence[Entry]) -> list[Panel]:
     """The curves of learners along the same streams."""
-    lived = {e.label: [run.path for run in e.runs] for e in entries if _has_stream(e)}
-    if len(lived) < 2:
+    stream_record = {e.label: [run.path for run in e.runs] for e in entries if _has_stream(e)}
+    if len(stream_record) < 2:
         return []
-    looks = {entry.label: (entry.colour, entry.dash) for entry in entries}
-    figure, columns = streams.together(lived, looks)
+    looks = {entry.label: (entry.color, entry.dash) for entry in entries}
+    figure, columns = streams.together(stream_record, looks)
     return [
         Panel(
             "stream-together",
             "Along the stream",
             "The figure on the task at hand, the loss of all incoming rows so far, and the figure "
             "on all tasks met; bands are the 95 % interval over lifetimes.",
-            f"Three curves along the stream of each of {len(lived)} learners.",
+            f"Three curves along the stream of each of {len(stream_record)} learners.",
             figure,
             columns,
         )
@@ -289,7 +289,7 @@ def _line(axes: Any, entry: Entry, x: Floats, mean: Floats, width: Floats, *, ba
     axes.plot(
         x,
         mean,
-        color=entry.colour,
+        color=entry.color,
         linestyle=entry.dash,
         linewidth=entry.width,
         alpha=1.0 if entry.best or banded else 0.8,
@@ -298,14 +298,14 @@ def _line(axes: Any, entry: Entry, x: Floats, mean: Floats, width: Floats, *, ba
         gid=entry.key,
     )
     if banded or entry.best:
-        band(axes, x, mean, width, entry.colour, entry.key)
+        band(axes, x, mean, width, entry.color, entry.key)
 
 
 def _legend(entries: Sequence[Entry]) -> dict[str, Series] | None:
     """Names of the lines, where they are few enough to be read."""
     if len(entries) > _LEGEND:
         return None
-    return {entry.key: Series(entry.label, entry.colour, entry.dash) for entry in entries}
+    return {entry.key: Series(entry.label, entry.color, entry.dash) for entry in entries}
 
 
 def _number(text: str | None) -> float:

@@ -46,7 +46,7 @@ def learning(run: RunFiles) -> Panel | None:
     width = run.curve(f"val/{metric}_ci95")[1]
     lines = {
         "training": (Series("training tasks", MUTED), steps, train, np.full(len(steps), np.nan)),
-        "meta-val": (Series("meta-val", run.colour), at, val, width),
+        "meta-val": (Series("meta-val", run.color), at, val, width),
     }
     lines = {key: line for key, line in lines.items() if len(line[1])}
     # A learner that is only validated as it starts has no curve.
@@ -58,20 +58,20 @@ def learning(run: RunFiles) -> Panel | None:
     for key, (series, x, y, w) in lines.items():
         # A single point has no line to be seen by.
         marker = "o" if len(x) < (_FEW_POINTS if key == "meta-val" else 2) else None
-        (line,) = axes.plot(x, scale * y, color=series.colour, marker=marker, markersize=3)
+        (line,) = axes.plot(x, scale * y, color=series.color, marker=marker, markersize=3)
         line.set(gid=key, linewidth=1.4)
-        band(axes, x, scale * y, scale * w, series.colour, key)
+        band(axes, x, scale * y, scale * w, series.color, key)
         columns["split"] += [series.name] * len(x)
         columns["step"] += [int(step) for step in x]
         columns[metric] += list(map(float, y))
         columns["ci95"] += list(map(float, w))
     shown_series = {key: line[0] for key, line in lines.items()}
-    told = ""
+    summary = ""
     best = (run.results or {}).get("val")
     if best:
         axes.plot(best["step"], scale * best["mean"], "D", color=INK, markersize=6, gid="best")
         shown_series["best"] = Series(f"best, step {best['step']}", INK, marker="D")
-        told = (
+        summary = (
             f" The best was {shown(metric, best['mean'], best['ci95'])} at step {best['step']} "
             f"({best['episodes']} episodes): these parameters were tested."
         )
@@ -84,8 +84,8 @@ def learning(run: RunFiles) -> Panel | None:
         "learning",
         "Learning",
         f"{label.split(',')[0].capitalize()} along meta-training; the band is the 95 % interval "
-        f"over the episodes of meta-val.{told}",
-        f"{label} against meta-updates: {ends}.{told}",
+        f"over the episodes of meta-val.{summary}",
+        f"{label} against meta-updates: {ends}.{summary}",
         figure,
         columns,
         shown_series,
@@ -101,7 +101,7 @@ def loss(run: RunFiles) -> Panel | None:
         return None
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
-    axes.plot(steps, values, color=run.colour, linewidth=1.4)
+    axes.plot(steps, values, color=run.color, linewidth=1.4)
     axes.set(xlabel="meta-updates", ylabel="training loss")
     axes.xaxis.set_major_locator(whole_steps())
     if not (values < 0).any():
@@ -109,7 +109,7 @@ def loss(run: RunFiles) -> Panel | None:
     return Panel(
         "loss",
         "Training loss",
-        "The loss that the outer optimiser descends, averaged between two lines of the log.",
+        "The loss that the outer optimizer descends, averaged between two lines of the log.",
         f"Training loss against meta-updates: {_ends(values, 'loss')}.",
         figure,
         {"step": [int(step) for step in steps], "loss": list(map(float, values))},
@@ -126,10 +126,10 @@ def adaptation(run: RunFiles) -> Panel | None:
     steps, mean, width = _columns(results["curve"])
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
-    axes.plot(steps, scale * mean, "o-", color=run.colour, linewidth=1.4, markersize=3)
-    band(axes, steps, scale * mean, scale * width, run.colour, "curve")
-    trained = run.plain["algo"].get("inner_steps")
-    told = ""
+    axes.plot(steps, scale * mean, "o-", color=run.color, linewidth=1.4, markersize=3)
+    band(axes, steps, scale * mean, scale * width, run.color, "curve")
+    trained = run.config["algo"].get("inner_steps")
+    summary = ""
     if isinstance(trained, int) and 0 < trained < len(steps):
         axes.axvline(trained, color=MUTED, linestyle=":", linewidth=1.0)
         axes.annotate(
@@ -140,7 +140,7 @@ def adaptation(run: RunFiles) -> Panel | None:
             fontsize=8,
             color=INK,
         )
-        told = f" Training took {trained}: the dotted line."
+        summary = f" Training took {trained}: the dotted line."
     axes.set(xlabel="inner steps", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if metric != "accuracy":
@@ -149,9 +149,9 @@ def adaptation(run: RunFiles) -> Panel | None:
         "adaptation",
         "Adaptation",
         f"The same test tasks after 0 to {len(steps) - 1} inner steps, with the 95 % interval."
-        f"{told}",
+        f"{summary}",
         f"{label} against inner steps: {shown(metric, mean[0])} before the first, "
-        f"{shown(metric, mean[-1])} after {len(steps) - 1}.{told}",
+        f"{shown(metric, mean[-1])} after {len(steps) - 1}.{summary}",
         figure,
         {
             "inner steps": [int(step) for step in steps],
@@ -183,10 +183,10 @@ def histogram(run: RunFiles) -> Panel | None:
         return None
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
-    edges = _edges(values, metric, run.plain)
+    edges = _edges(values, metric, run.config)
     # Of errors the few that are far from all others are counted in the last bin.
     inside = np.clip(values, None, edges[-1])
-    counts, _, _ = axes.hist(inside, bins=edges, color=run.colour, alpha=0.85)
+    counts, _, _ = axes.hist(inside, bins=edges, color=run.color, alpha=0.85)
     mean, ci95 = interval(values)
     axes.axvline(mean, color=INK, linewidth=1.4)
     axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
@@ -195,7 +195,7 @@ def histogram(run: RunFiles) -> Panel | None:
     if metric == "accuracy":
         # The first and the last bin reach beyond, to hold none and all of the answers.
         axes.set_xticks([tick for tick in axes.get_xticks() if 0.0 <= tick <= scale])
-    told = _spread(values, " %" if metric == "accuracy" else "")
+    summary = _spread(values, " %" if metric == "accuracy" else "")
     far = int((values > edges[-1]).sum())
     notes = f" {far} beyond the last bin are counted in it." if far else ""
     if len(values) < len(every):
@@ -204,8 +204,8 @@ def histogram(run: RunFiles) -> Panel | None:
         "episodes",
         "Test episodes",
         f"Each of the {len(values)} test episodes by itself; the line is their mean with its 95 % "
-        f"interval. {told}{notes}",
-        f"Histogram of the {label} of {len(values)} test episodes. {told}{notes}",
+        f"interval. {summary}{notes}",
+        f"Histogram of the {label} of {len(values)} test episodes. {summary}{notes}",
         figure,
         {
             "from": list(edges[:-1]),
@@ -224,11 +224,11 @@ def _spread(values: Floats, sign: str) -> str:
     return f"Nine of ten lie between {lowest} and {highest}, the median is {median}."
 
 
-def _edges(values: Floats, metric: str, plain: Mapping[str, object]) -> list[float]:
+def _edges(values: Floats, metric: str, config: Mapping[str, object]) -> list[float]:
     """Bins as wide as whole answers of an accuracy, so that none holds one more than another."""
     most = int(np.clip(len(values) / 4, 5, _MOST_BINS))
     if metric == "accuracy":
-        answer = 100.0 / (int(str(plain["way"])) * int(str(plain["query"])))
+        answer = 100.0 / (int(str(config["way"])) * int(str(config["query"])))
         low = int(np.round(values.min() / answer))
         answers = int(np.round(values.max() / answer)) - low + 1
         each = -(-answers // most)

@@ -20,11 +20,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from metarun.core.files import write_atomically
 from metarun.core.statistics import Floats
 
-# Okabe and Ito's, which colour-blind people tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
+# Okabe and Ito's, which color-blind people tell apart.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
-RIGHT, WRONG = COLOURS[0], COLOURS[1]
+RIGHT, WRONG = COLORS[0], COLORS[1]
 INK, MUTED, RULE, PAPER = "#1c2127", "#66707b", "#dde1e6", "#fefefe"
 """Of a figure on white; the page puts its own in their place."""
 STYLE: Any = {
@@ -57,7 +57,7 @@ SIZE = (4.8, 3.2)
 """Inches of a figure of one panel: what a phone shows without shrinking its letters."""
 _DPI = 150
 _SALT = 7765
-"""With which maml, protonet, reptile, fomaml, matching and anil have six colours."""
+"""With which maml, protonet, reptile, fomaml, matching and anil have six colors."""
 _FAR = 20.0
 """How many times the least the greatest error is from where on an axis is logarithmic."""
 
@@ -68,13 +68,13 @@ class Series:
 
     Attributes:
         name: What it is called.
-        colour: Its colour.
+        color: Its color.
         dash: Its line style.
         marker: Of points, which have no line.
     """
 
     name: str
-    colour: str
+    color: str
     dash: str = "-"
     marker: str = ""
 
@@ -104,14 +104,14 @@ class Panel:
     wide: bool = False
 
 
-def colours(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a line style for each algorithm, the same in every report.
+def colors(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A color and a line style for each algorithm, the same in every report.
 
     An algorithm's place is a hash of its name; one whose place is taken by another of the same
     report, in alphabetical order, gets the next that is free.
     """
-    # Not the grey, which is what a figure has for all that is no algorithm.
-    places = [(colour, dash) for dash in DASHES for colour in COLOURS[:-1]]
+    # Not the gray, which is what a figure has for all that is no algorithm.
+    places = [(color, dash) for dash in DASHES for color in COLORS[:-1]]
     taken: dict[str, int] = {}
     for name in sorted(set(algorithms)):
         wanted = _place(name)
@@ -123,7 +123,7 @@ def colours(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def _place(name: str) -> int:
     digest = hashlib.blake2b(f"{_SALT} {name}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % (len(COLOURS) - 1)
+    return int.from_bytes(digest, "little") % (len(COLORS) - 1)
 
 
 def named_rows(
@@ -167,9 +167,9 @@ def plain(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def band(axes: Axes, x: Any, mean: Floats, width: Floats, colour: str, gid: str) -> None:
+def band(axes: Axes, x: Any, mean: Floats, width: Floats, color: str, gid: str) -> None:
     """The 95 % interval around a line."""
-    shown = axes.fill_between(x, mean - width, mean + width, color=colour, alpha=0.2, linewidth=0)
+    shown = axes.fill_between(x, mean - width, mean + width, color=color, alpha=0.2, linewidth=0)
     shown.set_gid(f"{gid}-band")
 
 

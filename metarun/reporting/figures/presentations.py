@@ -22,8 +22,8 @@ def panels(run: RunFiles) -> list[Panel]:
     times = np.arange(1, len(figures) + 1)
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
-    axes.plot(times, mean, "o-", color=run.colour, linewidth=1.5, label=results["algo"])
-    band(axes, times, mean, ci95, run.colour, "curve")
+    axes.plot(times, mean, "o-", color=run.color, linewidth=1.5, label=results["algo"])
+    band(axes, times, mean, ci95, run.color, "curve")
     chance = 100.0 / results["way"]
     axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
     axes.set(
@@ -34,14 +34,14 @@ def panels(run: RunFiles) -> list[Panel]:
     )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right")
-    told = f"from {mean[0]:.1f} % at the first to {mean[-1]:.1f} % at the {len(mean)}th"
+    summary = f"from {mean[0]:.1f} % at the first to {mean[-1]:.1f} % at the {len(mean)}th"
     return [
         Panel(
             "presentations",
             "Presentations",
             "Accuracy at the first, second, … presentation of a class along the support, each "
-            f"answered before its label is told: {told}. The band is the 95 % interval.",
-            f"Accuracy against the presentation of a class: {told}; chance is {chance:.0f} %.",
+            f"answered before its label is told: {summary}. The band is the 95 % interval.",
+            f"Accuracy against the presentation of a class: {summary}; chance is {chance:.0f} %.",
             figure,
             {
                 "presentation": [int(time) for time in times],

@@ -18,13 +18,13 @@ def panels(run: RunFiles) -> list[Panel]:
     if not run.samples:
         return []
     support, made = run.samples["support"], run.samples["made"]
-    told = f"The support of {len(made)} test tasks, and {made.shape[1]} images made for each."
+    summary = f"The support of {len(made)} test tasks, and {made.shape[1]} images made for each."
     return [
         Panel(
             "samples",
             "What was made",
-            told,
-            told,
+            summary,
+            summary,
             _grid(support, made, run.title),
             {
                 "task": list(range(len(made))),
@@ -63,7 +63,7 @@ def mosaic(images: Floats) -> Floats:
     """One picture (…, …, 3) of (rows, columns, channels, height, width), a pixel apart."""
     apart = np.pad(images, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)), constant_values=0.5)
     rows, columns, _, height, width = apart.shape
-    # Colours of three channels; of any other number the first, as grey.
-    colours = apart if apart.shape[2] == 3 else apart[:, :, :1].repeat(3, axis=2)
-    laid = colours.transpose(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
+    # Colors of three channels; of any other number the first, as gray.
+    colors = apart if apart.shape[2] == 3 else apart[:, :, :1].repeat(3, axis=2)
+    laid = colors.transpose(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)
     return np.clip(laid, 0.0, 1.0)

@@ -27,18 +27,18 @@ def panels(run: RunFiles) -> list[Panel]:
     gain, width = (scale * _column(gains, key)[order] for key in ("mean", "ci95"))
     mean, ci95 = (scale * _column(found, key)[order] for key in ("mean", "ci95"))
     figure, axes, places = named_rows(names, 0.24, fontsize=8)
-    axes.errorbar(gain, places, xerr=width, fmt="o", color=run.colour, markersize=4, linewidth=1.2)
+    axes.errorbar(gain, places, xerr=width, fmt="o", color=run.color, markersize=4, linewidth=1.2)
     axes.axvline(0.0, color=INK, linewidth=1.2)
     axes.set(xlabel=f"{results['algo']} is better by ({label})")
     beaten = sum(g - w > 0 for g, w in zip(gain, width, strict=True))
-    told = f"it beats {beaten} of {len(names)} beyond the interval"
+    summary = f"it beats {beaten} of {len(names)} beyond the interval"
     return [
         Panel(
             "strategies",
             "Ways of learning",
             "How much better it is than each of its ways of learning on the same test tasks, "
-            f"paired, with the 95 % interval: {told}. `oracle` is the best of each task.",
-            f"Paired gains over {len(names)} strategies: {told}.",
+            f"paired, with the 95 % interval: {summary}. `oracle` is the best of each task.",
+            f"Paired gains over {len(names)} strategies: {summary}.",
             figure,
             {
                 "strategy": names,

@@ -18,7 +18,7 @@ from metarun.core.statistics import Floats, quiet
 from metarun.core.types import Stream
 from metarun.evaluation import continual_metrics
 from metarun.reporting.figures.curves import unit
-from metarun.reporting.figures.drawing import COLOURS, SIZE, STYLE, Panel, colours, save
+from metarun.reporting.figures.drawing import COLORS, SIZE, STYLE, Panel, colors, save
 from metarun.reporting.run_files import RunFiles
 
 _MANY_VISITS = 20
@@ -37,15 +37,15 @@ def panels(run: RunFiles) -> list[Panel]:
         rows = list(csv.DictReader(file))
     algo, metric = str(results["algo"]), str(results["metric"])
     at = [(i, j) for i, j in np.ndindex(*matrix.shape)]
-    told = f"{matrix.shape[0]} rows, before the first visit and after each"
+    summary = f"{matrix.shape[0]} rows, before the first visit and after each"
     return [
         Panel(
             "matrix",
             "Tasks after visits",
             f"The {metric} on held-out rows of each task (column) after each visit (row), mean "
-            f"over {results['test']['episodes']} lifetimes: {told}. What is forgotten fades down "
-            "its column.",
-            f"A map of {matrix.shape[1]} tasks against visits: {told}.",
+            f"over {results['test']['episodes']} lifetimes: {summary}. What is forgotten fades "
+            "down its column.",
+            f"A map of {matrix.shape[1]} tasks against visits: {summary}.",
             _matrix(matrix, results, run.title),
             {
                 "visits so far": [i for i, _ in at],
@@ -59,7 +59,7 @@ def panels(run: RunFiles) -> list[Panel]:
             f"The {metric} on the task at hand, the loss of all incoming rows so far, and the "
             f"{metric} on all tasks met, with the 95 % interval over lifetimes.",
             f"Three curves along {len(rows)} steps of the stream.",
-            _panels({algo: rows}, results, run.title, {algo: (run.colour, "-")}),
+            _panels({algo: rows}, results, run.title, {algo: (run.color, "-")}),
             {name: [row[name] for row in rows] for name in (rows[0] if rows else [])},
         ),
     ]
@@ -76,7 +76,7 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
     Returns:
         The files.
     """
-    figure, _ = together(folders, colours(folders))
+    figure, _ = together(folders, colors(folders))
     return save(name.parent, name.name, figure)
 
 
@@ -89,13 +89,13 @@ def together(
     Args:
         folders: Of the runs of each algorithm, one for each seed; a lifetime is averaged over
             the seeds before the interval is taken.
-        looks: A colour and a line style for each.
+        looks: A color and a line style for each.
     """
     curves: dict[str, list[dict[str, str]]] = {}
     for algo, runs in folders.items():
         about = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))
-        lived = [_lived(run) for run in runs]
-        mean = {n: np.mean([one[n] for one in lived], axis=0) for n in lived[0]}
+        stream_record = [_stream_record(run) for run in runs]
+        mean = {n: np.mean([one[n] for one in stream_record], axis=0) for n in stream_record[0]}
         stream = Stream.of(about["layout"])
         curves[algo] = list(csv.DictReader(io.StringIO(continual_metrics.curves(mean, stream))))
     names = list(next(iter(curves.values()))[0])
@@ -111,7 +111,7 @@ def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
     figure = Figure(figsize=(SIZE[0], 4.0))
     axes = figure.add_subplot()
     best = "viridis" if results["metric"] == "accuracy" else "viridis_r"
-    # One task that diverges would leave no colours for the others.
+    # One task that diverges would leave no colors for the others.
     top = scale * float(np.nanquantile(matrix, 0.98)) if np.isfinite(matrix).any() else scale
     image = axes.imshow(
         scale * matrix, aspect="auto", cmap=best, vmin=0.0, vmax=top, origin="upper"
@@ -125,7 +125,7 @@ def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
     return figure
 
 
-def _lived(run: Path) -> dict[str, Floats]:
+def _stream_record(run: Path) -> dict[str, Floats]:
     with np.load(run / "episodes.npz") as arrays:
         return {
             n: np.asarray(arrays[n]) for n in ("incoming", "incoming_loss", "current", "matrix")
@@ -141,7 +141,7 @@ def _panels(
     """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
     scale, metric = unit(str(results["metric"]))
     metric = metric.replace("mean squared error", "squared error")
-    # Where there are many visits a curve within each of them would be a block of colour.
+    # Where there are many visits a curve within each of them would be a block of color.
     many = len(results["layout"]["visits"]) > _MANY_VISITS
     figure = Figure(figsize=(SIZE[0], 6.4))
     figure.suptitle(heading, fontsize=10)
@@ -160,10 +160,10 @@ def _panels(
             x, y, width = _columns(here, name)
             if name != "cumulative_loss":
                 y, width = scale * y, scale * width
-            colour, dash = looks[algo]
-            axes.plot(x, y, color=colour, linestyle=dash, linewidth=1.5, label=algo)
-            if len(curves) <= len(COLOURS):
-                axes.fill_between(x, y - width, y + width, color=colour, alpha=0.2, linewidth=0)
+            color, dash = looks[algo]
+            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.5, label=algo)
+            if len(curves) <= len(COLORS):
+                axes.fill_between(x, y - width, y + width, color=color, alpha=0.2, linewidth=0)
             tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
         axes.set(ylabel=label, xlim=(0, None), ylim=(0, None))
         # What an interval has beyond all answers right is not to be had.

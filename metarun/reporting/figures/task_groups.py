@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from metarun.core.statistics import Floats
 from metarun.reporting.figures import adaptation
-from metarun.reporting.figures.drawing import COLOURS, INK, SIZE, Panel, Series
+from metarun.reporting.figures.drawing import COLORS, INK, SIZE, Panel, Series
 from metarun.reporting.figures.tasks import Learned, answer
 from metarun.reporting.run_files import RunFiles
 
@@ -53,12 +53,12 @@ def _points(run: RunFiles, learned: Learned | None) -> list[Panel]:
 
 def _names(run: RunFiles, families: Any) -> list[str]:
     """What the families of functions are called."""
-    found = run.plain["data"].get("families") or range(int(families.max()) + 1)
+    found = run.config["data"].get("families") or range(int(families.max()) + 1)
     return list(map(str, found))
 
 
 def _hue(run: RunFiles, learned: Learned | None, tasks: int) -> tuple[Floats, str]:
-    """A number of each task to colour it by: one that its function has, else its figure."""
+    """A number of each task to color it by: one that its function has, else its figure."""
     names = getattr(learned.source, "parameter_names", ()) if learned is not None else ()
     if names and learned is not None:
         values = learned.source.parameters("test", 0, tasks)[0]  # type: ignore[attr-defined]
@@ -80,19 +80,19 @@ def _families(run: RunFiles) -> list[Panel]:
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     axes.imshow(share, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     for (row, column), count in np.ndenumerate(counts):
-        colour = "white" if share[row, column] > _DARK else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=8)
+        color = "white" if share[row, column] > _DARK else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=color, fontsize=8)
     axes.set_yticks(range(len(counts)), names[: len(counts)])
     axes.set_xticks(range(counts.shape[1]), [str(k + 1) for k in range(counts.shape[1])])
     axes.set(xlabel="group of tasks")
     axes.grid(visible=False)
-    told = f"adjusted Rand index {found['adjusted_rand_index']:.2f}, by {found['by']}"
+    summary = f"adjusted Rand index {found['adjusted_rand_index']:.2f}, by {found['by']}"
     return [
         Panel(
             "families",
             "Families found",
-            f"Test tasks of each family in each group that was found: {told}.",
-            f"A table of families against groups of tasks; {told}.",
+            f"Test tasks of each family in each group that was found: {summary}.",
+            f"A table of families against groups of tasks; {summary}.",
             figure,
             {
                 "family": [names[j] for j, _ in np.ndindex(*counts.shape)],
@@ -119,12 +119,12 @@ def _responsibilities(learned: Learned) -> list[Panel]:
     series: dict[str, Series] = {}
     places, under = np.arange(len(shares)), np.zeros(len(shares))
     for component in range(shares.shape[1]):
-        colour, key = COLOURS[component % len(COLOURS)], f"component{component}"
-        bars = axes.bar(places, shares[order, component], bottom=under, color=colour, width=0.9)
+        color, key = COLORS[component % len(COLORS)], f"component{component}"
+        bars = axes.bar(places, shares[order, component], bottom=under, color=color, width=0.9)
         for place, bar in enumerate(bars):
             bar.set_gid(f"{key}-{place}")
         under = under + shares[order, component]
-        series[key] = Series(f"component {component + 1}", colour, marker="s")
+        series[key] = Series(f"component {component + 1}", color, marker="s")
     for border in np.nonzero(np.diff(family[order]))[0]:
         axes.axvline(border + 0.5, color=INK, linewidth=1.6)
     sure = float((shares.max(1) > 0.9).mean())

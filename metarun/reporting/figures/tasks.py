@@ -41,13 +41,13 @@ class Learned:
     Attributes:
         algorithm: With its best parameters by meta-val, else its last; in evaluation.
         source: Its data.
-        colour: Of its algorithm, in every figure of a report.
+        color: Of its algorithm, in every figure of a report.
         views: Of each image that an answer is averaged over, as in the test.
     """
 
     algorithm: Algorithm
     source: EpisodeSource
-    colour: str
+    color: str
     views: int = 1
 
     @property
@@ -133,7 +133,7 @@ class _Plot:
     def line(self, key: str, what: str, series: Series, x: Floats, y: Floats, width: float) -> None:
         """Draw a curve."""
         self.series[key] = series
-        self.axes.plot(x, y, color=series.colour, linestyle=series.dash, linewidth=width, gid=key)
+        self.axes.plot(x, y, color=series.color, linestyle=series.dash, linewidth=width, gid=key)
         self.note(what, x, y)
 
     def points(self, key: str, what: str, x: Floats, y: Floats, marker: str, size: float) -> None:
@@ -169,13 +169,13 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     plot.series["support"] = Series("support", INK, marker="^")
     plot.finish()
     after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
-    told = f"Test task {index}: mean squared error on its queries {shown('mse', figure)}{after}."
+    summary = f"Test task {index}: mean squared error on its queries {shown('mse', figure)}{after}."
     more = " The band holds 95 % of what it expects." if spread else ""
     return Panel(
         f"fit-{name}",
         f"A {name} task",
-        f"{told} Triangles are the {batch.support_x.shape[1]} support points.{more}",
-        f"{told} The answers on a grid against the function.",
+        f"{summary} Triangles are the {batch.support_x.shape[1]} support points.{more}",
+        f"{summary} The answers on a grid against the function.",
         plot.figure,
         plot.columns,
         plot.series,
@@ -212,7 +212,7 @@ def _draw_answers(
         for step in sorted({steps, *_STEPS}):
             name = f"{step} step{'s' * (step != 1)}"
             tested = step == steps
-            line = Series(name, learned.colour, "-" if tested else next(faint))
+            line = Series(name, learned.color, "-" if tested else next(faint))
             values = _numbers(traced[step, 0, :, 0])
             plot.line(f"after{step}", name, line, x, values, 2.2 if tested else 1.0)
             # What is answered after other steps need not be in sight to its ends.
@@ -222,13 +222,13 @@ def _draw_answers(
     values = _numbers(found.outputs[0, :, 0])
     spread = None if found.spread is None else _numbers(found.spread[0, :, 0])
     name = "answer" if spread is None else "mean and 95 % band"
-    plot.line("mean", name, Series(name, learned.colour), x, values, 2.0)
+    plot.line("mean", name, Series(name, learned.color), x, values, 2.0)
     plot.sight.append(values)
     if spread is None:
         return False
     plot.columns["spread"][-len(x) :] = list(map(float, spread))
     ends = values - _WITHIN * spread, values + _WITHIN * spread
-    band = plot.axes.fill_between(x, *ends, color=learned.colour, alpha=0.2, linewidth=0)
+    band = plot.axes.fill_between(x, *ends, color=learned.color, alpha=0.2, linewidth=0)
     band.set_gid("mean-band")
     plot.sight += ends
     return True
@@ -258,16 +258,16 @@ def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
         for column, place in enumerate(places)
     ]
     _draw_grid(plotted.add_subplot(), drawing.grid, marks, drawing.shots)
-    told = f"Test task {index}: {shown('accuracy', figure)} of its queries answered right."
+    summary = f"Test task {index}: {shown('accuracy', figure)} of its queries answered right."
     legend = "; ".join(f"{letter(way)} {names[way]}" for way in range(rows))
     some = "" if rows == ways else f" The first {rows} of {ways} classes are shown."
     return Panel(
         f"task-{name}",
         f"A {name} task",
-        f"{told} Left of the line the support, right of it queries of the same class: framed in "
+        f"{summary} Left of the line the support, right of it queries of the same class: framed in "
         "blue where the answer is right, crossed in orange with the letter of the answer where "
         f"it is wrong. {legend}.{some}",
-        f"{told} A row of images for each of {rows} classes.",
+        f"{summary} A row of images for each of {rows} classes.",
         plotted,
         {
             "query": list(range(len(labels))),
@@ -283,7 +283,7 @@ class _Pictures:
     """Images of a task in rows of one class: some of its support, then some of its queries.
 
     Attributes:
-        grid: (rows, shots + queries, C, H, W) from 0 to 1; grey where a class has no more.
+        grid: (rows, shots + queries, C, H, W) from 0 to 1; gray where a class has no more.
         shots: Columns of the support.
         queries: Of each row, which queries are shown.
     """
@@ -321,17 +321,17 @@ def _draw_grid(
     high, wide = height + 2, width + 2
     axes.imshow(mosaic(grid), interpolation="nearest")
     for row, column, said, right in marks:
-        colour = RIGHT if right else WRONG
+        color = RIGHT if right else WRONG
         corner = (column * wide - 0.5, row * high - 0.5)
-        # Inside of its cell, so that no neighbour covers it.
+        # Inside of its cell, so that no neighbor covers it.
         inside = (corner[0] + 0.8, corner[1] + 0.8)
         frame = Rectangle(
-            inside, wide - 1.6, high - 1.6, fill=False, edgecolor=colour, linewidth=1.4
+            inside, wide - 1.6, high - 1.6, fill=False, edgecolor=color, linewidth=1.4
         )
         axes.add_patch(frame)
         if not right:
             ends = (corner[0], corner[0] + wide), (corner[1], corner[1] + high)
-            axes.plot(*ends, color=colour, linewidth=1.0)
+            axes.plot(*ends, color=color, linewidth=1.0)
             axes.annotate(
                 letter(said),
                 (corner[0] + wide - 1, corner[1] + 1),
@@ -340,7 +340,7 @@ def _draw_grid(
                 fontsize=7,
                 fontweight="bold",
                 color="white",
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.0},
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1.0},
             )
     axes.axvline(shots * wide - 0.5, color=MUTED, linewidth=3.0)
     axes.set_xlim(-0.5, grid.shape[1] * wide - 0.5)

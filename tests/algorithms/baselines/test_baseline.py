@@ -12,8 +12,8 @@ from metarun.algorithms.baselines.baseline import Baseline
 from metarun.core import seeding
 from tests.helpers import (
     TINY_BACKBONES,
-    labelled_batch,
-    labelled_spec,
+    labeled_batch,
+    labeled_spec,
     linear_backbone,
     make,
     regression_spec,
@@ -62,8 +62,8 @@ def torch_fit(algorithm: Baseline, kind: str, x: Tensor, y: Tensor, epochs: int)
 
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_the_fit_is_that_of_torch_sgd_on_each_task(head: str) -> None:
-    batch = labelled_batch(tasks=3, shot=3)
-    algorithm = make(Baseline, labelled_spec(), linear_backbone, head=head, **FIT)
+    batch = labeled_batch(tasks=3, shot=3)
+    algorithm = make(Baseline, labeled_spec(), linear_backbone, head=head, **FIT)
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     trace = algorithm.trace(batch.support_x, batch.support_y, batch.query_x, 5)
     for task in range(3):
@@ -83,7 +83,7 @@ def test_mini_batches_are_new_orders_of_all_rows_in_each_epoch() -> None:
             seen[-1].append(features[0, :, 0])
             return super()._gradient(weights, features, labels)
 
-    algorithm = make(Watched, labelled_spec(), linear_backbone)
+    algorithm = make(Watched, labeled_spec(), linear_backbone)
     features = torch.arange(10.0).double()[None, :, None].expand(1, 10, 2)
     labels = torch.tensor([[0, 1, 2, 0, 1, 2, 0, 1, 2, 0]])
     seen.append([])
@@ -97,8 +97,8 @@ def test_mini_batches_are_new_orders_of_all_rows_in_each_epoch() -> None:
 
 
 def test_the_body_is_frozen_and_running_statistics_answer_each_query_alone() -> None:
-    batch = labelled_batch()
-    algorithm = make(Baseline, labelled_spec(), CONV, bn="running", head_epochs=3)
+    batch = labeled_batch()
+    algorithm = make(Baseline, labeled_spec(), CONV, bn="running", head_epochs=3)
     before = {name: value.clone() for name, value in algorithm.net.state_dict().items()}
     whole = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     alone = algorithm.predict(batch.support_x, batch.support_y, batch.query_x[:, :1]).outputs
@@ -109,26 +109,26 @@ def test_the_body_is_frozen_and_running_statistics_answer_each_query_alone() -> 
 
 
 def test_all_rows_in_one_batch_have_no_order() -> None:
-    batch = labelled_batch()
-    algorithm = make(Baseline, labelled_spec(), CONV, bn="running", head_batch=None)
+    batch = labeled_batch()
+    algorithm = make(Baseline, labeled_spec(), CONV, bn="running", head_batch=None)
     assert algorithm.order_free
-    assert not make(Baseline, labelled_spec(), CONV).order_free
+    assert not make(Baseline, labeled_spec(), CONV).order_free
     expected = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     turned = algorithm.predict(batch.support_x.flip(1), batch.support_y.flip(1), batch.query_x)
     torch.testing.assert_close(turned.outputs, expected)
 
 
 def test_inner_steps_at_evaluation_are_epochs() -> None:
-    batch = labelled_batch()
+    batch = labeled_batch()
     rows = (batch.support_x, batch.support_y, batch.query_x)
-    seven = make(Baseline, labelled_spec(), CONV, head_epochs=7)
-    same = make(Baseline, labelled_spec(), CONV, head_epochs=2, eval_inner_steps=7)
+    seven = make(Baseline, labeled_spec(), CONV, head_epochs=7)
+    same = make(Baseline, labeled_spec(), CONV, head_epochs=2, eval_inner_steps=7)
     assert torch.equal(seven.predict(*rows).outputs, same.predict(*rows).outputs)
 
 
 def test_a_task_may_have_any_number_of_ways() -> None:
-    batch = labelled_batch()
-    algorithm = make(Baseline, labelled_spec(ways=3), CONV)
+    batch = labeled_batch()
+    algorithm = make(Baseline, labeled_spec(ways=3), CONV)
     labels = torch.arange(6).expand(3, 6)
     assert algorithm.predict(batch.support_x, labels, batch.query_x).outputs.shape == (3, 6, 6)
 
@@ -146,7 +146,7 @@ def test_a_task_may_have_any_number_of_ways() -> None:
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        make(Baseline, labelled_spec(), CONV, **options)
+        make(Baseline, labeled_spec(), CONV, **options)
 
 
 def test_regression_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The nearest neighbour against a search over pairs."""
+"""The nearest neighbor against a search over pairs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SimpleShot against nearest neighbours, hand computation and the exact mean feature."""
+"""SimpleShot against nearest neighbors, hand computation and the exact mean feature."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 from metarun.algorithms.baselines.simpleshot import SimpleShot
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Progress
-from tests.helpers import TINY_BACKBONES, labelled_batch, labelled_spec, linear_backbone, make
+from tests.helpers import TINY_BACKBONES, labeled_batch, labeled_spec, linear_backbone, make
 
 CONV = TINY_BACKBONES["conv4 max-pool"]
 
 
-def test_with_one_shot_and_l2_it_is_the_nearest_neighbour_by_cosine() -> None:
-    batch = labelled_batch(tasks=20, shot=1, query=5)
-    algorithm = make(SimpleShot, labelled_spec(), linear_backbone, transform="l2")
+def test_with_one_shot_and_l2_it_is_the_nearest_neighbor_by_cosine() -> None:
+    batch = labeled_batch(tasks=20, shot=1, query=5)
+    algorithm = make(SimpleShot, labeled_spec(), linear_backbone, transform="l2")
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     similarity = nn.functional.cosine_similarity(
         batch.query_x.flatten(2)[:, :, None], batch.support_x.flatten(2)[:, None], dim=-1
@@ -33,8 +33,8 @@ def test_with_one_shot_and_l2_it_is_the_nearest_neighbour_by_cosine() -> None:
 def test_a_logit_is_minus_the_squared_distance_to_the_mean_of_transformed_features(
     transform: str,
 ) -> None:
-    batch = labelled_batch(tasks=2, shot=3)
-    algorithm = make(SimpleShot, labelled_spec(), linear_backbone, transform=transform)
+    batch = labeled_batch(tasks=2, shot=3)
+    algorithm = make(SimpleShot, labeled_spec(), linear_backbone, transform=transform)
     algorithm.feature_mean.copy_(torch.linspace(-1.0, 1.0, 64))
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
 
@@ -45,17 +45,17 @@ def test_a_logit_is_minus_the_squared_distance_to_the_mean_of_transformed_featur
     for task in range(2):
         for k in range(3):
             rows = batch.support_x[task][batch.support_y[task] == k]
-            centre = sum(changed(row) for row in rows) / 3
+            center = sum(changed(row) for row in rows) / 3
             for q, row in enumerate(batch.query_x[task]):
-                expected = -(changed(row) - centre).square().sum()
+                expected = -(changed(row) - center).square().sum()
                 torch.testing.assert_close(outputs[task, q, k], expected)
 
 
 def test_the_mean_feature_is_gathered_under_running_statistics_after_each_update() -> None:
-    algorithm = make(SimpleShot, labelled_spec(), CONV, mean_momentum=0.25)
+    algorithm = make(SimpleShot, labeled_spec(), CONV, mean_momentum=0.25)
     expected = torch.zeros(12, dtype=torch.float64)
     for step, weight in enumerate([1.0, 1 / 2, 1 / 3, 1 / 4, 1 / 4, 1 / 4]):
-        batch = labelled_batch(seed=step)
+        batch = labeled_batch(seed=step)
         algorithm.update(batch, Progress(step, 6))
         rows = torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1)
         mean = algorithm.net(rows, ForwardContext(running=True)).mean(0).detach()
@@ -64,7 +64,7 @@ def test_the_mean_feature_is_gathered_under_running_statistics_after_each_update
 
 
 def test_the_mean_feature_is_part_of_the_state() -> None:
-    algorithm = make(SimpleShot, labelled_spec(), CONV)
+    algorithm = make(SimpleShot, labeled_spec(), CONV)
     assert "feature_mean" in algorithm.state_dict()
 
 
@@ -77,4 +77,4 @@ def test_the_mean_feature_is_part_of_the_state() -> None:
 )
 def test_options_out_of_range_are_named(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        make(SimpleShot, labelled_spec(), CONV, **options)
+        make(SimpleShot, labeled_spec(), CONV, **options)

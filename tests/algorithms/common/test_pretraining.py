@@ -17,8 +17,8 @@ from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.core.types import Progress
 from metarun.training.state import load_parameters
 from tests.helpers import TINY_BACKBONES, image_spec, make, moved
-from tests.helpers import labelled_batch as batch_of
-from tests.helpers import labelled_spec as spec_of
+from tests.helpers import labeled_batch as batch_of
+from tests.helpers import labeled_spec as spec_of
 
 CONV = TINY_BACKBONES["conv4 max-pool"]
 
@@ -114,7 +114,7 @@ def test_the_engines_agree(backbone: str, head: str) -> None:
         torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_the_cosine_head_is_the_weight_normalised_one_of_the_code() -> None:
+def test_the_cosine_head_is_the_weight_normalized_one_of_the_code() -> None:
     layer = nn.Linear(6, 4, bias=False).double()
     normal = nn.utils.parametrizations.weight_norm(layer, dim=0)
     length, direction = (p.detach() for p in normal.parameters())

@@ -14,7 +14,7 @@ from torch import Tensor
 from metarun.algorithms.continual.ftml import FTML, FTMLHindsight
 from metarun.backbones.mlp import MLP
 from metarun.core.types import Stream, TaskBatch
-from metarun.evaluation.stream_rollouts import Lifetimes
+from metarun.evaluation.stream_rollouts import Rollouts
 from tests.helpers import make, regression_batch, regression_spec
 
 LAYOUT = Stream(visits=(0, 1, 2), steps=2, rows=2, queries=5)
@@ -38,8 +38,8 @@ def trajectories(stream: Stream = LAYOUT, tasks: int = 2) -> TaskBatch:
     )
 
 
-def lived(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Lifetimes:
-    lives = Lifetimes(algorithm, batch, stream)
+def stream_record(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Rollouts:
+    lives = Rollouts(algorithm, batch, stream)
     while not lives.finished:
         lives.advance()
     return lives
@@ -64,14 +64,14 @@ def start(algorithm: Any) -> list[Tensor]:
     return [p.detach().clone().requires_grad_() for p in algorithm.net.parameters()]
 
 
-def end(lives: Lifetimes, task: int) -> list[Tensor]:
+def end(lives: Rollouts, task: int) -> list[Tensor]:
     return [v[task] for name, v in lives.state.items() if name.startswith("weights.")]
 
 
 def test_from_scratch_adapts_to_the_rows_of_a_task_that_have_come() -> None:
     algorithm = learner(objective="none")
     batch = trajectories()
-    lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives = Rollouts(algorithm, batch, LAYOUT)
     for _ in range(3):
         lives.advance()
     torch.testing.assert_close(end(lives, 0), [p.detach() for p in algorithm.net.parameters()])
@@ -101,7 +101,7 @@ def test_the_meta_update_is_adam_on_the_loss_after_adaptation(
         batch.query_x, batch.query_y,
     )  # fmt: skip
     algorithm = learner(stream, engine, objective=objective, second_order=second_order)
-    lives = lived(algorithm, same, stream)
+    lives = stream_record(algorithm, same, stream)
     for life in range(2):
         weights = start(algorithm)
         first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
@@ -123,7 +123,7 @@ def test_the_meta_update_is_adam_on_the_loss_after_adaptation(
 def test_tasks_are_drawn_from_those_met_and_rows_from_those_that_came() -> None:
     algorithm = learner()
     batch = trajectories()
-    lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives = Rollouts(algorithm, batch, LAYOUT)
     for _ in range(3):
         lives.advance()
     state = {name: value[0] for name, value in lives.state.items()}
@@ -146,15 +146,15 @@ def test_tasks_are_drawn_from_those_met_and_rows_from_those_that_came() -> None:
 def test_train_on_everything_answers_alike_whatever_the_task() -> None:
     algorithm = learner(objective="joint", inner_steps=0)
     batch = trajectories()
-    lives = lived(algorithm, batch)
+    lives = stream_record(algorithm, batch)
     answers = [algorithm.answers(lives.state, batch.query_x, task) for task in (0, 1, 2, None)]
     assert all(torch.equal(answers[0], other) for other in answers[1:])
 
 
 def test_a_frozen_learner_learns_from_the_first_visits_alone() -> None:
     batch = trajectories()
-    frozen = lived(learner(freeze_after=1), batch)
-    free = Lifetimes(learner(), batch, LAYOUT)
+    frozen = stream_record(learner(freeze_after=1), batch)
+    free = Rollouts(learner(), batch, LAYOUT)
     for _ in range(2):
         free.advance()
     torch.testing.assert_close(end(frozen, 0), end(free, 0))
@@ -164,7 +164,7 @@ def test_a_frozen_learner_learns_from_the_first_visits_alone() -> None:
 def test_a_full_memory_gives_up_the_task_that_was_met_longest_ago() -> None:
     algorithm = learner(memory=2)
     batch = trajectories()
-    lives = lived(algorithm, batch)
+    lives = stream_record(algorithm, batch)
     assert lives.state["tasks.owner"][0].tolist() == [2, 1]
     torch.testing.assert_close(lives.state["tasks.x"][0, 0], batch.support_x[0, 8:12])
     answers = [algorithm.answers(lives.state, batch.query_x, task) for task in (0, None)]
@@ -174,7 +174,7 @@ def test_a_full_memory_gives_up_the_task_that_was_met_longest_ago() -> None:
 def test_a_returning_task_adds_to_its_rows() -> None:
     stream = Stream(visits=(0, 1, 0), steps=2, rows=2, queries=5)
     batch = trajectories(stream)
-    state = lived(learner(stream), batch, stream).state
+    state = stream_record(learner(stream), batch, stream).state
     assert state["tasks.rows"][0].tolist() == [8, 4]
     rows = torch.cat([batch.support_x[0, :4], batch.support_x[0, 8:12]])
     torch.testing.assert_close(state["tasks.x"][0, 0], rows)
@@ -182,11 +182,11 @@ def test_a_returning_task_adds_to_its_rows() -> None:
 
 def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
     batch = trajectories()
-    whole = lived(learner(), batch)
-    first = Lifetimes(learner(), batch, LAYOUT)
+    whole = stream_record(learner(), batch)
+    first = Rollouts(learner(), batch, LAYOUT)
     for _ in range(3):
         first.advance()
-    second = Lifetimes(learner(), batch, LAYOUT)
+    second = Rollouts(learner(), batch, LAYOUT)
     second.restore(copy.deepcopy(first.save()))
     while not second.finished:
         second.advance()
@@ -201,7 +201,7 @@ def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
         ({"inner_steps": -1}, r"algo\.inner_steps=-1: expected 0 or more"),
         ({"memory": 0}, r"algo\.memory=0: expected 1 or more"),
         ({"freeze_after": 0}, r"algo\.freeze_after=0: expected 1 or more"),
-        ({"stream": replace(LAYOUT, told=False)}, r"use data\.told=true"),
+        ({"stream": replace(LAYOUT, task_ids_known=False)}, r"use data\.task_ids_known=true"),
     ],
 )
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> None:
@@ -212,7 +212,7 @@ def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> 
 def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None:
     algorithm = learner(kind=FTMLHindsight, meta_updates=400)
     batch = trajectories()
-    lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives = Rollouts(algorithm, batch, LAYOUT)
     lives.begin()
     begun = end(lives, 0)
     # Before the first step nothing of a task has come, so that it is answered by the start.

@@ -13,7 +13,7 @@ from torch import Tensor
 from metarun.algorithms.continual.lamaml import LaMAML
 from metarun.backbones.mlp import MLP
 from metarun.core.types import Stream, TaskBatch
-from metarun.evaluation.stream_rollouts import Lifetimes
+from metarun.evaluation.stream_rollouts import Rollouts
 from tests.helpers import linear_backbone, make, regression_batch, regression_spec
 
 LAYOUT = Stream(visits=(0, 1), steps=3, rows=1, queries=5)
@@ -29,12 +29,12 @@ def trajectories(stream: Stream = LAYOUT, tasks: int = 2) -> TaskBatch:
     )
 
 
-def lived(
+def stream_record(
     stream: Stream = LAYOUT, backbone: Any = TINY, engine: str = "loop", **options: Any
 ) -> Any:
     spec = replace(regression_spec(), streams={**STREAMS, "test": stream})
     algorithm = make(LaMAML, spec, backbone, engine=engine, **options)
-    lives = Lifetimes(algorithm, trajectories(stream), stream)
+    lives = Rollouts(algorithm, trajectories(stream), stream)
     while not lives.finished:
         lives.advance()
     return algorithm, lives
@@ -90,7 +90,7 @@ def naive(
     ],
 )
 def test_it_is_the_official_loop(engine: str, rates: Any, step: Any, second: bool) -> None:
-    algorithm, lives = lived(
+    algorithm, lives = stream_record(
         engine=engine,
         rates=rates,
         step=step,
@@ -113,7 +113,9 @@ def test_it_is_the_official_loop(engine: str, rates: Any, step: Any, second: boo
 def test_the_rates_of_a_linear_model_follow_the_agreement_of_gradients() -> None:
     """One row, one glance: the rate moves by the square of its gradient after the look-ahead."""
     stream = Stream(visits=(0,), steps=1, rows=1, queries=10)
-    algorithm, lives = lived(stream, linear_backbone, glances=1, clip_norm=1e9, rates_lr=0.01)
+    algorithm, lives = stream_record(
+        stream, linear_backbone, glances=1, clip_norm=1e9, rates_lr=0.01
+    )
     batch = trajectories(stream)
     last = algorithm.net.head.last
     x, y = batch.support_x[0, 0], batch.support_y[0, 0, 0]
@@ -125,7 +127,7 @@ def test_the_rates_of_a_linear_model_follow_the_agreement_of_gradients() -> None
 
 
 def test_a_negative_rate_stands_still() -> None:
-    algorithm, lives = lived(rates_start=1e-9, rates_lr=1e-12)
+    algorithm, lives = stream_record(rates_start=1e-9, rates_lr=1e-12)
     for name, start in algorithm.net.named_parameters():
         torch.testing.assert_close(lives.state[f"weights.{name}"][0], start, atol=1e-6, rtol=0.0)
 
@@ -141,4 +143,4 @@ def test_a_negative_rate_stands_still() -> None:
 )
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        lived(**options)
+        stream_record(**options)

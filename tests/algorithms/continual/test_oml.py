@@ -156,10 +156,10 @@ def test_a_wide_open_gate_leaves_features_as_they_are() -> None:
         gate.head.bias.fill_(50.0)
     x = batch().query_x[0]
     features = gated.net.body.features(x)
-    torch.testing.assert_close(gated.perceive(x[None])[0], features)
+    torch.testing.assert_close(gated.encode(x[None])[0], features)
     with torch.no_grad():
         gate.head.bias.fill_(0.0)
-    torch.testing.assert_close(gated.perceive(x[None])[0], features / 2)
+    torch.testing.assert_close(gated.encode(x[None])[0], features / 2)
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])

@@ -20,7 +20,7 @@ from metarun.algorithms.continual.online_baselines import (
 )
 from metarun.backbones.mlp import MLP
 from metarun.core.types import Stream, TaskBatch, TaskSpec
-from metarun.evaluation.stream_rollouts import Lifetimes
+from metarun.evaluation.stream_rollouts import Rollouts
 from tests.helpers import linear_backbone, make, regression_batch, regression_spec
 
 LAYOUT = Stream(visits=(0, 1, 2), steps=4, rows=2, queries=5)
@@ -42,14 +42,14 @@ def learner(kind: Any, backbone: Any = TINY, stream: Stream = LAYOUT, **options:
     return make(kind, spec(stream), backbone, **{"online_lr": 0.05, **options})
 
 
-def lived(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Lifetimes:
-    lives = Lifetimes(algorithm, batch, stream)
+def stream_record(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Rollouts:
+    lives = Rollouts(algorithm, batch, stream)
     while not lives.finished:
         lives.advance()
     return lives
 
 
-def weights(lives: Lifetimes, task: int) -> list[Tensor]:
+def weights(lives: Rollouts, task: int) -> list[Tensor]:
     return [v[task] for name, v in lives.state.items() if name.startswith("weights.")]
 
 
@@ -72,7 +72,7 @@ def test_plain_online_learning_is_stochastic_gradient_descent_in_the_order_of_th
 ) -> None:
     batch = trajectories()
     algorithm = learner(Online, engine=engine)
-    lives = lived(algorithm, batch)
+    lives = stream_record(algorithm, batch)
     for task in range(3):
         rows = [
             (batch.support_x[task, i : i + 2], batch.support_y[task, i : i + 2])
@@ -85,7 +85,7 @@ def test_plain_online_learning_is_stochastic_gradient_descent_in_the_order_of_th
 def test_adam_is_torchs_adam_up_to_where_epsilon_is_added() -> None:
     batch = trajectories(1)
     algorithm = learner(Online, linear_backbone, online_optim="adam", online_lr=0.01)
-    lives = lived(algorithm, batch)
+    lives = stream_record(algorithm, batch)
     parameters = [p.detach().clone().requires_grad_() for p in algorithm.net.head.last.parameters()]
     optimizer = torch.optim.Adam(parameters, 0.01)
     for i in range(0, 24, 2):
@@ -100,7 +100,7 @@ def test_adam_is_torchs_adam_up_to_where_epsilon_is_added() -> None:
 def test_every_step_is_judged_before_it_is_learned_and_its_task_after() -> None:
     batch = trajectories()
     algorithm = learner(Online)
-    lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives = Rollouts(algorithm, batch, LAYOUT)
     before = algorithm.answers(lives.state, batch.support_x[:, :2], 0)
     lives.advance()
     after = algorithm.answers(lives.state, batch.query_x[:, :5], 0)
@@ -115,7 +115,7 @@ def test_every_step_is_judged_before_it_is_learned_and_its_task_after() -> None:
 def test_the_matrix_has_a_row_before_and_after_each_visit() -> None:
     batch = trajectories()
     algorithm = learner(Online)
-    lives = lived(algorithm, batch)
+    lives = stream_record(algorithm, batch)
     matrix = lives.measured()["matrix"]
     assert matrix.shape == (3, 4, 3)
     outputs = algorithm.answers(lives.state, batch.query_x, None)
@@ -131,11 +131,11 @@ def test_the_matrix_has_a_row_before_and_after_each_visit() -> None:
 @pytest.mark.parametrize("kind", [Online, ExperienceReplay, EWC, JointTraining])
 def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit(kind: Any) -> None:
     batch = trajectories()
-    whole = lived(learner(kind), batch)
-    first = Lifetimes(learner(kind), batch, LAYOUT)
+    whole = stream_record(learner(kind), batch)
+    first = Rollouts(learner(kind), batch, LAYOUT)
     for _ in range(7):
         first.advance()
-    second = Lifetimes(learner(kind), batch, LAYOUT)
+    second = Rollouts(learner(kind), batch, LAYOUT)
     second.restore(first.save())
     while not second.finished:
         second.advance()
@@ -149,8 +149,8 @@ def test_a_lifetime_is_the_same_alone_and_among_others_and_leaves_the_parameters
     batch = trajectories()
     algorithm = learner(kind)
     before = [p.detach().clone() for p in algorithm.parameters()]
-    together = lived(algorithm, batch)
-    alone = lived(algorithm, batch[1:2])
+    together = stream_record(algorithm, batch)
+    alone = stream_record(algorithm, batch[1:2])
     for name, values in together.measured().items():
         torch.testing.assert_close(values[1:2], alone.measured()[name])
     assert all(torch.equal(a, b) for a, b in zip(before, algorithm.parameters(), strict=True))
@@ -159,7 +159,7 @@ def test_a_lifetime_is_the_same_alone_and_among_others_and_leaves_the_parameters
 def test_with_a_memory_of_everything_replay_draws_from_all_rows_before() -> None:
     batch = trajectories(1)
     algorithm = learner(ExperienceReplay, memory=24, replayed=24)
-    lives = lived(algorithm, batch)
+    lives = stream_record(algorithm, batch)
     # All of the memory is replayed, so that the order of the draws has no meaning.
     x, y = batch.support_x[0], batch.support_y[0]
     order = [torch.cat([torch.arange(i, i + 2), torch.arange(i)]) for i in range(0, 24, 2)]
@@ -197,7 +197,7 @@ def test_ewc_pulls_to_where_tasks_ended_by_their_fisher_information() -> None:
         batch.query_y[:, :10],
     )
     algorithm = learner(EWC, linear_backbone, stream, strength=7.0, fisher_rows=4)
-    lives = lived(algorithm, batch, stream)
+    lives = stream_record(algorithm, batch, stream)
     last = algorithm.net.head.last
     w = torch.cat([last.weight.detach()[0], last.bias.detach()])
     x = torch.cat([batch.support_x[0], torch.ones(12, 1).double()], 1)
@@ -219,14 +219,17 @@ def test_ewc_pulls_to_where_tasks_ended_by_their_fisher_information() -> None:
 
 def test_ewc_without_strength_is_plain_online_learning() -> None:
     batch = trajectories()
-    one, other = lived(learner(EWC, strength=0.0), batch), lived(learner(Online), batch)
+    one, other = (
+        stream_record(learner(EWC, strength=0.0), batch),
+        stream_record(learner(Online), batch),
+    )
     for name, values in one.measured().items():
         torch.testing.assert_close(values, other.measured()[name])
 
 
 def test_ewc_asks_to_be_told_where_tasks_end() -> None:
-    with pytest.raises(ValueError, match=r"use data\.told=true"):
-        learner(EWC, stream=replace(LAYOUT, told=False))
+    with pytest.raises(ValueError, match=r"use data\.task_ids_known=true"):
+        learner(EWC, stream=replace(LAYOUT, task_ids_known=False))
 
 
 def test_joint_training_solves_tasks_that_online_learning_forgets() -> None:
@@ -236,10 +239,10 @@ def test_joint_training_solves_tasks_that_online_learning_forgets() -> None:
     y = torch.tensor([[1.0], [-1.0], [2.0]]).double()
     rows = torch.arange(3).repeat_interleave(60)
     batch = TaskBatch(x[rows][None], y[rows][None], x[None], y[None])
-    joint = lived(
+    joint = stream_record(
         learner(JointTraining, linear_backbone, stream, updates=20, batch=8), batch, stream
     )
-    online = lived(learner(Online, linear_backbone, stream), batch, stream)
+    online = stream_record(learner(Online, linear_backbone, stream), batch, stream)
     assert joint.final() < 0.01
     assert online.measured()["matrix"][0, -1, 2] < 1e-6
     assert online.final() > 0.5
@@ -251,7 +254,7 @@ def test_in_hindsight_everything_is_known_before_the_stream_begins_and_nothing_l
     algorithm = learner(
         JointHindsight, linear_backbone, updates=3000, batch=24, online_optim="adam", online_lr=0.01
     )
-    lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives = Rollouts(algorithm, batch, LAYOUT)
     lives.begin()
     x = torch.cat([batch.support_x, torch.ones_like(batch.support_x[..., :1])], -1)
     best = torch.linalg.lstsq(x, batch.support_y).solution
@@ -268,7 +271,7 @@ def test_in_hindsight_everything_is_known_before_the_stream_begins_and_nothing_l
 
 def test_the_head_alone_may_learn_and_begin_anew() -> None:
     batch = trajectories()
-    lives = lived(learner(Online, adapt="head", head=[4]), batch)
+    lives = stream_record(learner(Online, adapt="head", head=[4]), batch)
     names = {name for name in lives.state if name.startswith("weights.")}
     assert names == {
         f"weights.{layer}.{part}"
@@ -276,7 +279,7 @@ def test_the_head_alone_may_learn_and_begin_anew() -> None:
         for part in ("weight", "bias")
     }
     algorithm = learner(Online, adapt="head", reset=True)
-    begun = Lifetimes(algorithm, batch, LAYOUT).state
+    begun = Rollouts(algorithm, batch, LAYOUT).state
     assert not torch.equal(begun["weights.last.weight"][0], algorithm.net.head.last.weight)
     assert (begun["weights.last.bias"] == 0).all()
 
@@ -284,18 +287,18 @@ def test_the_head_alone_may_learn_and_begin_anew() -> None:
 def test_an_untaught_network_is_another_one_than_that_which_learns() -> None:
     batch = trajectories()
     algorithm = learner(Online)
-    lives = Lifetimes(algorithm, batch, LAYOUT)
+    lives = Rollouts(algorithm, batch, LAYOUT)
     lives.advance()
-    assert lives.untaught().shape == (3, 3)
-    assert not torch.equal(lives.untaught(), lives.measured()["matrix"][:, 0])
-    assert torch.equal(lives.untaught(), lives.untaught())
+    assert lives.untrained().shape == (3, 3)
+    assert not torch.equal(lives.untrained(), lives.measured()["matrix"][:, 0])
+    assert torch.equal(lives.untrained(), lives.untrained())
 
 
 def test_predict_lives_through_a_stream_that_tells_nothing() -> None:
     batch = trajectories()
     algorithm = learner(Online)
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
-    expected = algorithm.answers(lived(algorithm, batch).state, batch.query_x, None)
+    expected = algorithm.answers(stream_record(algorithm, batch).state, batch.query_x, None)
     torch.testing.assert_close(outputs, expected)
 
 
@@ -332,11 +335,11 @@ def test_what_was_learned_in_hindsight_is_not_learned_again_by_one_who_was_stopp
     batch = trajectories()
     algorithm = learner(JointHindsight, updates=30)
     looks: list[int] = []
-    whole = Lifetimes(algorithm, batch, LAYOUT)
+    whole = Rollouts(algorithm, batch, LAYOUT)
     whole.begin(lambda: looks.append(1))
     assert len(looks) == 30
     whole.advance()
-    later = Lifetimes(algorithm, batch, LAYOUT)
+    later = Rollouts(algorithm, batch, LAYOUT)
     later.restore(whole.save())
     later.begin(lambda: looks.append(1))
     assert len(looks) == 30
@@ -346,10 +349,10 @@ def test_what_was_learned_in_hindsight_is_not_learned_again_by_one_who_was_stopp
     def stop() -> None:
         raise KeyboardInterrupt
 
-    stopped = Lifetimes(algorithm, batch, LAYOUT)
+    stopped = Rollouts(algorithm, batch, LAYOUT)
     with pytest.raises(KeyboardInterrupt):
         stopped.begin(stop)
-    again = Lifetimes(algorithm, batch, LAYOUT)
+    again = Rollouts(algorithm, batch, LAYOUT)
     again.restore(stopped.save())
     again.advance()
     for name, value in whole.state.items():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metarun.algorithms.continual.task_memory import TaskMemory
 from metarun.core.types import Stream, TaskBatch
-from metarun.evaluation.stream_rollouts import Lifetimes
+from metarun.evaluation.stream_rollouts import Rollouts
 from tests.helpers import linear_backbone, make, regression_spec
 
 STEPS, ROWS = 30, 2
@@ -20,8 +20,8 @@ TRUTH = torch.tensor(
 ).double()
 
 
-def layout(visits: tuple[int, ...], *, told: bool = True) -> Stream:
-    return Stream(visits, STEPS, ROWS, 5, told)
+def layout(visits: tuple[int, ...], *, task_ids_known: bool = True) -> Stream:
+    return Stream(visits, STEPS, ROWS, 5, task_ids_known)
 
 
 def batch(stream: Stream, lives: int = 2) -> TaskBatch:
@@ -48,7 +48,7 @@ def learner(stream: Stream, engine: str = "vmap", **options: Any) -> Any:
     return made
 
 
-def after(lives: Lifetimes, steps: int) -> dict[str, Tensor]:
+def after(lives: Rollouts, steps: int) -> dict[str, Tensor]:
     while lives.step < steps:
         lives.advance()
     return lives.state
@@ -65,9 +65,11 @@ def learned(state: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])
 @pytest.mark.parametrize("told", [True, False])
-def test_a_task_that_returns_is_taken_up_where_it_was_left(engine: str, told: bool) -> None:
-    stream = layout((0, 1, 2, 0), told=told)
-    lives = Lifetimes(learner(stream, engine), batch(stream), stream)
+def test_a_task_that_returns_is_taken_up_where_it_was_left(
+    engine: str, task_ids_known: bool
+) -> None:
+    stream = layout((0, 1, 2, 0), task_ids_known=task_ids_known)
+    lives = Rollouts(learner(stream, engine), batch(stream), stream)
     for visit in range(3):
         state = after(lives, (visit + 1) * STEPS)
         torch.testing.assert_close(learned(state), truth(visit), atol=1e-3, rtol=0.0)
@@ -81,7 +83,7 @@ def test_a_task_that_returns_is_taken_up_where_it_was_left(engine: str, told: bo
 def test_a_new_task_begins_at_the_start_which_moves_towards_what_was_learned() -> None:
     stream = layout((0, 1))
     algorithm = learner(stream, start_lr=0.25, updates=1, online_lr=1e-12)
-    lives = Lifetimes(algorithm, batch(stream), stream)
+    lives = Rollouts(algorithm, batch(stream), stream)
     begun = lives.state["weights"].clone()
     state = after(lives, STEPS)
     state["weights"] = state["weights"] + 4.0
@@ -92,8 +94,8 @@ def test_a_new_task_begins_at_the_start_which_moves_towards_what_was_learned() -
 
 
 def test_surprise_finds_the_changes_and_nothing_else() -> None:
-    stream = layout((0, 1, 2), told=False)
-    lives = Lifetimes(learner(stream, memory=0), batch(stream), stream)
+    stream = layout((0, 1, 2), task_ids_known=False)
+    lives = Rollouts(learner(stream, memory=0), batch(stream), stream)
     turns = []
     while not lives.finished:
         lives.advance()
@@ -104,17 +106,17 @@ def test_surprise_finds_the_changes_and_nothing_else() -> None:
 
 
 def test_without_surprise_nothing_begins_where_nothing_is_told() -> None:
-    stream = layout((0, 1), told=False)
-    lives = Lifetimes(learner(stream, surprise=1e30, updates=1), batch(stream), stream)
+    stream = layout((0, 1), task_ids_known=False)
+    lives = Rollouts(learner(stream, surprise=1e30, updates=1), batch(stream), stream)
     state = after(lives, 2 * STEPS)
     assert (state["visit.rows"] == 2 * STEPS * ROWS).all()
     assert (state["memory.kept"] == 0).all()
 
 
 def test_a_task_that_was_learned_again_keeps_one_place() -> None:
-    """With `accept=0` nothing is recognised on the way: the embeddings tell at the end."""
+    """With `accept=0` nothing is recognized on the way: the embeddings tell at the end."""
     stream = layout((0, 1, 0, 1))
-    lives = Lifetimes(learner(stream, accept=0.0), batch(stream), stream)
+    lives = Rollouts(learner(stream, accept=0.0), batch(stream), stream)
     after(lives, 3 * STEPS + 1)
     assert (lives.state["memory.kept"] == 2).all()
     assert ((lives.state["memory.rows"] > 0).sum(1) == 2).all()
@@ -122,7 +124,7 @@ def test_a_task_that_was_learned_again_keeps_one_place() -> None:
 
 def test_a_full_memory_gives_up_what_was_kept_longest_ago() -> None:
     stream = layout((0, 1, 2, 0))
-    lives = Lifetimes(learner(stream, memory=2), batch(stream), stream)
+    lives = Rollouts(learner(stream, memory=2), batch(stream), stream)
     state = after(lives, 3 * STEPS + 1)
     assert (state["visit.place"] == -1).all()
     torch.testing.assert_close(state["memory.weights"][:, 0, 1:], truth(2), atol=1e-3, rtol=0.0)
@@ -132,7 +134,7 @@ def test_a_full_memory_gives_up_what_was_kept_longest_ago() -> None:
 def test_an_embedding_is_what_the_weights_answer_to_the_first_rows() -> None:
     stream = layout((0, 1))
     tasks = batch(stream)
-    lives = Lifetimes(learner(stream), tasks, stream)
+    lives = Rollouts(learner(stream), tasks, stream)
     before = after(lives, STEPS)["weights"][:, 1:]
     state = after(lives, STEPS + 1)
     x = tasks.support_x[:, :6]
@@ -143,11 +145,11 @@ def test_an_embedding_is_what_the_weights_answer_to_the_first_rows() -> None:
 
 def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
     stream = layout((0, 1, 0))
-    whole = Lifetimes(learner(stream), batch(stream), stream)
+    whole = Rollouts(learner(stream), batch(stream), stream)
     after(whole, stream.num_steps)
-    first = Lifetimes(learner(stream), batch(stream), stream)
+    first = Rollouts(learner(stream), batch(stream), stream)
     after(first, STEPS + 7)
-    second = Lifetimes(learner(stream), batch(stream), stream)
+    second = Rollouts(learner(stream), batch(stream), stream)
     second.restore(first.save())
     after(second, stream.num_steps)
     assert all(torch.equal(value, second.state[name]) for name, value in whole.state.items())
@@ -178,7 +180,7 @@ def test_a_task_that_was_mistaken_for_another_does_not_take_its_place() -> None:
     # Along the first input, so that (w1 - w0) x + b1 - b0 = 0.
     x[:, first, 0] -= ((x[:, first] * away[:3]).sum(-1) + away[3]) / away[0]
     y[:, first, 0] = (x[:, first] * TRUTH[1, :3]).sum(-1) + TRUTH[1, 3]
-    lives = Lifetimes(learner(stream), replace(tasks, support_x=x, support_y=y), stream)
+    lives = Rollouts(learner(stream), replace(tasks, support_x=x, support_y=y), stream)
     assert (after(lives, STEPS + 1)["visit.place"] == 0).all()
     state = after(lives, 2 * STEPS)
     algorithm = lives._algorithm

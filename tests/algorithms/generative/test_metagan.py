@@ -55,7 +55,7 @@ def test_the_terms_are_those_of_a_softmax_over_one_class_more() -> None:
     chances = logits.softmax(1)
     torch.testing.assert_close(taken_for_real(outputs), -chances[:, :4].sum(1).log().mean())
     torch.testing.assert_close(taken_for_made(outputs), -chances[:, 4].log().mean())
-    # Labelled rows: a class among the real ones, and real, is that class among all.
+    # Labeled rows: a class among the real ones, and real, is that class among all.
     labels = torch.tensor([0, 1, 2, 3, 0, 1, 2])
     told = F.cross_entropy(outputs, labels) + taken_for_real(outputs)
     torch.testing.assert_close(told, F.cross_entropy(logits, labels))

@@ -31,7 +31,7 @@ LEARNERS = [["algo=snail", "algo.filters=5"], *(["algo=mann", *MEMORY, word] for
 
 def build(*words: str) -> Experiment:
     with composer() as compose:
-        return build_experiment(compose.job([*SMALL, *words]).plain)
+        return build_experiment(compose.job([*SMALL, *words]).config)
 
 
 @pytest.fixture(params=LEARNERS, ids=lambda words: "-".join(words[::5]).replace("algo=", ""))
@@ -85,15 +85,15 @@ def test_a_query_is_the_row_that_follows_the_support(made: Experiment) -> None:
 def test_the_loss_is_of_the_answers_that_are_judged() -> None:
     for words in (["algo=snail", "algo.filters=5"], ["algo=mann", *MEMORY]):
         losses = {}
-        for judged in ("sequence", "query"):
+        for loss_of in ("sequence", "query"):
             torch.manual_seed(0)
-            made = build(*words, f"algo.judged={judged}", "bn=running")
+            made = build(*words, f"algo.loss_of={loss_of}", "bn=running")
             batch = made.source.batch("train", 0, 2)
             net = made.algorithm.net
             how = made.algorithm.answering(batch.support_x.shape[1])  # type: ignore[operator]
             outputs, targets = zip(
                 *(
-                    made.algorithm.judged(  # type: ignore[operator]
+                    made.algorithm.loss_of(  # type: ignore[operator]
                         net, dict(net.named_parameters()), *rows, how
                     )
                     for rows in zip(
@@ -102,11 +102,11 @@ def test_the_loss_is_of_the_answers_that_are_judged() -> None:
                 ),
                 strict=True,
             )
-            losses[judged] = [len(one) for one in outputs]
+            losses[loss_of] = [len(one) for one in outputs]
             answer = made.algorithm.eval().predict(batch.support_x, batch.support_y, batch.query_x)
             assert answer.sequence is not None
             expected = answer.outputs
-            if judged == "sequence":
+            if loss_of == "sequence":
                 expected = torch.cat([answer.sequence, answer.outputs], 1)
             torch.testing.assert_close(torch.stack(outputs).detach(), expected)
             assert torch.equal(torch.stack(targets)[:, -6:], batch.query_y)
@@ -115,13 +115,13 @@ def test_the_loss_is_of_the_answers_that_are_judged() -> None:
 
 @pytest.mark.parametrize("words", [["algo=mann", *MEMORY], ["algo=snail", "algo.filters=5"]])
 def test_a_curriculum_learns_from_the_first_rows_and_later_from_all(words: list[str]) -> None:
-    grown, plain = (
+    grown, config = (
         build(*words, "optim.method=sgd", *more)
         for more in (["algo.curriculum=[5,2,6]"], ["algo.curriculum=null"])
     )
     lengths = [grown.algorithm.rows_at(step, 12) for step in range(8)]
     assert lengths == [5, 5, 5, 6, 8, 10, 12, 12]
-    plain.algorithm.load_state_dict(grown.algorithm.state_dict())
+    config.algorithm.load_state_dict(grown.algorithm.state_dict())
     for step in range(8):
         batch, rows = grown.source.batch("train", 2 * step, 2), lengths[step]
         asked = batch.query_y.shape[1] if rows == 12 else 0
@@ -132,19 +132,19 @@ def test_a_curriculum_learns_from_the_first_rows_and_later_from_all(words: list[
             batch.query_y[:, :asked],
         )
         grown.algorithm.update(batch, Progress(step, 8))
-        plain.algorithm.update(cut, Progress(step, 8))
-    one, other = (dict(a.algorithm.named_parameters()) for a in (grown, plain))
+        config.algorithm.update(cut, Progress(step, 8))
+    one, other = (dict(a.algorithm.named_parameters()) for a in (grown, config))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_learning_from_queries_alone_needs_some() -> None:
-    made = build("algo=snail", "algo.judged=query", "train.query=0")
+    made = build("algo=snail", "algo.loss_of=query", "train.query=0")
     with pytest.raises(ValueError, match=r"use train\.query=1"):
         made.algorithm.update(made.source.batch("train", 0, 2), Progress(0, 10))
 
 
 def test_tasks_run_together_unless_another_engine_is_asked_for() -> None:
-    kinds = [build("algo=snail", f"engine={e}").facts["engine"] for e in ("auto", "threads")]
+    kinds = [build("algo=snail", f"engine={e}").run_info["engine"] for e in ("auto", "threads")]
     assert kinds == ["vmap", "threads"]
 
 
@@ -170,8 +170,8 @@ def test_an_evaluation_has_them_for_every_episode() -> None:
     assert answer.sequence is not None
     right = (answer.sequence.argmax(2) == batch.support_y).double().mean(1)
     np.testing.assert_allclose(measured.presentations.mean(1), right.numpy())
-    plain = build("algo=protonet")
-    assert evaluate(plain.algorithm, plain.source, "test", 2, 2).presentations is None
+    config = build("algo=protonet")
+    assert evaluate(config.algorithm, config.source, "test", 2, 2).presentations is None
 
 
 # MANN.
@@ -304,12 +304,12 @@ def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late(scale: float
 
 def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
     torch.manual_seed(3)
-    plain = LSTMCell(4, 5)
+    config = LSTMCell(4, 5)
     torch.manual_seed(3)
     biased = LSTMCell(4, 5, forget_bias=1.0)
     more = torch.tensor([0.0] * 5 + [1.0] * 5 + [0.0] * 10)
-    assert torch.equal(biased.bias_ih, plain.bias_ih + more)
-    assert torch.equal(biased.bias_hh, plain.bias_hh)
+    assert torch.equal(biased.bias_ih, config.bias_ih + more)
+    assert torch.equal(biased.bias_hh, config.bias_hh)
 
 
 @pytest.mark.parametrize(
@@ -321,13 +321,13 @@ def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
         (["algo=mann", "algo.usage_decay=2"], "algo.usage_decay=2.0: expected 0 to 1"),
         (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
         (["algo=snail", "algo.curriculum=[5,3,2]"], "1 or more rows and updates in their order"),
-        (["algo=mann", "algo.curriculum=[5,2,3]", "algo.judged=query"], "no queries to judge"),
+        (["algo=mann", "algo.curriculum=[5,2,3]", "algo.loss_of=query"], "no queries to judge"),
         (["algo=mann", "algo.forget_bias=inf"], "algo.forget_bias=inf: expected a number"),
         (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
         (["algo=mann", "algo.label_scale=0"], "algo.label_scale=0.0: expected a positive number"),
         (["algo=snail", "algo.filters=0"], "algo.filters=0: expected 1 or more"),
         (["algo=snail", "algo.length=1"], "algo.length=1: expected 2 or more"),
-        (["algo=snail", "algo.judged=rows"], "algo.judged=rows: expected sequence or query"),
+        (["algo=snail", "algo.loss_of=rows"], "algo.loss_of=rows: expected sequence or query"),
     ],
 )
 def test_what_cannot_be_is_refused(words: list[str], part: str) -> None:
@@ -384,7 +384,7 @@ def test_a_test_with_other_shots_is_of_the_network_that_was_trained() -> None:
     state = trained.algorithm.state_dict()
     with pytest.raises((RuntimeError, ValueError)):
         other.algorithm.load_state_dict(state)
-    other.algorithm.make_room(state)
+    other.algorithm.match_shapes(state)
     other.algorithm.load_state_dict(state)
     batch = trained.source.batch("test", 0, 2)
     one, two = (

@@ -1,4 +1,4 @@
-"""Matching networks against nearest neighbours, naive attention and torch's own LSTMs."""
+"""Matching networks against nearest neighbors, naive attention and torch's own LSTMs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cosine(x: Tensor, y: Tensor) -> Tensor:
     return x @ y / (x.norm() * y.norm())
 
 
-def test_with_one_shot_and_a_large_scale_it_is_the_nearest_neighbour_by_cosine() -> None:
+def test_with_one_shot_and_a_large_scale_it_is_the_nearest_neighbor_by_cosine() -> None:
     batch = image_batch(VECTORS, tasks=6, shot=1, query=7)
     probabilities = answers(make(MatchingNet, VECTORS, linear_backbone, scale=1e6), batch).exp()
     for t in range(6):

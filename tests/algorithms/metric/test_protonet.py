@@ -1,4 +1,4 @@
-"""Prototypical networks against nearest neighbours and naive distances."""
+"""Prototypical networks against nearest neighbors and naive distances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers import (
 )
 
 
-def test_with_one_shot_it_is_a_nearest_neighbour() -> None:
+def test_with_one_shot_it_is_a_nearest_neighbor() -> None:
     spec = TaskSpec("classification", (4,), 5, 5)
     batch = image_batch(spec, tasks=6, shot=1, query=7)
     algorithm = make(ProtoNet, spec, linear_backbone)
@@ -31,8 +31,8 @@ def test_with_one_shot_it_is_a_nearest_neighbour() -> None:
 
 def test_prototypes_are_the_means_of_their_classes() -> None:
     features = torch.tensor([[1.0, 2.0], [5.0, 6.0], [3.0, 4.0]])
-    centres = prototypes(features, torch.tensor([0, 1, 0]), 2)
-    assert centres.tolist() == [[2.0, 3.0], [5.0, 6.0]]
+    centers = prototypes(features, torch.tensor([0, 1, 0]), 2)
+    assert centers.tolist() == [[2.0, 3.0], [5.0, 6.0]]
 
 
 def test_logits_are_minus_the_squared_distance_and_not_its_root() -> None:
@@ -64,8 +64,8 @@ def test_training_sees_support_and_query_in_one_pass_and_gathers_statistics() ->
     net = algorithm.net
     first = net.body.convs[0](torch.cat([batch.support_x[0], batch.query_x[0]]))
     features = net(torch.cat([batch.support_x[0], batch.query_x[0]]))
-    centres = torch.stack([features[:6][batch.support_y[0] == k].mean(0) for k in range(3)])
-    loss = nn.functional.cross_entropy(-(torch.cdist(features[6:], centres) ** 2), batch.query_y[0])
+    centers = torch.stack([features[:6][batch.support_y[0] == k].mean(0) for k in range(3)])
+    loss = nn.functional.cross_entropy(-(torch.cdist(features[6:], centers) ** 2), batch.query_y[0])
     expected = torch.autograd.grad(loss, list(net.parameters()))
     gradient = moved(algorithm, batch)
     for (name, _), value in zip(net.named_parameters(), expected, strict=True):

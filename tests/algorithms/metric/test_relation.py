@@ -80,7 +80,7 @@ def test_a_double_loop_over_pairs_gives_the_same_loss_and_gradient(engine: str) 
     net = algorithm.net
     losses = []
     for t in range(2):
-        # The support and the queries are normalised apart, as the code calls f twice.
+        # The support and the queries are normalized apart, as the code calls f twice.
         maps = naive_maps(net, batch.support_x[t]), naive_maps(net, batch.query_x[t])
         scores = naive_scores(net, maps[0], batch.support_y[t], maps[1]).sigmoid()
         total = torch.zeros((), dtype=torch.float64)
@@ -107,7 +107,7 @@ def test_the_maps_of_the_papers_images_are_theirs() -> None:
         )
 
 
-def test_at_evaluation_support_queries_and_pairs_are_normalised_each_by_themselves() -> None:
+def test_at_evaluation_support_queries_and_pairs_are_normalized_each_by_themselves() -> None:
     batch = image_batch(images(), tasks=1)
     algorithm = relation_net(bn="transductive")
     maps = (

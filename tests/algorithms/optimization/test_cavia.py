@@ -44,8 +44,8 @@ class Joined(nn.Module):
         self.context_dim = context_dim
         self.unused = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, how: ForwardContext) -> Tensor:
-        context = task_context(how, self.context_dim, x)
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        context = task_context(ctx, self.context_dim, x)
         return torch.cat([x, context.expand(len(x), -1)], 1)
 
 
@@ -196,11 +196,11 @@ def test_only_the_context_adapts_and_it_is_the_embedding(backbone: str, bn: str)
     batch = image_batch(image_spec())
     algorithm = make(CAVIA, image_spec(), TINY_BACKBONES[backbone], inner_steps=3, bn=bn)
     answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
-    plain = algorithm.net(batch.query_x[0], ForwardContext(running=bn == "running"))
-    assert not torch.allclose(answer.outputs[0], plain)
+    config = algorithm.net(batch.query_x[0], ForwardContext(running=bn == "running"))
+    assert not torch.allclose(answer.outputs[0], config)
     for i, context in enumerate(answer.embedding):
-        how = ForwardContext(running=bn == "running", context=context)
-        torch.testing.assert_close(answer.outputs[i], algorithm.net(batch.query_x[i], how))
+        ctx = ForwardContext(running=bn == "running", context=context)
+        torch.testing.assert_close(answer.outputs[i], algorithm.net(batch.query_x[i], ctx))
 
 
 def test_by_the_support_s_statistics_an_answer_does_not_depend_on_the_other_queries() -> None:

@@ -253,9 +253,9 @@ def test_evaluation_has_no_proximal_term_unless_asked() -> None:
     batch = regression_batch(spec)
     rows = (batch.support_x, batch.support_y, batch.query_x)
     steps = {"inner_lr": 0.1, "inner_steps": 7}
-    plain = make(MAML, spec, linear_backbone, **steps).predict(*rows).outputs
+    config = make(MAML, spec, linear_backbone, **steps).predict(*rows).outputs
     ours = make(IMAML, spec, linear_backbone, **steps).predict(*rows).outputs
-    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(ours, config)
 
     held = make(IMAML, spec, linear_backbone, eval_lam=2.0, inner_lr=0.1, inner_steps=200)
     start = linear_weights(dict(held.net.named_parameters()))

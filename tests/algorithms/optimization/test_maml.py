@@ -149,16 +149,16 @@ def test_the_engines_agree_to_1e_10(name: str, backbone: str, query: int) -> Non
 def test_fused_operators_of_many_rows_agree_with_plain_ones(name: str, channels: int) -> None:
     spec = TaskSpec("classification", (channels, 8, 8), 3, 3)
     batch = image_batch(spec, tasks=2, shot=6, query=6)
-    fused, plain = (
+    fused, config = (
         make(MAML, spec, TINY_BACKBONES["conv4 max-pool"], **SETTINGS[name]) for _ in range(2)
     )
-    fused.engine, plain.engine = (Engine(kind="loop", native=native) for native in (True, False))
-    expected, gradient = moved(plain, batch), moved(fused, batch)
+    fused.engine, config.engine = (Engine(kind="loop", native=native) for native in (True, False))
+    expected, gradient = moved(config, batch), moved(fused, batch)
     for key, value in expected.items():
         torch.testing.assert_close(gradient[key], value, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(
         fused.predict(batch.support_x, batch.support_y, batch.query_x).outputs,
-        plain.predict(batch.support_x, batch.support_y, batch.query_x).outputs,
+        config.predict(batch.support_x, batch.support_y, batch.query_x).outputs,
     )
 
 
@@ -194,9 +194,9 @@ def test_meta_sgd_with_equal_rates_is_maml(rates: str) -> None:
     spec = image_spec()
     batch = image_batch(spec)
     backbone = TINY_BACKBONES["conv4 stride"]
-    plain = make(MAML, spec, backbone, inner_lr=0.2)
+    config = make(MAML, spec, backbone, inner_lr=0.2)
     learned = make(MAML, spec, backbone, inner_lr=0.2, rates=rates)
-    expected, gradient = moved(plain, batch), moved(learned, batch)
+    expected, gradient = moved(config, batch), moved(learned, batch)
     for key, value in expected.items():
         torch.testing.assert_close(gradient[key], value)
     assert sum("rates." in key for key in gradient) == len(expected)

@@ -331,11 +331,11 @@ def test_it_starts_as_gradient_descent_with_slowly_fading_weights() -> None:
     assert rule["hidden"].shape == (20, 80)
 
 
-def test_its_outer_optimiser_clips_the_norm_as_the_code_does() -> None:
+def test_its_outer_optimizer_clips_the_norm_as_the_code_does() -> None:
     with composer() as compose:
-        plain = compose.job(["algo=metalstm", "data=omniglot_small"]).plain
-    assert plain["optim"]["clip_norm"] == 0.25
-    assert plain["bn"] == "running"
+        config = compose.job(["algo=metalstm", "data=omniglot_small"]).config
+    assert config["optim"]["clip_norm"] == 0.25
+    assert config["bn"] == "running"
 
 
 @pytest.mark.parametrize(

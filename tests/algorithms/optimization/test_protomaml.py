@@ -29,13 +29,13 @@ def test_without_inner_steps_its_answers_are_softmaxes_of_squared_distances() ->
     batch = image_batch(spec)
     algorithm = make(ProtoMAML, spec, linear_backbone, inner_steps=0)
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
-    centres = torch.stack(
+    centers = torch.stack(
         [
             torch.stack([x[y == k].mean(0) for k in range(3)])
             for x, y in zip(batch.support_x, batch.support_y, strict=True)
         ]
     )
-    distances = torch.cdist(batch.query_x, centres).square()
+    distances = torch.cdist(batch.query_x, centers).square()
     torch.testing.assert_close(outputs.log_softmax(-1), (-distances).log_softmax(-1))
 
 
@@ -96,10 +96,10 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
         x, y = batch.support_x[i], batch.support_y[i]
         eye = [torch.eye(5, dtype=x.dtype), torch.zeros(5, dtype=x.dtype)]
         features = naive_logits(leaves, eye, x, x, "support")
-        centres = torch.stack([features[y == k].mean(0) for k in range(3)])
+        centers = torch.stack([features[y == k].mean(0) for k in range(3)])
         # Copies, so that the inner gradient of the body does not run through the head's start.
         copies = [leaf.clone() for leaf in leaves]
-        theta = [*copies, 2 * centres, -(centres * centres).sum(1)]
+        theta = [*copies, 2 * centers, -(centers * centers).sum(1)]
         for _ in range(2):
             logits = naive_logits(theta[:-2], theta[-2:], x, x, "support")
             loss = nn.functional.cross_entropy(logits, y)

@@ -1,4 +1,4 @@
-"""Mixtures of initialisations: EM by hand, its likelihood, and MAML where there is one start."""
+"""Mixtures of initializations: EM by hand, its likelihood, and MAML where there is one start."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_on_linear_gaussian_tasks_the_likelihood_never_falls_and_the_lines_are_f
     x = torch.randn(30, 6, 3, generator=draw, dtype=torch.float64)
     noise = 0.2 * torch.randn(30, 6, 1, generator=draw, dtype=torch.float64)
     y = torch.einsum("trf,tf->tr", x, lines[truth])[..., None] + noise
-    # What is told and what is asked are the same rows: an update is a generalised EM step.
+    # What is told and what is asked are the same rows: an update is a generalized EM step.
     batch = TaskBatch(x, y, x, y)
     slow = partial(OuterOptimizer, method="sgd", lr=0.05)
     algorithm = mixture(inner_steps=0, temperature=2 * 0.5**2, assign=assign, optim=slow, seed=1)
@@ -295,8 +295,8 @@ def test_a_balanced_prior_lets_no_component_starve() -> None:
     spec = regression_spec()
     frozen = partial(OuterOptimizer, method="sgd", lr=1e-9)
     options: dict[str, Any] = {"inner_steps": 0, "temperature": 5.0, "optim": frozen}
-    plain, balanced = mixture(**options), mixture(prior="balanced", **options)
-    for algorithm in (plain, balanced):
+    config, balanced = mixture(**options), mixture(prior="balanced", **options)
+    for algorithm in (config, balanced):
         with torch.no_grad():
             # One component that answers all tasks better than the others.
             for number, net in enumerate(algorithm.net):
@@ -306,6 +306,6 @@ def test_a_balanced_prior_lets_no_component_starve() -> None:
             algorithm.update(regression_batch(spec, tasks=8, seed=step), Progress(step, 400))
     batch = regression_batch(spec, tasks=200, seed=999)
     rows = (batch.support_x, batch.support_y, batch.query_x)
-    shares = [own.predict(*rows).responsibilities.mean(0) for own in (plain, balanced)]
+    shares = [own.predict(*rows).responsibilities.mean(0) for own in (config, balanced)]
     assert shares[0].max() > 0.45
     torch.testing.assert_close(shares[1], torch.full_like(shares[1], 1 / 3), atol=0.08, rtol=0.0)

@@ -37,7 +37,7 @@ NARROW = ["algo.width=8", "algo.heads=2", "algo.min_spread=0.1"]
 def build(*words: str) -> Experiment:
     narrow = [] if "algo=gp_exact" in words else NARROW
     with composer() as compose:
-        return build_experiment(compose.job([*SMALL, *narrow, *words]).plain)
+        return build_experiment(compose.job([*SMALL, *narrow, *words]).config)
 
 
 def encoded(module: Any, rows: Tensor) -> Tensor:
@@ -323,7 +323,7 @@ def test_the_exact_posterior_is_the_closed_form() -> None:
 def test_the_exact_process_is_as_sure_as_it_may_be_on_its_own_curves() -> None:
     made = build("algo=gp_exact", "query=20")
     measured = evaluate(made.algorithm, made.source, "test", 100, 50)
-    covered = measured.beside["coverage"]
+    covered = measured.extra["coverage"]
     assert abs(covered.mean() - 0.95) < 3 * covered.std() / 10
     batch = made.source.batch("test", 0, 100)
     answer = made.algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
@@ -333,7 +333,7 @@ def test_the_exact_process_is_as_sure_as_it_may_be_on_its_own_curves() -> None:
         other = uncertainty_metrics(
             Prediction(answer.outputs, spread=factor * answer.spread), batch.query_y
         )
-        assert float(other["log_likelihood"].mean()) < measured.beside["log_likelihood"].mean()
+        assert float(other["log_likelihood"].mean()) < measured.extra["log_likelihood"].mean()
 
 
 def test_a_range_of_lengthscales_is_fitted() -> None:
@@ -342,7 +342,7 @@ def test_a_range_of_lengthscales_is_fitted() -> None:
     assert made.algorithm.lengthscale == (0.2, 0.8)
     wrong = build("algo=gp_exact", "data.lengthscale=[0.2,0.8]", "algo.lengthscale=0.2", "shot=20")
     fitted, fixed = (
-        evaluate(m.algorithm, m.source, "test", 30, 30).beside["log_likelihood"].mean()
+        evaluate(m.algorithm, m.source, "test", 30, 30).extra["log_likelihood"].mean()
         for m in (made, wrong)
     )
     assert fitted > fixed

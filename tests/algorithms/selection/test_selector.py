@@ -69,7 +69,7 @@ def test_centroid_answers_with_the_nearest_mean() -> None:
     assert (found.answers[0].argmax(1) == nearest).all()
 
 
-def test_neighbours_are_weighed_by_their_distance() -> None:
+def test_neighbors_are_weighed_by_their_distance() -> None:
     x, y, asked = rows(ways=None)
     z, q = standard(x, x), standard(asked, x)
     found = learn(["knn"], x, y, asked, None).answers[0]
@@ -155,26 +155,26 @@ def _fold_of(row: int, x: Any, y: Any, ways: int | None) -> Any:
 def test_equal_rows_of_a_regression_have_no_order_either() -> None:
     x, y, asked = rows(ways=None)
     x = x.round()[:, :1]
-    plain = learn(["knn", "ridge"], x, y, asked[:, :1], None)
+    config = learn(["knn", "ridge"], x, y, asked[:, :1], None)
     turn = np.random.default_rng(2).permutation(len(x))
     turned = learn(["knn", "ridge"], x[turn], y[turn], asked[:, :1], None)
-    assert np.array_equal(turned.held_out, plain.held_out[:, turn])
+    assert np.array_equal(turned.held_out, config.held_out[:, turn])
 
 
 @pytest.mark.parametrize("ways", [3, None])
 def test_neither_order_nor_names_of_classes_have_a_meaning(ways: int | None) -> None:
     names = portfolio.known("regression" if ways is None else "classification")
     x, y, asked = rows(ways=ways)
-    plain = learn(names, x, y, asked, ways)
+    config = learn(names, x, y, asked, ways)
     turn = np.random.default_rng(1).permutation(len(x))
     turned = learn(names, x[turn], y[turn], asked, ways)
-    assert np.array_equal(turned.answers, plain.answers)
-    assert np.array_equal(turned.held_out, plain.held_out[:, turn])
+    assert np.array_equal(turned.answers, config.answers)
+    assert np.array_equal(turned.held_out, config.held_out[:, turn])
     if ways is not None:
         new = np.array([2, 0, 1])
         renamed = learn(names, x, new[y], asked, ways)
-        assert np.array_equal(renamed.answers[..., new], plain.answers)
-        assert np.array_equal(renamed.held_out[..., new], plain.held_out)
+        assert np.array_equal(renamed.answers[..., new], config.answers)
+        assert np.array_equal(renamed.held_out[..., new], config.held_out)
 
 
 def test_an_answer_does_not_depend_on_the_other_queries() -> None:
@@ -250,7 +250,7 @@ def test_what_it_is_told_of_a_learner_is_how_it_did() -> None:
     batch = table_batch()
     algorithm = selector()
     held_out, _, _ = algorithm.studied(batch.support_x, batch.support_y, batch.query_x)
-    told = algorithm.performances(held_out, batch.support_y).numpy()
+    evidence = algorithm.performances(held_out, batch.support_y).numpy()
     for task in range(3):
         y = batch.support_y[task].numpy()
         answers = held_out[task].numpy()
@@ -269,7 +269,7 @@ def test_what_it_is_told_of_a_learner_is_how_it_did() -> None:
                 losses[one].std(ddof=1),
                 agree,
             ]
-            np.testing.assert_allclose(told[task, one], expected, atol=1e-9)
+            np.testing.assert_allclose(evidence[task, one], expected, atol=1e-9)
 
 
 def test_it_picks_the_greatest_score_and_weighs_by_their_softmax() -> None:
@@ -288,7 +288,7 @@ def test_it_picks_the_greatest_score_and_weighs_by_their_softmax() -> None:
             weights = scores[0].softmax(0)
             expected = sum(weight * own for weight, own in zip(weights, study_of, strict=True))
         torch.testing.assert_close(found.outputs.exp(), expected)
-        torch.testing.assert_close(found.rivals["committee"], torch.stack(study_of).mean(0))
+        torch.testing.assert_close(found.alternatives["committee"], torch.stack(study_of).mean(0))
 
 
 def test_the_winner_of_cross_validation_has_the_most_right_out_of_fold() -> None:
@@ -303,7 +303,7 @@ def test_the_winner_of_cross_validation_has_the_most_right_out_of_fold() -> None
         right = (own.held_out.argmax(2) == y).mean(1)
         losses = -np.log(own.held_out[:, np.arange(len(y)), y]).mean(1)
         won = max(range(3), key=lambda one: (right[one], -losses[one]))
-        np.testing.assert_allclose(found.rivals["cv_winner"][task].numpy(), own.answers[won])
+        np.testing.assert_allclose(found.alternatives["cv_winner"][task].numpy(), own.answers[won])
 
 
 def test_equal_accuracies_are_told_apart_by_the_loss_in_single_precision_too() -> None:
@@ -335,12 +335,12 @@ def test_what_never_varies_in_training_does_not_blow_up_elsewhere() -> None:
         algorithm.update(table_batch(seed=step % 3), Progress(step, 100))
     few = table_batch(shot=3)
     held_out, _, rows = algorithm.studied(few.support_x, few.support_y, few.query_x)
-    told = algorithm.told(held_out, rows, few.support_y)
-    scaled = (told - algorithm.told_mean) / (algorithm.told_variance + 0.01).sqrt()
+    evidence = algorithm.evidence(held_out, rows, few.support_y)
+    scaled = (evidence - algorithm.evidence_mean) / (algorithm.evidence_variance + 0.01).sqrt()
     # The number of rows, log(6) / 3 for log(12) / 3.
-    assert algorithm.told_variance[5] < 1e-4
+    assert algorithm.evidence_variance[5] < 1e-4
     assert scaled[..., 5].abs().max() < 3.0
-    assert torch.equal(algorithm.scores(told), algorithm.predict(
+    assert torch.equal(algorithm.scores(evidence), algorithm.predict(
         few.support_x, few.support_y, few.query_x
     ).embedding)  # fmt: skip
 
@@ -425,7 +425,7 @@ def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
     run.save_best({"state": trained.state_dict()})
     few: dict[str, Any] = {"learners": FEW, "processes": 1, "bn": "running"}
     there = make(Selector, spec, backbone, features=str(run.path), **few)
-    plain = make(Selector, replace_shape(spec), backbone, **few)
+    config = make(Selector, replace_shape(spec), backbone, **few)
 
     def seen(x: Any) -> Any:
         with torch.no_grad():
@@ -436,7 +436,9 @@ def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
             )
 
     found = there.predict(batch.support_x, batch.support_y, batch.query_x).strategies
-    expected = plain.predict(seen(batch.support_x), batch.support_y, seen(batch.query_x)).strategies
+    expected = config.predict(
+        seen(batch.support_x), batch.support_y, seen(batch.query_x)
+    ).strategies
     for name in FEW:
         torch.testing.assert_close(found[name], expected[name])
     # The network is not learned.

@@ -67,10 +67,10 @@ def test_pictures_are_decoded_once(
     again = load(root)
     assert len(decoded) == 48
     monkeypatch.setattr(prepared_module, "KEPT_FROM", 49)
-    plain = load(root)
+    config = load(root)
     assert len(decoded) == 96
-    assert alike(first, plain)
-    assert alike(again, plain)
+    assert alike(first, config)
+    assert alike(again, config)
 
 
 def test_what_is_kept_is_mapped_from_the_disk(root: Path, tmp_path: Path) -> None:
@@ -115,13 +115,13 @@ def test_changed_pictures_are_decoded_again(
 def test_another_size_is_kept_beside(root: Path, tmp_path: Path, decoded: list[Path]) -> None:
     load(root)
     load(root, image_size=9)
-    load(root, grey=True)
+    load(root, grayscale=True)
     load(root, val_fraction=0.3)
     assert len(stores(tmp_path)) == 4
     decoded.clear()
     assert load(root).spec.input_shape == (3, 8, 8)
     assert load(root, image_size=9).spec.input_shape == (3, 9, 9)
-    assert load(root, grey=True).spec.input_shape == (1, 8, 8)
+    assert load(root, grayscale=True).spec.input_shape == (1, 8, 8)
     assert not decoded
 
 
