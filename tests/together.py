@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metarun.config import build
-from metarun.config.build import build_experiment
+from metarun.config.build import Experiment, build_experiment
 from metarun.config.composition import composer
 from metarun.core import distributed, seeding
 from metarun.core.types import Progress, Share
@@ -41,7 +40,7 @@ EVALUATED = ("maml", "mann", "mixture", "nearest", "np", "oml", "selector")
 """Which of them measure what there is to measure: the others add nothing that these have not."""
 
 
-def made(algo: str, data: str, *words: str) -> build.Experiment:
+def made(algo: str, data: str, *words: str) -> Experiment:
     """An experiment so small that an update takes milliseconds."""
     # Another backbone has sizes of its own.
     small = [] if "backbone=" in " ".join(words) else SMALL[data]

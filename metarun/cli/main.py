@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import logging
 import os
 import sys
@@ -30,6 +31,9 @@ from metarun.core.errors import (
 
 QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
+
+SUBCOMMANDS = ("bench", "compare", "data", "list", "predict", "report", "table")
+"""The words that are a module of this folder each, with `run(argv)`."""
 
 HELP = """\
 metarun: meta-learning experiments
@@ -109,27 +113,19 @@ def _hush() -> None:
 
 
 def _dispatch(argv: list[str], place: distributed.Place) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "bench": _bench,
-        "compare": _compare,
-        "data": _data,
-        "list": _list,
-        "predict": _predict,
-        "report": _report,
-        "table": _tables,
-    }
-    if argv and argv[0] in commands:
+    if argv and argv[0] in SUBCOMMANDS:
         if place.size > 1:
             raise ValueError(f"`metarun {argv[0]}` works in one process: type it without torchrun")
         words = [word for word in argv[1:] if word.lower() not in ("debug=true", "debug=false")]
-        return commands[argv[0]](words)
+        code: int = importlib.import_module(f"metarun.cli.{argv[0]}").run(words)
+        return code
     if "--version" in argv:
         print(f"metarun {metarun.__version__}")
         return EXIT_OK
     args = _parse(argv)
     for word in args.overrides:
         if "=" not in word and not word.startswith("~"):
-            found = difflib.get_close_matches(word, commands, n=1)
+            found = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
             hint = f": did you mean `metarun {found[0]}`?" if found else " (`metarun --help`)"
             raise ValueError(f"{word!r} is neither a command nor KEY=VALUE{hint}")
     if args.hydra_help or args.shell_completion:
@@ -188,48 +184,6 @@ def _wrapped(words: list[str], indent: int) -> str:
     import textwrap
 
     return textwrap.fill(", ".join(words), 78 - indent).replace("\n", "\n" + " " * indent)
-
-
-def _list(argv: list[str]) -> int:
-    from metarun.cli.list import run
-
-    return run(argv)
-
-
-def _data(argv: list[str]) -> int:
-    from metarun.cli.data import run
-
-    return run(argv)
-
-
-def _compare(argv: list[str]) -> int:
-    from metarun.jobs.comparison import run
-
-    return run(argv)
-
-
-def _predict(argv: list[str]) -> int:
-    from metarun.cli.predict import run
-
-    return run(argv)
-
-
-def _tables(argv: list[str]) -> int:
-    from metarun.cli.table import run
-
-    return run(argv)
-
-
-def _report(argv: list[str]) -> int:
-    from metarun.cli.report import run
-
-    return run(argv)
-
-
-def _bench(argv: list[str]) -> int:
-    from metarun.cli.bench import run
-
-    return run(argv)
 
 
 def _application(args: argparse.Namespace, typed: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`metarun list`: what there is to choose from, each with the first comment line of its YAML."""
+"""What conf/ has to choose from, and what its comments say; read, not composed."""
 
 from __future__ import annotations
 
@@ -41,3 +41,8 @@ def description(path: Path) -> str:
         if line.strip() and not line.startswith("#"):
             break
     return ""
+
+
+def method_name(algo: str) -> str:
+    """The name and the paper of an algorithm, which open its description."""
+    return description(conf_dir() / "algo" / f"{algo}.yaml").partition(":")[0]

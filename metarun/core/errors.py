@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-try:
-    import fcntl
-except ImportError:  # a system without it
-    fcntl = None  # type: ignore[assignment]
-
 
 class RunError(ValueError):
     """A run that broke off: its text is one line with what happened and what to do."""

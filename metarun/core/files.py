@@ -5,17 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # a system without it
-    fcntl = None  # type: ignore[assignment]
+from metarun.core.nested import finite
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a disk, or of a user's share of it, that is full."""
@@ -61,17 +57,6 @@ def check_space(path: str | Path, needed: int) -> None:
             f"{place} has {size_text(free)} free and the run needs about {size_text(needed)}: "
             "free some space, or put the run elsewhere with hydra.run.dir=…"
         )
-
-
-def finite(value: Any) -> Any:
-    """The same nest of mappings, lists and numbers, with None for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 def to_json(record: Mapping[str, Any]) -> bytes:

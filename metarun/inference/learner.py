@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
-from metarun.config import build
-from metarun.config.build import build_experiment
+from metarun.config.build import Experiment, build_experiment
 from metarun.config.schema import Config
 from metarun.core import seeding
 from metarun.core.types import EpisodeSource
@@ -57,7 +56,7 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
     return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
 
 
-def restored(folder: RunFolder, config: Config, device: str = "auto") -> build.Experiment:
+def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experiment:
     """The parts of a run with what it has learned, wherever it was trained.
 
     Args:

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from metarun.config import build
-from metarun.config.build import build_experiment, build_trackers
+from metarun.config.build import build_experiment, build_trackers, check_shares
 from metarun.config.checks import check_config
 from metarun.config.schema import Config
 from metarun.core import distributed
@@ -36,7 +35,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     with warnings_held():
         for job in jobs:
             experiment = build_experiment(job.config)
-            build.check_shares(experiment)
+            check_shares(experiment)
             check_space(job.folder, required_bytes(experiment.algorithm))
     if not distributed.is_main():
         return

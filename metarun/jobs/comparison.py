@@ -13,10 +13,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from metarun.cli.parser import Parser
-from metarun.config import build
-from metarun.config.build import build_experiment, build_source
-from metarun.config.catalogue import conf_dir, description
+from metarun.config.build import build_experiment, build_source, locate
+from metarun.config.catalogue import method_name
 from metarun.config.composition import Composer, Job, composer
 from metarun.config.naming import digest, hashed_slug, slug
 from metarun.core.console import Screen
@@ -30,40 +28,40 @@ from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
 
 
-def run(argv: Sequence[str]) -> int:
-    """Answer `metarun compare data=… [KEY=VALUE,VALUE …]`; returns the exit code."""
-    parser = Parser(
-        prog="metarun compare",
-        description="Train and test every algorithm (or algo=…,…) on a data set, and print the "
-        "table. The same command again skips what is finished and continues what is not.",
-    )
-    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="as `metarun -m` takes them")
-    parser.add_argument(
-        "--dir", type=Path, default=Path("outputs/compare"), help="where the runs are"
-    )
-    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
-    parser.add_argument(
-        "--against", metavar="ALGO", help="on a stream: whom of the algorithms regret is against"
-    )
-    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
-    args = parser.parse_intermixed_args(list(argv))
-    for word in args.words:
-        if "=" not in word:
-            raise ValueError(f"{word!r} is not KEY=VALUE, as in `metarun compare data=sinusoid`")
-    with composer(args.config_dir) as compose:
-        jobs = compose.jobs(with_algorithms(compose, args.words), sweep=True)
-    plan = [replace(job, folder=args.dir / folder_name(job)) for job in jobs]
-    _check_against(args.against, plan)
-    failed = [] if args.table else _run_missing(plan, args.config_dir)
-    table = _table(plan, args.against)
+def compare(
+    words: Sequence[str],
+    folder: Path,
+    config_dir: str | None,
+    *,
+    against: str | None,
+    table_only: bool,
+) -> int:
+    """Make the runs that are missing, print the table, and write it; returns the exit code.
+
+    Args:
+        words: `KEY=VALUE`, as a sweep takes them.
+        folder: Where the runs and the table are.
+        config_dir: The user's YAML files.
+        against: On a stream, the algorithm that regret is relative to.
+        table_only: Print what is there, run and write nothing.
+
+    Raises:
+        ValueError: Something that was typed does not suit; nothing has been made.
+    """
+    with composer(config_dir) as compose:
+        jobs = compose.jobs(with_algorithms(compose, words), sweep=True)
+    plan = [replace(job, folder=folder / folder_name(job)) for job in jobs]
+    _check_against(against, plan)
+    failed = [] if table_only else _run_missing(plan, config_dir)
+    table = _table(plan, against)
     print(f"\n{table}")
-    if not args.table:
-        path = args.dir / f"{_file_name(args.words, args.against)}.md"
+    if not table_only:
+        path = folder / f"{_file_name(words, against)}.md"
         write_atomically(path, f"{table}\n".encode())
         written = [path, *_figures(plan, path)]
         print(f"\nwritten to {', '.join(map(str, written))}")
-    for folder in failed:
-        print(f"error: {folder} has failed: the same command tries it again", file=sys.stderr)
+    for failure in failed:
+        print(f"error: {failure} has failed: the same command tries it again", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -86,7 +84,7 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     task_ids_known = spec.streams is None or spec.streams["test"].task_ids_known
     suited: list[str] = []
     for name in compose.options("algo"):
-        target = build.locate("algo._target_", compose.target("algo", name))
+        target = locate("algo._target_", compose.target("algo", name))
         if getattr(target, "needs_task_ids", False) and not task_ids_known:
             continue
         least = getattr(target, "least_shot", 1)
@@ -178,7 +176,7 @@ def _check_against(name: str | None, plan: Sequence[Job]) -> None:
 
 
 def _on_streams(plan: Sequence[Job]) -> bool:
-    target = build.locate("algo._target_", plan[0].config["algo"]["_target_"])
+    target = locate("algo._target_", plan[0].config["algo"]["_target_"])
     return bool(getattr(target, "learns_online", False))
 
 
@@ -192,7 +190,7 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
     rows = {
         name: Row(
             name,
-            _method(name),
+            method_name(name),
             [_results(jobs, name) for jobs in columns.values()],
             [_failed(jobs, name) for jobs in columns.values()],
         )
@@ -269,8 +267,3 @@ def _file_name(words: Sequence[str], against: str | None) -> str:
     if len(whole := slug(said, 1000)) <= 120:
         return whole or "all"
     return hashed_slug(said, 110)
-
-
-def _method(name: str) -> str:
-    """The name and the paper, which open the description of an algorithm."""
-    return description(conf_dir() / "algo" / f"{name}.yaml").partition(":")[0]

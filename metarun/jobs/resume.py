@@ -12,8 +12,7 @@ from typing import Any, cast
 
 from omegaconf.errors import OmegaConfBaseException
 
-from metarun.config import build
-from metarun.config.build import Experiment, build_experiment, build_trackers
+from metarun.config.build import Experiment, build_experiment, build_trackers, check_shares
 from metarun.config.checks import check_config
 from metarun.config.composition import composer, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of
@@ -23,9 +22,9 @@ from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
 from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
+from metarun.core.nested import flat
 from metarun.jobs.train import guarded, train_in
 from metarun.runs.folder import NullRunFolder, RunFolder
-from metarun.trackers.base import flat
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +107,7 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
             _log.warning("%s", line)
         build_trackers(config)
         experiment = build_experiment(config)
-        build.check_shares(experiment)
+        check_shares(experiment)
     return experiment
 
 

@@ -9,11 +9,6 @@ from pathlib import Path
 
 from metarun.core.types import Record
 
-try:
-    import fcntl
-except ImportError:  # a system without it
-    fcntl = None  # type: ignore[assignment]
-
 FORMAT = 1
 """Of checkpoints; raised when an older program could not read a newer one."""
 

@@ -19,15 +19,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from metarun.core.files import DISK_FULL, finite, prepared_file, to_json, write_atomically
+from metarun.core.files import DISK_FULL, prepared_file, to_json, write_atomically
+from metarun.core.nested import finite
 from metarun.core.types import Record
 from metarun.runs.checkpoints import read_checkpoint, serialized
 from metarun.runs.lock import InUse, locked_file
-
-try:
-    import fcntl
-except ImportError:  # a system without it
-    fcntl = None  # type: ignore[assignment]
 
 State = Literal["running", "finished", "failed", "interrupted"]
 _log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from metarun.core.errors import Interrupted
 from metarun.runs.folder import RunFolder
@@ -234,17 +234,6 @@ def require(word: str, *packages: str) -> None:
         # A folder of the same name in the current folder has no origin.
         if spec is None or spec.origin is None:
             raise ValueError(f"logger={word} needs {package}: pip install 'metarun[{word}]'")
-
-
-def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, Mapping):
-            found |= flat(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def final(results: Mapping[str, Any]) -> dict[str, float]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metarun.trackers.base import Start, State, Tracker, Values, flat, require
+from metarun.core.nested import flat
+from metarun.trackers.base import Start, State, Tracker, Values, require
 
 try:
     import fcntl

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from metarun.trackers.base import Start, State, Tracker, Values, flat, pictures, require
+from metarun.core.nested import flat
+from metarun.trackers.base import Start, State, Tracker, Values, pictures, require
 
 
 class TensorBoard(Tracker):

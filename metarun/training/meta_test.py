@@ -13,12 +13,9 @@ import numpy as np
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed
-from metarun.core.console import (
-    Screen,
-    summary,
-)
+from metarun.core.console import Screen, summary
 from metarun.core.errors import Interrupted
-from metarun.core.files import finite
+from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings
 from metarun.core.types import EpisodeSource, Record
 from metarun.evaluation.episodes import evaluate

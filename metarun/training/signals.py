@@ -10,9 +10,7 @@ from types import FrameType
 from typing import Any
 
 from metarun.core import distributed
-from metarun.core.console import (
-    Bar,
-)
+from metarun.core.console import Bar
 
 
 class StopRequestedError(Exception):

@@ -39,7 +39,8 @@ from metarun.core.console import (
 )
 from metarun.core.distributed import ProcessLost
 from metarun.core.errors import Interrupted, RunError
-from metarun.core.files import DISK_FULL, check_space, finite
+from metarun.core.files import DISK_FULL, check_space
+from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.statistics import interval
 from metarun.core.types import EpisodeSource, Progress, Record, Share

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm, task_metric
-from metarun.config.build import Experiment, build_experiment
+from metarun.config.build import Experiment, build_experiment, locate
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
 from metarun.config.schema import Config
@@ -56,7 +56,7 @@ def classes() -> dict[str, type[Algorithm]]:
     """The class of each algorithm."""
     with composer() as compose:
         targets = {algo: compose.target("algo", algo) for algo in ALGORITHMS}
-    return {a: build.locate("algo._target_", t) for a, t in targets.items()}  # type: ignore[misc]
+    return {a: locate("algo._target_", t) for a, t in targets.items()}  # type: ignore[misc]
 
 
 def suited(data: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from metarun.config.build import Experiment, build_experiment
+from metarun.config.build import Experiment, build_experiment, keywords, locate
 from metarun.config.catalogue import conf_dir
 from metarun.config.checks import _BOUNDS, convert
 from metarun.config.composition import composer
@@ -55,9 +55,9 @@ COMPONENTS = [
 def test_the_keys_of_a_yaml_are_the_keywords_of_its_constructor(path: Path) -> None:
     group = path.parent.name
     node = config(f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else []))[group]
-    target = build.locate("", node["_target_"])
+    target = locate("", node["_target_"])
     keys = set(node) - {"_target_", "_partial_"}
-    assert keys == set(build.keywords(target)) - GIVEN[group]
+    assert keys == set(keywords(target)) - GIVEN[group]
 
 
 @pytest.mark.parametrize(
@@ -255,5 +255,5 @@ def test_keywords_follow_what_a_constructor_hands_on() -> None:
     class Closed(Base):
         def __init__(self, *, rate: float) -> None: ...
 
-    assert set(build.keywords(Child)) == {"rate", "seed"}
-    assert set(build.keywords(Closed)) == {"rate"}
+    assert set(keywords(Child)) == {"rate", "seed"}
+    assert set(keywords(Closed)) == {"rate"}

@@ -16,8 +16,9 @@ from metarun.config.build import keywords, locate
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS
+from metarun.core.nested import flat
 from metarun.runs.folder import RunFolder
-from metarun.trackers.base import Start, State, Tracker, Trackers, Values, final, flat, require
+from metarun.trackers.base import Start, State, Tracker, Trackers, Values, final, require
 from metarun.trackers.mlflow import MLflow
 from tests.conftest import Command
 from tests.tiny_run import folder, go
