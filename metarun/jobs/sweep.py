@@ -288,7 +288,7 @@ def _results(folder: Path) -> Line | None:
     """What a finished run has reached; None of any other."""
     with suppress(OSError, ValueError):
         if ensure.finished(folder):
-            return RunFolder(folder).read_json("results.json")
+            return RunFolder(folder).read_results()
     return None
 
 

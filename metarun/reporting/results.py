@@ -61,7 +61,7 @@ def read_result(run: RunFolder) -> Result | None:
     """
     if not run.has("results.json") or run.status().get("state") != "finished":
         return None
-    record = run.read_json("results.json")
+    record = run.read_results()
     prefix = continual_metrics.FIGURE
     wanted = (record["metric"], "curve", "presentations", "incoming_loss", *EXTRA_METRICS)
     with np.load(run.path / "episodes.npz") as file:

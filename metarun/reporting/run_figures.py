@@ -6,11 +6,12 @@ with the first figure; a full disk costs the figures and never the run.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -25,7 +26,7 @@ def draw_figures(folder: Path) -> None:
         folder: Of a finished run or of a meta-test.
     """
     names = ("stream.csv", "samples.npz")
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    results = RunFolder(folder).read_results()
     if "presentations" not in results and not any((folder / name).exists() for name in names):
         return
     from metarun.reporting.figures import presentations, samples, streams

@@ -49,7 +49,7 @@ class RunFiles:
     @classmethod
     def of_test(cls, path: Path) -> RunFiles:
         """A folder with `results.json`, of a run or of a later meta-test."""
-        results = RunFolder(path).read_json("results.json")
+        results = RunFolder(path).read_results()
         algo = str(results["algo"])
         config = {"names": {"algo": algo, "data": results["data"]}, "seed": results["seed"]}
         return cls(path, config, (), {"state": "finished"}, colors([algo])[algo][0])
@@ -58,7 +58,7 @@ class RunFiles:
     def results(self) -> Record | None:
         """`results.json`; None while there is none."""
         run = RunFolder(self.path)
-        return run.read_json("results.json") if run.has("results.json") else None
+        return run.read_results() if run.has("results.json") else None
 
     @cached_property
     def environment(self) -> Record:

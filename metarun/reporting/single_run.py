@@ -261,7 +261,7 @@ def _tests(files: RunFiles, notes: _Notes) -> list[Table]:
     lines: list[Line] = []
     for path in sorted((files.path / "tests").glob("*/results.json")):
         try:
-            results = RunFolder(path.parent).read_json("results.json")
+            results = RunFolder(path.parent).read_results()
         except ValueError as error:
             notes.add(f"A later meta-test is left out: {error}.")
             continue

@@ -8,16 +8,14 @@ import zipfile
 from pathlib import Path
 
 from metarun.core.types import Record
-
-FORMAT = 1
-"""Of checkpoints; raised when an older program could not read a newer one."""
+from metarun.runs.formats import FORMAT, check_format
 
 
 def read_checkpoint(path: Path) -> Record:
     """Load a checkpoint onto the CPU, without running anything that it may contain.
 
     Raises:
-        ValueError: It is damaged, or of a newer format.
+        ValueError: It is damaged, or of another format.
     """
     import torch
 
@@ -29,14 +27,14 @@ def read_checkpoint(path: Path) -> Record:
         checkpoint: Record = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is damaged") from error
-    if not isinstance(checkpoint, dict) or "format" not in checkpoint:
+    if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} is not a checkpoint of metarun")
-    if checkpoint["format"] > FORMAT:
-        raise ValueError(f"{path} was written by a newer metarun: update this one")
+    check_format(path, checkpoint)
     return checkpoint
 
 
 def serialized(checkpoint: Record) -> memoryview:
+    """A checkpoint as the bytes of its file."""
     import torch
 
     # In memory first: torch reports a full disk as an internal error of its own writer.

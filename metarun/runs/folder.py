@@ -23,9 +23,11 @@ from metarun.core.files import DISK_FULL, prepared_file, to_json, write_atomical
 from metarun.core.nested import finite
 from metarun.core.types import Record
 from metarun.runs.checkpoints import read_checkpoint, serialized
+from metarun.runs.formats import check_format
 from metarun.runs.lock import InUse, locked_file
 
 State = Literal["running", "finished", "failed", "interrupted"]
+RESULTS = "results.json"
 _log = logging.getLogger(__name__)
 
 
@@ -156,6 +158,16 @@ class RunFolder:
             record: Record = json.loads(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+        return record
+
+    def read_results(self) -> Record:
+        """Read `results.json`, the record of a finished run or meta-test.
+
+        Raises:
+            ValueError: It is damaged, or of another format.
+        """
+        record = self.read_json(RESULTS)
+        check_format(self._file(RESULTS), record)
         return record
 
     def has(self, name: str) -> bool:

@@ -21,6 +21,7 @@ from metarun.core.statistics import Floats, interval
 from metarun.core.types import EpisodeSource, Record, TaskSpec
 from metarun.evaluation import continual_metrics, task_clusters
 from metarun.evaluation.measures import EpisodeMetrics
+from metarun.runs.formats import FORMAT
 
 _SAMPLED_TASKS = 8
 
@@ -30,6 +31,7 @@ _SAMPLES = 10
 
 def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, Any]) -> Record:
     return {
+        "format": FORMAT,
         **run_info,
         "kind": source.spec.kind,
         "metric": source.spec.metric,

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metarun.algorithms.base import Algorithm
+from metarun.core import distributed
+from metarun.core.errors import RunError
 from metarun.core.types import Record
 
 
@@ -54,3 +59,26 @@ def _misfit(path: Path, what: str) -> str:
         f"{path}: its checkpoint does not fit, {what}: "
         "way, backbone and algo's options have to be the run's"
     )
+
+
+def check_same_parameters(algorithm: Algorithm, step: int, run_info: Mapping[str, Any]) -> None:
+    """Stop processes whose parameters have come apart, as a user's own algorithm may let them.
+
+    Raises:
+        RunError: They have.
+    """
+    if distributed.size() == 1:
+        return
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in pytree.tree_leaves(algorithm.state_dict()):
+        if isinstance(leaf, Tensor):
+            digest.update(
+                leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )
+    if len(set(distributed.gather_objects(digest.hexdigest()))) > 1:
+        text = (
+            f"step {step}: the processes no longer have the same parameters: "
+            f"algo={run_info.get('algo')} keeps something of its own tasks, or the machines "
+            "differ: run it in one process"
+        )
+        raise distributed.mark_reported(RunError(text))

@@ -11,25 +11,18 @@ an update, and they keep step. The folder, the screen and the trackers are the f
 from __future__ import annotations
 
 import copy
-import hashlib
 import logging
-import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metarun.algorithms.base import Algorithm
-from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.core import distributed, environment, seeding
 from metarun.core.console import (
     BAR_SHOWS_IT,
-    FILE_ONLY,
     Bar,
     Screen,
     duration,
@@ -37,24 +30,22 @@ from metarun.core.console import (
     number,
     summary,
 )
-from metarun.core.distributed import ProcessLost
-from metarun.core.errors import Interrupted, RunError
-from metarun.core.files import DISK_FULL, check_space
+from metarun.core.files import check_space
 from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.statistics import interval
 from metarun.core.types import EpisodeSource, Progress, Record, Share
-from metarun.evaluation.episodes import evaluate
 from metarun.evaluation.measures import EpisodeMetrics
 from metarun.runs.folder import RunFolder
 from metarun.trackers.base import RATE, Trackers
+from metarun.training.changes import note_changes
+from metarun.training.failures import outcome
 from metarun.training.meta_test import measure_test, test_rollouts
 from metarun.training.results import about, stream_figures, test_record, write_samples, write_test
 from metarun.training.signals import Signals, StopRequestedError, ticker
-from metarun.training.state import load_parameters, required_bytes
+from metarun.training.state import check_same_parameters, load_parameters, required_bytes
+from metarun.training.validation import is_better, validate
 
 _log = logging.getLogger(__name__)
-_COMPARED = ("data_fingerprint", "versions", "device", "engine", "torch_threads", "processes")
 
 
 def train(
@@ -105,23 +96,10 @@ def train(
         )
         run.path = distributed.on_main(lambda: run.path)
         loop.restore()
-        with loop.outcome():
+        with outcome(run, signals, loop):
             loop.begin()
             loop.train()
             return loop.finish()
-
-
-def _differing(was: Any, now: Any) -> tuple[Any, Any]:
-    """Two values, of records only what differs between them."""
-    if not (isinstance(was, dict) and isinstance(now, dict)):
-        return was, now
-    then, here = cast("Record", was), cast("Record", now)
-    keys = [key for key in {**then, **here} if then.get(key) != here.get(key)]
-    return _listed(then, keys), _listed(here, keys)
-
-
-def _listed(record: Record, keys: list[str]) -> str:
-    return ", ".join(f"{key} {record.get(key, 'absent')}" for key in keys)
 
 
 class _Loop:
@@ -202,7 +180,7 @@ class _Loop:
         self.train_seconds = checkpoint["train_seconds"]
         self.window_seconds = checkpoint["window_seconds"]
         over = self.step == self.settings.steps
-        self.rollouts_state = checkpoint.get("lives") if over else None
+        self.rollouts_state = checkpoint.get("rollouts") if over else None
         self.run.cut(checkpoint["lengths"])
 
     def _last(self) -> Record | None:
@@ -235,7 +213,7 @@ class _Loop:
             self.run.write_json("environment.json", here)
             self.save()
         else:
-            self._compare(here)
+            note_changes(self.run, self.step, here)
             _log.info("continuing %s from step %d", self.run.path, self.step)
         if self.best is None:
             self.run.drop_best()
@@ -246,91 +224,6 @@ class _Loop:
         self.trackers.begin(self.run, self.step, self.metric)
         # No part of the run: MLflow makes its first database in seconds.
         self.began += time.perf_counter() - opening
-
-    def _compare(self, here: Record) -> None:
-        """Say what has changed since the run began, and note it."""
-        record = self.run.read_json("environment.json") if self.run.has("environment.json") else {}
-        before = {"processes": 1, **(record.get("resumed") or [record])[-1]}
-        for key in _COMPARED:
-            if key in before and before[key] != finite(here[key]):
-                was, now = _differing(before[key], finite(here[key]))
-                _log.warning(
-                    "%s: %s when the run began, %s now: the numbers will differ from those of "
-                    "a run in one go",
-                    key.replace("_", " "),
-                    was,
-                    now,
-                )
-        record["resumed"] = [*record.get("resumed", []), {"step": self.step, **here}]
-        self.run.write_json("environment.json", record)
-
-    @contextmanager
-    def outcome(self) -> Iterator[None]:
-        """Turn whatever ends the run early into its status and one line."""
-        try:
-            yield
-        except (StopRequestedError, KeyboardInterrupt):
-            signum = self.signals.signum or int(signal.SIGINT)
-            self.run.set_status("interrupted", step=self.saved, signal=signum)
-            text = f"saved at step {self.saved}; `metarun resume={self.run.path}` goes on"
-            _log.info(text, extra=FILE_ONLY)
-            raise Interrupted(signum, text) from None
-        except ProcessLost as error:
-            text = (
-                f"step {self.step}: another process of the run is gone (killed, or out of memory); "
-                f"{self._kept()}: `metarun resume={self.run.path}` goes on"
-            )
-            self._fail(text)
-            raise self._reported_by_main(RunError(text)) from error
-        except NonFiniteError as error:
-            text = (
-                f"step {self.step}: {error}; {self._kept()}: start again with a lower optim.lr "
-                "or algo.inner_lr, or with optim.clip_norm=10"
-            )
-            self._fail(text)
-            # Averaged, it is in every process.
-            raise distributed.mark_reported(RunError(text)) from error
-        except torch.OutOfMemoryError as error:
-            text = (
-                f"step {self.step}: out of GPU memory; {self._kept()}: set tasks_per_chunk to "
-                "fewer tasks, or start again with a lower train.tasks_per_step"
-            )
-            self._fail(text)
-            raise RunError(text) from error
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                self._fail(f"{type(error).__name__}: {error}")
-                raise
-            text = (
-                f"step {self.step}: no space is left for {self.run.path}; {self._kept()}: "
-                f"free some and type `metarun resume={self.run.path}`"
-            )
-            self._fail(text)
-            raise RunError(text) from error
-        except ValueError as error:
-            self._fail(str(error))
-            raise
-        except Exception as error:
-            self._fail(f"{type(error).__name__}: {error}")
-            raise
-
-    def _reported_by_main(self, error: RunError) -> Exception:
-        """Of the first process it is the next one that speaks, if it was killed in its work."""
-        killed = False
-        if distributed.rank() == 1:
-            with suppress(OSError, ValueError):
-                killed = RunFolder(self.run.path).status().get("state") == "running"
-        return error if killed else distributed.mark_reported(error)
-
-    def _kept(self) -> str:
-        return "nothing is saved" if self.saved is None else f"step {self.saved} is saved"
-
-    def _fail(self, why: str) -> None:
-        _log.info("failed: %s", why, extra=FILE_ONLY, exc_info=True)
-        try:
-            self.run.set_status("failed", step=self.saved, why=why)
-        except OSError as error:
-            _log.warning("%s/status.json cannot be written: %s", self.run.path, error)
 
     # Meta-training.
 
@@ -418,13 +311,15 @@ class _Loop:
         if self.step == self.validated or not self._due(self.settings.eval_every):
             return
         num_episodes = self.evaluation.val_episodes
-        option, mean, ci95 = self._best_option()
+        found = validate(self.algorithm, self.source, self.evaluation, self.screen, self.signals)
+        option, mean, ci95 = found.option, found.mean, found.ci95
         named = {f"val/{self.metric}": mean, f"val/{self.metric}_ci95": ci95}
         named |= {f"val/{name}": value for name, value in option.items()}
         self.run.append("metrics.jsonl", {"step": self.step, **named})
         self.trackers.metrics(self.step, named)
         self.validated = self.step
-        better = self._is_better(mean)
+        before = None if self.best is None else self.best["mean"]
+        better = is_better(mean, before, higher=self.source.spec.higher_is_better)
         _log.info(
             "step %d/%d  val %s %s (%d episodes%s)%s",
             self.step,
@@ -446,37 +341,6 @@ class _Loop:
             }
             self.run.save_best(self.best)
 
-    def _best_option(self) -> tuple[Mapping[str, float], float, float]:
-        """What the algorithm is to choose, which it does, and its figure on meta-val."""
-        found: tuple[Mapping[str, float], float, float] | None = None
-        for option in self.algorithm.options or [{}]:
-            self.algorithm.choose(option)
-            with self.screen.bar("val", self.evaluation.val_episodes) as bar:
-                measured = evaluate(
-                    self.algorithm,
-                    self.source,
-                    "val",
-                    self.evaluation.val_episodes,
-                    self.evaluation.tasks_per_batch,
-                    tick=ticker(bar, self.signals),
-                )
-            mean, ci95 = interval(measured.values)
-            if found is None or self._better(mean, found[1]):
-                found = option, mean, ci95
-        assert found is not None
-        self.algorithm.choose(found[0])
-        return found
-
-    def _is_better(self, mean: float) -> bool:
-        if self.best is None:
-            return math.isfinite(mean)
-        return self._better(mean, self.best["mean"])
-
-    def _better(self, mean: float, before: float) -> bool:
-        if not math.isfinite(mean) or not math.isfinite(before):
-            return math.isfinite(mean)
-        return mean > before if self.source.spec.higher_is_better else mean < before
-
     # Checkpoints.
 
     def save(self) -> None:
@@ -486,7 +350,7 @@ class _Loop:
         where the run stands.
         """
         self._average()
-        self._check_alike()
+        check_same_parameters(self.algorithm, self.step, self.run_info)
         self.run.save_last(
             {
                 **self._names(),
@@ -500,33 +364,11 @@ class _Loop:
                 "window_seconds": self.window_seconds,
                 "lengths": self.run.lengths(),
                 "state": self.trained or self.algorithm.state_dict(),
-                "lives": self.rollouts_state,
+                "rollouts": self.rollouts_state,
             }
         )
         self.saved = self.step
         self.run.set_status("running", step=self.step, steps=self.settings.steps)
-
-    def _check_alike(self) -> None:
-        """Stop processes whose parameters have come apart, as an algorithm of a user's may let.
-
-        Raises:
-            RunError: They have.
-        """
-        if distributed.size() == 1:
-            return
-        digest = hashlib.blake2b(digest_size=8)
-        for leaf in pytree.tree_leaves(self.algorithm.state_dict()):
-            if isinstance(leaf, Tensor):
-                digest.update(
-                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                )
-        if len(set(distributed.gather_objects(digest.hexdigest()))) > 1:
-            text = (
-                f"step {self.step}: the processes no longer have the same parameters: "
-                f"algo={self.run_info.get('algo')} keeps something of its own tasks, or the "
-                "machines differ: run it in one process"
-            )
-            raise distributed.mark_reported(RunError(text))
 
     def _names(self) -> Record:
         return {"algo": self.run_info.get("algo"), "data": self.run_info.get("data")}

@@ -103,12 +103,12 @@ def test_how_sure_a_regression_is_is_written_and_said(
 def test_a_regression_that_diverged_is_summed_up_and_drawn(tmp_path: Path) -> None:
     nothing = {"mean": None, "ci95": None}
     results = {
-        "algo": "anp", "data": "gp", "seed": 0, "way": 5, "shot": 2,
+        "format": 1, "algo": "anp", "data": "gp", "seed": 0, "way": 5, "shot": 2,
         "metric": "mse", "seconds": 1.0,
         "test": {**nothing, "episodes": 6}, "log_likelihood": nothing, "coverage": nothing,
         "presentations": [nothing, nothing],
     }  # fmt: skip
     assert "log-likelihood" in summary(results, "here")
     (tmp_path / "results.json").write_text(json.dumps(results))
-    run_figures.draw(tmp_path)
+    run_figures.draw_figures(tmp_path)
     assert (tmp_path / "figures" / "presentations.csv").exists()

@@ -105,7 +105,7 @@ def test_a_transductive_figure_says_so() -> None:
 def test_only_a_finished_run_has_a_result(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run", config="{}\n")
     assert read_result(run) is None
-    (run.path / "results.json").write_text(json.dumps({"metric": "mse"}))
+    (run.path / "results.json").write_text(json.dumps({"format": 1, "metric": "mse"}))
     np.savez(run.path / "episodes.npz", mse=np.array([1.0, 2.0]))
     assert read_result(run) is None
     run.set_status("finished")

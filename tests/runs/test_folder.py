@@ -16,8 +16,9 @@ import torch
 
 from metarun.core.files import check_space, write_atomically
 from metarun.runs import folder
-from metarun.runs.checkpoints import FORMAT, read_checkpoint
+from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
+from metarun.runs.formats import FORMAT
 
 
 @pytest.fixture
@@ -158,6 +159,24 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run: RunFolder) -> None:
     torch.save({"format": FORMAT + 1}, path)
     with pytest.raises(ValueError, match="newer metarun"):
         read_checkpoint(path)
+
+
+def test_records_without_a_format_are_refused_in_one_line(run: RunFolder) -> None:
+    path = run.path / "checkpoints" / "best.pt"
+    torch.save({"step": 3}, path)
+    with pytest.raises(ValueError, match=r"best\.pt has no format: .* make the run again"):
+        read_checkpoint(path)
+    run.write_json("results.json", {"metric": "mse"})
+    with pytest.raises(ValueError, match=r"results\.json has no format: .* make the run again"):
+        run.read_results()
+    run.write_json("results.json", {"format": FORMAT, "metric": "mse"})
+    assert run.read_results()["metric"] == "mse"
+
+
+def test_results_of_a_newer_format_are_refused(run: RunFolder) -> None:
+    run.write_json("results.json", {"format": FORMAT + 1})
+    with pytest.raises(ValueError, match="newer metarun"):
+        run.read_results()
 
 
 def test_a_broken_best_is_taken_from_the_last(run: RunFolder) -> None:

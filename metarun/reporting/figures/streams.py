@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from metarun.evaluation import continual_metrics
 from metarun.reporting.figures.curves import unit
 from metarun.reporting.figures.drawing import COLORS, SIZE, STYLE, Panel, colors, save
 from metarun.reporting.run_files import RunFiles
+from metarun.runs.folder import RunFolder
 
 _MANY_VISITS = 20
 _FAR = 1000.0
@@ -93,7 +93,7 @@ def together(
     """
     curves: dict[str, list[dict[str, str]]] = {}
     for algo, runs in folders.items():
-        about = json.loads((runs[0] / "results.json").read_text(encoding="utf-8"))
+        about = RunFolder(runs[0]).read_results()
         stream_record = [_stream_record(run) for run in runs]
         mean = {n: np.mean([one[n] for one in stream_record], axis=0) for n in stream_record[0]}
         stream = Stream.of(about["layout"])

@@ -1,0 +1,111 @@
+"""What ends a run early becomes its status and one line that says how to go on."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Protocol
+
+import torch
+
+from metarun.algorithms.outer_optimizer import NonFiniteError
+from metarun.core import distributed
+from metarun.core.console import FILE_ONLY
+from metarun.core.distributed import ProcessLost
+from metarun.core.errors import Interrupted, RunError
+from metarun.core.files import DISK_FULL
+from metarun.runs.folder import RunFolder
+from metarun.training.signals import Signals, StopRequestedError
+
+_log = logging.getLogger(__name__)
+
+
+class Standing(Protocol):
+    """How far a run is.
+
+    Attributes:
+        step: Updates done.
+        saved: Step of the last checkpoint; None before the first.
+    """
+
+    step: int
+    saved: int | None
+
+
+@contextmanager
+def outcome(run: RunFolder, signals: Signals, at: Standing) -> Iterator[None]:
+    """Turn whatever ends the work in the block into a status and one line.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM.
+        RunError: What a user can mend: not finite, no space, no memory, another process gone.
+    """
+    try:
+        yield
+    except (StopRequestedError, KeyboardInterrupt):
+        signum = signals.signum or int(signal.SIGINT)
+        run.set_status("interrupted", step=at.saved, signal=signum)
+        text = f"saved at step {at.saved}; `metarun resume={run.path}` goes on"
+        _log.info(text, extra=FILE_ONLY)
+        raise Interrupted(signum, text) from None
+    except (ProcessLost, NonFiniteError, torch.OutOfMemoryError, OSError) as error:
+        advice = _advice(error, run)
+        if advice is None:
+            _fail(run, at, f"{type(error).__name__}: {error}")
+            raise
+        what, remedy = advice
+        kept = "nothing is saved" if at.saved is None else f"step {at.saved} is saved"
+        text = f"step {at.step}: {what}; {kept}: {remedy}"
+        _fail(run, at, text)
+        raise _known_to_processes(RunError(text), error, run) from error
+    except ValueError as error:
+        _fail(run, at, str(error))
+        raise
+    except Exception as error:
+        _fail(run, at, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _advice(error: Exception, run: RunFolder) -> tuple[str, str] | None:
+    """What happened and what to do, of an error that a user can mend."""
+    go_on = f"`metarun resume={run.path}`"
+    if isinstance(error, ProcessLost):
+        return "another process of the run is gone (killed, or out of memory)", f"{go_on} goes on"
+    if isinstance(error, NonFiniteError):
+        return (
+            str(error),
+            "start again with a lower optim.lr or algo.inner_lr, or with optim.clip_norm=10",
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "out of GPU memory",
+            "set tasks_per_chunk to fewer tasks, or start again with a lower train.tasks_per_step",
+        )
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return f"no space is left for {run.path}", f"free some and type {go_on}"
+    return None
+
+
+def _known_to_processes(error: RunError, cause: Exception, run: RunFolder) -> Exception:
+    """The error, marked where every process has it, so that the main one alone reports it."""
+    if isinstance(cause, NonFiniteError):
+        # Gradients are averaged: it is in every process.
+        return distributed.mark_reported(error)
+    if not isinstance(cause, ProcessLost):
+        return error
+    # Where the main process was killed in its work, the next one reports it.
+    killed = False
+    if distributed.rank() == 1:
+        with suppress(OSError, ValueError):
+            killed = RunFolder(run.path).status().get("state") == "running"
+    return error if killed else distributed.mark_reported(error)
+
+
+def _fail(run: RunFolder, at: Standing, why: str) -> None:
+    _log.info("failed: %s", why, extra=FILE_ONLY, exc_info=True)
+    try:
+        run.set_status("failed", step=at.saved, why=why)
+    except OSError as error:
+        _log.warning("%s/status.json cannot be written: %s", run.path, error)
