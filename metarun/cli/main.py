@@ -209,7 +209,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     if bare:
         words = [f"experiment={QUICK_START}"]
     from metarun.jobs.checks import check_jobs
-    from metarun.jobs.train import Launch, follow
+    from metarun.jobs.train import HydraTask, train_without_folder
 
     with distributed.agreed():
         with composer(args.config_dir, args.config_path, args.config_name) as compose:
@@ -234,11 +234,11 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
             )
         check_jobs(jobs)
     if not distributed.is_main():
-        return follow(jobs[0].config)
+        return train_without_folder(jobs[0].config)
     if way is None:
-        launch = Launch()
-        code = _hand_over(args, launch.run)
-        return code or launch.code
+        task = HydraTask()
+        code = _hand_over(args, task)
+        return code or task.code
     from metarun.jobs.sweep import check_direction, run
 
     check_direction(way, jobs[0])

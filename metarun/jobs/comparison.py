@@ -22,7 +22,7 @@ from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import interval
 from metarun.jobs.checks import check_jobs
-from metarun.jobs.ensure import make_or_continue
+from metarun.jobs.ensure import ensure_finished
 from metarun.reporting.comparison_tables import Row, comparison, stream_comparison
 from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
@@ -133,7 +133,7 @@ def _run(job: Job, config_dir: str | None) -> int:
     Raises:
         SystemExit: It was interrupted.
     """
-    outcome = make_or_continue(job.config, job.folder, job.overrides, config_dir, Screen())
+    outcome = ensure_finished(job.config, job.folder, job.overrides, config_dir, Screen())
     if outcome.state == "finished":
         return EXIT_OK
     print(f"error: {outcome.why}", file=sys.stderr)

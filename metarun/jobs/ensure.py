@@ -14,7 +14,8 @@ from metarun.config.composition import to_yaml
 from metarun.config.schema import Config
 from metarun.core.console import FILE_ONLY, Screen
 from metarun.core.errors import Interrupted, describe_error
-from metarun.jobs import resume, train
+from metarun.jobs.resume import continuation
+from metarun.jobs.train import train, train_experiment
 from metarun.runs.folder import RunFolder
 from metarun.runs.lock import InUse
 
@@ -41,7 +42,7 @@ class Outcome:
     signum: int = 0
 
 
-def make_or_continue(
+def ensure_finished(
     config: Config, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
 ) -> Outcome:
     """Bring the run of a folder to its end; a failure is written there, with its traceback.
@@ -56,13 +57,13 @@ def make_or_continue(
     try:
         _clear_false_start(folder)
         if not _begun(folder):
-            train.train(config, folder, overrides, screen)
+            train(config, folder, overrides, screen)
             return Outcome("finished")
         run = RunFolder.open(folder)
-        experiment = resume.continuation(run, [], config_dir)
+        experiment = continuation(run, [], config_dir)
         if experiment is None:
             return Outcome("kept")
-        train.train_in(run, experiment, screen)
+        train_experiment(run, experiment, screen)
         return Outcome("finished")
     except Interrupted as stop:
         return Outcome("interrupted", str(stop), stop.signum)
@@ -72,7 +73,7 @@ def make_or_continue(
     except Exception as error:
         if config["debug"]:
             raise
-        if finished(folder):  # by another process, a moment ago
+        if is_finished(folder):  # by another process, a moment ago
             return Outcome("kept")
         # A damaged status.json is a ValueError; whatever it is, it is told below.
         with suppress(OSError, InUse, ValueError):
@@ -84,7 +85,7 @@ def _begun(folder: Path) -> bool:
     return folder.is_dir() and any(folder.iterdir())
 
 
-def finished(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Whether the run of a folder says that it is; one that cannot be read is not."""
     with suppress(OSError, ValueError):
         return bool(RunFolder(folder).status().get("state") == "finished")

@@ -15,7 +15,7 @@ from metarun.config.schema import Config
 from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
 from metarun.jobs.checks import check_data
-from metarun.jobs.train import guarded
+from metarun.jobs.train import exit_code_of
 from metarun.reporting.run_figures import draw_figures
 from metarun.runs.folder import RunFolder
 
@@ -49,7 +49,7 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
         if distributed.is_main():
             draw_figures(folder)
 
-    return guarded(work, debug=bool(experiment.record["debug"]))
+    return exit_code_of(work, debug=bool(experiment.record["debug"]))
 
 
 def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:

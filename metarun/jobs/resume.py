@@ -23,7 +23,7 @@ from metarun.core.console import main_screen, warnings_held
 from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
-from metarun.jobs.train import guarded, train_in
+from metarun.jobs.train import exit_code_of, train_experiment
 from metarun.runs.folder import NullRunFolder, RunFolder
 
 _log = logging.getLogger(__name__)
@@ -56,8 +56,8 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
             f"test={path} to meta-test it"
         )
         return EXIT_OK
-    return guarded(
-        lambda: train_in(_ours(run), experiment, main_screen()),
+    return exit_code_of(
+        lambda: train_experiment(_ours(run), experiment, main_screen()),
         debug=bool(experiment.record["debug"]),
     )
 

@@ -33,8 +33,8 @@ from metarun.config.composition import Job, register_resolvers
 from metarun.config.sweeps import SweepMethod
 from metarun.core.console import Screen, figure, number
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
-from metarun.jobs import ensure
-from metarun.jobs.train import asked_for
+from metarun.jobs.ensure import Outcome, ensure_finished, is_finished
+from metarun.jobs.train import from_hydra
 from metarun.reporting import published
 from metarun.runs.folder import RunFolder
 
@@ -127,7 +127,7 @@ class Worker:
             Its best figure on meta-val, for a sweeper that looks for the best; None where it has
             none, which Optuna counts as a failed trial.
         """
-        config, folder, words = asked_for(cfg)
+        config, folder, words = from_hydra(cfg)
         if not self._journal.stopped():
             self._run(config, folder, words)
         with suppress(OSError):
@@ -145,9 +145,9 @@ class Worker:
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
         _at_work.set()
         try:
-            outcome = ensure.make_or_continue(config, folder, words, self._config_dir, screen)
+            outcome = ensure_finished(config, folder, words, self._config_dir, screen)
         except KeyboardInterrupt:
-            outcome = ensure.Outcome("interrupted", "stopped before it began", signal.SIGTERM)
+            outcome = Outcome("interrupted", "stopped before it began", signal.SIGTERM)
         finally:
             _at_work.clear()
         self._journal.add(
@@ -242,7 +242,7 @@ def _sum_up(
     """Say how many runs are finished, which failed and why, and how to go on."""
     ends = journal.ends()
     kept = sum(ends.get(folder, {}).get("state") == "kept" for folder in folders)
-    done = sum(ensure.finished(Path(folder)) for folder in folders)
+    done = sum(is_finished(Path(folder)) for folder in folders)
     before = f", {kept} of them before" if kept else ""
     print(f"\n{done} of {len(folders)} runs are finished{before}")
     for folder, end in ends.items():
@@ -287,7 +287,7 @@ def _say(text: str) -> None:
 def _results(folder: Path) -> Line | None:
     """What a finished run has reached; None of any other."""
     with suppress(OSError, ValueError):
-        if ensure.finished(folder):
+        if is_finished(folder):
             return RunFolder(folder).read_results()
     return None
 

@@ -1,4 +1,7 @@
-"""The runs of a request: checked before any folder is made, then trained one by one."""
+"""One run: its parts are built, then trained, validated and tested in a folder of its own.
+
+`train` is the function to read first; the trainer that it calls is `training/trainer.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from metarun.config.build import build_experiment, build_trackers
-from metarun.config.composition import to_yaml
+from metarun.config.composition import names_of, to_yaml
 from metarun.config.schema import Config
 from metarun.core import distributed
-from metarun.core.console import silent_screen
+from metarun.core.console import Screen, silent_screen
 from metarun.core.errors import (
     EXIT_BAD_INPUT,
     EXIT_FAILED,
@@ -27,74 +30,30 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from metarun.config.build import Experiment
-    from metarun.core.console import Screen
-
-
-def asked_for(cfg: DictConfig) -> tuple[Config, Path, list[str]]:
-    """What Hydra hands to a run: its resolved configuration, its folder and its words."""
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    from metarun.config.composition import names_of
-
-    hydra = HydraConfig.get()
-    config = cast("Config", OmegaConf.to_container(cfg, resolve=True))
-    choices = cast("dict[str, Any]", OmegaConf.to_container(hydra.runtime.choices))
-    config["names"] = names_of(choices, config)
-    overrides = [str(word) for word in hydra.overrides.task]
-    return config, _from_here(Path(str(hydra.runtime.output_dir))), overrides
-
-
-class Launch:
-    """Trains the one run that Hydra hands over.
-
-    Attributes:
-        code: The exit code.
-    """
-
-    def __init__(self) -> None:
-        self.code = EXIT_OK
-
-    def run(self, cfg: DictConfig) -> None:
-        """Train a run in the folder that Hydra made."""
-        from metarun.core.console import Screen
-
-        config, folder, overrides = asked_for(cfg)
-        self.code = guarded(
-            lambda: train(config, folder, overrides, Screen()), debug=bool(config["debug"])
-        )
-
-
-def _from_here(folder: Path) -> Path:
-    """The folder as one would type it: Hydra's is absolute."""
-    here = Path.cwd()
-    below = folder != here and folder.is_relative_to(here)
-    return folder.relative_to(here) if below else folder
 
 
 def train(config: Config, folder: Path, overrides: Sequence[str], screen: Screen) -> None:
-    """Make the parts of a run and train it in a new folder."""
+    """Build the parts of a run and train it in a new folder.
+
+    Args:
+        config: The resolved configuration, checked.
+        folder: Where the run goes; nothing is there yet.
+        overrides: What was typed for it, for a later `resume=`.
+        screen: Where to show its progress.
+    """
     experiment = build_experiment(config)
     run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
-    train_in(run, experiment, screen)
+    train_experiment(run, experiment, screen)
 
 
-def follow(config: Config) -> int:
-    """Train a run whose folder and screen are the first process's; returns the exit code."""
-    return guarded(
-        lambda: train_in(NullRunFolder(), build_experiment(config), silent_screen()),
-        debug=bool(config["debug"]),
-    )
-
-
-def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
-    """Train what was made of a run's configuration, from where its folder stands."""
+def train_experiment(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
+    """Train, validate and test the parts of a run, from where its folder stands."""
     from metarun.trackers.base import Trackers
     from metarun.training import trainer
 
     record, run_info = experiment.record, experiment.run_info
-    first = distributed.is_main()
-    trackers = Trackers(build_trackers(record) if first else {}, record, run_info)
+    is_main = distributed.is_main()
+    trackers = Trackers(build_trackers(record) if is_main else {}, record, run_info)
     with trackers.closing():
         results = trainer.train(
             experiment.algorithm,
@@ -107,7 +66,7 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
             experiment.seed,
             trackers,
         )
-        if not first:
+        if not is_main:
             return
         draw_figures(run.path)
         if trackers.alive:
@@ -115,10 +74,56 @@ def train_in(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
         trackers.finish(results, sorted((run.path / "figures").glob("*.*")))
 
 
-def guarded(work: Callable[[], object], *, debug: bool) -> int:
-    """Do the work of one run; an exception becomes one line and an exit code.
+def train_without_folder(config: Config) -> int:
+    """Train beside the main process, which has the folder and the screen; the exit code."""
+    return exit_code_of(
+        lambda: train_experiment(NullRunFolder(), build_experiment(config), silent_screen()),
+        debug=bool(config["debug"]),
+    )
 
-    A `ValueError` is a refusal, before anything has changed, but for a `RunError`.
+
+class HydraTask:
+    """What Hydra calls for a single run.
+
+    Attributes:
+        code: The exit code, after the run.
+    """
+
+    def __init__(self) -> None:
+        self.code = EXIT_OK
+
+    def __call__(self, cfg: DictConfig) -> None:
+        """Train a run in the folder that Hydra made."""
+        config, folder, overrides = from_hydra(cfg)
+        self.code = exit_code_of(
+            lambda: train(config, folder, overrides, Screen()), debug=bool(config["debug"])
+        )
+
+
+def from_hydra(cfg: DictConfig) -> tuple[Config, Path, list[str]]:
+    """The resolved configuration of the run that Hydra starts, its folder and its words."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    hydra = HydraConfig.get()
+    config = cast("Config", OmegaConf.to_container(cfg, resolve=True))
+    choices = cast("dict[str, Any]", OmegaConf.to_container(hydra.runtime.choices))
+    config["names"] = names_of(choices, config)
+    overrides = [str(word) for word in hydra.overrides.task]
+    return config, _as_typed(Path(str(hydra.runtime.output_dir))), overrides
+
+
+def _as_typed(folder: Path) -> Path:
+    """A folder relative to the current one, if it is below; Hydra's is absolute."""
+    here = Path.cwd()
+    below = folder != here and folder.is_relative_to(here)
+    return folder.relative_to(here) if below else folder
+
+
+def exit_code_of(work: Callable[[], object], *, debug: bool) -> int:
+    """Do the work of one run; an exception becomes one line on stderr and an exit code.
+
+    A `ValueError` other than a `RunError` is a refusal, before anything has changed.
 
     Raises:
         SystemExit: The run was interrupted.

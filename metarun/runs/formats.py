@@ -24,5 +24,6 @@ def check_format(path: Path, record: Mapping[str, Any]) -> None:
         )
     if found > FORMAT:
         raise ValueError(
-            f"{path} has format {found}, of a newer metarun; this one reads up to {FORMAT}: update it"
+            f"{path} has format {found}, of a newer metarun: update this one, which reads up to "
+            f"{FORMAT}"
         )

@@ -21,15 +21,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment, seeding
-from metarun.core.console import (
-    BAR_SHOWS_IT,
-    Bar,
-    Screen,
-    duration,
-    figure,
-    number,
-    summary,
-)
+from metarun.core.console import BAR_SHOWS_IT, Bar, Screen, duration, figure, number, summary
 from metarun.core.files import check_space
 from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings, TrainSettings

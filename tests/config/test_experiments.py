@@ -32,11 +32,11 @@ from metarun.data import omniglot
 from metarun.data.storage import miniimagenet_files, omniglot_files
 from metarun.data.storage.miniimagenet_files import NUM_CLASSES, import_miniimagenet
 from metarun.data.storage.omniglot_files import Character, import_omniglot
-from metarun.jobs import train
+from metarun.jobs.train import train
 from tests.data import sources
 from tests.data.sources import write_omniglot_zips
 
-Plain = dict[str, Any]
+Config = dict[str, Any]
 
 CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -92,18 +92,18 @@ def write_photographs(folder: Path) -> None:
 
 
 @cache
-def composed(name: str) -> Plain:
+def composed(name: str) -> Config:
     """What an experiment says; by Hydra alone, since looking up every word takes much longer."""
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
-    choices = cast("Plain", OmegaConf.to_container(cfg.hydra.runtime.choices))
+    choices = cast("Config", OmegaConf.to_container(cfg.hydra.runtime.choices))
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    config = cast("Plain", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+    config = cast("Config", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
     return {**config, "names": names_of(choices, config)}
 
 
-def cut_down(config: Plain) -> Plain:
+def cut_down(config: Config) -> Config:
     """One small update of the same form: fewer ways, rows, tasks and filters."""
     small = deepcopy(config)
     for sizes in (small, small["train"]):
@@ -147,7 +147,7 @@ def test_an_experiment_says_what_it_is(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_trains_and_is_tested(name: str, tmp_path: Path) -> None:
     screen = Screen(Console(file=io.StringIO()))
-    train.train(cut_down(composed(name)), tmp_path / "run", [], screen)
+    train(cut_down(composed(name)), tmp_path / "run", [], screen)
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["experiment"] == name
     assert math.isfinite(results["test"]["mean"])
@@ -159,7 +159,7 @@ def test_a_paper_is_a_list_of_experiments(name: str) -> None:
     lines = text("paper", name).splitlines()
     assert lines[0] == "# @package _global_"
     assert f"# metarun paper={name}" in lines
-    named = cast("Plain", OmegaConf.to_container(OmegaConf.load(CONF / "paper" / f"{name}.yaml")))
+    named = cast("Config", OmegaConf.to_container(OmegaConf.load(CONF / "paper" / f"{name}.yaml")))
     assert named["hydra"]["mode"] == "MULTIRUN"
     chosen = named["hydra"]["sweeper"]["params"]["experiment"].split(",")
     assert set(chosen) <= set(EXPERIMENTS)

@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 
 from metarun.config import composition
+from metarun.config.build import build_experiment
 from metarun.core.console import Screen
 from metarun.jobs import ensure
+from metarun.jobs.ensure import ensure_finished
 from metarun.jobs.sweep import Journal
 from tests.cli.test_main import own
 from tests.conftest import Answer, Command
@@ -130,7 +132,7 @@ def test_a_run_that_cannot_even_begin_leaves_its_traceback_too(
     def refuse(*_: object) -> None:
         raise RuntimeError("no such device")
 
-    monkeypatch.setattr(ensure.launch, "train", refuse)
+    monkeypatch.setattr(ensure, "train", refuse)
     answer = metarun("-m", "seed=1,2", *TINY)
     assert answer.code == 1
     assert states(tmp_path) == ["failed", "failed"]
@@ -158,7 +160,7 @@ def test_a_false_start_is_begun_anew(tmp_path: Path) -> None:
     os.utime(folder / "config.yaml", (0, 0))
     with composition.composer() as compose:
         job = compose.job(TINY)
-    outcome = ensure.make_or_continue(job.config, folder, TINY, None, Screen())
+    outcome = ensure_finished(job.config, folder, TINY, None, Screen())
     assert outcome.state == "finished", outcome.why
 
 
@@ -166,7 +168,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path: Path) -> None:
     with composition.composer() as compose:
         job = compose.job(TINY)
     folder = tmp_path / "run"
-    assert ensure.make_or_continue(job.config, folder, TINY, None, Screen()).state == "finished"
+    assert ensure_finished(job.config, folder, TINY, None, Screen()).state == "finished"
     (folder / "results.json").unlink()
     status = json.loads((folder / "status.json").read_text())
     (folder / "status.json").write_text(json.dumps({**status, "state": "running"}))
@@ -183,7 +185,7 @@ def test_a_run_of_another_process_is_left_to_it(tmp_path: Path) -> None:
     try:
         assert holder.stdout is not None
         holder.stdout.readline()
-        outcome = ensure.make_or_continue(job.config, folder, TINY, None, Screen())
+        outcome = ensure_finished(job.config, folder, TINY, None, Screen())
         assert outcome.state == "elsewhere"
         assert f"in use by process {holder.pid}" in outcome.why
     finally:
@@ -199,16 +201,14 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
     folder = tmp_path / "run"
 
     def make() -> str:
-        return ensure.make_or_continue(job.config, folder, TINY, None, Screen()).state
+        return ensure_finished(job.config, folder, TINY, None, Screen()).state
 
     assert make() == "finished"
     # As seen by a process that looked before the other began, and before it was finished.
     monkeypatch.setattr(ensure, "_begun", lambda _: False)
     assert make() == "elsewhere"
     monkeypatch.undo()
-    monkeypatch.setattr(
-        ensure.resume, "continuation", lambda *_: ensure.train.build.build(job.config)
-    )
+    monkeypatch.setattr(ensure, "continuation", lambda *_: build_experiment(job.config))
     assert make() == "kept"
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 

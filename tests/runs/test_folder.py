@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from metarun.core.files import check_space, write_atomically
-from metarun.runs import folder
+from metarun.runs import folder, lock
 from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
 from metarun.runs.formats import FORMAT
@@ -255,10 +255,10 @@ def test_the_lock_of_a_dead_process_is_taken_over_and_its_litter_removed(run: Ru
 def test_without_kernel_locks_the_process_in_the_file_decides(
     owner: str, free: bool, run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder, "fcntl", None)
+    monkeypatch.setattr(lock, "fcntl", None)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    owner = owner.format(host=folder.socket.gethostname(), dead=gone.pid)
+    owner = owner.format(host=lock.socket.gethostname(), dead=gone.pid)
     (run.path / "lock").write_text(owner)
     if free:
         with run.locked():
