@@ -50,9 +50,9 @@ class Algorithm(nn.Module, ABC):
 
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
     """Kinds of task that it can learn."""
-    accepts_any_way: ClassVar[bool] = False
+    accepts_any_way: bool = False
     """Whether a task may have another number of ways than it was trained for."""
-    label_equivariant: ClassVar[bool] = False
+    label_equivariant: bool = False
     """Whether permuting the labels of a task permutes the answers."""
     learns_online: ClassVar[bool] = False
     """Whether its tasks are trajectories of a stream, which it is judged on while it learns."""

@@ -1,7 +1,7 @@
-"""What a configuration may say, where conf/ is, and how the parts of a run are made.
+"""How the parts of a run are made from its configuration.
 
 A configuration is a plain, resolved dictionary here, as it stands in a run's `config.yaml`.
-`check` needs no torch; `build_experiment` is the only place that instantiates components.
+This is the only place that instantiates components.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from metarun.config.checks import check_config, convert
@@ -21,7 +22,9 @@ from metarun.config.suggestions import nearest, unknown_key
 from metarun.core import distributed
 from metarun.core.errors import one_line
 from metarun.core.settings import EvalSettings, TrainSettings
+from metarun.core.types import LearnedState
 from metarun.execution.allocator import keep_large_blocks
+from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -283,7 +286,7 @@ def _component(
 ) -> Callable[..., Any]:
     """The class of a node with its options filled in, checked against its signature."""
     target = locate(f"{name}._target_", node["_target_"])
-    hints = keywords(target)
+    hints = option_hints(name, node)
     given = injected or {}
     for key in given:
         if key not in hints:
@@ -298,8 +301,42 @@ def _component(
         if key not in hints or key in given:
             known = [f"{name}.{other}" for other in hints if other not in given]
             raise unknown_key(f"{name}.{key}", known)
-        options[key] = convert(f"{name}.{key}", value, hints[key])
+        if LearnedState in typing.get_args(hints[key]):
+            options[key] = None if value is None else _learned_state(f"{name}.{key}", value)
+        elif _names_a_class(hints[key]):
+            options[key] = locate(f"{name}.{key}", str(value))
+        else:
+            options[key] = convert(f"{name}.{key}", value, hints[key])
     return functools.partial(target, **options, **given)
+
+
+def option_hints(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that a node may have, with their type hints.
+
+    They are the keywords of its class and, where one of these names a class itself (a learner
+    that gets an adversary), those of that class too: its options stand beside the others.
+    """
+    hints = keywords(locate(f"{name}._target_", node["_target_"]))
+    for key, hint in list(hints.items()):
+        if _names_a_class(hint) and key in node:
+            hints = {**keywords(locate(f"{name}.{key}", str(node[key]))), **hints}
+    return hints
+
+
+def _learned_state(key: str, run: Any) -> LearnedState:
+    """What the run of a folder has learned.
+
+    Raises:
+        ValueError: It is no folder of a run with checkpoints.
+    """
+    found = RunFolder(Path(str(run))).load_learned()
+    if found is None:
+        raise ValueError(f"{key}={run}: expected the folder of a run with checkpoints")
+    return LearnedState(str(run), found[1]["state"])
+
+
+def _names_a_class(hint: Any) -> bool:
+    return typing.get_origin(hint) is type
 
 
 def locate(key: str, path: str) -> Callable[..., Any]:

@@ -173,6 +173,21 @@ class Prediction:
 
 
 @dataclass(frozen=True, slots=True)
+class LearnedState:
+    """What another run has learned, for an algorithm that builds on it.
+
+    An option with this type hint is typed as the folder of the run, and loaded by the builder.
+
+    Attributes:
+        run: The folder, as it was typed.
+        state: Parameters and buffers by name.
+    """
+
+    run: str
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
     """The tasks of an update that one of several processes has.
 

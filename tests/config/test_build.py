@@ -9,11 +9,12 @@ from typing import Any, Literal
 import pytest
 import torch
 
-from metarun.config.build import Experiment, build_experiment, keywords, locate
+from metarun.config.build import Experiment, build_experiment, keywords, option_hints
 from metarun.config.catalogue import conf_dir
 from metarun.config.checks import _BOUNDS, convert
 from metarun.config.composition import composer
 from metarun.config.schema import NODES
+from metarun.runs.folder import RunFolder
 
 CONF = conf_dir()
 
@@ -55,9 +56,8 @@ COMPONENTS = [
 def test_the_keys_of_a_yaml_are_the_keywords_of_its_constructor(path: Path) -> None:
     group = path.parent.name
     node = config(f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else []))[group]
-    target = locate("", node["_target_"])
     keys = set(node) - {"_target_", "_partial_"}
-    assert keys == set(keywords(target)) - GIVEN[group]
+    assert keys == set(option_hints(group, node)) - GIVEN[group]
 
 
 @pytest.mark.parametrize(
@@ -257,3 +257,16 @@ def test_keywords_follow_what_a_constructor_hands_on() -> None:
 
     assert set(keywords(Child)) == {"rate", "seed"}
     assert set(keywords(Closed)) == {"rate"}
+
+
+def test_what_another_run_has_learned_is_loaded_by_the_builder(tmp_path: Path) -> None:
+    words = ["algo=selector", "data=omniglot_small", "data.image_size=8", "shot=2", "train.shot=2"]
+    assert "expected the folder of a run with checkpoints" in refusal(
+        *words, f"algo.features={tmp_path / 'none'}"
+    )
+    donor = build("algo=protonet", *words[1:]).algorithm
+    run = RunFolder.create(tmp_path / "run", "")
+    run.save_best({"state": donor.state_dict()})
+    made = build(*words, f"algo.features={run.path}").algorithm
+    for name, value in made.net.state_dict().items():
+        assert torch.equal(value, donor.net.state_dict()[name])

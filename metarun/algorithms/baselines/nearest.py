@@ -7,7 +7,7 @@ W ways, D outputs.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class Nearest(Algorithm):
         ValueError: The distance is neither, or inputs are single numbers, which have no angle.
     """
 
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
 
     def __init__(self, *, distance: Distance = "squared_euclidean", **common: Any) -> None:
         super().__init__(**common)

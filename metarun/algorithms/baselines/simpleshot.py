@@ -5,7 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, F features, N rows of a m
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class SimpleShot(Pretrained):
         ValueError: A number or a word is out of range, or the data are no classification.
     """
 
-    label_equivariant: ClassVar[bool] = True
+    label_equivariant: bool = True
 
     feature_mean: Tensor
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, own_parameters, task_metric
+from metarun.algorithms.common.adversarial import Answer, SupportTerm
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
@@ -81,7 +82,7 @@ class EpisodicLearner(Algorithm):
         grads, (losses, scores, moments) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), rows, key=self.replay_key()
         )
-        self.optimizer.step(add_prefix("net.", grads), progress, self._limited)
+        self.optimizer.step(add_prefix("net.", grads), progress, self.limited)
         update_running_statistics(self.net, moments)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
@@ -101,7 +102,22 @@ class EpisodicLearner(Algorithm):
         rows = support_rows if self.bn == "support" else None
         return ForwardContext(rows=rows, running=self.bn == "running")
 
-    def _limited(self, grads: Params) -> Params:
+    def solve(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        noise: Tensor,  # noqa: ARG002
+        progress: Progress,  # noqa: ARG002
+        term: SupportTerm | None,  # noqa: ARG002
+    ) -> Answer:
+        """Answer any rows of one task; see `AdversarialLearner.solve`. There is no inner loss."""
+        own, ways = strip_prefix("net.", params), self.spec.train_way
+        return lambda x, ctx: self.answers(net, own, support_x, support_y, x, ways, ctx)
+
+    def limited(self, grads: Params) -> Params:
+        """Gradients by their names in the learner, as they go to the outer optimizer."""
         return add_prefix("net.", self.clipped(strip_prefix("net.", grads)))
 
     def clipped(self, grads: Params) -> Params:

@@ -52,7 +52,7 @@ class OnlineLearner(Algorithm):
     """
 
     learns_online: ClassVar[bool] = True
-    accepts_any_way: ClassVar[bool] = True
+    accepts_any_way: bool = True
     order_free: bool = False
     meta_trains: ClassVar[bool] = False
     answers_depend_on_task: ClassVar[bool] = False

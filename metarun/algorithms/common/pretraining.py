@@ -105,7 +105,7 @@ class Pretrained(Algorithm):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: ClassVar[bool] = True
+    accepts_any_way: bool = True
 
     def __init__(
         self, *, head: HeadKind = "linear", scale: float | None = None, **common: Any

@@ -9,7 +9,6 @@ image.
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, positive, task_metric
+from metarun.algorithms.common.adversarial import AdversarialLearner, SupportTerm
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import (
     OuterOptimizer,
@@ -26,11 +26,9 @@ from metarun.algorithms.outer_optimizer import (
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
 Classes = Literal["softmax", "own"]
-Answer = Callable[[Tensor, ForwardContext], Tensor]
-"""Logits (R, W) of any rows (R, C, H, W') of a task that a learner has solved."""
 
 
 class MetaGAN(Algorithm):
@@ -43,41 +41,45 @@ class MetaGAN(Algorithm):
         L_D = log p(y | x, y <= W) + log p(y <= W | x) + log p(W + 1 | made)    grows,
         L_G = log p(y <= W | made)                                              grows.
 
-    The logit of class W + 1 is zero, as the paper has it for relation networks and as loses
-    nothing elsewhere (Salimans et al. 2016, section 5): p(y <= W | x) is the sigmoid of the
-    logsumexp of the W logits. Rows without labels, the paper's semi-supervised setting, are not
-    part of it. The learner's query rows are the real ones; made rows pass through it by
-    themselves, so that batch norm never mixes the two. Both move at once: the generator sees the
-    learner as it was before the update, after its inner steps, as a constant. Its rate is
-    constant, whatever the schedule of the learner's.
+    The logit of class W + 1 is zero, as in the paper for relation networks; nothing is lost by
+    it elsewhere (Salimans et al. 2016, section 5): p(y <= W | x) is the sigmoid of the logsumexp
+    of the W logits. The scores of a relation network before their sigmoid are its logits. Rows
+    without labels, the paper's semi-supervised setting, are not part of it. The learner's query
+    rows are the real ones; made rows pass through it by themselves, so that batch norm never
+    mixes the two. Both move at once: the generator sees the learner as it was before the update,
+    after its inner steps, as a constant. Its rate is constant, whatever the learner's schedule.
 
-    A subclass stands before its learner among the bases, `class MetaGANMAML(MetaGAN, MAML)`, and
-    writes `solved`. With `fakes=0` it is its learner, bit for bit.
+    With MAML the inner loss is that of the outer loop: a task's support is distinguished from
+    `inner_fakes` rows made for it. At evaluation those are made from the same latent numbers for
+    every task. With `fakes=0` it is its learner, bit for bit.
 
     Args:
-        fakes: M, made rows that a task's learner is judged on beside its queries; 0 leaves the
-            generator out.
+        learner: The class of the learner, such as MAML or RelationNet; its options stand beside
+            those here.
+        fakes: M, made rows in a task's loss beside its queries; 0 leaves the generator out.
+        inner_fakes: Made rows beside the support of a task, for a learner with an inner loss;
+            0 leaves its inner loss as it is.
         latent: Z.
         filters: Channels of the generator's last layer, and of its encoder's.
         generator_lr: Step size of the generator's Adam, whose decays are 0.5 and 0.999.
         weight: Of the terms that are about made and real, where the paper has 1.
-        classes: What the learner's classes are judged by: `softmax`, the paper's
-            log p(y | x, y <= W), or the learner's `own` loss. The same for MAML.
+        classes: The loss of the learner's classes: `softmax`, the paper's log p(y | x, y <= W),
+            or the learner's `own`. The same for MAML.
         **common: Those of the learner.
 
     Raises:
-        ValueError: A number or a word is out of range, or the data are no images.
+        ValueError: A number or a word is out of range, the data are no images, or the learner
+            does not suit.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    optimizer: OuterOptimizer
-    inner_fakes: int = 0
-    """Made rows beside the support of a task, where a learner takes them."""
 
     def __init__(
         self,
         *,
+        learner: type[Algorithm],
         fakes: int = 5,
+        inner_fakes: int = 0,
         latent: int = 64,
         filters: int = 16,
         generator_lr: float = 0.0002,
@@ -85,9 +87,18 @@ class MetaGAN(Algorithm):
         classes: Classes = "softmax",
         **common: Any,
     ) -> None:
-        super().__init__(**common)
-        if fakes < 0:
-            raise ValueError(f"algo.fakes={fakes}: expected 0 or more")
+        self.accepts_any_way = learner.accepts_any_way
+        self.label_equivariant = learner.label_equivariant
+        super().__init__(**{key: common[key] for key in _INJECTED if key in common})
+        made: Any = learner(**common)
+        if not _suits(made):
+            raise ValueError(
+                f"algo.learner={learner.__name__} has no `solve`: expected one such as MAML, "
+                "or a learner whose update is the loss of its answers"
+            )
+        for name, value in (("fakes", fakes), ("inner_fakes", inner_fakes)):
+            if value < 0:
+                raise ValueError(f"algo.{name}={value}: expected 0 or more")
         positive("latent", latent)
         positive("filters", filters)
         check_positive("algo.generator_lr", generator_lr)
@@ -100,7 +111,15 @@ class MetaGAN(Algorithm):
                 f"{type(self).__name__} makes images, and a row of the data is "
                 f"{self.spec.input_shape}: use data of images"
             )
+        if getattr(made, "recompute", False):
+            raise ValueError("algo.recompute=true: MetaGAN keeps its inner steps: expected false")
+        if inner_fakes and not hasattr(made, "term_at_evaluation"):
+            raise ValueError(
+                f"algo.inner_fakes={inner_fakes}: {learner.__name__} has no inner loss: expected 0"
+            )
+        self.learner: Algorithm = made
         self.fakes = fakes
+        self.inner_fakes = inner_fakes if fakes else 0
         self.latent = latent
         self.weight = weight
         self.classes: Classes = classes
@@ -112,36 +131,26 @@ class MetaGAN(Algorithm):
                 lr=generator_lr,
                 betas=(0.5, 0.999),
             )
+        if self.inner_fakes:
+            made.term_at_evaluation = self._term_at_evaluation
 
-    @abstractmethod
-    def solved(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        made: Tensor,
-        noise: Tensor,
-        progress: Progress,
-    ) -> Answer:
-        """The learner after it has learned one training task, differentiable by its parameters.
+    @property
+    def net(self) -> nn.Module:  # type: ignore[override]
+        """The learner's network."""
+        return self.learner.net
 
-        Args:
-            net: The network, or its replica.
-            params: What is meta-learned, by the names of the optimizer.
-            support_x: (S, C, H, W').
-            support_y: (S,) labels.
-            made: (inner_fakes, C, H, W') rows made for the support.
-            noise: Key of the pass's random masks.
-            progress: Where training stands.
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        return self.learner.predict(support_x, support_y, query_x)
 
-        Returns:
-            What answers any rows of the task.
-        """
+    def trace(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int
+    ) -> Tensor | None:
+        return self.learner.trace(support_x, support_y, query_x, steps)
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         if self.generator is None:
-            return super().update(batch, progress)  # type: ignore[safe-super]
+            return self.learner.update(batch, progress)
+        learner: Any = self.learner
         first = progress.first_task(batch.num_tasks)
         keys = seeding.task_keys(self.seed, "made", first, batch.num_tasks, self.device)
         made = self._made(batch.support_x, keys, self.inner_fakes + self.fakes)
@@ -149,7 +158,8 @@ class MetaGAN(Algorithm):
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise, inner, outer = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
-            answer = self.solved(net, params, support_x, support_y, inner, noise, progress)
+            term = self._term(inner) if self.inner_fakes else None
+            answer = learner.solve(net, params, support_x, support_y, noise, progress, term)
             outputs = answer(query_x, ForwardContext(moments=moments, noise=noise))
             of_made = answer(outer, ForwardContext(noise=noise))
             loss = self.class_loss(outputs, query_y)
@@ -165,7 +175,7 @@ class MetaGAN(Algorithm):
         inner, outer = made.detach().split([self.inner_fakes, self.fakes], 1)
         rows = (*self.training_rows(batch, progress), inner, outer)
         grads, (losses, outputs, found, fooled, pull, moments) = self.resolved_engine().gradients(
-            task, self.net, {**self.optimizer.targets}, rows
+            task, self.net, {**learner.optimizer.targets}, rows
         )
         theirs = dict(self.generator.named_parameters())
         pulls = torch.autograd.grad(
@@ -175,7 +185,7 @@ class MetaGAN(Algorithm):
         # Before either moves: a step is made by both or by none.
         turn = self.adversary.averaged(turn, progress)
         self.adversary.check(turn)
-        self.optimizer.step(grads, progress, self.limited)
+        learner.optimizer.step(grads, progress, learner.limited)
         self.adversary.move(turn, progress)
         update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
@@ -186,15 +196,24 @@ class MetaGAN(Algorithm):
             "fakes_found": found.mean(),
         }
 
-    def limited(self, grads: Params) -> Params:
-        """The learner's gradients as they go to its optimizer."""
-        return grads
-
     def class_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Loss of the classes of real rows, (R, W) logits, where there is a generator."""
         if self.classes == "own":
-            return self.loss(outputs, targets)
+            return self.learner.loss(outputs, targets)
         return nn.functional.cross_entropy(outputs, targets)
+
+    def _term(self, made: Tensor) -> SupportTerm:
+        """What tells a support from rows (inner_fakes, C, H, W') made for it, in the inner loss."""
+
+        def term(outputs: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
+            return self.weight * (taken_for_real(outputs) + taken_for_made(answer(made)))
+
+        return term
+
+    def _term_at_evaluation(self, support_x: Tensor) -> SupportTerm:
+        """The same, with rows made for the support (S, C, H, W') of a task, always the same."""
+        made = self._made(support_x[None], self._fixed_keys(1), self.inner_fakes)
+        return self._term(made[0].detach())
 
     @property
     def generates(self) -> bool:
@@ -203,10 +222,6 @@ class MetaGAN(Algorithm):
     def generated(self, support_x: Tensor, count: int) -> Tensor:
         with torch.no_grad():
             return self._made(support_x, self._fixed_keys(len(support_x)), count)
-
-    def made_at_evaluation(self, support_x: Tensor) -> Tensor:
-        """(inner_fakes, C, H, W') rows for the support (S, C, H, W') of a task, always the same."""
-        return self._made(support_x[None], self._fixed_keys(1), self.inner_fakes)[0].detach()
 
     def _fixed_keys(self, num_tasks: int) -> Tensor:
         """(T,) keys, all the same: an answer does not depend on where its task stands."""
@@ -218,6 +233,15 @@ class MetaGAN(Algorithm):
         latent = seeding.normal(keys, 0, (count, self.latent), dtype=self.dtype)
         made: Tensor = self.generator(support_x, latent)
         return made
+
+
+_INJECTED = ("spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed")
+"""What every algorithm is given beside its own options."""
+
+
+
+def _suits(learner: Algorithm) -> bool:
+    return isinstance(learner, AdversarialLearner)
 
 
 _SLOPE = 0.2

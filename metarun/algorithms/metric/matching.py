@@ -47,8 +47,8 @@ class MatchingNet(EpisodicLearner):
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     replays: ClassVar[bool] = True
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
 
     def __init__(
         self,

@@ -35,8 +35,8 @@ class ProtoNet(EpisodicLearner):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
     replays: ClassVar[bool] = True
 
     def __init__(

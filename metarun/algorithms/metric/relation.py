@@ -13,12 +13,10 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
 from metarun.algorithms.common.episodic import EpisodicLearner
-from metarun.algorithms.functional import Params, add_prefix, strip_prefix
-from metarun.algorithms.generative.metagan import Answer, MetaGAN
+from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.normalization import BatchNorm
-from metarun.core.types import Progress
 
 
 class RelationNet(EpisodicLearner):
@@ -51,8 +49,8 @@ class RelationNet(EpisodicLearner):
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     replays: ClassVar[bool] = True
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
 
     def __init__(
         self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any
@@ -100,36 +98,6 @@ class RelationNet(EpisodicLearner):
             for module in ("embedding", "relation")
         }
         return {name: grad * factors[name.partition(".")[0]] for name, grad in grads.items()}
-
-
-class MetaGANRelation(MetaGAN, RelationNet):
-    """Relation networks with an adversary (Zhang et al. 2018, section 3.2).
-
-    The scores before their sigmoid are the logits of the classes. The paper judges these by
-    their softmax; `classes=own` leaves the squared error of the scores in its place.
-
-    Args:
-        **common: Those of `MetaGAN` and of `RelationNet`.
-
-    Raises:
-        ValueError: A number or a word is out of range, or the data are no images.
-    """
-
-    def solved(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        made: Tensor,  # noqa: ARG002
-        noise: Tensor,  # noqa: ARG002
-        progress: Progress,  # noqa: ARG002
-    ) -> Answer:
-        theta, ways = strip_prefix("net.", params), self.spec.train_way
-        return lambda x, ctx: self.answers(net, theta, support_x, support_y, x, ways, ctx)
-
-    def limited(self, grads: Params) -> Params:
-        return add_prefix("net.", self.clipped(strip_prefix("net.", grads)))
 
 
 class _Relation(nn.Module):

@@ -8,7 +8,7 @@ Shapes: T tasks, S support rows, Q query rows, D outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.common.adversarial import Answer, SupportTerm
 from metarun.algorithms.functional import (
     Loss,
     Params,
@@ -28,7 +29,6 @@ from metarun.algorithms.functional import (
     strip_prefix,
     with_gradient,
 )
-from metarun.algorithms.generative.metagan import Answer, MetaGAN, taken_for_made, taken_for_real
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Progress, TaskBatch
@@ -67,6 +67,9 @@ class MAML(AdaptingLearner):
     """
 
     replays: ClassVar[bool] = True
+    term_at_evaluation: Callable[[Tensor], SupportTerm] | None = None
+    """Makes, from the support (S, *input_shape) of a task, a term that its inner loss gets at
+    evaluation; an adversary sets it."""
 
     def __init__(
         self,
@@ -172,19 +175,59 @@ class MAML(AdaptingLearner):
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
         """All parameters before and after each inner step at evaluation."""
-        loss = self._support_loss(net, theta, x, y, ForwardContext(running=self.bn == "running"))
+        term = None if self.term_at_evaluation is None else self.term_at_evaluation(x)
+        ctx = ForwardContext(running=self.bn == "running")
+        loss = self._support_loss(net, theta, x, y, ctx, term)
         start = self._start(theta)
         rates = self._rates(dict(self.rates.named_parameters()))
         path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
         return [theta, *({**theta, **adapted} for adapted in path)]
 
     def _support_loss(
-        self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, ctx: ForwardContext
+        self,
+        net: nn.Module,
+        theta: Params,
+        x: Tensor,
+        y: Tensor,
+        ctx: ForwardContext,
+        term: SupportTerm | None = None,
     ) -> Loss:
         def loss(adapted: Params) -> Tensor:
-            return self.loss(forward(net, {**theta, **adapted}, x, ctx), y)
+            weights = {**theta, **adapted}
+            outputs = forward(net, weights, x, ctx)
+            own = self.loss(outputs, y)
+            if term is None:
+                return own
+            return own + term(outputs, lambda rows: forward(net, weights, rows, ctx))
 
         return loss
+
+    def solve(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        noise: Tensor,
+        progress: Progress,
+        term: SupportTerm | None,
+    ) -> Answer:
+        """Adapt to one task; see `AdversarialLearner.solve`."""
+        theta, rates = self._split(params)
+        first_order = is_first_order(self.second_order_from, progress)
+        ctx = ForwardContext(noise=noise, double_backward=not first_order)
+        loss = self._support_loss(net, theta, support_x, support_y, ctx, term)
+        start = self._start(theta)
+        weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
+        return lambda x, ctx: forward(net, weights, x, ctx)
+
+    def limited(self, grads: Params) -> Params:
+        """Gradients as they go to the outer optimizer: as they are."""
+        return grads
+
+    def replay_key(self, *values: Hashable) -> Hashable:
+        # A term may depend on anything, such as a generator that learns meanwhile.
+        return None if self.term_at_evaluation is not None else super().replay_key(*values)
 
     def _split(self, params: Params) -> tuple[Params, float | Params]:
         """The network's parameters and the inner rates, from all that is meta-learned."""
@@ -196,72 +239,6 @@ class MAML(AdaptingLearner):
         return (
             {name: learned[dict_key(name)] for name in self.adapted} if learned else self.inner_lr
         )
-
-
-class MetaGANMAML(MetaGAN, MAML):
-    """MAML with an adversary (Zhang et al. 2018, section 3.2).
-
-    The inner loss is that of the outer loop: a task's support is told from rows made for it.
-    At evaluation those are made from the same latent numbers for every task.
-
-    Args:
-        inner_fakes: Rows made for the support; 0, as without a generator, leaves MAML's inner
-            loss as it is.
-        **common: Those of `MetaGAN` and of `MAML`.
-
-    Raises:
-        ValueError: A number or a word is out of range, or the data are no images.
-    """
-
-    def __init__(self, *, inner_fakes: int = 5, **common: Any) -> None:
-        super().__init__(**common)
-        if inner_fakes < 0:
-            raise ValueError(f"algo.inner_fakes={inner_fakes}: expected 0 or more")
-        if self.recompute:
-            raise ValueError("algo.recompute=true: MetaGAN keeps its inner steps: expected false")
-        if self.generator is not None:
-            self.inner_fakes = inner_fakes
-
-    def solved(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        made: Tensor,
-        noise: Tensor,
-        progress: Progress,
-    ) -> Answer:
-        theta, rates = self._split(params)
-        first_order = is_first_order(self.second_order_from, progress)
-        ctx = ForwardContext(noise=noise, double_backward=not first_order)
-        loss = self._support_loss(net, theta, support_x, support_y, ctx, made)
-        start = self._start(theta)
-        weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
-        return lambda x, ctx: forward(net, weights, x, ctx)
-
-    def _support_loss(
-        self,
-        net: nn.Module,
-        theta: Params,
-        x: Tensor,
-        y: Tensor,
-        ctx: ForwardContext,
-        made: Tensor | None = None,
-    ) -> Loss:
-        """Inner loss over real and made rows; at evaluation those are made here."""
-        if not self.inner_fakes:
-            return super()._support_loss(net, theta, x, y, ctx)
-        rows = self.made_at_evaluation(x) if made is None else made
-
-        def loss(adapted: Params) -> Tensor:
-            weights = {**theta, **adapted}
-            outputs = forward(net, weights, x, ctx)
-            of_made = forward(net, weights, rows, ctx)
-            source_loss = taken_for_real(outputs) + taken_for_made(of_made)
-            return self.class_loss(outputs, y) + self.weight * source_loss
-
-        return loss
 
 
 def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:

@@ -53,8 +53,8 @@ class ProtoMAML(Algorithm):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
     replays: ClassVar[bool] = True
 
     def __init__(

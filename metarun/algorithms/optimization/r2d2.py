@@ -50,8 +50,8 @@ class R2D2(EpisodicLearner):
         ValueError: A number or a word is out of range.
     """
 
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
     replays: ClassVar[bool] = True
 
     def __init__(

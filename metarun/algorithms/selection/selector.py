@@ -21,8 +21,7 @@ from metarun.algorithms.base import Algorithm, forward, own_parameters, positive
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gather_rows, local_size
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
-from metarun.runs.folder import RunFolder
+from metarun.core.types import LearnedState, Metrics, Prediction, Progress, TaskBatch
 
 Choice = Literal["pick", "weigh"]
 
@@ -67,7 +66,7 @@ class Selector(Algorithm):
         processes: That base-learners run in; None is one for each core.
         cache: A folder in which what they make of tasks is kept between runs; None keeps it in
             memory.
-        features: A run folder.
+        features: What a finished run has learned; typed as its folder.
         **common: Those of `Algorithm`.
 
     Raises:
@@ -77,8 +76,8 @@ class Selector(Algorithm):
 
     package: ClassVar[str | None] = "sklearn"
     least_shot: ClassVar[int] = 2
-    accepts_any_way: ClassVar[bool] = True
-    label_equivariant: ClassVar[bool] = True
+    accepts_any_way: bool = True
+    label_equivariant: bool = True
 
     evidence_mean: Tensor
     evidence_variance: Tensor
@@ -92,7 +91,7 @@ class Selector(Algorithm):
         folds: int = 5,
         processes: int | None = None,
         cache: str | None = None,
-        features: str | None = None,
+        features: LearnedState | None = None,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -121,7 +120,7 @@ class Selector(Algorithm):
         self._bytes = 0
         if features is not None and self.bn != "running":
             raise ValueError(f"bn={self.bn}: algo.features sees rows one by one: use bn=running")
-        self.net = nn.Identity() if features is None else self._trained(Path(features))
+        self.net = nn.Identity() if features is None else self._trained(features)
         seen = _PERFORMANCES + _TASK_FEATURES + len(self.learners)
         # Of what the LSTM is told, which it sees scaled.
         self.register_buffer("evidence_mean", torch.zeros(seen))
@@ -291,12 +290,9 @@ class Selector(Algorithm):
         """What is meta-learned: not the network that features come from."""
         return [(n, p) for n, p in self.named_parameters() if not n.startswith("net.")]
 
-    def _trained(self, run: Path) -> nn.Module:
+    def _trained(self, learned: LearnedState) -> nn.Module:
         """The network of a finished run, without its head."""
-        learned = RunFolder(run).load_learned()
-        if learned is None:
-            raise ValueError(f"algo.features={run}: expected the folder of a run with checkpoints")
-        state = learned[1]["state"]
+        run, state = learned.run, learned.state
         net = self.build_network(None)
         own = net.state_dict()
         found = {name: state.get(f"net.{name}") for name in own}

@@ -59,9 +59,16 @@ def panels(learned: Learned, figures: Floats) -> list[Panel]:
     made: list[Panel] = []
     if spec.kind == "classification":
         made += _features(learned, median)
-    if isinstance(learned.algorithm, AdaptingLearner):
-        made += _layers(learned, len(figures))
+    learner = _adapting(learned)
+    if learner is not None:
+        made += _layers(learned, learner, len(figures))
     return made
+
+
+def _adapting(learned: Learned) -> AdaptingLearner | None:
+    """The learner that adapts by steps, where it is one, or where it has an adversary beside it."""
+    learner = getattr(learned.algorithm, "learner", learned.algorithm)
+    return learner if isinstance(learner, AdaptingLearner) else None
 
 
 # Watching a network at work.
@@ -150,9 +157,7 @@ def linear_cka(one: Tensor, other: Tensor) -> float:
 # Layers.
 
 
-def _layers(learned: Learned, episodes: int) -> list[Panel]:
-    learner = learned.algorithm
-    assert isinstance(learner, AdaptingLearner)
+def _layers(learned: Learned, learner: AdaptingLearner, episodes: int) -> list[Panel]:
     seen: list[Watched] = []
     tasks = _FEW_TASKS if _is_large(learner) else _TASKS
     for index in range(min(tasks, episodes)):
@@ -249,8 +254,8 @@ def _features(learned: Learned, index: int) -> list[Panel]:
     """The queries of a task as points: of a learner that adapts before and after."""
     batch = task_of(learned, index)
     labels = batch.query_y[0].cpu().numpy()
-    learner = learned.algorithm
-    if isinstance(learner, AdaptingLearner):
+    learner = _adapting(learned)
+    if learner is not None:
         found = watch(learner, batch.support_x, batch.support_y, batch.query_x).features
         titles = ["before adaptation", "after adaptation"]
     else:
@@ -347,8 +352,8 @@ def _points(name: str, title: str, points: Floats, labels: Any, share: float, in
 
 def task_vectors(learned: Learned, episodes: int) -> Floats | None:
     """(T, P) by how much adaptation to each of some test tasks moves the parameters."""
-    learner = learned.algorithm
-    if not isinstance(learner, AdaptingLearner) or learned.source.spec.streams is not None:
+    learner = _adapting(learned)
+    if learner is None or learned.source.spec.streams is not None:
         return None
     count = sum(parameter.numel() for parameter in learner.parameters())
     tasks = min(_EMBEDDED_TASKS, episodes, _MOST_NUMBERS // max(count, 1))

@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from metarun.algorithms.generative.metagan import Generator, taken_for_made, taken_for_real
-from metarun.algorithms.metric.relation import MetaGANRelation, RelationNet
-from metarun.algorithms.optimization.maml import MAML, MetaGANMAML
+from metarun.algorithms.baselines.nearest import Nearest
+from metarun.algorithms.generative.metagan import (
+    Generator,
+    MetaGAN,
+    taken_for_made,
+    taken_for_real,
+)
+from metarun.algorithms.metric.relation import RelationNet
+from metarun.algorithms.optimization.maml import MAML
 from metarun.algorithms.outer_optimizer import NonFiniteError, OuterOptimizer
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.layers.context import ForwardContext
@@ -24,25 +30,26 @@ from tests.helpers import image_batch, linear_backbone, make, moved, regression_
 BACKBONE = partial(Conv4, filters=3, blocks=2)
 SMALL = {"latent": 5, "filters": 4}
 SPEC = TaskSpec("classification", (1, 24, 24), 3, 3)
-LEARNERS = [(MetaGANMAML, MAML), (MetaGANRelation, RelationNet)]
+LEARNERS = [MAML, RelationNet]
 
 
 def batch_of(tasks: int = 2) -> Any:
     return image_batch(SPEC, tasks=tasks, shot=2, query=2)
 
 
-@pytest.mark.parametrize(("kind", "base"), LEARNERS)
-def test_without_made_rows_it_is_its_learner_bit_for_bit(kind: Any, base: Any) -> None:
-    off, learner = make(kind, SPEC, BACKBONE, fakes=0), make(base, SPEC, BACKBONE)
+@pytest.mark.parametrize("kind", LEARNERS)
+def test_without_made_rows_it_is_its_learner_bit_for_bit(kind: Any) -> None:
+    off = make(MetaGAN, SPEC, BACKBONE, learner=kind, fakes=0)
+    learner = make(kind, SPEC, BACKBONE)
     for step in range(2):
         said = [a.update(batch_of(), Progress(step, 9)) for a in (off, learner)]
         assert said[0].keys() == said[1].keys()
         assert all(torch.equal(said[0][name], said[1][name]) for name in said[0])
     ours, theirs = off.state_dict(), learner.state_dict()
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() - {"_extra_state"} == {f"learner.{name}" for name in theirs}
     for name, value in theirs.items():
         if isinstance(value, Tensor):
-            assert torch.equal(ours[name], value)
+            assert torch.equal(ours[f"learner.{name}"], value)
     tasks = batch_of()
     rows = (tasks.support_x, tasks.support_y, tasks.query_x)
     assert torch.equal(off.predict(*rows).outputs, learner.predict(*rows).outputs)
@@ -82,7 +89,7 @@ def naive_loss(real: Tensor, labels: Tensor, made: Tensor) -> Tensor:
 @pytest.mark.parametrize("inner", [0, 2])
 def test_gradients_of_maml_with_an_adversary_are_the_naive_ones(engine: str, inner: int) -> None:
     options = {"fakes": 4, "inner_fakes": inner, "inner_lr": 0.1, "inner_steps": 2}
-    algorithm = make(MetaGANMAML, SPEC, BACKBONE, engine=engine, **options, **SMALL)
+    algorithm = make(MetaGAN, SPEC, BACKBONE, learner=MAML, engine=engine, **options, **SMALL)
     algorithm.adversary = OuterOptimizer(
         [(f"generator.{n}", p) for n, p in algorithm.generator.named_parameters()],
         method="sgd", lr=1.0,
@@ -113,7 +120,7 @@ def test_gradients_of_maml_with_an_adversary_are_the_naive_ones(engine: str, inn
         fooled = fooled - over_all(for_real).softmax(1)[:, :3].sum(1).log().mean() / 2
     learned, made_by = net.named_parameters(), algorithm.generator.named_parameters()
     expected = {}
-    for prefix, value, named in (("net", total, learned), ("generator", fooled, made_by)):
+    for prefix, value, named in (("learner.net", total, learned), ("generator", fooled, made_by)):
         names, values = zip(*named, strict=True)
         grads = torch.autograd.grad(value, values)
         expected |= {f"{prefix}.{n}": g for n, g in zip(names, grads, strict=True)}
@@ -128,7 +135,7 @@ def test_gradients_of_a_relation_network_with_an_adversary_are_the_naive_ones(
     classes: str,
 ) -> None:
     options = {"fakes": 4, "clip_norm": None, "weight": 0.5, "classes": classes}
-    algorithm = make(MetaGANRelation, SPEC, BACKBONE, **options, **SMALL)
+    algorithm = make(MetaGAN, SPEC, BACKBONE, learner=RelationNet, **options, **SMALL)
     tasks, net = batch_of(), algorithm.net
     total = torch.zeros((), dtype=torch.float64)
     for task in range(2):
@@ -144,15 +151,15 @@ def test_gradients_of_a_relation_network_with_an_adversary_are_the_naive_ones(
     expected = dict(zip(names, torch.autograd.grad(total, values), strict=True))
     found = moved(algorithm, tasks, step=3)
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[f"net.{name}"], gradient, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(found[f"learner.net.{name}"], gradient, rtol=1e-7, atol=1e-10)
 
 
 def test_a_relation_network_is_clipped_as_without_an_adversary() -> None:
     free, cut = (
-        moved(make(MetaGANRelation, SPEC, BACKBONE, clip_norm=c, **SMALL), batch_of())
+        moved(make(MetaGAN, SPEC, BACKBONE, learner=RelationNet, clip_norm=c, **SMALL), batch_of())
         for c in (None, 1e-5)
     )
-    for part in ("net.embedding.", "net.relation."):
+    for part in ("learner.net.embedding.", "learner.net.relation."):
         norms = [
             torch.cat([g.flatten() for name, g in found.items() if name.startswith(part)]).norm()
             for found in (free, cut)
@@ -164,7 +171,7 @@ def test_a_relation_network_is_clipped_as_without_an_adversary() -> None:
 @pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
 def test_evaluation_adapts_on_rows_made_for_the_support(engine: str) -> None:
     options = {"inner_fakes": 3, "inner_lr": 0.1, "engine": engine}
-    algorithm = make(MetaGANMAML, SPEC, BACKBONE, **options, **SMALL)
+    algorithm = make(MetaGAN, SPEC, BACKBONE, learner=MAML, **options, **SMALL)
     tasks, net = batch_of(), algorithm.net
     support, labels = tasks.support_x[1], tasks.support_y[1]
     key = seeding.task_keys(algorithm.seed, "made anew", 0, 1, support.device)
@@ -213,7 +220,7 @@ def test_a_generator_keeps_size_and_range_and_heeds_task_and_chance(
 def test_a_generator_learns_to_fool_a_learner_that_stands_still() -> None:
     still = partial(OuterOptimizer, method="sgd", lr=1e-12)
     options = {"fakes": 6, "generator_lr": 0.01, "optim": still}
-    algorithm = make(MetaGANMAML, SPEC, BACKBONE, **options, **SMALL)
+    algorithm = make(MetaGAN, SPEC, BACKBONE, learner=MAML, **options, **SMALL)
     losses = [
         float(algorithm.update(batch_of(), Progress(step, 60))["generator_loss"])
         for step in range(60)
@@ -222,7 +229,7 @@ def test_a_generator_learns_to_fool_a_learner_that_stands_still() -> None:
 
 
 def test_neither_moves_if_the_gradient_of_one_is_not_finite() -> None:
-    algorithm = make(MetaGANMAML, SPEC, BACKBONE, **SMALL)
+    algorithm = make(MetaGAN, SPEC, BACKBONE, learner=MAML, **SMALL)
     first = next(algorithm.generator.parameters())
     before = {name: value.clone() for name, value in algorithm.named_parameters()}
     first.register_hook(lambda gradient: gradient * math.nan)
@@ -247,11 +254,38 @@ def test_neither_moves_if_the_gradient_of_one_is_not_finite() -> None:
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        make(MetaGANMAML, SPEC, BACKBONE, **options)
+        make(MetaGAN, SPEC, BACKBONE, learner=MAML, **options)
+
+
+@pytest.mark.parametrize(
+    ("learner", "options", "said"),
+    [
+        (MAML, {"recompute": True}, "algo.recompute=true"),
+        (RelationNet, {"inner_fakes": 2}, "RelationNet has no inner loss: expected 0"),
+        (Nearest, {}, "algo.learner=Nearest has no `solve`"),
+    ],
+)
+def test_learners_that_do_not_suit_are_refused(
+    learner: Any, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        make(MetaGAN, SPEC, BACKBONE, learner=learner, **options)
+
+
+def test_a_generator_that_learns_is_seen_at_once_by_the_answers() -> None:
+    options = {"inner_fakes": 3, "inner_lr": 0.1, "engine": "vmap"}
+    algorithm = make(MetaGAN, SPEC, BACKBONE, learner=MAML, **options, **SMALL)
+    tasks = batch_of()
+    rows = (tasks.support_x, tasks.support_y, tasks.query_x)
+    before = algorithm.predict(*rows).outputs
+    with torch.no_grad():
+        for parameter in algorithm.generator.parameters():
+            parameter.add_(0.5)
+    assert not torch.equal(algorithm.predict(*rows).outputs, before)
 
 
 def test_data_that_are_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="use data of images"):
-        make(MetaGANMAML, TaskSpec("classification", (4,), 3, 3), linear_backbone)
+        make(MetaGAN, TaskSpec("classification", (4,), 3, 3), linear_backbone, learner=MAML)
     with pytest.raises(ValueError, match="the data ask for regression"):
-        make(MetaGANMAML, regression_spec(), linear_backbone)
+        make(MetaGAN, regression_spec(), linear_backbone, learner=MAML)

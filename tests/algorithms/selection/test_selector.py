@@ -18,9 +18,8 @@ from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.algorithms.selection import portfolio
 from metarun.algorithms.selection.portfolio import study
 from metarun.algorithms.selection.selector import Selector, task_features
-from metarun.core.types import SPLITS, EpisodeSize, Progress, TaskBatch, TaskSpec
+from metarun.core.types import SPLITS, EpisodeSize, LearnedState, Progress, TaskBatch, TaskSpec
 from metarun.evaluation.episodes import evaluate
-from metarun.runs.folder import RunFolder
 from tests.helpers import TINY_BACKBONES, image_batch, image_spec, linear_backbone, make
 
 FEW = ["centroid", "ridge", "mlp_0.1"]
@@ -417,14 +416,13 @@ def test_more_processes_answer_bit_for_bit_alike() -> None:
     assert all(torch.equal(two[name], own) for name, own in one.items())
 
 
-def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
+def test_images_are_seen_through_the_network_of_a_run() -> None:
     spec, batch = image_spec(), image_batch(image_spec(), shot=3)
     backbone = TINY_BACKBONES["conv4 max-pool"]
     trained = make(ProtoNet, spec, backbone, seed=3)
-    run = RunFolder.create(tmp_path / "run", "")
-    run.save_best({"state": trained.state_dict()})
+    learned = LearnedState("run", trained.state_dict())
     few: dict[str, Any] = {"learners": FEW, "processes": 1, "bn": "running"}
-    there = make(Selector, spec, backbone, features=str(run.path), **few)
+    there = make(Selector, spec, backbone, features=learned, **few)
     config = make(Selector, replace_shape(spec), backbone, **few)
 
     def seen(x: Any) -> Any:
@@ -446,11 +444,9 @@ def test_images_are_seen_through_the_network_of_a_run(tmp_path: Path) -> None:
     there.update(batch, Progress(0, 10))
     assert all(torch.equal(a, b) for a, b in zip(before, there.net.parameters(), strict=True))
     with pytest.raises(ValueError, match="its network is not this one"):
-        make(Selector, spec, TINY_BACKBONES["resnet12"], features=str(run.path), **few)
-    with pytest.raises(ValueError, match="expected the folder of a run"):
-        make(Selector, spec, backbone, features=str(tmp_path / "none"), **few)
+        make(Selector, spec, TINY_BACKBONES["resnet12"], features=learned, **few)
     with pytest.raises(ValueError, match=r"bn=support: algo\.features sees rows one by one"):
-        make(Selector, spec, backbone, features=str(run.path), **(few | {"bn": "support"}))
+        make(Selector, spec, backbone, features=learned, **(few | {"bn": "support"}))
 
 
 def replace_shape(spec: TaskSpec) -> TaskSpec:
