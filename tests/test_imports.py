@@ -1,110 +1,89 @@
-"""Imports go one way through the house, and torch only comes in where it is needed."""
+"""Imports go one way through the folders, and torch only comes in where it is needed."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import metarun
+from tests.imports import MODULES, PACKAGE, RANK, folder_of, imported, name_of
 
-PACKAGE = Path(metarun.__file__).parent
-
-RANKS = {
-    "types": -1, "settings": 0, "seeding": 0, "allocator": 0, "naming": 0, "intervals": 0,
-    "parsing": 0, "processes": 0,
-    "continual": 1, "clusters": 1, "data": 1, "backbones": 1, "runs": 1, "screen": 1,
-    "environment": 1,
-    "algorithms": 2, "trackers": 2,
-    "views": 3, "lifetimes": 3,
-    "evaluate": 4,
-    "trainer": 5, "tables": 5, "report": 5,
-    "config": 6,
-    "request": 7, "listing": 7,
-    "launch": 8, "predict": 8,
-    "papers": 9, "labeling": 9, "bench": 9,
-    "again": 9,
-    "jobs": 10, "reporting": 10,
-    "compare": 11, "sweep": 11,
-    "cli": 12,
-    "__main__": 13,
-}  # fmt: skip
-
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+INSIDE = [path for path in MODULES if path.parent != PACKAGE]
+FAMILIES = {path.name for path in (PACKAGE / "algorithms").iterdir() if path.is_dir()}
+SHARED = {"base", "functional", "outer_optimizer", "common"}
+"""What every family of algorithms may import of `algorithms`."""
+INTERFACES = {"base", "outer_optimizer", "common"}
+"""What the loops know of algorithms: no family, and so no algorithm."""
 
 
-def name_of(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+def test_every_module_is_in_a_folder_that_has_a_rank() -> None:
+    flat = {path.name for path in MODULES if path.parent == PACKAGE}
+    assert flat == {"__init__.py", "__main__.py"}
+    assert {folder_of(name_of(path)) for path in INSIDE} == set(RANK)
 
 
-def imported(path: Path) -> Iterator[str]:
-    """What a module imports from metarun, by its name below `metarun.`, late imports included."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} imports relatively"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in names:
-            if name.startswith("metarun."):
-                yield name.removeprefix("metarun.")
-
-
-def part(name: str) -> str:
-    return name.partition(".")[0]
-
-
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_a_module_imports_only_from_lower_ranks_or_its_own_part(path: Path) -> None:
-    own = part(name_of(path))
+@pytest.mark.parametrize("path", INSIDE, ids=name_of)
+def test_a_module_imports_only_from_lower_ranks_or_its_own_folder(path: Path) -> None:
+    own = folder_of(name_of(path))
     for name in imported(path):
-        other = part(name)
+        other = folder_of(name)
         if other.startswith("__version"):
             continue
-        assert other in RANKS, f"{other} has no rank"
-        assert other == own or RANKS[other] < RANKS[own], f"{own} imports {name}"
+        assert other in RANK, f"{other} has no rank"
+        assert other == own or RANK[other] < RANK[own], f"{own} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
+@pytest.mark.parametrize("path", INSIDE, ids=name_of)
 def test_data_and_algorithms_never_see_each_other(path: Path) -> None:
-    own = part(name_of(path))
-    others = {part(name) for name in imported(path)}
+    own = folder_of(name_of(path))
+    others = {folder_of(name) for name in imported(path)}
     forbidden = {"data": {"algorithms", "backbones"}, "algorithms": {"data"}, "backbones": {"data"}}
     assert not others & forbidden.get(own, set())
 
 
-def test_no_algorithm_imports_another() -> None:
-    shared = {
-        "adapting", "base", "inner", "outer", "engine", "episodic", "graphs", "metagan",
-        "portfolio", "pretraining", "online", "rules", "sequential", "trajectory",
-    }  # fmt: skip
-    for path in sorted((PACKAGE / "algorithms").glob("*.py")):
+def test_a_family_imports_what_is_shared_and_itself() -> None:
+    for path in sorted((PACKAGE / "algorithms").rglob("*.py")):
+        family = path.relative_to(PACKAGE / "algorithms").parts[0]
+        allowed = SHARED | ({family} if family in FAMILIES else set())
         for name in imported(path):
-            if part(name) == "algorithms":
-                module = name.split(".")[1]
-                assert module in shared, f"{path.name} imports {name}"
+            if folder_of(name) == "algorithms":
+                assert name.split(".")[1] in allowed, f"{path.name} imports {name}"
 
 
-def test_the_trainer_knows_no_algorithm_by_name() -> None:
-    shared = {"base", "outer", "engine", "online"}
-    for module in ("trainer", "evaluate"):
-        for name in imported(PACKAGE / f"{module}.py"):
-            if part(name) == "algorithms":
-                assert name.split(".")[1] in shared, f"{module} imports {name}"
+def test_no_algorithm_imports_another() -> None:
+    # Named by their configurations: what else a family has is its own to share.
+    algorithms = {
+        line.split()[-1].removeprefix("metarun.").rpartition(".")[0]
+        for path in (PACKAGE.parent / "conf" / "algo").glob("*.yaml")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip().startswith("_target_: metarun.")
+    }
+    assert len(algorithms) > 25
+    for path in sorted((PACKAGE / "algorithms").rglob("*.py")):
+        if name_of(path) in algorithms:
+            others = {".".join(name.split(".")[:3]) for name in imported(path)}
+            assert not others & (algorithms - {name_of(path)}), f"{path.name} imports {others}"
+
+
+def test_the_loops_know_no_algorithm_and_no_data_set() -> None:
+    for folder in ("evaluation", "training", "config", "execution", "inference"):
+        for path in sorted((PACKAGE / folder).rglob("*.py")):
+            for name in imported(path):
+                part, _, rest = name.partition(".")
+                first = rest.partition(".")[0]
+                if part == "algorithms":
+                    assert first in INTERFACES, f"{folder} imports {name}"
+                if part == "data":
+                    assert first in {"augmentation", "storage"}, f"{folder} imports {name}"
 
 
 @pytest.mark.parametrize(
     "words",
     [
-        ["--version"], ["--help"], ["--cfg", "job"], ["list"], ["algo=mml"],
-        ["--info", "defaults"], ["data=omniglot", "way=0"],
+        ["--version"], ["--help"], ["--cfg", "job"], ["list"], ["list", "algo", "maml"],
+        ["algo=mml"], ["--info", "defaults"], ["data=omniglot", "way=0"],
         ["table", "--paper", "zintgraf2019_sinusoid"],
         ["bench", "--list"], ["bench", "--help"], ["bench", "--workload", "snusoid"],
         ["predict", "nowhere", "--support", "a", "--query", "b"],

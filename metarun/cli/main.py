@@ -222,7 +222,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
             if sweep:
                 words = compose.sweep_words(words)
             jobs = compose.jobs(words, sweep)
-            way = compose.way(words) if sweep else None
+            method = compose.sweep_method(words) if sweep else None
         args.overrides = words
         if shows:
             for job in jobs:
@@ -235,14 +235,14 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         check_jobs(jobs)
     if not distributed.is_main():
         return train_without_folder(jobs[0].config)
-    if way is None:
+    if method is None:
         task = HydraTask()
         code = _hand_over(args, task)
         return code or task.code
     from metarun.jobs.sweep import check_direction, run
 
-    check_direction(way, jobs[0])
-    return run(jobs, way, typed, args.config_dir, lambda task: _hand_over(args, task))
+    check_direction(method, jobs[0])
+    return run(jobs, method, typed, args.config_dir, lambda task: _hand_over(args, task))
 
 
 def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:

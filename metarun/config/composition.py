@@ -211,7 +211,7 @@ class Composer:
             )
         return False
 
-    def way(self, overrides: Sequence[str]) -> SweepMethod:
+    def sweep_method(self, overrides: Sequence[str]) -> SweepMethod:
         """How Hydra would go through a sweep of these words."""
         hydra = self._sweep_node(self._one_of_each(self._parse(overrides)))
         choices = hydra.runtime.choices
@@ -256,7 +256,7 @@ class Composer:
         stop at the first run that fails.
         """
         self._check_words(self._one_of_each(self._parse(overrides)))
-        if not self.way(overrides).searches:
+        if not self.sweep_method(overrides).searches:
             return list(overrides)
         typed = {override.key_or_group for override in self._parse(overrides)}
         named_words = sorted(word for word in overrides if not word.startswith("hydra"))
@@ -281,7 +281,7 @@ class Composer:
         parsed = self._parse(overrides)
         simple = self._one_of_each(parsed)
         self._check_words(simple)
-        searches = self.way(overrides).searches
+        searches = self.sweep_method(overrides).searches
         for override in parsed:
             if override.is_sweep_override() and not searches:
                 self._check_sweep_key(override)

@@ -83,7 +83,7 @@ class Rollouts:
         self.begin()
         stream, number = self._stream, self.step
         task = stream.task(number) if stream.task_ids_known else None
-        begins = number % stream.steps == 0
+        begins_visit = number % stream.steps == 0
         here = slice(number * stream.rows, (number + 1) * stream.rows)
         x, y = self._x[:, here], self._y[:, here]
         # An algorithm that draws from torch's generator resumes like any other.
@@ -94,7 +94,7 @@ class Rollouts:
             outputs = self._algorithm.answers(self.state, x, task)
             self._keep("incoming", task_metric(self._algorithm.spec, outputs, y))
             self._keep("incoming_loss", self._loss(outputs, y))
-        step = Step(number, here.start, task, begins and stream.task_ids_known)
+        step = Step(number, here.start, task, begins_visit and stream.task_ids_known)
         self.state = self._algorithm.observe(self.state, x, y, step)
         self.step += 1
         if self._follow:

@@ -163,7 +163,7 @@ class Worker:
 
 def run(
     plan: Sequence[Job],
-    way: SweepMethod,
+    method: SweepMethod,
     words: Sequence[str],
     config_dir: str | None,
     hand_over: Callable[[Callable[[Any], Any]], int],
@@ -172,7 +172,7 @@ def run(
 
     Args:
         plan: Its runs; where a sweeper finds them as it goes, some that stand for them.
-        way: Hydra's sweeper and launcher.
+        method: Hydra's sweeper and launcher.
         words: The command line, to be typed again.
         config_dir: The user's YAML files.
         hand_over: Gives Hydra what to call for each run.
@@ -181,14 +181,14 @@ def run(
     place.mkdir(parents=True, exist_ok=True)
     journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
     journal.path.touch()
-    count = None if way.searches else len(plan)
-    worker = Worker(journal.path, config_dir, count, bound=way.launcher == "joblib")
+    count = None if method.searches else len(plan)
+    worker = Worker(journal.path, config_dir, count, bound=method.launcher == "joblib")
     try:
-        with _stopping(journal, detached=way.launcher == "submitit_slurm") as stop:
-            monitor = _Monitor(journal, count).showing() if way.parallel else nullcontext()
+        with _stopping(journal, detached=method.launcher == "submitit_slurm") as stop:
+            monitor = _Monitor(journal, count).showing() if method.parallel else nullcontext()
             with monitor:
                 failed = _handed_over(hand_over, worker)
-        folders = list(journal.ends()) if way.searches else [str(job.folder) for job in plan]
+        folders = list(journal.ends()) if method.searches else [str(job.folder) for job in plan]
         code = _sum_up(journal, folders, words, stop.signum, failed)
         shown = _show_tables([Path(folder) for folder in folders], config_dir)
         return code or shown
@@ -196,19 +196,19 @@ def run(
         journal.path.unlink(missing_ok=True)
 
 
-def check_direction(way: SweepMethod, job: Job) -> None:
+def check_direction(method: SweepMethod, job: Job) -> None:
     """Refuse to look for the worst.
 
     Raises:
         ValueError: The sweeper's direction is not that of the metric.
     """
-    if way.direction is None:
+    if method.direction is None:
         return
     spec = build_source(job.config).spec
     wanted = "maximize" if spec.higher_is_better else "minimize"
-    if way.direction != wanted:
+    if method.direction != wanted:
         raise ValueError(
-            f"hydra.sweeper.direction={way.direction} looks for the worst {spec.metric}: type "
+            f"hydra.sweeper.direction={method.direction} looks for the worst {spec.metric}: type "
             f"hydra.sweeper.direction={wanted}"
         )
 

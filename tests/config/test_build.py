@@ -260,7 +260,7 @@ def test_keywords_follow_what_a_constructor_hands_on() -> None:
 
 
 def test_what_another_run_has_learned_is_loaded_by_the_builder(tmp_path: Path) -> None:
-    words = ["algo=selector", "data=omniglot_small", "data.image_size=8", "shot=2", "train.shot=2"]
+    words = ["algo=selector", "data=omniglot_small", "data.image_size=16", "shot=2", "train.shot=2"]
     assert "expected the folder of a run with checkpoints" in refusal(
         *words, f"algo.features={tmp_path / 'none'}"
     )

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm, forward, own_parameters
 from metarun.algorithms.common.update_strategies import (
     RowLoss,
-    Rule,
     State,
     Step,
+    UpdateStrategy,
     adam_moved,
     with_adam,
 )
@@ -250,7 +250,7 @@ class OnlineLearner(Algorithm):
         state = self.start(x, support_y)
         for number, first in enumerate(range(0, x.shape[1], size)):
             rows = slice(first, first + size)
-            step = Step(number, first, task, begins=task is not None and number == 0)
+            step = Step(number, first, task, begins_visit=task is not None and number == 0)
             state = self.observe(state, x[:, rows], support_y[:, rows], step)
         return Prediction(self.answers(state, self.encode(query_x), task))
 
@@ -301,7 +301,7 @@ class Head(nn.Module):
 class WeightLearner(OnlineLearner):
     """Lives by gradient steps on the weights of its plastic part, by a rule.
 
-    A subclass sets `self.rule` where it is not plain online learning.
+    A subclass sets `self.strategy` where it is not plain online learning.
 
     Args:
         online_lr: Learning rate of a lifetime; of a list, the best on meta-val is taken.
@@ -339,7 +339,7 @@ class WeightLearner(OnlineLearner):
         self.online_optim = online_optim
         self.adapt = adapt
         self.reset = reset
-        self.rule = Rule()
+        self.strategy = UpdateStrategy()
         self.register_buffer("rate", torch.tensor(rates[0], dtype=torch.float64))
         if any(width < 1 for width in head):
             raise ValueError(f"algo.head={list(head)}: expected positive widths")
@@ -369,7 +369,7 @@ class WeightLearner(OnlineLearner):
             **(with_adam(weights) if adam else add_prefix("weights.", weights)),
             "key": self.rollout_key(),
             "rate": self.rate,
-            **self.rule.begin(weights, x, y),
+            **self.strategy.begin(weights, x, y),
         }
 
     def learn(
@@ -382,11 +382,11 @@ class WeightLearner(OnlineLearner):
         step: Step,
     ) -> State:
         loss = self._loss_of(net)
-        state = self.rule.enter(state, strip_prefix("weights.", state), loss, step)
-        for update in range(self.rule.updates):
-            rows = self.rule.rows(state, x, y, step, update)
+        state = self.strategy.enter(state, strip_prefix("weights.", state), loss, step)
+        for update in range(self.strategy.updates):
+            rows = self.strategy.rows(state, x, y, step, update)
             state = self._descend(state, loss, *rows)
-        return self.rule.leave(state, x, y, step)
+        return self.strategy.leave(state, x, y, step)
 
     def _loss_of(self, net: nn.Module) -> RowLoss:
         """The mean loss of weights of the plastic part on perceived rows."""
@@ -397,7 +397,7 @@ class WeightLearner(OnlineLearner):
         weights = strip_prefix("weights.", state)
 
         def held(weights: Params) -> Tensor:
-            penalty = self.rule.penalty(state, weights)
+            penalty = self.strategy.penalty(state, weights)
             own = loss(weights, x, y)
             return own if penalty is None else own + penalty
 

@@ -42,17 +42,17 @@ class Step:
         number: Steps before this one.
         rows: Rows before this one.
         task: The task of the rows; None where it is not told.
-        begins: Whether a visit to a task begins here; False where it is not told.
+        begins_visit: Whether a visit to a task begins here; False where it is not told.
     """
 
     number: int
     rows: int
     task: int | None
-    begins: bool
+    begins_visit: bool
 
 
 @dataclass(frozen=True)
-class Rule:
+class UpdateStrategy:
     """Plain online learning: a gradient step on what has just come, and nothing else.
 
     Attributes:
@@ -99,7 +99,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Replay(Rule):
+class Replay(UpdateStrategy):
     """Experience replay with a reservoir (Chaudhry et al. 2019; Riemer et al. 2019, Algorithm 4).
 
     Every row of the stream so far is in the memory with the same probability (Vitter 1985,
@@ -160,7 +160,7 @@ class Replay(Rule):
 
 
 @dataclass(frozen=True)
-class Joint(Rule):
+class Joint(UpdateStrategy):
     """Joint training on everything seen so far: the ceiling that an online learner is held to.
 
     Attributes:
@@ -199,7 +199,7 @@ class Joint(Rule):
 
 
 @dataclass(frozen=True)
-class Elastic(Rule):
+class Elastic(UpdateStrategy):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3).
 
     Adds strength / 2 * sum_k (w - w_k)^T F_k (w - w_k) over the tasks k learned before, with F_k
@@ -231,7 +231,7 @@ class Elastic(Rule):
         }
 
     def enter(self, state: State, weights: Params, loss: RowLoss, step: Step) -> State:
-        if not step.begins or not step.rows:
+        if not step.begins_visit or not step.rows:
             return state
         x, y = state["recent.x"], state["recent.y"]
 

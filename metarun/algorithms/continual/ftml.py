@@ -206,7 +206,7 @@ class FTML(OnlineLearner):
             **kept,
             "tasks.rows": torch.where(here, rows + len(x), rows),
             "tasks.owner": torch.where(here, step.task, owner),
-            "tasks.visits": state["tasks.visits"] + int(step.begins),
+            "tasks.visits": state["tasks.visits"] + int(step.begins_visit),
         }
 
     def _meta_update(self, net: nn.Module, state: State, step: Step, update: int) -> State:
@@ -309,7 +309,7 @@ class FTMLHindsight(FTML):
     ) -> Iterator[State]:
         known = state
         for number in range(stream.num_steps):
-            step = Step(number, number * stream.rows, stream.task(number), begins=False)
+            step = Step(number, number * stream.rows, stream.task(number), begins_visit=False)
             here = slice(step.rows, step.rows + stream.rows)
             known = self.observe(known, x[:, here], y[:, here], step)
         for update in range(self.meta_updates):
@@ -331,6 +331,6 @@ class FTMLHindsight(FTML):
         """The meta-update of this number, as a function of one lifetime."""
 
         def one(net: nn.Module, theta: Params, own: State) -> State:  # noqa: ARG001
-            return self._meta_update(net, own, Step(0, 0, None, begins=False), update)
+            return self._meta_update(net, own, Step(0, 0, None, begins_visit=False), update)
 
         return one

@@ -17,9 +17,9 @@ from metarun.algorithms.common.update_strategies import (
     Elastic,
     Joint,
     Replay,
-    Rule,
     State,
     Step,
+    UpdateStrategy,
     draw_key,
 )
 from metarun.algorithms.functional import Params
@@ -39,7 +39,7 @@ class Online(WeightLearner):
 
     def __init__(self, *, updates: int = 1, **common: Any) -> None:
         super().__init__(**common)
-        self.rule = Rule(updates)
+        self.strategy = UpdateStrategy(updates)
 
 
 class ExperienceReplay(WeightLearner):
@@ -56,7 +56,7 @@ class ExperienceReplay(WeightLearner):
         self, *, updates: int = 1, memory: int = 200, replayed: int = 10, **common: Any
     ) -> None:
         super().__init__(**common)
-        self.rule = Replay(updates, memory, replayed)
+        self.strategy = Replay(updates, memory, replayed)
 
 
 class EWC(WeightLearner):
@@ -86,7 +86,7 @@ class EWC(WeightLearner):
         assert self.spec.streams is not None
         visits = [stream.steps * stream.rows for stream in self.spec.streams.values()]
         # No task has more.
-        self.rule = Elastic(updates, strength, min(fisher_rows, max(visits)))
+        self.strategy = Elastic(updates, strength, min(fisher_rows, max(visits)))
 
 
 class JointTraining(WeightLearner):
@@ -100,7 +100,7 @@ class JointTraining(WeightLearner):
 
     def __init__(self, *, updates: int = 1, batch: int = 32, **common: Any) -> None:
         super().__init__(**common)
-        self.rule = Joint(updates, batch)
+        self.strategy = Joint(updates, batch)
 
 
 class JointHindsight(WeightLearner):
@@ -133,7 +133,7 @@ class JointHindsight(WeightLearner):
         stream: Stream,  # noqa: ARG002
     ) -> Iterator[State]:
         for update in range(self.updates):
-            step = Step(update, 0, None, begins=False)
+            step = Step(update, 0, None, begins_visit=False)
             state = self._each(self._trained(step), state, x, y)
             yield state
 

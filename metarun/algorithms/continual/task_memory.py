@@ -133,10 +133,14 @@ class TaskMemory(OnlineLearner):
     ) -> State:
         state = self._probe(state, x, step)
         surprise = self._loss(net, theta, state["weights"], x, y)
-        begins = self._begins(state, surprise, self._loss(net, theta, state["start"], x, y), step)
+        begins_visit = self._begins(
+            state, surprise, self._loss(net, theta, state["start"], x, y), step
+        )
         fresh = self._turn(net, theta, state)
-        state = {name: torch.where(begins, fresh[name], value) for name, value in state.items()}
-        state = self._meet(state, x, y, surprise, begins)
+        state = {
+            name: torch.where(begins_visit, fresh[name], value) for name, value in state.items()
+        }
+        state = self._meet(state, x, y, surprise, begins_visit)
         if self.memory:
             state = self._recognize(net, theta, state)
         weights = state["weights"]
@@ -175,7 +179,7 @@ class TaskMemory(OnlineLearner):
         """
         assert self.spec.streams is not None
         if self.spec.streams["test"].task_ids_known or not step.rows:
-            return torch.tensor(step.begins and step.rows > 0, device=surprise.device)
+            return torch.tensor(step.begins_visit and step.rows > 0, device=surprise.device)
         losses = state["surprise.losses"]
         unlike = surprise > losses.mean() + self.surprise * losses.std()
         known = state["surprise.steps"] >= _LOSSES
@@ -222,7 +226,9 @@ class TaskMemory(OnlineLearner):
         }
         return {**state, **kept, "memory.kept": state["memory.kept"] + (place == free).long()}
 
-    def _meet(self, state: State, x: Tensor, y: Tensor, surprise: Tensor, begins: Tensor) -> State:
+    def _meet(
+        self, state: State, x: Tensor, y: Tensor, surprise: Tensor, begins_visit: Tensor
+    ) -> State:
         """The state with the incoming rows among those of the visit, and their loss noted."""
         keep = self.visit_rows
         return {
@@ -232,7 +238,7 @@ class TaskMemory(OnlineLearner):
             "visit.rows": state["visit.rows"] + len(x),
             "surprise.losses": torch.cat([state["surprise.losses"], surprise[None]])[-_LOSSES:],
             # The loss that a visit begins with is of weights that knew nothing of it.
-            "surprise.steps": state["surprise.steps"] + (~begins).long(),
+            "surprise.steps": state["surprise.steps"] + (~begins_visit).long(),
         }
 
     def _recognize(self, net: nn.Module, theta: Params, state: State) -> State:

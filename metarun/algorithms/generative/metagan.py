@@ -239,7 +239,6 @@ _INJECTED = ("spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "s
 """What every algorithm is given beside its own options."""
 
 
-
 def _suits(learner: Algorithm) -> bool:
     return isinstance(learner, AdversarialLearner)
 

@@ -168,14 +168,14 @@ def test_with_a_memory_of_everything_replay_draws_from_all_rows_before() -> None
 
 
 def test_a_reservoir_holds_every_row_with_the_same_probability() -> None:
-    rule = Replay(memory=5)
+    strategy = Replay(memory=5)
     x = torch.arange(20.0)[:, None]
     counts = torch.zeros(20)
     trials = 600
     for trial in range(trials):
-        state = {"key": torch.tensor(trial), **rule.begin({}, x, x)}
+        state = {"key": torch.tensor(trial), **strategy.begin({}, x, x)}
         for row in range(20):
-            state = rule.leave(
+            state = strategy.leave(
                 state, x[row : row + 1], x[row : row + 1], Step(row, row, None, False)
             )
         assert torch.equal(state["memory.x"], state["memory.y"])

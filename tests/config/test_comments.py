@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from metarun.config import conf_dir
 from metarun.listing import description
+
+from metarun.config.catalogue import conf_dir
 
 CONF = conf_dir()
 GROUPS = ("algo", "data", "backbone", "optim", "logger")
