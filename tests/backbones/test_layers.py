@@ -97,7 +97,9 @@ def pulled_twice(outputs: Tensor, own: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("ctx", [{}, {"double_backward": True}, {"rows": 7}, {"running": True}], ids=str)
+@pytest.mark.parametrize(
+    "ctx", [{}, {"double_backward": True}, {"rows": 7}, {"running": True}], ids=str
+)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
     name: str, ctx: dict[str, Any], pool: bool, native: bool
