@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from metarun.config.catalogue import Key, conf_dir, header, keys, recipes
-from metarun.config.composition import composer
+from metarun.config.composition import Composer, composer
 
 CHOICES = [
     path
@@ -37,14 +38,21 @@ def test_a_key_has_the_comment_above_it_or_at_the_end_of_its_line(tmp_path: Path
     assert keys(folder / "child.yaml")[1].name == "algo.sizes"
 
 
+@pytest.fixture(scope="module")
+def compose() -> Iterator[Composer]:
+    with composer() as made:
+        yield made
+
+
 @pytest.mark.parametrize("path", CHOICES, ids=lambda path: f"{path.parent.name}={path.stem}")
-def test_every_key_is_one_that_can_be_typed_and_explains_itself(path: Path) -> None:
+def test_every_key_is_one_that_can_be_typed_and_explains_itself(
+    path: Path, compose: Composer
+) -> None:
     found = keys(path)
     assert all(key.comment for key in found)
     group = path.parent.name
-    with composer() as compose:
-        words = [f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else [])]
-        config = compose.job(words).config
+    words = [f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else [])]
+    config = compose.job(words).config
     for key in found:
         node = config
         for part in key.name.split("."):
