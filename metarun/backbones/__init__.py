@@ -1,0 +1,1 @@
+"""Backbones: networks of a body and an optional head."""

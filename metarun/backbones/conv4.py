@@ -1,7 +1,7 @@
-"""Conv4: four blocks of 3x3 convolution, a normalization, ReLU and a halving of the image.
+"""Conv4: four blocks of 3x3 convolution, normalization, ReLU and downsampling by 2.
 
-With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017, with stride-2
-convolutions the one of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
+With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017. With stride-2
+convolutions it is that of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ class Conv4(Network):
 
     Args:
         input_shape: (C, H, W).
-        output_dim: Outputs of the head; None ends at the features.
-        filters: Channels of each block (the papers use 32 and 64), or a list of one for each.
+        output_dim: Number of outputs of the head; None omits the head and returns the features.
+        filters: Number of channels of every block (the papers use 32 and 64), or one per block.
         blocks: Number of blocks.
-        downsample: `max_pool` halves rounding down, `stride` rounding up.
-        strides: Of the convolution of each block, instead of a halving in all of them: Javed &
-            White (2019) have six blocks of strides 2, 1, 2, 1, 2, 2.
-        padding: Of each convolution, in pixels.
+        downsample: `max_pool` halves the image and rounds down, `stride` rounds up.
+        strides: Stride of each block's convolution, which replaces the halving of every block.
+            Javed & White (2019) use six blocks with strides 2, 1, 2, 1, 2, 2.
+        padding: Padding of each convolution, in pixels.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
             does on Omniglot.
-        norm: `batch` norm; `instance` norm, whose answer to an image does not depend on others,
-            as learners need that meet one at a time; or `none`.
-        context_dim: Size of `ForwardContext.context`, by which a FiLM layer scales and shifts
-            the maps of the last block but one, before ReLU (Zintgraf et al. 2019); 0 for none.
-        maps: End at feature maps (N, C, H, W), as relation networks do: only the first two
-            blocks halve, and they do not pad (Sung et al. 2018). An algorithm asks for it.
+        norm: `batch`, `instance` or `none`. With instance norm the output for an image does not
+            depend on the other rows, as online learners require.
+        context_dim: Size of `ForwardContext.context`; 0 for none. A FiLM layer uses it to scale
+            and shift the maps of the penultimate block, before ReLU (Zintgraf et al. 2019).
+        maps: Whether to return feature maps (N, C, H, W), as relation networks need. Only the
+            first two blocks then downsample, without padding (Sung et al. 2018). Set by the
+            algorithm.
 
     Raises:
-        ValueError: The input is not an image, or too small for that many halvings.
+        ValueError: The input is not an image or is too small, or an option is invalid.
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class Conv4(Network):
             )
         if len(widths) != blocks:
             raise ValueError(
-                f"backbone.filters={filters} are not backbone.blocks={blocks}: give one number "
-                "for all blocks, or one for each"
+                f"backbone.filters={filters} does not match backbone.blocks={blocks}: give one "
+                "number for all blocks, or one for each"
             )
         if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
@@ -108,8 +109,8 @@ class _Blocks(nn.Module):
     ) -> None:
         super().__init__()
         blocks = len(channels) - 1
-        # A bias before batch norm has no effect on the output, but the papers' networks carry
-        # one and adapt it; it is kept so that parameter counts agree.
+        # A bias before batch norm has no effect on the output, but the papers' networks have
+        # one and adapt it. It is kept so that parameter counts agree.
         self.convs = nn.ModuleList(
             nn.Conv2d(
                 channels[i],
@@ -133,7 +134,7 @@ class _Blocks(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = self._laid_out(x)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            # Pooled before ReLU, which is the same thing and leaves it a quarter of the work.
+            # Pooling before ReLU gives the same result and leaves ReLU a quarter of the work.
             x = conv_and_norm(conv, norm, x, ctx, pool=i < self.num_pooled)
             if self.film is not None and i == self.film_block:
                 x = self.film(x, ctx)
@@ -143,12 +144,12 @@ class _Blocks(nn.Module):
         return x.mean((2, 3)) if self.mean else x.flatten(1)
 
     def _laid_out(self, x: Tensor) -> Tensor:
-        """In the layout for which pooling and batch norm have vector code on a CPU."""
+        """Return images in the memory layout with vectorized pooling and batch norm on a CPU."""
         if not (self.native and many_rows(x) and x.device.type == "cpu"):
             return x
         if x.shape[1] > 1:
             return x.contiguous(memory_format=torch.channels_last)
-        # One channel is in any layout already: by these strides the first maps are in this one.
+        # One channel fits any layout. These strides select channels_last for the first maps.
         return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
 
 
@@ -159,7 +160,7 @@ def _norm(kind: str, width: int, name: str) -> nn.Module:
 
 
 def _strides(strides: Sequence[int] | None, blocks: int, halving: int) -> list[int]:
-    """The stride of each block, of which the first `halving` have two where nothing is said."""
+    """Return the stride of each block; by default 2 for the first `halving` blocks, else 1."""
     if strides is None:
         return [2 if i < halving else 1 for i in range(blocks)]
     if len(strides) != blocks or min(strides) < 1:
@@ -173,32 +174,32 @@ def _strides(strides: Sequence[int] | None, blocks: int, halving: int) -> list[i
 def _check_size(
     input_shape: tuple[int, ...], strides: Sequence[int], paddings: Sequence[int]
 ) -> None:
-    """Refuse images that vanish in the convolutions."""
+    """Raise `ValueError` for images that shrink to nothing in the convolutions."""
     size = min(input_shape[1:])
     for stride, padding in zip(strides, paddings, strict=True):
         size = (size + 2 * padding - 3) // stride + 1
         if size < 1:
             raise ValueError(
                 f"backbone.padding={padding}: images of {input_shape[1]}x{input_shape[2]} pixels "
-                "vanish in the convolutions: use larger ones, or backbone.padding=1"
+                "are too small for the convolutions: use larger ones, or backbone.padding=1"
             )
 
 
 def _check_maps(input_shape: tuple[int, ...], pool: str) -> None:
     if pool == "mean":
-        raise ValueError("backbone.pool=mean leaves no feature maps to compare: use flatten")
+        raise ValueError("backbone.pool=mean leaves no feature maps: use backbone.pool=flatten")
     if min(input_shape[1:]) < 10:
         raise ValueError(
-            f"backbone=conv4 has no feature maps of images of {input_shape[1]}x{input_shape[2]}: "
-            "use images of 10 pixels or more a side"
+            f"backbone=conv4 cannot make feature maps of images of {input_shape[1]}x"
+            f"{input_shape[2]}: use images of 10 pixels or more a side"
         )
 
 
 def check_image(input_shape: tuple[int, ...], halvings: int, name: str) -> None:
-    """Refuse inputs that are no image, or that vanish when halved `halvings` times.
+    """Check that inputs are images that can be halved `halvings` times.
 
     Raises:
-        ValueError: Either is the case.
+        ValueError: The inputs are not images, or are too small.
     """
     if len(input_shape) != 3:
         raise ValueError(

@@ -1,6 +1,6 @@
-"""Dense backbones: 40-40 ReLU for sinusoids, 256-128-64-64 with batch norm for Omniglot.
+"""Dense backbones, such as 40-40 for sinusoids and 256-128-64-64 with batch norm for Omniglot.
 
-Both are those of Finn et al. 2017 (sections 5.1 and 5.2).
+These two are the networks of Finn et al. 2017 (sections 5.1 and 5.2).
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ Init = Literal["torch", "truncated_normal", "kaiming_normal"]
 
 
 class MLP(Network):
-    """A multi-layer perceptron; images are flattened.
+    """Multi-layer perceptron; images are flattened.
 
     Args:
         input_shape: Shape of one input.
-        output_dim: Outputs of the head; None ends at the last hidden layer.
+        output_dim: Number of outputs of the head; None omits the head and returns the last hidden
+            layer.
         hidden: Widths of the hidden layers.
         activation: `relu` or `tanh`.
-        batch_norm: Normalize before each activation.
-        init: `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)); `truncated_normal` is the MAML
-            code's: standard deviation 0.01 cut at two of them, biases 0; `kaiming_normal` is
-            N(0, 2 / fan_in), biases 0, which carries the inputs' size through many layers.
+        batch_norm: Whether to normalize before each activation.
+        init: Initialization of the weights. `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+            `truncated_normal` has standard deviation 0.01, truncated at two of them, and biases
+            0, as in the MAML code. `kaiming_normal` is N(0, 2 / fan_in) with biases 0, which
+            preserves the scale of the inputs through many layers.
         context_dim: Size of `ForwardContext.context`, which is appended to every input; 0 for
             none.
 
     Raises:
-        ValueError: A width is not positive, a word is not one of those above, or batch norm
-            would undo the context.
+        ValueError: A width is not positive, an option is unknown, or batch norm would cancel the
+            context.
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class MLP(Network):
         _check(hidden, activation, init)
         if batch_norm and context_dim:
             raise ValueError(
-                "backbone.batch_norm=true takes away again what a context adds to every row "
-                "alike: set backbone.batch_norm=false, or use backbone=conv4 on images"
+                "backbone.batch_norm=true cancels the context, which adds the same to every row: "
+                "set backbone.batch_norm=false, or use backbone=conv4 on images"
             )
         body = _Dense(math.prod(input_shape), hidden, activation, batch_norm, context_dim)
         super().__init__(body, input_shape, output_dim)
@@ -71,11 +73,11 @@ class MLP(Network):
 
 
 class Flat(Network):
-    """The inputs themselves, flattened: for learners that read raw pixels.
+    """Flattened inputs as features, for learners on raw pixels.
 
     Args:
         input_shape: Shape of one input.
-        output_dim: Outputs of a linear head; None leaves the inputs as features.
+        output_dim: Number of outputs of a linear head; None returns the flattened inputs.
     """
 
     def __init__(self, input_shape: tuple[int, ...], output_dim: int | None) -> None:

@@ -1,6 +1,9 @@
-"""The shape that every backbone has: a body that makes features and a head that reads them.
+"""Base class of the backbones: a body that computes features and an optional linear head.
 
-Parameter names begin with `body.` or `head.`, which is how ANIL and its kin tell them apart.
+Parameter names begin with `body.` or `head.`. Algorithms such as ANIL select parameters by these
+prefixes.
+
+Shapes: N rows, F features.
 """
 
 from __future__ import annotations
@@ -13,12 +16,12 @@ from metarun.backbones.layers.normalization import norm_parameters
 
 
 class Network(nn.Module):
-    """A body with an optional linear head.
+    """Body with an optional linear head.
 
     Args:
-        body: Maps (N, *input_shape) and a `ForwardContext` to (N, F) features.
+        body: Module that maps (N, *input_shape) and a `ForwardContext` to (N, F) features.
         input_shape: Shape of one input.
-        output_dim: Outputs of the linear head; None leaves the features as the answer.
+        output_dim: Number of outputs of the linear head; None omits the head.
     """
 
     def __init__(
@@ -31,7 +34,7 @@ class Network(nn.Module):
         self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext = BATCH_STATISTICS) -> Tensor:
-        """Answer (N, *input_shape) with (N, output_dim), or (N, F) where there is no head."""
+        """Map (N, *input_shape) to (N, output_dim), or to (N, F) without a head."""
         if self.mixed:
             return self._mixed_answers(x, ctx)
         features = self.body(x, ctx)
@@ -39,7 +42,7 @@ class Network(nn.Module):
         return answers
 
     def _mixed_answers(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        # Casts in sight, since under vmap torch.autocast leaves most operators as they are.
+        # The casts are explicit because torch.autocast skips most operators under vmap.
         kept = norm_parameters(self.body)
         halved = {
             name: p if name in kept else p.bfloat16() for name, p in self.body.named_parameters()
@@ -52,15 +55,15 @@ class Network(nn.Module):
 
 
 def set_mixed(module: nn.Module) -> int:
-    """Let networks compute in bfloat16; parameters, gradients and answers stay float32.
+    """Make networks compute in bfloat16; parameters, gradients and outputs stay float32.
 
     Batch norm keeps its sums, its scale and its shift in float32, too.
 
     Args:
-        module: Whatever holds them.
+        module: Module that contains the networks.
 
     Returns:
-        How many networks there are in it.
+        Number of networks found in `module`.
     """
     found = [part for part in module.modules() if isinstance(part, Network)]
     for network in found:
@@ -69,7 +72,7 @@ def set_mixed(module: nn.Module) -> int:
 
 
 def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Size of a body's features for one input, found by running it."""
+    """Return the number of features of a body, measured by a forward pass."""
     with torch.no_grad():
         features: Tensor = body(torch.zeros(2, *input_shape), BATCH_STATISTICS)
     return features.shape[1]

@@ -21,18 +21,19 @@ class ResNet12(Network):
 
     Follows the MetaOptNet code (kjunelee/MetaOptNet, models/ResNet12_embedding.py): leaky ReLU
     of slope 0.1, no convolution biases, DropBlock of side 5 in the last two blocks and plain
-    dropout of activations in the first two. Noise is drawn only where the pass has a key.
+    dropout of activations in the first two. Masks are drawn only if the forward context has a
+    noise key.
 
     Args:
         input_shape: (C, H, W).
-        output_dim: Outputs of the head; None ends at the features.
-        widths: Channels of the blocks.
-        drop_rate: Share of activations dropped, in [0, 1).
+        output_dim: Number of outputs of the head; None omits the head and returns the features.
+        widths: Number of channels of each block.
+        drop_rate: Share of activations to drop, in [0, 1).
         block_size: Side of DropBlock's squares.
-        mean_pool: Average over positions instead of flattening.
+        mean_pool: Whether to average over positions instead of flattening.
 
     Raises:
-        ValueError: The input is not an image or too small, or a number is out of range.
+        ValueError: The input is not an image or is too small, or a number is out of range.
     """
 
     def __init__(

@@ -1,0 +1,1 @@
+"""Basics without dependencies on the rest: types, settings, seeding, files, console, errors."""

@@ -1,8 +1,8 @@
-"""What a run shows: a progress bar on a terminal, plain lines anywhere else.
+"""Screen output of a run: a progress bar on a terminal, plain lines elsewhere.
 
-All text goes through the logger `metarun`, so that the screen and `metarun.log` say the same.
-Lines that the bar makes superfluous are marked with `extra=BAR_SHOWS_IT` and left out on a
-terminal; without one, and in the log, they are the progress.
+All text goes through the logger `metarun`, so the screen and `metarun.log` have the same lines.
+Progress lines that repeat the bar are marked with `extra=BAR_SHOWS_IT`. They are omitted on a
+terminal and kept elsewhere and in the log.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SECONDS_BETWEEN_UPDATES = 0.1
 
 
 class Bar:
-    """How far one part of a run is; does nothing without a terminal."""
+    """Progress of one part of a run. It does nothing without a terminal."""
 
     def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
         self._progress = progress
@@ -44,7 +44,7 @@ class Bar:
         self._next = 0.0
 
     def to(self, done: int, text: str | None = None) -> None:
-        """Move to `done`; a text beside the bar replaces the one before."""
+        """Move the bar to `done`; `text` replaces the previous text next to the bar."""
         if self._progress is None or self._task is None:
             return
         now = time.monotonic()
@@ -59,7 +59,7 @@ class Screen:
     """The screen of one run.
 
     Args:
-        console: Where to write; standard output unless given. A quiet one shows nothing.
+        console: Console for the output; by default standard output. A quiet one shows nothing.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -69,7 +69,7 @@ class Screen:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Show what the program logs, in place of the handlers that were there."""
+        """Show the log records of the program, in place of the logger's previous handlers."""
         logger = logging.getLogger("metarun")
         before, level = list(logger.handlers), logger.level
         handler = _Lines(self)
@@ -84,7 +84,7 @@ class Screen:
 
     @contextmanager
     def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Show how far a part of the run is, while it lasts."""
+        """Show a progress bar for the duration of the context."""
         progress = self._progress
         if progress is None:
             yield Bar()
@@ -96,7 +96,7 @@ class Screen:
             progress.remove_task(task)
 
     def show(self, record: logging.LogRecord) -> None:
-        """Write one record of the log."""
+        """Write one log record."""
         if getattr(record, "file_only", False) or self._closed or self.console.quiet:
             return
         if self._progress is not None and getattr(record, "bar_shows_it", False):
@@ -110,7 +110,7 @@ class Screen:
         try:
             print(text, file=self.console.file, flush=True)
         except OSError:
-            # The reader of a pipe has gone, or its disk is full: the run itself goes on.
+            # The pipe is closed or the disk is full: the run continues without output.
             self._closed = True
             if self.console.file is sys.stdout:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -118,7 +118,7 @@ class Screen:
     @contextmanager
     def _with_progress(self) -> Iterator[None]:
         console = self.console
-        # Not `is_terminal` alone, which variables for colored logs turn on.
+        # `is_terminal` alone is not enough: environment variables for colors also set it.
         if (
             console.quiet
             or not (console.is_interactive and console.file.isatty())
@@ -154,12 +154,12 @@ class _Lines(logging.Handler):
 
 
 def figure(metric: str, mean: float | None, ci95: float | None = None) -> str:
-    """A metric for a reader, with its interval: `93.41 ± 0.52 %`, `0.4123 ± 0.0311`.
+    """Format a metric with its interval: `93.41 ± 0.52 %`, `0.4123 ± 0.0311`.
 
     Args:
-        metric: Its name; an accuracy is shown in percent.
-        mean: The value; None where it is not finite.
-        ci95: Half-width of the interval; None or not a number leaves it out.
+        metric: Name of the metric; an accuracy is shown in percent.
+        mean: Value of the metric; None if it is not finite.
+        ci95: Half-width of the interval; None or NaN omits it.
     """
     if mean is None or math.isnan(mean):
         return "not a number"
@@ -170,13 +170,13 @@ def figure(metric: str, mean: float | None, ci95: float | None = None) -> str:
 
 
 def number(value: float) -> str:
-    """Four digits of a number."""
+    """Format a number with four digits."""
     fixed = value == 0.0 or 1e-3 <= abs(value) < 1e4
     return f"{value:.4f}" if fixed else f"{value:.4g}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a reader: `41 s`, `12 min 05 s`, `3 h 20 min`."""
+    """Format a number of seconds: `41 s`, `12 min 05 s`, `3 h 20 min`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s" if seconds >= 9.5 else f"{seconds:.1f} s"
@@ -186,11 +186,11 @@ def duration(seconds: float) -> str:
 
 
 def summary(results: Mapping[str, Any], where: str) -> str:
-    """The table at the end of a run.
+    """Return the table that is shown at the end of a run.
 
     Args:
-        results: As in `results.json`.
-        where: The folder of the files.
+        results: Results as stored in `results.json`.
+        where: Run folder, as shown in the last row.
     """
     metric = results["metric"]
     rows: list[tuple[str, str, str]] = []
@@ -254,18 +254,18 @@ def _table(title: str, rows: list[tuple[str, str, str]], where: str) -> str:
 FULL_WIDTH = 80
 
 NARROWEST, WIDEST = 40, 100
-"""Columns of a terminal between which tables are fitted."""
+"""Smallest and largest number of terminal columns to which tables are fitted."""
 
 INDENT = 4
 
 
 def columns() -> int:
-    """Of the terminal, or of what reads instead of one."""
+    """Return the number of columns of the terminal, or of the default without a terminal."""
     return max(NARROWEST, shutil.get_terminal_size((FULL_WIDTH, 24)).columns)
 
 
 def stacked(text: str, width: int) -> str:
-    """A text of two columns with the second below the first, for a narrow terminal."""
+    """Return a two-column text with the second column below the first, for a narrow terminal."""
     paragraphs: list[tuple[str, str]] = []
     for line in text.splitlines():
         margin = " " * (len(line) - len(line.lstrip()))
@@ -285,7 +285,10 @@ def stacked(text: str, width: int) -> str:
 
 @contextmanager
 def warnings_held() -> Iterator[None]:
-    """Keep warnings back until it is clear that no error makes them pointless; each once."""
+    """Delay log records until the end of the context, without duplicates.
+
+    An exception discards them: the error makes earlier warnings irrelevant.
+    """
     logger = logging.getLogger("metarun")
     before, records = list(logger.handlers), _Records()
     logger.handlers[:] = [records]
@@ -307,12 +310,12 @@ class _Records(logging.Handler):
 
 
 def silent_screen() -> Screen:
-    """A screen that shows nothing."""
+    """Return a screen that shows nothing."""
     from rich.console import Console
 
     return Screen(Console(quiet=True))
 
 
 def main_screen() -> Screen:
-
+    """Return the screen of this process: only the main process shows output."""
     return Screen() if distributed.is_main() else silent_screen()

@@ -1,11 +1,10 @@
-"""Several processes that make one run: who they are, and what they tell each other.
+"""Communication between the processes of a distributed run.
 
-`torchrun` and the like say in RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT that a
-program was started several times for one piece of work. After `start` the processes meet in the
-functions here, which all of them call in the same order; in a program that was started once,
-each of them returns what it was given. torch is imported with the group.
+`torchrun` and similar launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+After `start`, all processes call the functions of this module in the same order. In a run of one
+process, each function returns its input. Torch is imported only when processes communicate.
 
-Shapes: T rows of this process, N rows of all.
+Shapes: T rows of this process, N rows of all processes.
 """
 
 from __future__ import annotations
@@ -26,11 +25,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-"""The others wait for so long while the first lives through a stream by itself."""
+"""Timeout of the process group. It is long because the main process may evaluate a stream alone
+while the others wait."""
 
 
-class ProcessLost(ConnectionError):  # noqa: N818 - what happened, not an error of this process
-    """Another process of the run is gone."""
+class ProcessLost(ConnectionError):  # noqa: N818 - an event, not an error of this process
+    """Another process of the run has ended or cannot be reached."""
 
     def __init__(self) -> None:
         super().__init__("another process of the run is gone")
@@ -38,12 +38,12 @@ class ProcessLost(ConnectionError):  # noqa: N818 - what happened, not an error 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a process stands among all.
+    """Rank of a process in the run.
 
     Attributes:
-        rank: Its number, from 0.
-        size: Number of all.
-        local_rank, local_size: The same on its machine.
+        rank: Rank of the process, from 0.
+        size: Number of processes in the run.
+        local_rank, local_size: Rank and number of processes on its machine.
     """
 
     rank: int = 0
@@ -55,14 +55,14 @@ class Place:
 _ALONE = Place()
 _place = _ALONE
 _alone = 0
-"""Depth of `on_main`, in which the first process has nobody to ask."""
+"""Nesting depth of `on_main`, inside which the main process must not communicate."""
 
 
 def place_from_environment() -> Place:
-    """What the environment says; one process if it says nothing.
+    """Return the place given by the environment variables, or that of a single process.
 
     Raises:
-        ValueError: It says half of it, or no numbers.
+        ValueError: A variable is missing or is not a valid number.
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         return _ALONE
@@ -73,7 +73,7 @@ def place_from_environment() -> Place:
         raise ValueError(f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {size - 1}")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
-            raise ValueError(f"WORLD_SIZE={size}, and {name} is not set: start with torchrun")
+            raise ValueError(f"WORLD_SIZE={size} but {name} is not set: start with torchrun")
     local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
     local_size = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
     return Place(rank, size, local_rank, local_size)
@@ -87,10 +87,10 @@ def _number(name: str) -> int:
 
 
 def start(place: Place) -> None:
-    """Meet the others; gives each process its share of the machine's cores.
+    """Join the process group and divide the machine's cores among its processes.
 
     Raises:
-        ValueError: They cannot be reached.
+        ValueError: The processes cannot connect.
     """
     global _place
     if place.size == 1:
@@ -98,21 +98,21 @@ def start(place: Place) -> None:
     import torch
     import torch.distributed as dist
 
-    # Small messages go over the CPU beside NCCL, so that no step waits for the GPU.
+    # Gloo carries small CPU messages in addition to NCCL, so that no step waits for the GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
         dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
-        raise ValueError(f"the {place.size} processes cannot meet: {why}") from error
+        raise ValueError(f"the {place.size} processes cannot connect: {why}") from error
     _place = place
-    # torchrun sets 1 where nobody has chosen a number.
+    # torchrun sets OMP_NUM_THREADS=1 if the user has not set it.
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, cores() // place.local_size))
 
 
 def stop() -> None:
-    """Leave the others, at the end of the work."""
+    """Leave the process group at the end of the run."""
     global _place
     if _place.size > 1:
         import torch.distributed as dist
@@ -122,32 +122,32 @@ def stop() -> None:
 
 
 def size() -> int:
-    """Number of processes that make the run together; 1 inside of `on_main`."""
+    """Return the number of processes of the run; 1 inside `on_main`."""
     return 1 if _alone else _place.size
 
 
 def rank() -> int:
-    """This one's number."""
+    """Return the rank of this process."""
     return _place.rank
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes, logs and shows."""
+    """Return whether this process writes files, logs and shows output."""
     return _place.rank == 0
 
 
 def local_rank() -> int | None:
-    """This one's number on its machine, which is that of its GPU; None in a process alone."""
+    """Return the rank on this machine, which is its GPU's index; None in a single process."""
     return None if _place.size == 1 else _place.local_rank
 
 
 def local_size() -> int:
-    """Number of processes on this machine."""
+    """Return the number of processes on this machine."""
     return _place.local_size
 
 
 def cores() -> int:
-    """Cores of this machine that all of its processes may use."""
+    """Return the number of cores that the processes of this machine may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -157,7 +157,12 @@ def cores() -> int:
 
 
 def mean(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    """Means over all processes of means over `count` tasks in each, by name."""
+    """Average values over all processes, each weighted by its number of tasks.
+
+    Args:
+        values: Means over the tasks of this process, by name.
+        count: Number of tasks of this process.
+    """
     if size() == 1:
         return dict(values)
     import torch
@@ -173,7 +178,7 @@ def mean(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
 
 
 def gather_rows(rows: Tensor, share: Share | None) -> Tensor:
-    """(N, …) rows of all processes in order, from the (T, …) of this one's share."""
+    """Return the (N, …) rows of all processes in order, from the (T, …) rows of this one."""
     if share is None or size() == 1:
         return rows
     whole = rows.new_zeros(share.total, *rows.shape[1:])
@@ -183,7 +188,7 @@ def gather_rows(rows: Tensor, share: Share | None) -> Tensor:
 
 
 def maximum(number: int) -> int:
-    """The largest of the processes' numbers."""
+    """Return the maximum of a number over all processes."""
     if size() == 1:
         return number
     import torch
@@ -206,7 +211,7 @@ def _sum(values: Tensor) -> None:
 
 
 def gather_objects(value: T) -> list[T]:
-    """What each process has, in order; tensors have to be on the CPU."""
+    """Return the value of each process, in order of rank. Tensors have to be on the CPU."""
     if size() == 1:
         return [value]
     import torch.distributed as dist
@@ -218,7 +223,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Let the first process do a piece of work by itself; all get its result, or its error."""
+    """Run a function in the main process only; all processes get its result or its error."""
     global _alone
     if size() == 1:
         return work()
@@ -252,7 +257,7 @@ def _broadcast(value: Any) -> Any:
 def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    # Whatever another's exception does when it is made again.
+    # Unpickling calls the constructor of an arbitrary exception, which may raise anything.
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
@@ -260,10 +265,10 @@ def _portable(error: Exception) -> Exception:
 
 @contextmanager
 def agreed() -> Iterator[None]:
-    """Go on only if nothing is wrong in any process.
+    """Continue after the context only if no process raised an error inside it.
 
     Raises:
-        ValueError: Something is wrong in another one.
+        ValueError: Another process raised an error.
     """
     mine: Exception | None = None
     try:
@@ -281,26 +286,26 @@ def agreed() -> Iterator[None]:
 
 
 def mark_reported(error: Exception) -> Exception:
-    """Mark an error that all processes have, so that the first alone speaks of it."""
+    """Mark an error that every process raises, so that only the main process reports it."""
     error.metarun_reported = True  # type: ignore[attr-defined]
     return error
 
 
 def should_report(error: BaseException) -> bool:
-    """Whether this process is the one to tell a user of an error."""
+    """Return whether this process reports an error to the user."""
     return is_main() or not (
         getattr(error, "metarun_reported", False) or isinstance(error, ProcessLost)
     )
 
 
 def error_prefix() -> str:
-    """Who speaks, in front of an error; nothing of the first process."""
+    """Return the prefix of an error message that names this process; empty in the main one."""
     return "" if is_main() else f"process {rank()}: "
 
 
 @contextmanager
 def _reached() -> Iterator[None]:
-    """Turn torch's many lines about a connection into one error."""
+    """Replace torch's multi-line connection error by `ProcessLost`."""
     try:
         yield
     except RuntimeError as error:

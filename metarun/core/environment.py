@@ -1,4 +1,4 @@
-"""What a run ran on: versions, machine and the state of the code, for its records."""
+"""Description of the environment of a run: versions, machine and state of the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "omegaconf")
 
 
 def versions() -> dict[str, str]:
-    """Version of Python, of this package and of what the numbers depend on."""
+    """Return the versions of Python, metarun and the packages that affect the results."""
     found = {"python": platform.python_version(), "metarun": metarun.__version__}
     for package in PACKAGES:
         try:
@@ -27,10 +27,10 @@ def versions() -> dict[str, str]:
 
 
 def describe(device: str) -> dict[str, Any]:
-    """The machine and the code.
+    """Describe the machine, the process and the state of the code.
 
     Args:
-        device: As torch writes it, `cpu` or `cuda:0`.
+        device: Device in torch's notation, `cpu` or `cuda:0`.
     """
     import torch
 
@@ -49,7 +49,7 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Commit of the current folder, and whether anything differs from it."""
+    """Return the commit of the current folder and whether the working tree differs from it."""
     commit = _ask_git("rev-parse", "HEAD")
     if not commit:
         return None

@@ -1,18 +1,18 @@
-"""Exit codes, the exceptions that end a run, and errors in one line for a reader."""
+"""Exit codes, the exceptions that end a run, and one-line descriptions of errors."""
 
 from __future__ import annotations
 
 
 class RunError(ValueError):
-    """A run that broke off: its text is one line with what happened and what to do."""
+    """A run cannot continue. The message is one line: what happened and what to do."""
 
 
-class Interrupted(Exception):  # noqa: N818 - a wish of the user's, not an error
-    """A signal stopped the run, which can be continued: the text says from where and how.
+class Interrupted(Exception):  # noqa: N818 - requested by the user, not an error
+    """A signal stopped the run. The message says where it stopped and how to resume it.
 
     Attributes:
-        signum: The signal.
-        exit_code: What a shell expects of a program that this signal ended.
+        signum: Number of the signal.
+        exit_code: Exit code that shells expect of a program ended by this signal.
     """
 
     def __init__(self, signum: int, text: str = "") -> None:
@@ -22,7 +22,7 @@ class Interrupted(Exception):  # noqa: N818 - a wish of the user's, not an error
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an exception, on one line."""
+    """Return the message of an exception on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -30,10 +30,10 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one line for a reader, without a traceback."""
+    """Describe an error for the user in one line, without a traceback."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, ArithmeticError, OSError)):
         return one_line(error)
-    # Not a user's mistake, so that one who can mend it needs to know what it is.
+    # Not the user's mistake: the type of the exception helps whoever has to fix it.
     return f"{type(error).__name__}: {one_line(error)} (debug=true shows where)"

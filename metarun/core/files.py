@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the room that they need."""
+"""Atomic writes of files, and checks of free disk space."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from typing import Any
 from metarun.core.nested import finite
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of a disk, or of a user's share of it, that is full."""
+"""Error numbers of a full disk and of an exhausted quota."""
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write a whole file or none: a reader meets the old content or the new."""
+    """Replace a file atomically: a reader finds either the old content or the new."""
     with prepared_file(path, data) as temporary:
         temporary.replace(path)
 
 
 def write_new(path: Path, data: bytes) -> Path:
-    """Write a whole file under a name that is free; returns it.
+    """Write a new file atomically and return its path.
 
     Raises:
-        FileExistsError: It is not.
+        FileExistsError: The path exists.
     """
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     with prepared_file(path, data) as temporary:
-        # `replace` alone would take the place of whatever has come meanwhile.
+        # `replace` alone would overwrite a file that was created in the meantime.
         path.open("x").close()
         temporary.replace(path)
     return path
 
 
 def check_space(path: str | Path, needed: int) -> None:
-    """Check that there is room for a run before it starts.
+    """Check before a run starts that the disk has room for it.
 
     Args:
-        path: Where the run's folder is or will be.
-        needed: Bytes.
+        path: Run folder, which need not exist yet.
+        needed: Number of bytes that the run needs.
 
     Raises:
-        ValueError: There is not.
+        ValueError: Less space is free.
     """
     place = Path(path).absolute()
     while not place.exists():
@@ -55,22 +55,27 @@ def check_space(path: str | Path, needed: int) -> None:
     if free < needed:
         raise ValueError(
             f"{place} has {size_text(free)} free and the run needs about {size_text(needed)}: "
-            "free some space, or put the run elsewhere with hydra.run.dir=…"
+            "free some space, or choose another folder with hydra.run.dir=…"
         )
 
 
 def to_json(record: Mapping[str, Any]) -> bytes:
+    """Encode a record as indented JSON, with null for numbers that are not finite."""
     text = json.dumps(finite(record), indent=2, allow_nan=False, ensure_ascii=False)
     return f"{text}\n".encode()
 
 
 def size_text(count: int) -> str:
+    """Return a number of bytes in MB or GB, such as `3.2 MB`."""
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
 
 
 @contextlib.contextmanager
 def prepared_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
-    """A temporary file beside `path` with the data on the disk, removed unless it was moved."""
+    """Yield a temporary file in the folder of `path` that holds the data, synced to disk.
+
+    It is removed on exit unless it was renamed.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -84,7 +89,7 @@ def prepared_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
 
 
 def _sync_folder(folder: Path) -> None:
-    # Not every system can open a folder, nor every file system sync one.
+    # Some systems cannot open a folder, and some file systems cannot sync one.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

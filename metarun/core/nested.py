@@ -1,4 +1,4 @@
-"""Nests of mappings and lists, as configurations and records are."""
+"""Helpers for nested mappings and lists, such as configurations and records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, cast
 
 
 def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings by their dotted keys."""
+    """Return the leaves of nested mappings by dotted key."""
     found: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
@@ -19,7 +19,7 @@ def flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """The same nest of mappings, lists and numbers, with None for what is not finite."""
+    """Return a copy of nested mappings and lists with None for numbers that are not finite."""
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

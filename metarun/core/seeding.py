@@ -1,9 +1,11 @@
-"""Random numbers as a pure function of what they are for.
+"""Random numbers as a pure function of their purpose.
 
-A draw is a hash of (seed, split, index, slot …), so it is the same on every device, in any
-batch and after any resume; torch's generators give none of the three. A *key* is an int64;
-`fold` derives new keys from it, and `uniform`, `choose` … turn keys into numbers. All of it is
-integer arithmetic that wraps at 64 bits, which CPU and CUDA do alike and `torch.vmap` follows.
+A draw is a hash of (seed, split, index, slot …). It is therefore the same on every device, in any
+batch and after any resume; torch's generators guarantee none of the three. A *key* is an int64.
+`fold` derives new keys from it, and `uniform`, `choose` … turn keys into numbers. Everything is
+integer arithmetic modulo 2^64, which is equal on CPU and CUDA and which `torch.vmap` supports.
+
+Shapes: T tasks, *K the shape of a tensor of keys.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 
 
 def key(*parts: int | str) -> int:
-    """A key, as a signed 64-bit integer, from integers and words.
+    """Return a key, a signed 64-bit integer, for a sequence of integers and strings.
 
     >>> key(0, "train") == key(0, "train"), key(0, "train") == key(0, "val")
     (True, False)
@@ -31,10 +33,10 @@ def key(*parts: int | str) -> int:
 
 
 def seed_torch(number: int) -> None:
-    """Seed torch's own generators, as `torch.manual_seed` does, in a hundredth of its time.
+    """Seed torch's generators as `torch.manual_seed` does, in a hundredth of its time.
 
-    That also notes the seed for each kind of device that nobody has touched, with a stack trace:
-    a tenth of an update of a small network.
+    `torch.manual_seed` also queues the seed, with a stack trace, for each device type that is not
+    yet initialized. That takes a tenth of the time of an update of a small network.
     """
     torch.default_generator.manual_seed(number)
     if torch.cuda.is_initialized():
@@ -42,31 +44,31 @@ def seed_torch(number: int) -> None:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift: torch's own shift of int64 copies the sign."""
+    """Shift right logically; torch's own shift of int64 copies the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea & Flood 2014)."""
+    """Apply the finalizer of SplitMix64 (Steele, Lea & Flood 2014)."""
     x = (x ^ _shift_right(x, 30)) * _MIX_1
     x = (x ^ _shift_right(x, 27)) * _MIX_2
     return x ^ _shift_right(x, 31)
 
 
 def fold(keys: int | Tensor, numbers: Tensor) -> Tensor:
-    """Derive one key for each pair of a key and a number, by broadcasting."""
+    """Derive one key for each pair of a key and a number; the two shapes broadcast."""
     if isinstance(keys, int):
         keys = torch.tensor(keys, dtype=torch.int64, device=numbers.device)
     return _mix(_mix(keys + _GOLDEN) ^ (numbers.to(torch.int64) * _GOLDEN))
 
 
 def task_keys(seed: int, split: str, index: int, num_tasks: int, device: torch.device) -> Tensor:
-    """(T,) keys of tasks `index …` of a split."""
+    """Return the (T,) keys of tasks `index … index + num_tasks - 1` of a split."""
     return fold(key(seed, split), torch.arange(index, index + num_tasks, device=device))
 
 
 def bits(keys: Tensor, slot: int, shape: Sequence[int] = ()) -> Tensor:
-    """Hash `keys` (*K) into (*K, *shape) int64 numbers; `slot` tells apart the uses of a key."""
+    """Hash `keys` (*K) into (*K, *shape) int64 numbers; `slot` separates the uses of a key."""
     count = math.prod(shape)
     numbers = torch.arange(count, device=keys.device).reshape(tuple(shape))
     per_use = fold(keys, torch.tensor(slot, device=keys.device))
@@ -82,7 +84,7 @@ def uniform(
     high: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Draw from U[low, high): (*K, *shape); equal bit for bit on every device."""
+    """Draw (*K, *shape) numbers from U[low, high), bit for bit equal on every device."""
     # 24 bits fit a float32 exactly, 53 a float64.
     mantissa = 53 if dtype == torch.float64 else 24
     unit = _shift_right(bits(keys, slot, shape), 64 - mantissa).to(dtype) * 2.0**-mantissa
@@ -92,17 +94,17 @@ def uniform(
 def normal(
     keys: Tensor, slot: int, shape: Sequence[int] = (), *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Draw from N(0, 1) by Box and Muller's method: (*K, *shape)."""
+    """Draw (*K, *shape) numbers from N(0, 1) by the Box-Muller transform."""
     unit = uniform(keys, slot, (2, *shape), dtype=torch.float64).movedim(keys.dim(), 0)
     radius = torch.sqrt(-2.0 * torch.log1p(-unit[0]))
     return (radius * torch.cos(2.0 * math.pi * unit[1])).to(dtype)
 
 
 def choose(keys: Tensor, slot: int, num: int, count: int) -> Tensor:
-    """Draw `count` of `num` things without replacement, in random order: (*K, count) indices."""
+    """Draw `count` of `num` indices without replacement, in random order: (*K, count) int64."""
     return bits(keys, slot, (num,)).argsort(dim=-1, stable=True)[..., :count]
 
 
 def integers(keys: Tensor, slot: int, num: int, shape: Sequence[int] = ()) -> Tensor:
-    """Draw from {0, …, num - 1}: (*K, *shape) int64."""
+    """Draw (*K, *shape) int64 numbers uniformly from {0, …, num - 1}."""
     return _shift_right(bits(keys, slot, shape), 1) % num

@@ -1,4 +1,4 @@
-"""The typed nodes of a configuration: train, eval, sweep, published; plain data, no torch."""
+"""Typed nodes of the configuration: train, eval, sweep, published. Plain data, without torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass
 class TrainSettings:
-    """Meta-training.
+    """Settings of meta-training.
 
     Attributes:
         steps: Number of meta-updates.
-        tasks_per_step: Tasks in one meta-update (the meta-batch).
-        way, shot, query: Size of a training task; the evaluation's unless set.
-        log_every: Updates between two lines of metrics.
-        eval_every: Updates between two evaluations on meta-val.
-        checkpoint_every: Updates between two checkpoints.
+        tasks_per_step: Number of tasks in one meta-update (the meta-batch size).
+        way, shot, query: Size of a training task; by default that of an evaluation task.
+        log_every: Number of updates between two lines of metrics.
+        eval_every: Number of updates between two evaluations on meta-val.
+        checkpoint_every: Number of updates between two checkpoints.
     """
 
     steps: int = 10000
@@ -31,20 +31,23 @@ class TrainSettings:
 
 @dataclass
 class EvalSettings:
-    """Meta-validation and meta-test.
+    """Settings of meta-validation and meta-test.
 
     Attributes:
-        episodes: Test episodes.
-        val_episodes: Episodes of one evaluation on meta-val.
-        val_way: Ways on meta-val; None takes the smaller of way and the classes there.
-        inner_steps: Adaptation steps at evaluation; None takes the training's.
-        curve_steps: The adaptation curve reports the metric after 0 … this many steps.
-        tasks_per_batch: Episodes that are evaluated together.
-        views: Of each image that an answer on meta-test is averaged over: 1 asks once, more also
-            ask about the images slightly turned, moved, stretched and slanted.
-        seed: Seed of the val and test episodes, so that every run meets the same ones.
-        proficiency: The metric from which on a task of a stream counts as learned; None asks
-            for no count of the rows that it takes.
+        episodes: Number of test episodes.
+        val_episodes: Number of episodes of one evaluation on meta-val.
+        val_way: Number of ways on meta-val; None takes the smaller of `way` and the number of
+            classes of meta-val.
+        inner_steps: Number of adaptation steps at evaluation; None takes that of training.
+        curve_steps: Length of the adaptation curve, which reports the metric after 0 to this
+            many steps.
+        tasks_per_batch: Number of episodes evaluated together.
+        views: Number of views of each image over which a prediction on meta-test is averaged.
+            1 is the image alone; the further views are slightly rotated, shifted, scaled and
+            sheared.
+        seed: Seed of the val and test episodes, so that all runs are evaluated on the same ones.
+        proficiency: Value of the metric from which on a task of a stream counts as learned. None
+            omits the number of rows needed to reach it.
     """
 
     episodes: int = 600
@@ -60,10 +63,10 @@ class EvalSettings:
 
 @dataclass
 class SweepSettings:
-    """How the runs of a sweep depend on each other.
+    """Settings of a sweep.
 
     Attributes:
-        fail_fast: Start no further run once one has failed.
+        fail_fast: Whether the first failed run ends the sweep.
     """
 
     fail_fast: bool = False
@@ -71,17 +74,18 @@ class SweepSettings:
 
 @dataclass
 class PublishedCell:
-    """One printed figure, an accuracy in percent.
+    """One published value; an accuracy is in percent.
 
     Attributes:
-        value: The figure.
-        inner_steps: Adaptation steps after which it was taken; None where there is one figure.
-        presentation: Of a class at which it was taken, from 1, where a learner answers along a
-            sequence; None is the figure of the queries.
-        recalled: Whether it is from memory where the others of the experiment were read.
-        ci95: Half-width of its 95 % interval over episodes; None where none is printed.
-        spread: Half-width of another spread (over seeds or runs), which compares with no
-            interval over episodes.
+        value: Published value.
+        inner_steps: Number of adaptation steps at which it was measured; None if the paper prints
+            one value only.
+        presentation: Presentation of a class (from 1) at which it was measured, for a learner
+            that predicts along a sequence. None means the value of the query rows.
+        recalled: Whether this value is from memory while the experiment's others are verified.
+        ci95: Half-width of its 95 % interval over episodes; None if none is printed.
+        spread: Half-width of another spread (over seeds or runs), which is not comparable with
+            an interval over episodes.
     """
 
     value: float
@@ -94,16 +98,16 @@ class PublishedCell:
 
 @dataclass
 class Published:
-    """What a paper reports for an experiment.
+    """Published results of an experiment.
 
     Attributes:
-        paper: Who and when, as `Finn et al. 2017`.
-        table: Where in the paper.
-        row: The method, as the table calls it.
-        cells: The figures that one run of the recipe is held against.
-        steps: Meta-updates of the recipe: a run of fewer is a rehearsal.
-        confidence: `verified` was read in a source, `recalled` is from memory.
-        source: Where the figures were read.
+        paper: Authors and year, such as `Finn et al. 2017`.
+        table: Table or section of the paper.
+        row: Name of the method in that table.
+        cells: Values with which one run of the recipe is compared.
+        steps: Number of meta-updates of the recipe. A run with fewer is a rehearsal.
+        confidence: `verified` for values read in a source, `recalled` for values from memory.
+        source: Document in which the values were read.
     """
 
     paper: str

@@ -1,4 +1,4 @@
-"""Means and their 95 % intervals; no torch, so that tables are printed at once."""
+"""Means and their 95 % intervals, without torch, so that tables print without delay."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 
 quiet = np.errstate(over="ignore", invalid="ignore")
-"""For functions of what may have diverged: their figures say so, and numpy need not warn."""
+"""Decorator for statistics of values that may have diverged: the result shows the overflow or NaN,
+so numpy's warning is not needed."""
 
 
 @quiet
 def interval(values: npt.ArrayLike) -> tuple[float, float]:
-    """Mean of N values and the half-width of its 95 % confidence interval.
+    """Return the mean of N values and the half-width of its 95 % confidence interval.
 
-    The half-width is t(0.975, N - 1) s / sqrt(N), with s of N - 1 degrees of freedom; of a
-    single value it is not a number.
+    The half-width is t(0.975, N - 1) s / sqrt(N), where s has N - 1 degrees of freedom. It is NaN
+    for a single value.
     """
     numbers = np.asarray(values, dtype=np.float64)
     count = numbers.size
@@ -31,11 +32,11 @@ def interval(values: npt.ArrayLike) -> tuple[float, float]:
 
 @lru_cache
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t distribution.
+    """Return the 97.5 % quantile of Student's t distribution with `freedom` degrees of freedom.
 
-    With t = sqrt(v) tan(a), P(|T| < t) is the integral of c cos(a)^(v - 1): smooth, so that
-    Gauss's rule is exact to rounding. Newton's method climbs from below, since the
-    distribution function is concave there.
+    With t = sqrt(v) tan(a), P(|T| < t) is the integral of c cos(a)^(v - 1). The integrand is
+    smooth, so Gauss-Legendre quadrature is exact up to rounding. Newton's method converges
+    monotonically from below, because the distribution function is concave there.
 
     >>> round(t_quantile(1), 4), round(t_quantile(4), 4), round(t_quantile(599), 4)
     (12.7062, 2.7764, 1.9639)

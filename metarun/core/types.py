@@ -1,4 +1,4 @@
-"""The types that data, algorithms and the trainer share; no torch is imported at run time.
+"""Types shared by data, algorithms and the trainer. Torch is not imported at run time.
 
 Shapes: T tasks, S support rows, Q query rows, W ways, D outputs of a regression.
 """
@@ -21,9 +21,9 @@ Metrics = dict[str, "Tensor"]
 
 @dataclass(frozen=True, slots=True)
 class EpisodeSize:
-    """How many rows a task has: `shot` and `query` rows for each of `way` classes.
+    """Size of a task: `shot` support rows and `query` query rows for each of `way` classes.
 
-    A regression task has way 1: S = shot and Q = query.
+    A regression task has way 1, so S = shot and Q = query.
     """
 
     way: int
@@ -33,18 +33,18 @@ class EpisodeSize:
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """How the rows of a trajectory follow each other: a long task, learned online.
+    """Layout of a stream: the order in which its tasks present their rows.
 
-    A trajectory is a task of a `TaskBatch` whose support rows are its steps in order, and whose
-    query rows are held-out rows of its own tasks, one task after another. All trajectories of
-    a split have the same layout; what differs is what its tasks are.
+    A stream is one entry of a `TaskBatch` that is learned online. Its support rows are the rows of
+    its steps in order. Its query rows are held-out rows of each of its tasks, grouped by task.
+    All streams of a split have the same layout and differ in their tasks.
 
     Attributes:
-        visits: The task of each visit, in order; tasks are numbered by their first visit.
-        steps: Steps of a visit.
-        rows: Rows of a step.
-        queries: Held-out rows of each task.
-        task_ids_known: Whether a learner may know which task a row is of.
+        visits: Task of each visit, in order. Tasks are numbered by their first visit.
+        steps: Number of steps in a visit.
+        rows: Number of rows in a step.
+        queries: Number of held-out rows of each task.
+        task_ids_known: Whether the learner is given the task of each row.
     """
 
     visits: tuple[int, ...]
@@ -55,38 +55,41 @@ class Stream:
 
     @classmethod
     def of(cls, layout: Mapping[str, Any]) -> Stream:
-        """From its entries in a run's `results.json`, where a tuple is a list."""
+        """Return the layout stored in a run's `results.json`, where tuples are lists."""
         return cls(**{**layout, "visits": tuple(layout["visits"])})
 
     @property
     def num_tasks(self) -> int:
+        """Number of different tasks in the stream."""
         return max(self.visits) + 1
 
     @property
     def num_steps(self) -> int:
+        """Number of steps of all visits together."""
         return len(self.visits) * self.steps
 
     def task(self, step: int) -> int:
-        """The task that a step is of."""
+        """Return the task to which a step belongs."""
         return self.visits[step // self.steps]
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """What a task asks for.
+    """Kind and shapes of the tasks of a data set.
 
     Attributes:
         kind: `classification` or `regression`.
         input_shape: Shape of one input row, without batch dimensions.
-        output_dim: Ways of a classification at evaluation, or values per row of a regression.
-        train_way: Ways of a training task (`output_dim` unless the algorithm trains on more).
-        num_train_classes: Classes of the training split, which `TaskBatch.class_ids` numbers from
-            0, so that `class_ids.gather(1, support_y)` are labels among all of them; rotations
-            count where each is a class. None in regression, and where a label is of several.
-        train_shot: Support rows of each class of a training task; None where it is not known.
-        streams: Layout of the trajectories of each split; None where tasks are not streams.
-            The labels of a trajectory are numbers below `output_dim`, which is wide enough for
-            those of every split.
+        output_dim: Number of ways at evaluation, or number of values per row in regression.
+        train_way: Number of ways of a training task. It equals `output_dim` unless the algorithm
+            trains on more ways.
+        num_train_classes: Number of classes in the training split. `TaskBatch.class_ids` numbers
+            them from 0, so `class_ids.gather(1, support_y)` gives global labels. Rotations count
+            where each rotation is a class. None in regression, and where a label stands for
+            several classes.
+        train_shot: Support rows per class of a training task; None if unknown.
+        streams: Layout of the streams of each split; None if tasks are not streams. The labels
+            of every split's streams are below `output_dim`.
     """
 
     kind: Literal["classification", "regression"]
@@ -99,11 +102,12 @@ class TaskSpec:
 
     @property
     def metric(self) -> str:
-        """Name of the figure that is reported: `accuracy` (higher is better) or `mse` (lower)."""
+        """Name of the reported metric: `accuracy` (higher is better) or `mse` (lower is better)."""
         return "accuracy" if self.kind == "classification" else "mse"
 
     @property
     def higher_is_better(self) -> bool:
+        """Whether a larger value of the metric is better."""
         return self.kind == "classification"
 
 
@@ -116,9 +120,8 @@ class TaskBatch:
         support_y: (T, S) int64 labels, or (T, S, D) values.
         query_x: (T, Q, *input_shape).
         query_y: As `support_y`, for the query rows.
-        class_ids: (T, W) int64, the data-set class behind each local label, or the first of
-            several; of a regression (T, 1), the family of each task's function, or None where
-            there is but one.
+        class_ids: (T, W) int64, the data-set class of each local label, or the first of several.
+            In regression, (T, 1) family of each task's function, or None if there is one family.
     """
 
     support_x: Tensor
@@ -129,10 +132,11 @@ class TaskBatch:
 
     @property
     def num_tasks(self) -> int:
+        """Number of tasks T."""
         return self.support_x.shape[0]
 
     def chunks(self, size: int) -> Iterator[TaskBatch]:
-        """Cut into batches of at most `size` tasks, in order."""
+        """Yield batches of at most `size` tasks, in order."""
         for start in range(0, self.num_tasks, size):
             yield self[start : start + size]
 
@@ -148,19 +152,21 @@ class TaskBatch:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answers to T tasks.
+    """Predictions for the query rows of T tasks.
 
     Attributes:
         outputs: (T, Q, W) logits, or (T, Q, D) values.
-        spread: Standard deviation beside `outputs`, same shape, where the method has one.
-        sequence: (T, S, W), for memory-based learners: the answer at row t given the labels
-            of the rows before it.
-        embedding: (T, E) what the method has made of each task's support, where that is a
-            vector of one size.
-        responsibilities: (T, K) share of each of K components in a task, of a mixture.
-        strategies: (T, Q, …) answers by name of each way of learning that it chose among, of
-            which the metric can be taken as of `outputs`.
-        alternatives: The same of other ways to choose among them, or to join them.
+        spread: Predictive standard deviation, of the shape of `outputs`; None if the method has
+            none.
+        sequence: (T, S, W) logits of a memory-based learner: the prediction at row t, given the
+            labels of the rows before t.
+        embedding: (T, E) vector to which the method encodes each task's support set, if that
+            vector has a fixed size.
+        responsibilities: (T, K) responsibility of each of K mixture components for a task.
+        strategies: (T, Q, …) predictions of each strategy that a selector chose among, by name.
+            The metric applies to them as to `outputs`.
+        alternatives: (T, Q, …) predictions of other rules to select or combine the strategies, by
+            name.
     """
 
     outputs: Tensor
@@ -174,12 +180,12 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class LearnedState:
-    """What another run has learned, for an algorithm that builds on it.
+    """Learned parameters of another run, for an algorithm that builds on them.
 
-    An option with this type hint is typed as the folder of the run, and loaded by the builder.
+    The user sets a constructor argument with this type hint to a run folder; the builder loads it.
 
     Attributes:
-        run: The folder, as it was typed.
+        run: Run folder, as the user wrote it.
         state: Parameters and buffers by name.
     """
 
@@ -189,12 +195,12 @@ class LearnedState:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """The tasks of an update that one of several processes has.
+    """Tasks of one meta-update that are assigned to one of several processes.
 
     Attributes:
-        first: Number of the first of them among the tasks of the update.
-        count: How many they are.
-        total: How many the update has.
+        first: Index of this process's first task among the tasks of the update.
+        count: Number of tasks of this process.
+        total: Number of tasks of the update.
     """
 
     first: int
@@ -203,18 +209,20 @@ class Share:
 
     @classmethod
     def of(cls, total: int, rank: int, size: int) -> Share:
-        """Of process `rank` among `size`: neighboring tasks, as many as the others or one less."""
+        """Return the share of process `rank` of `size`.
+
+        Shares are contiguous, and their sizes differ by at most one task.
+        """
         first = rank * total // size
         return cls(first, (rank + 1) * total // size - first, total)
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where training stands: `step` updates are done, of `total`.
+    """Progress of training: `step` of `total` meta-updates are done.
 
     Attributes:
-        share: Which of an update's tasks are in its batch, where processes share them; None
-            where the batch has them all.
+        share: Tasks of the update that are in this process's batch; None if the batch has all.
     """
 
     step: int
@@ -222,34 +230,42 @@ class Progress:
     share: Share | None = None
 
     def first_task(self, num_tasks: int) -> int:
-        """Number of a batch's first task among all of training, which draws are keyed by."""
+        """Return the index of a batch's first task in all of training, a key for random draws."""
         if self.share is None:
             return self.step * num_tasks
         return self.step * self.share.total + self.share.first
 
     @property
     def fraction(self) -> float:
-        """Share of the updates done, in [0, 1)."""
+        """Fraction of the updates that are done, in [0, 1)."""
         return self.step / self.total
 
 
 class EpisodeSource(Protocol):
-    """A data set seen as an endless, pure sequence of tasks for each split."""
+    """A data set as an infinite sequence of tasks for each split.
+
+    Attributes:
+        spec: Kind and shapes of the tasks.
+        sizes: Size of the tasks of each split.
+        device: Device of the tensors of a batch.
+    """
 
     spec: TaskSpec
     sizes: dict[Split, EpisodeSize]
     device: torch.device
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Tasks `index … index + num_tasks - 1` of a split; the same call gives the same tasks.
+        """Return tasks `index … index + num_tasks - 1` of a split.
 
-        It equals the stack of the same tasks drawn one by one.
+        The result is a pure function of the seed and the arguments: it equals the stack of the
+        same tasks requested one by one.
         """
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the data and the split, for the records of a run."""
+        """Return a hash of the data and their split, which a run records."""
         ...
 
 
 Record = dict[str, Any]
+"""One entry of a log or of a results file."""

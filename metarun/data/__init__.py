@@ -1,0 +1,1 @@
+"""Data sets: tasks, episodes and streams as pure functions of (seed, split, index)."""

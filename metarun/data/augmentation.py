@@ -1,7 +1,9 @@
-"""Random changes of images, made for a whole batch on its device.
+"""Random image augmentation of a whole batch, on its device.
 
-Each image's parameters are a hash of its task and its row, so an augmented episode is as pure
-as a plain one. Shapes: T tasks, R rows, C H W images.
+The random parameters of an image are a hash of its task and row. An augmented episode is therefore
+as reproducible as one without augmentation.
+
+Shapes: T tasks, R rows, B = T R images, C H W images.
 """
 
 from __future__ import annotations
@@ -23,18 +25,19 @@ _LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
-    """What may happen to a training image; the defaults change nothing.
+    """Augmentation of training images; the defaults change nothing.
 
     Attributes:
-        affine_degrees: Rotation, drawn from ± this many degrees.
-        affine_translate: Shift along each axis, from ± this fraction of the side.
-        affine_scale: Size, from 1 ± this factor.
-        affine_shear: Slant, from ± this many degrees.
-        elastic: Shifts of 5 x 5 points of a grid over the image, each from ± this fraction of
-            the side; what lies between them moves smoothly, as from one hand to another.
-        flip: Mirror left and right, with probability one half.
-        color: Brightness, contrast and saturation, each from 1 ± this factor.
-        padding: What an affine map brings in from outside: paper, or the mirrored picture.
+        affine_degrees: Largest rotation in degrees, in either direction.
+        affine_translate: Largest shift along each axis, as a fraction of the side.
+        affine_scale: Largest relative change of size: factors are drawn from 1 ± this number.
+        affine_shear: Largest shear angle in degrees, in either direction.
+        elastic: Largest shift of the 5 x 5 control points of an elastic deformation, as a
+            fraction of the side. Pixels between the points are interpolated smoothly, which
+            resembles the variation between writers.
+        flip: Whether to mirror left and right with probability one half.
+        color: Largest relative change of brightness, contrast and saturation.
+        padding: Content outside the image: `zeros` (background), or `reflection` of the image.
     """
 
     affine_degrees: float = 0.0
@@ -56,7 +59,7 @@ class Augmentation:
 
     @property
     def moves(self) -> bool:
-        """Whether pixels change their places, apart from a mirror."""
+        """Whether any geometric transformation other than the mirror is enabled."""
         return any(
             (
                 self.affine_degrees,
@@ -68,7 +71,7 @@ class Augmentation:
         )
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
-        """Change (T, R, C, H, W) images in [0, 1], given one key for each task."""
+        """Augment (T, R, C, H, W) images in [0, 1], given the (T,) keys of the tasks."""
         if self.moves:
             grid = self._affine(images, keys)
             if self.elastic:
@@ -81,19 +84,20 @@ class Augmentation:
         return images
 
     def _affine(self, images: Tensor, keys: Tensor) -> Tensor:
-        """(2, B, H, W) places to take the pixels from, in [-1, 1]."""
-        # float64, so that the last bit of a sine, which may depend on the batch, is rounded away.
+        """Draw affine maps and return their (2, B, H, W) sampling positions, in [-1, 1]."""
+        # float64: the last bit of a sine may depend on the batch, and rounding removes it.
         draw = seeding.uniform(
             keys, _SLOT_AFFINE, (images.shape[1], 5), low=-1.0, dtype=torch.float64
         ).flatten(0, 1)
         return self.places(draw, images)
 
     def places(self, draw: Tensor, images: Tensor) -> Tensor:
-        """(2, B, H, W) places in [-1, 1] that an affine map takes the pixels from.
+        """Return the (2, B, H, W) positions in [-1, 1] at which affine maps sample the images.
 
         Args:
-            draw: (B, 5) float64 in [-1, 1]: how much of the rotation, slant, size and shifts.
-            images: (…, H, W), for their size and precision.
+            draw: (B, 5) float64 in [-1, 1]: fractions of the largest rotation, shear, change of
+                size and two shifts.
+            images: (…, H, W) images, which give the size and the dtype.
         """
         angle = draw[:, 0] * math.radians(self.affine_degrees)
         slant = torch.tan(draw[:, 1] * math.radians(self.affine_shear))
@@ -105,7 +109,7 @@ class Augmentation:
         return places_of(torch.stack([to_x, to_y]).to(images.dtype), images)
 
     def _elastic(self, images: Tensor, keys: Tensor) -> Tensor:
-        """(2, B, H, W) shifts of these places."""
+        """Draw elastic deformations and return their (2, B, H, W) shifts of the positions."""
         shape = (images.shape[1], 2, _CONTROL_POINTS, _CONTROL_POINTS)
         most = 2.0 * self.elastic
         shifts = seeding.uniform(keys, _SLOT_ELASTIC, shape, low=-most, high=most)
@@ -119,11 +123,11 @@ class Augmentation:
 
 
 def places_of(maps: Tensor, images: Tensor) -> Tensor:
-    """(2, B, H, W) places in [-1, 1] that affine maps take the pixels of images from.
+    """Return the (2, B, H, W) positions in [-1, 1] at which affine maps sample images.
 
     Args:
-        maps: (2, 3, B): for x and for y, a, b and c of a x + b y + c.
-        images: (…, H, W), for their size.
+        maps: (2, 3, B) coefficients a, b and c of a x + b y + c, for x and for y.
+        images: (…, H, W) images, which give the size.
     """
     height, width = images.shape[-2:]
     # Stacking in front and moving the axis is several times faster than stacking behind.
@@ -131,7 +135,7 @@ def places_of(maps: Tensor, images: Tensor) -> Tensor:
 
 
 def warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
-    """Fill (B, C, H, W) images with pixels from (2, B, H, W) places in [-1, 1]."""
+    """Sample (B, C, H, W) images at (2, B, H, W) positions in [-1, 1]."""
     moved: Tensor = functional.grid_sample(
         images, grid.movedim(0, -1), padding_mode=padding, align_corners=False
     )
@@ -139,11 +143,11 @@ def warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
 
 
 def view(images: Tensor, number: int) -> Tensor:
-    """(…, C, H, W) images as another hand might have placed them, all moved by one affine map.
+    """Return a view of (…, C, H, W) images for test-time augmentation, by one fixed affine map.
 
     Args:
-        images: To be moved; what comes in from outside is 0.
-        number: Of the map: 0 changes nothing, 2k undoes about what 2k - 1 does.
+        images: Images to transform, with 0 outside of them.
+        number: Number of the view. 0 is the identity, and view 2k approximately inverts 2k - 1.
     """
     if number == 0:
         return images
@@ -158,9 +162,9 @@ def view(images: Tensor, number: int) -> Tensor:
 
 
 def _plane(coefficients: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W) values of a·x + b·y + c at the centers of the pixels, from (3, B) a, b, c.
+    """Return the (B, H, W) values of a·x + b·y + c at the pixel centers, from (3, B) a, b, c.
 
-    Written out because `affine_grid` is a matrix product, whose rounding follows the batch size.
+    `affine_grid` is not used: it is a matrix product, whose rounding depends on the batch size.
     """
     a, b, c = coefficients[:, :, None, None].unbind()
     x = _centers(width, coefficients)[None, None, :]
@@ -179,7 +183,7 @@ def _flip(images: Tensor, keys: Tensor) -> Tensor:
 
 
 def _color(images: Tensor, keys: Tensor, strength: float) -> Tensor:
-    """Scale brightness, then contrast and saturation about the mean and the gray picture."""
+    """Scale brightness, then contrast about the mean and saturation about the gray image."""
     draw = seeding.uniform(
         keys, _SLOT_COLOR, (images.shape[1], 3), low=1.0 - strength, high=1.0 + strength
     ).to(images.dtype)

@@ -1,6 +1,7 @@
-"""Classification tasks from images that stay on the device, sorted by class.
+"""Classification episodes from images that are kept on the device, sorted by class.
 
-An episode is an index, a gather and an augmentation, all over the whole batch of tasks.
+A batch of episodes is one index computation, one gather and one augmentation for all tasks.
+
 Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W images, N images.
 """
 
@@ -33,7 +34,7 @@ Episodes = Literal["any", "within_alphabet"]
 _LOG = logging.getLogger(__name__)
 _NUM_ROTATIONS = 4
 _CLASSES_OF_ONE = {"none": 1, "classes": 4, "mirrored": 8, "per_task": 1}
-"""Classes that a class becomes by `rotations`."""
+"""Number of classes that each class becomes under each value of `rotations`."""
 _SLOT_GROUP, _SLOT_CLASSES, _SLOT_CLASS_ORDER, _SLOT_ROTATIONS = range(4)
 _SLOT_IMAGES, _SLOT_ROW_ORDER, _SLOT_IMAGE_ORDER = 4, 5, 14
 _KEY_SUPPORT, _KEY_QUERY = 100, 101
@@ -41,14 +42,14 @@ _KEY_SUPPORT, _KEY_QUERY = 100, 101
 
 @dataclass(frozen=True, slots=True)
 class ClassTable:
-    """The images of one split.
+    """Images of one split.
 
     Attributes:
-        images: (N, C, H, W) uint8, sorted by class.
-        names: One for each class.
-        counts: Images of each class.
-        groups: The group (an alphabet) of each class; a group's classes stand together.
-        digest: A hash of the images where it is known already.
+        images: (N, C, H, W) uint8 images, sorted by class.
+        names: Name of each class.
+        counts: Number of images of each class.
+        groups: Group (alphabet) of each class; the classes of a group are adjacent.
+        digest: Hash of the images, if it is already known.
     """
 
     images: Tensor
@@ -64,7 +65,7 @@ class ClassTable:
         assert sum(self.counts) == len(self.images)
 
     def fingerprint(self) -> str:
-        """A hash of the names, the counts and the images."""
+        """Return a hash of the names, the counts and the images."""
         digest = self.digest
         if digest is None:
             digest = hashlib.sha256(self.images.contiguous().numpy().data).hexdigest()
@@ -74,15 +75,15 @@ class ClassTable:
 
 @dataclass(frozen=True, slots=True)
 class _Resident:
-    """A split on the device, and where its classes and groups begin.
+    """Images of a split on the device, and the positions of its classes and groups.
 
     Attributes:
-        images: (N, C, H, W) uint8, or (4 N, C, H, W) with the rotated copies behind, or (8 N,
-            C, H, W) with the mirrored ones behind those.
-        num_images: N.
-        starts, counts: (classes,) first image and number of images of each class.
-        group_starts, group_counts: (groups,) first class and number of classes to choose from.
-        rotation_classes: Copies that count as classes of their own: 1, 4 or 8.
+        images: (N, C, H, W) uint8 images; (4 N, C, H, W) with rotated copies appended; or (8 N,
+            C, H, W) with the mirrored and rotated copies appended to those.
+        num_images: Number of images N without copies.
+        starts, counts: (classes,) index of the first image and number of images of each class.
+        group_starts, group_counts: (groups,) index of the first class and number of classes.
+        rotation_classes: Number of copies that count as separate classes: 1, 4 or 8.
     """
 
     images: Tensor
@@ -95,30 +96,33 @@ class _Resident:
 
 
 class ClassEpisodes:
-    """Pure episodes from a table of classes for each split.
+    """Episodes as a pure function of (seed, split, index), from a table of classes per split.
 
     Args:
-        name: The data set's, for messages.
-        tables: What each split holds.
-        sizes: Rows of a task in each split; val's way is lowered to the classes there.
-        val_way: `eval.val_way` as typed; a typed value is never lowered.
-        seed: Of the training tasks.
-        eval_seed: Of the val and test tasks.
-        rotations: For training: `none`; `classes` makes each quarter turn a class of its own;
-            `mirrored` its mirror image too; `per_task` turns each class of a task by one random
-            quarter turn.
-        rotations_eval: The same for val and test, but for `mirrored`.
-        rotations_val: The same for val alone, to choose on more classes than it has; None is as
-            `rotations_eval`.
+        name: Name of the data set, for messages.
+        tables: Images of each split.
+        sizes: Size of the tasks of each split. The way of val is lowered to its number of classes.
+        val_way: Value of `eval.val_way` as set by the user, which is never lowered.
+        seed: Seed of the training tasks.
+        eval_seed: Seed of the val and test tasks.
+        device: Device on which images are stored and tasks are generated.
+        dtype: Precision of the rows.
+        rotations: Rotations in training. `none`; `classes` makes each rotation by a multiple of
+            90 degrees a class; `mirrored` also adds the mirror images of these; `per_task`
+            rotates each class of a task by one random multiple of 90 degrees.
+        rotations_eval: The same for val and test, without `mirrored`.
+        rotations_val: The same for val only, so that model selection has more classes; None
+            takes `rotations_eval`.
         episodes: `any`, or `within_alphabet` to take a task's classes from one group.
-        augmentation: Changes to training images.
-        mean, std: Per channel, in [0, 1] units; None leaves pixels in [0, 1].
-        prepare: Turns one picture into (C, H, W) uint8 as the tables' images were.
-        can_drop: Whether the data set has `min_per_class`, to leave out small classes.
+        augmentation: Augmentation of training images.
+        mean, std: Mean and standard deviation of each channel, in [0, 1] units; None leaves
+            pixels in [0, 1].
+        prepare: Function that converts one PIL image to (C, H, W) uint8, as for the tables.
+        can_drop: Whether the data set has the option `min_per_class`.
     """
 
     least_way: ClassVar[int] = 2
-    """Fewest classes of a task."""
+    """Smallest number of classes of a task."""
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class ClassEpisodes:
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw tasks `index … index + num_tasks - 1` of a split."""
+        """Return tasks `index … index + num_tasks - 1` of a split."""
         size = self.sizes[split]
         data = self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
@@ -188,11 +192,11 @@ class ClassEpisodes:
         return TaskBatch(*support, *query, class_ids)
 
     def num_classes(self, split: Split) -> int:
-        """Classes to choose from, with rotations where each is a class: what `class_ids` name."""
+        """Return the number of classes that `class_ids` numbers, with rotations as classes."""
         return self._copies(split) * len(self._tables[split].counts)
 
     def class_names(self, split: Split) -> tuple[str, ...]:
-        """The name behind each number in `class_ids`."""
+        """Return the names of the classes that `class_ids` numbers."""
         names = self._tables[split].names
         copies = self._copies(split)
         if copies == 1:
@@ -202,12 +206,12 @@ class ClassEpisodes:
         return tuple(f"{name}/{turn}" for turn in shown for name in names)
 
     def prepare(self, images: Any) -> Tensor:
-        """Turn a user's pictures into rows (N, C, H, W), as this data set's images were.
+        """Convert a user's images to rows (N, C, H, W), as the images of this data set were.
 
         Args:
-            images: A list of paths, PIL images or arrays ((H, W), (H, W, C) or (C, H, W), uint8
-                or in [0, 1]), or one array with a leading dimension. A floating torch tensor
-                (N, C, H, W) of the data set's own shape is taken as prepared already.
+            images: List of paths, PIL images or arrays ((H, W), (H, W, C) or (C, H, W), uint8
+                or in [0, 1]), or one array with a leading dimension. A floating-point torch
+                tensor (N, C, H, W) of the data set's input shape counts as already prepared.
 
         Raises:
             ValueError: An image cannot be read; the message names it.
@@ -218,7 +222,7 @@ class ClassEpisodes:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}, a tensor of prepared rows has "
                 f"(N, {', '.join(map(str, self.spec.input_shape))}): pass arrays, paths or "
-                "PIL images to have them prepared"
+                "PIL images instead"
             )
         if isinstance(images, str | Path | Image.Image):
             raise ValueError("one image was passed, a list is expected: put it in [brackets]")
@@ -229,7 +233,7 @@ class ClassEpisodes:
         return self._normalize(stacked.to(self._dtype).div_(255.0))
 
     def _pixels(self, images: list[Any]) -> list[Pixels]:
-        """Prepare pictures one by one; files several at a time, since no two are one object."""
+        """Prepare images one by one. Files are read in threads; other objects may be shared."""
 
         def one(position: int, image: Any) -> Pixels:
             return self._prepare_one(picture(image, position))
@@ -240,12 +244,12 @@ class ClassEpisodes:
             return list(pool.map(one, itertools.count(), images))
 
     def fingerprint(self) -> str:
-        """A hash of every split's classes and images."""
+        """Return a hash of every split's classes and images."""
         facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
         return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
 
     def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, W) different classes of one group in random order, and their quarter turns."""
+        """Draw (T, W) distinct classes of one group, in random order, and their rotations."""
         way = self.sizes[split].way
         group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
         count = data.group_counts[group]
@@ -256,7 +260,7 @@ class ClassEpisodes:
         return data.group_starts[group][:, None] + chosen % count[:, None], turns
 
     def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, W, K + Q) rows in `data.images` for each class of a task, and the (T, W) classes."""
+        """Draw the (T, W, K + Q) indices in `data.images` of each task, and its (T, W) classes."""
         size = self.sizes[split]
         classes, turns = self._choose_classes(split, data, keys)
         class_ids = classes + turns * len(data.counts)
@@ -269,18 +273,18 @@ class ClassEpisodes:
     def _choose_images(
         self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int
     ) -> Tensor:
-        """(T, W, num_rows) different images of each class, numbered within the class."""
+        """Draw (T, W, num_rows) distinct images of each class, numbered within the class."""
         places = torch.arange(classes.shape[1], device=self.device)
         keys = seeding.fold(keys[:, None], places)
         picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
-        # What is sampled last is more often of a high number: shuffle before cutting.
+        # The last samples tend to have high numbers: shuffle before splitting off the query.
         order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
         return picks.gather(-1, order)
 
     def _rows(
         self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
     ) -> tuple[Tensor, Tensor]:
-        """Inputs (T, R, C, H, W) and labels (T, R) of the picked images, in random order."""
+        """Return (T, R, C, H, W) inputs and (T, R) labels of picked images, in random order."""
         _, way, num = picks.shape
         keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
         order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
@@ -289,7 +293,7 @@ class ClassEpisodes:
         return self._inputs(split, data, keys, index), labels
 
     def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:
-        """(T, R, C, H, W) the images of an index (T, R), those of training tasks augmented."""
+        """Return the images (T, R, C, H, W) of an index (T, R), augmented in training tasks."""
         images = data.images.index_select(0, index.flatten()).to(self._dtype).div_(255.0)
         images = images.unflatten(0, index.shape)
         if split == "train" and index.shape[1]:
@@ -316,7 +320,7 @@ class ClassEpisodes:
         return images * self._scale + self._offset
 
     def _on_device(self, split: Split) -> _Resident:
-        """The split as device tensors, made when it is first asked for."""
+        """Return the split as device tensors, which are created at the first call."""
         if split not in self._resident:
             self._resident[split] = self._move(split)
         return self._resident[split]
@@ -345,29 +349,29 @@ class ClassEpisodes:
         )
 
     def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
-        """(first class, number of classes) of each group with enough classes for a task."""
+        """Return (first class, number of classes) of each group with enough classes."""
         table = self._tables[split]
         if not self._by_group:
             return [(0, len(table.counts))]
         if table.groups is None:
             raise ValueError(
                 f"data.episodes=within_alphabet needs alphabets, {self._name} has none: "
-                "leave it at any"
+                "use data.episodes=any"
             )
         names = dict.fromkeys(table.groups)
         spans = [(table.groups.index(name), table.groups.count(name)) for name in names]
         return [span for span in spans if self._copies(split) * span[1] >= way]
 
     def _copies(self, split: Split) -> int:
-        """Classes that each class of the table counts as."""
+        """Return the number of classes that each class of the table becomes by rotations."""
         return _CLASSES_OF_ONE[self._rotations[split]]
 
     def _most_classes(self, split: Split) -> int:
-        """The largest number of classes that one task can have."""
+        """Return the largest number of classes that a task can have."""
         return self._copies(split) * max(count for _, count in self._groups(split, 0))
 
     def _fit_val_way(self, typed: int | None) -> None:
-        """Lower val's way to the classes there are, unless it was typed."""
+        """Lower the way of val to its number of classes, unless the user set it."""
         size, most = self.sizes["val"], self._most_classes("val")
         if typed is not None or size.way <= most:
             return
@@ -381,7 +385,7 @@ class ClassEpisodes:
         self.sizes["val"] = EpisodeSize(way=most, shot=size.shot, query=size.query)
 
     def _check_size(self, split: Split) -> None:
-        """Compare the rows a task needs with what the split has, before any work."""
+        """Check that the split has enough classes and images for a task."""
         size, table = self.sizes[split], self._tables[split]
         keys = _SIZE_KEYS[split]
         least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
@@ -405,7 +409,7 @@ class ClassEpisodes:
             )
 
     def _way_out(self, split: Split, size: EpisodeSize, count: int) -> str:
-        """What to type when a class has too few images."""
+        """Return the advice for a class with too few images."""
         keys = _SIZE_KEYS[split]
         if count > size.shot:
             lower = f"lower {keys['query']} to {count - size.shot}"
@@ -423,10 +427,10 @@ _SIZE_KEYS: dict[Split, dict[str, str]] = {
 
 
 def sample(keys: Tensor, slot: int, counts: Tensor, num: int) -> Tensor:
-    """Draw `num` different numbers below each of `counts`: (*K, num), in no even order.
+    """Draw `num` distinct numbers below each of `counts`: (*K, num), not in uniform order.
 
-    Floyd's algorithm (Bentley & Floyd 1987): its work grows with `num`, not with `counts`,
-    which may differ from key to key.
+    Uses Floyd's algorithm (Bentley & Floyd 1987), whose cost grows with `num` and not with
+    `counts`. The counts may differ between keys.
     """
     draws = (seeding.bits(keys, slot, (num,)) >> 1) & (2**62 - 1)
     chosen = torch.empty_like(draws)

@@ -1,4 +1,4 @@
-"""A user's own images: one folder for each class."""
+"""Data set of a user's own images, with one folder per class."""
 
 from __future__ import annotations
 
@@ -34,33 +34,36 @@ Classes = dict[str, list[Path]]
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """The files of each class in each split, before any is read."""
+    """Paths of the images of each class in each split."""
 
     splits: dict[Split, Classes]
 
     @property
     def num_images(self) -> int:
+        """Number of images in all splits."""
         return sum(len(self.files(split)) for split in self.splits)
 
     def files(self, split: Split) -> list[Path]:
-        """Those of a split, class after class."""
+        """Return the files of a split, grouped by class."""
         return [file for files in self.splits[split].values() for file in files]
 
 
 class Folder(ClassEpisodes):
-    """Any folder of class folders.
+    """Images in a folder of class folders.
 
     `root` holds either `train`, `val` and `test` folders of class folders, or the class folders
-    themselves, which are then split by a hash of their names. Pictures are cut to the square in
-    their middle, and normalized with the mean and deviation of the train split. Where they are
-    many they are kept as they were prepared, for later runs (see `prepared`).
+    themselves, which are then split by a hash of their names. Images are cropped to the central
+    square and normalized with the mean and standard deviation of the train split. Large sets are
+    cached on disk after decoding (see `prepared`).
 
     Args:
-        root: The folder.
-        image_size: Side of the pictures, in pixels.
-        grayscale: One channel instead of three.
-        min_per_class: Leave out classes with fewer images; None leaves out none.
-        val_fraction, test_fraction: Shares of the classes, where there are no split folders.
+        root: Folder of the images.
+        image_size: Side of the prepared images in pixels.
+        grayscale: Whether images have one channel instead of three.
+        min_per_class: Smallest number of images of a class, below which it is left out; None
+            keeps all classes.
+        val_fraction, test_fraction: Share of the classes for val and for test, if there are no
+            split folders.
         flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
             `Augmentation`.
     """
@@ -103,7 +106,7 @@ class Folder(ClassEpisodes):
             {
                 "image_size": image_size,
                 "grayscale": grayscale,
-                # Not of the pixels, but of which there are: to try several keeps each.
+                # They select the images and not the pixels: each choice has its own cache.
                 "min_per_class": min_per_class,
                 "val_fraction": val_fraction,
                 "test_fraction": test_fraction,
@@ -150,10 +153,15 @@ def list_folder(
     val_fraction: float = 0.2,
     test_fraction: float = 0.2,
 ) -> Listing:
-    """Find the classes of each split without reading a picture.
+    """Find the classes of each split without reading an image.
+
+    Args:
+        root: Folder of the images.
+        min_per_class: See `Folder`.
+        val_fraction, test_fraction: See `Folder`.
 
     Raises:
-        ValueError: There is no such folder, or it is laid out in another way.
+        ValueError: The folder does not exist, or has another layout.
     """
     if min_per_class is not None and min_per_class < 1:
         raise ValueError(
@@ -190,7 +198,7 @@ def _split_folders(base: Path) -> dict[Split, Path]:
         if split not in found:
             raise ValueError(
                 f"data.root={base} has {' and '.join(f'{p.name}/' for p in found.values())} but no "
-                f"{split}/: add it, or put all classes into one folder to have them split"
+                f"{split}/: add it, or put all classes into one folder for an automatic split"
             )
     return found
 
@@ -226,8 +234,9 @@ def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:
         for name in classes:
             if name in owner:
                 raise ValueError(
-                    f"data.root={base}: class {name} is in {owner[name]} and in {split}; new "
-                    "classes are what is tested: put all classes into one folder to have them split"
+                    f"data.root={base}: class {name} is in {owner[name]} and in {split}, but "
+                    "splits must not share classes: put all classes into one folder for an "
+                    "automatic split"
                 )
             owner[name] = split
     return splits
@@ -236,13 +245,13 @@ def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:
 def _hashed_split(
     classes: Classes, base: Path, val_fraction: float, test_fraction: float
 ) -> dict[Split, Classes]:
-    """Split by the hash of the names: the same wherever the folder is, whatever else is in it."""
+    """Split classes by a hash of their names, which does not depend on the folder's path."""
     num_val = max(2, round(val_fraction * len(classes)))
     num_test = max(2, round(test_fraction * len(classes)))
     if len(classes) < num_val + num_test + 2:
         raise ValueError(
-            f"data.root={base} has {len(classes)} classes, 6 or more are needed to train, validate "
-            "and test on different ones"
+            f"data.root={base} has {len(classes)} classes, 6 or more are needed for disjoint "
+            "train, val and test splits"
         )
     order = sorted(classes, key=lambda name: seeding.key("folder", name))
     chosen: dict[Split, list[str]] = {
@@ -256,8 +265,8 @@ def _hashed_split(
 
 
 def check_listing(listing: Listing, sizes: Mapping[Split, EpisodeSize]) -> None:
-    """Refuse classes that are too small before reading any picture."""
-    # In the order of the sizes: evaluation first, whose keys are those that are typed.
+    """Check that classes have enough images for a task, before any image is read."""
+    # In the order of `sizes`: evaluation first, because users set its keys.
     for split in sizes:
         for name, files in listing.splits[split].items():
             needed = sizes[split].shot + sizes[split].query
@@ -276,10 +285,10 @@ def check_listing(listing: Listing, sizes: Mapping[Split, EpisodeSize]) -> None:
 
 
 def read_pictures(listing: Listing, size: int, *, grayscale: bool) -> Prepared:
-    """Decode the pictures of all splits.
+    """Decode the images of all splits.
 
     Raises:
-        ValueError: A picture cannot be read; the message has its name.
+        ValueError: An image cannot be read; the message names it.
     """
     images = {split: _decoded(listing.files(split), size, grayscale=grayscale) for split in SPLITS}
     mean, std = _moments(torch.from_numpy(images["train"]))
@@ -288,7 +297,7 @@ def read_pictures(listing: Listing, size: int, *, grayscale: bool) -> Prepared:
 
 
 def _decoded(files: list[Path], size: int, *, grayscale: bool) -> Pixels:
-    """(N, C, H, W) pictures, decoded several at a time."""
+    """Decode files in threads and return the (N, C, H, W) images."""
     images = np.empty((len(files), 1 if grayscale else 3, size, size), dtype=np.uint8)
 
     def read(file: Path) -> Pixels:
@@ -311,7 +320,7 @@ def _decoded(files: list[Path], size: int, *, grayscale: bool) -> Pixels:
 
 
 def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel in [0, 1] units, from exact sums."""
+    """Return the mean and standard deviation of each channel in [0, 1] units."""
     total = torch.zeros(images.shape[1], dtype=torch.float64)
     squares = torch.zeros_like(total)
     for chunk in images.split(256):
@@ -320,7 +329,7 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
         squares += (values**2).sum(dim=(0, 2, 3))
     count = images.numel() / images.shape[1]
     mean = total / count
-    # A set of blank pictures has no deviation: leave it unscaled.
+    # Blank images have deviation 0: the bound avoids a division by zero.
     std = (squares / count - mean**2).clamp(min=0.0).sqrt().clamp(min=1.0 / 255.0)
     return tuple(mean.tolist()), tuple(std.tolist())
 

@@ -1,4 +1,4 @@
-"""miniImageNet (Vinyals et al. 2016, the split of Ravi & Larochelle 2017)."""
+"""miniImageNet (Vinyals et al. 2016), with the split of Ravi & Larochelle (2017)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class MiniImageNet(ClassEpisodes):
     """64 train, 16 val and 20 test classes of 600 photographs, after `metarun data miniimagenet`.
 
     Args:
-        root: Where the data sets are; None is `$METARUN_DATA` or `~/.cache/metarun`.
-        normalize: Subtract ImageNet's mean and divide by its deviation, for each channel.
+        root: Folder of the data sets; None is `$METARUN_DATA` or `~/.cache/metarun`.
+        normalize: Whether to normalize each channel with ImageNet's mean and standard deviation.
         flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
             `Augmentation`.
     """

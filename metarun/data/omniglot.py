@@ -1,6 +1,6 @@
-"""Omniglot (Lake et al. 2015): handwritten characters, 20 drawings of each.
+"""Omniglot (Lake et al. 2015): handwritten characters with 20 drawings of each.
 
-`OmniglotSmall` is the part of it that ships with the package; `Omniglot` is the full set.
+`OmniglotSmall` is the part that ships with the package; `Omniglot` is the full data set.
 Ink is 1 and paper is 0, as in the papers.
 """
 
@@ -33,14 +33,14 @@ _SMALL_SPLITS: dict[Split, dict[str, str]] = {
 
 
 class OmniglotSmall(ClassEpisodes):
-    """Eight alphabets that ship with the package.
+    """Characters of the eight alphabets that ship with the package.
 
     Train: Balinese, Early Aramaic, Greek, Korean and Latin (136 characters); val: Tagalog (17);
     test: Japanese (katakana) and Sanskrit (89).
 
     Args:
-        resize: See `pictures.drawing`.
-        image_size: Side of the images; the drawings have 105 pixels.
+        resize: Method of resizing, see `image_files.drawing`.
+        image_size: Side of the images in pixels; the original drawings have 105.
         rotations, rotations_eval, rotations_val, episodes: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
@@ -97,14 +97,14 @@ class Omniglot(ClassEpisodes):
     """All 1,623 characters, after `metarun data omniglot`.
 
     Args:
-        root: Where the data sets are; None is `$METARUN_DATA` or `~/.cache/metarun`.
-        split: `vinyals`, of Vinyals et al. (2016): 1028 train, 172 val and 423 test characters;
-            or `background`, of Lake et al. (2015): the evaluation set (659) is the test split,
-            and the five alphabets that Vinyals's val has (172) are kept out of the background
-            set for val, which leaves 792.
-        resize: See `pictures.drawing`.
-        rotations: Vinyals's and ProtoNet's protocol has `classes` in every split, MAML's has
-            `per_task` in every split. See `ClassEpisodes`.
+        root: Folder of the data sets; None is `$METARUN_DATA` or `~/.cache/metarun`.
+        split: `vinyals` is the split of Vinyals et al. (2016): 1028 train, 172 val and 423 test
+            characters. `background` is that of Lake et al. (2015): the evaluation set (659) is
+            the test split. The five alphabets of Vinyals's val split (172) are taken from the
+            background set for val, which leaves 792 for training.
+        resize: Method of resizing, see `image_files.drawing`.
+        rotations: Rotations in training, see `ClassEpisodes`. The protocol of Vinyals and
+            ProtoNet has `classes` in every split, that of MAML has `per_task` in every split.
         rotations_eval, episodes: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
@@ -203,7 +203,7 @@ def small_tables(resize: Resize, side: int) -> dict[Split, ClassTable]:
 
 
 def _read_archive(archive: str, resize: Resize, side: int) -> dict[str, list[Pixels]]:
-    """The drawings of each character, `Alphabet/characterNN`, in the order of their names."""
+    """Return the drawings of each character `Alphabet/characterNN`, sorted by file name."""
     # Two alphabets are in both archives.
     wanted = {a for of in _SMALL_SPLITS.values() for a, place in of.items() if place == archive}
     found: dict[str, list[Pixels]] = {}
@@ -218,7 +218,7 @@ def _read_archive(archive: str, resize: Resize, side: int) -> dict[str, list[Pix
 
 
 def _table(classes: Iterable[tuple[str, list[Pixels]]]) -> ClassTable:
-    """A split's table from its characters, which stand sorted by alphabet."""
+    """Return the table of a split from its characters, which are sorted by alphabet."""
     names, drawings = zip(*classes, strict=True)
     images = np.stack([pixels for character in drawings for pixels in character])
     return ClassTable(

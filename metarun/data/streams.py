@@ -1,9 +1,10 @@
-"""Streams: trajectories of tasks, one after another, over functions and over images.
+"""Streams of tasks over families of functions and over image classes.
 
-A trajectory is one task of a batch: its support rows are the stream, in order, and its query
-rows are held-out rows of the tasks in it. `metarun.core.types.Stream` says which rows are whose.
-Shapes: T trajectories, J tasks in each, V visits to tasks, S rows of a trajectory, Q held-out
-rows of a task, M remembered rows, W classes of a trajectory, K rows of a class, N outputs.
+A stream is one entry of a batch: its support rows are the rows of the stream in order, and its
+query rows are held-out rows of its tasks. `metarun.core.types.Stream` describes the layout.
+
+Shapes: T streams, J tasks in each, V visits to tasks, S rows of a stream, Q held-out rows of a
+task, M remembered rows, W classes of a stream, K rows of a class, N outputs.
 """
 
 from __future__ import annotations
@@ -31,26 +32,26 @@ _KEY_STREAM, _KEY_HELD_OUT = 102, 103
 
 
 class FunctionStream(Formulas):
-    """Trajectories over a family of functions; mixed into one of them.
+    """Streams over a family of functions; a mixin for the class of the family.
 
-    A task is a function. `shot` counts the rows of a visit and `query` the held-out rows of a
-    task.
+    A task is a function. `shot` is the number of rows of a visit, `query` the number of held-out
+    rows of a task.
 
     Args:
-        tasks: Functions of a trajectory, J.
-        rows: Rows that arrive together, in one step; `shot` is a multiple of it.
-        order: `once` goes through the tasks; `returning` goes through them `visits` times, each
-            time but the first in another order; `drifting` moves the parameters in equal steps
-            from one function to the next while a task lasts, whose held-out rows are of where
-            it ends.
-        visits: Of each task, in `returning`.
-        task_ids_known: Whether a learner may know when a task begins and which one it is.
-        indexed: Join to each input which task it is of, one-hot, before the variable itself.
-        functions: Number of different functions in training; None draws new ones for ever.
-        **common: Those of the family.
+        tasks: Number of functions J of a stream.
+        rows: Number of rows that arrive together in one step; `shot` is a multiple of it.
+        order: Order of the visits. `once` visits each task once. `returning` visits all tasks
+            `visits` times, in a new order in each round after the first. `drifting` moves the
+            parameters in equal steps from one function to the next during a task; the task's
+            held-out rows are of its last function.
+        visits: Number of visits to each task with `order=returning`.
+        task_ids_known: Whether the learner is given the task of each row.
+        indexed: Whether to prepend the task's index to each input, one-hot.
+        functions: Number of different training functions; None draws new ones without limit.
+        **common: Arguments of the family.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A number is out of range, or an option is unknown.
     """
 
     def __init__(
@@ -73,10 +74,11 @@ class FunctionStream(Formulas):
                 raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
         if functions is not None and functions < tasks:
             raise ValueError(
-                f"data.functions={functions} are too few for data.tasks={tasks} different ones"
+                f"data.functions={functions} is fewer than data.tasks={tasks}: a stream needs "
+                "that many different functions"
             )
         if functions is not None and order == "drifting":
-            raise ValueError("data.functions has no meaning where functions drift: leave it out")
+            raise ValueError("data.functions does not apply to data.order=drifting: leave it out")
         self._order = order
         self._task_ids_known = task_ids_known
         self._indexed = indexed
@@ -87,7 +89,7 @@ class FunctionStream(Formulas):
         self.spec = replace(self.spec, streams=streams, input_shape=shape)
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw trajectories `index … index + num_tasks - 1` of a split."""
+        """Return streams `index … index + num_tasks - 1` of a split."""
         assert self.spec.streams is not None
         stream = self.spec.streams[split]
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
@@ -128,7 +130,7 @@ class FunctionStream(Formulas):
         return Stream(visits, size.shot // rows, rows, size.query, self._task_ids_known)
 
     def _drawn(self, split: Split, keys: Tensor, count: int) -> list[Tensor]:
-        """The parameters (T, count) of each trajectory's functions."""
+        """Draw the (T, count) parameters of each stream's functions."""
         places = torch.arange(count, device=self.device)
         owners = seeding.fold(keys[:, None], places)
         if split == "train" and self._functions is not None:
@@ -137,7 +139,7 @@ class FunctionStream(Formulas):
         return list(self._parameters(owners))
 
     def _way_there(self, stream: Stream) -> Tensor:
-        """(S,) how far each row of a drifting trajectory is on its way, in [0, 1)."""
+        """Return the (S,) position of each row between two functions of a drift, in [0, 1)."""
         step = torch.arange(stream.steps, device=self.device, dtype=torch.float64) / stream.steps
         return step.repeat_interleave(stream.rows).repeat(len(stream.visits))
 
@@ -149,7 +151,18 @@ class FunctionStream(Formulas):
         tasks: Tensor,
         purpose: int,
     ) -> tuple[Tensor, Tensor]:
-        """Inputs (T, R, …) and values (T, R, 1) of rows with parameters (T, R) of tasks (R,)."""
+        """Draw the rows of all streams.
+
+        Args:
+            keys: (T,) keys of the streams.
+            slot: Slot of the draw of the inputs.
+            parameters: (T, R) parameters of each row's function.
+            tasks: (R,) task of each row.
+            purpose: Number that separates the noise of stream rows and held-out rows.
+
+        Returns:
+            (T, R, …) inputs and (T, R, 1) values.
+        """
         low, high = self._x
         shape = (len(tasks),)
         z = seeding.uniform(keys, slot, shape, low=low, high=high, dtype=self._dtype)
@@ -163,29 +176,30 @@ class FunctionStream(Formulas):
 
 
 class SinusoidStream(FunctionStream, Sinusoid):
-    """Trajectories of sinusoids."""
+    """Streams of sinusoids."""
 
 
 class LinearStream(FunctionStream, Linear):
-    """Trajectories of lines."""
+    """Streams of lines."""
 
 
 class ClassStream(ClassEpisodes):
-    """Trajectories that meet classes one after another, each once; mixed into a set of images.
+    """Streams that visit classes one after another, each once; a mixin for an image data set.
 
-    A trajectory is a `way`-way episode with `shot` drawings of each class for the stream and
-    `query` held out. The classes arrive in random order, those of a task mixed. Labels are the
-    classes' places in that order; in training they are the classes' numbers in the training
-    split, as in the code of Javed & White (2019), so that other classes can be asked for.
+    A stream is a `way`-way episode with `shot` images of each class in the stream and `query`
+    held-out images. The classes arrive in random order, and those of one task are mixed. A label
+    is the position of the class in that order. In training it is the number of the class in the
+    training split, as in the code of Javed & White (2019), so that the query can have rows of
+    other classes.
 
     Args:
-        classes_per_task: Classes that arrive mixed with each other; a trajectory of fewer is
-            one task.
-        rows: Rows that arrive together, in one step.
-        remember: Random rows of the training split that the query of a training trajectory
-            ends with, drawn from all of its classes.
-        task_ids_known: Whether a learner may know when a task begins and which one it is.
-        **common: Those of the set of images.
+        classes_per_task: Number of classes that arrive mixed with each other. A stream with
+            fewer classes is one task.
+        rows: Number of rows that arrive together in one step.
+        remember: Number of random rows, drawn from all training classes, that are appended to
+            the query of a training stream.
+        task_ids_known: Whether the learner is given the task of each row.
+        **common: Arguments of the image data set.
 
     Raises:
         ValueError: A number is out of range.
@@ -218,7 +232,7 @@ class ClassStream(ClassEpisodes):
         self.spec = replace(self.spec, streams=streams, output_dim=max(ways))
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw trajectories `index … index + num_tasks - 1` of a split."""
+        """Return streams `index … index + num_tasks - 1` of a split."""
         size = self.sizes[split]
         data = self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
@@ -244,7 +258,7 @@ class ClassStream(ClassEpisodes):
         )
 
     def fingerprint(self) -> str:
-        """A hash of every split's classes and images, and of the layout of the test stream."""
+        """Return a hash of every split's classes and images and of the test stream's layout."""
         assert self.spec.streams is not None
         facts = f"{super().fingerprint()};{self.spec.streams['test']}"
         return hashlib.sha256(facts.encode()).hexdigest()[:16]
@@ -255,7 +269,7 @@ class ClassStream(ClassEpisodes):
         if size.way % together:
             raise ValueError(
                 f"data.classes_per_task={together} does not divide the {size.way} classes of a "
-                f"{split} trajectory: choose another, or another number of ways"
+                f"{split} stream: choose another value, or another number of ways"
             )
         _check_rows(split, size, rows, together * size.shot)
         return Stream(
@@ -267,11 +281,11 @@ class ClassStream(ClassEpisodes):
         )
 
     def _by_class(self, picks: Tensor, labels: Tensor) -> list[Tensor]:
-        """Images and labels, (T, W K) each, of picks (T, W, K), one class after another."""
+        """Return the (T, W K) images and labels of picks (T, W, K), grouped by class."""
         return [picks.flatten(1), labels[..., None].expand_as(picks).flatten(1)]
 
     def _mixed(self, keys: Tensor, picks: Tensor, labels: Tensor) -> list[Tensor]:
-        """As `_by_class`, with the rows of the classes of a task in random order."""
+        """Return the same as `_by_class`, with the rows of each task in random order."""
         parts = self._by_class(picks, labels)
         classes = min(self._classes_per_task, picks.shape[1])
         together = classes * picks.shape[2]
@@ -280,7 +294,7 @@ class ClassStream(ClassEpisodes):
         return [part.unflatten(1, (-1, together)).gather(2, order).flatten(1) for part in parts]
 
     def _remembered(self, data: Any, keys: Tensor) -> list[Tensor]:
-        """Images and labels, (T, M) each, drawn evenly from the classes of training."""
+        """Draw (T, M) images and labels, uniformly over the training classes."""
         count = (self._remember,)
         labels = seeding.integers(keys, _SLOT_REMEMBERED_CLASS, self.num_classes("train"), count)
         classes, turns = labels % len(data.counts), labels // len(data.counts)
@@ -290,15 +304,15 @@ class ClassStream(ClassEpisodes):
 
 
 class OmniglotSmallStream(ClassStream, OmniglotSmall):
-    """Trajectories over the characters that ship with the package."""
+    """Streams over the characters that ship with the package."""
 
 
 class OmniglotStream(ClassStream, Omniglot):
-    """Trajectories over all of Omniglot."""
+    """Streams over all of Omniglot."""
 
 
 def _visits(tasks: int, rounds: int) -> tuple[int, ...]:
-    """Which task each visit is to: in order at first, then in another order each round."""
+    """Return the task of each visit: in order in the first round, in a new order in later ones."""
     visits = list(range(tasks))
     for number in range(1, rounds):
         for attempt in range(100):
@@ -307,7 +321,7 @@ def _visits(tasks: int, rounds: int) -> tuple[int, ...]:
             following = seeding.choose(key, 0, tasks, tasks).tolist()
             if following[0] == visits[-1]:
                 following = following[1:] + following[:1]
-            # Of two tasks there is no other order in which none comes twice in a row.
+            # With two tasks no other order avoids two visits to the same task in a row.
             if following != visits[-tasks:]:
                 break
         visits += following
@@ -315,10 +329,10 @@ def _visits(tasks: int, rounds: int) -> tuple[int, ...]:
 
 
 def _check_rows(split: Split, size: EpisodeSize, rows: int, visit: int) -> None:
-    """Refuse visits that are not a whole number of steps."""
+    """Check that a visit is a whole number of steps."""
     if visit % rows:
         key = "train.shot" if split == "train" else "shot"
         raise ValueError(
             f"data.rows={rows} does not divide the {visit} rows of a visit ({key}={size.shot}): "
-            "choose another"
+            "choose a divisor"
         )

@@ -1,6 +1,6 @@
-"""Families of functions of one variable, each batch of tasks made in one draw on the device.
+"""Regression tasks on families of functions of one variable, generated in batches on the device.
 
-Shapes: T tasks, S support rows, Q query rows; inputs and values have one dimension.
+Shapes: T tasks, R = S + Q rows of a task; inputs and values have one dimension.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _JITTER = 1e-10
 
 
 class FunctionEpisodes(ABC):
-    """Regression tasks y = f(x) + noise, one function for each task.
+    """Regression tasks y = f(x) + noise, with one function per task.
 
     Args:
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        sizes: Rows of a task of each split.
-        seed, eval_seed: Of training tasks, and of the others.
-        device: Where tasks are made.
-        dtype: Precision of their rows.
-        val_way: None or 1: a regression has one way.
+        sizes: Size of the tasks of each split.
+        seed, eval_seed: Seed of the training tasks, and of the val and test tasks.
+        device: Device on which tasks are generated.
+        dtype: Precision of the rows.
+        val_way: None or 1, since a regression has one way.
 
     Raises:
         ValueError: A number is out of range.
@@ -64,7 +64,7 @@ class FunctionEpisodes(ABC):
         self.spec = TaskSpec(kind="regression", input_shape=(1,), output_dim=1, train_way=1)
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw tasks `index … index + num_tasks - 1` of a split."""
+        """Return tasks `index … index + num_tasks - 1` of a split."""
         size = self.sizes[split]
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
         rows = (size.shot + size.query, 1)
@@ -75,52 +75,52 @@ class FunctionEpisodes(ABC):
         return TaskBatch(x[:, :cut], y[:, :cut], x[:, cut:], y[:, cut:])
 
     def parameters(self, split: Split, index: int, num_tasks: int) -> tuple[Tensor, ...]:
-        """The parameters (T,) of each task's function, in float64: the truth behind it."""
+        """Return the true (T,) parameters of each task's function, in float64."""
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
         return self._parameters(keys)
 
     def _noisy(self, y: Tensor, keys: Tensor) -> Tensor:
-        """The values of each key's rows in the data's precision, with noise where there is any."""
-        # float64 until here, so that the same task has the same rounded values everywhere.
+        """Add the noise of each key to its values and convert them to the data's precision."""
+        # float64 until here, so that a task has the same rounded values on every device.
         if self._noise:
             shape = y.shape[keys.dim() :]
             y = y + self._noise * seeding.normal(keys, _SLOT_NOISE, shape, dtype=torch.float64)
         return y.to(self._dtype)
 
     def fingerprint(self) -> str:
-        """A hash of the family, its ranges and the seed of its test tasks."""
+        """Return a hash of the family, its ranges and the seed of its test tasks."""
         parts = (*self._facts(), *self._x, self._noise, self._seeds["test"])
         return f"{seeding.key(type(self).__name__, *map(repr, parts)) & (2**64 - 1):016x}"
 
     @property
     def inputs(self) -> tuple[float, float]:
-        """The range that inputs are drawn from."""
+        """Range of the inputs."""
         return self._x
 
     @abstractmethod
     def _facts(self) -> tuple[float, ...]:
-        """The numbers that define the family."""
+        """Return the numbers that define the family, for the fingerprint."""
 
     @abstractmethod
     def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
-        """The parameters that each key draws, in its shape."""
+        """Draw the parameters of each key's function; they have the shape of `keys`."""
 
     @abstractmethod
     def _at(self, keys: Tensor, x: Tensor) -> Tensor:
-        """f(x) of each key's (T,) function at rows (T, R, 1), in float64."""
+        """Return f(x) of each key's (T,) function at inputs (T, R, 1), in float64."""
 
 
 class Formulas(FunctionEpisodes):
-    """Functions that a few numbers say, such as an amplitude and a phase.
+    """Functions given by a formula with a few parameters, such as amplitude and phase.
 
     Attributes:
-        parameter_names: What each of `parameters` is called.
+        parameter_names: Names of the tensors that `parameters` returns.
     """
 
     parameter_names: ClassVar[tuple[str, ...]] = ()
 
     def truth(self, split: Split, index: int, x: Tensor) -> Tensor:
-        """f(x) of one task's function at inputs (R, 1), without noise, in float64."""
+        """Return the noise-free values of one task's function at inputs (R, 1), in float64."""
         keys = seeding.task_keys(self._seeds[split], split, index, 1, self.device)
         return self._at(keys, x[None].double())[0]
 
@@ -129,19 +129,19 @@ class Formulas(FunctionEpisodes):
 
     @abstractmethod
     def _values(self, parameters: Sequence[Tensor], x: Tensor) -> Tensor:
-        """f(x), by broadcasting the parameters against x."""
+        """Return f(x); the parameters broadcast against x."""
 
 
 class Sinusoid(Formulas):
-    """y = A sin(omega x - phi), the regression of Finn et al. (2017), section 5.1.
+    """Sinusoids y = A sin(omega x - phi), as in Finn et al. (2017), section 5.1.
 
     Args:
         amplitude: Range of A.
-        frequency: Range of omega: 1 but for Li et al. (2017), who have [0.8, 1.2].
+        frequency: Range of omega; [0.8, 1.2] in Li et al. (2017), 1 elsewhere.
         phase: Range of phi.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Those of `FunctionEpisodes`.
+        **common: Arguments of `FunctionEpisodes`.
     """
 
     parameter_names = ("amplitude", "phase", "frequency")
@@ -162,7 +162,7 @@ class Sinusoid(Formulas):
         self._phase = check_range("phase", phase)
 
     def _facts(self) -> tuple[float, ...]:
-        # A frequency of 1 goes unsaid, as in the runs from before there was another.
+        # A frequency of 1 is omitted, so that the fingerprints of older runs stay valid.
         frequency = () if self._frequency == (1.0, 1.0) else self._frequency
         return (*self._amplitude, *self._phase, *frequency)
 
@@ -179,14 +179,14 @@ class Sinusoid(Formulas):
 
 
 class Linear(Formulas):
-    """y = a x + b.
+    """Lines y = a x + b.
 
     Args:
         a: Range of the slope.
         b: Range of the offset.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Those of `FunctionEpisodes`.
+        **common: Arguments of `FunctionEpisodes`.
     """
 
     parameter_names = ("slope", "offset")
@@ -216,20 +216,20 @@ class Linear(Formulas):
 
 
 class GaussianProcess(FunctionEpisodes):
-    """Curves of a Gaussian process: mean 0, covariance s^2 exp(-(x - x')^2 / (2 l^2)).
+    """Samples of a Gaussian process with mean 0 and covariance s^2 exp(-(x - x')^2 / (2 l^2)).
 
-    The regression of Garnelo et al. (2018), section 4.1, with the numbers of its official code.
-    The last bit of a value may differ between devices, as their Cholesky factors do.
+    The regression of Garnelo et al. (2018), section 4.1, with the parameters of its official
+    code. The last bit of a value may differ between devices, because Cholesky factors do.
 
     Args:
-        lengthscale: Range of l, drawn for each task.
-        scale: Range of s.
+        lengthscale: Range of l, which is drawn for each task.
+        scale: Range of s, which is drawn for each task.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Those of `FunctionEpisodes`.
+        **common: Arguments of `FunctionEpisodes`.
 
     Raises:
-        ValueError: A range is none, or not above zero.
+        ValueError: A range is not valid or not positive.
     """
 
     def __init__(
@@ -260,7 +260,7 @@ class GaussianProcess(FunctionEpisodes):
     def _at(self, keys: Tensor, x: Tensor) -> Tensor:
         lengthscale, scale = (parameter[:, None, None] for parameter in self._parameters(keys))
         covariance = (-0.5 * ((x - x.mT) / lengthscale).square()).exp()
-        # Else rows that nearly coincide leave no positive definite matrix.
+        # Without jitter, nearly equal inputs make the matrix numerically singular.
         covariance += _JITTER * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         white = seeding.normal(keys, _SLOT_THIRD, x.shape[1:], dtype=torch.float64)
         root: Tensor = torch.linalg.cholesky(covariance)
@@ -291,7 +291,12 @@ def _parabola(keys: Tensor) -> _Numbers:
 
 @dataclass(frozen=True, slots=True)
 class _Family:
-    """How the three numbers of a function are drawn, and its values at x."""
+    """Family of functions with three parameters.
+
+    Attributes:
+        draw: Function that draws the three parameters of each key.
+        values: Function of the three parameters and x.
+    """
 
     draw: Callable[[Tensor], _Numbers]
     values: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -310,24 +315,25 @@ _FAMILIES = {
 
 
 class Multimodal(Formulas):
-    """Each task is a function of one of several families.
+    """Functions of several families, one of which is drawn for each task.
 
-    The regression of mixtures of initializations (Vuorio et al. 2019, section 5.1; Jerfel et
-    al. 2019, section 5.1), with Vuorio's ranges: `sinusoid` A sin(omega x + phi), `line`
-    a x + b, `quadratic` a (x - c)^2 + b with |a| in [0.02, 0.15], and `tanh` a tanh(x - c) + b;
-    `sawtooth` A (2 t - 1), t the fraction of (omega x + phi) / (2 pi), has the sinusoid's ranges.
+    This is the regression benchmark for mixtures of initializations (Vuorio et al. 2019, section
+    5.1; Jerfel et al. 2019, section 5.1), with Vuorio's ranges: `sinusoid` A sin(omega x + phi),
+    `line` a x + b, `quadratic` a (x - c)^2 + b with |a| in [0.02, 0.15], and `tanh`
+    a tanh(x - c) + b. `sawtooth` is A (2 t - 1) with t the fractional part of
+    (omega x + phi) / (2 pi); it has the sinusoid's ranges.
 
-    The family of a task, its number among `families`, is in `TaskBatch.class_ids` (T, 1): it is
-    what a mixture is to find; no learner reads it.
+    `TaskBatch.class_ids` (T, 1) holds the index of a task's family in `families`. It is the ground
+    truth for a mixture's clusters, and no learner reads it.
 
     Args:
-        families: Which there are, each as likely.
+        families: Names of the families, which are equally likely.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Those of `FunctionEpisodes`.
+        **common: Arguments of `FunctionEpisodes`.
 
     Raises:
-        ValueError: A family is unknown, or named twice.
+        ValueError: A family is unknown, or is named twice.
     """
 
     def __init__(
@@ -342,27 +348,28 @@ class Multimodal(Formulas):
         for family in families:
             if family not in _FAMILIES:
                 raise ValueError(
-                    f"data.families: there is no {family}, expected some of {', '.join(_FAMILIES)}"
+                    f"data.families: {family} is unknown, expected some of {', '.join(_FAMILIES)}"
                 )
         if not families or len(set(families)) < len(families):
-            raise ValueError("data.families: expected one or more, each once")
+            raise ValueError("data.families: expected one or more names, each once")
         self.families = tuple(families)
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Return tasks `index … index + num_tasks - 1` of a split, with their families."""
         tasks = super().batch(split, index, num_tasks)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
         family = self._family(keys)
         return replace(tasks, class_ids=family[:, None])
 
     def _family(self, keys: Tensor) -> Tensor:
-        """Which of `families` each key's function is of."""
+        """Draw the index of each key's family."""
         return seeding.integers(keys, _SLOT_FAMILY, len(self.families))
 
     def _facts(self) -> tuple[float, ...]:
         return tuple(list(_FAMILIES).index(family) for family in self.families)
 
     def _parameters(self, keys: Tensor) -> tuple[Tensor, ...]:
-        """The number of the family, and the three numbers that it takes."""
+        """Return the index of each key's family and the three parameters of its function."""
         family = self._family(keys)
         numbers = [torch.zeros_like(family, dtype=torch.float64)] * 3
         for number, name in enumerate(self.families):
@@ -383,16 +390,24 @@ class Multimodal(Formulas):
 
 
 def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
-    """A range [low, high] from the configuration, checked."""
+    """Return a range (low, high) of the configuration after checking it.
+
+    Args:
+        name: Key under `data`, for the message.
+        value: The two numbers of the range.
+
+    Raises:
+        ValueError: The value is not two finite numbers in ascending order.
+    """
     numbers = tuple(float(number) for number in value)
     if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] > numbers[1]:
         typed = ",".join(f"{number:g}" for number in numbers)
-        raise ValueError(f"data.{name}=[{typed}] is no range: type two numbers, the smaller first")
+        raise ValueError(f"data.{name}=[{typed}]: expected two numbers, the smaller one first")
     return numbers[0], numbers[1]
 
 
 def draw_in(keys: Tensor, slot: int, bounds: tuple[float, float]) -> Tensor:
-    """One number for each key, uniform in a range, in float64."""
+    """Draw one number per key, uniformly from a range, in float64."""
     return seeding.uniform(keys, slot, low=bounds[0], high=bounds[1], dtype=torch.float64)
 
 

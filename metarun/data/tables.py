@@ -1,6 +1,6 @@
 """Few-shot tasks from the tables that come with scikit-learn.
 
-Shapes: T tasks, W ways, C classes of a task, R rows of a way, F features of a row; a table has N
+Shapes: T tasks, W ways, C classes of a task, R rows of a way, F features of a row. A table has N
 rows and its own number of columns.
 """
 
@@ -23,7 +23,7 @@ from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch, TaskSpec
 from metarun.data.episodes import sample
 
 CLASSIFIED = ("iris", "wine", "breast_cancer", "digits")
-"""Tables whose rows have classes."""
+"""Tables for classification."""
 _SLOT_TABLE, _SLOT_CLASSES, _SLOT_SIDES, _SLOT_ORDER, _SLOT_NUMBER, _SLOT_COLUMNS = range(6)
 _SLOT_ROWS, _SLOT_WAYS, _SLOT_SUPPORT, _SLOT_QUERY, _SLOT_COUNT = 6, 7, 8, 9, 10
 _SIZE_KEYS: dict[Split, str] = {"train": "train.", "val": "", "test": ""}
@@ -31,13 +31,13 @@ _SIZE_KEYS: dict[Split, str] = {"train": "train.", "val": "", "test": ""}
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """What a split has of a table.
+    """Part of a table that belongs to a split.
 
     Attributes:
-        name: Of the table.
-        rows: (N, columns), sorted by class.
+        name: Name of the table.
+        rows: (N, columns) rows, sorted by class.
         classes: Names of the classes.
-        starts, counts: (classes,) first row and number of rows of each.
+        starts, counts: (classes,) index of the first row and number of rows of each class.
     """
 
     name: str
@@ -48,16 +48,17 @@ class _Held:
 
 
 class _Parts:
-    """Tasks that are parts of tables.
+    """Base of the tasks that are random parts of tables.
 
     Args:
-        features: Fewest and most columns of a task; F is the most.
-        tasks: Number of training tasks, which come again and again; None draws ever new ones.
-        sizes: Rows of a task of each split.
-        seed, eval_seed: Of training tasks, and of the others.
-        device: Where tasks are made.
-        dtype: Precision of their rows.
-        val_way: `eval.val_way`.
+        features: Smallest and largest number of columns of a task; F is the largest.
+        tasks: Number of different training tasks, which are repeated; None draws new tasks
+            without limit.
+        sizes: Size of the tasks of each split.
+        seed, eval_seed: Seed of the training tasks, and of the val and test tasks.
+        device: Device on which tasks are generated.
+        dtype: Precision of the rows.
+        val_way: Value of `eval.val_way`, which is ignored.
 
     Raises:
         ValueError: A number is out of range.
@@ -85,7 +86,7 @@ class _Parts:
         self.device = torch.device(device)
 
     def _keys(self, split: Split, index: int, num_tasks: int) -> Tensor:
-        """(T,) keys of tasks of a split."""
+        """Return the (T,) keys of tasks of a split."""
         numbers = torch.arange(index, index + num_tasks, device=self.device)
         if split == "train" and self._tasks is not None:
             numbers = numbers % self._tasks
@@ -93,21 +94,21 @@ class _Parts:
 
 
 class Tables(_Parts):
-    """Classifications by a random part of a table: of its classes, its columns and its rows.
+    """Classification tasks from random classes, columns and rows of a table.
 
-    A task is of one table of its split. It has some of its classes, put into `way` heaps at
-    random, each heap a label: with more classes than ways a label is of several, and a line
-    between labels is seldom straight. It sees some columns, the rest of its F features are zero.
-    A label's rows are of its classes by turns. Every feature is scaled by mean and deviation of
-    the support rows.
+    A task uses one table of its split. Some of the table's classes are assigned at random to `way`
+    label groups, each a union of one or more classes. With more classes than ways, the boundary
+    between labels is rarely linear. A task uses some of the columns; its other features are zero.
+    The rows of a label alternate between its classes. Features are standardized by the mean and
+    standard deviation of the support rows.
 
-    No class is in two splits, so that no row is.
+    No class, and therefore no row, is in two splits.
 
     Args:
-        train, val, test: What each split has: names of tables, or `digits:0-5` for some of the
-            classes of one, or `digits:0+3`.
-        classes: Fewest and most classes of a task.
-        **common: Those of `_Parts`: features, tasks, sizes, seeds, device and precision.
+        train, val, test: Contents of each split: names of tables, or some classes of a table,
+            such as `digits:0-5` or `digits:0+3`.
+        classes: Smallest and largest number of classes of a task.
+        **common: Arguments of `_Parts`: features, tasks, sizes, seeds, device and precision.
 
     Raises:
         ValueError: A table is unknown or too small, a class is in two splits, a number is out of
@@ -141,9 +142,9 @@ class Tables(_Parts):
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw tasks `index … index + num_tasks - 1` of a split.
+        """Return tasks `index … index + num_tasks - 1` of a split.
 
-        `class_ids` name the first class of each way, among those of the split's tables.
+        `class_ids` holds the first class of each way, numbered over the split's tables.
         """
         keys = self._keys(split, index, num_tasks)
         held = self._held[split]
@@ -168,11 +169,11 @@ class Tables(_Parts):
         )
 
     def class_names(self, split: Split) -> tuple[str, ...]:
-        """The name behind each number in `class_ids`, as `iris/setosa`."""
+        """Return the names of the classes that `class_ids` numbers, such as `iris/setosa`."""
         return tuple(f"{own.name}/{name}" for own in self._held[split] for name in own.classes)
 
     def fingerprint(self) -> str:
-        """A hash of every split's rows and classes, and of how tasks are drawn."""
+        """Return a hash of every split's rows and classes and of the sampling options."""
         digest = hashlib.sha256(repr((self._features, self._classes)).encode())
         for split in SPLITS:
             for own in self._held[split]:
@@ -181,14 +182,14 @@ class Tables(_Parts):
         return digest.hexdigest()[:16]
 
     def _draw(self, own: _Held, keys: Tensor, size: EpisodeSize) -> tuple[Tensor, Tensor]:
-        """(T, W, R, F) rows of tasks of one table, and (T, W) the first class of each way."""
+        """Draw the (T, W, R, F) rows of tasks of one table, and the (T, W) first classes."""
         most = min(self._classes[1], len(own.classes))
         fewest = max(self._classes[0], size.way)
         num_rows = size.shot + size.query
         chosen = seeding.choose(keys, _SLOT_CLASSES, len(own.classes), most)
         number = fewest + seeding.integers(keys, _SLOT_NUMBER, most - fewest + 1)
         place = torch.arange(most, device=self.device)
-        # One class for each way, the others anywhere, and beyond the task's number nowhere.
+        # Every way has one class; further classes go to random ways; the rest is not used.
         side = seeding.integers(keys, _SLOT_SIDES, size.way, (most,))
         side = torch.where(place < size.way, place, side)
         side = torch.where(place < number[:, None], side, size.way)
@@ -196,7 +197,7 @@ class Tables(_Parts):
         of_way = side[:, None] == way[:, None]
         heap = of_way.sum(2, keepdim=True)
         turns = torch.arange(num_rows, device=self.device)
-        # Of each way's rows: which class, and which of its rows, no row twice.
+        # The class of each row of a way, and its row in that class, without repetition.
         order = (~of_way).to(torch.int8).argsort(dim=2, stable=True)
         classes = order.gather(2, turns % heap)
         per_class = seeding.fold(keys[:, None], chosen)
@@ -218,15 +219,15 @@ class Tables(_Parts):
         way_key = f"{_SIZE_KEYS[split]}way"
         if self._classes[1] < size.way:
             raise ValueError(
-                f"{way_key}={size.way} is more than the {self._classes[1]} classes that a task "
-                f"takes: set data.classes=[{size.way},{size.way}]"
+                f"{way_key}={size.way} is more than the {self._classes[1]} classes of a task: "
+                f"set data.classes=[{size.way},{size.way}]"
             )
         for own in held:
             fewest = max(self._classes[0], size.way)
             if len(own.classes) < fewest:
                 raise ValueError(
-                    f"data.{split} has {len(own.classes)} classes of {own.name}, and a task takes "
-                    f"{fewest} or more: set {way_key} or data.classes lower"
+                    f"data.{split} has {len(own.classes)} classes of {own.name}, a task needs "
+                    f"{fewest} or more: lower {way_key} or data.classes"
                 )
             needed, count = size.shot + size.query, int(own.counts.min())
             if count < needed:
@@ -238,11 +239,11 @@ class Tables(_Parts):
         return held
 
     def _one(self, split: Split, word: str) -> _Held:
-        """A table, or `name:classes`."""
+        """Load a table, or the classes of it that are listed after a colon."""
         name, _, some = word.partition(":")
         if name not in CLASSIFIED:
             raise ValueError(
-                f"data.{split}: there is no table {name}, expected {', '.join(CLASSIFIED)}"
+                f"data.{split}: table {name} is unknown, expected {', '.join(CLASSIFIED)}"
             )
         rows, labels, names = table(name)
         try:
@@ -251,8 +252,8 @@ class Tables(_Parts):
             chosen = tuple(names[label] for label in wanted)
         except (ValueError, IndexError):
             raise ValueError(
-                f"data.{split}: {word} names no classes of {name}: expected {name}:FIRST-LAST or "
-                f"{name}:A+B, numbers from 0 to {len(names) - 1}"
+                f"data.{split}: {word} does not name classes of {name}: expected "
+                f"{name}:FIRST-LAST or {name}:A+B, with numbers from 0 to {len(names) - 1}"
             ) from None
         counts = torch.tensor([len(part) for part in parts])
         return _Held(
@@ -265,15 +266,15 @@ class Tables(_Parts):
 
 
 class Diabetes(_Parts):
-    """Regressions of a disease's progress by a random part of the columns and the patients.
+    """Regression of disease progression on random columns, for random patients.
 
-    The 442 patients are divided, 60 % for training and 20 % each for val and test, always the
-    same. Targets are scaled by mean and deviation of the training patients', features by those of
+    The 442 patients have a fixed split: 60 % for training, 20 % each for val and test. Targets are
+    standardized by the mean and standard deviation of the training patients, features by those of
     the support rows.
 
     Args:
-        **common: Those of `_Parts`: features (of ten columns), tasks, sizes, seeds, device and
-            precision.
+        features: Smallest and largest number of columns of a task; the table has ten.
+        **common: Arguments of `_Parts`: tasks, sizes, seeds, device and precision.
 
     Raises:
         ValueError: A number is out of range, or scikit-learn is missing.
@@ -309,7 +310,7 @@ class Diabetes(_Parts):
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw tasks `index … index + num_tasks - 1` of a split."""
+        """Return tasks `index … index + num_tasks - 1` of a split."""
         keys = self._keys(split, index, num_tasks)
         size = self.sizes[split]
         rows = self._rows[split]
@@ -325,7 +326,7 @@ class Diabetes(_Parts):
         )
 
     def fingerprint(self) -> str:
-        """A hash of every split's rows, and of how tasks are drawn."""
+        """Return a hash of every split's rows and of the sampling options."""
         digest = hashlib.sha256(repr(self._features).encode())
         for split in SPLITS:
             for part in (self._rows[split], self._targets[split]):
@@ -335,7 +336,10 @@ class Diabetes(_Parts):
 
 @lru_cache
 def table(name: str) -> tuple[Any, Any, tuple[str, ...]]:
-    """Rows (N, columns), labels or values (N,) and names of the classes of a table.
+    """Load a table of scikit-learn.
+
+    Returns:
+        (N, columns) rows, (N,) labels or values, and the names of the classes.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -350,13 +354,16 @@ def table(name: str) -> tuple[Any, Any, tuple[str, ...]]:
 
 
 def some_columns(rows: Tensor, picked: Tensor, keys: Tensor, bounds: tuple[int, int]) -> Tensor:
-    """Each task's columns alone, (T, …, F), of the rows that it picked.
+    """Select random columns for each task, padded with zeros to F features.
 
     Args:
-        rows: (N, columns).
-        picked: (T, …) numbers of rows.
-        keys: (T,).
-        bounds: Fewest and most columns of a task; F is the most.
+        rows: (N, columns) rows of the table.
+        picked: (T, …) indices of each task's rows.
+        keys: (T,) keys of the tasks.
+        bounds: Smallest and largest number of columns of a task; F is the largest.
+
+    Returns:
+        (T, …, F) features of the picked rows.
     """
     width, columns = bounds[1], rows.shape[1]
     most = min(width, columns)
@@ -371,7 +378,10 @@ def some_columns(rows: Tensor, picked: Tensor, keys: Tensor, bounds: tuple[int, 
 
 
 def scaled(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (T, R, F) by mean and deviation of the support; zero if constant there."""
+    """Standardize (T, R, F) features by mean and deviation of the support rows.
+
+    Features that are constant in the support become zero.
+    """
     mean = support.mean(1, keepdim=True)
     deviation = (support - mean).square().mean(1, keepdim=True).sqrt()
     unit = torch.where(deviation > 1e-9, deviation, 1.0)
@@ -380,7 +390,7 @@ def scaled(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mixed(keys: Tensor, slot: int, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (T, W, R, F) in random order: (T, W R, F), and their labels (T, W R)."""
+    """Shuffle rows (T, W, R, F) to (T, W R, F) and return them with their (T, W R) labels."""
     _, ways, num, width = rows.shape
     order = seeding.bits(keys, slot, (ways * num,)).argsort(dim=-1, stable=True)
     flat = rows.flatten(1, 2).gather(1, order[..., None].expand(-1, -1, width))
@@ -388,7 +398,7 @@ def _mixed(keys: Tensor, slot: int, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _numbers(words: str) -> list[int]:
-    """`0-5` or `0+3` as numbers, each once."""
+    """Parse `0-5` or `0+3` to a list of distinct numbers."""
     found: list[int] = []
     for word in words.split("+"):
         first, dash, last = word.partition("-")
@@ -399,24 +409,25 @@ def _numbers(words: str) -> list[int]:
 
 
 def check_pair(name: str, value: tuple[int, int], least: int) -> tuple[int, int]:
+    """Return a pair (smallest, largest) of the configuration after checking it."""
     if not least <= value[0] <= value[1]:
         raise ValueError(
-            f"data.{name}=[{value[0]},{value[1]}]: expected the fewest, {least} or more, and the "
-            "most"
+            f"data.{name}=[{value[0]},{value[1]}]: expected the smallest number, {least} or more, "
+            "and the largest"
         )
     return value
 
 
 def _check_apart(held: Mapping[Split, Sequence[_Held]]) -> None:
-    """Refuse a class in two splits, or twice in one."""
+    """Check that no class is in two splits, or in one split twice."""
     places = [
         (split, f"{own.name}/{n}") for split in SPLITS for own in held[split] for n in own.classes
     ]
     for (one, name), (other, same) in combinations(places, 2):
         if name == same:
             raise ValueError(
-                f"{name} is in data.{one} and in data.{other}: what is learned there would be "
-                "known here; name its classes, as digits:0-5, or other tables"
+                f"{name} is in data.{one} and in data.{other}: splits must not share classes; "
+                "name some classes, as digits:0-5, or other tables"
                 if one != other
                 else f"{name} is in data.{one} twice"
             )

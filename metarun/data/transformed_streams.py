@@ -1,7 +1,7 @@
-"""Streams of the same classes seen in another way by each task: turned, permuted, colored.
+"""Streams of tasks with the same classes but different transformations of the images.
 
-Shapes: T trajectories, J tasks in each, W classes, K rows of a class in a task, P images of a
-class that the tasks share, Q held-out rows of a class, R = W K or W Q, C H W images.
+Shapes: T streams, J tasks in each, W classes, K rows of a class in a task, P images of a class
+that the tasks share, Q held-out rows of a class, R = W K or W Q, C H W images.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ _NUM_SCALES, _NUM_TURNS = 2, 4
 
 
 class TransformedStream(ClassEpisodes):
-    """Trajectories of tasks that ask for the same `way` classes, each of images changed its way.
+    """Streams whose tasks have the same `way` classes and each its own image transformation.
 
-    A task shows `shot` images of each class, in random order, drawn from `pool` that all tasks
-    of the trajectory share, and holds out `query` that no task shows. A class keeps its label.
+    A task shows `shot` images of each class in random order. They are drawn from `pool` images
+    that all tasks of the stream share. `query` further images of each class are held out and never
+    shown. A class keeps its label in all tasks.
 
     Args:
-        source: `digits`, the 1,797 handwritten ones that come with scikit-learn (8x8, enlarged
-            to 16x16; every split has images of all ten), or `omniglot_small` (each split has
-            classes of its own).
-        tasks: J.
-        pool: P, or as many as a class has beyond those held out.
-        rows: Rows that arrive together, in one step.
-        task_ids_known: Whether a learner may know when a task begins and which one it is.
+        source: Data set of the images. `digits` are the 1,797 handwritten digits of scikit-learn
+            (8x8, enlarged to 16x16), of which every split has images of all ten.
+            `omniglot_small` has different classes in each split.
+        tasks: Number of tasks J.
+        pool: Number of shared images P of a class, limited to those that are not held out.
+        rows: Number of rows that arrive together in one step.
+        task_ids_known: Whether the learner is given the task of each row.
         sizes, seed, eval_seed, device, dtype, val_way: See `ClassEpisodes`.
 
     Raises:
-        ValueError: A number or a word is out of range, or scikit-learn is not installed.
+        ValueError: A number is out of range, an option is unknown, or scikit-learn is missing.
     """
 
     channels: ClassVar[int] = 1
-    """Of the changed images."""
+    """Number of channels of the transformed images."""
     most_tasks: ClassVar[int | None] = None
-    """Different ways to change images; None where there is no end of them."""
+    """Number of different transformations; None if it is unlimited."""
 
     def __init__(
         self,
@@ -83,7 +84,8 @@ class TransformedStream(ClassEpisodes):
                 raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
         if self.most_tasks is not None and tasks > self.most_tasks:
             raise ValueError(
-                f"data.tasks={tasks} is out of range: there are {self.most_tasks} ways to look"
+                f"data.tasks={tasks} is out of range: {self.most_tasks} or fewer is allowed, one "
+                "for each transformation"
             )
         tables = digits() if source == "digits" else small_tables("antialias", 28)
         side = tables["test"].images.shape[-1]
@@ -111,7 +113,7 @@ class TransformedStream(ClassEpisodes):
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Draw trajectories `index … index + num_tasks - 1` of a split."""
+        """Return streams `index … index + num_tasks - 1` of a split."""
         size, data = self.sizes[split], self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
         classes, _ = self._choose_classes(split, data, keys)
@@ -119,7 +121,7 @@ class TransformedStream(ClassEpisodes):
         picks = self._choose_images(data, keys, classes, pool + size.query)
         picks = picks + data.starts[classes][..., None]
         owners = seeding.fold(keys[:, None], torch.arange(self._tasks, device=self.device))
-        # (T, J, W): each class of each task draws from the pool by itself.
+        # (T, J, W): each class of each task draws from the pool independently.
         own = seeding.fold(owners[..., None], torch.arange(size.way, device=self.device))
         shown = seeding.choose(own, _SLOT_SHARED, pool, size.shot)
         support = picks[:, None, :, :pool].expand(-1, self._tasks, -1, -1).gather(3, shown)
@@ -138,12 +140,12 @@ class TransformedStream(ClassEpisodes):
         )
 
     def prepare(self, images: Any) -> Tensor:
-        """As `ClassEpisodes.prepare`, unchanged by any task."""
+        """Prepare a user's images as `ClassEpisodes.prepare` does, without a transformation."""
         rows = super().prepare(images)
         return rows.expand(-1, self.channels, -1, -1)
 
     def fingerprint(self) -> str:
-        """A hash of the images, of the way they are changed, and of the layout."""
+        """Return a hash of the images, of the kind of transformation and of the layout."""
         assert self.spec.streams is not None
         facts = (
             super().fingerprint(),
@@ -155,20 +157,23 @@ class TransformedStream(ClassEpisodes):
 
     @abstractmethod
     def change(self, images: Tensor, keys: Tensor) -> Tensor:
-        """The images (T, J, R, C, H, W) of each task, changed its way.
+        """Apply the transformation of each task to its images.
 
         Args:
-            images: (T, J, R, 1, H, W) in [0, 1], as they are.
-            keys: (T,) of the trajectories.
+            images: (T, J, R, 1, H, W) original images in [0, 1].
+            keys: (T,) keys of the streams.
+
+        Returns:
+            (T, J, R, C, H, W) transformed images.
         """
 
     def _changed(self, split: Split, data: Any, keys: Tensor, index: Tensor) -> Tensor:
-        """(T, J R, C, H, W) the images of an index (T, J, R)."""
+        """Return the transformed images (T, J R, C, H, W) of an index (T, J, R)."""
         images = self._inputs(split, data, keys, index.flatten(1))
         return self.change(images.unflatten(1, index.shape[1:]), keys).flatten(1, 2)
 
     def _shared(self, split: Split, pool: int) -> int:
-        """Images of a class that the tasks of a trajectory share."""
+        """Return the number of images of a class that the tasks of a stream share."""
         size, fewest = self.sizes[split], min(self._tables[split].counts)
         shared = min(pool, fewest - size.query)
         if size.shot > shared:
@@ -190,13 +195,14 @@ class TransformedStream(ClassEpisodes):
 
 
 class RotatedStream(TransformedStream):
-    """Each task turns its images by an angle of its own, growing from task to task.
+    """Streams in which each task rotates its images by one angle, larger from task to task.
 
-    As MNIST rotations of Lopez-Paz & Ranzato (2017): task j draws its angle evenly from the j-th
-    part of [0, 180) degrees.
+    As in MNIST rotations of Lopez-Paz & Ranzato (2017): the angle of task j is uniform on the
+    j-th of J equal parts of [0, 180) degrees.
     """
 
     def change(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Rotate the images of each task."""
         part = seeding.uniform(keys, _SLOT_ANGLE, (self._tasks,), dtype=torch.float64)
         task = torch.arange(self._tasks, device=self.device)
         angle = math.pi * (task + part) / self._tasks
@@ -204,9 +210,10 @@ class RotatedStream(TransformedStream):
 
 
 class PermutedStream(TransformedStream):
-    """Each task shuffles the pixels of its images in its own order (Goodfellow et al. 2014)."""
+    """Streams in which each task permutes the pixels of its images (Goodfellow et al. 2014)."""
 
     def change(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Permute the pixels of each task's images by the permutation of the task."""
         owners = seeding.fold(keys[:, None], torch.arange(self._tasks, device=self.device))
         pixels = images.shape[-2] * images.shape[-1]
         order = seeding.choose(owners, _SLOT_PERMUTATION, pixels, pixels)
@@ -217,15 +224,17 @@ class PermutedStream(TransformedStream):
 
 
 class RainbowStream(TransformedStream):
-    """Rainbow MNIST's 56 looks: 7 colors of the background, 2 scales, 4 quarter turns.
+    """Streams of Rainbow MNIST's 56 transformations (Finn et al. 2019, section 5.2).
 
-    Finn et al. (2019, section 5.2); the looks come in random order.
+    They combine 7 background colors, 2 scales and 4 rotations by multiples of 90 degrees, and
+    come in random order.
     """
 
     channels = 3
     most_tasks = len(_COLORS) * _NUM_SCALES * _NUM_TURNS
 
     def change(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Rotate and scale the images of each task and color their background."""
         assert self.most_tasks is not None
         look = seeding.choose(keys, _SLOT_LOOKS, self.most_tasks, self._tasks)
         turn, rest = look % _NUM_TURNS, look // _NUM_TURNS
@@ -238,7 +247,7 @@ class RainbowStream(TransformedStream):
 
 
 def _moved(images: Tensor, angle: Tensor, zoom: Tensor) -> Tensor:
-    """Images (T, J, R, C, H, W) turned by angles (T, J) in radians, and `zoom` times smaller."""
+    """Rotate (T, J, R, C, H, W) images by (T, J) angles in radians and shrink them by `zoom`."""
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     zero = torch.zeros_like(cos)
     maps = torch.stack([torch.stack([cos, -sin, zero]), torch.stack([sin, cos, zero])])
@@ -250,7 +259,7 @@ def _moved(images: Tensor, angle: Tensor, zoom: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def digits() -> dict[Split, ClassTable]:
-    """Scikit-learn's handwritten digits, a third of each one's images in every split.
+    """Return scikit-learn's handwritten digits, with a third of each class in every split.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -268,7 +277,7 @@ def digits() -> dict[Split, ClassTable]:
     images = (large * 255.0).round().clamp(0, 255).to(torch.uint8)
     target = np.asarray(bunch.target)
     tables: dict[Split, ClassTable] = {}
-    # By turns, since the images of a writer follow each other.
+    # Interleaved, because the images of a writer are adjacent.
     parts: dict[Split, set[int]] = {"train": {0}, "val": {1}, "test": {2}}
     for split, places in parts.items():
         rows = [

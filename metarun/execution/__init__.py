@@ -1,0 +1,1 @@
+"""Execution of tasks: the engine and the replay of traced operators."""

@@ -1,4 +1,4 @@
-"""One setting of the C library's memory allocator, which large activations need."""
+"""Settings of the C library's memory allocator for large activations."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _M_MMAP_THRESHOLD = -3
 
 
 def keep_large_blocks() -> None:
-    """Let the process keep the memory of large tensors instead of returning it at once.
+    """Make the process keep the memory of freed large tensors instead of returning it.
 
-    By default glibc maps every block of some MiB anew and unmaps it when it is freed, and the
-    page faults of that cost a quarter of a convolutional meta-step on a CPU. Elsewhere than on
-    Linux with glibc this does nothing.
+    By default glibc maps and unmaps every block of some MiB separately. The resulting page faults
+    cost a quarter of a convolutional meta-step on a CPU. The function has an effect only on Linux
+    with glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,8 +1,10 @@
-"""How the tasks of a batch run: batched by `torch.vmap`, one after another, or over threads.
+"""Execution of the tasks of a batch: with `torch.vmap`, in a loop, or over threads.
 
-A task function receives the network, its parameters and the rows of *one* task, and is written
-as if no other task existed. The engine maps it over T tasks. All kinds agree to rounding;
-for a fixed kind, chunk and number of threads the result is the same bit for bit.
+A task function receives the network, its parameters and the rows of *one* task. The engine maps it
+over T tasks. All kinds agree up to rounding. For a fixed kind, chunk size and number of threads
+the result is the same bit for bit.
+
+Shapes: T tasks.
 """
 
 from __future__ import annotations
@@ -28,20 +30,24 @@ Params = dict[str, Tensor]
 Tensors = tuple[Tensor, ...]
 TaskFunction = Callable[..., Any]
 ChunkMode = Literal["single", "batched", "two_stage"]
-"""How a chunk runs: one task, several by vmap, or the first stage by vmap and then one by one."""
+"""Mode of a chunk: one task, several tasks by vmap, or the first stage by vmap and the second task
+by task."""
 
 
 @dataclass(frozen=True)
 class TwoStageTask:
-    """A task function in two stages, the first of which sees only a part of the rows.
+    """Task function in two stages: adapt on some of the rows, then predict on all of them.
 
-    Where those are few and all are many, as a support and its queries may be, tasks share the
-    overhead of the first stage and go one by one through the second.
+    If the first stage has few rows and the second has many, as with a support set and its queries,
+    tasks run together in the first stage and one by one in the second. They then share the
+    overhead of the first stage.
 
     Args:
-        first: `first(net, params, *those rows) -> dict of floating tensors`, such as weights.
-        then: `then(net, params, what first returned, *all rows)`, whose results are the function's.
-        reads: The positions of the rows that `first` sees.
+        adapt: First stage, `adapt(net, params, *support rows) -> dict of floating tensors`, such
+            as adapted weights.
+        predict: Second stage, `predict(net, params, result of adapt, *all rows)`, which returns
+            the result of the function.
+        reads: Positions of the rows that `adapt` receives.
     """
 
     adapt: TaskFunction
@@ -53,38 +59,41 @@ class TwoStageTask:
         return self.predict(net, params, made, *rows)
 
     def support_rows(self, rows: Sequence[Tensor]) -> Tensors:
-        """Those that `first` sees."""
+        """Return the rows that `adapt` receives."""
         return tuple(rows[i] for i in self.reads)
 
 
 Work = Callable[["_Nets", ChunkMode, Sequence[Tensor], Sequence[Tensor]], Any]
-"""What a chunk of tasks comes to: of the network, how the chunk runs, the parameters, the rows."""
+"""Function that computes the results of a chunk from the networks, the mode, the parameters and the
+rows."""
 
-# Up to here a convolution is bound by overhead, which vmap shares over tasks; beyond, by
-# arithmetic, which grouped convolutions do slowly (measured at 5 and at 75 rows of 28x28).
+# Up to this number of rows a convolution is bound by overhead, which vmap shares over tasks.
+# Beyond, it is bound by arithmetic, which is slow in the grouped convolutions of vmap (measured at
+# 5 and at 75 rows of 28x28).
 _FEW_ROWS = 16
-# A chunk in stages has no more tasks than gain from each other (measured with 4, 8 and 16): what
-# the first stage keeps for the way back grows with them.
+# More tasks per two-stage chunk bring no further speed (measured with 4, 8 and 16) and need more
+# memory for the backward pass of the first stage.
 _TWO_STAGE_TASKS = 8
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Maps a function of one task over a batch of tasks.
+    """Executor that maps a function of one task over a batch of tasks.
 
     Args:
-        kind: `vmap`, `loop` or `threads`; `auto` is settled by `resolved`.
-        tasks_per_chunk: Tasks that run together by vmap. None takes the whole batch for `vmap`;
-            for `threads` an equal share each where tasks have few rows, else one at a time, but
-            for the first stage of what is `TwoStageTask`.
-        threads: Python threads of `threads`, each with an equal share of the cores; None
-            takes one for each core.
-        native: Whether tasks outside vmap may use layers as `set_native` makes them, which a
-            function that calls vmap itself cannot.
-        graph: Whether functions that come with a `key` are replayed as `Graphs.find` says.
+        kind: `vmap`, `loop` or `threads`; `auto` is replaced by `resolved`.
+        tasks_per_chunk: Number of tasks that run together by vmap. None takes the whole batch
+            for `vmap`. For `threads` it takes an equal share per thread if tasks have few rows,
+            else one task at a time, except for the first stage of a `TwoStageTask`.
+        threads: Number of Python threads of `threads`, which share the cores equally; None takes
+            one per core.
+        native: Whether tasks outside vmap may use the operators of `set_native`. A function that
+            calls vmap itself cannot use them.
+        graph: Whether and how functions with a `key` are replayed, see `Graphs.find`.
+        graphs: Cache of the traced graphs.
 
     Raises:
-        ValueError: A word or a number is not allowed.
+        ValueError: An option is unknown, or a number is out of range.
     """
 
     kind: Kind = "auto"
@@ -105,10 +114,10 @@ class Engine:
                 raise ValueError(f"{name}={value}: expected 1 or more, or null")
 
     def resolved(self, net: nn.Module, device: torch.device) -> Engine:
-        """Settle what is left open, for a network and a device.
+        """Return the engine with `auto` replaced by the best kind for a network and a device.
 
         Dense networks and GPUs are bound by the overhead of operators, which vmap shares over
-        tasks; for convolutions on a CPU threads over tasks use the cores best.
+        tasks. For convolutions on a CPU, threads over tasks make the best use of the cores.
         """
         threads = self.threads or _cores()
         kind = self.kind
@@ -118,7 +127,7 @@ class Engine:
         return replace(self, kind=kind, threads=threads)
 
     def describe(self) -> dict[str, str | int | None]:
-        """The settings, for the record of a run."""
+        """Return the settings, for the record of a run."""
         return {
             "engine": self.kind,
             "graph": self.graph,
@@ -135,20 +144,20 @@ class Engine:
         *,
         key: Hashable = None,
     ) -> tuple[Params, Any]:
-        """Gradient of the mean loss over T tasks.
+        """Compute the gradient of the mean loss over T tasks.
 
         Args:
-            function: `function(net, params, *rows of one task) -> (loss, extras)`, with a
-                0-dimensional loss and any nest of tensors beside it.
-            net: Handed to `function`, which calls it with `torch.func.functional_call`.
-            params: What to differentiate by, by name.
-            rows: Tensors with a leading dimension of T.
-            key: Everything that `function` depends on beside its arguments and what never
-                changes: with the same key the operators of one call serve the next. None has
-                it called each time.
+            function: Task function, `function(net, params, *rows of one task) -> (loss, extras)`,
+                with a 0-dimensional loss and any nest of tensors as extras.
+            net: Network passed to `function`, which calls it with `torch.func.functional_call`.
+            params: Parameters by name with respect to which the loss is differentiated.
+            rows: Tensors with a leading dimension T.
+            key: Values on which `function` depends in addition to its arguments. Calls with the
+                same key may replay the operators of an earlier call. None disables replays.
 
         Returns:
-            The gradients by name, and the extras stacked over tasks (leading T), detached.
+            The gradients by name, and the extras stacked over tasks (leading dimension T),
+            detached.
         """
         names = list(params)
         scale = 1.0 / rows[0].shape[0]
@@ -156,10 +165,10 @@ class Engine:
         def backward(
             nets: _Nets, mode: ChunkMode, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> tuple[Tensors, Any]:
-            # Prediction runs under no_grad and worker threads start with it off: say it here.
+            # Callers may run under no_grad, and worker threads have their own grad mode.
             with torch.enable_grad():
-                # Its own, since threads that meet in the gradient of one leaf can lock each other
-                # out for ever: one holds the interpreter and waits for the leaf, the other not.
+                # Each chunk has its own leaves: threads that accumulate into one leaf can
+                # deadlock, when one holds the interpreter lock and waits for the leaf.
                 leaves = [leaf.detach().requires_grad_() for leaf in leaves]
                 here = dict(zip(names, leaves, strict=True))
                 if mode == "two_stage":
@@ -171,7 +180,7 @@ class Engine:
         total: Tensors | None = None
         extras = []
         leaves = tuple(params.values())
-        # A chunk's gradient is its part of the mean over the whole batch.
+        # The gradient of a chunk is its contribution to the mean over the whole batch.
         kept = _kept(key, ("gradients", scale), function, names)
         for grads, extra in self._run(function, backward, net, leaves, rows, kept):
             total = _added(total, grads)
@@ -188,10 +197,10 @@ class Engine:
         *,
         key: Hashable = None,
     ) -> Any:
-        """Values of `function(net, params, *rows of one task)`, stacked over tasks, no graph.
+        """Return `function(net, params, *rows of one task)` stacked over tasks, without a graph.
 
         Args:
-            function, net, params, rows, key: As in `gradients`.
+            function, net, params, rows, key: See `gradients`.
         """
         names = list(params)
 
@@ -215,7 +224,7 @@ class Engine:
         rows: Tensors,
         key: Hashable,
     ) -> Iterator[Any]:
-        """Results of `work` on the chunks of the batch, in order."""
+        """Yield the results of `work` on the chunks of the batch, in order."""
         num_tasks = rows[0].shape[0]
         workers = min(self.threads or 1, num_tasks) if self.kind == "threads" else 1
         size, mode = self._plan(function, rows, workers)
@@ -224,8 +233,8 @@ class Engine:
         replays = self._replays(work, net, mode, leaves, chunks, key)
 
         def share(worker: int) -> Iterator[Any]:
-            # functional_call swaps the parameters of the module that it runs, so that each thread
-            # needs modules of its own; the tensors in them stay shared.
+            # functional_call swaps the parameters of the module that it runs. Each thread
+            # therefore needs its own modules; their tensors are shared.
             nets = _Nets(net, native=self.native, own=workers > 1)
             for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]:
                 yield replay(chunk) if replay else work(nets, mode, leaves, chunk)
@@ -241,7 +250,7 @@ class Engine:
         chunks: list[Tensors],
         key: Hashable,
     ) -> list[Callable[[Tensors], Any] | None]:
-        """What to call in place of `work` for each chunk, where there is anything."""
+        """Return the replay for each chunk, or None where `work` itself is to be called."""
         if key is None or self.graph == "none":
             return [None] * len(chunks)
         named = dict(net.named_buffers())
@@ -251,7 +260,7 @@ class Engine:
             leaves: Sequence[Tensor], buffers: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> Any:
             nets = _Nets(net, native=self.native, own=False)
-            # Buffers are arguments, too, so that a replay reads what they are by then.
+            # Buffers are arguments, too, so that a replay reads their current values.
             holder = _Holder(nets)
             here = {
                 f"nets.{part}.{name}": buffer
@@ -273,7 +282,7 @@ class Engine:
         return [graph and partial(graph, leaves, buffers) for graph in graphs]
 
     def _plan(self, function: TaskFunction, rows: Tensors, workers: int) -> tuple[int, ChunkMode]:
-        """Tasks of a chunk, and how they run."""
+        """Return the number of tasks of a chunk, and its mode."""
         num_tasks = rows[0].shape[0]
         share = -(-num_tasks // workers)
         size, two_stage = 1, False
@@ -289,12 +298,12 @@ class Engine:
 
 
 class _Nets:
-    """A network as vmap bears it, and as it is fastest for a task alone.
+    """Two forms of a network: one for vmap, and the fastest one for a single task.
 
     Args:
-        net: The network.
-        native: As in `Engine`.
-        own: Whether both are a thread's own.
+        net: Network of the caller.
+        native: See `Engine`.
+        own: Whether to copy the modules, for use in a thread.
     """
 
     def __init__(self, net: nn.Module, *, native: bool, own: bool) -> None:
@@ -312,11 +321,11 @@ class _Nets:
 
 
 class _Holder(nn.Module):
-    """Networks within a module, for `functional_call` to swap tensors of."""
+    """Module that contains the networks, so that `functional_call` can replace their buffers."""
 
     def __init__(self, nets: _Nets) -> None:
         super().__init__()
-        # One that stands there twice would not get its own tensors back.
+        # functional_call would not restore the tensors of a module that is registered twice.
         self.nets = nn.ModuleList(dict.fromkeys((nets.batched, nets.alone)))
 
     def forward(self, work: Callable[[], Any]) -> Any:
@@ -324,7 +333,7 @@ class _Holder(nn.Module):
 
 
 def _kept(key: Hashable, work: Hashable, function: TaskFunction, names: list[str]) -> Hashable:
-    """A key with what a caller cannot forget."""
+    """Extend a key by the work, the function's code and the parameter names; None stays None."""
     if key is None:
         return None
     stages = (
@@ -336,7 +345,7 @@ def _kept(key: Hashable, work: Hashable, function: TaskFunction, names: list[str
 def _call(
     function: TaskFunction, nets: _Nets, mode: ChunkMode, params: Params, rows: Sequence[Tensor]
 ) -> Any:
-    """Results for a chunk with a leading dimension of tasks."""
+    """Return the results of a chunk, with a leading dimension of tasks."""
     if mode == "batched":
         return torch.vmap(lambda *task: function(nets.batched, params, *task))(*rows)
     if mode == "single":
@@ -351,7 +360,7 @@ def _call(
 
 
 def _adapt(function: TwoStageTask, nets: _Nets, params: Params, rows: Sequence[Tensor]) -> Params:
-    """What the first stage makes of a chunk, by vmap."""
+    """Run the first stage of a chunk by vmap."""
     made: Params = torch.vmap(lambda *task: function.adapt(nets.batched, params, *task))(
         *function.support_rows(rows)
     )
@@ -366,10 +375,10 @@ def _by_task(made: Params) -> list[Params]:
 def _two_stage_gradients(
     function: TwoStageTask, nets: _Nets, params: Params, rows: Sequence[Tensor], scale: float
 ) -> tuple[Tensors, Any]:
-    """Gradients of a chunk's losses, and the extras: forth by stages, and back.
+    """Return the gradients of a chunk's losses, and the extras, with a two-stage function.
 
-    The second stage goes back to what the first made, one task after another; from there all
-    tasks go back together.
+    The backward pass of the second stage runs task by task, down to the results of the first
+    stage. From there, the backward pass runs for all tasks together.
     """
     made = _adapt(function, nets, params, rows)
     leaves = tuple(params.values())
@@ -385,7 +394,7 @@ def _two_stage_gradients(
     assert total is not None
     stacked = (torch.stack(of_tasks) for of_tasks in zip(*pulled, strict=True))
     pairs = zip(made.values(), stacked, strict=True)
-    # Constants lead nowhere.
+    # Results that do not depend on the parameters have no backward pass.
     back = {root: grad for root, grad in pairs if root.requires_grad}
     if back:
         total = _added(total, _pulled(tuple(back), leaves, tuple(back.values())))
@@ -395,7 +404,7 @@ def _two_stage_gradients(
 def _pulled(
     outputs: Tensors, leaves: Sequence[Tensor], back: Sequence[Tensor] | None = None
 ) -> Tensors:
-    """Gradients by leaves, zero where nothing depends on one."""
+    """Return gradients with respect to leaves, with zeros where nothing depends on one."""
     return torch.autograd.grad(outputs, leaves, back, allow_unused=True, materialize_grads=True)
 
 
@@ -412,14 +421,14 @@ def _unsqueezed(nest: Any) -> Any:
 
 
 def _few(rows: Tensors) -> bool:
-    """Whether tasks have so few rows that they gain from running together."""
+    """Return whether tasks have so few rows that running them together is faster."""
     return max(tensor.shape[1] for tensor in rows if tensor.dim() > 1) <= _FEW_ROWS
 
 
 def _over_threads(
     share: Callable[[int], Iterator[Any]], num_chunks: int, workers: int
 ) -> Iterator[Any]:
-    """Results in the order of the chunks, of which worker w has every `workers`-th from w on."""
+    """Yield results in the order of the chunks; worker w runs chunks w, w + workers, …."""
 
     def begin() -> None:
         torch.set_num_threads(max(1, _cores() // workers))
@@ -431,7 +440,7 @@ def _over_threads(
 
 
 def _replicate(net: nn.Module, *, native: bool = True) -> nn.Module:
-    """A copy of a network's structure around the same tensors; `native` as in `set_native`."""
+    """Copy the modules of a network but share its tensors; `native` applies `set_native`."""
     shared: dict[int, Any] = {id(t): t for t in (*net.parameters(), *net.buffers())}
     replica = copy.deepcopy(net, shared)
     if native:
@@ -451,5 +460,5 @@ def _concatenate(results: list[Any]) -> Any:
 
 
 def _cores() -> int:
-    """Cores that are this process's own."""
+    """Return the number of cores of this process."""
     return max(1, distributed.cores() // distributed.local_size())

@@ -1,9 +1,9 @@
-"""Functions of tensors as flat graphs: followed once, then replayed without what led to them.
+"""Tracing of tensor functions to flat graphs of operators, which are then replayed.
 
-A meta-step is many small operators. Between them Python, autograd and functorch take longer than
-the operators do, for small networks several times as long, and they come to the same list of
-operators each time. `Graphs` follows a function once for each shape of its arguments and keeps
-the list, gradients of any order included; a replay calls the operators and nothing else.
+A meta-step consists of many small operators. Python, autograd and functorch take longer than the
+operators themselves, several times as long for small networks, and produce the same list of
+operators each time. `Graphs` traces a function once for each set of argument shapes and keeps the
+list, including gradients of any order. A replay calls only the operators.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ GRAPH_KINDS: tuple[GraphKind, ...] = ("auto", "none", "replay", "compile")
 Function = Callable[..., Any]
 
 _PATIENCE = 200
-"""Calls before `auto` follows a function: to follow it takes as long as some hundred small calls,
-so that short runs and single evaluations do not."""
+"""Number of calls after which `auto` traces a function. Tracing takes as long as some hundred small
+calls, so it does not pay for short runs and single evaluations."""
 
 _log = logging.getLogger(__name__)
 
 
 class Graphs:
-    """The graphs of one engine, by what they were made of."""
+    """Cache of the traced graphs of one engine."""
 
     def __init__(self) -> None:
         self._calls: dict[Hashable, int] = {}
@@ -45,19 +45,19 @@ class Graphs:
     def find(
         self, kind: GraphKind, key: Hashable, function: Function, args: Sequence[Sequence[Tensor]]
     ) -> Function | None:
-        """What to call in the place of `function`; None is the function itself.
+        """Return a replacement for `function`, or None if the function itself is to be called.
 
-        A replay is used only where it gives what the function gives, bit for bit. One that is
-        compiled agrees to rounding.
+        A replay is used only if it equals the function bit for bit. A compiled replay agrees up
+        to rounding.
 
         Args:
-            kind: `auto` and `replay` replay the operators, `auto` from the 200th call on;
-                `compile` hands them to `torch.compile`, which fuses them.
-            key: Everything that the function depends on beside its arguments.
-            function: Of lists of tensors to any nest of tensors. It reads no other tensors: one
-                that does is never replayed.
-            args: The arguments of this call. The last list is data: what a replay makes of that
-                alone it makes once.
+            kind: `auto` and `replay` replay the operators, `auto` from the 200th call on.
+                `compile` passes them to `torch.compile`, which fuses them.
+            key: Values on which the function depends in addition to its arguments.
+            function: Function of lists of tensors that returns any nest of tensors. A function
+                that reads other tensors is never replayed.
+            args: Arguments of this call. The last list is data. Equal operations on data alone are
+                computed once per replay.
         """
         whole = (kind, key, tuple(tuple(map(_layout, tensors)) for tensors in args))
         if whole in self._made:
@@ -80,7 +80,7 @@ def _layout(tensor: Tensor) -> Hashable:
 def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
     try:
         return _followed(function, args)
-    # Whatever cannot be followed can still be called, as it was before.
+    # A function that cannot be traced is called as it is.
     except Exception as error:
         _log.debug("not replayed: %s", error)
         return None
@@ -92,7 +92,7 @@ def _faithful(
     expected = function(*args)
     try:
         found = graph(*args)
-    # As above: what cannot be replayed is called.
+    # As above: a function that cannot be replayed is called as it is.
     except Exception as error:
         _log.debug("not replayed: %s", error)
         return None
@@ -104,7 +104,7 @@ def _faithful(
 
 def _compiled(graph: Function, args: Sequence[Sequence[Tensor]]) -> Function:
     on_gpu = any(tensor.is_cuda for tensors in args for tensor in tensors)
-    # On a GPU whole-step CUDA graphs: nothing is launched one by one.
+    # On a GPU use CUDA graphs of the whole step, which avoid separate kernel launches.
     mode = "reduce-overhead" if on_gpu else "default"
     compiled = torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
 
@@ -116,14 +116,14 @@ def _compiled(graph: Function, args: Sequence[Sequence[Tensor]]) -> Function:
 
 
 def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
-    """The operators of one call, from the arguments to the results.
+    """Trace the operators of one call, from the arguments to the results.
 
     Raises:
-        ValueError: It reads tensors that are not among its arguments.
+        ValueError: The function reads tensors that are not among its arguments.
     """
     flat = [[tensor.detach() for tensor in tensors] for tensors in args]
     with warnings.catch_warnings():
-        # Gradients of tensors that are no leaves, which autograd is asked for on purpose.
+        # Gradients of non-leaf tensors are intended here.
         warnings.simplefilter("ignore")
         module = make_fx(function, tracing_mode="fake")(*flat)
     constants = [node.target for node in module.graph.nodes if node.op == "get_attr"]
@@ -146,10 +146,10 @@ _RESHAPES = {
     torch.ops.aten.transpose.int,
     torch.ops.aten.t.default,
 }
-"""Operators that give their first argument in another shape, which may be the one it has."""
+"""Operators that return their first argument in a shape that may be the same."""
 
 _SAME = {torch.ops.aten.alias.default, torch.ops.aten.detach.default}
-"""Operators that give their argument."""
+"""Operators that return their argument."""
 
 _ZEROS = {
     torch.ops.aten.zeros.default,
@@ -160,9 +160,9 @@ _STILL_ZEROS = {*_SAME, *_RESHAPES, torch.ops.aten.permute.default, torch.ops.at
 
 
 def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
-    """Leave out what changes nothing, what nobody reads, and what was made of the data before."""
+    """Remove operators without effect, unused results and repeated operations on the data."""
     graph = module.graph
-    # What an operator writes into may be no zeros and not the same by then: nothing is certain.
+    # In-place operators may change zeros and shared results, so these steps need their absence.
     if not any(_writes(node) for node in graph.nodes):
         _leave_out_zeros(graph)
         _share(graph, data)
@@ -179,9 +179,9 @@ def _writes(node: fx.Node) -> bool:
 
 
 def _leave_out_zeros(graph: fx.Graph) -> None:
-    """Take the other one of two summands where one is zeros.
+    """Replace sums with zeros by their other summand.
 
-    So are derivatives of pooling and of ReLU by their inputs, as large as those.
+    The derivatives of pooling and ReLU produce such zeros, as large as their inputs.
     """
     zeros: set[fx.Node] = set()
     for node in graph.nodes:
@@ -194,9 +194,9 @@ def _leave_out_zeros(graph: fx.Graph) -> None:
 
 
 def _share(graph: fx.Graph, data: set[fx.Node]) -> None:
-    """Make once what is made of the data alone.
+    """Merge equal operations that depend on the data alone.
 
-    Nothing else, since what depends on weights may be made again on purpose, to save memory.
+    Operations that depend on weights are left, as they may be repeated on purpose to save memory.
     """
     known = set(data)
     made: dict[str, fx.Node] = {}
@@ -211,10 +211,10 @@ def _share(graph: fx.Graph, data: set[fx.Node]) -> None:
 
 
 def _same_layout(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two are of one type and laid out alike, for certain.
+    """Return whether two results surely have the same shape, type and memory layout.
 
-    Of a dimension of 1 the stride means nothing, and may be another one by the time of a replay;
-    but products choose their order of sums by it.
+    The stride of a dimension of size 1 is arbitrary and may differ in a replay, but matrix products
+    choose their order of summation by it. Such tensors therefore do not count as equal.
     """
     value, before = node.meta["val"], other.meta["val"]
     alike = (value.shape, value.dtype) == (before.shape, before.dtype)

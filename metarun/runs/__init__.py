@@ -1,0 +1,1 @@
+"""Run folders: configuration, status, metrics, checkpoints and the lock of a run."""

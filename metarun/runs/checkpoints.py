@@ -1,4 +1,4 @@
-"""Checkpoints as bytes: written by torch, read without running anything in them."""
+"""Reading and writing of checkpoints with torch, without executing code from a file."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from metarun.runs.formats import FORMAT, check_format
 
 
 def read_checkpoint(path: Path) -> Record:
-    """Load a checkpoint onto the CPU, without running anything that it may contain.
+    """Load a checkpoint onto the CPU without executing any code in it.
 
     Raises:
-        ValueError: It is damaged, or of another format.
+        ValueError: The file is damaged, or has another format.
     """
     import torch
 
@@ -34,10 +34,10 @@ def read_checkpoint(path: Path) -> Record:
 
 
 def serialized(checkpoint: Record) -> memoryview:
-    """A checkpoint as the bytes of its file."""
+    """Return the bytes of a checkpoint file."""
     import torch
 
-    # In memory first: torch reports a full disk as an internal error of its own writer.
+    # In memory first, because torch reports a full disk as an internal error of its writer.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **checkpoint}, buffer)
     return buffer.getbuffer()

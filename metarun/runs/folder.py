@@ -1,9 +1,8 @@
-"""The folder of one run: what is in it, and how it survives a kill at any moment.
+"""Folder of one run: its files, written so that a run can be resumed after a kill at any time.
 
-Every file is written beside its place and moved there, so that a reader meets the old file or
-the new one; `metrics.jsonl` and `timing.jsonl` grow line by line, and a checkpoint records how
-long they were. torch is imported with the first checkpoint, so that the command line can read
-a run's configuration at once.
+Files are replaced atomically, so a reader finds either the old or the new content. `metrics.jsonl`
+and `timing.jsonl` grow line by line, and a checkpoint records their lengths. Torch is imported with
+the first checkpoint, so that the command line can read a configuration without delay.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """The files of one run. Made by `RunFolder.create` or `RunFolder.open`.
+    """Files of one run, to be created by `RunFolder.create` or `RunFolder.open`.
 
     Attributes:
-        path: The folder.
+        path: Path of the folder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,20 +42,20 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: str, overrides: Sequence[str] = ()) -> RunFolder:
-        """Make the folder of a new run.
+        """Create the folder of a new run.
 
         Args:
-            path: Where; a folder that is there already has to be empty.
-            config: The resolved configuration, as YAML.
-            overrides: What was typed, for `resume`.
+            path: Path of the folder; an existing folder has to be empty.
+            config: Resolved configuration, as YAML.
+            overrides: Overrides of the command line, for `resume`.
 
         Raises:
-            InUse: Something is there already.
+            InUse: The folder is not empty, or another run has just created it.
         """
         run = cls(Path(path))
         run.path.mkdir(parents=True, exist_ok=True)
         if any(run.path.iterdir()):
-            raise InUse(f"{run.path} is not empty: every run has a folder of its own")
+            raise InUse(f"{run.path} is not empty: a run needs a folder of its own")
         try:
             run._file("config.yaml").open("x").close()
         except FileExistsError:
@@ -70,10 +69,10 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """Open the folder of a run that was started before.
+        """Open the folder of an existing run.
 
         Raises:
-            ValueError: It is not there, or it is not the folder of a run.
+            ValueError: The folder does not exist, or is not the folder of a run.
         """
         run = cls(Path(path))
         if not run.path.is_dir():
@@ -81,28 +80,28 @@ class RunFolder:
         missing = [name for name in ("config.yaml", "status.json") if not run._file(name).is_file()]
         if missing:
             raise ValueError(
-                f"{path} is not a run folder, it has no {missing[0]}: expected one that metarun "
-                "made, outputs/<date>/<time>-<algo>-<data>-…"
+                f"{path} is not a run folder, it has no {missing[0]}: expected a folder such as "
+                "outputs/<date>/<time>-<algo>-<data>-…"
             )
         return run
 
-    # What a run was asked for.
+    # Configuration.
 
     def config_text(self) -> str:
-        """The resolved configuration, as YAML."""
+        """Return the resolved configuration as YAML."""
         return self._file("config.yaml").read_text(encoding="utf-8")
 
     def configuration(self) -> dict[str, Any]:
-        """The resolved configuration.
+        """Return the resolved configuration.
 
         Raises:
-            ValueError: The file is no YAML, or no run's.
+            ValueError: The file is not valid YAML, or not the configuration of a run.
         """
         from omegaconf import OmegaConf
 
         try:
             stored = OmegaConf.to_container(OmegaConf.create(self.config_text()), resolve=True)
-        # YAML's own errors have several lines and classes.
+        # YAML raises several classes of errors, with messages of several lines.
         except Exception as error:
             why = " ".join(str(error).split())
             raise ValueError(f"{self._file('config.yaml')} is damaged: {why}") from error
@@ -113,7 +112,7 @@ class RunFolder:
         return cast("dict[str, Any]", stored)
 
     def overrides(self) -> list[str]:
-        """What was typed when the run was started."""
+        """Return the overrides of the command that started the run."""
         from omegaconf import OmegaConf
 
         path = self._file("overrides.yaml")
@@ -122,14 +121,17 @@ class RunFolder:
             raise ValueError(f"{path}: expected a list of overrides")
         return [str(override) for override in loaded]
 
-    # Where it stands.
+    # Status.
 
     def status(self) -> Record:
-        """`state` (running, finished, failed, interrupted), `step`, `time`; `why` if it failed."""
+        """Return `state`, `step`, `time` and, for a failed run, `why`.
+
+        The state is `running`, `finished`, `failed` or `interrupted`.
+        """
         return self.read_json("status.json")
 
     def set_status(self, state: State, **facts: Any) -> None:
-        """Write the status, in place if the disk has no room for a second file."""
+        """Write the status; on a full disk the file is overwritten in place."""
         record = {"state": state, **facts, "time": datetime.now().isoformat(timespec="seconds")}
         data = to_json(record)
         try:
@@ -144,7 +146,7 @@ class RunFolder:
     # Records.
 
     def write_json(self, name: str, record: Mapping[str, Any]) -> None:
-        """Write a record; what is not finite becomes null."""
+        """Write a record; numbers that are not finite become null."""
         write_atomically(self._file(name), to_json(record))
 
     def read_json(self, name: str) -> Record:
@@ -164,24 +166,24 @@ class RunFolder:
         """Read `results.json`, the record of a finished run or meta-test.
 
         Raises:
-            ValueError: It is damaged, or of another format.
+            ValueError: The file is damaged, or has another format.
         """
         record = self.read_json(RESULTS)
         check_format(self._file(RESULTS), record)
         return record
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Return whether a file exists."""
         return self._file(name).exists()
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
-        """Add a line to `metrics.jsonl` or `timing.jsonl`."""
+        """Append a line to `metrics.jsonl` or `timing.jsonl`."""
         line = json.dumps(finite(record), allow_nan=False) + "\n"
         with self._file(name).open("ab") as file:
             file.write(line.encode())
 
     def read_lines(self, name: str) -> list[Record]:
-        """The lines of a growing file, but for one that is being written; none without it."""
+        """Return the complete lines of a growing file; an empty list if it does not exist."""
         if not self.has(name):
             return []
         lines: list[Record] = []
@@ -193,7 +195,7 @@ class RunFolder:
         return lines
 
     def lengths(self) -> dict[str, int]:
-        """Bytes of the growing files, on the disk for sure."""
+        """Sync the growing files to disk and return their lengths in bytes."""
         lengths: dict[str, int] = {}
         for name in ("metrics.jsonl", "timing.jsonl"):
             with self._file(name).open("ab") as file:
@@ -202,7 +204,7 @@ class RunFolder:
         return lengths
 
     def cut(self, lengths: Mapping[str, int]) -> None:
-        """Cut the growing files back to what a checkpoint recorded, half lines included."""
+        """Truncate the growing files to the lengths in a checkpoint, with any partial line."""
         for name in ("metrics.jsonl", "timing.jsonl"):
             path = self._file(name)
             length = lengths.get(name, 0)
@@ -212,7 +214,7 @@ class RunFolder:
     # Checkpoints.
 
     def save_last(self, checkpoint: Record) -> None:
-        """Write `last.pt`; the one before stays as `previous.pt`."""
+        """Write `last.pt`; the previous checkpoint is kept as `previous.pt`."""
         folder = self.path / "checkpoints"
         data = serialized(checkpoint)
         with prepared_file(folder / "last.pt", data) as temporary:
@@ -221,10 +223,10 @@ class RunFolder:
             temporary.replace(folder / "last.pt")
 
     def load_last(self) -> Record | None:
-        """The newest checkpoint that is whole; None if none was ever written.
+        """Return the newest intact checkpoint; None if none was written.
 
         Raises:
-            ValueError: There are checkpoints and all are damaged.
+            ValueError: All checkpoints are damaged.
         """
         folder = self.path / "checkpoints"
         damaged: list[str] = []
@@ -239,7 +241,7 @@ class RunFolder:
                     _log.warning("%s: continuing from %s", text, name)
                 return checkpoint
         if damaged:
-            raise ValueError(f"{damaged[0]}, and there is no other: start the run again")
+            raise ValueError(f"{damaged[0]}, and there is no other checkpoint: start a new run")
         return None
 
     def save_best(self, checkpoint: Record) -> None:
@@ -247,18 +249,18 @@ class RunFolder:
         write_atomically(self.path / "checkpoints" / "best.pt", serialized(checkpoint))
 
     def drop_best(self) -> None:
-        """Remove `best.pt`, which a run that goes on from an earlier step has not earned yet."""
+        """Remove `best.pt`, which may be newer than the step from which a run resumes."""
         (self.path / "checkpoints" / "best.pt").unlink(missing_ok=True)
 
     def load_learned(self) -> tuple[Literal["best", "last"], Record] | None:
-        """What the run has learned: the parameters with the best meta-val, else the last.
+        """Load the parameters with the best result on meta-val, or the last ones without it.
 
         Returns:
-            Which of the two, and a record with `algo`, `data`, `step` and `state`; None if the
-            run has saved nothing yet.
+            `best` or `last`, and a record with `algo`, `data`, `step` and `state`; None if the
+            run has no checkpoint yet.
 
         Raises:
-            ValueError: Every file is damaged.
+            ValueError: All checkpoints are damaged.
         """
         best = self.path / "checkpoints" / "best.pt"
         if best.exists():
@@ -271,14 +273,14 @@ class RunFolder:
             return None
         return ("last", last) if last["best"] is None else ("best", last["best"])
 
-    # One process at a time, and its log.
+    # Lock and log.
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other processes out of the folder; a lock whose process is gone is taken over.
+        """Lock the folder against other processes; the lock of an ended process is taken over.
 
         Raises:
-            InUse: Another process is at work here.
+            InUse: Another process uses the folder.
         """
         path = self._file("lock")
         file = locked_file(path)
@@ -294,7 +296,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
-        """Write what the program logs to `metarun.log`."""
+        """Write the log records of the program to `metarun.log`."""
         handler = _LogFile(self._file("metarun.log"), encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("metarun")
@@ -306,12 +308,12 @@ class RunFolder:
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
-            # The last lines may not fit on a full disk, which has been reported by then.
+            # The last lines may not fit on a full disk, which is already reported by then.
             with contextlib.suppress(OSError):
                 handler.close()
 
     def test_folder(self, slug: str) -> Path:
-        """Make a new folder `tests/<slug>`, with a number behind it if there is one already."""
+        """Create a new folder `tests/<slug>`, with a number appended if it exists."""
         tests = self.path / "tests"
         tests.mkdir(exist_ok=True)
         number = 1
@@ -326,17 +328,17 @@ class RunFolder:
         return self.path / name
 
     def _sweep(self) -> None:
-        """Remove the unfinished files of a process that was killed while it wrote."""
+        """Remove temporary files of a process that was killed while writing."""
         for folder in (self.path, self.path / "checkpoints"):
             for temporary in folder.glob(".*.tmp"):
                 temporary.unlink(missing_ok=True)
 
 
 class NullRunFolder(RunFolder):
-    """The folder of a run that another process writes; here nothing is written or read.
+    """Run folder that reads and writes nothing, for all but the main process of a run.
 
     Attributes:
-        path: Where it is there, for messages.
+        path: Empty path; the caller may set that of the main process, for messages.
     """
 
     def __init__(self) -> None:
@@ -379,7 +381,7 @@ class NullRunFolder(RunFolder):
 
 
 class _LogFile(logging.FileHandler):
-    """A log that a full disk does not turn into a traceback for every line."""
+    """Log handler that ignores disk errors instead of printing a traceback for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not isinstance(sys.exc_info()[1], OSError):

@@ -1,4 +1,4 @@
-"""The format of `results.json` and of checkpoints: this version reads every one up to its own."""
+"""Format number of `results.json` and of checkpoints. A version reads all formats up to its own."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 FORMAT = 1
-"""Written by this version; raised when an older program could not read a newer record."""
+"""Format written by this version. It increases when older versions cannot read new records."""
 
 
 def check_format(path: Path, record: Mapping[str, Any]) -> None:
-    """Refuse a record of another format.
+    """Check that this version can read a record.
 
     Raises:
-        ValueError: It says none, or a later one.
+        ValueError: The record has no format, or a newer one.
     """
     found = record.get("format")
     if not isinstance(found, int):
         raise ValueError(
-            f"{path} has no format: it is of a metarun before format {FORMAT}, which this one "
-            "does not read: make the run again"
+            f"{path} has no format: it was written by a metarun before format {FORMAT}, which "
+            "this version does not read: run it again"
         )
     if found > FORMAT:
         raise ValueError(
-            f"{path} has format {found}, of a newer metarun: update this one, which reads up to "
-            f"{FORMAT}"
+            f"{path} has format {found}, of a newer metarun: update metarun, this version reads up "
+            f"to {FORMAT}"
         )

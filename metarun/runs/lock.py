@@ -1,4 +1,4 @@
-"""One process at a time in a run folder."""
+"""Lock that restricts a run folder to one process."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # a system without it
+except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 
-class InUse(ValueError):  # noqa: N818 - a state of the folder's
-    """The folder is another run's, or another process is at work in it."""
+class InUse(ValueError):  # noqa: N818 - names the state of the folder
+    """The folder belongs to another run, or another process uses it."""
 
 
 def locked_file(path: Path) -> IO[str]:
-    """Open the lock file and hold it.
+    """Open and lock the lock file.
 
-    The kernel drops a lock with its process, so a lock that can be had is free or stale; where
-    the file system has none, the process written in the file is looked for.
+    The kernel releases a lock when its process ends, so a lock that can be acquired is free or
+    stale. On file systems without locks, the process named in the file is looked up instead.
+
+    Raises:
+        InUse: Another process holds the lock.
     """
     while True:
         file = path.open("a+", encoding="utf-8")
@@ -33,9 +36,9 @@ def locked_file(path: Path) -> IO[str]:
             who = f"process {owner[1]} on {owner[0]}" if len(owner) == 2 else "another process"
             raise InUse(
                 f"{path.parent} is in use by {who}: wait for it, or stop it, "
-                f"or remove {path} if it is gone"
+                f"or remove {path} if it has ended"
             )
-        # The process before may have removed the file between our opening and locking it.
+        # The previous owner may have removed the file after we opened and before we locked it.
         if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
             return file
         file.close()
@@ -53,7 +56,7 @@ def _held(file: IO[str], owner: list[str]) -> bool:
 
 
 def _alive(process: int) -> bool:
-    if os.name != "posix":  # where signal 0 would end it
+    if os.name != "posix":  # elsewhere signal 0 would end the process
         return True
     try:
         os.kill(process, 0)

@@ -74,7 +74,7 @@ def test_a_dense_network_at_a_context_of_zero_is_the_one_without() -> None:
 
 
 def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
-    """Of 84 pixels 3 are left, as the official code's dense layer of 9 x 256 inputs expects."""
+    """84 pixels are reduced to 3, as the official code's dense layer of 9 x 256 inputs expects."""
     ctx = {"filters": 16, "blocks": 6, "strides": [2, 1, 2, 1, 2, 2], "norm": "none"}
     net = Conv4((1, 84, 84), None, padding=0, **ctx)
     assert net.feature_dim == 3 * 3 * 16
@@ -83,7 +83,7 @@ def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
     for wrong, says in (
         ({"strides": [2, 1]}, r"backbone\.strides=\[2, 1\]: expected 6 positive numbers"),
         ({"padding": -1}, r"backbone\.padding=-1"),
-        ({"padding": 0}, "images of 28x28 pixels vanish"),
+        ({"padding": 0}, "images of 28x28 pixels are too small"),
     ):
         with pytest.raises(ValueError, match=says):
             Conv4((1, 28, 28), None, **{**ctx, **wrong})
@@ -165,7 +165,7 @@ def test_a_mixed_network_differs_by_bfloat16_alone_and_learns_in_float32(
     mixed, rounded = answers_and_gradients()
     assert all(tensor.dtype is torch.float32 for tensor in [mixed, *rounded])
     assert not torch.equal(mixed, exact)
-    # bfloat16 keeps 8 bits, which a dozen layers lose a few of.
+    # bfloat16 has 8 significant bits, and a dozen layers lose a few of them.
     torch.testing.assert_close(mixed, exact, rtol=0, atol=0.05 * exact.detach().abs().max().item())
     one, other = (torch.cat([g.flatten() for g in each]) for each in (gradients, rounded))
     assert nn.functional.cosine_similarity(one, other, dim=0) > 0.95
@@ -184,7 +184,7 @@ def test_a_mixed_network_computes_under_vmap_what_it_computes_alone() -> None:
         return outputs
 
     alone = torch.stack([answers(*pair) for pair in zip(own, x, strict=True)])
-    # The same roundings; sums in another order.
+    # The same roundings, but sums in another order.
     torch.testing.assert_close(torch.vmap(answers)(own, x), alone, rtol=0, atol=0.02)
     assert not torch.allclose(alone[0], net(x[1]))
 

@@ -89,7 +89,7 @@ def own_tensors(name: str) -> tuple[nn.Conv2d, BatchNorm, list[Tensor]]:
 
 
 def pulled_twice(outputs: Tensor, own: list[Tensor]) -> list[Tensor]:
-    """First derivatives of a curved function of the outputs, and derivatives of those."""
+    """Return first derivatives of a nonlinear function of the outputs, and their derivatives."""
     first = torch.autograd.grad(outputs.sin().sum(), own, create_graph=True)
     second = torch.autograd.grad(sum(grad.square().sum() for grad in first), own)
     return [*first, *second]
@@ -138,7 +138,7 @@ def test_what_a_convolution_of_images_gives_is_normalized_without_a_pass_over_it
 
 
 class _Sums(TorchDispatchMode):
-    """Counts sums over tensors of a size."""
+    """Mode that counts sums over tensors of a given size."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class _Sums(TorchDispatchMode):
 def test_statistics_of_patches_bear_pixels_far_from_zero() -> None:
     conv, norm, _ = own_tensors("of images")
     x = 200.0 + 0.5 * torch.randn(20, 2, 8, 8).double()
-    # Unpadded: zeros beside such pixels would be most of the variance.
+    # Unpadded: zeros next to such pixels would dominate the variance.
     conv.padding = (0, 0)
     exact = conv_and_norm(conv, norm, x, ForwardContext())
     rounded = conv_and_norm(conv.float(), norm.float(), x.float(), ForwardContext())
@@ -181,12 +181,12 @@ def test_film_scales_and_shifts_each_channel_by_a_linear_layer_of_the_context() 
     # gamma = (1 + 0.5, -1), beta = (2, -3 + 1)
     moved = film(x, ForwardContext(context=torch.tensor([1.0, -1.0])))
     assert moved.tolist() == [[[[3.5, 5.0]], [[-5.0, -6.0]]]]
-    # At a context of zero what is left is the bias: gamma = (0.5, 0), beta = (0, 1).
+    # With a zero context only the bias is left: gamma = (0.5, 0), beta = (0, 1).
     assert film(x, ForwardContext()).tolist() == [[[[0.5, 1.0]], [[1.0, 1.0]]]]
 
 
 def _second_order(normalize: Callable[..., Tensor], batched: bool) -> Tensor:
-    """Gradient by a layer before the norm, after an inner step on the norm's weight and bias."""
+    """Return the gradient of a layer before the norm, through an inner step on the norm."""
     draw = torch.Generator().manual_seed(1)
     x, y = torch.randn(2, 5, 6, 4, dtype=torch.float64, generator=draw)
     mixing = torch.randn(4, 4, dtype=torch.float64, generator=draw).requires_grad_()
@@ -208,7 +208,7 @@ def _second_order(normalize: Callable[..., Tensor], batched: bool) -> Tensor:
 
 
 def test_vmap_over_an_adapted_batch_norm_keeps_second_order_gradients() -> None:
-    """torch's own batch norm is silently wrong here, which is why we carry ours."""
+    """Torch's own batch norm is silently wrong here, so the package has its own."""
     norm = BatchNorm(4, "norm").double()
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -255,7 +255,7 @@ def test_instance_norm_is_torchs_and_each_row_is_alone() -> None:
     expected = nn.functional.instance_norm(x, weight=norm.weight, bias=norm.bias)
     torch.testing.assert_close(norm(x, ForwardContext()), expected)
     torch.testing.assert_close(norm(x[1:2], ForwardContext()), expected[1:2])
-    # It is batch norm of a batch of one.
+    # Instance norm equals batch norm of a batch of one.
     batch = BatchNorm(3, "norm").double()
     batch.load_state_dict(norm.state_dict(), strict=False)
     torch.testing.assert_close(batch(x[1:2], ForwardContext()), expected[1:2])

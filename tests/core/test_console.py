@@ -1,4 +1,4 @@
-"""What a reader sees: lines without a terminal, a bar on one, and numbers that can be read."""
+"""Screen output: plain lines without a terminal, a bar on one, and readable numbers."""
 
 from __future__ import annotations
 

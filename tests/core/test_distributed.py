@@ -1,4 +1,4 @@
-"""One run that several processes make together."""
+"""Runs that are distributed over several processes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def meta_learners() -> list[str]:
 
 CASES = [" ".join([a, data_for(a), *OPTIONS.get(a, [])]) for a in meta_learners()] + MORE
 FEW = ["maml", "metagan_maml", "mixture", "multitask", "np", "reptile", "selector", "simpleshot"]
-"""One for each way in which something is of all tasks."""
+"""One algorithm for each way in which a quantity depends on all tasks."""
 FEW_CASES = [case for case in CASES if case.split()[0] in FEW]
 
 
@@ -69,7 +69,7 @@ def free_port() -> int:
 
 
 def environment(rank: int, size: int, port: int) -> dict[str, str]:
-    """What torchrun tells a process."""
+    """Return the environment variables that torchrun sets for a process."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -87,7 +87,7 @@ Outcomes = tuple[dict[str, Any], dict[str, Any]]
 
 
 def made_by_both(cases: list[str], path: Path) -> Outcomes:
-    """The outcome of every case in one process, and in two."""
+    """Return the outcome of every case in one process, and in two."""
     port = free_port()
     command = [sys.executable, "-W", "ignore", "-m", "tests.together", str(path), *cases]
     with ExitStack() as stack:
@@ -159,7 +159,7 @@ SMALL_RUN = [
 
 @contextmanager
 def pair(folder: Path, *words: str) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two processes of the command, as torchrun would start them; ended at the end."""
+    """Start two processes of the command as torchrun would; kill them on exit."""
     port = free_port()
     command = [sys.executable, "-m", "metarun", *words]
     with ExitStack() as stack:
@@ -190,7 +190,7 @@ def lines(folder: Path) -> list[dict[str, float]]:
 
 
 def begun(folder: Path) -> Path:
-    """The folder of a run once it has written a line of metrics."""
+    """Return the folder of a run once it has written a line of metrics."""
     for _ in range(1200):
         found = [path.parent for path in (folder / "outputs").glob("*/*/metrics.jsonl")]
         if found and lines(found[0]):

@@ -88,7 +88,7 @@ def test_torch_is_seeded_as_by_itself_and_without_a_stack_trace(
     theirs = torch.randn(5), torch.randint(9, (5,))
 
     def slow(*_: object, **__: object) -> list[str]:
-        raise AssertionError("a stack trace was asked for")
+        raise AssertionError("a stack trace was requested")
 
     monkeypatch.setattr("traceback.format_stack", slow)
     seeding.seed_torch(number)

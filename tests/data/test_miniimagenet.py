@@ -324,7 +324,7 @@ def test_other_sets_and_archives_are_refused_by_name(tmp_path: Path) -> None:
         ("miniImageNet_category_split_train_phase_train.pickle", "files of Gidaris & Komodakis"),
         ("train_images_png.pkl", "that is tieredImageNet"),
         ("mini-imagenet.zip", "is an archive: unpack it"),
-        ("notes.txt", "no form of miniImageNet is recognized there; known are train.csv"),
+        ("notes.txt", "no layout of miniImageNet is recognized; known are train.csv"),
     ):
         folder = tmp_path / file.replace(".", "_")
         folder.mkdir()
@@ -353,7 +353,7 @@ def test_a_pickle_that_would_run_something_is_refused_and_does_not(
     for protocol in (0, 2, 4):
         path.write_bytes(pickle.dumps({"image_data": _Harm(), "class_dict": {}}, protocol=protocol))
         with pytest.raises(
-            ValueError, match=r"wants to run \w+\.system: that is no pickle of images"
+            ValueError, match=r"would run \w+\.system: it is not a pickle of images"
         ):
             read_cache_pickle(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -365,9 +365,9 @@ def test_damaged_and_foreign_pickles_are_named(sets: Sets, tmp_path: Path) -> No
     whole = path.read_bytes()
     images, classes = cache_content(sets["test"])
     for data, message in (
-        (whole[: len(whole) // 2], "is no complete pickle"),
-        (b"", "is no complete pickle"),
-        (b"<!DOCTYPE html>", "is no complete pickle"),
+        (whole[: len(whole) // 2], "is not a complete pickle"),
+        (b"", "is not a complete pickle"),
+        (b"<!DOCTYPE html>", "is not a complete pickle"),
         (pickle.dumps([1, 2]), "has no `image_data` and `class_dict`"),
         (pickle.dumps({"data": images, "labels": [1]}), "has no `image_data` and `class_dict`"),
         (
@@ -389,14 +389,14 @@ def test_damaged_hdf5_and_parquet_are_named(sets: Sets, tmp_path: Path) -> None:
     write_hdf5(tmp_path / "h", sets)
     path = tmp_path / "h" / "val_data.hdf5"
     path.write_bytes(path.read_bytes()[:2000])
-    refuse(tmp_path / "h", r"val_data\.hdf5 is no complete HDF5 file")
+    refuse(tmp_path / "h", r"val_data\.hdf5 is not a complete HDF5 file")
     with h5py.File(path, "w") as file:
         file.create_group("other")
     refuse(tmp_path / "h", "has no group `datasets`")
     write_parquet(tmp_path / "p", sets)
     path = next((tmp_path / "p" / "data").glob("val*-00001-*"))
     path.write_bytes(path.read_bytes()[:500])
-    refuse(tmp_path / "p", "is no complete parquet file")
+    refuse(tmp_path / "p", "is not a complete parquet file")
     path.unlink()
     refuse(tmp_path / "p", "has 1 of 2 validation files")
 

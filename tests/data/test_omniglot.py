@@ -309,7 +309,7 @@ def test_an_incomplete_set_is_refused_and_leaves_nothing(
 def test_a_zip_that_was_cut_off_is_named(tiny: Path, tmp_path: Path) -> None:
     path = tiny / "images_evaluation.zip"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match=r"images_evaluation\.zip is no complete zip file"):
+    with pytest.raises(ValueError, match=r"images_evaluation\.zip is not a complete zip file"):
         import_omniglot(tiny, tmp_path)
 
 
@@ -355,7 +355,7 @@ def test_a_full_disk_leaves_nothing_behind(
         free = 1000
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage)
-    with pytest.raises(OSError, match="0 MB free, 150 MB are needed: make room"):
+    with pytest.raises(OSError, match="0 MB free, 150 MB are needed: free some space"):
         import_omniglot(tiny, tmp_path / "root")
     assert not (tmp_path / "root").exists()
 

@@ -154,11 +154,11 @@ def test_a_way_takes_its_rows_from_its_classes_by_turns() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"test": ["irises"]}, "there is no table irises"),
+        ({"test": ["irises"]}, "table irises is unknown"),
         ({"test": []}, r"data.test=\[\]: expected names"),
-        ({"test": ["digits:7"], "val": ["iris"]}, "1 classes of digits, and a task takes 2"),
-        ({"test": ["digits:5-12"]}, "names no classes of digits"),
-        ({"test": ["digits:a"]}, "names no classes of digits"),
+        ({"test": ["digits:7"], "val": ["iris"]}, "1 classes of digits, a task needs 2"),
+        ({"test": ["digits:5-12"]}, "does not name classes of digits"),
+        ({"test": ["digits:a"]}, "does not name classes of digits"),
         ({"test": ["digits:6-8"], "val": ["iris"]}, "digits/6 is in data.train and in data.test"),
         ({"test": ["iris", "iris"]}, "iris/setosa is in data.test twice"),
         ({"shot": 45}, "of wine has 48 rows"),

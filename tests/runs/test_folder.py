@@ -164,10 +164,10 @@ def test_a_checkpoint_of_a_newer_format_is_refused(run: RunFolder) -> None:
 def test_records_without_a_format_are_refused_in_one_line(run: RunFolder) -> None:
     path = run.path / "checkpoints" / "best.pt"
     torch.save({"step": 3}, path)
-    with pytest.raises(ValueError, match=r"best\.pt has no format: .* make the run again"):
+    with pytest.raises(ValueError, match=r"best\.pt has no format: .* run it again"):
         read_checkpoint(path)
     run.write_json("results.json", {"metric": "mse"})
-    with pytest.raises(ValueError, match=r"results\.json has no format: .* make the run again"):
+    with pytest.raises(ValueError, match=r"results\.json has no format: .* run it again"):
         run.read_results()
     run.write_json("results.json", {"format": FORMAT, "metric": "mse"})
     assert run.read_results()["metric"] == "mse"

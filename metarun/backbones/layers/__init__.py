@@ -1,0 +1,1 @@
+"""Layers that are correct under per-task functional calls and `torch.vmap`."""

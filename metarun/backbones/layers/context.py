@@ -1,4 +1,4 @@
-"""How one forward pass through a network is made."""
+"""Options of a forward pass: batch statistics, random masks, context parameters."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "runni
 
 @dataclass(frozen=True, slots=True)
 class ForwardContext:
-    """How one forward pass through a network is made.
+    """Options of one forward pass through a network.
 
     Attributes:
-        rows: Batch norm takes its statistics from the first `rows` rows; None takes all.
-        running: Batch norm uses its running statistics instead.
-        moments: Filled by batch norm with the (mean, variance) of the pass, by buffer name,
-            for `update_running`; None keeps nothing.
-        noise: Key (0-dimensional int64) of the pass's random masks; None makes no noise, as
-            at evaluation.
-        context: (context_dim,) vector of the task, for networks that were made with a
+        rows: Number of leading rows from which batch norm takes its statistics; None takes all.
+        running: Whether batch norm uses its running statistics instead.
+        moments: Dictionary that batch norm fills with the (mean, variance) of the pass, by layer
+            name, for `update_running_statistics`; None stores nothing.
+        noise: Key (0-dimensional int64) of the random masks of the pass; None applies no masks,
+            as at evaluation.
+        context: (context_dim,) context parameters of the task, for networks with a
             `context_dim`; None is the zero vector.
-        double_backward: Whether the gradient of the pass is differentiated again, as that of a
-            second-order inner step is. The same numbers, by operators whose second derivatives
-            are faster.
+        double_backward: Whether the gradient of the pass is itself differentiated, as in a
+            second-order inner step. The results are equal; operators with faster second
+            derivatives are used.
     """
 
     rows: int | None = None

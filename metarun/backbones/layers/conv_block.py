@@ -1,4 +1,4 @@
-"""Convolution, normalization and pooling of a block, in the order that costs least.
+"""Convolution, normalization and pooling of a block, in the cheapest order.
 
 Shapes: N rows, C channels, H W height and width.
 """
@@ -26,17 +26,17 @@ _IMAGE_CHANNELS = 4
 def conv_and_norm(
     conv: nn.Module, norm: nn.Module, x: Tensor, ctx: ForwardContext, *, pool: bool = False
 ) -> Tensor:
-    """Convolve and normalize (N, C, H, W) images, and halve them by max-pooling if asked.
+    """Convolve and normalize (N, C, H, W) images, optionally followed by 2x2 max-pooling.
 
-    To pool before what is the same for all of a map leaves a quarter of the work to that. Without
-    calling either module, but where somebody listens to what they give.
+    Scaling and shifting a map commute with pooling up to a sign; after it they cost a quarter.
+    The modules themselves are called only if they have forward hooks.
 
     Args:
-        conv: A convolution with zeros around, in one group and without dilation.
-        norm: What normalizes.
-        x: The images.
-        ctx: Of the forward pass.
-        pool: Whether to pool by two.
+        conv: Convolution with zero padding, one group and no dilation.
+        norm: Normalization layer.
+        x: (N, C, H, W) images.
+        ctx: Options of the forward pass.
+        pool: Whether to apply 2x2 max-pooling.
     """
     assert isinstance(conv, nn.Conv2d)
     pooled = halved if pool else unchanged
@@ -50,8 +50,8 @@ def conv_and_norm(
     if not pool or norm.fuses(x, ctx):
         maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
         return pooled(norm(maps, ctx))
-    # max(s x + b) = |s| max(sign(s) x) + b. The signs go into the weights of the convolution,
-    # which changes no bit of what it computes.
+    # max(s x + b) = |s| max(sign(s) x) + b. The signs are multiplied into the convolution's
+    # weights, which is exact in floating point.
     sign = torch.where(norm.weight.detach() < 0, -1.0, 1.0).to(conv.weight.dtype)
     bias = None if conv.bias is None else conv.bias * sign
     weight = conv.weight * sign.view(-1, 1, 1, 1)
@@ -60,8 +60,9 @@ def conv_and_norm(
 
 
 def _has_small_patches(conv: nn.Conv2d) -> bool:
-    """Whether a patch has no more numbers than what it is turned into, and is of an image.
+    """Return whether a patch is of an image and has at most as many numbers as its output.
 
-    Patches of maps would have derivatives, which cost more than `BatchNorm.of_patches` saves.
+    Patches of feature maps would need derivatives, which cost more than `BatchNorm.of_patches`
+    saves.
     """
     return conv.in_channels <= _IMAGE_CHANNELS and conv.weight.numel() <= conv.out_channels**2

@@ -1,8 +1,8 @@
-"""A convolution whose second derivatives are convolutions of the usual kind.
+"""A convolution whose second derivatives are ordinary convolutions.
 
-torch's own derive the gradient of a weight by convolving all images with all gradients, as if those
-were kernels: for images of 42x42 that is five times slower than the operator that finds the
-gradient of a weight in the first place, which does the same.
+Torch's double backward of a weight gradient convolves all images with all gradients, with the
+gradients as kernels. For images of 42x42 this is five times slower than the operator that computes
+the weight gradient of the first backward pass. This module uses that operator for both.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ Pair = tuple[int, ...]
 def conv2d_for_double_backward(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair
 ) -> Tensor:
-    """As `torch.nn.functional.conv2d`, outside vmap; exact to any order.
+    """Convolve as `torch.nn.functional.conv2d`; differentiable to any order, but not under vmap.
 
     Args:
         x: (N, C, H, W).
         weight: (K, C, h, w).
         bias: (K,).
-        stride, padding: In pixels, down and to the right.
+        stride, padding: Vertical and horizontal stride and padding, in pixels.
     """
     out: Tensor = _Convolution.apply(x, weight, bias, stride, padding)
     return out
@@ -33,7 +33,7 @@ def conv2d_for_double_backward(
 def _gradients(
     grad: Tensor, x: Tensor, weight: Tensor, stride: Pair, padding: Pair, wanted: list[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Those of x, weight and bias."""
+    """Return the gradients of x, weight and bias, or None where `wanted` is false."""
     sizes, still = [weight.shape[0]], [1, 1]
     found: tuple[Tensor | None, Tensor | None, Tensor | None] = torch.ops.aten.convolution_backward(
         grad, x, weight, sizes, stride, padding, still, False, [0, 0], 1, wanted
@@ -74,7 +74,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, of_x: Tensor | None, of_weight: Tensor | None, of_bias: Any) -> Any:
-        """The gradients are linear in each of the three that they are made of."""
+        # Each gradient is linear in the tensors that it is computed from.
         grad, x, weight = ctx.saved_tensors
         stride, padding = ctx.how
         of_grad, to_x, to_weight = ctx.needs_input_grad[:3]

@@ -1,4 +1,4 @@
-"""Random masks, as a function of the key of a forward pass."""
+"""Random masks as a function of the noise key of a forward pass."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from metarun.core import seeding
 
 
 def makes_noise(net: nn.Module) -> bool:
-    """Whether a network draws random masks in training."""
+    """Return whether a network draws random masks in training."""
     return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())
 
 
 def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
-    """DropBlock (Ghiasi et al. 2018): zero whole squares of (N, C, H, W), rescale the rest.
+    """Apply DropBlock (Ghiasi et al. 2018): set squares to zero and rescale the rest.
 
     Args:
-        x: Activations.
-        noise: Key of the pass, 0-dimensional int64.
-        slot: Tells apart the layers of one network.
+        x: (N, C, H, W) activations.
+        noise: Key of the forward pass, 0-dimensional int64.
+        slot: Number of the layer, which separates the draws of the layers of a network.
         rate: Share of activations to drop, in [0, 1).
-        block_size: Side of a square, cut to what the activations hold.
+        block_size: Side of a square, at most the height and the width of `x`.
     """
     height, width = x.shape[-2:]
     side = min(block_size, height, width)

@@ -1,4 +1,4 @@
-"""Layers that the context of a task scales and shifts."""
+"""Layers that are modulated by the context parameters of a task."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from metarun.backbones.layers.context import ForwardContext
 class FiLM(nn.Module):
     """Feature-wise linear modulation (Perez et al. 2018) by the context of a task.
 
-    gamma * x + beta for each channel, (gamma, beta) a linear layer of the context, started as in
-    the code of CAVIA: weights U(-sqrt(3 / fan_in), sqrt(3 / fan_in)), biases torch's.
+    Computes gamma * x + beta for each channel, where (gamma, beta) is a linear function of the
+    context. It is initialized as in the code of CAVIA: weights U(-sqrt(3 / fan_in),
+    sqrt(3 / fan_in)), biases as in torch.
 
     Args:
         context_dim: Size of the context.
-        num_features: C of (N, C, H, W) inputs.
+        num_features: Number of channels C of (N, C, H, W) inputs.
     """
 
     def __init__(self, context_dim: int, num_features: int) -> None:
@@ -32,5 +33,5 @@ class FiLM(nn.Module):
 
 
 def task_context(ctx: ForwardContext, context_dim: int, like: Tensor) -> Tensor:
-    """The (context_dim,) context of a pass."""
+    """Return the (context_dim,) context of a pass, in the dtype of `like`; zeros by default."""
     return like.new_zeros(context_dim) if ctx.context is None else ctx.context.to(like.dtype)

@@ -1,10 +1,10 @@
-"""Layers that behave under `torch.vmap` and double differentiation, and how a pass is made.
+"""Batch and instance norm that are correct under `torch.vmap` and double differentiation.
 
 Shapes: N rows, C channels, H W height and width.
 
 `nn.BatchNorm2d` gives silently wrong second-order gradients under vmap when its weight is
-adapted in the inner loop, and keeps statistics as a side effect. Batch norm is therefore a few
-lines of arithmetic here, and where its statistics come from is an argument of the pass.
+adapted in the inner loop, and it updates statistics as a side effect. Batch norm is therefore
+written as plain arithmetic here. The source of its statistics is an option of the forward pass.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ from metarun.backbones.layers.context import ForwardContext
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization (Ioffe & Szegedy 2015) whose statistics are an argument.
+    """Batch normalization (Ioffe & Szegedy 2015) with statistics chosen by the forward context.
 
-    Exact to any order of differentiation, alone and under `torch.vmap`. With `native` set it
-    uses torch's fused operator where it can: several times faster, and right outside vmap.
+    It is exact to any order of differentiation, with and without `torch.vmap`. With `native` set,
+    it uses torch's fused operator where possible, which is several times faster and correct only
+    outside vmap.
 
     Args:
-        num_features: C of (N, C) or (N, C, H, W) inputs.
-        name: Unique name in its network, the key of `ForwardContext.moments`.
-        eps: Added to the variance.
+        num_features: Number of channels C of (N, C) or (N, C, H, W) inputs.
+        name: Name that is unique in its network, the key in `ForwardContext.moments`.
+        eps: Constant added to the variance.
     """
 
     running_mean: Tensor
@@ -43,49 +44,49 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(num_features))
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """Normalize (N, C) or (N, C, H, W)."""
+        """Normalize (N, C) or (N, C, H, W) inputs."""
         if self.fuses(x, ctx):
             return self._fused(x, ctx)
         return self._normalized(x, ctx, None, unchanged)
 
     def pooled(self, x: Tensor, ctx: ForwardContext, sign: Tensor) -> Tensor:
-        """Normalize what max-pooling by two leaves of images, as if they were pooled afterwards.
+        """Max-pool images by two, then normalize; equal to normalizing before pooling.
 
         Args:
-            x: (N, C, H, W), each channel times its sign.
-            ctx: Of the forward pass.
-            sign: (C,) 1 or -1, that of the channel's weight.
+            x: (N, C, H, W) maps, each channel multiplied by its sign.
+            ctx: Options of the forward pass.
+            sign: (C,) sign of each channel's weight, 1 or -1.
         """
         return self._normalized(x, ctx, sign, halved)
 
     def fuses(self, x: Tensor, ctx: ForwardContext) -> bool:
-        """Whether a pass is made by torch's fused operator.
+        """Return whether a pass uses torch's fused operator.
 
-        It is for statistics of all rows. Its second derivatives cost twice what those of plain
-        arithmetic do (measured at 25 rows of 84x84).
+        The operator always takes the statistics of all rows. Its second derivatives cost twice
+        those of plain arithmetic (measured at 25 rows of 84x84).
         """
         plain = ctx.double_backward or ctx.running or ctx.rows is not None
         return self.native and many_rows(x) and not plain
 
     def of_patches(self, conv: nn.Conv2d, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Convolve and normalize images, without a pass over what the convolution gives.
+        """Convolve and normalize images without computing statistics of the convolution's output.
 
-        The statistics of w p + b over all patches p follow from those of the patches: a mean of
-        w E[p] + b and a variance of w Cov[p] w'. Where the images are data, no derivative passes
-        through them.
+        The statistics of w p + b over all patches p follow from those of the patches: its mean is
+        w E[p] + b, its variance w Cov[p] w'. If the images are data, no derivative passes through
+        the statistics of the patches.
 
         Args:
-            conv: Whose outputs are to be normalized.
-            x: (N, C, H, W) what it is given.
-            ctx: Of a pass that does not use running statistics, for which none are to be found.
+            conv: Convolution whose outputs are normalized.
+            x: (N, C, H, W) inputs of the convolution.
+            ctx: Options of the forward pass, without running statistics.
 
         Returns:
-            Maps of shape (N, K, H', W'), and what is to be added to each of their K channels.
+            (N, K, H', W') maps, and the (K,) shift to be added to their channels.
         """
-        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        # Mixed precision: sums are taken in float32, as in torch's own operator.
         wide = x.to(self.running_mean.dtype)
         seen = wide if ctx.rows is None else wide[: ctx.rows]
-        # Less the mean of each channel, so that next to nothing is taken from the squares.
+        # Centering each channel first avoids cancellation in the variance.
         level = seen.mean((0, 2, 3))
         patches, sides = _patches(wide, level, conv)
         rows = conv.weight.to(wide.dtype).flatten(1)
@@ -95,14 +96,14 @@ class BatchNorm(nn.Module):
         center = patches[:count].mean(0)
         spread = patches[:count].mT @ patches[:count] / count - center * center[:, None]
         mean = rows @ center + taken + bias
-        # Rounding alone can take it below zero.
+        # Rounding errors can make it negative.
         var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
         if ctx.moments is not None:
             ctx.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
         if self.native and many_rows(x) and conv.in_channels > 1:
-            # Patches of colors are as large as the maps, and would be kept for the way back.
+            # Patches of color images are as large as the maps, and backward would keep them.
             kernel = weight.view_as(conv.weight)
             maps = nn.functional.conv2d(x, kernel, None, conv.stride, conv.padding)
             taken = torch.zeros_like(taken)
@@ -117,7 +118,7 @@ class BatchNorm(nn.Module):
         sign: Tensor | None,
         thin: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        # The sums of a mixed pass in float32, as torch's own operator takes them.
+        # Mixed precision: sums are taken in float32, as in torch's own operator.
         wide = x.to(self.running_mean.dtype)
         mean, var, centered = self._statistics(wide, ctx, sign)
         left = thin(wide) + as_channels(-mean, x) if centered is None else thin(centered)
@@ -136,12 +137,14 @@ class BatchNorm(nn.Module):
     def _statistics(
         self, x: Tensor, ctx: ForwardContext, sign: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean (C,) and variance (C,) of an input, or of one times the signs of its channels; and
-        the input less its mean, where that was needed."""
+        """Return the (C,) mean and variance of an input, and the centered input or None.
+
+        With `sign`, `x` is an input whose channels were multiplied by their signs.
+        """
         if ctx.running:
             return _signed(self.running_mean, sign), self.running_var, None
         seen = x if ctx.rows is None else x[: ctx.rows]
-        # Written so that derivatives divide and negate vectors of C, and not whole activations.
+        # Written so that derivatives divide and negate vectors of size C, not whole activations.
         share = seen.shape[1] / seen.numel()
         dims = _all_but_channels(x)
         mean = seen.sum(dims) * share
@@ -162,19 +165,18 @@ def _all_but_channels(x: Tensor) -> tuple[int, ...]:
 
 
 def as_channels(vector: Tensor, x: Tensor) -> Tensor:
-    """(C,) in the shape of (1, C) or (1, C, 1, 1)."""
+    """Reshape (C,) to (1, C) or (1, C, 1, 1), to broadcast with `x`."""
     return vector.view((1, -1) + (1,) * (x.dim() - 2))
 
 
 class InstanceNorm(nn.Module):
-    """Instance normalization (Ulyanov et al. 2016): each map of each row by its own statistics.
+    """Instance normalization (Ulyanov et al. 2016): each map of each row has its own statistics.
 
-    It is batch norm of a batch of one image, which is what a learner has that meets one at a
-    time.
+    It equals batch norm of a batch of one image, which is all that an online learner has.
 
     Args:
-        num_features: C of (N, C, H, W) inputs.
-        eps: Added to the variance.
+        num_features: Number of channels C of (N, C, H, W) inputs.
+        eps: Constant added to the variance.
     """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
@@ -184,8 +186,8 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_features))
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
-        """Normalize (N, C, H, W)."""
-        # The sums of a mixed pass in float32, as of batch norm.
+        """Normalize (N, C, H, W) inputs."""
+        # Mixed precision: sums are taken in float32, as in batch norm.
         wide = x.to(self.weight.dtype)
         centered = wide - wide.mean((2, 3), keepdim=True)
         scale = torch.rsqrt(centered.square().mean((2, 3), keepdim=True) + self.eps)
@@ -194,34 +196,39 @@ class InstanceNorm(nn.Module):
 
 
 class Unchanged(nn.Module):
-    """The place of a normalization in a network that has none."""
+    """Identity in place of a normalization layer."""
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
-        """The input."""
+        """Return the input."""
         return x
 
 
 def _unbiased(var: Tensor, count: int) -> Tensor:
-    """The variance that running statistics keep, with one degree of freedom less."""
+    """Return the unbiased variance, which running statistics store."""
     return var * (count / max(count - 1, 1))
 
 
 def _count(x: Tensor) -> int:
-    """Numbers to a channel."""
+    """Return the number of values per channel."""
     return x.numel() // x.shape[1]
 
 
 def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
-    """What a convolution looks at in (N, C, H, W) images, less a level of each channel.
+    """Return the patches that a convolution reads from images, minus a level per channel.
+
+    Args:
+        x: (N, C, H, W) images.
+        level: (C,) level to subtract from each channel.
+        conv: Convolution that defines the patches.
 
     Returns:
-        (N * H' * W', P) the P numbers of each patch, and (H', W').
+        (N * H' * W', P) values of each patch, and the size (H', W') of the output maps.
     """
     (height, width), (down, right) = conv.kernel_size, conv.stride
     assert not isinstance(conv.padding, str)
     above, left = conv.padding
     padded = nn.functional.pad(x, (left, left, above, above)) - as_channels(level, x)
-    # Shifted images, since windows by strides have no derivative under vmap.
+    # Shifted images, because strided windows have no derivative under vmap.
     padded = padded.contiguous()
     rows, columns = padded.shape[2] - height + 1, padded.shape[3] - width + 1
     shifted = [
@@ -234,23 +241,25 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[i
 
 
 def halved(x: Tensor) -> Tensor:
+    """Apply 2x2 max-pooling."""
     return nn.functional.max_pool2d(x, 2)
 
 
 def unchanged(x: Tensor) -> Tensor:
+    """Return the input."""
     return x
 
 
 def many_rows(x: Tensor) -> bool:
-    """Whether a batch is large enough for fused operators and their layout to pay.
+    """Return whether a batch is large enough for fused operators to be faster.
 
-    Measured at 5 and 75 rows of 28x28.
+    The threshold was measured at 5 and 75 rows of 28x28.
     """
     return x.shape[0] >= 16
 
 
 def set_native(net: nn.Module) -> None:
-    """Let the layers of a network use fused operators and layouts that vmap does not bear."""
+    """Allow the layers of a network to use operators and layouts that vmap does not support."""
     for module in net.modules():
         if hasattr(module, "native"):
             module.native = True  # type: ignore[assignment]
@@ -259,7 +268,13 @@ def set_native(net: nn.Module) -> None:
 def move_running_statistics(
     net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
 ) -> None:
-    """As `update_running`, towards moments without a dimension of tasks."""
+    """Move running statistics towards the moments of one pass, without a task dimension.
+
+    Args:
+        net: Network whose statistics are updated in place.
+        moments: Mean and variance of each batch norm, as collected by `ForwardContext.moments`.
+        momentum: Weight of the new moments.
+    """
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, BatchNorm) and module.name in moments:
@@ -269,12 +284,12 @@ def move_running_statistics(
 
 
 def has_batch_norm(net: nn.Module) -> bool:
-    """Whether a network's answers depend on batch statistics at all."""
+    """Return whether a network has batch norm, so that outputs may depend on other rows."""
     return any(isinstance(module, BatchNorm) for module in net.modules())
 
 
 def norm_parameters(net: nn.Module) -> set[str]:
-    """Qualified names of the scale and shift of every batch or instance norm."""
+    """Return the qualified names of the scale and shift of every batch or instance norm."""
     return {
         f"{name}.{own}"
         for name, module in net.named_modules()

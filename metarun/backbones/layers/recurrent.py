@@ -1,4 +1,4 @@
-"""Recurrent cells as plain products, which `torch.vmap` bears.
+"""Recurrent cells written as matrix products, which `torch.vmap` supports.
 
 Shapes: N rows, H hidden units.
 """
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class LSTMCell(nn.Module):
-    """The step of `nn.LSTMCell`; the same parameters.
+    """LSTM cell with the computation and the parameters of `nn.LSTMCell`.
 
     Args:
-        inputs: Features of an input.
-        hidden: H, hidden units.
-        forget_bias: Added to the bias of the forget gate at the start: with 1 a cell keeps at
-            first what it has (Jozefowicz et al. 2015), with 0 half of it.
+        inputs: Number of input features.
+        hidden: Number of hidden units H.
+        forget_bias: Constant added to the initial bias of the forget gate. With 1 a new cell
+            mostly keeps its state (Jozefowicz et al. 2015), with 0 half of it.
     """
 
     def __init__(self, inputs: int, hidden: int, forget_bias: float = 0.0) -> None:
@@ -30,7 +30,13 @@ class LSTMCell(nn.Module):
             self.bias_ih[hidden : 2 * hidden] += forget_bias
 
     def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
-        """The next (N, H) output and cell from (N, inputs), (N, H) and (N, H)."""
+        """Return the next (N, H) output and cell.
+
+        Args:
+            x: (N, inputs) inputs.
+            hidden: (N, H) previous output.
+            cell: (N, H) previous cell state.
+        """
         gates = x @ self.weight_ih.T + self.bias_ih + hidden @ self.weight_hh.T + self.bias_hh
         enter, forget, candidate, leave = gates.chunk(4, 1)
         cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()

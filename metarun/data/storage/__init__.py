@@ -1,0 +1,1 @@
+"""Files behind the data sets: downloads, imports, stores, image files."""

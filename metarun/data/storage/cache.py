@@ -1,7 +1,7 @@
-"""Our own copy of a data set: arrays of uint8 and a description with their hashes.
+"""Store of an imported data set: uint8 arrays and a description with their hashes.
 
-A store is a folder with `meta.json` and `.npy` files. It is built beside its place and moved
-there in one step, so that it is either whole or not there. No torch is imported.
+A store is a folder with `meta.json` and `.npy` files. It is built in a temporary folder and moved
+to its place in one step, so that it is either complete or absent. Torch is not imported.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _META = "meta.json"
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """A data set that is there.
+    """A complete store on the disk.
 
     Attributes:
-        folder: Where it is.
-        facts: What its importer wrote down: where it came from, classes, counts.
+        folder: Folder of the store.
+        facts: Description by the importer: source, classes, counts.
         files: Size in bytes and sha256 of each array, by name.
     """
 
@@ -41,20 +41,20 @@ class Store:
     files: dict[str, tuple[int, str]]
 
     def array(self, name: str) -> Pixels:
-        """An array, mapped from the disk."""
-        # Copy on write: torch warns about arrays that it may not write to.
+        """Return an array as a memory map."""
+        # Copy on write, because torch warns about read-only arrays.
         array: Pixels = np.load(self.folder / f"{name}.npy", mmap_mode="c", allow_pickle=False)
         return array
 
     def digest(self, name: str) -> str:
-        """The sha256 that an array had when it was written."""
+        """Return the sha256 of an array at the time when it was written."""
         return self.files[name][1]
 
     def verify(self) -> None:
         """Read every array and compare its hash.
 
         Raises:
-            ValueError: One was changed.
+            ValueError: An array has changed.
         """
         for name, (_, digest) in self.files.items():
             path = self.folder / f"{name}.npy"
@@ -66,10 +66,10 @@ class Store:
 
 
 def open_store(folder: Path) -> Store | None:
-    """The store in a folder, or None if there is none.
+    """Open the store in a folder; None if there is none.
 
     Raises:
-        ValueError: It is damaged.
+        ValueError: The store is damaged or has another format.
     """
     meta = folder / _META
     if not meta.is_file():
@@ -92,7 +92,7 @@ def open_store(folder: Path) -> Store | None:
 
 
 class StoreWriter:
-    """Collects arrays in a folder of its own; `build_store` moves it to its place."""
+    """Writer of arrays to a temporary folder, which `build_store` moves to its place."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -101,13 +101,13 @@ class StoreWriter:
 
     @contextmanager
     def array(self, name: str, shape: tuple[int, ...]) -> Iterator[Pixels]:
-        """An array on the disk to fill in, in any order."""
+        """Create an array on the disk that the caller fills, in any order."""
         path = self._folder / f"{name}.npy"
         with path.open("wb") as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
             size = file.tell() + math.prod(shape)
-            # Claim the blocks now: a mapped file that meets a full disk kills the process.
+            # Allocate the blocks now: writing to a mapped file on a full disk kills the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
             else:
@@ -122,7 +122,7 @@ class StoreWriter:
         self._files[name] = (path.stat().st_size, digest)
 
     def close(self) -> None:
-        """Write the description."""
+        """Write the description of the store."""
         content = {"format": _FORMAT, "facts": self.facts, "files": self._files}
         text = json.dumps(content, indent=1) + "\n"
         (self._folder / _META).write_text(text, encoding="utf-8")
@@ -130,17 +130,17 @@ class StoreWriter:
 
 @contextmanager
 def build_store(folder: Path) -> Iterator[StoreWriter]:
-    """Make a store: nothing is left behind if the block raises.
+    """Build a store; if the block raises, no partial store is left.
 
     Raises:
-        ValueError: The folder is there already.
+        ValueError: The folder exists already.
     """
     if folder.exists():
-        raise ValueError(f"{folder} is there already: {_again(folder)}")
+        raise ValueError(f"{folder} exists already: {_again(folder)}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        # Made for one user alone by default; the store is like any folder.
+        # `mkdtemp` restricts access to the user; the store gets ordinary permissions.
         work.chmod(0o777 & ~_umask())
         writer = StoreWriter(work)
         yield writer

@@ -1,7 +1,7 @@
-"""Fetch a file over HTTP so that it is either whole or not there.
+"""Download of a file over HTTP that is either complete or absent afterwards.
 
-Bytes are streamed into `NAME.part`, which a later call continues; the file takes its name once
-its hash is right.
+Bytes are streamed to `NAME.part`, which a later call resumes. The file gets its final name once its
+hash is correct.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _AGENT = "metarun (https://pypi.org/project/metarun)"
 
 
 class DownloadError(ValueError):
-    """A file could not be fetched; the text says why and what to do."""
+    """A file could not be downloaded. The message says why and what to do."""
 
 
 def download(
@@ -36,72 +36,72 @@ def download(
     timeout: float = 30.0,
     pause: float = 1.0,
 ) -> Path:
-    """Fetch `url` into `target`, with a progress bar.
+    """Download `url` to `target` with a progress bar, and return `target`.
 
-    A connection that breaks is taken up where it broke, also by a later call.
+    An interrupted download is resumed, also by a later call.
 
     Args:
-        url: Where the file is.
-        target: Where it goes; a file that is there with the right hash is left as it is.
-        md5: Its hash, in hexadecimal digits.
-        attempts: Connections to try, those that brought new bytes not counted.
-        timeout: Seconds to wait for an answer.
-        pause: Seconds before the second attempt; doubled before each later one.
+        url: Address of the file.
+        target: Path of the result. An existing file with the correct hash is kept.
+        md5: Expected hash, in hexadecimal digits.
+        attempts: Number of connections to try; those that brought new bytes do not count.
+        timeout: Seconds to wait for a response.
+        pause: Seconds before the second attempt, doubled before each later one.
 
     Raises:
-        DownloadError: The server does not give the file, or gives another one.
+        DownloadError: The server does not send the file, or sends another one.
         OSError: The disk has no space.
     """
     if target.exists():
         if file_hash(target, "md5") == md5:
             return target
         raise DownloadError(
-            f"{target} is there but has not the contents of {url}: move it away, then try again"
+            f"{target} exists but is not the file at {url}: move it away, then try again"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(target.name + ".part")
     resumed = part.exists()
     _fetch_all(url, part, attempts, timeout, pause)
     if file_hash(part, "md5") != md5 and resumed:
-        # What an earlier call left may belong to another version of the file.
+        # The part from an earlier call may belong to another version of the file.
         part.unlink()
         _fetch_all(url, part, attempts, timeout, pause)
     found = file_hash(part, "md5")
     if found != md5:
         part.unlink()
         raise DownloadError(
-            f"{url} has md5 {found}, {md5} is expected: the file was changed or damaged on its "
-            "way; try again, or import a copy with --from PATH"
+            f"{url} has md5 {found}, {md5} is expected: the file was changed, or damaged in "
+            "transfer; try again, or import a copy with --from PATH"
         )
     return part.replace(target)
 
 
 def file_hash(path: Path, name: str) -> str:
-    """The hash of a file in hexadecimal digits, by hashlib's name."""
+    """Return the hash of a file in hexadecimal digits; `name` is hashlib's name of the method."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, name).hexdigest()
 
 
 def need_space(folder: Path, num_bytes: int) -> None:
-    """Raise OSError if a folder's disk has not room for so many bytes."""
+    """Raise `OSError` if the disk of a folder has less than `num_bytes` free."""
     folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise OSError(
             f"the disk of {folder} has {free / 1e6:.0f} MB free, {num_bytes / 1e6:.0f} MB are "
-            "needed: make room, or choose another place with --root DIR"
+            "needed: free some space, or choose another folder with --root DIR"
         )
 
 
 def _fetch_all(url: str, part: Path, attempts: int, timeout: float, pause: float) -> None:
-    """Connect until the file is complete; only connections that bring nothing are counted."""
+    """Connect until the file is complete; connections that bring new bytes do not count."""
     fruitless = 0
     while True:
         before = _size(part)
         try:
             if _fetch(url, part, timeout):
                 return
-            reason = "the connection broke"
+            reason = "the connection was lost"
         except urllib.error.HTTPError as error:
             error.close()
             if error.code < 500 and error.code not in (408, 429):
@@ -120,20 +120,20 @@ def _fetch_all(url: str, part: Path, attempts: int, timeout: float, pause: float
         fruitless += 1
         if fruitless >= attempts:
             raise DownloadError(
-                f"{url} cannot be fetched ({reason}, {attempts} attempts): try again later, which "
-                "continues where this stopped, or import a copy with --from PATH"
+                f"{url} cannot be fetched ({reason}, {attempts} attempts): try again later to "
+                "resume the download, or import a copy with --from PATH"
             )
         time.sleep(pause * 2 ** (fruitless - 1))
 
 
 def _is_network(error: Exception) -> bool:
-    """Whether to try again; a full disk is an OSError, too."""
+    """Return whether an error is of the network; a full disk is an `OSError`, too."""
     kinds = (http.client.HTTPException, urllib.error.URLError, ConnectionError, TimeoutError)
     return isinstance(error, kinds)
 
 
 def _fetch(url: str, part: Path, timeout: float) -> bool:
-    """Add to `part` what one connection brings; returns whether the file is complete."""
+    """Append the bytes of one connection to `part`; return whether the file is complete."""
     have = _size(part)
     request = urllib.request.Request(url, headers={"User-Agent": _AGENT})
     if have:
@@ -142,7 +142,7 @@ def _fetch(url: str, part: Path, timeout: float) -> bool:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         if error.code == 416 and have:
-            # Nothing lies behind what we have: complete, or of another version (the hash tells).
+            # No bytes follow: the part is complete or of another version; the hash decides.
             total = _total(error.headers.get("Content-Range"))
             error.close()
             if total == have:
@@ -178,7 +178,7 @@ def _copy(url: str, response: IO[bytes], file: IO[bytes], have: int, total: int 
 
 
 def _read(response: Any) -> bytes:
-    """At most a chunk; what came before a connection broke is kept, not lost."""
+    """Read at most one chunk; bytes received before a lost connection are kept."""
     try:
         return bytes(response.read1(_CHUNK))
     except http.client.IncompleteRead as error:
@@ -186,11 +186,11 @@ def _read(response: Any) -> bytes:
 
 
 def _refuse_page(url: str, content_type: str, start: bytes) -> None:
-    """A mirror's login or error page comes with status 200 like the file itself."""
+    """Raise an error for a web page: login and error pages may come with status 200."""
     head = start[:256].lstrip().lower()
     if content_type.startswith("text/html") or head.startswith((b"<!doctype html", b"<html")):
         raise DownloadError(
-            f"{url} answers with a web page instead of the file: open it in a browser to see why, "
+            f"{url} returns a web page instead of the file: open it in a browser to see why, "
             "then import the file with --from PATH"
         )
 
@@ -200,7 +200,7 @@ def _size(path: Path) -> int:
 
 
 def _start(content_range: str | None) -> int | None:
-    """The first byte of `bytes FIRST-LAST/TOTAL`."""
+    """Return the first position of `bytes FIRST-LAST/TOTAL`."""
     if not content_range or not content_range.startswith("bytes "):
         return None
     first = content_range.removeprefix("bytes ").split("-")[0]
@@ -208,6 +208,6 @@ def _start(content_range: str | None) -> int | None:
 
 
 def _total(content_range: str | None) -> int | None:
-    """The length of `bytes */TOTAL`."""
+    """Return the length in `bytes */TOTAL`."""
     last = (content_range or "").rsplit("/", 1)[-1]
     return int(last) if last.isdigit() else None

@@ -1,4 +1,4 @@
-"""Reading and preparing single pictures; no torch."""
+"""Reading and preparing single images, without torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture upright, by the orientation in its EXIF data."""
+"""Transposition that makes an image upright, by the orientation in its EXIF data."""
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """Read a picture completely, from a file or from its bytes.
+    """Read an image completely, from a file or from its bytes.
+
+    Args:
+        source: Path or content of the file.
+        name: Name for messages; by default the path.
 
     Raises:
-        ValueError: It is missing, truncated or no picture; the message has its name.
+        ValueError: The file is missing, truncated or not an image; the message names it.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "an image")
     try:
@@ -44,7 +48,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             return image
     except FileNotFoundError:
         raise ValueError(f"there is no image {name}: check the path") from None
-    # Pillow's readers of damaged files raise nearly everything.
+    # Pillow raises many kinds of exceptions for damaged files.
     except (*_DAMAGED, Image.DecompressionBombError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -53,11 +57,11 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 
 
 def drawing(image: Image.Image, resize: Resize, side: int = DRAWING_SIZE) -> Pixels:
-    """A drawing of any size as (side, side) uint8, ink 255 and paper 0.
+    """Convert a drawing to (side, side) uint8, with ink 255 and paper 0.
 
-    `paper` keeps 1-bit pictures at 1 bit and takes the nearest pixel: what Pillow does with any
-    filter on such pictures, and so what the code of MAML and ProtoNet did. `antialias` makes
-    grays.
+    `resize=paper` keeps 1-bit images at 1 bit and takes the nearest pixel. Pillow does this to
+    1-bit images with any filter, so the code of MAML and ProtoNet did it too. `resize=antialias`
+    gives gray levels.
     """
     size = (side, side)
     if image.mode != "1":
@@ -73,13 +77,13 @@ def drawing(image: Image.Image, resize: Resize, side: int = DRAWING_SIZE) -> Pix
 
 
 def photograph(image: Image.Image, size: int, *, crop: bool, grayscale: bool = False) -> Pixels:
-    """A photograph as (C, size, size) uint8.
+    """Convert a photograph to (C, size, size) uint8.
 
     Args:
-        image: Of any size and mode.
-        size: Side of the result.
-        crop: Take the largest square from the middle, instead of stretching the picture.
-        grayscale: One channel instead of three.
+        image: Image of any size and mode.
+        size: Side of the result in pixels.
+        crop: Whether to crop to the largest central square instead of stretching the image.
+        grayscale: Whether the result has one channel instead of three.
     """
     image = _upright(image)
     image = on_paper(image, "L" if grayscale else "RGB")
@@ -92,13 +96,16 @@ def photograph(image: Image.Image, size: int, *, crop: bool, grayscale: bool = F
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As the camera was held; `exif_transpose` also writes EXIF data, which fails on odd ones."""
+    """Rotate an image as its EXIF data says.
+
+    `exif_transpose` is not used because it also writes EXIF data, which fails on invalid data.
+    """
     turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     return image if turn is None else image.transpose(turn)
 
 
 def on_paper(image: Image.Image, mode: str) -> Image.Image:
-    """Convert to a mode, with what is transparent shown on white."""
+    """Convert an image to a mode, with transparent areas on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -108,10 +115,14 @@ def on_paper(image: Image.Image, mode: str) -> Image.Image:
 
 
 def picture(image: Any, position: int) -> Image.Image:
-    """One of a user's images (a path, a PIL image or an array) as a PIL image.
+    """Convert a path, a PIL image or an array to a PIL image.
+
+    Args:
+        image: Image given by the user.
+        position: Index of the image, for messages.
 
     Raises:
-        ValueError: It is none of these, or its values are out of range.
+        ValueError: The image is none of these, or its values are out of range.
     """
     if isinstance(image, Image.Image):
         return image
@@ -143,7 +154,7 @@ def _as_bytes(array: np.ndarray[Any, Any], position: int) -> Pixels:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """Deep grays, which Pillow's own conversion would clip at 255."""
+    """Scale gray values beyond 8 bits, which Pillow's own conversion would clip at 255."""
     values = np.asarray(image, dtype=np.float64)
     most = 65535.0 if values.max(initial=0.0) > 255.0 else 255.0
     return Image.fromarray(np.clip(values * (255.0 / most), 0.0, 255.0).astype(np.uint8))

@@ -1,7 +1,9 @@
-"""The forms in which miniImageNet is handed around, and how they become our store; no torch.
+"""Import of miniImageNet into a store, from the layouts in which it is distributed. No torch.
 
-Each form is recognized by what is in the folder. The split is Ravi & Larochelle's (2017): 64,
-16 and 20 classes of 600 images. Shapes: N images, C H W.
+A layout is recognized by the contents of the folder. The split is that of Ravi & Larochelle
+(2017): 64, 16 and 20 classes of 600 images.
+
+Shapes: N images, C H W.
 """
 
 from __future__ import annotations
@@ -45,15 +47,15 @@ FORMS = (
 
 
 def import_miniimagenet(source: Path, root: Path) -> Store:
-    """Make our store from files that the user has, which are only read.
+    """Build the store from files of the user, which are only read.
 
     Args:
-        source: The folder with the files.
-        root: Where the data sets are.
+        source: Folder with the files.
+        root: Folder of the data sets.
 
     Raises:
-        ValueError: They are in no form we know, damaged, or not miniImageNet; nothing is left
-            behind.
+        ValueError: The layout is unknown, or the files are damaged or not miniImageNet. No
+            partial store is left.
     """
     layout = recognize(source)
     classes = {split: layout.classes(split) for split in SPLITS}
@@ -81,7 +83,12 @@ def import_miniimagenet(source: Path, root: Path) -> Store:
 
 
 class Layout(ABC):
-    """One form of miniImageNet; `title` names it in messages."""
+    """Layout in which miniImageNet is distributed.
+
+    Attributes:
+        title: Name of the layout in messages.
+        base: Folder with the files.
+    """
 
     title: str
 
@@ -90,22 +97,22 @@ class Layout(ABC):
 
     @abstractmethod
     def classes(self, split: Split) -> dict[str, int]:
-        """The number of images of each class."""
+        """Return the number of images of each class of a split."""
 
     @abstractmethod
     def rows(self, split: Split) -> Iterator[tuple[str, Pixels]]:
-        """Every image with its class, in any order of classes."""
+        """Yield the class and the pixels of every image of a split, in any order of classes."""
 
     def facts(self) -> dict[str, Any]:
-        """What else should be written down."""
+        """Return additional entries for the description of the store."""
         return {}
 
 
 def recognize(source: Path) -> Layout:
-    """Find out in which form a folder holds miniImageNet.
+    """Recognize the layout of miniImageNet in a folder.
 
     Raises:
-        ValueError: In none that we know; a known wrong one is named.
+        ValueError: No layout is recognized, or the files are known to be another data set.
     """
     if not source.exists():
         raise ValueError(f"--from {source}: there is no such folder")
@@ -116,9 +123,7 @@ def recognize(source: Path) -> Layout:
             found = layout.find(place)
             if found is not None:
                 return found
-    raise ValueError(
-        f"--from {source}: no form of miniImageNet is recognized there; known are {FORMS}"
-    )
+    raise ValueError(f"--from {source}: no layout of miniImageNet is recognized; known are {FORMS}")
 
 
 def _places(base: Path) -> Iterator[Path]:
@@ -136,7 +141,7 @@ def _places(base: Path) -> Iterator[Path]:
 
 
 def _refuse_known(place: Path) -> None:
-    """Name what is often taken for miniImageNet's files."""
+    """Raise an error for files that are often mistaken for miniImageNet's."""
     if any(place.glob("miniImageNet_category_split_*.pickle")):
         raise ValueError(
             f"{place} holds miniImageNet_category_split_*.pickle, the files of Gidaris & Komodakis "
@@ -150,7 +155,7 @@ def _refuse_known(place: Path) -> None:
 
 
 def _check(layout: Layout, classes: dict[Split, dict[str, int]]) -> None:
-    """Compare classes and counts with Ravi & Larochelle's."""
+    """Check that classes and counts agree with the split of Ravi & Larochelle."""
     owner: dict[str, Split] = {}
     if set(classes["train"]) == set(classes["val"]) == set(classes["test"]):
         raise ValueError(
@@ -180,7 +185,7 @@ def _check(layout: Layout, classes: dict[Split, dict[str, int]]) -> None:
 
 
 def _fill(out: Pixels, layout: Layout, split: Split, counts: dict[str, int]) -> None:
-    """Put every image at the next place of its class; classes stand in alphabetical order."""
+    """Write every image to the next row of its class; classes are in alphabetical order."""
     place: dict[str, int] = {}
     end: dict[str, int] = {}
     row = 0
@@ -196,7 +201,7 @@ def _fill(out: Pixels, layout: Layout, split: Split, counts: dict[str, int]) -> 
 
 
 class _Csv(Layout):
-    """Ravi's lists beside one folder of images."""
+    """Ravi's lists and one folder of images."""
 
     title = "train.csv, val.csv, test.csv and images/"
 
@@ -209,9 +214,7 @@ class _Csv(Layout):
             if not path.is_file():
                 raise ValueError(f"{path} is missing: miniImageNet has three lists")
         if not (place / "images").is_dir():
-            raise ValueError(
-                f"{place / 'images'} is missing: the folder that the lists name files of"
-            )
+            raise ValueError(f"{place / 'images'} is missing: the folder of the files in the lists")
         return cls(place)
 
     def __init__(self, base: Path) -> None:
@@ -245,7 +248,7 @@ class _Csv(Layout):
             with path.open(newline="", encoding="utf-8") as file:
                 header, *rows = list(csv.reader(file)) or [[]]
         except UnicodeDecodeError:
-            raise ValueError(f"{path} is no text file: expected filename,label lines") from None
+            raise ValueError(f"{path} is not a text file: expected filename,label lines") from None
         if header != ["filename", "label"]:
             raise ValueError(f"{path} begins with {','.join(header)!r}: expected filename,label")
         for number, row in enumerate(rows, start=2):
@@ -257,7 +260,7 @@ class _Csv(Layout):
 
 
 class _Folders(Layout):
-    """Class folders in one folder for each split."""
+    """One folder for each split, with class folders."""
 
     title = "folders train/, val/, test/"
 
@@ -300,7 +303,7 @@ class _Folders(Layout):
 
 
 class _Pickles(Layout):
-    """Ren's dictionaries of arrays, which learn2learn has too."""
+    """Ren's pickled dictionaries of arrays, which learn2learn also uses."""
 
     title = "mini-imagenet-cache-*.pkl"
 
@@ -325,7 +328,7 @@ class _Pickles(Layout):
                 yield name, images[row].transpose(2, 0, 1)
 
     def _load(self, split: Split) -> tuple[Pixels, dict[str, list[int]]]:
-        # One at a time: the train split alone is 0.8 GB.
+        # Only one split is kept in memory: train alone is 0.8 GB.
         if self._content is None or self._split != split:
             self._content = None
             self._content = read_cache_pickle(self._files[split])
@@ -334,7 +337,7 @@ class _Pickles(Layout):
 
 
 class _Hdf5(Layout):
-    """torchmeta's files."""
+    """HDF5 files of torchmeta."""
 
     title = "*_data.hdf5"
 
@@ -379,7 +382,7 @@ class _Hdf5(Layout):
                     raise ValueError(f"{path} has no group `datasets`: it is not torchmeta's file")
                 return {name: self._count(path, name, group[name]) for name in group}
         except OSError:
-            raise ValueError(f"{path} is no complete HDF5 file: get it again") from None
+            raise ValueError(f"{path} is not a complete HDF5 file: get it again") from None
 
     def _count(self, path: Path, name: str, data: Any) -> int:
         shape: tuple[int, ...] = tuple(getattr(data, "shape", ()))
@@ -438,7 +441,7 @@ class _Parquet(Layout):
                     content = row["image"]
                     data = content.get("bytes") if isinstance(content, dict) else content
                     if not isinstance(data, bytes):
-                        raise ValueError(f"{path}, row {number}: there is no picture inside")
+                        raise ValueError(f"{path}, row {number}: there is no image in it")
                     image = open_image(data, f"{path}, row {number}")
                     yield self._name(split, row["label"]), photograph(image, SIZE, crop=False)
                     number += 1
@@ -454,7 +457,7 @@ class _Parquet(Layout):
         try:
             file = self._parquet.ParquetFile(path)
         except (self._error, OSError):
-            raise ValueError(f"{path} is no complete parquet file: get it again") from None
+            raise ValueError(f"{path} is not a complete parquet file: get it again") from None
         columns = set(file.schema_arrow.names)
         if not {"image", "label"} <= columns:
             raise ValueError(
@@ -463,7 +466,7 @@ class _Parquet(Layout):
         return file
 
     def _label_names(self, path: Path) -> list[str] | None:
-        """The names behind the numbers, where the hub wrote them down."""
+        """Return the names of the labels from the file's metadata, or None without them."""
         metadata = self._open(path).schema_arrow.metadata or {}
         try:
             features = json.loads(metadata[b"huggingface"])["info"]["features"]
@@ -479,7 +482,7 @@ class _Parquet(Layout):
 
     @staticmethod
     def _check_shards(files: list[Path]) -> None:
-        """`train-00000-of-00006-….parquet` says how many there are."""
+        """Check the number of files against names such as `train-00000-of-00006-….parquet`."""
         for path in files:
             pieces = path.name.split("-")
             if len(pieces) >= 4 and pieces[2] == "of":
@@ -492,17 +495,17 @@ class _Parquet(Layout):
 
 
 def read_cache_pickle(path: Path) -> tuple[Pixels, dict[str, list[int]]]:
-    """The images (N, 84, 84, 3) and the rows of each class in one of Ren's pickles.
+    """Read the images (N, 84, 84, 3) and the rows of each class from one of Ren's pickles.
 
     Raises:
-        ValueError: It is damaged, holds something else, or asks for more than arrays.
+        ValueError: The file is damaged, or contains anything but images.
     """
     try:
         with path.open("rb") as file:
-            # Python 2 wrote them: its strings are bytes.
+            # The files were written by Python 2, whose strings are bytes.
             content = _ArrayUnpickler(file, encoding="bytes").load()
     except _RefusedError as error:
-        raise ValueError(f"{path} wants to run {error}: that is no pickle of images") from None
+        raise ValueError(f"{path} would run {error}: it is not a pickle of images") from None
     except MemoryError:
         raise ValueError(f"{path} does not fit into memory, or is damaged") from None
     except (
@@ -517,7 +520,7 @@ def read_cache_pickle(path: Path) -> tuple[Pixels, dict[str, list[int]]]:
         OverflowError,
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is no complete pickle ({reason}): get it again") from None
+        raise ValueError(f"{path} is not a complete pickle ({reason}): get it again") from None
     keys = {_text(k): v for k, v in content.items()} if isinstance(content, dict) else {}
     images, classes = keys.get("image_data"), keys.get("class_dict")
     if not isinstance(images, np.ndarray) or not isinstance(classes, dict):
@@ -538,7 +541,7 @@ def read_cache_pickle(path: Path) -> tuple[Pixels, dict[str, list[int]]]:
 
 
 class _RefusedError(Exception):
-    """A pickle names something that is no array."""
+    """A pickle refers to an object that is not allowed in a file of arrays."""
 
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
@@ -554,7 +557,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries, lists, numbers, strings and arrays, and nothing that could run."""
+    """Unpickler of dictionaries, lists, numbers, strings and arrays, which runs no code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
@@ -566,7 +569,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes for Python 2: always as latin1."""
+    """Encode text as bytes: Python 3 pickles bytes for Python 2 as latin1 text."""
     if encoding != "latin1":
         raise _RefusedError(f"the codec {encoding}")
     return text.encode("latin1")
@@ -577,7 +580,7 @@ def _text(name: Any) -> str:
 
 
 def _by_split(place: Path, pattern: str) -> dict[Split, Path] | None:
-    """The file of each split by a pattern of names; None if there is not one."""
+    """Return the file of each split by a name pattern; None if no split has one."""
     found: dict[Split, Path] = {}
     for split, words in _WORDS.items():
         for word in words:

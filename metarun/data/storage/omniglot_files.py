@@ -1,4 +1,4 @@
-"""Omniglot's own files: which characters there are, and how they become our store; no torch."""
+"""Import of Omniglot's original files into a store, and the list of its characters. No torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,14 @@ _BYTES_NEEDED = 150_000_000
 
 @dataclass(frozen=True, slots=True)
 class Character:
-    """One of the 1,623: `part` is the archive it is in, `vinyals` its place in that split."""
+    """One of Omniglot's 1,623 characters.
+
+    Attributes:
+        part: Name of the archive that contains it.
+        alphabet: Name of its alphabet.
+        number: Number of the character in the alphabet, from 1.
+        vinyals: Part to which it belongs in the split of Vinyals et al. (2016).
+    """
 
     part: str
     alphabet: str
@@ -35,12 +42,13 @@ class Character:
 
     @property
     def name(self) -> str:
+        """Name of the form `Alphabet/characterNN`."""
         return f"{self.alphabet}/character{self.number:02d}"
 
 
 @lru_cache(maxsize=1)
 def characters() -> tuple[Character, ...]:
-    """Every character, in the order of the store: by part, alphabet and number."""
+    """Return all characters in the order of the store: by part, alphabet and number."""
     found: list[Character] = []
     text = (FILES / "omniglot_characters.txt").read_text(encoding="utf-8")
     for line in text.splitlines():
@@ -58,15 +66,15 @@ def characters() -> tuple[Character, ...]:
 def fetch_omniglot(
     root: Path, *, prefix: str | None = None, md5: Mapping[str, str] | None = None
 ) -> Store:
-    """Download the two official archives and make our store from them.
+    """Download the two official archives and build the store from them.
 
     Args:
-        root: Where the data sets are.
-        prefix: Where the archives are, without their names; torchvision knows it.
-        md5: Their hashes; torchvision knows them.
+        root: Folder of the data sets.
+        prefix: URL of the archives without their names; by default from torchvision.
+        md5: Hashes of the archives; by default from torchvision.
 
     Raises:
-        ValueError: They cannot be fetched.
+        ValueError: An archive cannot be downloaded.
     """
     if prefix is None or md5 is None:
         from torchvision.datasets import Omniglot
@@ -84,16 +92,16 @@ def fetch_omniglot(
 
 
 def import_omniglot(source: Path, root: Path) -> Store:
-    """Make our store from files that the user has.
+    """Build the store from files of the user.
 
     Args:
-        source: A folder with the two official zips or their extracted folders (also
-            torchvision's `omniglot-py` or the original repository's `python` in it), or one of
-            the two.
-        root: Where the data sets are.
+        source: Folder with the two official zip files or their extracted folders, possibly in
+            torchvision's `omniglot-py` or the original repository's `python`; or the path of
+            one of the two.
+        root: Folder of the data sets.
 
     Raises:
-        ValueError: Something is missing, damaged or too much; nothing is left behind.
+        ValueError: Files are missing, damaged or unexpected; no partial store is left.
     """
     readers = _find(source)
     for reader in readers.values():
@@ -130,7 +138,7 @@ def import_omniglot(source: Path, root: Path) -> Store:
 
 
 class _Reader(ABC):
-    """The drawings of one part, wherever they are."""
+    """Reader of the drawings of one part, from an archive or a folder."""
 
     def __init__(self, path: Path, part: str) -> None:
         self.path = path
@@ -144,7 +152,7 @@ class _Reader(ABC):
             self._files.setdefault("/".join(pieces[-3:-1]), []).append(name)
 
     def check(self) -> None:
-        """Compare the characters and the number of their drawings with Omniglot's."""
+        """Check the names of the characters and the number of drawings of each."""
         expected = {c.name for c in characters() if c.part == self._part}
         found = set(self._files)
         if found != expected:
@@ -162,21 +170,21 @@ class _Reader(ABC):
                 )
 
     def drawings(self, character: str) -> Iterable[tuple[str, bytes]]:
-        """The files of a character in the order of their names, as (name, bytes)."""
+        """Yield the files of a character as (name, bytes), sorted by name."""
         for name in sorted(self._files[character]):
             yield f"{self.path}/{name}", self._read(name)
 
     def md5(self) -> str | None:
-        """The hash of an archive; None for a folder."""
+        """Return the hash of an archive; None for a folder."""
         return None
 
     @abstractmethod
     def _names(self) -> Iterable[str]:
-        """Every file, with slashes."""
+        """Return the relative paths of all files, with slashes."""
 
     @abstractmethod
     def _read(self, name: str) -> bytes:
-        """The bytes of a file."""
+        """Return the content of a file."""
 
 
 class _ZipReader(_Reader):
@@ -185,7 +193,8 @@ class _ZipReader(_Reader):
             self._zip = zipfile.ZipFile(path)
         except zipfile.BadZipFile:
             raise ValueError(
-                f"{path} is no complete zip file: it was cut off or is something else; get it again"
+                f"{path} is not a complete zip file: it is truncated or of another type; get it "
+                "again"
             ) from None
         super().__init__(path, part)
 
@@ -211,7 +220,7 @@ class _FolderReader(_Reader):
 
 
 def _find(source: Path) -> dict[str, _Reader]:
-    """Look for both parts in and around a path."""
+    """Find both parts in a folder, in its usual subfolders, or next to a given part."""
     if not source.exists():
         raise ValueError(f"--from {source}: there is no such file or folder")
     inside = source.is_file() or source.name in PARTS

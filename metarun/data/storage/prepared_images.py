@@ -1,8 +1,8 @@
-"""The pictures of a user's folder as they were prepared, kept for the next runs.
+"""Cache of the decoded images of a user's folder.
 
-Decoding some ten thousand photographs takes minutes, each time that a run starts and in each
-process of it. Beside the data sets, in `prepared`, stands what came of it, mapped from the disk so
-that processes share it. It may be deleted at any time.
+Decoding ten thousand photographs takes minutes, at every start and in every process of a run. The
+folder `prepared` next to the data sets keeps the decoded images. They are memory-mapped, so that
+processes share them. The cache may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels, build_store, open_store
 
 KEPT_FROM = 2000
-"""Images from which on they are kept, and decoded with a bar: fewer take a second or two."""
+"""Smallest number of images that are cached and decoded with a progress bar. Fewer images take a
+second or two."""
 
 _VERSION = 1
-"""Of how pictures are prepared: what another one made is made again."""
+"""Version of the preparation of images; a cache of another version is rebuilt."""
 
 _LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What a folder's pictures came to.
+    """Decoded images of a folder.
 
     Attributes:
-        images: (N, C, H, W) of each split.
-        digests: A hash of each.
-        mean, std: Of each channel of the train split, in [0, 1] units.
+        images: (N, C, H, W) images of each split.
+        digests: Hash of the images of each split.
+        mean, std: Mean and standard deviation of each channel of the train split, in [0, 1]
+            units.
     """
 
     images: Mapping[Split, Pixels]
@@ -52,13 +54,13 @@ def prepared(
     how: Mapping[str, Any],
     prepare: Callable[[], Prepared],
 ) -> Prepared:
-    """The prepared pictures, from an earlier run if nothing has changed since.
+    """Return decoded images, from the cache if no file has changed since it was written.
 
     Args:
-        files: The pictures of each split in order.
-        base: The user's folder.
-        how: What else the pixels depend on.
-        prepare: Makes them.
+        files: Files of each split, in order.
+        base: Folder of the user.
+        how: Options on which the images depend.
+        prepare: Function that decodes the images.
     """
     if sum(map(len, files.values())) < KEPT_FROM:
         return prepare()
@@ -67,7 +69,7 @@ def prepared(
         name = f"{base.resolve().name}-{hashlib.sha256(own.encode()).hexdigest()[:12]}"
         place = registry.default_root() / "prepared" / name
         listing = _listing(files, base)
-    # A picture that is gone, whose name `prepare` says; or a user without a home.
+    # A missing image, which `prepare` reports by name; or a user without a home folder.
     except (OSError, RuntimeError):
         return prepare()
     kept = _kept(place, listing)
@@ -76,14 +78,14 @@ def prepared(
     made = prepare()
     try:
         _keep(made, place, listing)
-    # A full or a read-only disk, or another process that was faster.
+    # A full or read-only disk, or another process that was faster.
     except (OSError, ValueError) as error:
-        _LOG.info("the prepared pictures are not kept: %s", error)
+        _LOG.info("the decoded images are not cached: %s", error)
     return _kept(place, listing) or made
 
 
 def _listing(files: Mapping[Split, list[Path]], base: Path) -> str:
-    """A hash of which pictures there are, and of when they were written."""
+    """Return a hash of the names, sizes and modification times of the images."""
     digest = hashlib.sha256(repr(_VERSION).encode())
     for split in SPLITS:
         for file in files[split]:
@@ -94,7 +96,7 @@ def _listing(files: Mapping[Split, list[Path]], base: Path) -> str:
 
 
 def _kept(place: Path, listing: str) -> Prepared | None:
-    """What is there, if it is whole and of these pictures."""
+    """Return the cached images, or None if the cache is missing, damaged or outdated."""
     try:
         store = open_store(place)
         if store is None or store.facts["listing"] != listing:
@@ -105,7 +107,7 @@ def _kept(place: Path, listing: str) -> Prepared | None:
             mean=tuple(store.facts["mean"]),
             std=tuple(store.facts["std"]),
         )
-    # Damaged, or deleted just now.
+    # The cache is damaged, or was deleted just now.
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -113,7 +115,7 @@ def _kept(place: Path, listing: str) -> Prepared | None:
 def _keep(made: Prepared, place: Path, listing: str) -> None:
     if _kept(place, listing) is not None:
         return
-    # What is there is of other pictures, or damaged. Who has it mapped keeps it.
+    # An outdated or damaged cache. Processes that have mapped it keep their data.
     shutil.rmtree(place, ignore_errors=True)
     with build_store(place) as writer:
         for split in SPLITS:

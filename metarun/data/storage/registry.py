@@ -1,4 +1,4 @@
-"""Which data sets there are and whether they are here; no torch, so that the answer is quick."""
+"""List of the data sets and of those that are present. No torch, so that listing is fast."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from metarun.data.storage.cache import open_store
 
 @dataclass(frozen=True, slots=True)
 class DataSet:
-    """A line of the catalogue.
+    """Entry of the list of data sets.
 
     Attributes:
-        name: As typed after `data=`.
-        line: What it is.
-        place: `made` on the fly, `shipped` with the package, a `store` that has to be fetched
-            or imported, or the user's own `folder`.
+        name: Value of `data=`.
+        line: Description in one line.
+        place: Origin of the data: `made` for data generated at run time or loaded from a library,
+            `shipped` with the package, a `store` that has to be downloaded or imported, or a
+            `folder` of the user.
     """
 
     name: str
@@ -50,23 +51,23 @@ _FETCH = {
 
 
 def default_root() -> Path:
-    """Where data sets live: `$METARUN_DATA`, or `~/.cache/metarun`."""
+    """Return the default folder of the data sets: `$METARUN_DATA`, or `~/.cache/metarun`."""
     named = os.environ.get("METARUN_DATA")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "metarun"
 
 
 def resolve_root(root: str | os.PathLike[str] | None) -> Path:
-    """The root that was typed, or the default one."""
+    """Return the folder of the data sets that the user set, or the default."""
     return default_root() if root is None else Path(root).expanduser()
 
 
 def missing(name: str, root: str | os.PathLike[str] | None = None) -> str | None:
-    """What to do about a data set that is not here, in one line; None if it is.
+    """Return a one-line instruction to get a missing data set; None if it is present.
 
-    A stream is here where the data set is that it goes through.
+    A stream is present if the data set of its images is.
 
     Raises:
-        ValueError: It is here but damaged.
+        ValueError: The data set is present but damaged.
     """
     name = name.removeprefix("stream_")
     entry = DATASETS.get(name)

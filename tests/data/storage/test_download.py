@@ -174,7 +174,7 @@ def test_what_another_version_left_is_fetched_anew(
 @pytest.mark.parametrize("manner", ["page", "hidden page"])
 def test_a_web_page_with_status_200_is_no_file(server: Server, tmp_path: Path, manner: str) -> None:
     server.manners = [manner]
-    with pytest.raises(DownloadError, match="answers with a web page instead of the file"):
+    with pytest.raises(DownloadError, match="returns a web page instead of the file"):
         fetch(server, tmp_path / "file.bin")
     assert not (tmp_path / "file.bin").exists()
     server.manners = ["well"]
