@@ -287,5 +287,5 @@ def test_a_generator_that_learns_is_seen_at_once_by_the_answers() -> None:
 def test_data_that_are_no_images_are_refused() -> None:
     with pytest.raises(ValueError, match="use data of images"):
         make(MetaGAN, TaskSpec("classification", (4,), 3, 3), linear_backbone, learner=MAML)
-    with pytest.raises(ValueError, match="the data ask for regression"):
+    with pytest.raises(ValueError, match="the data set has regression tasks"):
         make(MetaGAN, regression_spec(), linear_backbone, learner=MAML)

@@ -198,5 +198,7 @@ def test_bad_numbers_are_refused(options: dict[str, Any], words: str) -> None:
 
 
 def test_regression_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match="learns classification, and the data ask for regression"):
+    with pytest.raises(
+        ValueError, match="learns classification, but the data set has regression tasks"
+    ):
         make(ProtoMAML, regression_spec(), linear_backbone)
