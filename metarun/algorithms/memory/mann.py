@@ -25,10 +25,9 @@ State = dict[str, Tensor]
 class MANN(SequenceLearner):
     """MANN: stores a row with the label that follows it, and retrieves it for similar rows.
 
-    The inputs of an LSTM controller at each step are the features of a row, the label of the row
-    *before* it, and what was read from memory at the step before. The controller writes and reads,
-    and a linear layer predicts from its output and the read memory (Santoro et al. 2016, sections
-    2 and 3).
+    At each step an LSTM controller receives the features of a row, the label of the row *before*
+    it, and what it read from memory last. It writes and reads, and a linear layer predicts from
+    its output and the read memory (Santoro et al. 2016, sections 2 and 3).
 
     `access=lrua` is the paper's least-recently-used access (section 3.2, eq. 5 to 8). The least
     used location is set to zero first. Each head then writes to a mixture, set by a gate, of what
