@@ -1,0 +1,1 @@
+"""Meta-learning algorithms: the shared interface, and one package per family."""

@@ -1,4 +1,4 @@
-"""What every algorithm is: it learns from a batch of tasks, and answers a new one.
+"""The interface of every algorithm: update on a batch of tasks, predict on new tasks.
 
 Shapes: T tasks, S support rows, Q query rows, W ways, D outputs.
 """
@@ -22,51 +22,54 @@ from metarun.core.types import Metrics, Prediction, Progress, TaskBatch, TaskSpe
 from metarun.execution.engine import Engine, TaskFunction
 
 Backbone = Callable[..., nn.Module]
-"""Makes a network from `input_shape` and `output_dim` (None: features, no head)."""
+"""Factory that maps `input_shape` and `output_dim` (None: features, no head) to a network."""
 
 Optim = Callable[..., OuterOptimizer]
-"""Makes an outer optimizer from (name, parameter) pairs."""
+"""Factory that maps (name, parameter) pairs to an outer optimizer."""
 
 
 class Algorithm(nn.Module, ABC):
-    """A meta-learner: it owns its modules and its outer optimizer.
+    """A meta-learner, which owns its modules and its outer optimizer.
 
-    A subclass adds its hyperparameters as keywords, hands the rest to `super().__init__`, sets
-    `self.net` by `build_network` and its optimizer, and writes `update` and `predict`.
+    A subclass adds its hyperparameters as keyword arguments and passes the others to
+    `super().__init__`. It builds `self.net` with `build_network` and its optimizer with
+    `build_optimizer`, and implements `update` and `predict`.
 
     Args:
-        spec: What the tasks ask for.
-        backbone: Makes the network.
-        optim: Makes the outer optimizer.
-        engine: How tasks run.
-        bn: Where batch norm takes its statistics from at evaluation: `transductive` (the query
-            rows together), `support`, or `running` (gathered in training).
-        eval_inner_steps: Adaptation steps at evaluation; None takes the training's.
-        seed: Seed of the algorithm's own draws.
+        spec: Kind, shapes and sizes of the tasks.
+        backbone: Factory of the network.
+        optim: Factory of the outer optimizer.
+        engine: Engine that maps functions of one task over a batch of tasks.
+        bn: Source of the batch statistics at evaluation: `transductive` (all query rows of the
+            task), `support`, or `running` (averages collected in training).
+        eval_inner_steps: Adaptation steps at evaluation; None takes as many as in training.
+        seed: Seed of the algorithm's random draws.
 
     Raises:
-        ValueError: The data are not of a kind that the algorithm can learn.
+        ValueError: The algorithm cannot learn tasks of this kind, or a setting is out of range.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
-    """Kinds of task that it can learn."""
+    """Kinds of task that the algorithm can learn."""
     accepts_any_way: bool = False
-    """Whether a task may have another number of ways than it was trained for."""
+    """Whether an evaluation task may have a different number of ways than a training task."""
     label_equivariant: bool = False
-    """Whether permuting the labels of a task permutes the answers."""
+    """Whether permuting the labels of a task permutes the predictions in the same way."""
     learns_online: ClassVar[bool] = False
-    """Whether its tasks are trajectories of a stream, which it is judged on while it learns."""
+    """Whether the tasks are streams, on which the algorithm is evaluated while it learns."""
     meta_trains: ClassVar[bool] = True
-    """Whether there is anything to learn from training tasks."""
+    """Whether the algorithm learns anything from training tasks."""
     order_free: bool = True
-    """Whether the order of support rows is without meaning."""
+    """Whether predictions are independent of the order of the support rows."""
     least_shot: ClassVar[int] = 1
-    """Fewest support rows of a class, or of a regression."""
+    """Smallest number of support rows per class, or per regression task."""
     replays: ClassVar[bool] = False
-    """Whether its task functions do the same operators each time for the same `replay_key`. Said by
-    each class for itself: a subclass may compute something else."""
+    """Whether task functions execute the same operators in every call with the same `replay_key`.
+
+    Each class declares this itself, and subclasses do not inherit it: they may compute something
+    else."""
     package: ClassVar[str | None] = None
-    """A package beyond the required ones without which it cannot run."""
+    """Optional package that the algorithm requires; None where it requires none."""
 
     net: nn.Module
     _place: Tensor
@@ -86,16 +89,16 @@ class Algorithm(nn.Module, ABC):
         name = type(self).__name__
         if spec.kind not in self.kinds:
             raise ValueError(
-                f"{name} learns {' and '.join(self.kinds)}, and the data ask for {spec.kind}: "
-                "choose another algo (`metarun list`)"
+                f"{name} learns {' and '.join(self.kinds)}, but the data set has {spec.kind} "
+                "tasks: choose another algo (`metarun list`)"
             )
         if self.learns_online and spec.streams is None:
             raise ValueError(
-                f"{name} lives along a stream, and the data are none: use data=stream_…"
+                f"{name} learns from streams, but the data set is not a stream: use data=stream_…"
             )
         if spec.streams is not None and not self.learns_online:
             raise ValueError(
-                f"the data are a stream, and {name} learns tasks one by one: use an algo for "
+                f"the data set is a stream, but {name} learns separate tasks: use an algo for "
                 "streams, such as online or oml (`metarun list`)"
             )
         if spec.streams is None and not self.accepts_any_way and spec.train_way != spec.output_dim:
@@ -114,38 +117,44 @@ class Algorithm(nn.Module, ABC):
         self.seed = seed
         self._backbone = backbone
         self._optim = optim
-        # Moves with the module, so that one without parameters knows its device and precision.
+        # Moves with the module, so that an algorithm without parameters has a device and a dtype.
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Device on which the algorithm computes."""
         return self._place.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that it computes in."""
+        """Floating-point type in which the algorithm computes."""
         return self._place.dtype
 
     @abstractmethod
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        """Make one meta-update and return its metrics, `loss` and the task metric.
+        """Perform one meta-update and return its metrics: `loss` and the task metric.
 
-        Where processes share the tasks, the batch has this one's (`progress.share`); metrics are
-        means over it. See `needs_whole_batch`.
+        With several processes, the batch holds the tasks of this process (`progress.share`), and
+        the metrics are means over these tasks. See `needs_whole_batch`.
+
+        Args:
+            batch: T training tasks.
+            progress: Number of updates done, and of all updates.
 
         Raises:
-            NonFiniteError: The loss or a gradient is not finite; nothing has changed.
+            NonFiniteError: The loss or a gradient is not finite; no state has changed.
         """
 
     @abstractmethod
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """Adapt to T tasks, then answer their queries; changes no state, keeps no graph.
+        """Adapt to T tasks and predict their query rows, without changing any state.
+
+        The result carries no graph.
 
         Args:
-            support_x: (T, S, *input_shape).
-            support_y: (T, S) labels, or (T, S, D) values.
-            query_x: (T, Q, *input_shape).
+            support_x: Support inputs, (T, S, *input_shape).
+            support_y: Support targets, (T, S) labels or (T, S, D) values.
+            query_x: Query inputs, (T, Q, *input_shape).
         """
 
     def trace(
@@ -155,69 +164,73 @@ class Algorithm(nn.Module, ABC):
         query_x: Tensor,  # noqa: ARG002
         steps: int,  # noqa: ARG002
     ) -> Tensor | None:
-        """Answers after 0 … `steps` inner steps, (steps + 1, T, Q, D); None if there are none."""
+        """Return the predictions after 0 … `steps` inner steps, (steps + 1, T, Q, D).
+
+        The default is None, for algorithms without inner steps.
+        """
         return None
 
     @property
     def generates(self) -> bool:
-        """Whether it makes rows for a task."""
+        """Whether the algorithm generates rows for a task."""
         return False
 
     def generated(self, support_x: Tensor, count: int) -> Tensor:
-        """Rows (T, count, *input_shape) made for T tasks, where it makes any."""
+        """Return rows generated for T tasks, (T, count, *input_shape), if `generates` is true."""
         raise NotImplementedError
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:
-        """Settings by name that meta-val is to choose among; none where there is no choice."""
+        """Candidate settings by name, from which meta-validation chooses; may be empty."""
         return []
 
     def choose(self, option: Mapping[str, float]) -> None:
-        """Take one of `options` from now on."""
+        """Use one of `options` from now on."""
 
     def match_shapes(self, state: Mapping[str, Any]) -> None:
-        """Take the shapes of a state to be loaded where the data that it learned on set them.
+        """Resize parameters whose shapes depend on the training data to those of a state.
 
-        A meta-test may be on other data, with another number of training classes.
+        This precedes loading the state. A meta-test may use another data set, with another
+        number of training classes.
 
         Args:
-            state: A `state_dict`, which may be of another algorithm or of other options.
+            state: A `state_dict`, which may come from another algorithm or other options.
         """
 
     @property
     def needs_whole_batch(self) -> str | None:
-        """Why processes cannot share the tasks of an update; None where they can, exactly.
+        """Reason why processes cannot share the tasks of an update; None where they can.
 
-        They can where an update is a mean over its tasks, each by itself: gradients that go to an
-        `OuterOptimizer`, moments that go to `update_running`, draws that are keyed by
-        `progress.first_task`. What else looks at all tasks of a batch asks for those of the other
-        processes by `processes.gathered` or `processes.mean`.
+        Sharing is exact where an update is a mean over independent tasks. Then gradients go to an
+        `OuterOptimizer` and moments to `update_running_statistics`, and random draws have keys
+        from `progress.first_task`. Code that needs all tasks of a batch gets those of the other
+        processes from `distributed.gather_rows` or `distributed.mean`.
         """
         return None
 
     @property
     def bn_statistics(self) -> str:
-        """The batch-norm setting in force, `none` where the network has no batch norm."""
+        """Batch-norm setting in effect; `none` where the network has no batch norm."""
         return self.bn if has_batch_norm(self.net) else "none"
 
     @property
     def transductive(self) -> bool:
-        """Whether an answer depends on the other queries of its task."""
+        """Whether a prediction depends on the other query rows of its task."""
         return self.bn_statistics == "transductive"
 
     def evaluation_steps(self, trained: int) -> int:
-        """Inner steps at evaluation: `eval.inner_steps`, or as many as in training."""
+        """Return the inner steps at evaluation: `eval.inner_steps`, or as many as in training."""
         return trained if self.eval_inner_steps is None else self.eval_inner_steps
 
     def build_network(self, output_dim: int | None, *, context_dim: int = 0) -> nn.Module:
-        """Make the network; None leaves out the head.
+        """Build the network.
 
         Args:
-            output_dim: Outputs of the head.
-            context_dim: Size of the `ForwardContext.context` that it reads.
+            output_dim: Number of outputs of the head; None leaves out the head.
+            context_dim: Size of the vector `ForwardContext.context` that the network reads.
 
         Raises:
-            ValueError: It is to read a context, and this backbone reads none.
+            ValueError: A context is required, and this backbone does not read one.
         """
         shape = {"input_shape": self.spec.input_shape, "output_dim": output_dim}
         if not context_dim:
@@ -226,47 +239,53 @@ class Algorithm(nn.Module, ABC):
             made = getattr(self._backbone, "func", self._backbone)
             raise ValueError(
                 f"{type(self).__name__} adapts a context, which {made.__name__} does not read: "
-                "use backbone=mlp or backbone=conv4, or let yours take the keyword context_dim"
+                "use backbone=mlp or conv4, or add the keyword context_dim to your backbone"
             )
         return self._backbone(**shape, context_dim=context_dim)
 
     def build_maps(self) -> nn.Module:
-        """Make a network that ends at its feature maps, (N, C, H, W).
+        """Build a network whose outputs are feature maps, (N, C, H, W).
 
         Raises:
-            ValueError: The backbone has none to give.
+            ValueError: The backbone does not provide feature maps.
         """
         if "maps" not in inspect.signature(self._backbone).parameters:
             raise ValueError(
                 f"{type(self).__name__} compares feature maps, which this backbone does not "
-                "give: use backbone=conv4"
+                "provide: use backbone=conv4"
             )
         return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=True)
 
     def build_optimizer(self) -> OuterOptimizer:
-        """Make the outer optimizer of every parameter registered so far."""
+        """Build the outer optimizer of all parameters registered so far."""
         return self._optim(list(self.named_parameters()))
 
     def resolved_engine(self) -> Engine:
-        """The engine with everything settled, for the network and where it is."""
+        """Return the engine with its open settings resolved for the network and its device."""
         return self.engine.resolved(self.net, self.device)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss of one task: cross-entropy of (N, W) logits, or squared error of (N, D)."""
+        """Return the mean loss of one task.
+
+        It is the cross-entropy of (N, W) logits, or the mean squared error of (N, D) values.
+        """
         if self.spec.kind == "classification":
             return nn.functional.cross_entropy(outputs, targets)
-        # Not mse_loss, whose second derivative is decomposed in Python.
+        # Not mse_loss: its second derivative is decomposed in Python.
         return (outputs - targets).square().mean()
 
     def noise(self, progress: Progress, num_tasks: int) -> Tensor:
-        """(T,) keys of the random masks of one update; zeros where the network makes none."""
+        """Return the keys (T,) of an update's random masks; zeros for a network without masks."""
         if not makes_noise(self.net):
             return torch.zeros(num_tasks, dtype=torch.int64, device=self.device)
         first = progress.first_task(num_tasks)
         return seeding.task_keys(self.seed, "noise", first, num_tasks, self.device)
 
     def training_rows(self, batch: TaskBatch, progress: Progress) -> tuple[Tensor, ...]:
-        """What the engine hands a task in training: support, query, and the key of its noise."""
+        """Return the rows that the engine passes to a training task.
+
+        They are the support and query rows, and the key of the task's random masks.
+        """
         return (
             batch.support_x,
             batch.support_y,
@@ -276,20 +295,21 @@ class Algorithm(nn.Module, ABC):
         )
 
     def replay_key(self, *values: Hashable) -> Hashable:
-        """The `key` of a task function for the engine; None where the class does not replay.
+        """Return the engine's `key` for a task function; None if the class does not replay.
 
         Args:
-            values: What the function reads beside its arguments and may change from one call to
-                the next: numbers of steps, whether inner gradients are constants.
+            values: Everything that the function reads in addition to its arguments and that may
+                differ between calls: numbers of steps, whether inner gradients are constants.
         """
         return values if vars(type(self)).get("replays", False) else None
 
     def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
-        """Values of `task(net, params, *rows of one task)`, stacked over tasks, without a graph.
+        """Return `task(net, params, *rows of one task)`, stacked over tasks, without a graph.
 
         Args:
-            task, rows: As in `Engine.map`.
-            key: As there.
+            task: Function of one task, as in `Engine.map`.
+            rows: Tensors with a leading dimension of T.
+            key: Replay key, as in `Engine.map`.
         """
         params = own_parameters(self.net)
         outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
@@ -303,14 +323,14 @@ class Algorithm(nn.Module, ABC):
         query_x: Tensor,
         context: Tensor | None = None,
     ) -> Tensor:
-        """Answers of one task at evaluation, with batch norm as `bn` says.
+        """Return the network's outputs for the queries of one task at evaluation, (Q, D).
 
         Args:
             net: The network, or its replica.
-            params: Its parameters by name.
-            support_x: (S, *input_shape), which `bn=support` takes its statistics from.
-            query_x: (Q, *input_shape).
-            context: Of the task, where the network reads one.
+            params: Parameters of the network by name.
+            support_x: Support inputs, (S, *input_shape), the batch-norm batch of `bn=support`.
+            query_x: Query inputs, (Q, *input_shape).
+            context: Context vector of the task, if the network reads one.
         """
         if self.bn == "support" and has_batch_norm(net):
             rows = torch.cat([support_x, query_x])
@@ -326,36 +346,40 @@ def _takes(make: Backbone, keyword: str) -> bool:
 
 
 def positive(name: str, value: int) -> None:
-    """Refuse a number of an algorithm's below one.
+    """Check that an integer setting of an algorithm is at least 1.
+
+    Args:
+        name: Key of the setting, without `algo.`.
+        value: Value of the setting.
 
     Raises:
-        ValueError: It is.
+        ValueError: The value is below 1.
     """
     if value < 1:
         raise ValueError(f"algo.{name}={value}: expected 1 or more")
 
 
 def own_parameters(net: nn.Module) -> dict[str, Tensor]:
-    """A network's parameters by name, as the engine takes them."""
+    """Return a network's parameters by name, as the engine expects them."""
     return {name: param for name, param in net.named_parameters()}  # noqa: C416
 
 
 def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, ctx: ForwardContext) -> Tensor:
-    """Run a network with parameters that are not its own."""
+    """Run a network with the given parameters in place of its own."""
     outputs: Tensor = torch.func.functional_call(net, params, (x, ctx))
     return outputs
 
 
 def task_metric(spec: TaskSpec, outputs: Tensor, targets: Tensor) -> Tensor:
-    """The reported figure of each task.
+    """Return the reported metric of each task.
 
     Args:
-        spec: What the tasks ask for.
-        outputs: (…, Q, W) logits or (…, Q, D) values.
-        targets: (…, Q) labels or (…, Q, D) values.
+        spec: Kind, shapes and sizes of the tasks.
+        outputs: Predictions, (…, Q, W) logits or (…, Q, D) values.
+        targets: Targets, (…, Q) labels or (…, Q, D) values.
 
     Returns:
-        (…): accuracy as a fraction, or the mean squared error.
+        Accuracy as a fraction, or the mean squared error, (…).
     """
     if spec.kind == "classification":
         return (outputs.argmax(-1) == targets).to(outputs.dtype).mean(-1)

@@ -1,7 +1,7 @@
 """Adaptation to one task, as pure functions of parameters.
 
-Nothing here knows of a batch of tasks: the engine maps these functions over it. `Params` are
-the adapted parameters by qualified name.
+These functions handle a single task; the engine maps them over a batch. `Params` are the adapted
+parameters by qualified name.
 """
 
 from __future__ import annotations
@@ -24,53 +24,53 @@ LossAndExtras = Callable[[Params], tuple[Tensor, Any]]
 def check_inner_loop(
     inner_lr: float, inner_steps: int, second_order_from: int | None, *, fewest: int = 0
 ) -> None:
-    """Refuse settings that no inner loop of gradient steps can have.
+    """Check the settings of an inner loop of gradient steps.
 
     Args:
         inner_lr: Inner learning rate.
         inner_steps: Inner steps in training.
         second_order_from: Update from which inner gradients are differentiated; None is never.
-        fewest: Least number of inner steps.
+        fewest: Smallest allowed number of inner steps.
 
     Raises:
-        ValueError: One is out of range.
+        ValueError: A setting is out of range.
     """
     check_positive("algo.inner_lr", inner_lr)
     if inner_steps < fewest:
         raise ValueError(f"algo.inner_steps={inner_steps}: expected {fewest} or more")
     if second_order_from is not None and second_order_from < 0:
         raise ValueError(
-            f"algo.second_order_from={second_order_from}: expected an update, or null for never"
+            f"algo.second_order_from={second_order_from}: expected 0 or more, or null for never"
         )
 
 
 def is_first_order(second_order_from: int | None, progress: Progress) -> bool:
-    """Whether an update takes inner gradients as constants; see `check_inner_loop`."""
+    """Return whether an update treats inner gradients as constants; see `check_inner_loop`."""
     return second_order_from is None or progress.step < second_order_from
 
 
 def strip_prefix(prefix: str, params: Params) -> Params:
-    """The parameters whose names begin with a prefix, by their names below it."""
+    """Return the parameters whose names begin with a prefix, with the prefix removed."""
     return {n.removeprefix(prefix): p for n, p in params.items() if n.startswith(prefix)}
 
 
 def add_prefix(prefix: str, params: Params) -> Params:
-    """The parameters with a prefix before their names: the inverse of `strip_prefix`."""
+    """Return the parameters with a prefix before their names: the inverse of `strip_prefix`."""
     return {f"{prefix}{name}": param for name, param in params.items()}
 
 
 def dict_key(name: str) -> str:
-    """A parameter's name as a key of `nn.ParameterDict`, which allows no dots."""
+    """Return a parameter's name as a key of `nn.ParameterDict`, which does not allow dots."""
     return name.replace(".", "/")
 
 
 def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
-    """Gradient of a loss by the parameters.
+    """Return the gradient of a loss with respect to the parameters.
 
     Args:
-        loss: 0-dimensional loss of parameters.
-        params: Where to take it.
-        first_order: Treat the gradient as a constant, and keep no graph of it.
+        loss: Function of the parameters with a 0-dimensional value.
+        params: Point at which the gradient is taken.
+        first_order: Whether to treat the gradient as a constant, without a graph.
     """
     grads, _ = gradient_and_extras(lambda p: (loss(p), ()), params, first_order=first_order)
     return grads
@@ -79,7 +79,10 @@ def gradient(loss: Loss, params: Params, *, first_order: bool) -> Params:
 def gradient_and_extras(
     loss: LossAndExtras, params: Params, *, first_order: bool
 ) -> tuple[Params, Any]:
-    """As `gradient`, of a loss that comes with any nest of tensors beside it, and that nest."""
+    """Return the gradient, as `gradient` does, and the extras of a function (loss, extras).
+
+    The extras may be any nest of tensors.
+    """
     if first_order:
         params = {name: param.detach() for name, param in params.items()}
     grads, extras = torch.func.grad(loss, has_aux=True)(params)
@@ -91,13 +94,13 @@ def gradient_and_extras(
 def descend(
     params: Params, grads: Params, *, lr: float | Params, clip: float | None = None
 ) -> Params:
-    """One step of plain gradient descent: theta - lr * grad.
+    """Return the parameters after one step of plain gradient descent, theta - lr * grad.
 
     Args:
-        params: Where to start.
+        params: Parameters before the step.
         grads: Gradients by the same names.
         lr: Step size in parameter units per unit of gradient; by name where it is learned.
-        clip: Cut each element of a gradient to [-clip, clip].
+        clip: Bound that clamps each gradient element to [-clip, clip]; None is no bound.
     """
     if clip is not None:
         grads = {name: grad.clamp(-clip, clip) for name, grad in grads.items()}
@@ -116,18 +119,18 @@ def sgd_path(
     first_order: bool,
     clip: float | None = None,
 ) -> Iterator[Params]:
-    """The parameters after each step of plain gradient descent.
+    """Yield the parameters after each step of plain gradient descent.
 
     Applies theta <- theta - lr * grad L(theta): the inner loop of MAML (Finn et al. 2017,
     Algorithm 1, line 6) and, with a rate for each element, of Meta-SGD (Li et al. 2017, eq. 2).
 
     Args:
         loss: Mean loss over the support rows.
-        params: Where to start.
+        params: Parameters before the first step.
         lr: Step size in parameter units per unit of gradient; by name where it is learned.
-        steps: Number of updates; 0 yields nothing.
-        first_order: Treat inner gradients as constants (FOMAML).
-        clip: Cut each element of a gradient to [-clip, clip].
+        steps: Number of steps; 0 yields nothing.
+        first_order: Whether to treat inner gradients as constants (FOMAML).
+        clip: Bound that clamps each gradient element to [-clip, clip]; None is no bound.
     """
     for _ in range(steps):
         grads = gradient(loss, params, first_order=first_order)
@@ -144,7 +147,7 @@ def sgd_adapt(
     first_order: bool,
     clip: float | None = None,
 ) -> Params:
-    """The last of `sgd_path`; with 0 steps the parameters as they came."""
+    """Return the last parameters of `sgd_path`; with 0 steps the unchanged parameters."""
     path = sgd_path(loss, params, lr=lr, steps=steps, first_order=first_order, clip=clip)
     for step in path:
         params = step
@@ -159,22 +162,23 @@ def gradient_backwards(
     *,
     steps: int,
 ) -> tuple[Params, Any]:
-    """Gradient of what inner steps lead to, in the memory of one of them and the weights of all.
+    """Return the gradient of a loss after inner steps, with memory for the graph of one step.
 
-    The steps are taken without a graph. From the last to the first each is then made again by
-    itself, to pull the gradient back through it (Griewank 1992, with a checkpoint at each step).
-    Exact, as `torch.autograd` through all steps is; it takes one more forward and backward pass
-    for each.
+    The steps are first taken without a graph, and the weights after each are kept. From the last
+    to the first, each step is then repeated to pull the gradient back through it (Griewank 1992,
+    with a checkpoint at each step). The result is exact, like that of `torch.autograd` through
+    all steps. The cost is one more forward and backward pass for each step.
 
     Args:
-        start: The weights before the first step, of the parameters.
-        step: The weights after a step, of those before it and of the parameters.
-        outcome: Loss, and any nest of tensors beside it, of the last weights and the parameters.
-        params: Where to take the gradient.
-        steps: How many.
+        start: Function of the parameters that returns the weights before the first step.
+        step: Function of (weights, parameters) that returns the weights after one step.
+        outcome: Function of (last weights, parameters) that returns (loss, extras), where the
+            extras may be any nest of tensors.
+        params: Point at which the gradient is taken.
+        steps: Number of inner steps.
 
     Returns:
-        The gradient of the loss by each of the parameters, and the nest.
+        Gradient of the loss with respect to each parameter, and the extras.
     """
     params = {name: param.detach() for name, param in params.items()}
     path = [start(params)]
@@ -192,24 +196,24 @@ def gradient_backwards(
 
 
 def with_gradient(params: Params, grads: Params) -> Tensor:
-    """A number whose gradient by the parameters is the given one."""
+    """Return a 0-dimensional tensor whose gradient by the parameters is the given one."""
     return torch.stack([(params[n] * grad.detach()).sum() for n, grad in grads.items()]).sum()
 
 
 def flatten(params: Params) -> Tensor:
-    """All parameters as one vector, in their order."""
+    """Return all parameters as one vector, in the order of the dictionary."""
     return torch.cat([param.reshape(-1) for param in params.values()])
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:
-    """The inverse of `flatten`: names, shapes and order are those of `like`."""
+    """Return the inverse of `flatten`, with the names, shapes and order of `like`."""
     parts = vector.split([param.numel() for param in like.values()])
     return {n: part.view(p.shape) for (n, p), part in zip(like.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True, slots=True)
 class AdamState:
-    """Moments of Adam by parameter name, and the number of updates made (0-dimensional)."""
+    """Moments of Adam by parameter name, and the number of updates done (0-dimensional)."""
 
     first: Params
     second: Params
@@ -225,10 +229,19 @@ def adam_step(
     betas: tuple[float, float],
     eps: float = 1e-8,
 ) -> tuple[Params, AdamState]:
-    """One update of Adam (Kingma & Ba 2015, Algorithm 1, in the form of its section 2's end).
+    """Return the parameters and the state after one update of Adam.
 
-    The bias correction is folded into the rate and `eps` is added to the uncorrected root, as
-    TensorFlow does and so the code of Reptile.
+    This is Algorithm 1 of Kingma & Ba 2015 in the form at the end of section 2. The bias
+    correction is part of the rate, and `eps` is added to the uncorrected root. TensorFlow and
+    therefore the official code of Reptile do the same.
+
+    Args:
+        params: Parameters before the update.
+        grads: Gradients by the same names.
+        state: Moments and count before the update.
+        lr: Step size.
+        betas: Decay rates of the first and the second moments.
+        eps: Constant added to the root of the second moment.
     """
     count = state.count + 1
     first = {n: betas[0] * state.first[n] + (1 - betas[0]) * g for n, g in grads.items()}
@@ -239,13 +252,19 @@ def adam_step(
 
 
 def adam_start(params: Params) -> AdamState:
-    """Zero moments."""
+    """Return the state of Adam before the first update: zero moments and a count of 0."""
     zeros = {name: torch.zeros_like(param) for name, param in params.items()}
     some = next(iter(params.values()))
     return AdamState(zeros, dict(zeros), torch.zeros((), dtype=some.dtype, device=some.device))
 
 
 def prototypes(features: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """(W, F) mean of the (S, F) features of each class (Snell 2017, eq. 1); each has a row."""
+    """Return the mean feature vector of each class, (W, F) (Snell et al. 2017, eq. 1).
+
+    Args:
+        features: Support features, (S, F).
+        labels: Support labels, (S,); every class occurs.
+        ways: Number of classes, W.
+    """
     member = (labels[None] == torch.arange(ways, device=labels.device)[:, None]).to(features.dtype)
     return (member @ features) / member.sum(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The outer optimizer: the one place that averages, checks, clips and applies meta-gradients."""
+"""The outer optimizer, which averages, checks, clips and applies all meta-gradients."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Schedule = Literal["constant", "linear", "cosine", "step"]
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient is infinite or not a number; the parameters are as before the step.
+    """A loss or a gradient is infinite or not a number; the parameters are unchanged.
 
     Attributes:
-        name: What it is (`loss`, or the name of a parameter).
-        value: The offending value.
+        name: Description of the quantity: `loss`, or the gradient of a named parameter.
+        value: Non-finite value.
     """
 
     def __init__(self, name: str, value: float) -> None:
@@ -33,26 +33,28 @@ class NonFiniteError(ArithmeticError):
 
 
 class OuterOptimizer(nn.Module):
-    """Applies named meta-gradients to parameters, by a schedule over the run.
+    """An optimizer of named parameters, with a learning-rate schedule over the run.
 
     Its state is part of the `state_dict` of the algorithm that owns it.
 
     Args:
-        parameters: (name, parameter) pairs, as of `named_parameters()`.
-        method: `adam` (Kingma & Ba 2015) or `sgd`.
-        lr: Step size (the outer, or meta, learning rate); Reptile's interpolation step.
-        betas: Decay of Adam's moments.
-        momentum: Of `sgd`.
-        weight_decay: L2 penalty added to the gradient.
-        schedule: `constant`; `linear` to 0 or `cosine` to `min_lr` at the run's end; `step`
-            multiplies by `step_factor` every `step_every` updates.
-        min_lr: End of `cosine`.
-        step_every, step_factor: Of `step`.
-        clip_value: Cut each element of a gradient to [-clip_value, clip_value].
-        clip_norm: Scale the gradient down to this Euclidean norm over all parameters.
+        parameters: Pairs of name and parameter, as from `named_parameters()`.
+        method: Update rule, `adam` (Kingma & Ba 2015) or `sgd`.
+        lr: Outer learning rate; for Reptile, the interpolation step.
+        betas: Decay rates of Adam's moments.
+        momentum: Momentum of `sgd`.
+        weight_decay: Factor of the L2 penalty's gradient, which is added to the gradient.
+        schedule: Schedule of the learning rate: `constant`; `linear` to 0 or `cosine` to `min_lr`
+            at the end of the run; `step` multiplies by `step_factor` every `step_every` updates.
+        min_lr: Final learning rate of `cosine`.
+        step_every: Number of updates between two reductions of `step`.
+        step_factor: Factor of each reduction of `step`.
+        clip_value: Bound that clamps each gradient element to [-clip_value, clip_value].
+        clip_norm: Largest Euclidean norm of the gradient over all parameters; a larger gradient
+            is scaled down to it.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -85,7 +87,7 @@ class OuterOptimizer(nn.Module):
             raise ValueError(
                 f"optim.schedule={schedule}: expected constant, linear, cosine or step"
             )
-        # A plain dict: registering them here would list every parameter twice.
+        # A plain dict: registered parameters would appear twice in the owner's `parameters()`.
         self.targets = dict(parameters)
         values = list(self.targets.values())
         self.optimizer: torch.optim.Optimizer
@@ -112,10 +114,14 @@ class OuterOptimizer(nn.Module):
         self.clip_norm = clip_norm
 
     def descend(self, loss: Tensor, progress: Progress) -> None:
-        """Differentiate a loss by every parameter and step.
+        """Differentiate a loss with respect to every parameter and update the parameters.
+
+        Args:
+            loss: Mean loss over the tasks of the batch, 0-dimensional, with its graph.
+            progress: Number of updates done, and of all updates.
 
         Raises:
-            NonFiniteError: The loss or its gradient is not finite; nothing has changed.
+            NonFiniteError: The loss or its gradient is not finite; no state has changed.
         """
         whole = self.averaged({"loss": loss}, progress)["loss"]
         if not torch.isfinite(whole):
@@ -132,42 +138,42 @@ class OuterOptimizer(nn.Module):
         progress: Progress,
         limit: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> None:
-        """Apply gradients, means over the tasks of a batch, matched to parameters by name.
+        """Update the parameters with gradients, matched by name.
 
         Args:
-            grads: By name.
-            progress: Where training stands.
-            limit: What else clips them, once they are those of all processes' tasks.
+            grads: Gradients by name, each a mean over the tasks of the batch.
+            progress: Number of updates done, and of all updates.
+            limit: Additional clipping, applied after the gradients are averaged over processes.
 
         Raises:
-            NonFiniteError: One of them is not finite; nothing has changed.
+            NonFiniteError: A gradient is not finite; no state has changed.
         """
         grads = self.averaged(grads, progress)
         self.move(grads if limit is None else limit(grads), progress)
 
     def averaged(self, grads: dict[str, Tensor], progress: Progress) -> dict[str, Tensor]:
-        """The means over the tasks of all processes, from those over each one's batch."""
+        """Return gradients averaged over the tasks of all processes, from those of this one."""
         return grads if progress.share is None else distributed.mean(grads, progress.share.count)
 
     def move(self, grads: dict[str, Tensor], progress: Progress) -> None:
-        """As `step`, of gradients that are `averaged` already."""
+        """Update the parameters as `step` does, with gradients that are already averaged."""
         norm = self.check(grads)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(progress)
         for name, parameter in self.targets.items():
             grad = self._clip(grads[name], norm)
             if grad.stride() != parameter.stride():
-                # The fused update reads memory in order: it would scramble another layout.
+                # The fused update reads memory in order: another layout would permute elements.
                 grad = torch.empty_like(parameter).copy_(grad)
             parameter.grad = grad
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def check(self, grads: dict[str, Tensor]) -> Tensor:
-        """The Euclidean norm (0-dimensional) of gradients that `step` would take.
+        """Return the Euclidean norm of gradients over all parameters, 0-dimensional.
 
         Raises:
-            NonFiniteError: One of them is not finite.
+            NonFiniteError: A gradient is not finite.
         """
         assert grads.keys() == self.targets.keys(), "gradients and parameters differ in names"
         norms = torch._foreach_norm(list(grads.values()))
@@ -177,7 +183,7 @@ class OuterOptimizer(nn.Module):
         return norm
 
     def rate(self, progress: Progress) -> float:
-        """The step size at a point of the run."""
+        """Return the learning rate of the schedule after `progress.step` updates."""
         if self.schedule == "linear":
             return self.lr * (1.0 - progress.fraction)
         if self.schedule == "cosine":
@@ -198,7 +204,7 @@ class OuterOptimizer(nn.Module):
         return self.optimizer.state_dict()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        # torch's optimizers keep the tensors that they are given: two must not share moments.
+        # torch's optimizers keep the loaded tensors: a copy, so that two never share moments.
         self.optimizer.load_state_dict(copy.deepcopy(state))
 
 
@@ -211,10 +217,10 @@ def _locate(grads: dict[str, Tensor], norm: Tensor) -> NonFiniteError:
 
 
 def check_positive(name: str, value: float) -> None:
-    """Refuse a setting that is not above zero, or not finite.
+    """Check that a setting is positive and finite.
 
     Raises:
-        ValueError: It is so; the line begins with `name=value`.
+        ValueError: It is not; the message begins with `name=value`.
     """
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value}: expected a positive number")
@@ -223,13 +229,15 @@ def check_positive(name: str, value: float) -> None:
 def update_running_statistics(
     net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
 ) -> None:
-    """Move the running statistics of every batch norm towards the moments of a pass.
+    """Move the running statistics of every batch norm toward the moments of a forward pass.
+
+    The moments are averaged over the tasks of all processes first, so that the number of tasks
+    does not change the size of the move.
 
     Args:
-        net: The network that made the pass.
-        moments: What `Pass.moments` collected, each with a leading dimension of T tasks; the
-            tasks are averaged, those of other processes too, so that their number does not change
-            the pace.
+        net: Network of the forward pass.
+        moments: (mean, variance) by buffer name, as collected by `ForwardContext.moments`, with a
+            leading dimension of T tasks.
         momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
     """
     if not moments:

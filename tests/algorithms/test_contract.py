@@ -1,4 +1,4 @@
-"""What every algorithm that ships has to keep, whatever it learns."""
+"""The contract of every shipped algorithm: properties that hold for all of `conf/algo/`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL = {
 }
 
 
-# Fewer steps where an algorithm takes many for every answer.
+# Fewer steps for algorithms with many steps per prediction.
 FEWER = {
     "cmaml": ["algo.glances=2"],
     "from_scratch": ["algo.inner_steps=10"],
@@ -46,14 +46,14 @@ def build(algo: str, data: str, *words: str) -> Experiment:
 
 @cache
 def composed(*words: str) -> Config:
-    """The configuration of words, of which many tests ask for the same."""
+    """Return the configuration of command-line words; cached, since many tests share it."""
     with composer() as compose:
         return compose.job(words).config
 
 
 @cache
 def classes() -> dict[str, type[Algorithm]]:
-    """The class of each algorithm."""
+    """Return the class of each algorithm by name."""
     with composer() as compose:
         targets = {algo: compose.target("algo", algo) for algo in ALGORITHMS}
     return {a: locate("algo._target_", t) for a, t in targets.items()}  # type: ignore[misc]
@@ -64,7 +64,7 @@ def suited(data: str) -> list[str]:
     streams = data.startswith("stream_")
     found = {a: c for a, c in classes().items() if kind in c.kinds and c.learns_online == streams}
     if streams:
-        # One of each class: the others are settings of it that `learn` reads alone.
+        # One of each class: the others differ only in settings that `learn` reads.
         found = {a: c for a, c in found.items() if a == min(b for b in found if found[b] is c)}
     return list(found)
 
@@ -73,7 +73,7 @@ PAIRS = [(algo, data) for data in SMALL for algo in suited(data)]
 
 
 class Trained(NamedTuple):
-    """An algorithm after one update, test tasks, and its answers to them."""
+    """An algorithm after one update, test tasks, and its predictions of them."""
 
     algorithm: Algorithm
     batch: TaskBatch
@@ -156,7 +156,7 @@ def test_answers_follow_a_permutation_of_the_labels_as_declared(trained: Trained
         pytest.skip("a regression has no labels")
     new = torch.tensor([2, 0, 1])
     relabeled = TaskBatch(batch.support_x, new[batch.support_y], batch.query_x, new[batch.query_y])
-    # A stream's learner has outputs for every training class, beyond those of the task.
+    # An online learner has outputs for every training class, more than the task has classes.
     follows = torch.allclose(
         answers(algorithm, relabeled)[..., new],
         outputs[..., :3],
@@ -190,14 +190,14 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
     second.algorithm.seed = first.algorithm.seed
     second.algorithm.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for made in (first, second):
-        # As the trainer does before every update, for algorithms that draw numbers.
+        # The trainer does this before every update, for algorithms with random draws.
         torch.manual_seed(2)
         made.algorithm.update(first.source.batch("train", 6, 3), Progress(2, 10))
     one, other = state(first.algorithm), state(second.algorithm)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# Outer rates and steps at which each learns fast; what is held is that it learns at all.
+# Rates and steps with which each algorithm learns fast; the tests check that it learns at all.
 FAST: dict[str, list[str]] = {
     "anil": ["optim.lr=0.003"],
     "boil": ["algo.inner_lr=0.2", "optim.lr=0.003"],
@@ -223,7 +223,7 @@ FAST: dict[str, list[str]] = {
 }
 STEPS = {
     "cavia": 60,
-    # What has to learn how to learn, or how to remember, takes longer.
+    # Algorithms with learned updates or memories need more updates.
     "mann": 450,
     "metalstm": 60,
     "snail": 150,
@@ -253,12 +253,12 @@ def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
         made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 50))
     batch = made.source.batch("test", 0, 100)
     error = task_metric(made.source.spec, answers(made.algorithm, batch), batch.query_y).mean()
-    # The best single line is y = x / 2 + 1 / 2; tasks vary about it by (x^2 + 1) / 12.
+    # The best single line is y = x / 2 + 1 / 2; tasks have variance (x^2 + 1) / 12 around it.
     assert error < (1 / 3 + 1) / 12
 
 
 @pytest.mark.parametrize("algo", suited("stream_linear"))
-def test_a_lifetime_among_lines_ends_better_than_it_began(algo: str) -> None:
+def test_a_rollout_on_linear_tasks_ends_better_than_it_began(algo: str) -> None:
     node = build(algo, "stream_linear").record["algo"]
     words = ["algo.online_lr=0.1"] if "online_lr" in node else []
     words += ["algo.strength=1.0"] if algo == "ewc" else []
@@ -271,7 +271,7 @@ def test_a_lifetime_among_lines_ends_better_than_it_began(algo: str) -> None:
     lives = Rollouts(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
     while not lives.finished:
         lives.advance()
-    # One who has had the stream beforehand, and does not adapt, is held against knowing nothing.
+    # A learner that trained on the stream in advance is compared with an untrained network.
     knew = algo == "joint_hindsight"
     began = lives.untrained() if knew else lives.measured()["matrix"][:, 0]
     assert lives.final().mean() < began.mean()

@@ -1,4 +1,4 @@
-"""Inner optimizers against torch's own and closed forms."""
+"""Tests of the inner optimizers against torch's own and closed-form solutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outer optimizer against torch's own, its schedules and its refusals."""
+"""Tests of the outer optimizer against torch's own, of its schedules and its error messages."""
 
 from __future__ import annotations
 

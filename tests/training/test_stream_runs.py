@@ -116,9 +116,12 @@ def test_what_was_learned_is_tested_on_another_stream(metarun: Command) -> None:
     [
         (
             ("algo=maml", "data=stream_linear"),
-            "the data are a stream, and MAML learns tasks one by",
+            "the data set is a stream, but MAML learns separate tasks",
         ),
-        (("algo=oml", "data=sinusoid"), "OML lives along a stream, and the data are none"),
+        (
+            ("algo=oml", "data=sinusoid"),
+            "OML learns from streams, but the data set is not a stream",
+        ),
         (
             ("algo=oml", *TINY, "train.steps=0"),
             "train.steps=0: algo=oml learns from training tasks",

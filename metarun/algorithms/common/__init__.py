@@ -1,0 +1,1 @@
+"""Base classes and update rules that several families share."""

@@ -1,4 +1,4 @@
-"""Learners that solve a task by steps from one set of weights to the next.
+"""Base class of algorithms that adapt weights to a task in several steps.
 
 Shapes: T tasks, S support rows, Q query rows, K steps.
 """
@@ -17,22 +17,24 @@ from metarun.execution.engine import TwoStageTask
 
 
 class AdaptingLearner(Algorithm):
-    """Answers with the weights at the end of a path, and traces the answers along it.
+    """An algorithm that predicts with the last weights of an adaptation path.
 
-    A subclass sets `self.net` and `self.inner_steps` and writes `path`.
+    `trace` predicts with all weights of the path. A subclass sets `self.net` and
+    `self.inner_steps`, and implements `path` and `update`.
     """
 
     inner_steps: int
 
     @abstractmethod
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """The K + 1 weights of `net` before and after each of K steps at evaluation.
+        """Return the K + 1 sets of weights before and after each of K steps at evaluation.
 
         Args:
-            net: As in a task function.
-            theta: Where the path begins: what `map_tasks` maps over.
-            x, y: (S, …) support rows of one task.
-            steps: K.
+            net: The network, or its replica.
+            theta: Meta-learned parameters, as `map_tasks` passes them.
+            x: Support inputs of one task, (S, *input_shape).
+            y: Support targets of the task, (S, …).
+            steps: Number of steps, K.
         """
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:

@@ -1,6 +1,6 @@
-"""What a learner offers to an adversary that makes rows for its tasks (MetaGAN).
+"""The interface between a learner and an adversary that generates rows for tasks (MetaGAN).
 
-Shapes: S support rows, R rows, W ways, C H W' of an image.
+Shapes: S support rows, R rows, W ways, C H W' channels, height and width of an image.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Progress
 
 Answer = Callable[[Tensor, ForwardContext], Tensor]
-"""Logits (R, W) of any rows (R, C, H, W') of a task that a learner has solved."""
+"""Function from rows (R, C, H, W') to logits (R, W), after adaptation to one task."""
 
 SupportTerm = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""What is added to the loss of the support: of its logits (S, W), and of a function that gives
-the logits (R, W) of other rows by the same weights."""
+"""Function that returns a term of the inner loss.
+
+Its arguments are the support logits (S, W) and a function that returns the logits (R, W) of other
+rows with the same weights."""
 
 
 @runtime_checkable
 class AdversarialLearner(Protocol):
-    """A learner that an adversary can be put beside.
+    """A learner that can be trained against an adversary.
 
     Attributes:
-        optimizer: Of what is meta-learned.
+        optimizer: Outer optimizer of all meta-learned parameters.
     """
 
     optimizer: OuterOptimizer
@@ -43,22 +45,22 @@ class AdversarialLearner(Protocol):
         progress: Progress,
         term: SupportTerm | None,
     ) -> Answer:
-        """Solve one training task, differentiable with respect to the parameters.
+        """Adapt to one training task, differentiably with respect to the parameters.
 
         Args:
             net: The network, or its replica.
-            params: What is meta-learned, by the names of the optimizer.
-            support_x: (S, C, H, W').
-            support_y: (S,) labels.
+            params: Meta-learned parameters, by their names in the optimizer.
+            support_x: Support images, (S, C, H, W').
+            support_y: Support labels, (S,).
             noise: Key of the random masks of the forward pass.
-            progress: Where training stands.
-            term: Added to the inner loss, where there is an inner loss.
+            progress: Number of updates done, and of all updates.
+            term: Additional term of the inner loss, for learners that have an inner loss.
 
         Returns:
-            What answers any rows of the task.
+            Function that returns the logits of any rows of the task.
         """
         ...
 
     def limited(self, grads: Params) -> Params:
-        """Gradients by the names of the optimizer, as they go to it."""
+        """Return gradients as they are passed to the optimizer, by their names in it."""
         ...

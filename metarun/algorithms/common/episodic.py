@@ -1,6 +1,6 @@
-"""Learners whose update is the loss of their own answers: no inner loop, one pass for a task.
+"""Base class of algorithms without an inner loop, which solve a task in one forward pass.
 
-Shapes: S support rows, Q query rows, J judged rows, W ways, D outputs.
+Shapes: S support rows, Q query rows, J rows in the loss, W ways, D outputs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
 
 class EpisodicLearner(Algorithm):
-    """Learns what `answers` of one task needs, everything in `self.net`.
+    """An algorithm whose training loss is the loss of its own predictions.
 
-    A subclass sets `self.net` and `self.optimizer` and writes `answers`.
+    All its parameters are in `self.net`. A subclass sets `self.net` and `self.optimizer` and
+    implements `answers`.
     """
 
     optimizer: OuterOptimizer
@@ -37,19 +38,20 @@ class EpisodicLearner(Algorithm):
         ways: int,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Answer the queries of one task.
+        """Predict the query rows of one task.
 
         Args:
             net: The network, or its replica.
-            params: Its parameters by name.
-            support_x: (S, *input_shape).
-            support_y: (S,) labels, or (S, D) values.
-            query_x: (Q, *input_shape).
-            ways: W of a classification.
-            ctx: Of the pass; `rows` counts support rows, which come first.
+            params: Parameters of the network by name.
+            support_x: Support inputs, (S, *input_shape).
+            support_y: Support targets, (S,) labels or (S, D) values.
+            query_x: Query inputs, (Q, *input_shape).
+            ways: Number of classes, W; not used for regression.
+            ctx: Context of the forward pass. Support rows come first in it: `ctx.rows` counts
+                them.
 
         Returns:
-            (Q, W) logits, or (Q, D) values.
+            Predictions, (Q, W) logits or (Q, D) values.
         """
 
     def outputs_and_targets(
@@ -62,9 +64,21 @@ class EpisodicLearner(Algorithm):
         query_y: Tensor,
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
-        """Answers (J, W) or (J, D) of one training task that the loss is of, and their targets.
+        """Return the predictions in the loss of one training task, and their targets.
 
-        Those of the queries, unless a subclass knows better.
+        The default is the predictions of the query rows; a subclass may override it.
+
+        Args:
+            net: The network, or its replica.
+            params: Parameters of the network by name.
+            support_x: Support inputs, (S, *input_shape).
+            support_y: Support targets, (S,) labels or (S, D) values.
+            query_x: Query inputs, (Q, *input_shape).
+            query_y: Query targets, (Q,) labels or (Q, D) values.
+            ctx: Context of the forward pass.
+
+        Returns:
+            Predictions, (J, W) logits or (J, D) values, and targets, (J,) or (J, D).
         """
         ways = self.spec.train_way
         return self.answers(net, params, support_x, support_y, query_x, ways, ctx), query_y
@@ -98,7 +112,7 @@ class EpisodicLearner(Algorithm):
         return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
 
     def answering(self, support_rows: int) -> ForwardContext:
-        """How a pass over the support and query rows of a task is made at evaluation."""
+        """Return the context of a forward pass over support and query rows at evaluation."""
         rows = support_rows if self.bn == "support" else None
         return ForwardContext(rows=rows, running=self.bn == "running")
 
@@ -112,14 +126,17 @@ class EpisodicLearner(Algorithm):
         progress: Progress,  # noqa: ARG002
         term: SupportTerm | None,  # noqa: ARG002
     ) -> Answer:
-        """Answer any rows of one task; see `AdversarialLearner.solve`. There is no inner loss."""
+        """Return the function that predicts any rows of one task; there is no inner loss.
+
+        See `AdversarialLearner.solve`.
+        """
         own, ways = strip_prefix("net.", params), self.spec.train_way
         return lambda x, ctx: self.answers(net, own, support_x, support_y, x, ways, ctx)
 
     def limited(self, grads: Params) -> Params:
-        """Gradients by their names in the learner, as they go to the outer optimizer."""
+        """Return clipped gradients, by their names in the outer optimizer."""
         return add_prefix("net.", self.clipped(strip_prefix("net.", grads)))
 
     def clipped(self, grads: Params) -> Params:
-        """The gradients by name, as they go to the outer optimizer."""
+        """Return the gradients of `self.net` after the algorithm's own clipping; none here."""
         return grads

@@ -1,10 +1,11 @@
-"""Learners that live along a stream, judged on each step before they learn from it.
+"""Base classes of online learners, which predict each step of a stream before learning from it.
 
-A lifetime is one trajectory, lived through from `start` to its end. Its state is a dictionary of
-tensors, so that T lifetimes run together and a killed one goes on where it was. `learn` and
-`respond` are pure functions of one lifetime; the engine maps them over all.
+A rollout is one run of a learner along one stream, from `start` to the last step. Its state is a
+dictionary of tensors: T rollouts run together, and a killed rollout resumes where it stopped.
+`learn` and `respond` are pure functions of one rollout, which the engine maps over T rollouts.
 
-Shapes: T lifetimes, B rows of a step, R rows, M rows of a memory, D outputs.
+Shapes: T rollouts, S rows of a stream, B rows of a step, R rows, J tasks, M rows of a memory, D
+outputs. Encoded rows are rows after `encode`.
 """
 
 from __future__ import annotations
@@ -38,14 +39,14 @@ _SLOT_HEAD = 33
 
 
 class OnlineLearner(Algorithm):
-    """A learner that is judged on a stream while it learns from it.
+    """An algorithm that is evaluated on a stream while it learns from it.
 
-    Whatever it meta-learns, if anything, is in its parameters and buffers as everywhere; what it
-    learns in a lifetime is in the lifetime's `State` alone.
+    Parameters and buffers hold what is meta-learned, if anything. What is learned during a
+    rollout is only in the rollout's `State`.
 
-    A subclass sets `self.net` to what `made` gives and writes `begin` and `learn`, `respond`
-    where it does not answer by its weights as they are, and `update` where it learns something
-    before it lives.
+    A subclass sets `self.net` to the result of `made`, and implements `begin` and `learn`. It
+    overrides `respond` if it does not predict with the weights of the state, and `update` if it
+    meta-learns before the rollout.
 
     Raises:
         ValueError: The backbone has batch norm.
@@ -56,78 +57,80 @@ class OnlineLearner(Algorithm):
     order_free: bool = False
     meta_trains: ClassVar[bool] = False
     answers_depend_on_task: ClassVar[bool] = False
-    """Whether an answer depends on which task is asked about, where that is told."""
+    """Whether a prediction depends on the task of its row, if task ids are known."""
 
     maps_inside: ClassVar[bool] = False
-    """Whether `learn` or `respond` themselves map over something, by torch's vmap."""
+    """Whether `learn` or `respond` call `torch.func.vmap`."""
     needs_task_ids: ClassVar[bool] = False
-    """Whether it can live only where the stream tells which task is which."""
+    """Whether the learner requires known task ids."""
 
     net: Predictor
     head: Sequence[int] = ()
     """Widths of the head's hidden layers."""
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        raise NotImplementedError(f"{type(self).__name__} learns online alone")
+        raise NotImplementedError(f"{type(self).__name__} has no meta-training")
 
     def build(self) -> Predictor:
-        """Draw a network."""
+        """Build a newly initialized network."""
         body = self.build_network(None)
         size: int = body.feature_dim  # type: ignore[assignment]
         return Predictor(body, size, self.head, self.spec.output_dim)
 
     def made(self) -> Predictor:
-        """Draw the network that is to live.
+        """Build the network of the rollouts and check that it suits the stream.
 
         Raises:
-            ValueError: The backbone has batch norm, or the stream does not tell what is needed.
+            ValueError: The backbone has batch norm, or required task ids are unknown.
         """
         assert self.spec.streams is not None
         if self.needs_task_ids and not self.spec.streams["test"].task_ids_known:
             raise ValueError(
-                f"{type(self).__name__} keeps tasks apart: use data.task_ids_known=true"
+                f"{type(self).__name__} requires known task ids: use data.task_ids_known=true"
             )
         net = self.build()
         if has_batch_norm(net):
             raise ValueError(
-                f"{type(self).__name__} meets a few rows at a time, which have no batch to be "
-                "normalized by: use backbone.norm=none or instance, or backbone.batch_norm=false"
+                f"{type(self).__name__} receives a few rows at a time, too few for batch norm: "
+                "use backbone.norm=none or instance, or backbone.batch_norm=false"
             )
         return net
 
     @property
     def online_net(self) -> nn.Module:
-        """The network that lives: the part of `net` whose weights change along the stream."""
+        """Online part of `net`, whose weights change along the stream."""
         return self.net
 
     def encode(self, x: Tensor) -> Tensor:
-        """What the plastic part sees of rows (T, R, …): they themselves, or features of them.
+        """Return the inputs of the online part for rows (T, R, …): the rows, or their features.
 
-        Whatever is here stays as it is for a lifetime, so that it is computed once.
+        The encoder is constant during a rollout, so each row is encoded only once.
         """
         return x
 
     @abstractmethod
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
-        """The state of one lifetime before its first step.
+        """Return the state of one rollout before its first step.
 
         Args:
-            theta: Parameters of the plastic part.
-            x, y: (S, …) perceived rows of the stream, for their number and shapes alone.
+            theta: Parameters of the online part by name.
+            x: Encoded rows of the stream, (S, …); only their number and shape are used.
+            y: Targets of these rows, (S, …); likewise.
         """
 
     @abstractmethod
     def learn(
         self, net: nn.Module, theta: Params, state: State, x: Tensor, y: Tensor, step: Step
     ) -> State:
-        """The state of one lifetime after a step of its stream.
+        """Return the state of one rollout after learning from a step of its stream.
 
         Args:
-            net: The plastic part, or its replica.
-            theta: Its parameters by name.
-            state: As it was.
-            x, y: (B, …) perceived rows and their targets.
-            step: Where it stands.
+            net: Online part of the network, or its replica.
+            theta: Meta-learned parameters of the online part by name.
+            state: State before the step.
+            x: Encoded rows of the step, (B, …).
+            y: Targets of these rows, (B, …).
+            step: Position in the stream.
         """
 
     def respond(
@@ -138,21 +141,28 @@ class OnlineLearner(Algorithm):
         x: Tensor,
         task: Tensor | None,  # noqa: ARG002
     ) -> Tensor:
-        """Answer (R, D) to perceived rows (R, …) of a task, in one lifetime.
+        """Return the predictions (R, D) of one rollout for rows of one task.
 
-        With the weights of the state, unless a subclass knows better.
+        The default uses the weights of the state; a subclass may override it.
 
         Args:
-            net, theta, state: As in `learn`.
-            x: The rows.
-            task: Which task they are of, 0-dimensional; None where it is not told.
+            net: Online part of the network, or its replica.
+            theta: Meta-learned parameters of the online part by name.
+            state: State of the rollout.
+            x: Encoded rows, (R, …).
+            task: Number of the task of the rows, 0-dimensional; None if task ids are unknown.
         """
         return forward(net, strip_prefix("weights.", state), x, ForwardContext())
 
-    # Over all lifetimes.
+    # The methods below operate on all T rollouts.
 
     def start(self, x: Tensor, y: Tensor) -> State:
-        """The states (T, …) of T lifetimes, from the perceived rows (T, S, …) of their streams."""
+        """Return the states of T rollouts before the first step, (T, …).
+
+        Args:
+            x: Encoded rows of the streams, (T, S, …).
+            y: Targets of these rows, (T, S, …).
+        """
         state = self.begin(own_parameters(self.online_net), x[0], y[0])
         return {n: v.detach().expand(len(x), *v.shape).clone() for n, v in state.items()}
 
@@ -163,19 +173,21 @@ class OnlineLearner(Algorithm):
         y: Tensor,  # noqa: ARG002
         stream: Stream,  # noqa: ARG002
     ) -> Iterator[State]:
-        """What the states become before the first step, bit by bit, so that it can be stopped.
+        """Yield the states during training on the whole stream in advance, for comparators.
 
-        Nobody knows what is to come but those whom regret is counted against.
+        Only comparators for regret see the stream before the first step; the default yields
+        nothing. Training can be stopped after each yielded state.
 
         Args:
-            state: What `start` gives.
-            x, y: (T, S, …) the perceived rows of the streams and their targets.
-            stream: The layout.
+            state: States from `start`.
+            x: Encoded rows of the streams, (T, S, …).
+            y: Targets of these rows, (T, S, …).
+            stream: Layout of the streams.
         """
         return iter(())
 
     def observe(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
-        """The states after a step with perceived rows (T, B, …)."""
+        """Return the states after learning from a step with encoded rows x (T, B, …)."""
 
         def one(net: nn.Module, theta: Params, own: State, x: Tensor, y: Tensor) -> State:
             return self.learn(net, theta, own, x, y, step)
@@ -184,7 +196,7 @@ class OnlineLearner(Algorithm):
         return after
 
     def answers(self, state: State, x: Tensor, task: int | None) -> Tensor:
-        """(T, R, D) answers to perceived rows (T, R, …)."""
+        """Return predictions (T, R, D) for encoded rows (T, R, …) of one task."""
 
         number = None if task is None else torch.tensor(task, device=x.device)
 
@@ -195,7 +207,7 @@ class OnlineLearner(Algorithm):
         return outputs
 
     def answers_of_tasks(self, state: State, x: Tensor) -> Tensor:
-        """(T, J, R, D) answers to perceived rows (T, J, R, …), those at j of task j."""
+        """Return predictions (T, J, R, D) for encoded rows (T, J, R, …), index j being task j."""
         tasks = torch.arange(x.shape[1], device=x.device)
 
         def one(net: nn.Module, theta: Params, own: State, x: Tensor) -> Tensor:
@@ -209,24 +221,24 @@ class OnlineLearner(Algorithm):
         return outputs
 
     def untrained_answers(self, x: Tensor) -> Tensor:
-        """(T, R, D) answers of a network drawn anew to rows (T, R, …) as the data have them."""
+        """Return predictions (T, R, D) of a newly initialized network for raw rows (T, R, …)."""
         with torch.random.fork_rng(devices=[]):
             seeding.seed_torch(seeding.key(self.seed, "untaught"))
             fresh = self.build().to(self.device, self.dtype)
         return torch.stack([fresh(rows, ForwardContext()).detach() for rows in x])
 
     def rollout_key(self) -> Tensor:
-        """The key of all draws of a lifetime, 0-dimensional; every lifetime has the same."""
+        """Return the key of all random draws of a rollout, 0-dimensional; equal in all rollouts."""
         return torch.tensor(seeding.key(self.seed, "lifetime"), device=self.device)
 
     def row_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """(R,) the loss of each row, whose mean is `loss`."""
+        """Return the loss of each row, (R,), whose mean is `loss`."""
         if self.spec.kind == "classification":
             return nn.functional.cross_entropy(outputs, targets, reduction="none")
         return (outputs - targets).square().mean(-1)
 
     def _each(self, lifetime: Any, state: State, *rows: Tensor) -> Any:
-        """Map `lifetime(net, theta, state, *rows)` over T states and rows (T, …)."""
+        """Map a function `(net, theta, state, *rows)` of one rollout over T states and rows."""
         net = self.online_net
 
         def one(net: nn.Module, theta: Params, *values: Tensor) -> Any:
@@ -239,9 +251,9 @@ class OnlineLearner(Algorithm):
         return engine.map(one, net, own_parameters(net), (*rows, *state.values()))
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """Live through T streams that say nothing of their tasks, then answer.
+        """Learn along T streams with unknown task ids, then predict the query rows.
 
-        A learner that asks for tasks takes all rows for those of one.
+        A learner that uses task ids treats all rows as rows of one task.
         """
         assert self.spec.streams is not None
         size = self.spec.streams["test"].rows
@@ -256,13 +268,13 @@ class OnlineLearner(Algorithm):
 
 
 class Predictor(nn.Module):
-    """A body that represents and a head of any depth that predicts.
+    """A body that computes features, and a head of any depth that predicts from them.
 
     Args:
-        body: Maps rows to features (R, F), as `Algorithm.build_network(None)` makes it.
-        feature_dim: F.
+        body: Network from rows to features (R, F), as `Algorithm.build_network(None)` returns it.
+        feature_dim: Number of features, F.
         hidden: Widths of the head's hidden layers.
-        output_dim: D.
+        output_dim: Number of outputs, D.
     """
 
     def __init__(
@@ -278,9 +290,10 @@ class Predictor(nn.Module):
 
 
 class Head(nn.Module):
-    """Dense layers with ReLU between them; `last` is the one that answers.
+    """Dense layers with ReLU between them; `last` is the output layer.
 
-    They start Kaiming normal with no biases, as in the official codes of OML and ANML.
+    Weights are initialized Kaiming-normal and biases zero, as in the official codes of OML and
+    ANML.
     """
 
     def __init__(self, feature_dim: int, hidden: Sequence[int], output_dim: int) -> None:
@@ -299,22 +312,22 @@ class Head(nn.Module):
 
 
 class WeightLearner(OnlineLearner):
-    """Lives by gradient steps on the weights of its plastic part, by a rule.
+    """An online learner that takes gradient steps on the weights of its online part.
 
-    A subclass sets `self.strategy` where it is not plain online learning.
+    A subclass sets `self.strategy`, whose default is plain online learning.
 
     Args:
-        online_lr: Learning rate of a lifetime; of a list, the best on meta-val is taken.
-        online_optim: `sgd`, or `adam` (betas 0.9 and 0.999), as Javed & White's code has it for
-            characters.
-        adapt: What learns in a lifetime: `all` weights, or the `head`.
+        online_lr: Learning rate during a rollout. From a list, meta-validation chooses the best.
+        online_optim: Optimizer of the rollout, `sgd` or `adam` (betas 0.9 and 0.999); Javed &
+            White's code uses `adam` for characters.
+        adapt: Weights that learn during a rollout, `all` or those of the `head`.
         head: Widths of the head's hidden layers.
-        reset: Whether a lifetime begins with a last layer drawn anew: Kaiming normal weights and
-            no biases, as in Javed & White's code for characters.
-        **common: Those of `Algorithm`.
+        reset: Whether a rollout starts with a newly initialized last layer: Kaiming-normal weights
+            and zero biases, as in Javed & White's code for characters.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range, or the backbone has batch norm.
+        ValueError: A setting is out of range, or the backbone has batch norm.
     """
 
     rate: Tensor
@@ -389,11 +402,11 @@ class WeightLearner(OnlineLearner):
         return self.strategy.leave(state, x, y, step)
 
     def _loss_of(self, net: nn.Module) -> RowLoss:
-        """The mean loss of weights of the plastic part on perceived rows."""
+        """Return the mean loss on encoded rows as a function of the online part's weights."""
         return lambda weights, x, y: self.loss(forward(net, weights, x, ForwardContext()), y)
 
     def _descend(self, state: State, loss: RowLoss, x: Tensor, y: Tensor) -> State:
-        """The state after one gradient step."""
+        """Return the state after one gradient step."""
         weights = strip_prefix("weights.", state)
 
         def held(weights: Params) -> Tensor:
@@ -408,7 +421,7 @@ class WeightLearner(OnlineLearner):
         return {**state, **add_prefix("weights.", moved)}
 
     def _reset(self, theta: Params) -> Params:
-        """The parameters with the last layer drawn anew."""
+        """Return the parameters with a newly initialized last layer."""
         prefix = "last." if self.adapt == "head" else "head.last."
         weight = theta[f"{prefix}weight"]
         key = torch.tensor(seeding.key(self.seed, "head"), device=weight.device)
@@ -421,10 +434,14 @@ class WeightLearner(OnlineLearner):
 
 
 def candidates(name: str, rates: float | Sequence[float]) -> list[float]:
-    """The learning rates that meta-val is to choose among, from an option of an algorithm's.
+    """Return the learning rates from which meta-validation chooses, as a list.
+
+    Args:
+        name: Key of the setting, without `algo.`.
+        rates: Value of the setting, a number or a list.
 
     Raises:
-        ValueError: There are none, or one is not positive.
+        ValueError: The list is empty, or a rate is not positive and finite.
     """
     found = [rates] if isinstance(rates, int | float) else list(rates)
     if not found or not all(0.0 < rate < math.inf for rate in found):

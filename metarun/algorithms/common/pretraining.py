@@ -1,6 +1,7 @@
-"""Supervised training over all training classes, and the heads that it trains.
+"""Supervised training on all training classes, and its classification heads.
 
-What is reused afterwards is the body: an ordinary classifier's features, without meta-learning.
+Only the body is reused on new tasks: the features of an ordinary classifier, without
+meta-learning.
 
 Shapes: N rows of a mini-batch, C training classes, T tasks, S support rows, Q query rows, W
 outputs of a head, F features, … any leading dimensions, such as one of tasks.
@@ -32,18 +33,19 @@ _MANY_OUTPUTS = 200
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Scores of classes from features, as pure functions of weights.
+    """A classification head: logits from features, as pure functions of weights.
 
     `linear` is x W^T + b. `cosine` is s g_k cos(x, v_k) with a learned length g_k and direction
     v_k for each class (`distLinear` of Chen et al.'s code: weight normalization, Salimans & Kingma
     2016; the paper itself has no g).
 
     Args:
-        kind: `linear` or `cosine`.
-        scale: The s of `cosine`; None is the code's: 2 up to 200 outputs, 10 beyond.
+        kind: Kind of head, `linear` or `cosine`.
+        scale: Factor s of `cosine`; None takes the official code's value, which is 2 up to 200
+            outputs and 10 beyond.
 
     Raises:
-        ValueError: A word or a number is not allowed.
+        ValueError: A setting is out of range.
     """
 
     kind: HeadKind = "linear"
@@ -56,7 +58,13 @@ class Head:
             raise ValueError(f"algo.scale={self.scale}: expected a positive number, or null")
 
     def start(self, key: int, num_features: int, num_outputs: int, like: Tensor) -> Weights:
-        """Weights as `nn.Linear` draws them, U(-1/sqrt(F), 1/sqrt(F)), from a key.
+        """Return initial weights from U(-1/sqrt(F), 1/sqrt(F)), as in `nn.Linear`.
+
+        Args:
+            key: Seeding key of the draws.
+            num_features: Number of features, F.
+            num_outputs: Number of outputs, W.
+            like: Tensor with the device and dtype of the weights.
 
         Returns:
             `weight` (W, F) and `bias` (W), or `direction` (W, F) and `length` (W, 1).
@@ -71,7 +79,10 @@ class Head:
         return {"weight": weight, "bias": bias}
 
     def scores(self, weights: Weights, features: Tensor) -> Tensor:
-        """Logits (…, N, W) of (…, N, F) features; each weight may have the leading …, too."""
+        """Return logits (…, N, W) of features (…, N, F).
+
+        The weights may have the same leading dimensions.
+        """
         if self.kind == "linear":
             return torch.matmul(features, weights["weight"].mT) + weights["bias"].unsqueeze(-2)
         normal: Tensor = nn.functional.normalize(weights["direction"], dim=-1) * weights["length"]
@@ -80,28 +91,28 @@ class Head:
 
 
 def unit(features: Tensor) -> Tensor:
-    """(…, F) vectors of length 1; the code's small number keeps zeros zero."""
+    """Return vectors (…, F) scaled to length 1; a constant as in the code keeps zeros at zero."""
     length: Tensor = torch.linalg.vector_norm(features, dim=-1, keepdim=True)
     return features / (length + 1e-5)
 
 
 class Pretrained(Algorithm):
-    """An algorithm whose body is that of a classifier of all training classes.
+    """An algorithm whose body is pre-trained as a classifier of all training classes.
 
-    One update is one step of ordinary supervised training: the rows of all tasks, support and
-    query, are one mini-batch with labels among all C classes. A mini-batch is therefore
-    stratified, `train.way` classes with equally many images each, where the papers draw images
-    independently: `train.way` large and `train.shot` + `train.query` small come closest. The
-    metric that it reports is the accuracy over all C classes.
+    One update is one step of ordinary supervised training. The support and query rows of all
+    tasks form one mini-batch, with labels among all C classes. A mini-batch is therefore
+    stratified: `train.way` classes with equally many images each. The papers draw images
+    independently; a large `train.way` and a small `train.shot` + `train.query` come closest to
+    this. The training metric is the accuracy over all C classes.
 
     Args:
-        head: Of the classifier: `linear` or `cosine`.
-        scale: Of the cosine; see `Head`.
-        **common: Those of `Algorithm`.
+        head: Head of the classifier, `linear` or `cosine`.
+        scale: Factor of the cosine head; see `Head`.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A word or a number is not allowed, the data are no classification, or they do
-            not say how many training classes there are.
+        ValueError: A setting is out of range, the tasks are not classification, or the data set
+            does not declare its number of training classes.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -113,8 +124,8 @@ class Pretrained(Algorithm):
         super().__init__(**common)
         if self.spec.num_train_classes is None:
             raise ValueError(
-                f"{type(self).__name__} needs to know how many training classes there are, and "
-                "the data do not say (TaskSpec.num_train_classes): choose other data"
+                f"{type(self).__name__} needs the number of training classes, which the data set "
+                "does not declare (TaskSpec.num_train_classes): choose another data set"
             )
         self.head = Head(head, scale)
         self.net = self.build_network(None)
@@ -139,7 +150,7 @@ class Pretrained(Algorithm):
             loss = self.loss(scores, y)
             return loss, (loss, task_metric(self.spec, scores, y), moments)
 
-        # One task to the engine, which then runs it alone and with fused operators.
+        # A single task for the engine, which then uses fused operators.
         x, y = labeled_rows(batch)
         rows = (x[None], y[None], self.noise(progress, 1))
         grads, (losses, scores, moments) = self.resolved_engine().gradients(
@@ -153,8 +164,8 @@ class Pretrained(Algorithm):
     def needs_whole_batch(self) -> str | None:
         if has_batch_norm(self.net) or makes_noise(self.net):
             return (
-                "an update is one mini-batch, whose batch norm and masks are of all its rows: use "
-                "backbone.norm=none or instance, or backbone.batch_norm=false"
+                "an update is one mini-batch, and its batch norm and masks depend on all rows: "
+                "use backbone.norm=none or instance, or backbone.batch_norm=false"
             )
         return None
 
@@ -165,7 +176,10 @@ class Pretrained(Algorithm):
                 weights.data = weights.new_zeros(stored.shape)
 
     def features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, S, F) and (T, Q, F) features, with batch norm as `bn` says."""
+        """Return the features of support rows, (T, S, F), and of query rows, (T, Q, F).
+
+        The setting `bn` chooses the batch statistics.
+        """
         num_support = support_x.shape[1]
         ctx = ForwardContext(
             rows=num_support if self.bn == "support" else None, running=self.bn == "running"
@@ -179,7 +193,11 @@ class Pretrained(Algorithm):
 
 
 def labeled_rows(batch: TaskBatch) -> tuple[Tensor, Tensor]:
-    """All rows of a batch, (N, *input_shape), and their labels among all training classes, (N)."""
+    """Return all rows of a batch and their labels among all training classes.
+
+    Returns:
+        Inputs (N, *input_shape) and labels (N,), for each task its support before its query rows.
+    """
     assert batch.class_ids is not None
     labels = batch.class_ids.gather(1, torch.cat([batch.support_y, batch.query_y], 1))
     return torch.cat([batch.support_x, batch.query_x], 1).flatten(0, 1), labels.flatten()

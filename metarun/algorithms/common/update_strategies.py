@@ -1,7 +1,7 @@
-"""Rules of learning online: which rows a step learns from, and what holds weights back.
+"""Update strategies of online learning: the rows of a gradient step, and penalties on weights.
 
-Each is a few pure functions of one lifetime's own state, which `online.WeightLearner` calls
-around its gradient steps. Shapes: B rows of a step, M rows of a memory, P parameters.
+A strategy is a set of pure functions of one rollout's state, which `online.WeightLearner` calls
+around its gradient steps. Shapes: S rows of a stream, B rows of a step, M rows of a memory.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from metarun.algorithms.functional import (
 from metarun.core import seeding
 
 State = dict[str, Tensor]
-"""What a lifetime has become, by name; nothing else is remembered of it."""
+"""State of a rollout: tensors by name, which hold everything that it has learned."""
 
 RowLoss = Callable[[Params, Tensor, Tensor], Tensor]
-"""Mean loss of weights on rows x and y."""
+"""Function from (weights, x, y) to the mean loss on the rows x with targets y."""
 
 _SLOT_RESERVOIR, _SLOT_REPLAY, _SLOT_JOINT = 30, 31, 32
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where a lifetime stands when it learns; the same for all lifetimes of a batch.
+    """Position of a step in the stream, equal in all rollouts of a batch.
 
     Attributes:
-        number: Steps before this one.
-        rows: Rows before this one.
-        task: The task of the rows; None where it is not told.
-        begins_visit: Whether a visit to a task begins here; False where it is not told.
+        number: Number of earlier steps.
+        rows: Number of rows in earlier steps.
+        task: Task of the step's rows; None if task ids are unknown.
+        begins_visit: Whether a visit to a task begins here; False if task ids are unknown.
     """
 
     number: int
@@ -53,10 +53,10 @@ class Step:
 
 @dataclass(frozen=True)
 class UpdateStrategy:
-    """Plain online learning: a gradient step on what has just come, and nothing else.
+    """Plain online learning: gradient steps on the rows of the current step only.
 
     Attributes:
-        updates: Gradient steps for each step of the stream.
+        updates: Number of gradient steps per step of the stream.
     """
 
     updates: int = 1
@@ -65,7 +65,7 @@ class UpdateStrategy:
         positive("updates", self.updates)
 
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:  # noqa: ARG002
-        """The rule's part of a lifetime's state, for a stream of rows like x (S, …) and y."""
+        """Return the strategy's part of a rollout's state, for a stream of rows x (S, …), y."""
         return {}
 
     def enter(
@@ -75,7 +75,7 @@ class UpdateStrategy:
         loss: RowLoss,  # noqa: ARG002
         step: Step,  # noqa: ARG002
     ) -> State:
-        """Before a step is learned from."""
+        """Return the state after preparations that precede the gradient steps."""
         return state
 
     def rows(
@@ -86,15 +86,15 @@ class UpdateStrategy:
         step: Step,  # noqa: ARG002
         update: int,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
-        """The rows of one gradient step."""
+        """Return the inputs and targets of one gradient step."""
         return x, y
 
     def penalty(self, state: State, weights: Params) -> Tensor | None:  # noqa: ARG002
-        """What is added to the loss."""
+        """Return the penalty added to the loss, 0-dimensional; None is no penalty."""
         return None
 
     def leave(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:  # noqa: ARG002
-        """After a step was learned from."""
+        """Return the state after the gradient steps of a step, for example with its rows stored."""
         return state
 
 
@@ -102,12 +102,12 @@ class UpdateStrategy:
 class Replay(UpdateStrategy):
     """Experience replay with a reservoir (Chaudhry et al. 2019; Riemer et al. 2019, Algorithm 4).
 
-    Every row of the stream so far is in the memory with the same probability (Vitter 1985,
+    Every row of the stream so far is in the replay buffer with the same probability (Vitter 1985,
     Algorithm R).
 
     Attributes:
-        memory: Rows remembered, M.
-        replayed: Of them that are joined to the incoming rows in a gradient step.
+        memory: Number of rows in the replay buffer, M.
+        replayed: Number of stored rows that join the incoming rows in a gradient step.
     """
 
     memory: int = 200
@@ -147,7 +147,7 @@ class Replay(UpdateStrategy):
     def _remember(
         self, memory: State, key: Tensor, x: Tensor, y: Tensor, before: int, place: int
     ) -> State:
-        """The memory after one more row, when there were `before` rows."""
+        """Return the memory after one more row of the stream, preceded by `before` rows."""
         number = torch.tensor(before, device=x.device)
         if before >= self.memory:
             own = seeding.fold(key, torch.tensor(place, device=x.device))
@@ -161,10 +161,11 @@ class Replay(UpdateStrategy):
 
 @dataclass(frozen=True)
 class Joint(UpdateStrategy):
-    """Joint training on everything seen so far: the ceiling that an online learner is held to.
+    """Joint training on all rows so far, an upper bound for online learners.
 
     Attributes:
-        batch: Rows of a gradient step, drawn evenly from all that came, the incoming included.
+        batch: Number of rows of a gradient step, drawn uniformly from all rows so far, including
+            the incoming ones.
     """
 
     batch: int = 32
@@ -202,13 +203,13 @@ class Joint(UpdateStrategy):
 class Elastic(UpdateStrategy):
     """Elastic weight consolidation (Kirkpatrick et al. 2017, eq. 3).
 
-    Adds strength / 2 * sum_k (w - w_k)^T F_k (w - w_k) over the tasks k learned before, with F_k
-    the diagonal of the empirical Fisher information at w_k, where the task ended. The sum needs
-    no more than sum F_k and sum F_k w_k, however many tasks there are.
+    Adds the penalty strength / 2 * sum_k (w - w_k)^T F_k (w - w_k) over earlier visits k. w_k are
+    the weights at the end of visit k, and F_k is the diagonal of the empirical Fisher information
+    there. The gradient needs only sum_k F_k and sum_k F_k w_k, for any number of tasks.
 
     Attributes:
-        strength: Of the pull.
-        fisher_rows: Rows of a task, its last ones, that F_k is taken over.
+        strength: Factor of the penalty.
+        fisher_rows: Number of rows, the last of a visit, from which F_k is estimated.
     """
 
     strength: float = 1.0
@@ -251,7 +252,7 @@ class Elastic(UpdateStrategy):
 
     def penalty(self, state: State, weights: Params) -> Tensor | None:
         fisher, pull = strip_prefix("fisher.", state), strip_prefix("pull.", state)
-        # Up to a constant: what is summed over the tasks is expanded.
+        # The sum of squares over visits is expanded, without its constant term.
         terms = [
             (0.5 * fisher[name] * weight.square() - pull[name] * weight).sum()
             for name, weight in weights.items()
@@ -269,12 +270,12 @@ class Elastic(UpdateStrategy):
 
 
 def with_adam(weights: Params) -> State:
-    """Weights that Adam is to move, with its state, as entries of a lifetime's."""
+    """Return weights and the initial state of Adam as entries of a rollout's state."""
     return _entries(weights, adam_start(weights))
 
 
 def adam_moved(state: State, grads: Params, lr: Tensor) -> State:
-    """The entries of `with_adam` after one update, with betas 0.9 and 0.999."""
+    """Return the entries of `with_adam` after one update, with betas 0.9 and 0.999."""
     before = AdamState(
         strip_prefix("first.", state), strip_prefix("second.", state), state["updates"]
     )
@@ -292,11 +293,11 @@ def _entries(weights: Params, adam: AdamState) -> State:
 
 
 def draw_key(state: State, step: Step, update: int, device: torch.device) -> Tensor:
-    """The key of the draws of one gradient step of a lifetime."""
+    """Return the key of the random draws of one gradient step of a rollout."""
     numbers = torch.tensor([step.number, update], device=device)
     return seeding.fold(seeding.fold(state["key"], numbers[0]), numbers[1])
 
 
 def expanded(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask (M,) of the rows of a tensor (M, …), to broadcast against it."""
+    """Return a mask (M,) with dimensions appended to broadcast against a tensor (M, …)."""
     return mask.reshape(len(mask), *(1,) * (like.dim() - 1))

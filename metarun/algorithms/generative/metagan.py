@@ -1,9 +1,9 @@
-"""MetaGAN: a learner that has to tell made images from real ones too (Zhang et al. 2018).
+"""MetaGAN: a learner that also distinguishes generated images from real ones (Zhang et al. 2018).
 
-There is no official code. What the paper leaves open is said where it is settled.
+There is no official code. Choices that the paper leaves open are documented where they are made.
 
-Shapes: T tasks, S support rows, Q query rows, M made rows, W ways, Z latent numbers, C H W' of an
-image.
+Shapes: T tasks, S support rows, Q query rows, M generated rows, R rows, W ways, Z latent numbers,
+C H W' channels, height and width of an image.
 """
 
 from __future__ import annotations
@@ -32,44 +32,48 @@ Classes = Literal["softmax", "own"]
 
 
 class MetaGAN(Algorithm):
-    """Gives a learner an adversary: a generator of images that could be of the task.
+    """MetaGAN: trains a learner against a generator of images for each task.
 
-    The learner has to put real rows into one of W classes and made ones into another, W + 1,
-    so that it draws its boundaries where the data are; the generator learns from what the
-    learner takes for real (Zhang et al. 2018, section 3.1):
+    The learner assigns real rows to one of W classes, and generated rows to an additional class
+    W + 1. This moves its decision boundaries close to the data. The generator learns to produce
+    rows that the learner classifies as real. Both objectives are maximized (Zhang et al. 2018,
+    section 3.1):
 
-        L_D = log p(y | x, y <= W) + log p(y <= W | x) + log p(W + 1 | made)    grows,
-        L_G = log p(y <= W | made)                                              grows.
+        L_D = log p(y | x, y <= W) + log p(y <= W | x) + log p(W + 1 | generated),
+        L_G = log p(y <= W | generated).
 
-    The logit of class W + 1 is zero, as in the paper for relation networks; nothing is lost by
-    it elsewhere (Salimans et al. 2016, section 5): p(y <= W | x) is the sigmoid of the logsumexp
-    of the W logits. The scores of a relation network before their sigmoid are its logits. Rows
-    without labels, the paper's semi-supervised setting, are not part of it. The learner's query
-    rows are the real ones; made rows pass through it by themselves, so that batch norm never
-    mixes the two. Both move at once: the generator sees the learner as it was before the update,
-    after its inner steps, as a constant. Its rate is constant, whatever the learner's schedule.
+    The logit of class W + 1 is zero, as in the paper for relation networks. This loses no
+    generality for other learners (Salimans et al. 2016, section 5): p(y <= W | x) is the sigmoid
+    of the logsumexp of the W logits. The logits of a relation network are its scores before the
+    sigmoid. The paper's semi-supervised setting, rows without labels, is not implemented.
 
-    With MAML the inner loss is that of the outer loop: a task's support is distinguished from
-    `inner_fakes` rows made for it. At evaluation those are made from the same latent numbers for
-    every task. With `fakes=0` it is its learner, bit for bit.
+    The real rows are the query rows. Generated rows pass through the learner separately, so batch
+    norm never mixes the two. Learner and generator are updated at the same time: the generator's
+    loss uses the learner before the update, after its inner steps, as a constant. The generator's
+    learning rate is constant, whatever the schedule of the learner.
+
+    With MAML, the inner loss has the same terms as the outer loss: the support of a task is
+    distinguished from `inner_fakes` rows generated for it. At evaluation these rows come from the
+    same latent numbers for every task. With `fakes=0` the algorithm equals its learner bit for
+    bit.
 
     Args:
-        learner: The class of the learner, such as MAML or RelationNet; its options stand beside
-            those here.
-        fakes: M, made rows in a task's loss beside its queries; 0 leaves the generator out.
-        inner_fakes: Made rows beside the support of a task, for a learner with an inner loss;
-            0 leaves its inner loss as it is.
-        latent: Z.
-        filters: Channels of the generator's last layer, and of its encoder's.
-        generator_lr: Step size of the generator's Adam, whose decays are 0.5 and 0.999.
-        weight: Of the terms that are about made and real, where the paper has 1.
-        classes: The loss of the learner's classes: `softmax`, the paper's log p(y | x, y <= W),
-            or the learner's `own`. The same for MAML.
-        **common: Those of the learner.
+        learner: Class of the learner, such as MAML or RelationNet; its options are given along
+            with those below.
+        fakes: Generated rows in the outer loss of a task, M; 0 leaves the generator out.
+        inner_fakes: Generated rows in the inner loss of a task, for a learner with an inner loss;
+            0 leaves the inner loss unchanged.
+        latent: Latent numbers of a generated row, Z.
+        filters: Channels of the encoder and of the generator's last hidden layer.
+        generator_lr: Learning rate of the generator's Adam, whose decay rates are 0.5 and 0.999.
+        weight: Weight of the terms that distinguish real from generated rows; 1 in the paper.
+        classes: Loss of the classes of real rows: `softmax`, the paper's log p(y | x, y <= W), or
+            the learner's `own` loss. For MAML the two are equal.
+        **common: Arguments of the learner.
 
     Raises:
-        ValueError: A number or a word is out of range, the data are no images, or the learner
-            does not suit.
+        ValueError: A setting is out of range, the inputs are not images, or the learner does not
+            support an adversary.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -93,8 +97,8 @@ class MetaGAN(Algorithm):
         made: Any = learner(**common)
         if not _suits(made):
             raise ValueError(
-                f"algo.learner={learner.__name__} has no `solve`: expected one such as MAML, "
-                "or a learner whose update is the loss of its answers"
+                f"algo.learner={learner.__name__} has no `solve`: expected a learner such as MAML "
+                "or RelationNet"
             )
         for name, value in (("fakes", fakes), ("inner_fakes", inner_fakes)):
             if value < 0:
@@ -108,14 +112,15 @@ class MetaGAN(Algorithm):
             raise ValueError(f"algo.classes={classes}: expected softmax or own")
         if len(self.spec.input_shape) != 3:
             raise ValueError(
-                f"{type(self).__name__} makes images, and a row of the data is "
-                f"{self.spec.input_shape}: use data of images"
+                f"{type(self).__name__} generates images, but an input of the data set has shape "
+                f"{self.spec.input_shape}: use a data set of images"
             )
         if getattr(made, "recompute", False):
-            raise ValueError("algo.recompute=true: MetaGAN keeps its inner steps: expected false")
+            raise ValueError("algo.recompute=true: expected false, MetaGAN does not support it")
         if inner_fakes and not hasattr(made, "term_at_evaluation"):
             raise ValueError(
-                f"algo.inner_fakes={inner_fakes}: {learner.__name__} has no inner loss: expected 0"
+                f"algo.inner_fakes={inner_fakes}: expected 0, since {learner.__name__} has no "
+                "inner loss"
             )
         self.learner: Algorithm = made
         self.fakes = fakes
@@ -136,7 +141,7 @@ class MetaGAN(Algorithm):
 
     @property
     def net(self) -> nn.Module:  # type: ignore[override]
-        """The learner's network."""
+        """Network of the learner."""
         return self.learner.net
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
@@ -182,7 +187,7 @@ class MetaGAN(Algorithm):
             made[:, self.inner_fakes :], list(theirs.values()), pull / batch.num_tasks
         )
         turn = {f"generator.{name}": grad for name, grad in zip(theirs, pulls, strict=True)}
-        # Before either moves: a step is made by both or by none.
+        # Checked before either is updated: both take a step, or neither does.
         turn = self.adversary.averaged(turn, progress)
         self.adversary.check(turn)
         learner.optimizer.step(grads, progress, learner.limited)
@@ -197,13 +202,17 @@ class MetaGAN(Algorithm):
         }
 
     def class_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Loss of the classes of real rows, (R, W) logits, where there is a generator."""
+        """Return the loss of the classes of real rows with logits (R, W), as `classes` says."""
         if self.classes == "own":
             return self.learner.loss(outputs, targets)
         return nn.functional.cross_entropy(outputs, targets)
 
     def _term(self, made: Tensor) -> SupportTerm:
-        """What tells a support from rows (inner_fakes, C, H, W') made for it, in the inner loss."""
+        """Return the inner loss's term that distinguishes the support from generated rows.
+
+        Args:
+            made: Rows generated for the support, (inner_fakes, C, H, W').
+        """
 
         def term(outputs: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
             return self.weight * (taken_for_real(outputs) + taken_for_made(answer(made)))
@@ -211,7 +220,10 @@ class MetaGAN(Algorithm):
         return term
 
     def _term_at_evaluation(self, support_x: Tensor) -> SupportTerm:
-        """The same, with rows made for the support (S, C, H, W') of a task, always the same."""
+        """Return the term of `_term` at evaluation, for the support (S, C, H, W') of a task.
+
+        The rows are generated from the same latent numbers each time.
+        """
         made = self._made(support_x[None], self._fixed_keys(1), self.inner_fakes)
         return self._term(made[0].detach())
 
@@ -224,11 +236,11 @@ class MetaGAN(Algorithm):
             return self._made(support_x, self._fixed_keys(len(support_x)), count)
 
     def _fixed_keys(self, num_tasks: int) -> Tensor:
-        """(T,) keys, all the same: an answer does not depend on where its task stands."""
+        """Return keys (T,), all equal, so that predictions do not depend on a task's position."""
         return seeding.task_keys(self.seed, "made anew", 0, 1, self.device).expand(num_tasks)
 
     def _made(self, support_x: Tensor, keys: Tensor, count: int) -> Tensor:
-        """(T, count, C, H, W') images for T tasks."""
+        """Return generated images for T tasks, (T, count, C, H, W')."""
         assert self.generator is not None
         latent = seeding.normal(keys, 0, (count, self.latent), dtype=self.dtype)
         made: Tensor = self.generator(support_x, latent)
@@ -236,7 +248,7 @@ class MetaGAN(Algorithm):
 
 
 _INJECTED = ("spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed")
-"""What every algorithm is given beside its own options."""
+"""Arguments that every algorithm receives in addition to its own options."""
 
 
 def _suits(learner: Algorithm) -> bool:
@@ -244,22 +256,23 @@ def _suits(learner: Algorithm) -> bool:
 
 
 _SLOPE = 0.2
-"""Of what a unit lets through below zero."""
+"""Negative slope of the leaky ReLUs."""
 
 
 class Generator(nn.Module):
-    """Images of a task from random numbers (section 3.3).
+    """A generator of images for a task, from its support and latent numbers (section 3.3).
 
-    A dataset encoder embeds each support row, by three convolutions and a fully connected layer,
-    and takes the mean; the rest grows an image out of that and the latent numbers, by a fully
-    connected layer and two that double the size, with group norm, which knows of no other task or
-    row. All of these layers are ours. A made pixel lies between the darkest and the brightest of
-    the task's support, by channel.
+    A dataset encoder embeds each support row with three convolutions and a fully connected layer,
+    and takes the mean. A fully connected layer and two blocks that double the size turn this
+    code and the latent numbers into an image. They use group norm, which does not mix tasks or
+    rows. The paper does not specify these layers. A generated pixel lies between the smallest and
+    the largest value in its channel of the task's support.
 
     Args:
-        input_shape: (C, H, W').
-        latent: Z.
-        filters: Channels of the encoder and of the last layer; four times as many at first.
+        input_shape: Shape of an image, (C, H, W').
+        latent: Latent numbers, Z.
+        filters: Channels of the encoder and of the last hidden layer; the first has four times
+            as many.
     """
 
     def __init__(self, input_shape: tuple[int, ...], latent: int, filters: int) -> None:
@@ -272,11 +285,11 @@ class Generator(nn.Module):
             conv = nn.Conv2d(inputs, filters, 3, stride=2, padding=1, bias=False)
             self.encoder.extend([conv, nn.LeakyReLU(_SLOPE)])
         places = math.prod(-(-side // 8) for side in sides)
-        # Without biases and with a norm codes are as large as the latent numbers and differ between
-        # tasks from the start: the generator would not heed faint ones.
+        # Without biases and with a norm, codes are as large as the latent numbers and differ
+        # between tasks from the start: the generator would ignore small codes.
         embed = nn.Linear(filters * places, filters, bias=False)
         self.encoder.extend([nn.Flatten(), embed, nn.LayerNorm(filters)])
-        # Half as many channels wherever the sides double, which costs the same at each size.
+        # Channels are halved where the sides double, which keeps the cost equal at each size.
         widths = [4 * filters, 2 * filters, filters]
         self.first = nn.Linear(filters + latent, widths[0] * self.start[0] * self.start[1])
         self.grow = nn.Sequential(nn.GroupNorm(_groups(widths[0]), widths[0]), nn.LeakyReLU(_SLOPE))
@@ -285,7 +298,12 @@ class Generator(nn.Module):
         self.grow.append(nn.Conv2d(filters, channels, 3, padding=1))
 
     def forward(self, support_x: Tensor, latent: Tensor) -> Tensor:
-        """(T, M, C, H, W') images for supports (T, S, C, H, W') and latent (T, M, Z)."""
+        """Return images (T, M, C, H, W').
+
+        Args:
+            support_x: Support images, (T, S, C, H, W').
+            latent: Latent numbers, (T, M, Z).
+        """
         tasks, made = latent.shape[:2]
         codes = self.encoder(support_x.flatten(0, 1)).unflatten(0, (tasks, -1)).mean(1)
         seeds = torch.cat([codes[:, None].expand(-1, made, -1), latent], 2).flatten(0, 1)
@@ -298,12 +316,12 @@ class Generator(nn.Module):
 
 
 def taken_for_real(outputs: Tensor) -> Tensor:
-    """-log p(y <= W | x), the mean over rows with logits (R, W) beside a zero for class W + 1."""
+    """Return the mean of -log p(y <= W | x) over rows with logits (R, W); class W + 1 has 0."""
     return nn.functional.softplus(-outputs.logsumexp(1)).mean()
 
 
 def taken_for_made(outputs: Tensor) -> Tensor:
-    """-log p(W + 1 | x), the mean over rows with logits (R, W)."""
+    """Return the mean of -log p(W + 1 | x) over rows with logits (R, W); class W + 1 has 0."""
     return nn.functional.softplus(outputs.logsumexp(1)).mean()
 
 
@@ -313,5 +331,5 @@ def _block(inputs: int, outputs: int, stride: int = 1) -> list[nn.Module]:
 
 
 def _groups(filters: int) -> int:
-    """The most groups up to eight that divide the channels."""
+    """Return the largest number of groups, up to eight, that divides the channels."""
     return max(count for count in range(1, 9) if filters % count == 0)

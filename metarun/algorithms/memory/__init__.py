@@ -1,0 +1,1 @@
+"""Algorithms that read a task as a sequence of labeled rows."""

@@ -1,8 +1,8 @@
 """MANN: a controller with an external memory (Santoro et al. 2016).
 
-There is no official code; tristandeleu/ntm-one-shot is the replication that its numbers are
-compared with. Shapes: N sequences side by side, S rows, Q query rows, F features, W ways, H
-hidden units, R heads, L locations, D cells of a location.
+There is no official code; results are compared with the replication tristandeleu/ntm-one-shot.
+Shapes: N sequences in parallel, S rows, Q query rows, F features, W ways, H hidden units, R heads,
+L locations, D cells of a location.
 """
 
 from __future__ import annotations
@@ -23,45 +23,45 @@ State = dict[str, Tensor]
 
 
 class MANN(SequenceLearner):
-    """Writes what it sees with the label that follows, and recalls it when it sees it again.
+    """MANN: stores a row with the label that follows it, and retrieves it for similar rows.
 
-    At each step an LSTM controller gets a row's features, the label of the row *before* it and
-    what was read from memory at the step before; it writes, reads, and a linear layer on its
-    output and the read memory answers (Santoro et al. 2016, sections 2 and 3).
+    At each step an LSTM controller receives the features of a row, the label of the row *before*
+    it, and what it read from memory last. It writes and reads, and a linear layer predicts from
+    its output and the read memory (Santoro et al. 2016, sections 2 and 3).
 
-    `access=lrua` is the paper's least-recently-used access (section 3.2, eq. 5 to 8): each head
-    writes to what it read last or to what is least used, mixed by a gate, after the least used
-    location was set to zero; reading goes by the softmax of cosine similarities. `access=ntm` is
-    that of Neural Turing Machines (Graves et al. 2014, section 3.3): by content, interpolation,
-    shift and sharpening, writing by erasure and addition through one write head. `access=none`
-    is the paper's LSTM without memory.
+    `access=lrua` is the paper's least-recently-used access (section 3.2, eq. 5 to 8). The least
+    used location is set to zero first. Each head then writes to a mixture, set by a gate, of what
+    it read last and what is least used. It reads by the softmax of cosine similarities.
+    `access=ntm` is the access of Neural Turing Machines (Graves et al. 2014, section 3.3). It
+    addresses by content, interpolation, shift and sharpening, and one write head erases and adds.
+    `access=none` is the paper's LSTM without memory.
 
-    The paper leaves open how several heads share the least used locations: head i writes to the
-    i-th, and the first is set to zero, as in the replication. The replication also emits a gate
-    for each head and step, `gate=emitted`, where the paper learns one number, `gate=learned`; it
-    writes vectors of their own, `written=vectors`, where the paper writes the keys,
-    `written=keys`; its usage decays by 0.95.
+    The paper does not specify how several heads share the least used locations. Here head i
+    writes to the i-th, and the first is set to zero, as in the replication. The replication also
+    emits a gate for each head and step, `gate=emitted`, where the paper learns one number,
+    `gate=learned`. It writes separate vectors, `written=vectors`, where the paper writes the keys,
+    `written=keys`. Its usage decays by 0.95.
 
     Args:
-        access: To memory.
-        controller: H, hidden units of the LSTM.
-        locations: L.
-        cells: D.
-        heads: R.
-        usage_decay: gamma of eq. 5.
-        gate: alpha of eq. 7.
-        written: What is added to a location.
-        strength: What a head's similarities are times before the softmax: one, as in the paper,
-            or beta of Neural Turing Machines (Graves et al. 2014, eq. 5), emitted at each step.
-            Similarities lie between -1 and 1, so that without it a head reads about the mean of
-            the memory.
-        label_scale: Told labels enter as one-hot vectors times this: 1 in the paper. A
-            backbone's features outweigh a single 1 among them.
-        forget_bias: Of the controller at the start; see `LSTMCell`.
-        **common: Those of `SequenceLearner` and `Algorithm`.
+        access: Kind of access to memory, `lrua`, `ntm` or `none`.
+        controller: Hidden units of the LSTM, H.
+        locations: Number of memory locations, L.
+        cells: Size of a location, D.
+        heads: Number of heads, R.
+        usage_decay: Decay of the usage, gamma of eq. 5.
+        gate: Kind of write gate, alpha of eq. 7: one `learned` number, or `emitted` at each step.
+        written: Vectors that are added to a location, the `keys` or separate `vectors`.
+        strength: Factor on a head's similarities before the softmax. `none` is 1, as in the paper;
+            `emitted` is beta of Neural Turing Machines (Graves et al. 2014, eq. 5), emitted at
+            each step. Similarities lie between -1 and 1, so with `none` a head reads nearly the
+            mean of the memory.
+        label_scale: Factor on the one-hot labels of the input; 1 in the paper. The features of a
+            backbone outweigh a single 1 among them.
+        forget_bias: Initial forget-gate bias of the controller; see `LSTMCell`.
+        **common: Arguments of `SequenceLearner` and `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range, or the data are no classification.
+        ValueError: A setting is out of range, or the tasks are not classification.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class MANN(SequenceLearner):
         ):
             positive(name, value)
         if heads > locations:
-            raise ValueError(f"algo.heads={heads} are more than algo.locations={locations}")
+            raise ValueError(f"algo.heads={heads}: expected at most algo.locations={locations}")
         if not 0.0 <= usage_decay <= 1.0:
             raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
         check_positive("algo.label_scale", label_scale)
@@ -119,26 +119,31 @@ class MANN(SequenceLearner):
 
 
 class _Memory(nn.Module):
-    """What a controller reads and writes; its state is in a dictionary of (N, …) tensors."""
+    """A memory that a controller reads and writes; its state is a dictionary of (N, …) tensors."""
 
     read_dim: int
 
     def begin(self, like: Tensor) -> State:
-        """The state (1, …) before the first step, of the kind of a tensor."""
+        """Return the state (1, …) before the first step, with the device and dtype of `like`."""
         raise NotImplementedError
 
     def forward(self, hidden: Tensor, state: State) -> State:
-        """The state after a step of controllers (N, H); `read` (N, read_dim) is part of it."""
+        """Return the state after a step, including the vectors `read` (N, read_dim).
+
+        Args:
+            hidden: Outputs of the controllers, (N, H).
+            state: State before the step.
+        """
         raise NotImplementedError
 
 
 def _reads(memory: _Memory | None) -> int:
-    """Numbers that a controller gets from its memory at each step."""
+    """Return how many numbers a controller reads from its memory at each step."""
     return 0 if memory is None else memory.read_dim
 
 
 class _Controller(Reader):
-    """An LSTM along the rows, with a memory or without."""
+    """An LSTM along the rows, with or without a memory."""
 
     def __init__(
         self, lstm: LSTMCell, ways: int, memory: _Memory | None, label_scale: float
@@ -151,7 +156,7 @@ class _Controller(Reader):
         self.answer = nn.Linear(self.hidden + _reads(memory), ways)
 
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-        # A label arrives with the row after its own; nothing comes with the first.
+        # A label enters with the next row; the first row has no label.
         late = self.label_scale * torch.cat([torch.zeros_like(labels[:1]), labels])
         empty = rows.new_zeros(1, self.hidden)
         state = {"hidden": empty, "cell": empty}
@@ -167,7 +172,7 @@ class _Controller(Reader):
         return torch.cat(outputs)
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """Logits (N, W) and the state after rows (N, F + W)."""
+        """Return the logits (N, W) and the state after inputs x (N, F + W)."""
         read = [] if self.memory is None else [state["read"]]
         hidden, cell = self.lstm(torch.cat([x, *read], 1), state["hidden"], state["cell"])
         after = {**state, "hidden": hidden, "cell": cell}
@@ -178,7 +183,7 @@ class _Controller(Reader):
 
 
 class LeastRecentlyUsed(_Memory):
-    """Least-recently-used access (section 3.2); see `MANN` for the arguments."""
+    """A memory with least-recently-used access (section 3.2); `MANN` describes the arguments."""
 
     def __init__(
         self,
@@ -205,7 +210,7 @@ class LeastRecentlyUsed(_Memory):
         heads, locations, cells = self.shape
         first = (torch.arange(locations, device=like.device) == 0).to(like.dtype)[None]
         return {
-            # Not zero, where the cosine has no gradient.
+            # Not zero: the cosine has no gradient there.
             "memory": like.new_full((1, locations, cells), 1e-6),
             "reading": first[:, None].expand(1, heads, locations),
             "usage": first,
@@ -236,13 +241,16 @@ class LeastRecentlyUsed(_Memory):
 
 
 class TuringMachine(_Memory):
-    """The access of a Neural Turing Machine (Graves et al. 2014, section 3), which writes first."""
+    """A memory with Neural Turing Machine access (Graves et al. 2014, section 3).
+
+    At each step it writes before it reads.
+    """
 
     def __init__(self, hidden: int, locations: int, cells: int, heads: int) -> None:
         super().__init__()
         self.shape = (heads, locations, cells)
         self.read_dim = heads * cells
-        # The last head writes. Of each: a key, beta, g, three shifts, and gamma.
+        # The last head writes. Each head has a key, beta, g, three shifts, and gamma.
         self.where = _glorot(nn.Linear(hidden, (heads + 1) * (cells + 6)))
         self.what = _glorot(nn.Linear(hidden, 2 * cells))
 
@@ -268,7 +276,7 @@ class TuringMachine(_Memory):
         return {"memory": memory, "focus": torch.cat([reading, writing], 1), "read": read}
 
     def _focus(self, where: Tensor, memory: Tensor, before: Tensor) -> Tensor:
-        """(N, heads, L) weights by eq. 5 to 9."""
+        """Return the addressing weights of heads, (N, R, L) (Graves et al. 2014, eq. 5 to 9)."""
         cells = self.shape[2]
         key, beta, g, shift, gamma = where.split([cells, 1, 1, 3, 1], 2)
         softplus = nn.functional.softplus
@@ -276,20 +284,20 @@ class TuringMachine(_Memory):
         gated = g.sigmoid() * content + (1.0 - g.sigmoid()) * before
         back, stay, ahead = shift.softmax(2).split(1, 2)
         shifted = back * gated.roll(-1, 2) + stay * gated + ahead * gated.roll(1, 2)
-        # Not zero, where the power has no gradient.
+        # Not zero: the power has no gradient there.
         sharp = (shifted + 1e-12) ** (1.0 + softplus(gamma))
         weights: Tensor = sharp / sharp.sum(2, keepdim=True)
         return weights
 
 
 def cosine(keys: Tensor, memory: Tensor) -> Tensor:
-    """Cosine similarities (N, R, L) of keys (N, R, D) and locations (N, L, D) (eq. 2)."""
+    """Return cosine similarities (N, R, L) of keys (N, R, D) and locations (N, L, D) (eq. 2)."""
     squares = keys.square().sum(2)[:, :, None] * memory.square().sum(2)[:, None]
     return keys @ memory.transpose(1, 2) * torch.rsqrt(squares + 1e-12)
 
 
 def _glorot(linear: nn.Linear) -> nn.Linear:
-    """Started as the replication starts its layers."""
+    """Initialize a linear layer as the replication does, and return it."""
     nn.init.xavier_uniform_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

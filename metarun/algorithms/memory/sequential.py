@@ -1,4 +1,4 @@
-"""Learners that remember: they answer along a sequence of rows whose labels they are told later.
+"""Base class of memory-based algorithms, which predict each row of a sequence before its label.
 
 Shapes: T tasks, S support rows, Q query rows, N rows, F features, W ways.
 """
@@ -22,39 +22,40 @@ LossOf = Literal["sequence", "query"]
 
 
 class Reader(nn.Module):
-    """Answers along a sequence of features, and rows that are asked about at its end."""
+    """A network that predicts along a labeled sequence, and predicts queries after its end."""
 
     @abstractmethod
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
-        """Logits (S + Q, W): of each row given the labels before it, then of each query.
+        """Return logits (S + Q, W): of each row given the labels before it, then of each query.
 
         Args:
-            rows: (S, F) features in the order of presentation.
-            labels: (S, W) their labels, one-hot.
-            queries: (Q, F) features, each asked about alone, after the whole sequence.
+            rows: Features of the sequence in the order of presentation, (S, F).
+            labels: One-hot labels of these rows, (S, W).
+            queries: Query features, (Q, F). Each query follows the whole sequence, independently
+                of the other queries.
         """
 
 
 class SequenceLearner(EpisodicLearner):
-    """Learns to answer along the support rows, in the order in which they come.
+    """An algorithm that learns to predict along the support rows, in their order of presentation.
 
-    It answers a row before it is told its label; a query is a row that follows the whole
-    support, and knows of no other query. Batch norm alone looks at all rows of a task: in
-    training, and at evaluation unless `bn=running`, which is the default here. A subclass sets
-    `self.net` by `with_reader`.
+    It predicts a row before it receives the row's label. A query is a row after the whole
+    support, independent of the other queries. Only batch norm combines all rows of a task: in
+    training, and at evaluation unless `bn=running`, which the shipped configurations set. A
+    subclass sets `self.net` to the result of `with_reader`.
 
     Args:
-        loss_of: Answers that the loss is of: those along the whole `sequence`, queries included,
-            or those to the `query` rows.
-        curriculum: [rows, from, until]: training sequences are cut to so many rows up to update
-            `from`, then to ever more of them, and are whole from update `until` on; null cuts
-            none. What binds a drawing to its label is learned sooner from short sequences;
-            Santoro et al. (2016, section 4.3) let the number of classes grow. Queries are left
-            out as long as sequences are cut: their classes may be.
-        **common: Those of `Algorithm`.
+        loss_of: Predictions in the loss: all along the `sequence`, queries included, or those of
+            the `query` rows.
+        curriculum: Lengths [rows, from, until] of training sequences: truncated to `rows` rows up
+            to update `from`, then linearly longer, and whole from update `until` on. None
+            truncates none. The binding of an image to its label is learned sooner from short
+            sequences; Santoro et al. (2016, section 4.3) increase the number of classes.
+            Truncated sequences have no queries, whose classes may be missing.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A word is not allowed, or the data are no classification.
+        ValueError: A setting is out of range, or the tasks are not classification.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -74,12 +75,12 @@ class SequenceLearner(EpisodicLearner):
             rows, first, last = curriculum
             if rows < 1 or not 0 <= first <= last:
                 raise ValueError(
-                    f"algo.curriculum={list(curriculum)}: expected [rows, from, until], 1 or more "
-                    "rows and updates in their order"
+                    f"algo.curriculum={list(curriculum)}: expected [rows, from, until] with "
+                    "rows 1 or more and 0 <= from <= until"
                 )
             if loss_of == "query":
                 raise ValueError(
-                    "algo.curriculum has no queries to judge: use algo.loss_of=sequence"
+                    "algo.curriculum leaves no queries for the loss: use algo.loss_of=sequence"
                 )
         self.loss_of: LossOf = loss_of
         self.curriculum = curriculum
@@ -98,7 +99,7 @@ class SequenceLearner(EpisodicLearner):
         return super().update(cut, progress)
 
     def rows_at(self, step: int, whole: int) -> int:
-        """Rows of a training sequence of `whole` rows at an update."""
+        """Return the number of rows, of `whole`, that a training sequence has at an update."""
         if self.curriculum is None or step >= self.curriculum[2]:
             return whole
         rows, first, last = self.curriculum
@@ -106,16 +107,17 @@ class SequenceLearner(EpisodicLearner):
         return min(whole, rows + int(share * (whole - rows)))
 
     def resolved_engine(self) -> Engine:
-        """`auto` is vmap: weights are those of all tasks, so that a batch of rows is one batch.
+        """Return the resolved engine, where `auto` is vmap.
 
-        The many small steps along a sequence are shared by the tasks, several times faster.
+        All tasks have the same weights, so vmap turns the many small steps along a sequence into
+        batched steps, which is several times faster.
         """
         auto = self.engine.kind == "auto"
         engine = replace(self.engine, kind="vmap") if auto else self.engine
         return engine.resolved(self.net, self.device)
 
     def with_reader(self, features: nn.Module, reader: Reader) -> nn.Module:
-        """The network: a body of the backbone whose features (N, F) a reader remembers."""
+        """Return the network: a body with features (N, F), and a reader of these features."""
         return _Sequence(features, reader, self.spec.output_dim)
 
     def outputs_and_targets(
@@ -132,7 +134,7 @@ class SequenceLearner(EpisodicLearner):
         if self.loss_of == "sequence":
             return outputs, torch.cat([support_y, query_y])
         if not len(query_y):
-            raise ValueError("algo.loss_of=query learns from queries alone: use train.query=1")
+            raise ValueError("algo.loss_of=query needs query rows in training: use train.query=1")
         return outputs[len(support_x) :], query_y
 
     def answers(
@@ -167,7 +169,7 @@ class SequenceLearner(EpisodicLearner):
         query_x: Tensor,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Logits (S + Q, W) of one task."""
+        """Return the logits (S + Q, W) of one task."""
         outputs: Tensor = torch.func.functional_call(
             net, params, (support_x, support_y, query_x, ctx)
         )
@@ -175,7 +177,7 @@ class SequenceLearner(EpisodicLearner):
 
 
 class _Sequence(nn.Module):
-    """Features of all rows, read in their order."""
+    """A body that computes features of all rows, and a reader along their sequence."""
 
     def __init__(self, features: nn.Module, reader: Reader, ways: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """SNAIL: temporal convolutions and causal attention (Mishra, Rohaninejad, Chen & Abbeel 2018).
 
-There is no official code; eambutu/snail-pytorch is a replication. Shapes: S support rows, Q query
-rows, A rows that are asked about, C channels, W ways.
+There is no official code; eambutu/snail-pytorch is a replication. Shapes: S support rows, which
+are labeled, Q query rows, A = S + Q unlabeled rows to predict, C channels, W ways.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from metarun.algorithms.memory.sequential import Reader, SequenceLearner
 
 
 class SNAIL(SequenceLearner):
-    """Attends to the labeled rows before a row, over features of its recent past.
+    """SNAIL: temporal convolutions over the recent past, and attention to all labeled rows before.
 
-    The network of section 5.1 and figure 3: attention (keys 64, values 32), a block of temporal
-    convolutions, attention (256, 128), another block, attention (512, 256), and a linear layer.
-    A block has ceil(log2 T) dense blocks of dilations 2, 4, 8, …, where T is the length of a
-    training sequence with its query (section 3; the replication has the natural logarithm).
+    The network is that of section 5.1 and figure 3: attention (keys 64, values 32), a block of
+    temporal convolutions, attention (256, 128), another block, attention (512, 256), and a linear
+    layer. A block has ceil(log2 T) dense blocks of dilations 2, 4, 8, …, where T is the length of
+    a training sequence with its query (section 3; the replication has the natural logarithm).
 
-    A row enters with its label, and a row that is asked about without one. The paper asks about
-    the last row alone, `loss_of=query`. With `loss_of=sequence` every row is asked about as if the
-    sequence ended there: its answer is the paper's network's for the rows before it and itself.
+    Labeled rows enter with their labels; a row to predict enters without one. The paper predicts
+    only the last row, `loss_of=query`. With `loss_of=sequence` every row is predicted as if the
+    sequence ended there, which gives the output of the paper's network for the rows up to it.
 
     Args:
         filters: Channels that a dense block adds.
-        length: T; None takes the `train.way` times `train.shot` rows of a training task and one.
-        **common: Those of `SequenceLearner` and `Algorithm`.
+        length: Length of a training sequence with its query, T. None takes `train.way` times
+            `train.shot`, plus 1.
+        **common: Arguments of `SequenceLearner` and `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range, or the data are no classification.
+        ValueError: A setting is out of range, or the tasks are not classification.
     """
 
     def __init__(self, *, filters: int = 128, length: int | None = None, **common: Any) -> None:
@@ -43,7 +44,7 @@ class SNAIL(SequenceLearner):
         positive("filters", filters)
         if length is None:
             if self.spec.train_shot is None:
-                raise ValueError("the data do not say how long a sequence is: use algo.length=26")
+                raise ValueError("the data set has no fixed number of shots: use algo.length=26")
             length = self.spec.train_way * self.spec.train_shot + 1
         if length < 2:
             raise ValueError(f"algo.length={length}: expected 2 or more")
@@ -51,13 +52,13 @@ class SNAIL(SequenceLearner):
         self._make(math.ceil(math.log2(length)))
 
     def match_shapes(self, state: Mapping[str, Any]) -> None:
-        # A meta-test with other shots is of the network that was trained.
+        # A meta-test with other shots keeps the depth of the trained network.
         taps = [name for name in state if name.endswith(".taps.weight")]
         if taps and len(taps) // 2 != self.depth:
             self._make(len(taps) // 2)
 
     def _make(self, depth: int) -> None:
-        """Make the network with blocks of so many dense blocks, and its optimizer."""
+        """Build the optimizer and the network, whose two blocks have `depth` dense blocks each."""
         self.depth = depth
         features = self.build_network(None)
         size: int = features.feature_dim  # type: ignore[assignment]
@@ -67,7 +68,7 @@ class SNAIL(SequenceLearner):
 
 
 class _Reader(Reader):
-    """Attention, convolutions, attention, convolutions, attention."""
+    """The layers of SNAIL: attention, convolutions, attention, convolutions, attention."""
 
     def __init__(self, inputs: int, ways: int, depth: int, filters: int) -> None:
         super().__init__()
@@ -94,12 +95,12 @@ class _Reader(Reader):
 
 
 class DenseBlock(nn.Module):
-    """A gated causal convolution of two taps, joined to what goes in (section 3).
+    """A gated causal convolution with two taps, concatenated to its input (section 3).
 
     Args:
-        channels: C of what goes in.
-        filters: Channels that are joined to them.
-        dilation: Rows between the taps.
+        channels: Channels of the input, C.
+        filters: Channels of the convolution's output.
+        dilation: Distance between the taps, in rows.
     """
 
     def __init__(self, channels: int, filters: int, dilation: int) -> None:
@@ -108,7 +109,13 @@ class DenseBlock(nn.Module):
         self.taps = nn.Linear(2 * channels, 2 * filters)
 
     def forward(self, labeled: Tensor, unlabeled: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Map rows (S, C) and rows (A, C), each asked about after `place` of the former."""
+        """Map labeled rows (S, C) and unlabeled rows (A, C).
+
+        Args:
+            labeled: Features of the labeled rows, (S, C).
+            unlabeled: Features of the rows to predict, (A, C).
+            place: Number of labeled rows before each row to predict, (A,).
+        """
         past = torch.cat([labeled.new_zeros(self.dilation, labeled.shape[1]), labeled])
         return self._join(past[: len(labeled)], labeled), self._join(past[place], unlabeled)
 
@@ -118,10 +125,10 @@ class DenseBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with one head, joined to what goes in (section 3).
+    """Causal attention with one head, concatenated to its input (section 3).
 
     Args:
-        channels: C of what goes in.
+        channels: Channels of the input, C.
         keys: Size of keys and queries.
         values: Size of values.
     """
@@ -133,9 +140,10 @@ class Attention(nn.Module):
         self.value = nn.Linear(channels, values)
 
     def forward(self, labeled: Tensor, unlabeled: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
-        """Map rows (S, C) and rows (A, C), each asked about after `place` of the former.
+        """Map labeled rows (S, C) and unlabeled rows (A, C).
 
-        A row sees those before it, and itself.
+        A row attends to the labeled rows before it and to itself. The arguments are those of
+        `DenseBlock.forward`.
         """
         keys, values = self.key(labeled), self.value(labeled)
         places = torch.arange(len(labeled), device=labeled.device)

@@ -1,0 +1,1 @@
+"""Algorithms that compare embeddings of query and support rows."""

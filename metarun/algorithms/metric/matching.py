@@ -19,30 +19,31 @@ from metarun.backbones.layers.recurrent import LSTMCell
 
 
 class MatchingNet(EpisodicLearner):
-    """Answers with the labels of the support rows, weighted by attention to their embeddings.
+    """Matching network: predicts with support labels, weighted by attention to their rows.
 
-    p(y | x) = sum_i a(x, x_i) y_i, with a the softmax over the support rows of `scale` times
-    the cosine similarity of f(x) and g(x_i) (eq. 1 and section 2.1.1); the loss is -log p. There
-    is no official code. In the paper `scale` is 1, which leaves the attention nearly flat (of two
-    rows one gets 0.88 at most). Ours is 100 after wyharveychen/CloserLookFewShot, which also cuts
-    similarities below 0; we do not.
+    p(y | x) = sum_i a(x, x_i) y_i, where a is the softmax over the support rows of `scale` times
+    the cosine similarity of f(x) and g(x_i) (eq. 1 and section 2.1.1). The loss is -log p.
 
-    With `full_context` the embeddings depend on the whole support set (FCE): g is a
-    bidirectional LSTM over the support rows in the order they come in (appendix A.2), f reads
-    the support by attention in `processing_steps` steps of an LSTM (appendix A.1).
+    There is no official code. In the paper `scale` is 1, which leaves the attention nearly
+    uniform (of two rows one gets at most 0.88). The default is 100, as in
+    wyharveychen/CloserLookFewShot, which also sets negative similarities to 0; this does not.
 
-    In training batch norm sees the support and query rows in one pass, at evaluation its
-    running statistics, as in both replications (CloserLook and oscarknagg/few-shot).
+    With `full_context` the embeddings depend on the whole support set (FCE). g is a bidirectional
+    LSTM over the support rows in their order of presentation (appendix A.2). f reads the support
+    by attention in `processing_steps` steps of an LSTM (appendix A.1).
+
+    In training, batch norm normalizes support and query rows in one pass; at evaluation it uses
+    its running statistics. Both replications do this (CloserLook and oscarknagg/few-shot).
 
     Args:
         scale: Factor on the similarities, the inverse temperature of the attention.
-        full_context: Embed each row in the context of the support set.
-        processing_steps: K, steps of f's LSTM; only used with `full_context`. The paper gives
-            no number, CloserLook takes as many as there are support rows.
-        **common: Those of `Algorithm`.
+        full_context: Whether to embed each row in the context of the support set.
+        processing_steps: Steps of f's LSTM, K; only used with `full_context`. The paper gives
+            no number; CloserLook takes the number of support rows.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range, or the data are no classification.
+        ValueError: A setting is out of range, or the tasks are not classification.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -76,14 +77,14 @@ class MatchingNet(EpisodicLearner):
         ways: int,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Log-probabilities (Q, W) of one task's queries."""
+        """Return the log-probabilities (Q, W) of one task's queries."""
         support, query = torch.func.functional_call(net, params, (support_x, query_x, ctx))
         similarity = nn.functional.normalize(query) @ nn.functional.normalize(support).T
         return class_log_probabilities(self.scale * similarity, support_y, ways)
 
 
 class _Embedding(nn.Module):
-    """Embeds support and query rows, in the context of the support where it has steps for it."""
+    """Embeddings of support and query rows, in context if `processing_steps` is positive."""
 
     def __init__(self, features: nn.Module, processing_steps: int) -> None:
         super().__init__()
@@ -109,8 +110,8 @@ class FullContext(nn.Module):
     """Full context embeddings of a support set and of queries (appendix A).
 
     Args:
-        dim: F, of the embeddings and of the LSTMs' hidden units.
-        steps: K, of the queries' LSTM.
+        dim: Size of the embeddings and of the LSTMs' hidden states, F.
+        steps: Steps of the query LSTM, K.
     """
 
     def __init__(self, dim: int, steps: int) -> None:
@@ -118,25 +119,29 @@ class FullContext(nn.Module):
         self.steps = steps
         self.forwards = LSTMCell(dim, dim)
         self.backwards = LSTMCell(dim, dim)
-        # LSTM(f', [h, r], c) of eq. 3 has two hidden inputs; r is one of the inputs here, which
-        # is the same sum of products.
+        # LSTM(f', [h, r], c) of eq. 3 has two hidden inputs. Here r is concatenated to the input
+        # f', which gives the same sum of products.
         self.attending = LSTMCell(2 * dim, dim)
 
     def forward(self, support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Embed (S, F) support rows and (Q, F) queries; both keep their shapes."""
+        """Return the embeddings in context of support (S, F) and query (Q, F) features."""
         support = self.embed_support(support)
         return support, self.embed_query(query, support)
 
     def embed_support(self, rows: Tensor) -> Tensor:
-        """g(x_i, S) = forward LSTM + backward LSTM + g'(x_i) of (S, F) rows (appendix A.2)."""
+        """Return g(x_i, S) = forward LSTM + backward LSTM + g'(x_i), (S, F) (appendix A.2)."""
         ahead = _run(self.forwards, rows)
         back = _run(self.backwards, rows.flip(0)).flip(0)
         return ahead + back + rows
 
     def embed_query(self, rows: Tensor, support: Tensor) -> Tensor:
-        """f(x, S) of (Q, F) rows, each alone with the (S, F) support (eq. 3 to 6).
+        """Return f(x, S), (Q, F), of each query independently of the others (eq. 3 to 6).
 
-        The paper leaves h_0 open; it is f'(x) here, as in both replications.
+        The paper does not specify h_0; here it is f'(x), as in both replications.
+
+        Args:
+            rows: Query features f'(x), (Q, F).
+            support: Support embeddings g(x_i, S), (S, F).
         """
         hidden, cell = rows, torch.zeros_like(rows)
         for _ in range(self.steps):
@@ -147,7 +152,7 @@ class FullContext(nn.Module):
 
 
 def _run(lstm: LSTMCell, rows: Tensor) -> Tensor:
-    """Outputs (S, H) along a sequence of (S, F) rows, from an empty state."""
+    """Return the outputs (S, H) of an LSTM along a sequence (S, F), from a zero state."""
     hidden = cell = rows.new_zeros(1, lstm.weight_hh.shape[1])
     outputs = []
     for row in rows.split(1):
@@ -157,12 +162,12 @@ def _run(lstm: LSTMCell, rows: Tensor) -> Tensor:
 
 
 def class_log_probabilities(scores: Tensor, labels: Tensor, ways: int) -> Tensor:
-    """Logarithms (Q, W) of the attention that each class receives (eq. 1).
+    """Return the logarithms of the attention that each class receives, (Q, W) (eq. 1).
 
     Args:
-        scores: (Q, S) logits of the attention.
-        labels: (S,) labels of the support rows; every class has one.
-        ways: W.
+        scores: Logits of the attention, (Q, S).
+        labels: Support labels, (S,); every class occurs.
+        ways: Number of classes, W.
     """
     member = labels[None] == torch.arange(ways, device=labels.device)[:, None]
     of_class = scores[:, None].masked_fill(~member[None], -torch.inf).logsumexp(2)

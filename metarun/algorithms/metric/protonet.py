@@ -19,19 +19,19 @@ Distance = Literal["squared_euclidean", "cosine"]
 
 
 class ProtoNet(EpisodicLearner):
-    """Answers with the class whose mean support embedding, its prototype, is nearest.
+    """Prototypical network: predicts the class with the nearest mean embedding, its prototype.
 
     p(y = k | x) is the softmax over k of -d(f(x), c_k), where c_k is the mean of f over the
-    support rows of class k (eq. 1 and 2). In training batch norm sees the support and query
-    rows of an episode in one pass, at evaluation its running statistics, as in the code.
+    support rows of class k (eq. 1 and 2). In training, batch norm normalizes the support and query
+    rows of an episode in one pass; at evaluation it uses its running statistics, as in the code.
 
     Args:
-        distance: `squared_euclidean`, or `cosine` (1 - cosine similarity).
+        distance: Distance d, `squared_euclidean` or `cosine` (1 - cosine similarity).
         scale: Factor on the distances; the paper has 1.
-        **common: Those of `Algorithm`.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range, or the data are no classification.
+        ValueError: A setting is out of range, or the tasks are not classification.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -66,7 +66,7 @@ class ProtoNet(EpisodicLearner):
         return self._logits(features, support_y, ways)
 
     def _logits(self, features: Tensor, support_y: Tensor, ways: int) -> Tensor:
-        """(Q, W) from the (S + Q, F) features of one task, support rows first."""
+        """Return logits (Q, W), given features (S + Q, F) of one task, support rows first."""
         num_support = support_y.shape[0]
         query = features[num_support:]
         centers = prototypes(features[:num_support], support_y, ways)

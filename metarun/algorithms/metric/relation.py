@@ -20,31 +20,31 @@ from metarun.backbones.layers.normalization import BatchNorm
 
 
 class RelationNet(EpisodicLearner):
-    """Scores how alike a query and a class are by a network that is learned too.
+    """Relation network: scores the similarity of a query and a class with a learned network.
 
-    r(k, x) = g([sum of f over the support rows of class k, f(x)]) lies in (0, 1) (eq. 1, and for
-    several shots section 3.2), f are feature maps laid side by side along their channels. The
-    loss is the mean squared difference of r from 1 for the own class and 0 for the others; the
-    paper's eq. 2 has the sum, the code the mean.
+    The relation score is r(k, x) = g([sum of f over the support rows of class k, f(x)]), between 0
+    and 1 (eq. 1; section 3.2 for several shots). f are feature maps, concatenated along their
+    channels. The loss is the mean squared difference of r from 1 for the query's class and from 0
+    for the others. The paper's eq. 2 has the sum, the code the mean.
 
-    The answers are r before its sigmoid. Their softmax is what the scores say where they are
-    the probabilities of W independent matches of which exactly one is true.
+    The outputs are r before its sigmoid. If the scores are the probabilities of W independent
+    matches, the softmax of the outputs is their distribution given that exactly one is true.
 
-    The code leaves batch norm in training mode for good, and lets it see the support rows, the
-    query rows and all pairs of a class and a query, each by themselves: `bn=transductive`.
-    With `bn=support` f takes its statistics from the support rows and g from the pairs of a
-    class and a support row; with `bn=running` they are those gathered from query rows and pairs.
+    The code always keeps batch norm in training mode, with separate batches for support rows,
+    query rows, and all pairs of a class and a query. This is `bn=transductive`. With `bn=support`,
+    f takes its statistics from the support rows, and g from the pairs of a class and a support
+    row. With `bn=running`, both use statistics collected from query rows and pairs.
 
     Args:
         hidden: Units of the dense layer between g's maps and its score.
-        padding: Of g's convolutions: 1 in the code for Omniglot, 0 for miniImageNet.
-        clip_norm: Euclidean norm that the gradients of f and of g are cut to, each by itself;
-            None leaves them.
-        **common: Those of `Algorithm`.
+        padding: Padding of g's convolutions: 1 in the code for Omniglot, 0 for miniImageNet.
+        clip_norm: Largest Euclidean norm of the gradient of f and, separately, of g; None is no
+            bound.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range, the data are no classification, or the backbone
-            gives no feature maps or ones too small to be halved twice more.
+        ValueError: A setting is out of range, the tasks are not classification, or the backbone
+            has no feature maps or ones too small to be halved twice more.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -79,14 +79,14 @@ class RelationNet(EpisodicLearner):
         ways: int,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Scores (Q, W) of one task's queries, before the sigmoid."""
+        """Return the scores (Q, W) of one task's queries, before the sigmoid."""
         scores: Tensor = torch.func.functional_call(
             net, params, (support_x, support_y, query_x, ways, ctx)
         )
         return scores
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error of the scores, sigmoid of (Q, W), as the code has it (eq. 2)."""
+        """Return the mean squared error of the scores, sigmoid of outputs (Q, W) (eq. 2)."""
         matches = targets[:, None] == torch.arange(outputs.shape[1], device=targets.device)
         return (outputs.sigmoid() - matches.to(outputs.dtype)).square().mean()
 
@@ -101,7 +101,7 @@ class RelationNet(EpisodicLearner):
 
 
 class _Relation(nn.Module):
-    """f and g: from the rows of a task to a score for each query and class."""
+    """The modules f and g, which map the rows of a task to a score for each query and class."""
 
     def __init__(self, embedding: nn.Module, shape: torch.Size, hidden: int, padding: int) -> None:
         super().__init__()
@@ -114,10 +114,10 @@ class _Relation(nn.Module):
         member = support_y[None] == torch.arange(ways, device=support_y.device)[:, None]
         if ctx.rows is None:
             support = self.embedding(support_x, ctx)
-            # Last, so that the running statistics are those of the queries, as in the code.
+            # After the support, so that running statistics are of query rows, as in the code.
             maps = self.embedding(query_x, ctx)
         else:
-            # The support rows are compared as well: their pairs are what g's statistics are of.
+            # The support rows are compared too: g takes its statistics from their pairs.
             maps = self.embedding(torch.cat([support_x, query_x]), ctx)
             support = maps[: ctx.rows]
         classes = (member.to(maps.dtype) @ support.flatten(1)).unflatten(1, maps.shape[1:])
@@ -134,7 +134,7 @@ class _Relation(nn.Module):
 
 
 class _Comparison(nn.Module):
-    """g: two convolution blocks and two dense layers on pairs of maps (section 3.4)."""
+    """The module g: two convolution blocks and two dense layers on pairs of maps (section 3.4)."""
 
     def __init__(self, shape: torch.Size, hidden: int, padding: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def _norm(grads: Params, module: str) -> Tensor:
 
 
 def _initialize(module: nn.Module) -> None:
-    """The weights that the code starts from, in f and in g."""
+    """Initialize a layer of f or g as the official code does."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out")
         if module.bias is not None:

@@ -1,0 +1,1 @@
+"""Algorithms that adapt weights to a task: gradient steps, learned updates or closed form."""

@@ -27,28 +27,30 @@ from metarun.execution.engine import TaskFunction
 
 
 class CAVIA(Algorithm):
-    """Adapts a small vector, the context, which the network reads beside its input.
+    """CAVIA: adapts a small vector of context parameters, a second input of the network.
 
-    The context starts at zero in every task. The inner loop moves it alone,
-    phi <- phi - lr * grad_phi L(phi, theta; support) (eq. 2), and the outer loop all else, by the
-    gradient of the query loss through that step (eq. 3). Dense networks read the context
-    joined to their input, Conv4 through a FiLM layer in its third block (section 3.2).
+    The context phi starts at zero in every task. The inner loop changes only phi,
+    phi <- phi - lr * grad_phi L(phi, theta; support) (eq. 2). The outer loop changes the network
+    theta, by the gradient of the query loss through the inner steps (eq. 3). Dense networks read
+    the context concatenated to their input, and Conv4 reads it through a FiLM layer in its third
+    block (section 3.2).
 
-    The official code cuts the elements of the outer gradient to [-10, 10]: in regression those
-    of each task (`task_clip`), in classification those of their mean (`optim.clip_value`). Its
-    convolutions and head start from Kaiming's uniform; ours start as torch starts them.
+    The official code clamps the elements of the outer gradient to [-10, 10]: in regression the
+    gradient of each task (`task_clip`), in classification their mean (`optim.clip_value`). It
+    initializes convolutions and head Kaiming-uniform; here they have torch's initialization.
 
     Args:
-        num_context: E.
+        num_context: Number of context parameters, E.
         inner_lr: Inner learning rate.
         inner_steps: Inner steps in training.
-        second_order_from: Update from which inner gradients are differentiated; 0 always, None
-            never (first order).
-        task_clip: Cut each element of a task's outer gradient to [-task_clip, task_clip].
-        **common: Those of `Algorithm`.
+        second_order_from: Update from which inner gradients are differentiated; 0 is always, None
+            is never (first order).
+        task_clip: Bound that clamps each element of a task's outer gradient to
+            [-task_clip, task_clip]; None is no bound.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range, or the backbone reads no context.
+        ValueError: A setting is out of range, or the backbone does not read a context.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class CAVIA(Algorithm):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """As in `Algorithm`; the adapted context is the embedding of the task."""
+        """Adapt to T tasks and predict; the adapted context is the embedding of a task."""
         steps = self.evaluation_steps(self.inner_steps)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,7 @@ class CAVIA(Algorithm):
     def _path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
     ) -> list[Tensor]:
-        """The (E,) context at first and after each inner step at evaluation."""
+        """Return the contexts (E,) before and after each inner step at evaluation."""
         loss = self._support_loss(net, params, x, y, ForwardContext(running=self.bn == "running"))
         start = self._start(x)
         path = sgd_path(loss, start, lr=self.inner_lr, steps=steps, first_order=True)
@@ -142,7 +144,7 @@ class CAVIA(Algorithm):
         return loss
 
     def _gradients(self, task: TaskFunction, rows: tuple[Tensor, ...]) -> tuple[Params, Any]:
-        """Mean over tasks of the gradients, cut task by task, and what is beside the losses."""
+        """Return the outer gradients, each task's clamped before the mean, and the extras."""
         engine, params, clip = self.resolved_engine(), own_parameters(self.net), self.task_clip
         if clip is None:
             return engine.gradients(task, self.net, params, rows)

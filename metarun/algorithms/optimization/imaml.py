@@ -22,38 +22,41 @@ from metarun.core.types import Metrics, Progress, TaskBatch
 
 Proximal = Literal["after", "each_step"]
 
-# Once the squared residual is below it the solve has ended, as in the code.
+# Squared residual below which the solver stops, as in the official code.
 _TOLERANCE = 1e-10
 
 
 class IMAML(AdaptingLearner):
-    """Differentiates the point where adaptation ends, not the path that led to it.
+    """iMAML: an implicit meta-gradient at the adapted weights, independent of the inner path.
 
-    Adaptation solves phi = argmin L(phi; support) + lam / 2 |phi - theta|^2 (eq. 3), so that the
-    meta-gradient is (I + H / lam)^-1 grad L(phi; query) with H the Hessian of the support loss
-    at phi (Lemma 1). It is found by conjugate gradients from products with H (Algorithm 2):
-    memory does not grow with the inner steps.
+    Adaptation solves phi = argmin L(phi; support) + lam / 2 |phi - theta|^2 (eq. 3). The
+    meta-gradient is then (I + H / lam)^-1 grad L(phi; query), where H is the Hessian of the
+    support loss at phi (Lemma 1). Conjugate gradients compute it from products with H
+    (Algorithm 2), so memory does not grow with the number of inner steps.
 
-    The code differs from the paper, and the defaults are the code's. It takes plain gradient
-    steps, then one on lam / 2 |phi - theta|^2 alone; `proximal=each_step` has that term in
-    every step, as the paper does. It solves ((1 + cg_damping) I + H / (lam + lam_damping)) v = g
-    where the paper has `cg_damping=0 lam_damping=0`. Its evaluation has no proximal term,
-    and with `eval_lam` one in every step. Its outer Adam has eps=1e-3, ours torch's 1e-8.
+    The official code differs from the paper, and the defaults are those of the code:
+
+    - It takes plain gradient steps, then one step on lam / 2 |phi - theta|^2 alone. With
+      `proximal=each_step` every step has this term, as in the paper.
+    - It solves ((1 + cg_damping) I + H / (lam + lam_damping)) v = g. The paper has
+      `cg_damping=0 lam_damping=0`.
+    - Its evaluation has no proximal term. With `eval_lam` every step has one.
+    - Its outer Adam has eps=1e-3; here it has torch's 1e-8.
 
     Args:
         inner_lr: Inner learning rate.
-        inner_steps: Gradient steps in training; the step after them is not counted.
-        lam: Strength of the proximal term.
-        proximal: Where it acts in training: `after` the steps, or in `each_step`.
-        eval_lam: Its strength at evaluation.
-        cg_steps: Conjugate-gradient steps; with 1 or 0 the gradient at phi is taken as it is,
-            as in the code.
-        cg_damping: Added to the unit matrix.
-        lam_damping: Added to `lam` in the matrix alone.
-        **common: Those of `Algorithm`.
+        inner_steps: Gradient steps in training, not counting the proximal step after them.
+        lam: Strength of the proximal term in training.
+        proximal: Place of the proximal term in training, `after` the steps or in `each_step`.
+        eval_lam: Strength of the proximal term at evaluation.
+        cg_steps: Conjugate-gradient steps; with 1 or 0 the meta-gradient is the query gradient at
+            phi, as in the code.
+        cg_damping: Number added to the unit matrix in the linear system.
+        lam_damping: Number added to `lam` in the linear system only.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -84,8 +87,8 @@ class IMAML(AdaptingLearner):
         for name, value in (("lam", lam), ("eval_lam", eval_lam)):
             if inner_lr * value >= 2.0:
                 raise ValueError(
-                    f"algo.{name}={value}: expected less than 2 / algo.inner_lr={2 / inner_lr:g}, "
-                    "from where on the proximal term drives away from the start"
+                    f"algo.{name}={value}: expected less than 2 / algo.inner_lr={2 / inner_lr:g}: "
+                    "larger values make the proximal step diverge"
                 )
         if proximal not in ("after", "each_step"):
             raise ValueError(f"algo.proximal={proximal}: expected after or each_step")
@@ -128,7 +131,7 @@ class IMAML(AdaptingLearner):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def _solve(self, loss: Loss, theta: Params) -> Params:
-        """The adapted parameters in training, without a graph."""
+        """Return the adapted parameters phi in training, without a graph."""
         throughout = self.proximal == "each_step"
         objective = _with_proximal(loss, theta, self.lam) if throughout else loss
         phi = sgd_adapt(
@@ -140,14 +143,14 @@ class IMAML(AdaptingLearner):
         return {name: theta[name] + kept * (phi[name] - theta[name]) for name in theta}
 
     def _implicit(self, loss: Loss, phi: Params, grads: Params) -> Params:
-        """The meta-gradient of a task from the gradient of its query loss at phi."""
+        """Return the meta-gradient of a task, given the gradient of its query loss at phi."""
         if self.cg_steps <= 1:
             return grads
 
         def slope(vector: Tensor) -> Tensor:
             return flatten(torch.func.grad(loss)(unflatten(vector, phi)))
 
-        # The Hessian is symmetric: its rows, which one backward pass gives, are its columns.
+        # The Hessian is symmetric: the vector-Hessian product of a backward pass equals H v.
         pullback = torch.func.vjp(slope, flatten(phi))[1]
 
         def matrix_times(vector: Tensor) -> Tensor:
@@ -158,7 +161,7 @@ class IMAML(AdaptingLearner):
         return unflatten(solution, phi)
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """The parameters before and after each inner step at evaluation."""
+        """Return the parameters before and after each inner step at evaluation."""
 
         def loss(params: Params) -> Tensor:
             return self.loss(
@@ -176,15 +179,18 @@ def conjugate_gradients(
     steps: int,
     tolerance: float = _TOLERANCE,
 ) -> Tensor:
-    """Solve A x = b from products with a positive definite A (Hestenes & Stiefel 1952).
+    """Solve A x = b for a positive definite A by conjugate gradients (Hestenes & Stiefel 1952).
 
-    It stays where it is once the squared residual is below `tolerance`.
+    The solution no longer changes once the squared residual is below `tolerance`.
 
     Args:
-        matrix_times: A times a (P,) vector.
-        target: b, (P,).
-        steps: Number of steps from x = 0; P of them reach the solution.
-        tolerance: Squared residual at which the solve has ended.
+        matrix_times: Function from a vector v, (P,), to A v.
+        target: Right-hand side b, (P,).
+        steps: Number of steps from x = 0; P steps reach the exact solution.
+        tolerance: Squared residual below which the solver stops.
+
+    Returns:
+        Solution x, (P,).
     """
     solution = torch.zeros_like(target)
     residual = direction = target
@@ -202,7 +208,7 @@ def conjugate_gradients(
 
 
 def _with_proximal(loss: Loss, start: Params, lam: float) -> Loss:
-    """A loss plus lam / 2 times the squared distance to where adaptation starts."""
+    """Return a loss plus lam / 2 times the squared distance to the start of adaptation."""
     center = {name: param.detach() for name, param in start.items()}
 
     def objective(params: Params) -> Tensor:

@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning and the variants that are settings of it.
+"""Model-agnostic meta-learning (MAML) and the variants that are settings of it.
 
 MAML and FOMAML: Finn, Abbeel & Levine 2017, Algorithm 1 and section 5.2; official code
 cbfinn/maml. ANIL: Raghu et al. 2020. BOIL: Oh et al. 2021. Meta-SGD: Li et al. 2017.
@@ -39,37 +39,41 @@ Rates = Literal["fixed", "tensor", "element"]
 
 
 class MAML(AdaptingLearner):
-    """Learns an initialization from which a few gradient steps solve a task.
+    """MAML: learns an initialization from which a few gradient steps solve a task.
 
     Minimizes sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
-    al. 2017, eq. 1). The loss is that after the last inner step, as in the official code.
+    al. 2017, eq. 1). The outer loss is that after the last inner step, as in the official code.
 
-    The official code's inner classification loss is a sum over the W classes where ours is a
-    mean over rows: its rate alpha is alpha * W here (Omniglot 5-way: 0.4 there, 2.0 here).
+    The official code's inner classification loss is a sum over the W classes; here it is a mean
+    over rows. A rate alpha of the code is therefore alpha * W here (Omniglot 5-way: 0.4 there,
+    2.0 here).
 
     Args:
-        inner_lr: Inner learning rate; [low, high] draws the start of each learned rate from
+        inner_lr: Inner learning rate. A range [low, high] initializes each learned rate from
             U[low, high) (Meta-SGD).
         inner_steps: Inner steps in training.
         second_order_from: Update from which inner gradients are differentiated; 0 is MAML,
             None (never) is FOMAML, a number in between is the annealing of MAML++.
-        adapt: `all` parameters, the `head` alone (ANIL), or the `body` alone (BOIL: the head
-            has inner rate 0 and learns in the outer loop only).
-        rates: `fixed`; learned one for each `tensor`; or one for each `element` (Meta-SGD).
-        inner_clip: Cut each element of an inner gradient to [-inner_clip, inner_clip].
-        recompute: Differentiate the inner steps one by one, each made a second time: memory that
-            does not grow with their number, for some more time. Without a meaning where inner
-            gradients are constants, of which no graph is kept.
-        **common: Those of `Algorithm`.
+        adapt: Parameters of the inner loop: `all`, those of the `head` (ANIL), or those of the
+            `body` (BOIL: the head learns in the outer loop only).
+        rates: Kind of inner rates: `fixed`, one learned rate per `tensor`, or one learned rate
+            per `element` (Meta-SGD).
+        inner_clip: Bound that clamps each inner gradient element to [-inner_clip, inner_clip];
+            None is no bound.
+        recompute: Whether to recompute each inner step for the outer gradient. Memory then does
+            not grow with the number of inner steps, and an update takes longer. First-order
+            updates keep no graph and ignore this setting.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A setting is out of range.
     """
 
     replays: ClassVar[bool] = True
     term_at_evaluation: Callable[[Tensor], SupportTerm] | None = None
-    """Makes, from the support (S, *input_shape) of a task, a term that its inner loss gets at
-    evaluation; an adversary sets it."""
+    """Function from support inputs (S, *input_shape) to a term of the inner loss at evaluation.
+
+    An adversary sets it."""
 
     def __init__(
         self,
@@ -162,19 +166,19 @@ class MAML(AdaptingLearner):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def _start(self, theta: Params) -> Params:
-        """Those of all parameters that adapt."""
+        """Return the parameters that the inner loop adapts."""
         return {name: theta[name] for name in self.adapted}
 
     def _after(
         self, loss: Loss, weights: Params, rates: float | Params, first_order: bool, steps: int
     ) -> Params:
-        """What adapts, after inner steps of training."""
+        """Return the adapted parameters after inner steps in training."""
         return sgd_adapt(
             loss, weights, lr=rates, steps=steps, first_order=first_order, clip=self.inner_clip
         )
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """All parameters before and after each inner step at evaluation."""
+        """Return all parameters before and after each inner step at evaluation."""
         term = None if self.term_at_evaluation is None else self.term_at_evaluation(x)
         ctx = ForwardContext(running=self.bn == "running")
         loss = self._support_loss(net, theta, x, y, ctx, term)
@@ -212,7 +216,7 @@ class MAML(AdaptingLearner):
         progress: Progress,
         term: SupportTerm | None,
     ) -> Answer:
-        """Adapt to one task; see `AdversarialLearner.solve`."""
+        """Adapt to one training task; see `AdversarialLearner.solve`."""
         theta, rates = self._split(params)
         first_order = is_first_order(self.second_order_from, progress)
         ctx = ForwardContext(noise=noise, double_backward=not first_order)
@@ -222,15 +226,15 @@ class MAML(AdaptingLearner):
         return lambda x, ctx: forward(net, weights, x, ctx)
 
     def limited(self, grads: Params) -> Params:
-        """Gradients as they go to the outer optimizer: as they are."""
+        """Return gradients as they are passed to the outer optimizer: unchanged."""
         return grads
 
     def replay_key(self, *values: Hashable) -> Hashable:
-        # A term may depend on anything, such as a generator that learns meanwhile.
+        # The term may depend on anything, such as a generator that is being trained.
         return None if self.term_at_evaluation is not None else super().replay_key(*values)
 
     def _split(self, params: Params) -> tuple[Params, float | Params]:
-        """The network's parameters and the inner rates, from all that is meta-learned."""
+        """Split the meta-learned parameters into those of the network and the inner rates."""
         theta = strip_prefix("net.", params)
         rates = strip_prefix("rates.", params)
         return theta, self._rates(rates)
@@ -263,7 +267,7 @@ def _check(
         raise ValueError(f"algo.inner_lr={[low, high]}: expected [low, high], positive numbers")
     check_inner_loop(low, inner_steps, second_order_from)
     if low < high and rates == "fixed":
-        raise ValueError("algo.inner_lr: a range is the start of learned rates: set algo.rates")
+        raise ValueError("algo.inner_lr: a range needs learned rates: use algo.rates=element")
     if adapt not in ("all", "head", "body"):
         raise ValueError(f"algo.adapt={adapt}: expected all, head or body")
     if rates not in ("fixed", "tensor", "element"):

@@ -35,37 +35,37 @@ Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 class MAMLpp(AdaptingLearner):
-    """MAML with the parts that make it train well, each a switch; all off it is MAML.
+    """MAML++: MAML with additions that stabilize training; with all of them off it is MAML.
 
     - Multi-step loss (section 4, eq. 3): early in training the outer loss is a weighted sum of
       the query losses after every inner step; see `loss_weights`.
     - Learned inner rates for each parameter tensor and each step (LSLR).
-    - Statistics (BNRS) and scale and shift (BNWB) of batch norm for each step. The passes over
-      support and query at step j share row j, the query being seen after the j-th update.
-    - Derivative-order annealing: `second_order_from`. The paper is first-order for the first
-      half of training, the configurations in the code never are.
-    - A cosine schedule of the outer rate, which is `optim.schedule`.
+    - Running statistics (BNRS), scale and shift (BNWB) of batch norm for each step. The support
+      pass of step j and the query pass after update j share row j.
+    - Derivative-order annealing: `second_order_from`. The paper is first-order in the first half
+      of training; the configurations in the official code are second-order throughout.
+    - A cosine schedule of the outer rate: `optim.schedule`.
 
-    Beyond the training's number of steps the last step's rates and rows go on; the code has an
-    untrained spare rate for one further step, and no rows. Like the code, training normalizes
-    by the statistics of the pass, so that statistics kept for each step matter only with
-    `bn=running`; the code never reads them.
+    At evaluation, steps beyond the training's K use the rates and rows of the last step. The code
+    has an untrained spare rate for one further step, and no rows. As in the code, training
+    normalizes by the statistics of the forward pass. The running statistics of each step therefore
+    matter only with `bn=running`; the code never reads them.
 
     Args:
-        inner_lr: Inner learning rate, or where the learned ones start.
-        inner_steps: Inner steps in training (K).
+        inner_lr: Inner learning rate, or the initial value of learned rates.
+        inner_steps: Inner steps in training, K.
         second_order_from: Update from which inner gradients are differentiated; None is never.
-        multi_step_loss: Share of training during which the multi-step loss holds; 0 is off.
-            Omniglot's configuration has 10 of 100 epochs, miniImageNet's 15.
-        per_step_rates: Whether the inner rates are learned (LSLR).
+        multi_step_loss: Fraction of training with the multi-step loss; 0 turns it off. The code
+            has 10 of 100 epochs for Omniglot and 15 for miniImageNet.
+        per_step_rates: Whether the inner rates are learned, for each tensor and step (LSLR).
         per_step_statistics: Whether batch norm keeps running statistics for each step (BNRS).
-        per_step_affine: Whether its scale and shift are learned for each step (BNWB).
-        adapt_norm: Whether scale and shift take part in the inner steps, as in MAML; not so in
-            the code's configurations (its `enable_inner_loop_optimizable_bn_params`).
-        **common: Those of `Algorithm`.
+        per_step_affine: Whether batch norm learns scale and shift for each step (BNWB).
+        adapt_norm: Whether the inner loop adapts scale and shift of batch norm, as in MAML. The
+            code's configurations do not (`enable_inner_loop_optimizable_bn_params`).
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range.
+        ValueError: A setting is out of range.
     """
 
     replays: ClassVar[bool] = True
@@ -87,7 +87,7 @@ class MAMLpp(AdaptingLearner):
         check_inner_loop(inner_lr, inner_steps, second_order_from, fewest=1)
         if not 0.0 <= multi_step_loss <= 1.0:
             raise ValueError(
-                f"algo.multi_step_loss={multi_step_loss}: expected a share of training in [0, 1]"
+                f"algo.multi_step_loss={multi_step_loss}: expected a fraction of training, 0 to 1"
             )
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
@@ -171,13 +171,16 @@ class MAMLpp(AdaptingLearner):
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
-        """As in `Algorithm`, of all that is meta-learned."""
+        """Map a task function over tasks, as `Algorithm` does, with all meta-learned parameters.
+
+        These are the parameters of the network and the inner rates.
+        """
         params: Params = {**self.optimizer.targets}
         outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
         return outputs
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """What the network reads before and after each inner step at evaluation."""
+        """Return the tensors that the network reads before and after each inner step."""
         ctx = ForwardContext(running=self.bn == "running")
         descent = self._descent(net, theta, x, y, ctx, steps=steps, first_order=True)
         start = self._at(net, _split(theta)[0], 0)
@@ -194,7 +197,7 @@ class MAMLpp(AdaptingLearner):
         steps: int,
         first_order: bool,
     ) -> Iterator[tuple[Params, Moments]]:
-        """The network's parameters after each inner step, and the moments of its support pass."""
+        """Yield the network's parameters after each step and the moments of its support pass."""
         theta, rates = _split(params)
         adapted = {name: theta[name] for name in self.adapted}
         for step in range(steps):
@@ -218,7 +221,7 @@ class MAMLpp(AdaptingLearner):
         return self.loss(forward(net, now, x, replace(ctx, moments=moments)), y), moments
 
     def _at(self, net: nn.Module, theta: Params, step: int) -> Params:
-        """What the network reads at an inner step: that step's row of all that has rows."""
+        """Return the tensors that the network reads at a step: of stacked tensors, their row."""
         kept = {**dict(net.named_buffers()), **theta} if self.per_step_statistics else theta
         row = min(step, self.inner_steps - 1)
         return {name: kept[name][row] if name in self.stacked else kept[name] for name in kept}
@@ -235,7 +238,7 @@ class MAMLpp(AdaptingLearner):
         return [0.0] * (self.inner_steps - 1) + [1.0]
 
     def _stack(self, *keys: str) -> None:
-        """Give these tensors of every batch norm a row for each inner step."""
+        """Replace these tensors of every batch norm by stacks with a row for each inner step."""
         for prefix, module in self.net.named_modules():
             if isinstance(module, BatchNorm):
                 for key in keys:
@@ -247,17 +250,22 @@ class MAMLpp(AdaptingLearner):
 
 
 def loss_weights(steps: int, annealed: float) -> list[float]:
-    """Weights of the query losses after each of K inner steps; they sum to 1.
+    """Return the weights of the query losses after each of K inner steps; they sum to 1.
 
-    Equal at first, those before the last fall linearly to nothing as `annealed` goes from 0 to
-    1, but not below 0.03 / K, as in the code. Its epochs are steps of this line.
+    All weights are equal at first. As `annealed` goes from 0 to 1, all but the last decrease
+    linearly toward 0, but not below 0.03 / K, as in the code. The code changes them once per
+    epoch.
+
+    Args:
+        steps: Number of inner steps, K.
+        annealed: Fraction of the multi-step phase that has passed.
     """
     early = max((1.0 - annealed) / steps, 0.03 / steps)
     return [early] * (steps - 1) + [1.0 - (steps - 1) * early]
 
 
 def _stack_moments(seen: list[list[Moments]]) -> Moments:
-    """(K, C) moments from those of the passes at each step, whose mean is taken."""
+    """Return moments (K, C): for each step, the mean over its forward passes."""
 
     def rows(name: str, which: int) -> Tensor:
         steps = [torch.stack([moments[name][which] for moments in step]) for step in seen]
@@ -267,7 +275,7 @@ def _stack_moments(seen: list[list[Moments]]) -> Moments:
 
 
 def _split(params: Params) -> tuple[Params, Params]:
-    """The network's parameters and the learned rates, from all that is meta-learned."""
+    """Split the meta-learned parameters into those of the network and the learned rates."""
     theta = strip_prefix("net.", params)
     rates = strip_prefix("rates.", params)
     return theta, rates

@@ -21,14 +21,14 @@ from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 
 PreviousGate = Literal["logit", "gate"]
 
-# The p of preprocessing, Andrychowicz et al. 2016, appendix A.
+# p of the preprocessing (Andrychowicz et al. 2016, appendix A).
 _P = 10.0
 
 
 class State(NamedTuple):
-    """What is carried from step to step; the layers' part is each coordinate's own.
+    """State between two inner steps; each coordinate has its own LSTM state.
 
-    `forget` and `rate` are what the gates see of their last value.
+    `forget` and `rate` are the gates' previous values, as the gates read them.
     """
 
     hidden: Tensor  # (P, H), of the first layer
@@ -36,36 +36,39 @@ class State(NamedTuple):
     forget: Tensor  # (P,)
     rate: Tensor  # (P,)
     theta: Tensor  # (P,), the learner's weights, which are the cell of the second layer
-    statistics: Params  # averages of the batch-norm statistics, by the name of their buffer
+    statistics: Params  # averages of the batch statistics, by buffer name
 
 
 class MetaLSTM(Algorithm):
-    """Trains a learner by gates that an LSTM computes, where others have a learning rate.
+    """The LSTM meta-learner: gates, computed by an LSTM, update the weights of a learner.
 
-    theta_t = f_t * theta_{t-1} - i_t * gradient_t (eq. 2): the rate i_t and the forget gate f_t
-    see the gradient and the loss through a first LSTM, and theta_{t-1} and their own last value
-    (section 3.2). All coordinates share the two layers, each with a state of its own. theta_0 is
-    learned. Gradients and losses count as constants (section 3.3), so that the meta-gradient
-    passes from step to step through theta and the gates alone.
+    The update is theta_t = f_t * theta_{t-1} - i_t * gradient_t (eq. 2). The input gate i_t takes
+    the place of a learning rate. Both gates read the gradient and the loss through a first LSTM
+    layer, and theta_{t-1} and their own previous value directly (section 3.2). All coordinates
+    share the weights of the two layers, and each has its own state. theta_0 is learned. Gradients
+    and losses are treated as constants (section 3.3), so the meta-gradient flows from step to step
+    only through theta and the gates.
 
-    The defaults are the official code's where it departs from the paper: a gate sees the logit
-    of its last value, and the gradient of the mean loss is divided by the number of support rows
-    once more. Batch norm sees the batch in training and in the inner steps; with `bn=running`,
-    as in the code, answers use averages of the statistics of the inner steps, which begin anew
-    with each task (section 3.4).
+    Where the official code differs from the paper, the defaults are those of the code. A gate
+    reads the logit of its previous value, and the gradient of the mean loss is divided by the
+    number of support rows again. Batch norm uses the statistics of the batch in training and in
+    the inner steps. With `bn=running`, as in the code, predictions use averages of the inner
+    steps' statistics, which are reset for each task (section 3.4).
 
     Args:
-        inner_steps: Steps in training; the paper has 12 with one shot and 8 with five.
-        hidden_size: Units of the first layer.
-        forget_bias: [low, high] of the start of the forget gate's bias: high keeps theta.
-        rate_bias: The same of the input gate: low makes small steps.
-        previous_gate: What a gate sees of its last value: the `logit`, or the `gate`.
-        divide_by_rows: Divide gradients by the number of support rows once more.
+        inner_steps: Inner steps in training; the paper has 12 for one shot and 8 for five.
+        hidden_size: Units of the first layer, H.
+        forget_bias: Range [low, high] of the forget gate's initial bias; a high bias keeps theta.
+        rate_bias: Range [low, high] of the input gate's initial bias; a low bias gives small
+            steps.
+        previous_gate: Form in which a gate reads its previous value, `logit` or `gate`.
+        divide_by_rows: Whether to divide the gradient of the mean loss by the number of support
+            rows again.
         bn_momentum: Weight of a step's statistics in the averages of its task.
-        **common: Those of `Algorithm`.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -147,7 +150,7 @@ class MetaLSTM(Algorithm):
         return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
 
     def _begin(self, net: nn.Module, theta: Params) -> State:
-        """The state before the first step, with batch-norm averages as torch begins them."""
+        """Return the state before the first step, with torch's initial running statistics."""
         weights = flatten(theta)
         zeros = torch.zeros_like(weights)
         wide = zeros[:, None].expand(-1, self.hidden_size)
@@ -166,7 +169,7 @@ class MetaLSTM(Algorithm):
         y: Tensor,
         noise: Tensor | None = None,
     ) -> State:
-        """One step of the learner on the support rows."""
+        """Return the state after one update of the learner on the support rows."""
         shapes = own_parameters(net)
 
         def loss(theta: Tensor) -> tuple[Tensor, Any]:
@@ -191,29 +194,32 @@ class MetaLSTM(Algorithm):
         return State(hidden, cell, forget, rate, theta, statistics)
 
     def _answer(self, net: nn.Module, state: State, support_x: Tensor, query_x: Tensor) -> Tensor:
-        """Answers of one task; with `bn=running` by the averages of its own inner steps."""
+        """Predict the queries of one task; `bn=running` uses the averages of its inner steps."""
         theta = unflatten(state.theta, own_parameters(net))
         return self.answer(net, {**theta, **state.statistics}, support_x, query_x)
 
 
 def preprocess(x: Tensor) -> Tensor:
-    """Two numbers of moderate size for each of any size, (…) to (…, 2).
+    """Encode numbers (…) of any magnitude as pairs of moderate size, (…, 2).
 
-    (log|x| / p, sign x) where |x| >= e^-p and (-1, e^p x) elsewhere, with p = 10: the magnitude
-    and the sign (Andrychowicz et al. 2016, appendix A).
+    A pair is (log|x| / p, sign x) where |x| >= e^-p, and (-1, e^p x) elsewhere, with p = 10
+    (Andrychowicz et al. 2016, appendix A).
     """
     magnitude = x.abs().clamp(min=math.exp(-_P)).log() / _P
     return torch.stack([magnitude, (math.exp(_P) * x).clamp(-1.0, 1.0)], -1)
 
 
 def lstm(rule: Params, gradient: Tensor, loss: Tensor, state: State) -> tuple[Tensor, Tensor]:
-    """The first layer: an ordinary LSTM cell over coordinates, (P, H) hidden and (P, H) cell.
+    """Apply the first layer, an LSTM cell whose batch dimension is the coordinates.
 
     Args:
-        rule: The meta-learner's weights.
-        gradient: Preprocessed, (P, 2).
-        loss: Preprocessed, (2,); every coordinate sees it.
-        state: That of the step before.
+        rule: Weights of the meta-learner by name.
+        gradient: Preprocessed gradient, (P, 2).
+        loss: Preprocessed loss, (2,), the same for all coordinates.
+        state: State before the step.
+
+    Returns:
+        Hidden and cell states, each (P, H).
     """
     shared = loss @ rule["loss"] + rule["bias"]
     sums = gradient @ rule["gradient"] + state.hidden @ rule["hidden"] + shared
@@ -223,7 +229,7 @@ def lstm(rule: Params, gradient: Tensor, loss: Tensor, state: State) -> tuple[Te
 
 
 def _logit(rule: Params, gate: str, hidden: Tensor, theta: Tensor, last: Tensor) -> Tensor:
-    """(P,) logits of a gate of the second layer, which sees [hidden, theta, its last value]."""
+    """Return the logits (P,) of a gate, which reads [hidden, theta, its previous value]."""
     weight = rule[f"{gate}_weight"]
     return hidden @ weight[:-2] + theta * weight[-2] + last * weight[-1] + rule[f"{gate}_bias"]
 
@@ -231,7 +237,10 @@ def _logit(rule: Params, gate: str, hidden: Tensor, theta: Tensor, last: Tensor)
 def _first_rule(
     hidden_size: int, forget_bias: Sequence[float], rate_bias: Sequence[float]
 ) -> dict[str, nn.Parameter]:
-    """The meta-learner's weights as the code draws them: all but the gates' biases near zero."""
+    """Return the meta-learner's initial weights, drawn from U(-0.01, 0.01) as in the code.
+
+    The biases of the two gates are drawn from the given ranges instead.
+    """
     shapes: dict[str, tuple[int, ...]] = {
         "loss": (2, 4 * hidden_size),
         "gradient": (2, 4 * hidden_size),

@@ -29,27 +29,26 @@ Moments = dict[str, tuple[Tensor, Tensor]]
 
 
 class ProtoMAML(Algorithm):
-    """MAML whose linear head starts, for each task, as the prototypical network of its support.
+    """Proto-MAML: MAML with a linear head that is initialized from prototypes in each task.
 
-    With c_k the mean embedding of class k, the head begins as W_k = 2 c_k, b_k = -||c_k||^2:
-    its logits are -||f(x) - c_k||^2 but for a term that no class differs in (section 3). Body
-    and head then take gradient steps on the support. Outer gradients flow through the
-    prototypes, in the paper and in the code, first-order or not: only the inner gradients are
-    constants there. The rest is as in the code: batch norm sees the query with the statistics
-    of the support in training too if `bn=support` (its `transductive_batch_norm=False`),
-    otherwise with the query's own.
+    With c_k the mean embedding of class k, the head starts as W_k = 2 c_k, b_k = -||c_k||^2. Its
+    logits are then -||f(x) - c_k||^2 up to a term that is equal for all classes (section 3). Body
+    and head take gradient steps on the support. Outer gradients flow through the prototypes, in
+    the paper and in the code, also in first-order training, where only the inner gradients are
+    constants. All else is as in the code. With `bn=support` (the code's
+    `transductive_batch_norm=False`) batch norm normalizes query rows by the support's statistics,
+    also in training; otherwise it uses the query's own.
 
     Args:
         inner_lr: Inner learning rate.
         inner_steps: Inner steps in training; 0 is a prototypical network.
         second_order_from: Update from which inner gradients are differentiated; None is never,
-            the paper's fo-Proto-MAML and the code's setting.
-        adapt_norm: Whether scale and shift of batch norm take part in the inner steps; not so
-            in the code's setting.
-        **common: Those of `Algorithm`.
+            as in the paper's fo-Proto-MAML and in the code.
+        adapt_norm: Whether the inner loop adapts scale and shift of batch norm; the code does not.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range, or the data are no classification.
+        ValueError: A setting is out of range, or the tasks are not classification.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
@@ -137,7 +136,7 @@ class ProtoMAML(Algorithm):
     def _path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, steps: int
     ) -> list[Params]:
-        """Body and head after 0 ... `steps` inner steps at evaluation."""
+        """Return body and head after 0 … `steps` inner steps at evaluation."""
         ctx = ForwardContext(running=self.bn == "running")
         loss = self._support_loss(net, params, x, y, ctx)
         start = self._start(net, params, x, y, ways, ctx)
@@ -147,7 +146,7 @@ class ProtoMAML(Algorithm):
     def _start(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, ways: int, ctx: ForwardContext
     ) -> Params:
-        """What adapts, where it begins: the body as it is, the head from the prototypes."""
+        """Return the initial adapted parameters: those of the body, and the prototype head."""
         centers = prototypes(forward(net, params, x, ctx), y, ways)
         start = {name: param for name, param in params.items() if name not in self.constant}
         start["head.weight"] = 2.0 * centers
@@ -172,7 +171,7 @@ class ProtoMAML(Algorithm):
         noise: Tensor,
         moments: Moments,
     ) -> Tensor:
-        """(Q, F) in training; `moments` receives the statistics of the pass."""
+        """Return query features (Q, F) in training; `moments` receives the pass's statistics."""
         if self.bn != "support":
             return forward(net, _body(theta), query_x, ForwardContext(moments=moments, noise=noise))
         num_support = support_x.shape[0]

@@ -1,6 +1,6 @@
 """R2-D2: ridge regression as the base learner (Bertinetto et al. 2019; code bertinetto/r2d2).
 
-Shapes: S support rows, Q query rows, W ways, F features with a one for the bias, D outputs.
+Shapes: S support rows, Q query rows, W ways, F features including a constant 1, D outputs.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ Solver = Literal["auto", "primal", "dual"]
 
 
 class R2D2(EpisodicLearner):
-    """Fits a ridge regression to the support embeddings in closed form and learns through it.
+    """R2-D2: fits a ridge regression to support embeddings, and learns embeddings through it.
 
-    W = argmin |X W - Y|^2 + lambda |W|^2 from embeddings X with a column of ones, whose weight
-    is shrunk like the others, to Y, one-hot labels or values (eq. 4 and 5); a query is answered
-    with `scale` x W + `bias`, both learned (eq. 6), and judged by cross-entropy or squared error.
+    The closed form is W = argmin |X W - Y|^2 + lambda |W|^2 (eq. 4 and 5). X are embeddings with
+    a column of ones, whose weight is penalized like the others. Y are one-hot labels or values.
+    A query has the prediction `scale` x W + `bias`, both learned (eq. 6). The loss is the
+    cross-entropy or the squared error.
 
-    Where paper and code differ this is the code: it divides X and Y by sqrt(S), so that lambda
-    is multiplied by S (`lambda_per_row: false` is the paper's formula), and keeps lambda at 50
-    unless told to learn it. It is learned here as the exponential of a parameter, which keeps it
-    positive: the code's `lambda_base`, here e. The code draws 1 to 10 shots at random in
-    training and has a network of its own, 96-192-384-512 filters with the last two blocks side
-    by side; here shots are fixed and the network is the configured one. Batch norm sees support
-    and query rows in one pass in training, at evaluation its running statistics, as there.
+    Where the paper and the official code differ, this follows the code. It divides X and Y by
+    sqrt(S), which multiplies lambda by S (`lambda_per_row: false` is the paper's formula), and
+    keeps lambda at 50 unless `learn_lambda` is set. A learned lambda is the exponential of a
+    parameter, which keeps it positive; the base is the code's `lambda_base`, here e. Batch norm
+    normalizes support and query rows in one pass in training and by its running statistics at
+    evaluation, as in the code.
 
-    Regression tasks are our addition, where the same formula fits values.
+    Differences from the code: it draws 1 to 10 shots at random in training, here shots are fixed.
+    It has its own network, 96-192-384-512 filters with the last two blocks side by side; here
+    `backbone` chooses the network. Regression tasks are an addition: the same formula fits values.
 
     Args:
-        solver: `primal` solves for the F weights, `dual` for the S rows by Woodbury's identity
-            (eq. 5); `auto` takes the smaller system.
-        init_lambda: Where the penalty starts.
-        learn_lambda: Meta-learn it.
-        lambda_per_row: Multiply it by S.
-        init_scale: Where the scale starts: 10 in the code for Omniglot and CIFAR-FS, 1e-4 for
-            miniImageNet. The bias starts at 0, and has no effect on a classification.
-        **common: Those of `Algorithm`.
+        solver: Linear system to solve: `primal` for the F weights, `dual` for the S rows by
+            Woodbury's identity (eq. 5), or `auto` for the smaller one.
+        init_lambda: Initial penalty lambda.
+        learn_lambda: Whether to meta-learn lambda.
+        lambda_per_row: Whether to multiply lambda by S.
+        init_scale: Initial scale: 10 in the code for Omniglot and CIFAR-FS, 1e-4 for
+            miniImageNet. The bias starts at 0 and has no effect in classification.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A setting is out of range.
     """
 
     accepts_any_way: bool = True
@@ -85,7 +87,7 @@ class R2D2(EpisodicLearner):
         ways: int,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Adjusted predictions (Q, W) or (Q, D) of one task's queries."""
+        """Return the scaled and shifted predictions for one task's queries, (Q, W) or (Q, D)."""
         targets = support_y
         if self.spec.kind == "classification":
             targets = support_y[:, None] == torch.arange(ways, device=support_y.device)
@@ -134,13 +136,15 @@ class _RidgeNet(nn.Module):
 
 
 def ridge(x: Tensor, y: Tensor, penalty: Tensor, solver: Solver = "auto") -> Tensor:
-    """Weights (F, D) that minimize |x w - y|^2 + penalty |w|^2, differentiable in all three.
+    """Return the weights (F, D) that minimize |x w - y|^2 + penalty |w|^2.
+
+    The weights are differentiable with respect to `x`, `y` and `penalty`.
 
     Args:
-        x: (S, F).
-        y: (S, D).
-        penalty: 0-dimensional, positive.
-        solver: As in `R2D2`; both give the same.
+        x: Embeddings, (S, F).
+        y: Targets, (S, D).
+        penalty: Factor of the penalty, 0-dimensional and positive.
+        solver: Linear system to solve, as in `R2D2`; the result is the same.
     """
     num_rows, num_features = x.shape
     if solver == "auto":
@@ -148,6 +152,6 @@ def ridge(x: Tensor, y: Tensor, penalty: Tensor, solver: Solver = "auto") -> Ten
     dual = solver == "dual"
     gram, right = (x @ x.T, y) if dual else (x.T @ x, x.T @ y)
     system = gram + penalty * torch.eye(len(gram), dtype=x.dtype, device=x.device)
-    # Not solve, whose check waits for a GPU: what is not finite is found by the outer optimizer.
+    # Not `solve`: its check waits for the GPU, and the outer optimizer finds non-finite values.
     solution: Tensor = torch.linalg.solve_ex(system, right).result
     return x.T @ solution if dual else solution

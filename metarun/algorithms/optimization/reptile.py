@@ -25,30 +25,31 @@ Inner = Literal["adam", "sgd"]
 
 
 class Reptile(AdaptingLearner):
-    """Moves the initialization towards the weights that each task's training ends with.
+    """Reptile: moves the initialization toward the weights after training on each task.
 
-    theta <- theta + epsilon * mean_i (U_i(theta) - theta) (Algorithm 2): the outer optimizer is
-    SGD with rate epsilon on the gradient theta - mean_i U_i(theta), so `optim.lr=1` with a
-    linear schedule is the code's step. A task is trained on *all* of its rows (support and,
-    where there are any, query) in shuffled mini-batches.
+    The update is theta <- theta + epsilon * mean_i (U_i(theta) - theta) (Algorithm 2), where
+    U_i(theta) are the weights after training on task i. The outer optimizer is SGD with rate
+    epsilon on the gradient theta - mean_i U_i(theta), so `optim.lr=1` with a linear schedule is
+    the code's step. A task is trained on *all* of its rows, support and query, in shuffled
+    mini-batches.
 
-    As in the code the inner Adam (beta1 = 0) keeps its second moments from task to task, which
-    makes the tasks of a batch a sequence; and every evaluation starts from those moments.
-    The code's non-transductive evaluation takes batch statistics over the support rows and the
-    one query row at hand; `bn=support` leaves that row out.
+    As in the code, the inner Adam (beta1 = 0) keeps its second moments from task to task. The
+    tasks of a batch therefore form a sequence, and every evaluation starts from those moments.
+    The code's non-transductive evaluation takes the batch statistics of the support rows and one
+    query row; `bn=support` leaves that row out.
 
     Args:
         inner_lr: Inner learning rate.
-        inner_steps: Mini-batches in training.
-        inner_batch: Rows of a mini-batch in training; None takes all.
-        eval_inner_batch: The same at evaluation.
-        inner_optimizer: `adam` with beta1 = 0, or `sgd`.
-        carry_moments: Keep Adam's moments from task to task, as the code does; otherwise each
-            task starts from none.
-        **common: Those of `Algorithm`.
+        inner_steps: Number of mini-batches per task in training.
+        inner_batch: Rows of a mini-batch in training, B; None takes all rows.
+        eval_inner_batch: Rows of a mini-batch at evaluation; None takes all rows.
+        inner_optimizer: Optimizer of the inner loop, `adam` with beta1 = 0 or `sgd`.
+        carry_moments: Whether Adam's moments are kept from task to task, as in the code; otherwise
+            they are zero at the start of each task.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number or a word is out of range.
+        ValueError: A setting is out of range.
     """
 
     betas = (0.0, 0.999)
@@ -128,7 +129,7 @@ class Reptile(AdaptingLearner):
         return None
 
     def _follow(self, seen: list[Moments], progress: Progress) -> None:
-        """Let batch norm's running statistics follow the moments of one task after the other."""
+        """Move the running statistics of batch norm toward each task's moments in turn."""
         stacked = {
             name: [torch.stack([moments[name][i] for moments in seen]) for i in range(2)]
             for name in seen[0]
@@ -140,8 +141,8 @@ class Reptile(AdaptingLearner):
     def path(
         self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
     ) -> list[Params]:
-        """The weights before and after each mini-batch at evaluation."""
-        # The same key for every task: the answers then follow a permutation of the tasks.
+        """Return the weights before and after each mini-batch at evaluation."""
+        # One key for all tasks, so that predictions follow a permutation of the tasks.
         key = torch.tensor(seeding.key(self.seed, "evaluation"), device=x.device)
         order = mini_batches(key, x.shape[0], self.eval_inner_batch, steps)
         state = self._stored_state() if self.carry_moments else adam_start(params)
@@ -154,7 +155,7 @@ class Reptile(AdaptingLearner):
     def _step(
         self, net: nn.Module, weights: Params, state: AdamState, x: Tensor, y: Tensor
     ) -> tuple[Params, AdamState]:
-        """One mini-batch of inner training."""
+        """Return the weights and Adam's state after one mini-batch of inner training."""
 
         def loss(params: Params) -> Tensor:
             return self.loss(forward(net, params, x, ForwardContext()), y)
@@ -179,14 +180,15 @@ class Reptile(AdaptingLearner):
 
 
 def mini_batches(keys: Tensor, num_rows: int, size: int | None, steps: int) -> Tensor:
-    """Row indices of shuffled mini-batches, (*K, steps, B), as the code of Reptile draws them.
+    """Return the row indices of shuffled mini-batches, (*K, steps, B), as in the code of Reptile.
 
-    The rows are shuffled again each time they run out, and a mini-batch may straddle that.
+    The rows are shuffled again each time all have been used. A mini-batch may contain rows from
+    before and after a shuffle.
 
     Args:
-        keys: (*K) keys.
-        num_rows: Rows of the task.
-        size: B, cut to `num_rows`; None takes all rows.
+        keys: Seeding keys, (*K).
+        num_rows: Number of rows of the task.
+        size: Rows of a mini-batch, B, at most `num_rows`; None takes all rows.
         steps: Number of mini-batches.
     """
     size = num_rows if size is None else min(size, num_rows)
@@ -199,5 +201,5 @@ def mini_batches(keys: Tensor, num_rows: int, size: int | None, steps: int) -> T
 
 
 def _buffer(name: str) -> str:
-    """Name of the buffer of a parameter's second moment; buffer names allow no dots."""
+    """Return the buffer name of a parameter's second moment; buffer names cannot contain dots."""
     return f"second_moment/{name.replace('.', '/')}"

@@ -1,4 +1,4 @@
-"""Supervised pre-training against an ordinary torch loop, its heads against hand computation."""
+"""Tests of supervised pre-training against a plain torch loop, and of its heads by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONV = TINY_BACKBONES["conv4 max-pool"]
 
 
 class Classifier(nn.Module):
-    """The tiny max-pool Conv4 of the helpers in torch's own layers, with parameters of ours."""
+    """The tiny max-pool Conv4 of the helpers in torch's own layers, with the same parameters."""
 
     def __init__(self, algorithm: Baseline) -> None:
         super().__init__()

@@ -62,14 +62,14 @@ def test_the_terms_are_those_of_a_softmax_over_one_class_more() -> None:
     chances = logits.softmax(1)
     torch.testing.assert_close(taken_for_real(outputs), -chances[:, :4].sum(1).log().mean())
     torch.testing.assert_close(taken_for_made(outputs), -chances[:, 4].log().mean())
-    # Labeled rows: a class among the real ones, and real, is that class among all.
+    # For labeled rows: p(class | real) p(real) = p(class) among all W + 1 classes.
     labels = torch.tensor([0, 1, 2, 3, 0, 1, 2])
     told = F.cross_entropy(outputs, labels) + taken_for_real(outputs)
     torch.testing.assert_close(told, F.cross_entropy(logits, labels))
 
 
 def made_rows(algorithm: Any, support: Tensor, count: int, step: int, task: int) -> Tensor:
-    """Rows for one of two tasks at an update."""
+    """Return generated rows for one of two tasks at an update."""
     keys = seeding.task_keys(algorithm.seed, "made", 2 * step, 2, support.device)[task]
     latent = seeding.normal(keys, 0, (count, 5), dtype=torch.float64)
     rows: Tensor = algorithm.generator(support[None], latent[None])[0]
@@ -203,8 +203,8 @@ def test_a_generator_keeps_size_and_range_and_heeds_task_and_chance(
             here, real = made[task, :, channel], support[task, :, channel]
             assert real.min() <= here.min()
             assert here.max() <= real.max()
-    # The order of the support is nothing, what it shows and the numbers are something: not its
-    # range alone, which is the same here for both tasks.
+    # The order of the support has no effect, its content and the latent numbers do: not only
+    # through its range, which is equal in both tasks.
     torch.testing.assert_close(generator(support.flip(1), latent), made)
     assert not torch.allclose(generator(support, latent.flip(1)), made)
     support[:, 0] = support[:1, 0].clamp(-0.9, 1.9)
@@ -213,7 +213,7 @@ def test_a_generator_keeps_size_and_range_and_heeds_task_and_chance(
     other = generator(support, latent[:1].expand(2, -1, -1))
     assert (other[0] - other[1]).abs().max() > 1e-3
     made = generator(support, latent)
-    # No task and no row knows of another.
+    # Tasks and rows are independent of each other.
     torch.testing.assert_close(generator(support[1:], latent[1:, 2:]), made[1:, 2:])
 
 
@@ -261,7 +261,7 @@ def test_settings_out_of_range_are_refused(options: dict[str, Any], said: str) -
     ("learner", "options", "said"),
     [
         (MAML, {"recompute": True}, "algo.recompute=true"),
-        (RelationNet, {"inner_fakes": 2}, "RelationNet has no inner loss: expected 0"),
+        (RelationNet, {"inner_fakes": 2}, "expected 0, since RelationNet has no inner loss"),
         (Nearest, {}, "algo.learner=Nearest has no `solve`"),
     ],
 )
@@ -285,7 +285,7 @@ def test_a_generator_that_learns_is_seen_at_once_by_the_answers() -> None:
 
 
 def test_data_that_are_no_images_are_refused() -> None:
-    with pytest.raises(ValueError, match="use data of images"):
+    with pytest.raises(ValueError, match="use a data set of images"):
         make(MetaGAN, TaskSpec("classification", (4,), 3, 3), linear_backbone, learner=MAML)
-    with pytest.raises(ValueError, match="the data ask for regression"):
+    with pytest.raises(ValueError, match="the data set has regression tasks"):
         make(MetaGAN, regression_spec(), linear_backbone, learner=MAML)

@@ -1,4 +1,4 @@
-"""MANN and SNAIL against step-by-step accounts of their equations, and what a sequence may know."""
+"""Tests of MANN and SNAIL against step-by-step equations, and of which labels an output uses."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def build(*words: str) -> Experiment:
 def made(request: Any) -> Experiment:
     torch.manual_seed(0)
     made = build(*request.param)
-    # One update, so that no weight is where it started.
+    # One update, so that no weight has its initial value.
     made.algorithm.update(made.source.batch("train", 0, 2), Progress(0, 10))
     return made
 
 
-# What a sequence may know.
+# Which labels a prediction may depend on.
 
 
 @pytest.mark.parametrize("first", [0, 3, 7])
@@ -82,7 +82,7 @@ def test_a_query_is_the_row_that_follows_the_support(made: Experiment) -> None:
     torch.testing.assert_close(asked[:, 0], whole[:, 7], rtol=1e-10, atol=1e-12)
 
 
-def test_the_loss_is_of_the_answers_that_are_judged() -> None:
+def test_the_loss_is_of_the_answers_that_loss_of_names() -> None:
     for words in (["algo=snail", "algo.filters=5"], ["algo=mann", *MEMORY]):
         losses = {}
         for loss_of in ("sequence", "query"):
@@ -155,7 +155,7 @@ def test_presentations_are_counted_by_hand() -> None:
     labels = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
     right = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 0]])
     outputs = nn.functional.one_hot(torch.where(right == 1, labels, 1 - labels), 2).double()
-    # Of the first task: first times are rows 0 and 1, second 2 and 3, third 4 and 5.
+    # In the first task, first presentations are rows 0 and 1, second 2 and 3, third 4 and 5.
     expected = torch.tensor([[0.5, 0.5, 1.0], [0.5, 0.5, 0.5]], dtype=torch.float64)
     assert torch.equal(by_presentation(outputs, labels), expected)
 
@@ -317,11 +317,11 @@ def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
     [
         (["algo=mann", "algo.access=all"], "algo.access=all: expected lrua, ntm or none"),
         (["algo=mann", "algo.heads=0"], "algo.heads=0: expected 1 or more"),
-        (["algo=mann", "algo.locations=3"], "algo.heads=4 are more than algo.locations=3"),
+        (["algo=mann", "algo.locations=3"], "algo.heads=4: expected at most algo.locations=3"),
         (["algo=mann", "algo.usage_decay=2"], "algo.usage_decay=2.0: expected 0 to 1"),
         (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
-        (["algo=snail", "algo.curriculum=[5,3,2]"], "1 or more rows and updates in their order"),
-        (["algo=mann", "algo.curriculum=[5,2,3]", "algo.loss_of=query"], "no queries to judge"),
+        (["algo=snail", "algo.curriculum=[5,3,2]"], "rows 1 or more and 0 <= from <= until"),
+        (["algo=mann", "algo.curriculum=[5,2,3]", "algo.loss_of=query"], "no queries for the loss"),
         (["algo=mann", "algo.forget_bias=inf"], "algo.forget_bias=inf: expected a number"),
         (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
         (["algo=mann", "algo.label_scale=0"], "algo.label_scale=0.0: expected a positive number"),
@@ -340,7 +340,7 @@ def test_what_cannot_be_is_refused(words: list[str], part: str) -> None:
 
 
 def plain_snail(reader: Any, rows: Tensor) -> Tensor:
-    """The last row's answer of the paper's network on rows (S, C), with torch's convolutions."""
+    """Return the paper's network's output for the last of rows (S, C), with torch convolutions."""
     x = rows
     for layer in reader.layers:
         if hasattr(layer, "taps"):

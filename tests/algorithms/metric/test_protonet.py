@@ -94,5 +94,7 @@ def test_training_may_have_more_ways_than_testing() -> None:
 
 
 def test_regression_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match="learns classification, and the data ask for regression"):
+    with pytest.raises(
+        ValueError, match="learns classification, but the data set has regression tasks"
+    ):
         make(ProtoNet, regression_spec(), linear_backbone)

@@ -56,7 +56,7 @@ def naive_maps(net: Any, x: Tensor, running: bool = False) -> Tensor:
 def naive_scores(
     net: Any, support: Tensor, labels: Tensor, queries: Tensor, running: bool = False
 ) -> Tensor:
-    """Scores before the sigmoid of maps, pair by pair up to g, whose pairs share statistics."""
+    """Return scores of maps before the sigmoid: pair by pair up to g, which has one batch."""
     pairs = []
     for query in queries:
         for k in range(3):
@@ -80,7 +80,7 @@ def test_a_double_loop_over_pairs_gives_the_same_loss_and_gradient(engine: str) 
     net = algorithm.net
     losses = []
     for t in range(2):
-        # The support and the queries are normalized apart, as the code calls f twice.
+        # The support and the queries are normalized separately, as the code calls f twice.
         maps = naive_maps(net, batch.support_x[t]), naive_maps(net, batch.query_x[t])
         scores = naive_scores(net, maps[0], batch.support_y[t], maps[1]).sigmoid()
         total = torch.zeros((), dtype=torch.float64)
@@ -134,7 +134,7 @@ def test_running_statistics_are_those_of_queries_and_of_pairs() -> None:
 def test_statistics_of_the_support_are_those_of_support_rows_and_of_their_pairs() -> None:
     batch = image_batch(images(), tasks=1)
     algorithm = relation_net(bn="support")
-    # Queries that are the support rows once more leave all statistics as they are.
+    # Queries equal to the support rows leave all statistics unchanged.
     maps = naive_maps(algorithm.net, batch.support_x[0])
     expected = naive_scores(algorithm.net, maps, batch.support_y[0], maps)
     same = TaskBatch(batch.support_x, batch.support_y, batch.support_x, batch.support_y)
@@ -177,8 +177,8 @@ def test_training_may_have_more_ways_than_testing() -> None:
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (TINY_BACKBONES["mlp"], "which this backbone does not give: use backbone=conv4"),
-        (TINY_BACKBONES["resnet12"], "which this backbone does not give: use backbone=conv4"),
+        (TINY_BACKBONES["mlp"], "which this backbone does not provide: use backbone=conv4"),
+        (TINY_BACKBONES["resnet12"], "which this backbone does not provide: use backbone=conv4"),
         (TINY_BACKBONES["conv4 stride"], "backbone.pool=mean leaves no feature maps"),
         (linear_backbone, "use backbone=conv4"),
     ],

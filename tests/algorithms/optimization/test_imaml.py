@@ -32,7 +32,7 @@ def flat(named: dict[str, Tensor]) -> Tensor:
 
 
 def quadratic(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """H and b of mean((x w - y)^2), whose gradient is H w - b; a column of ones is the bias."""
+    """Return H and b of mean((x w - y)^2) with gradient H w - b; a column of ones is the bias."""
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     return 2 * x.T @ x / len(x), 2 * x.T @ y / len(x)
 
@@ -43,7 +43,7 @@ def linear_weights(named: dict[str, Tensor], prefix: str = "") -> Tensor:
 
 
 def exact_gradient(batch: TaskBatch, start: Tensor, lam: float) -> tuple[Tensor, float]:
-    """Meta-gradient and meta-loss of linear regression where every task is solved exactly."""
+    """Return meta-gradient and meta-loss of linear regression with exactly solved tasks."""
     gradient, loss = torch.zeros_like(start), 0.0
     identity = torch.eye(len(start), dtype=start.dtype)
     for i in range(batch.num_tasks):
@@ -72,7 +72,7 @@ def test_on_linear_regression_solved_exactly_it_is_the_closed_form(lam: float) -
 
 
 def naive(batch: TaskBatch, algorithm: Any, i: int, **how: Any) -> Tensor:
-    """The meta-gradient of one task, with a dense Hessian and a dense solve.
+    """Return the meta-gradient of one task, with a dense Hessian and a dense solve.
 
     The steps and the matrix are those of the official code, or of the paper where `each`.
     """
@@ -156,7 +156,7 @@ def test_conjugate_gradients_stay_at_a_solution_once_they_reach_it() -> None:
 def test_a_proximal_term_without_bound_leaves_ordinary_training(backbone: str) -> None:
     spec = image_spec()
     batch = image_batch(spec)
-    # At lam = 1 / inner_lr the step on the proximal term goes all the way back.
+    # At lam = 1 / inner_lr the step on the proximal term returns to the initialization.
     algorithm = make(
         IMAML, spec, TINY_BACKBONES[backbone], inner_lr=1e-9, lam=1e9, cg_steps=8, cg_damping=0.0
     )
@@ -224,7 +224,7 @@ def test_the_engines_agree_to_1e_10(backbone: str) -> None:
 
 
 def peak_bytes(kind: type[Any], steps: int) -> int:
-    """Most bytes that torch's CPU allocator had handed out at once during one update."""
+    """Return the peak number of bytes in use by torch's CPU allocator during one update."""
     spec = image_spec()
     batch = image_batch(spec, tasks=1, shot=4, query=4)
     algorithm = make(kind, spec, TINY_BACKBONES["conv4 max-pool"], inner_lr=0.01, inner_steps=steps)

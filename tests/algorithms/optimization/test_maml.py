@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def quadratic(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient and Hessian of mean((x w - y)^2) with a column of ones for the bias."""
+    """Return gradient and Hessian of mean((x w - y)^2) with a column of ones for the bias."""
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     hessian = 2 * x.T @ x / len(x)
     return hessian @ weights - 2 * x.T @ y / len(x), hessian
@@ -133,7 +133,7 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_engines_agree_to_1e_10(name: str, backbone: str, query: int) -> None:
     spec = image_spec()
-    # Six queries of each class are many rows, so that threads go through tasks in stages.
+    # With six queries per class, the `threads` engine runs tasks in two stages.
     batch = image_batch(spec, tasks=5, query=query)
     gradients = [
         moved(make(MAML, spec, TINY_BACKBONES[backbone], engine=engine, **SETTINGS[name]), batch)
@@ -222,7 +222,7 @@ def test_boil_adapts_the_body_alone_and_learns_the_head_in_the_outer_loop() -> N
     spec = TaskSpec("classification", (4,), 3, 3)
     batch = image_batch(spec)
     still = make(MAML, spec, linear_backbone, adapt="body", inner_lr=0.5, inner_steps=3)
-    # A network that is its head alone has nothing that could move.
+    # A network without a body has nothing to adapt.
     trace = still.trace(batch.support_x, batch.support_y, batch.query_x, 3)
     assert torch.equal(trace[0], trace[3])
     algorithm = make(MAML, image_spec(), TINY_BACKBONES["mlp"], adapt="body", inner_lr=0.5)

@@ -43,7 +43,7 @@ MLP = TINY_BACKBONES["mlp with batch norm"]
 
 
 def trained(kind: Any, backbone: Any, regression: bool, **options: Any) -> Any:
-    """An algorithm after two updates."""
+    """Return an algorithm after two updates."""
     spec = regression_spec() if regression else image_spec()
     algorithm = make(kind, spec, backbone, **options)
     for step in range(2):
@@ -83,7 +83,7 @@ def test_the_loss_weights_are_those_of_the_official_code() -> None:
     assert loss_weights(5, 0.0) == pytest.approx([0.2] * 5)
     assert loss_weights(5, 0.4) == pytest.approx([0.12] * 4 + [0.52])
     assert loss_weights(5, 0.9) == pytest.approx([0.02] * 4 + [0.92])
-    # From 97 % on its floor of 0.03 / 5 holds.
+    # From 97 % on, the weights have reached the minimum of 0.03 / 5.
     assert loss_weights(5, 0.99) == pytest.approx([0.006] * 4 + [0.976])
     assert loss_weights(1, 0.3) == [1.0]
 
@@ -96,7 +96,7 @@ def test_after_its_share_of_training_the_multi_step_loss_is_the_last_step_alone(
         options = {**INNER, **OFF, "multi_step_loss": share}
         return moved(make(MAMLpp, spec, MLP, **options), batch, step)["net.head.weight"]
 
-    # Of the 100 updates that `moved` tells of.
+    # Out of the 100 updates in `moved`.
     assert torch.equal(gradient(30, 0.3), gradient(30, 0.0))
     assert not torch.equal(gradient(29, 0.3), gradient(29, 0.0))
 
@@ -128,11 +128,11 @@ def test_a_naive_loop_gives_the_same_meta_gradient(
     draw = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for param in algorithm.parameters():
-            # So that the rows of the steps differ.
+            # Makes the rows of the steps differ.
             param += 0.02 * torch.randn(param.shape, generator=draw).double()
     leaves = {f"net.{name}": p for name, p in algorithm.net.named_parameters()}
     rates = {f"rates.{name}": r for name, r in algorithm.rates.named_parameters()}
-    # Update 20 of 100 with a share of 0.5: two fifths of the way from thirds to the last alone.
+    # Update 20 of 100 with a fraction of 0.5: two fifths of the way from equal weights to the last.
     early = (1 - 0.4) / 3 if options["multi_step_loss"] else 0.0
     weights = [early, early, 1 - 2 * early]
 
@@ -166,7 +166,7 @@ def test_a_naive_loop_gives_the_same_meta_gradient(
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_the_engines_agree_to_1e_10(switch: str, backbone: str, query: int) -> None:
     spec = image_spec()
-    # Six queries of each class are many rows, so that threads go through tasks in stages.
+    # With six queries per class, the `threads` engine runs tasks in two stages.
     batch = image_batch(spec, tasks=5, query=query)
     options = {**INNER, **OFF, **SWITCHES[switch]}
 
@@ -230,7 +230,7 @@ def test_running_statistics_are_kept_for_each_step() -> None:
         grads = torch.autograd.grad(loss, list(leaves.values()))
         theta = {n: (p - 0.3 * g).detach() for (n, p), g in zip(leaves.items(), grads, strict=True)}
         weight, bias = theta["body.linears.0.weight"], theta["body.linears.0.bias"]
-    # The last step has a pass over the query rows as well, and the mean of both counts.
+    # The last step also has a pass over the query rows; its moments are the mean of both passes.
     query = (batch.query_x[0].flatten(1) @ weight.T + bias).mean(0)
     expected = torch.stack([last[0], last[1], (last[2] + query) / 2])
     algorithm.update(batch, Progress(0, 1))
@@ -246,7 +246,7 @@ def test_running_statistics_of_each_step_are_read_at_that_step() -> None:
     before = algorithm.trace(*rows, 4)
     algorithm.net.body.norms[0].running_mean[1] += 1.0
     after = algorithm.trace(*rows, 4)
-    # Row 1 is what the second step learns and answers with.
+    # The second step learns and predicts with row 1.
     assert torch.equal(before[:2], after[:2])
     assert not torch.equal(before[2], after[2])
 

@@ -25,7 +25,7 @@ from tests.helpers import (
 
 
 def stirred(spec: Any, backbone: Any, **options: Any) -> Any:
-    """A meta-learner whose weights are large enough to matter."""
+    """Return a meta-learner with weights large enough to affect the result."""
     algorithm = make(MetaLSTM, spec, backbone, **{"inner_steps": 3, "hidden_size": 4, **options})
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def naive_loss(
     values: dict[str, Tensor],
     constants: list[tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Query loss of one task, by torch's own LSTM cell and unrolled weights.
+    """Return the query loss of one task, with torch's own LSTM cell and unrolled weights.
 
     `constants` holds the gradient and the loss of each step; what it lacks is computed and
     appended, without a graph.

@@ -41,7 +41,7 @@ def test_without_inner_steps_its_answers_are_softmaxes_of_squared_distances() ->
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_without_inner_steps_it_learns_as_a_prototypical_network(step: int) -> None:
-    # The gradient through the prototypes is the same in either form, first-order or not.
+    # The gradient through the prototypes is the same in first and in second order.
     spec = image_spec()
     batch = image_batch(spec)
     ours = make(ProtoMAML, spec, TINY_BACKBONES["mlp"], inner_steps=0, second_order_from=1)
@@ -97,7 +97,7 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
         eye = [torch.eye(5, dtype=x.dtype), torch.zeros(5, dtype=x.dtype)]
         features = naive_logits(leaves, eye, x, x, "support")
         centers = torch.stack([features[y == k].mean(0) for k in range(3)])
-        # Copies, so that the inner gradient of the body does not run through the head's start.
+        # Copies, so that the body's inner gradient does not flow through the head's initialization.
         copies = [leaf.clone() for leaf in leaves]
         theta = [*copies, 2 * centers, -(centers * centers).sum(1)]
         for _ in range(2):
@@ -122,7 +122,7 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
 @pytest.mark.parametrize("engine", ["vmap", "threads"])
 def test_the_engines_agree_to_1e_10(engine: str, backbone: str, query: int) -> None:
     spec = image_spec()
-    # Six queries of each class are many rows, so that threads go through tasks in stages.
+    # With six queries per class, the `threads` engine runs tasks in two stages.
     batch = image_batch(spec, tasks=5, query=query)
     one, other = (
         moved(make(ProtoMAML, spec, TINY_BACKBONES[backbone], engine=kind, **SECOND), batch)
@@ -198,5 +198,7 @@ def test_bad_numbers_are_refused(options: dict[str, Any], words: str) -> None:
 
 
 def test_regression_is_refused_with_what_to_do() -> None:
-    with pytest.raises(ValueError, match="learns classification, and the data ask for regression"):
+    with pytest.raises(
+        ValueError, match="learns classification, but the data set has regression tasks"
+    ):
         make(ProtoMAML, regression_spec(), linear_backbone)

@@ -30,7 +30,7 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def least_squares(x: Tensor, y: Tensor, penalty: float) -> Tensor:
-    """Ridge regression as ordinary least squares with a row of sqrt(penalty) for each weight."""
+    """Solve ridge regression as least squares with a row of sqrt(penalty) for each weight."""
     size = x.shape[1]
     rows = torch.cat([x, math.sqrt(penalty) * torch.eye(size, dtype=x.dtype)])
     values = torch.cat([y, torch.zeros(size, y.shape[1], dtype=y.dtype)])

@@ -24,7 +24,7 @@ from tests.helpers import (
 
 
 def descended(weights: Tensor, x: Tensor, y: Tensor, lr: float, steps: int) -> Tensor:
-    """Full-batch gradient descent on mean((x w - y)^2), a column of ones for the bias."""
+    """Run full-batch gradient descent on mean((x w - y)^2), a column of ones for the bias."""
     x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
     for _ in range(steps):
         weights = weights - lr * 2 * x.T @ (x @ weights - y) / len(x)
@@ -51,7 +51,7 @@ def test_with_outer_rate_1_it_lands_on_the_mean_of_the_adapted_weights() -> None
 
 
 def naive_adam(algorithm: Any, batch: TaskBatch, carry: bool) -> Tensor:
-    """Mean of the weights after Adam with beta1 = 0, the moments kept between tasks or not."""
+    """Return the mean weights after Adam with beta1 = 0, with moments kept or reset per task."""
     x = torch.cat([batch.support_x, batch.query_x], 1)
     y = torch.cat([batch.support_y, batch.query_y], 1)
     start = stacked(algorithm)
