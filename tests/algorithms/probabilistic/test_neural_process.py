@@ -285,7 +285,7 @@ def test_contexts_of_training_have_every_size_that_is_allowed() -> None:
         (["algo=np", "algo.objective=vi"], "algo.objective=vi: expected elbo or likelihood"),
         (["algo=cnp", "algo.objective=likelihood"], "likelihood needs a latent path"),
         (["algo=np", "algo.train_samples=0"], "algo.train_samples=0: expected 1 or more"),
-        (["algo=anp", "algo.heads=3"], "algo.heads=3 do not share algo.width=8 evenly"),
+        (["algo=anp", "algo.heads=3"], "algo.heads=3: expected a divisor of algo.width=8"),
         (["algo=cnp", "algo.min_spread=0"], "algo.min_spread=0.0: expected a positive number"),
         (["algo=cnp", "backbone.batch_norm=true"], "use backbone.batch_norm=false"),
         (["algo=gp_exact", "algo.lengthscale=-1"], "algo.lengthscale=-1.0: expected a positive"),
