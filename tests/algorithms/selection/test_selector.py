@@ -443,9 +443,9 @@ def test_images_are_seen_through_the_network_of_a_run() -> None:
     before = [p.clone() for p in there.net.parameters()]
     there.update(batch, Progress(0, 10))
     assert all(torch.equal(a, b) for a, b in zip(before, there.net.parameters(), strict=True))
-    with pytest.raises(ValueError, match="its network is not this one"):
+    with pytest.raises(ValueError, match="its network does not fit"):
         make(Selector, spec, TINY_BACKBONES["resnet12"], features=learned, **few)
-    with pytest.raises(ValueError, match=r"bn=support: algo\.features sees rows one by one"):
+    with pytest.raises(ValueError, match=r"bn=support: algo\.features processes rows separately"):
         make(Selector, spec, backbone, features=learned, **(few | {"bn": "support"}))
 
 
@@ -456,11 +456,11 @@ def replace_shape(spec: TaskSpec) -> TaskSpec:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learners": ["ridge", "svm"]}, "there is no svm for classification"),
-        ({"learners": ["ridge", "mean"]}, "there is no mean for classification"),
-        ({"learners": ["ridge", "mlp_fast"]}, "there is no mlp_fast"),
-        ({"learners": ["ridge"]}, "two or more, each once"),
-        ({"learners": ["ridge", "ridge"]}, "two or more, each once"),
+        ({"learners": ["ridge", "svm"]}, "svm is not a base-learner for classification"),
+        ({"learners": ["ridge", "mean"]}, "mean is not a base-learner for classification"),
+        ({"learners": ["ridge", "mlp_fast"]}, "mlp_fast is not a base-learner for classification"),
+        ({"learners": ["ridge"]}, "two or more names, each once"),
+        ({"learners": ["ridge", "ridge"]}, "two or more names, each once"),
         ({"choice": "vote"}, "algo.choice=vote"),
         ({"folds": 1}, "algo.folds=1"),
         ({"processes": 0}, "algo.processes=0"),
