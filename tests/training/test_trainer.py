@@ -1,4 +1,4 @@
-"""The loop: what it asks for, what it writes, and how it stops."""
+"""The training loop: its use of the splits, its files, and how it stops."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_an_update_and_an_evaluation_take_no_stack_trace_to_be_seeded(
     algorithm = make_algorithm()
 
     def slow(*_: object, **__: object) -> list[str]:
-        raise AssertionError("a stack trace was asked for")
+        raise AssertionError("a stack trace was requested")
 
     monkeypatch.setattr("traceback.format_stack", slow)
     go(tmp_path, algorithm=algorithm, steps=10)
@@ -218,7 +218,7 @@ def test_a_meta_test_that_does_not_fit_leaves_no_folder(finished: Path) -> None:
     assert not folder.exists()
 
 
-# How it stops.
+# Stopping.
 
 
 def raising(step: int, act: Callable[[], None]) -> Watched:
