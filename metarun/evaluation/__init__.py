@@ -1,0 +1,1 @@
+"""Evaluation of algorithms on episodes and along streams."""

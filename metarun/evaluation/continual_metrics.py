@@ -1,11 +1,11 @@
-"""Figures of lifelong learning, from what was measured along a stream.
+"""Continual-learning metrics, computed from the measurements along a stream.
 
-`matrix[…, i, j]` is the metric on task j after visit i, as R[i, j] of Lopez-Paz & Ranzato (2017);
-`visits[i]` is the task of visit i. What is a gain is positive, whether the metric is an accuracy
-or an error: differences of errors change their sign (`higher` is False). Every function works on
-the last dimensions and keeps the leading ones.
+`matrix[…, i, j]` is the metric on task j after visit i: R[i, j] of Lopez-Paz & Ranzato (2017).
+`visits[i]` is the task of visit i. A gain is positive for accuracies and for errors:
+differences of errors change their sign (`higher` is False). Every function works on the last
+dimensions and keeps the leading ones.
 
-Shapes: N lifetimes, V visits, J tasks, K steps.
+Shapes: N rollouts, V visits, J tasks, K steps.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from metarun.core.statistics import Floats, interval, quiet
 
 if TYPE_CHECKING:
-    # Tables are printed at once, without torch.
+    # `metarun table` starts without torch.
     from metarun.core.types import Stream
 
 FIGURE = "figure/"
-"""What the names of `summary` begin with where they stand beside those of `Rollouts.measured`."""
+"""Prefix of the names of `summary` in a file that also has those of `Rollouts.measured`."""
 
 
 @quiet
@@ -33,14 +33,14 @@ def summary(
     higher: bool,
     proficiency: float | None = None,
 ) -> dict[str, Floats]:
-    """Every figure of N lifetimes that needs no other run, (N,) each by name.
+    """Return every metric of N rollouts that needs no other run, (N,) arrays by name.
 
     Args:
-        stream_record: What `Rollouts.measured` gives, with `untrained`.
-        stream: The layout.
+        stream_record: Measurements of `Rollouts.measured`, with `untrained`.
+        stream: Layout of the streams.
         higher: Whether a higher metric is better.
-        proficiency: See `to_proficiency`; None leaves it out. Where tasks return, first and later
-            visits are also counted apart.
+        proficiency: Threshold of `to_proficiency`; None leaves this metric out. If tasks return,
+            first and later visits are also averaged separately.
     """
     visits, after = stream.visits, stream_record["matrix"][:, 1:]
     figures = {
@@ -48,7 +48,7 @@ def summary(
         "anytime": prequential(stream_record["incoming"])[:, -1],
         "cumulative_loss": cumulative(stream_record["incoming_loss"], stream)[:, -1],
     }
-    if stream.num_tasks > 1:  # else there is none to transfer to, or to forget
+    if stream.num_tasks > 1:  # Transfer and forgetting need a second task.
         figures |= {
             "backward_transfer": backward_transfer(after, visits, higher=higher),
             "forward_transfer": forward_transfer(
@@ -70,11 +70,12 @@ def summary(
 
 @quiet
 def curves(stream_record: Mapping[str, Floats], stream: Stream) -> str:
-    """What happens along a stream, as CSV: a line for each step, means and 95 % intervals.
+    """Return the curves along a stream as CSV: a line for each step, means and 95 % intervals.
 
-    `incoming` is the metric of the step's rows before they were learned, `current` that on the
-    held-out rows of their task after it, `cumulative_loss` the loss of all incoming rows so far,
-    `seen` the metric averaged over the tasks met, which is measured where a visit ends.
+    `incoming` is the metric of the step's rows before the learner learns from them. `current` is
+    the metric on the held-out rows of their task after the step. `cumulative_loss` is the loss of
+    all incoming rows so far. `seen` is the metric averaged over the tasks met so far, measured
+    at the end of each visit.
     """
     seen = seen_so_far(stream_record["matrix"][:, 1:], stream.visits)
     columns = {
@@ -98,16 +99,16 @@ def curves(stream_record: Mapping[str, Floats], stream: Stream) -> str:
 
 
 def average(matrix: Floats) -> Floats:
-    """(N,) the metric at the end, averaged over tasks: ACC (Lopez-Paz & Ranzato 2017, eq. 2)."""
+    """Return the final metric (N,), averaged over tasks: ACC (Lopez-Paz & Ranzato 2017, eq. 2)."""
     last: Floats = matrix[..., -1, :].mean(-1)
     return last
 
 
 def backward_transfer(matrix: Floats, visits: Sequence[int], *, higher: bool) -> Floats:
-    """(N,) what later learning did to earlier tasks: BWT (Lopez-Paz & Ranzato 2017, eq. 3).
+    """Return the backward transfer (N,): BWT (Lopez-Paz & Ranzato 2017, eq. 3).
 
-    The mean over the tasks but the one that was visited last of R[V - 1, j] - R[f(j), j], with
-    f(j) the visit after which j had been learned for the first time.
+    It is the mean of R[V - 1, j] - R[f(j), j] over all tasks j but the one visited last; f(j) is
+    the first visit to j. It measures the effect of later learning on earlier tasks.
     """
     tasks = [task for task in range(matrix.shape[-1]) if task != visits[-1]]
     first = [list(visits).index(task) for task in tasks]
@@ -118,15 +119,15 @@ def backward_transfer(matrix: Floats, visits: Sequence[int], *, higher: bool) ->
 def forward_transfer(
     matrix: Floats, untrained: Floats, visits: Sequence[int], *, higher: bool
 ) -> Floats:
-    """(N,) what earlier learning did for tasks not met: FWT (Lopez-Paz & Ranzato 2017, eq. 4).
+    """Return the forward transfer (N,): FWT (Lopez-Paz & Ranzato 2017, eq. 4).
 
-    The mean over the tasks but the first of R[f(j) - 1, j] - b[j], with f(j) the first visit to
-    j, and b[j] the metric on j of a network at random initialization.
+    It is the mean of R[f(j) - 1, j] - b[j] over all tasks j but the first; f(j) is the first
+    visit to j. It measures the effect of earlier learning on tasks not yet met.
 
     Args:
-        matrix: (N, V, J).
-        untrained: (N, J), b.
-        visits: (V,).
+        matrix: (N, V, J) metric on each task after each visit, R.
+        untrained: (N, J) metric at random initialization, b.
+        visits: (V,) task of each visit.
         higher: Whether a higher metric is better.
     """
     tasks = [task for task in range(matrix.shape[-1]) if task != visits[0]]
@@ -136,10 +137,10 @@ def forward_transfer(
 
 
 def forgetting(matrix: Floats, visits: Sequence[int], *, higher: bool) -> Floats:
-    """(N,) how far tasks are below their best: Chaudhry et al. (2018, eq. 3); here 0 is the best.
+    """Return the forgetting (N,) of Chaudhry et al. (2018, eq. 3); lower is better.
 
-    The mean over the tasks but the one that was visited last of max_i R[i, j] - R[V - 1, j], i
-    from the first visit to j to the last but one of all.
+    It is the mean of max_i R[i, j] - R[V - 1, j] over all tasks j but the one visited last, with
+    i from the first visit to j to the last visit but one.
     """
     goodness = matrix if higher else -matrix
     tasks = [task for task in range(matrix.shape[-1]) if task != visits[-1]]
@@ -154,27 +155,27 @@ def forgetting(matrix: Floats, visits: Sequence[int], *, higher: bool) -> Floats
 
 
 def seen_so_far(matrix: Floats, visits: Sequence[int]) -> Floats:
-    """(N, V) after each visit the metric averaged over the tasks that have been met."""
+    """Return the metric after each visit, averaged over the tasks met so far, (N, V)."""
     means = [matrix[..., i, sorted(set(visits[: i + 1]))].mean(-1) for i in range(matrix.shape[-2])]
     return np.stack(means, -1)
 
 
 def prequential(incoming: Floats) -> Floats:
-    """(N, K) the mean metric of the steps up to each, every one judged before it was learned.
+    """Return the running mean (N, K) of the metric of steps, each predicted before learning.
 
-    The prequential error with a landmark window (Gama et al. 2013); its last value is the
-    anytime accuracy of online continual learning (Cai et al. 2021).
+    This is the prequential error with a landmark window (Gama et al. 2013). Its last value is
+    the anytime accuracy of online continual learning (Cai et al. 2021).
     """
     means: Floats = incoming.cumsum(-1) / np.arange(1, incoming.shape[-1] + 1)
     return means
 
 
 def cumulative(losses: Floats, stream: Stream) -> Floats:
-    """(N, K) the loss of all rows up to each step, each judged before it was learned.
+    """Return the summed loss (N, K) of all rows up to each step, predicted before learning.
 
     Args:
-        losses: (N, K) the mean loss of the rows of each step.
-        stream: The layout, for the rows of a step.
+        losses: (N, K) mean loss of the rows of each step.
+        stream: Layout of the streams, which has the number of rows of a step.
     """
     curve: Floats = stream.rows * losses.cumsum(-1)
     return curve
@@ -182,22 +183,24 @@ def cumulative(losses: Floats, stream: Stream) -> Floats:
 
 @quiet
 def regret(losses: Floats, comparator: Floats, stream: Stream) -> Floats:
-    """(N, K) cumulative loss above a comparator's on the same rows (Finn et al. 2019, eq. 2).
+    """Return the regret (N, K): cumulative loss above a comparator's on the same rows.
+
+    Finn et al. (2019, eq. 2) define it.
 
     Args:
-        losses: (N, K) of the learner, as in `cumulative`.
-        comparator: (N, K) of one that had learned the whole stream before it began.
-        stream: The layout.
+        losses: (N, K) losses of the learner, as in `cumulative`.
+        comparator: (N, K) losses of a learner trained on the whole stream in advance.
+        stream: Layout of the streams.
     """
     return cumulative(losses - comparator, stream)
 
 
 def growth(curve: Floats) -> Floats:
-    """(N,) the exponent p of the power law that fits a growing curve best, of c k^p.
+    """Return the exponent p (N,) of the power law c k^p that fits a growing curve best.
 
-    By least squares between log k and log curve over the steps from the first tenth on, where
-    the curve is positive; not a number of a curve that does not end above zero, or is so at
-    fewer than two steps.
+    The fit is least squares of log curve on log k, over the steps after the first tenth at which
+    the curve is positive. The exponent is NaN if the curve does not end above zero, or if fewer
+    than two steps remain.
     """
     steps = np.arange(1, curve.shape[-1] + 1)
     late = steps > curve.shape[-1] // 10
@@ -213,15 +216,15 @@ def growth(curve: Floats) -> Floats:
 def to_proficiency(
     current: Floats, threshold: float, visits: int, rows: int, *, higher: bool
 ) -> Floats:
-    """(N, V) rows of a visit until the task's metric first reached a threshold.
+    """Return the rows (N, V) of each visit until the task's metric first reaches a threshold.
 
-    A visit in which it never did counts all of its rows (Finn et al. 2019, section 5, counts the
-    data points of a task that a learner needs).
+    A visit that never reaches it counts all of its rows. Finn et al. (2019, section 5) count the
+    data points of a task that a learner needs.
 
     Args:
-        current: (N, K) the metric on the task of each step, after the step.
-        threshold: What is proficient.
-        visits: V; they have equally many steps.
+        current: (N, K) metric on the task of each step, after the step.
+        threshold: Metric that counts as proficient.
+        visits: Number of visits V, all with the same number of steps.
         rows: Rows of a step.
         higher: Whether a higher metric is better.
     """

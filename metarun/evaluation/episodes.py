@@ -1,7 +1,6 @@
-"""What an algorithm reaches on a split: a metric for each episode, its mean and its interval.
+"""Evaluation of an algorithm on the episodes of a split.
 
-Shapes: T tasks, Q query rows, W ways, D outputs, N episodes, P points of the adaptation curve,
-E numbers of a task's embedding, S support rows, K presentations of a class.
+Shapes: T tasks, Q query rows, P points of the adaptation curve, N different pairs of classes.
 """
 
 from __future__ import annotations
@@ -42,20 +41,24 @@ def evaluate(
     curve_steps: int | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> EpisodeMetrics:
-    """Measure an algorithm on the first episodes of a split; changes no state of either.
+    """Return the metrics of an algorithm on the first episodes of a split.
+
+    The state of the algorithm and of the source does not change. Several processes evaluate
+    different batches of the same size as one process would, and all receive the metrics; the
+    main process computes the hash. Rollouts along streams run in the main process only.
 
     Args:
-        algorithm: Adapts to each episode and answers its queries.
-        source: Where the episodes come from.
-        split: `val` or `test`, or `train` for a look at the training tasks.
-        episodes: N.
+        algorithm: Learner that adapts to each episode and predicts its queries.
+        source: Data set that the episodes come from.
+        split: `val` or `test`; `train` evaluates training tasks.
+        episodes: Number of episodes.
         tasks_per_batch: Episodes that are evaluated together.
-        views: Of each image that an answer is averaged over; see `views.predict`.
-        curve_steps: Also take the metric after 0 … this many inner steps, without other views.
-        tick: Called with the number of episodes done after each batch; may raise to stop.
-
-    Several processes measure batches side by side, cut as one would cut them, and all get what
-    was measured; the hash is the first one's. Trajectories are lived in the first one.
+        views: Views of each image that predictions are averaged over; see
+            `test_time_augmentation.predict`.
+        curve_steps: Largest number of inner steps of the adaptation curve, which uses the first
+            view only; None computes no curve.
+        tick: Function called after each batch with the number of episodes done; it may raise an
+            exception to stop.
     """
     if source.spec.streams is not None:
         rollouts = SplitRollouts(algorithm, source, split, episodes, tasks_per_batch, follow=False)
@@ -78,7 +81,7 @@ def evaluate(
                     if distributed.is_main():
                         add_to_digest(digest, batch)
                     if own:
-                        # An algorithm that draws numbers to answer answers the same each time.
+                        # Algorithms that sample in `predict` give the same prediction each time.
                         seeding.seed_torch(seeding.key("evaluation", split, start))
                         mine.append(_measured(algorithm, source.spec, batch, views, curve_steps))
                 if tick is not None:
@@ -102,19 +105,19 @@ def evaluate(
 
 
 def _rounds(starts: Sequence[int]) -> Iterator[Sequence[int]]:
-    """The batches that the processes evaluate at the same time, one each."""
+    """Yield the batches that the processes evaluate at the same time, one for each process."""
     for first in range(0, len(starts), distributed.size()):
         yield starts[first : first + distributed.size()]
 
 
 def _in_order(parts: Sequence[Sequence[_Part]], number: int) -> list[_Part]:
-    """The parts of all batches, from those that each process has of its own."""
+    """Return the parts in the order of the batches, from the parts of each process."""
     return [parts[batch % len(parts)][batch // len(parts)] for batch in range(number)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What was measured on one batch, on the CPU; as in `EpisodeMetrics`."""
+    """The metrics of one batch, named as in `EpisodeMetrics`."""
 
     values: Tensor
     curve: Tensor | None
@@ -131,7 +134,7 @@ class _Part:
 def _measured(
     algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, views: int, curve_steps: int | None
 ) -> _Part:
-    """Measure an algorithm on one batch."""
+    """Return the metrics of an algorithm on one batch."""
     answer = predict(algorithm, batch.support_x, batch.support_y, batch.query_x, views)
 
     def figures(outputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -159,7 +162,7 @@ def _measured(
 
 
 def _on_cpu(part: _Part) -> _Part:
-    """As it goes to the other processes."""
+    """Return the part with its tensors on the CPU, to be sent to other processes."""
 
     def moved(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -184,13 +187,13 @@ def _labels(parts: Sequence[Tensor | None]) -> Labels | None:
 
 
 def _confused(outputs: Tensor, labels: Tensor, class_ids: Tensor) -> Tensor:
-    """(T Q, 2) the data-set class of each query, and of the answer to it."""
+    """Return the true and the predicted data-set class of each query, (T * Q, 2)."""
     ids = [class_ids.gather(1, local) for local in (labels, outputs.argmax(-1))]
     return torch.stack(ids, -1).flatten(0, 1)
 
 
 def _counted(parts: Sequence[Tensor | None]) -> Labels | None:
-    """Different rows of all (N, 2), with their number behind them."""
+    """Return the different pairs of classes and the count of each, (N, 3)."""
     pairs = [part for part in parts if part is not None]
     if not pairs:
         return None
@@ -199,6 +202,6 @@ def _counted(parts: Sequence[Tensor | None]) -> Labels | None:
 
 
 def _curve(algorithm: Algorithm, spec: TaskSpec, batch: TaskBatch, steps: int) -> Tensor | None:
-    """(P, T) figures of a batch after 0 … `steps` inner steps."""
+    """Return the metric (P, T) of a batch after 0 … `steps` inner steps."""
     outputs = algorithm.trace(batch.support_x, batch.support_y, batch.query_x, steps)
     return None if outputs is None else metric_values(spec, outputs, batch.query_y)

@@ -1,7 +1,7 @@
-"""The figures of an episode, and a hash of the episodes themselves.
+"""Metrics of each episode, and a hash of the episodes.
 
 Shapes: T tasks, S support rows, Q query rows, W ways, D outputs, N episodes, P points of the
-adaptation curve, E numbers of an embedding, K presentations of a class.
+adaptation curve, E dimensions of an embedding, K presentations of a class.
 """
 
 from __future__ import annotations
@@ -21,37 +21,36 @@ from metarun.core.types import Prediction, TaskBatch, TaskSpec
 from metarun.evaluation.task_clusters import Labels
 
 _TWO_SIDED_95 = 1.959963984540054
-"""Spreads on either side of the mean that hold 95 % of a normal."""
+"""Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 
 Digest = Any
-"""A running hash of hashlib, which names no public type for it."""
+"""A hashlib object; hashlib has no public type for it."""
 
 
 @dataclass(frozen=True, slots=True)
 class EpisodeMetrics:
-    """The reported figure of every episode.
+    """The metrics of every episode.
 
     Attributes:
         values: (N,) accuracy as a fraction, or mean squared error over query rows and outputs.
-        curve: (P, N) the same after 0 … P - 1 inner steps; None if it was not asked for or the
-            algorithm does not adapt by steps.
-        embeddings: (N, E) what the algorithm made of each task; None if it makes no vector.
+        curve: (P, N) the same metric after 0 … P - 1 inner steps; None if it was not computed or
+            the algorithm does not adapt in steps.
+        embeddings: (N, E) vector that the algorithm computes for each task; None if it has none.
         presentations: (N, K) accuracy at the first to the K-th presentation of a class along the
-            support; None if the algorithm does not answer along it.
-        extra: (N,) each by name, where the algorithm says how sure it is: `log_likelihood` of the
-            targets under normals with the answers' means and spreads, and `coverage`, the share
-            of targets within 1.96 spreads of the mean.
-        families: (N,) the number of the family of functions that each task is of; None where
-            there is but one.
-        groups: (N,) the component with the greatest responsibility for each task; None where the
-            algorithm is no mixture.
-        strategies: (N,) the metric by name of each way of learning that it chose among.
-        alternatives: (N,) the same of other ways to choose among them, or to join them.
-        confusions: (P, 3) the data-set class of queries, the class that they were taken for, and
-            their number; None where a label is of no one class.
-        digest: A hash of the episodes themselves: equal for equal episodes, however cut.
-        stream_record: What was measured along the streams, (N, …) by name: see
-            `Rollouts.measured`, and `untrained`. None where tasks are no streams.
+            support; None if the algorithm gives no predictions along it.
+        extra: (N,) arrays by name, if predictions have a standard deviation: `log_likelihood` of
+            the targets under the predicted normal distributions, and `coverage`, the share of
+            targets within 1.96 standard deviations of the mean.
+        families: (N,) index of each task's family of functions; None if there is only one family.
+        groups: (N,) the component with the greatest responsibility for each task; None if the
+            algorithm is not a mixture.
+        strategies: (N,) metric of each base-learner that the algorithm chose among, by name.
+        alternatives: (N,) metric of other rules that choose or combine base-learners, by name.
+        confusions: (M, 3) true data-set class, predicted class and number of queries, for each of
+            M pairs; None if a label does not stand for a single class.
+        digest: Hash of the episodes: equal for equal episodes, whatever the batch size.
+        stream_record: (N, …) measurements along the streams by name, as in `Rollouts.measured`
+            and `Rollouts.untrained`; None if tasks are not streams.
     """
 
     values: Floats
@@ -69,11 +68,13 @@ class EpisodeMetrics:
 
 
 def by_presentation(outputs: Tensor, labels: Tensor) -> Tensor:
-    """(T, K) accuracy at the first to the K-th presentation of a class (Santoro et al. 2016).
+    """Return the accuracy (T, K) at the first to the K-th presentation of a class.
+
+    Santoro et al. (2016) report these.
 
     Args:
-        outputs: (T, S, W) answers along a sequence, each given the labels of the rows before.
-        labels: (T, S), each class K times.
+        outputs: (T, S, W) predictions along a sequence, each given the labels of earlier rows.
+        labels: (T, S) labels, each class K times.
     """
     same = labels[:, :, None] == labels[:, None]
     presentation = same.tril(-1).sum(2)
@@ -84,15 +85,15 @@ def by_presentation(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def uncertainty_metrics(answer: Prediction, targets: Tensor) -> dict[str, Tensor]:
-    """(T,) figures by name of answers that have a spread; see `EpisodeMetrics.extra`.
+    """Return the metrics (T,) by name of predictions with a spread; see `EpisodeMetrics.extra`.
 
     Args:
-        answer: With means and spreads (T, Q, D).
-        targets: (T, Q, D).
+        answer: Prediction with means and standard deviations (T, Q, D).
+        targets: (T, Q, D) true values.
     """
     assert answer.spread is not None
     mean, spread, targets = answer.outputs.double(), answer.spread.double(), targets.double()
-    # Unchecked, so that what has diverged is a figure and no error.
+    # Arguments are not validated: a diverged model gives a non-finite metric, not an exception.
     normal = Normal(mean, spread, validate_args=False)
     covered = (targets - mean).abs() <= _TWO_SIDED_95 * spread
     return {
@@ -102,24 +103,28 @@ def uncertainty_metrics(answer: Prediction, targets: Tensor) -> dict[str, Tensor
 
 
 def metric_values(spec: TaskSpec, outputs: Tensor, targets: Tensor) -> Tensor:
-    # In float64, so that a share of 75 queries is the same number on every device.
+    """Return the task metric (T,) in float64, so that accuracies are equal on all devices."""
     targets = targets if spec.kind == "classification" else targets.double()
     return task_metric(spec, outputs.detach().double(), targets)
 
 
 def as_array(values: Tensor) -> Floats:
+    """Return a tensor as a float64 array."""
     return np.asarray(values.cpu().numpy(), dtype=np.float64)
 
 
 def add_to_digest(digest: Digest, batch: TaskBatch) -> None:
-    """Hash labels in full and of each input row some 64 values: whole images cost seconds."""
+    """Add a batch to a hash: all labels, and about 64 values of each input row.
+
+    Hashing whole images would take seconds.
+    """
     parts = [batch.support_y, batch.query_y]
     parts += [] if batch.class_ids is None else [batch.class_ids]
     for inputs in (batch.support_x, batch.query_x):
         rows = inputs.flatten(2)
         parts.append(rows[..., :: max(1, rows.shape[-1] // 64)])
     arrays = [part.cpu().numpy() for part in parts]
-    # Task by task, so that the hash does not depend on how the episodes were cut.
+    # Task by task, so that the hash does not depend on the batch size.
     for task in range(batch.num_tasks):
         for array in arrays:
             digest.update(array[task].tobytes())

@@ -1,8 +1,7 @@
-"""Lifetimes: a learner lives along trajectories, judged on each step before it learns from it.
+"""Rollouts of an online learner along streams: it predicts each step, then learns from it.
 
-What is measured is kept step by step, so that a killed lifetime goes on exactly where it was.
-Shapes: T lifetimes, K steps, V visits to tasks, J tasks, S rows of a stream, Q held-out rows of
-a task, D outputs.
+Measurements are kept step by step, so that an interrupted rollout resumes exactly where it
+stopped. Shapes: T rollouts, K steps, V visits to tasks, J tasks.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from metarun.core.types import EpisodeSource, Split, Stream, TaskBatch
 from metarun.evaluation.measures import EpisodeMetrics, add_to_digest, as_array
 
 MEASURED = ("incoming", "incoming_loss", "current", "matrix")
-"""What is kept of a lifetime, by name; see `Rollouts.measured`."""
+"""Names of the measurements that are kept of a rollout; see `Rollouts.measured`."""
 
 
 class Rollouts:
-    """T lifetimes side by side.
+    """T rollouts of an online learner that run together.
 
     Args:
-        algorithm: Who lives; its parameters stay as they are.
-        batch: The trajectories and their held-out rows.
-        stream: Their layout.
-        follow: Also measure after every step, and after every visit, what is not asked for at
-            the end: all but `final` and the last row of the matrix. It takes most of the time.
+        algorithm: Online learner; its parameters do not change.
+        batch: Streams as support rows, and held-out rows of their tasks as query rows.
+        stream: Layout of the streams.
+        follow: Whether to measure along the stream, which takes most of the time. Otherwise only
+            `final` and the last row of the matrix are computed.
 
     Attributes:
-        step: Steps lived through.
-        state: What the learner has become, (T, …) tensors by name.
+        step: Number of steps done.
+        state: State of the learner, (T, …) tensors by name.
     """
 
     def __init__(
@@ -60,14 +59,16 @@ class Rollouts:
 
     @property
     def finished(self) -> bool:
+        """Whether all steps are done."""
         return self.step >= self._stream.num_steps
 
     @torch.no_grad()
     def begin(self, tick: Callable[[], None] | None = None) -> None:
-        """Get ready for the first step, once.
+        """Prepare the first step: let learners that train in hindsight do so. Runs only once.
 
         Args:
-            tick: Called now and then; may raise to stop, after which it begins anew.
+            tick: Function called during the preparation; it may raise an exception to stop, and
+                the preparation then starts from the beginning.
         """
         if self._begun:
             return
@@ -79,14 +80,14 @@ class Rollouts:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Be judged on the next step, then learn from it."""
+        """Predict the rows of the next step, then learn from them."""
         self.begin()
         stream, number = self._stream, self.step
         task = stream.task(number) if stream.task_ids_known else None
         begins_visit = number % stream.steps == 0
         here = slice(number * stream.rows, (number + 1) * stream.rows)
         x, y = self._x[:, here], self._y[:, here]
-        # An algorithm that draws from torch's generator resumes like any other.
+        # Seeded by the step, so that algorithms that use torch's generator resume exactly.
         seeding.seed_torch(seeding.key("lifetime", number))
         if self._follow:
             if number == 0:
@@ -106,26 +107,29 @@ class Rollouts:
             self._kept["matrix"].append(self._row())
 
     def measured(self) -> dict[str, Tensor]:
-        """What has been measured so far, in float64.
+        """Return the measurements so far, in float64.
 
-        `incoming` (T, K) and `incoming_loss` (T, K): the metric and the mean loss of the rows of
-        each step, before it was learned from; `current` (T, K): the metric on the held-out rows
-        of the step's task after it; `matrix` (T, V + 1, J): the metric on the held-out rows of
-        each task before the first visit and after each.
+        `incoming` (T, K) and `incoming_loss` (T, K) are the metric and the mean loss of the rows
+        of each step, before the learner learns from them. `current` (T, K) is the metric on the
+        held-out rows of the step's task after the step. `matrix` (T, V + 1, J) is the metric on
+        the held-out rows of each task, before the first visit and after each visit.
         """
         return {name: torch.stack(kept, 1) for name, kept in self._kept.items() if kept}
 
     def final(self) -> Tensor:
-        """(T,) the metric over all held-out rows at the end; tasks have equally many."""
+        """Return the metric (T,) over all held-out rows at the end of the stream.
+
+        All tasks have the same number of held-out rows.
+        """
         return self._kept["matrix"][-1].mean(-1)
 
     def untrained(self) -> Tensor:
-        """(T, J) the metric of networks that were drawn anew and learned nothing."""
+        """Return the metric (T, J) of a newly initialized network on the held-out rows."""
         outputs = self._algorithm.untrained_answers(self._batch.query_x)
         return self._scores(outputs.unflatten(1, self._held_y.shape[1:3]))
 
     def save(self) -> dict[str, Any]:
-        """All that a later `restore` needs."""
+        """Return everything that `restore` needs."""
         return {
             "step": self.step,
             "state": self.state,
@@ -134,7 +138,7 @@ class Rollouts:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on where lifetimes with the same trajectories were saved."""
+        """Continue from the saved state of rollouts along the same streams."""
         device = self._x.device
         self.step, self._begun = saved["step"], saved["begun"]
         self.state = {name: value.to(device) for name, value in saved["state"].items()}
@@ -146,7 +150,7 @@ class Rollouts:
         self._kept[name].append(values.double())
 
     def _row(self) -> Tensor:
-        """(T, J) the metric on each task's held-out rows as things stand."""
+        """Return the metric (T, J) on each task's held-out rows in the current state."""
         learner, num_tasks = self._algorithm, self._stream.num_tasks
         if self._stream.task_ids_known and learner.answers_depend_on_task:
             return self._scores(learner.answers_of_tasks(self.state, self._held_x))
@@ -162,18 +166,18 @@ class Rollouts:
 
 
 class SplitRollouts:
-    """All the lifetimes of a split, some side by side, the others after them; can be taken up.
+    """The rollouts along all streams of a split, in batches; they can be saved and resumed.
 
     Args:
-        algorithm: Who lives.
-        source: A stream.
-        split: Of which trajectories.
-        episodes: N.
-        tasks_per_batch: Lifetimes side by side.
-        follow: As in `Rollouts`.
+        algorithm: Online learner.
+        source: Data set whose tasks are streams.
+        split: Split that the streams come from.
+        episodes: Number of rollouts.
+        tasks_per_batch: Rollouts that run together.
+        follow: Whether to measure along the stream, as in `Rollouts`.
 
     Attributes:
-        steps: Steps of all batches together.
+        steps: Number of steps of all batches together.
     """
 
     def __init__(
@@ -200,11 +204,11 @@ class SplitRollouts:
         self._rollouts: Rollouts | None = None
 
     def run(self, tick: Callable[[int], None] | None = None) -> EpisodeMetrics:
-        """Live to the end.
+        """Run all rollouts to their end and return their metrics.
 
         Args:
-            tick: Called after each step with the steps done; may raise to stop, and `run` goes
-                on where it was.
+            tick: Function called after each step with the number of steps done. It may raise an
+                exception to stop; calling `run` again continues from there.
         """
         was_training = self._algorithm.training
         self._algorithm.eval()
@@ -239,14 +243,14 @@ class SplitRollouts:
         )
 
     def save(self) -> dict[str, Any]:
-        """All that a later `restore` needs."""
+        """Return everything that `restore` needs."""
         return {
             "done": self._done,
             "lives": None if self._rollouts is None else self._rollouts.save(),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on where the same lifetimes were saved."""
+        """Continue from the saved state of the same rollouts."""
         self._done = list(saved["done"])
         if saved["lives"] is not None:
             self._rollouts = self._begin()

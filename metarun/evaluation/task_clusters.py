@@ -1,6 +1,6 @@
-"""Groups of tasks that a learner makes, against the families that the tasks are of.
+"""Agreement between the groups in which a learner puts tasks and the families of the tasks.
 
-Shapes: N tasks, E numbers of an embedding.
+Shapes: N tasks, E dimensions of an embedding.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ Labels = npt.NDArray[np.int64]
 
 
 def counts(families: Labels, groups: Labels) -> Labels:
-    """Tasks of each family (row) that are in each group (column)."""
+    """Return the number of tasks of each family (row) in each group (column)."""
     table = np.zeros((families.max() + 1, groups.max() + 1), dtype=np.int64)
     np.add.at(table, (families, groups), 1)
     return table
 
 
 def adjusted_rand_index(table: Labels) -> float:
-    """How well groups are families: 1 if they are the same, about 0 by chance.
+    """Return the adjusted Rand index: 1 if groups equal families, about 0 by chance.
 
-    Of the pairs of tasks that are together in both, how many more there are than by chance, over
-    the most that there could be (Hubert & Arabie 1985, eq. 5).
+    It counts the pairs of tasks that share both family and group. The excess over chance is
+    divided by its largest possible value (Hubert & Arabie 1985, eq. 5).
 
     Args:
-        table: As of `counts`.
+        table: Contingency table as returned by `counts`.
     """
 
     def pairs(numbers: Any) -> float:
@@ -43,11 +43,11 @@ def adjusted_rand_index(table: Labels) -> float:
 
 
 def gaussian_mixture(embeddings: Floats, components: int) -> Labels | None:
-    """The group (N,) of each task by a mixture of normals, fitted by EM to embeddings (N, E).
+    """Return the group (N,) of each task by a Gaussian mixture, fitted to embeddings (N, E).
 
-    Full covariances, of the first principal components that hold 99 % of the variance; the best
-    of ten starts. None without scikit-learn, where an embedding is not finite, or where there are
-    fewer tasks than components.
+    EM fits full covariances to the first principal components, which explain 99 % of the
+    variance; the best of ten initializations is used. Returns None without scikit-learn, if an
+    embedding is not finite, or if there are fewer tasks than components.
     """
     if not np.isfinite(embeddings).all() or len(embeddings) < components:
         return None
@@ -62,6 +62,6 @@ def gaussian_mixture(embeddings: Floats, components: int) -> Labels | None:
     few = PCA(0.99, svd_solver="full").fit_transform(scaled) if scaled.any() else scaled
     mixture = GaussianMixture(components, n_init=10, random_state=0, reg_covar=1e-4)
     with warnings.catch_warnings():
-        # Said where tasks are alike: then there is nothing to find.
+        # scikit-learn warns if the tasks are alike; then there are no groups to find.
         warnings.simplefilter("ignore", ConvergenceWarning)
         return np.asarray(mixture.fit_predict(few), dtype=np.int64)

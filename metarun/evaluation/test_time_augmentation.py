@@ -1,4 +1,4 @@
-"""Answers averaged over several views of a task: an algorithm is asked more than once."""
+"""Predictions averaged over several views of the images of a task."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from metarun.data.augmentation import view
 def predict(
     algorithm: Algorithm, support_x: Tensor, support_y: Tensor, query_x: Tensor, views: int = 1
 ) -> Prediction:
-    """`algorithm.predict`, its outputs averaged over views of support and query images alike.
+    """Return `algorithm.predict`, averaged over views of the support and query images.
 
-    Those along a sequence, too.
+    Each view applies to support and query. Outputs, predictions along a sequence,
+    responsibilities, strategies and alternatives are averaged; the rest is that of the first view.
 
     Args:
-        algorithm: Adapts to each view of the tasks and answers it.
-        support_x: (T, S, C, H, W), or any shape where `views` is 1.
-        support_y: (T, S).
-        query_x: (T, Q, C, H, W).
-        views: How many; the first is the task as it is.
+        algorithm: Learner that adapts to each view of the tasks and predicts its queries.
+        support_x: (T, S, C, H, W) images, or rows of any shape if `views` is 1.
+        support_y: (T, S) labels.
+        query_x: (T, Q, C, H, W) images, or rows of any shape if `views` is 1.
+        views: Number of views; the first is the unchanged task.
     """
     answers = [
         algorithm.predict(view(support_x, number), support_y, view(query_x, number))
@@ -48,7 +49,7 @@ def predict(
 
 
 def _averaged(answers: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:
-    """By name the mean over views."""
+    """Return the mean over views for each name; None if no prediction has named outputs."""
     named = [own for own in answers if own is not None]
     if not named:
         return None

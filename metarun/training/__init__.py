@@ -1,0 +1,1 @@
+"""The training loop, meta-validation, meta-test and results of a run."""

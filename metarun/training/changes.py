@@ -1,4 +1,4 @@
-"""What has changed between the start of a run and its continuation, said and written down."""
+"""Warnings and records of what has changed between the start of a run and its continuation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _log = logging.getLogger(__name__)
 
 
 def note_changes(run: RunFolder, step: int, here: Record) -> None:
-    """Warn of what differs from when the run began, and add `here` to `environment.json`.
+    """Warn if the environment has changed, and add the current one to `environment.json`.
 
     Args:
-        run: The folder.
-        step: Where the run goes on.
-        here: Versions, machine, engine and data, as they are now.
+        run: Folder of the run.
+        step: Step from which the run continues.
+        here: Current versions, machine, engine and data.
     """
     record = run.read_json("environment.json") if run.has("environment.json") else {}
     before = {"processes": 1, **(record.get("resumed") or [record])[-1]}
@@ -28,7 +28,7 @@ def note_changes(run: RunFolder, step: int, here: Record) -> None:
             was, now = _differing(before[key], finite(here[key]))
             _log.warning(
                 "%s: %s when the run began, %s now: the numbers will differ from those of "
-                "a run in one go",
+                "an uninterrupted run",
                 key.replace("_", " "),
                 was,
                 now,
@@ -38,7 +38,7 @@ def note_changes(run: RunFolder, step: int, here: Record) -> None:
 
 
 def _differing(was: Any, now: Any) -> tuple[Any, Any]:
-    """Two values; of records only what differs between them."""
+    """Return two values for a message; of two records only the entries that differ."""
     if not (isinstance(was, dict) and isinstance(now, dict)):
         return was, now
     then, here = cast("Record", was), cast("Record", now)

@@ -1,4 +1,4 @@
-"""What ends a run early becomes its status and one line that says how to go on."""
+"""Errors that end a run early, as its status and one line that says how to continue."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 
 class Standing(Protocol):
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
-        step: Updates done.
+        step: Number of updates done.
         saved: Step of the last checkpoint; None before the first.
     """
 
@@ -36,18 +36,19 @@ class Standing(Protocol):
 
 @contextmanager
 def outcome(run: RunFolder, signals: Signals, at: Standing) -> Iterator[None]:
-    """Turn whatever ends the work in the block into a status and one line.
+    """Write the status of a run if the block ends early, and raise an error of one line.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM.
-        RunError: What a user can mend: not finite, no space, no memory, another process gone.
+        Interrupted: SIGINT or SIGTERM was received.
+        RunError: The user can fix the cause: a value is not finite, the disk or the memory is
+            full, or another process has ended.
     """
     try:
         yield
     except (StopRequestedError, KeyboardInterrupt):
         signum = signals.signum or int(signal.SIGINT)
         run.set_status("interrupted", step=at.saved, signal=signum)
-        text = f"saved at step {at.saved}; `metarun resume={run.path}` goes on"
+        text = f"saved at step {at.saved}; `metarun resume={run.path}` continues"
         _log.info(text, extra=FILE_ONLY)
         raise Interrupted(signum, text) from None
     except (ProcessLost, NonFiniteError, torch.OutOfMemoryError, OSError) as error:
@@ -69,10 +70,13 @@ def outcome(run: RunFolder, signals: Signals, at: Standing) -> Iterator[None]:
 
 
 def _advice(error: Exception, run: RunFolder) -> tuple[str, str] | None:
-    """What happened and what to do, of an error that a user can mend."""
+    """Return the cause and the remedy of an error that a user can fix; None for others."""
     go_on = f"`metarun resume={run.path}`"
     if isinstance(error, ProcessLost):
-        return "another process of the run is gone (killed, or out of memory)", f"{go_on} goes on"
+        return (
+            "another process of the run is gone (killed, or out of memory)",
+            f"{go_on} continues",
+        )
     if isinstance(error, NonFiniteError):
         return (
             str(error),
@@ -84,18 +88,18 @@ def _advice(error: Exception, run: RunFolder) -> tuple[str, str] | None:
             "set tasks_per_chunk to fewer tasks, or start again with a lower train.tasks_per_step",
         )
     if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return f"no space is left for {run.path}", f"free some and type {go_on}"
+        return f"no space is left for {run.path}", f"free some and run {go_on}"
     return None
 
 
 def _known_to_processes(error: RunError, cause: Exception, run: RunFolder) -> Exception:
-    """The error, marked where every process has it, so that the main one alone reports it."""
+    """Return the error, marked if every process has it: then only the main process reports it."""
     if isinstance(cause, NonFiniteError):
-        # Gradients are averaged: it is in every process.
+        # Gradients are averaged, so every process has the error.
         return distributed.mark_reported(error)
     if not isinstance(cause, ProcessLost):
         return error
-    # Where the main process was killed in its work, the next one reports it.
+    # If the main process was killed, the next one reports the error.
     killed = False
     if distributed.rank() == 1:
         with suppress(OSError, ValueError):

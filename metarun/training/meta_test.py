@@ -1,4 +1,4 @@
-"""The meta-test of a run: at its end, and of a finished run in another setting."""
+"""The meta-test: at the end of a run, and of a finished run in another setting."""
 
 from __future__ import annotations
 
@@ -38,20 +38,23 @@ def meta_test(
     run_info: Mapping[str, Any],
     screen: Screen,
 ) -> Record:
-    """Meta-test what a run has learned, on its own data or on others.
+    """Meta-test the learned parameters of a run, on its own data or on others.
 
     Args:
-        algorithm: Made by the run's configuration, for the tasks of `source`.
-        source: The data.
-        evaluation: Number of episodes and steps.
-        run: Whose parameters: the best by meta-val, else the last.
-        folder: Where `results.json` and `episodes.npz` go: one of `run.test_folder`.
-        run_info: As in `train`, of the test.
-        screen: Where to show how it goes.
+        algorithm: Learner built from the run's configuration, for the tasks of `source`.
+        source: Data set of the test.
+        evaluation: Settings of the test: number of episodes, inner steps and others.
+        run: Run whose parameters are tested: the best by meta-val, else the last.
+        folder: Folder for `results.json` and `episodes.npz`, created by `run.test_folder`.
+        run_info: Entries of the records that identify the test, as in `train`.
+        screen: Console that shows the progress.
+
+    Returns:
+        The content of `results.json`.
 
     Raises:
         ValueError: The run has no checkpoint, or it does not fit the algorithm.
-        Interrupted: SIGINT or SIGTERM.
+        Interrupted: SIGINT or SIGTERM was received.
     """
     with screen.attached(), Signals() as signals, _removed_if_empty(folder):
         began = time.perf_counter()
@@ -61,7 +64,7 @@ def meta_test(
         try:
             measured = measure_test(algorithm, source, evaluation, screen, signals)
         except StopRequestedError as stop:
-            raise Interrupted(stop.signum, "the meta-test was stopped: type it again") from None
+            raise Interrupted(stop.signum, "the meta-test was stopped: start it again") from None
         if not distributed.is_main():
             return {}
         figures = stream_figures(measured, source.spec, evaluation)
@@ -81,15 +84,16 @@ def meta_test(
 
 
 def _learned(run: RunFolder) -> tuple[str, Record]:
+    """Return `best` or `last`, and that checkpoint."""
     learned = run.load_learned()
     if learned is None:
-        raise ValueError(f"{run.path} has saved nothing to test yet: let it run first")
+        raise ValueError(f"{run.path} has no checkpoint to test yet: let it run first")
     return learned
 
 
 @contextmanager
 def _removed_if_empty(folder: Path) -> Iterator[None]:
-    """Leave no folder behind for work that came to nothing."""
+    """Remove the folder at the end of the block if nothing was written into it."""
     try:
         yield
     finally:
@@ -105,6 +109,10 @@ def measure_test(
     screen: Screen,
     signals: Signals,
 ) -> EpisodeMetrics:
+    """Return the metrics of an algorithm on the test split, with a progress bar.
+
+    It warns of episodes whose metric is not finite.
+    """
     if source.spec.streams is not None:
         rollouts = test_rollouts(algorithm, source, evaluation)
 
@@ -127,7 +135,7 @@ def measure_test(
     num_bad = int(np.count_nonzero(~np.isfinite(measured.values)))
     if num_bad:
         _log.warning(
-            "%d of %d test episodes gave no finite %s: try fewer eval.inner_steps",
+            "%d of %d test episodes have no finite %s: try fewer eval.inner_steps",
             num_bad,
             evaluation.episodes,
             source.spec.metric,
@@ -138,4 +146,5 @@ def measure_test(
 def test_rollouts(
     algorithm: Algorithm, source: EpisodeSource, evaluation: EvalSettings
 ) -> SplitRollouts:
+    """Return the rollouts along the test streams, not yet started."""
     return SplitRollouts(algorithm, source, "test", evaluation.episodes, evaluation.tasks_per_batch)

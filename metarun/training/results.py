@@ -1,4 +1,4 @@
-"""What a meta-test writes: `results.json`, `episodes.npz`, `stream.csv` and `samples.npz`.
+"""The files that a meta-test writes: `results.json`, `episodes.npz`, `stream.csv`, `samples.npz`.
 
 Shapes: N episodes, K presentations of a class.
 """
@@ -26,10 +26,11 @@ from metarun.runs.formats import FORMAT
 _SAMPLED_TASKS = 8
 
 _SAMPLES = 10
-"""Rows made for each of them, and the most that are shown of its support."""
+"""Rows generated for each of these tasks, and the largest number of support rows shown."""
 
 
 def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, Any]) -> Record:
+    """Return the entries of `results.json` that describe the run and its environment."""
     return {
         "format": FORMAT,
         **run_info,
@@ -45,6 +46,7 @@ def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, An
 
 
 def test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, Floats]) -> Record:
+    """Return the entries of `results.json` with the metrics, as means and 95 % intervals."""
     record: Record = {
         "test": {**_interval_record(measured.values), "episodes": len(measured.values)},
         "curve": None
@@ -70,10 +72,11 @@ def test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, 
 
 
 def _families_record(measured: EpisodeMetrics) -> Record | None:
-    """How well the families of the tasks are found, and the tasks of each in each group.
+    """Return how well the learner's groups agree with the families of the tasks.
 
-    By the responsibilities of a mixture, else by a mixture of normals over the embeddings with a
-    component for each family.
+    Groups are those of the greatest responsibility of a mixture. For other learners they come
+    from a Gaussian mixture over the embeddings, with one component for each family. Returns None
+    if there are no families or no groups.
     """
     families, groups = measured.families, measured.groups
     if families is None:
@@ -92,9 +95,9 @@ def _families_record(measured: EpisodeMetrics) -> Record | None:
 
 
 def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
-    """Of each way of learning the figure, and how much better the one that chose among them did.
+    """Return the metric of each base-learner and rule, and the learner's gain over each.
 
-    `oracle` is the best of the strategies on each episode, by its queries.
+    `oracle` is the best base-learner of each episode, by its queries.
     """
     best = np.max if spec.higher_is_better else np.min
     sign = 1.0 if spec.higher_is_better else -1.0
@@ -115,7 +118,7 @@ def _strategies_record(measured: EpisodeMetrics, spec: TaskSpec) -> Record:
 def stream_figures(
     measured: EpisodeMetrics, spec: TaskSpec, evaluation: EvalSettings
 ) -> dict[str, Floats]:
-    """The figures of a stream, (N,) of the lifetimes each; none of other tasks."""
+    """Return the metrics of streams, (N,) arrays over rollouts; empty if tasks are not streams."""
     if measured.stream_record is None or spec.streams is None:
         return {}
     return continual_metrics.summary(
@@ -134,7 +137,7 @@ def _interval_record(values: Floats) -> Record:
 def write_test(
     folder: Path, source: EpisodeSource, measured: EpisodeMetrics, figures: Mapping[str, Floats]
 ) -> None:
-    """Write the figure of every test episode, and what the algorithm made of its task."""
+    """Write the measurements of every test episode to `episodes.npz`, and curves of streams."""
     spec = source.spec
     arrays: dict[str, Any] = {spec.metric: measured.values}
     arrays |= {**(measured.stream_record or {}), **measured.extra}
@@ -162,12 +165,12 @@ def write_test(
 
 
 def write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
-    """Write what an algorithm that makes rows makes for the first test tasks, and their support."""
+    """Write the rows that a generative algorithm makes for the first test tasks, with support."""
     if not algorithm.generates:
         return
     support = source.batch("test", 0, _SAMPLED_TASKS).support_x
     made = algorithm.generated(support, _SAMPLES)
-    # Evenly from all of it, so that there are rows of many classes.
+    # Evenly spaced, so that the rows are of many classes.
     shown = support[:, :: -(-support.shape[1] // _SAMPLES)]
     arrays = {"support": shown.cpu().numpy(), "made": made.cpu().numpy()}
     _write_arrays(folder / "samples.npz", arrays)

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request to stop, which the work in hand asks for."""
+"""SIGINT and SIGTERM as a request to stop, which the training loop checks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metarun.core.console import Bar
 
 
 class StopRequestedError(Exception):
-    """A signal came and the work in hand is left where it can be taken up again."""
+    """A signal was received, and the current work has stopped where it can be resumed."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
@@ -22,14 +22,17 @@ class StopRequestedError(Exception):
 
 
 class Signals:
-    """Turns SIGINT and SIGTERM into a wish that the loop asks for at its own pace."""
+    """A context in which SIGINT and SIGTERM set a request to stop, which `check` raises.
+
+    A second signal raises KeyboardInterrupt at once.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        # Python allows handlers in the main thread alone; elsewhere the caller's stay.
+        # Python allows handlers in the main thread only; in others the caller's remain.
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self._before[signum] = signal.signal(signum, self._receive)
@@ -40,7 +43,10 @@ class Signals:
             signal.signal(signum, handler)
 
     def check(self, _: int = 0) -> None:
-        """Leave if there was a signal, in whichever process: all leave at the same step."""
+        """Raise StopRequestedError if any process received a signal.
+
+        All processes raise it at the same step.
+        """
         signum = distributed.maximum(self.signum or 0)
         if signum:
             self.signum = signum
@@ -52,12 +58,14 @@ class Signals:
         self.signum = signum
         if not distributed.is_main():
             return
-        # Not through the log, which the signal may have come in the middle of.
+        # Not by logging: the signal may have interrupted a logging call.
         with suppress(OSError):
             os.write(2, b"\nstopping and saving; once more stops at once\n")
 
 
 def ticker(bar: Bar, signals: Signals) -> Any:
+    """Return a function that moves the bar to a count and raises if a signal was received."""
+
     def tick(done: int) -> None:
         bar.to(done)
         signals.check()

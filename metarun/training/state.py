@@ -1,4 +1,4 @@
-"""Parameters from checkpoints, and the room that these need."""
+"""Parameters from checkpoints, and the disk space that checkpoints need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metarun.core.types import Record
 
 
 def required_bytes(algorithm: Algorithm) -> int:
-    """Disk space that a run takes: its checkpoints, the one being written, and its records."""
+    """Return the disk space of a run: its checkpoints, the one being written, and its records."""
     values = [*algorithm.parameters(), *algorithm.buffers()]
     size = sum(value.numel() * value.element_size() for value in values)
     # Parameters with Adam's two moments, in best.pt and twice in each of three files.
@@ -28,10 +28,11 @@ def required_bytes(algorithm: Algorithm) -> int:
 def load_parameters(
     algorithm: Algorithm, checkpoint: Record, run_info: Mapping[str, Any], path: Path
 ) -> None:
-    """Give an algorithm the state of a checkpoint.
+    """Load the state of a checkpoint into an algorithm.
 
     Raises:
-        ValueError: It is of another algorithm or of other shapes; nothing has changed.
+        ValueError: The checkpoint is of another algorithm or has other shapes; nothing has
+            changed.
     """
     if checkpoint["algo"] != run_info.get("algo"):
         raise ValueError(
@@ -57,15 +58,17 @@ def load_parameters(
 def _misfit(path: Path, what: str) -> str:
     return (
         f"{path}: its checkpoint does not fit, {what}: "
-        "way, backbone and algo's options have to be the run's"
+        "way, backbone and the options of algo have to equal those of the run"
     )
 
 
 def check_same_parameters(algorithm: Algorithm, step: int, run_info: Mapping[str, Any]) -> None:
-    """Stop processes whose parameters have come apart, as a user's own algorithm may let them.
+    """Check that all processes have the same parameters.
+
+    An algorithm that a user adds may let them differ.
 
     Raises:
-        RunError: They have.
+        RunError: The parameters differ.
     """
     if distributed.size() == 1:
         return
@@ -78,7 +81,7 @@ def check_same_parameters(algorithm: Algorithm, step: int, run_info: Mapping[str
     if len(set(distributed.gather_objects(digest.hexdigest()))) > 1:
         text = (
             f"step {step}: the processes no longer have the same parameters: "
-            f"algo={run_info.get('algo')} keeps something of its own tasks, or the machines "
+            f"algo={run_info.get('algo')} keeps state of its own tasks, or the machines "
             "differ: run it in one process"
         )
         raise distributed.mark_reported(RunError(text))

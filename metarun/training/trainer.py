@@ -1,11 +1,11 @@
-"""The only loop: meta-train, meta-validate, checkpoint, and meta-test once at the end.
+"""The training loop: meta-train, meta-validate, save checkpoints, and meta-test once at the end.
 
-It knows no algorithm by name. Everything that a step depends on is in its number, in the
-parameters and in the checkpoint, so that a run that was killed and resumed is the run that was
-never killed, bit for bit, and so is its `metrics.jsonl`.
+The loop knows no algorithm by name. A step depends only on its number, on the parameters and on
+the checkpoint. A run that is killed and resumed therefore equals an uninterrupted one bit for
+bit, and so does its `metrics.jsonl`.
 
-Where several processes make a run, all of them are in this loop: each has a share of the tasks of
-an update, and they keep step. The folder, the screen and the trackers are the first one's.
+If a run has several processes, each executes this loop with its share of the tasks of an update.
+Only the main process uses the folder, the screen and the trackers.
 """
 
 from __future__ import annotations
@@ -51,27 +51,25 @@ def train(
     seed: int,
     trackers: Trackers | None = None,
 ) -> Record:
-    """Make a run, or continue the one in the folder, to its end.
+    """Start a run, or continue the one in the folder, and return the content of `results.json`.
 
     Args:
-        algorithm: As it was made from the seed; a checkpoint replaces its parameters.
-        source: The data.
-        train: Meta-training.
-        evaluation: Meta-validation and meta-test.
-        run: The folder, new or of a run that was interrupted.
-        run_info: What the records say of the run (algo, data, way …); `algo` and `data` have to be
-            those of the checkpoint.
-        screen: Where to show how it goes.
-        seed: Of whatever an algorithm draws from torch's global generator.
-        trackers: What else is told of every line of metrics.
-
-    Returns:
-        The content of `results.json`.
+        algorithm: Learner as initialized from the seed; a checkpoint replaces its parameters.
+        source: Data set of the run.
+        train: Settings of meta-training.
+        evaluation: Settings of meta-validation and meta-test.
+        run: Folder that is new or has an interrupted run.
+        run_info: Entries of the records that identify the run (algo, data, way …); `algo` has to
+            be that of the checkpoint.
+        screen: Console that shows the progress.
+        seed: Seed of torch's global generator, which algorithms may use.
+        trackers: Back ends that also receive every line of metrics.
 
     Raises:
-        ValueError: The folder is in use, or its checkpoint does not suit; nothing has changed.
-        RunError: The run broke off: not finite, no space, or another process is gone.
-        Interrupted: SIGINT or SIGTERM; the run is saved.
+        ValueError: The folder is in use, or its checkpoint does not fit; nothing has changed.
+        RunError: The run stopped: a value is not finite, the disk or the memory is full, or
+            another process has ended.
+        Interrupted: SIGINT or SIGTERM was received; the run is saved.
     """
     with screen.attached(), run.locked(), run.logging(), Signals() as signals:
         loop = _Loop(
@@ -95,16 +93,18 @@ def train(
 
 
 class _Loop:
-    """One run under way.
+    """The state of a run.
 
     Attributes:
-        step: Updates done.
-        validated: Step of the last evaluation on meta-val, 0 before the first; -1 where there is
-            nothing to train, and one evaluation all the same.
-        best: Step, value, interval and state of the best evaluation on meta-val.
-        trained: State at the end of training, once the best has taken its place.
-        rollouts_state: How far the test lifetimes of a stream have come; None before they begin.
-        sums, count: Metrics of the updates since the last line, on the device, and their number.
+        step: Number of updates done.
+        saved: Step of the last checkpoint; None before the first.
+        validated: Step of the last evaluation on meta-val, 0 before the first; -1 if there are no
+            training steps, so that one evaluation still takes place.
+        best: Step, mean, interval and state of the best evaluation on meta-val.
+        trained: State at the end of training; None until the best parameters replace it.
+        rollouts_state: State of the rollouts along the test streams; None before they begin.
+        sums, count: Sums of the metrics since the last line, on the device, and the number of
+            updates.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class _Loop:
         self.window_seconds = 0.0
         self.began = time.perf_counter()
 
-    # Before and after.
+    # Start and resume.
 
     def restore(self) -> None:
-        """Take up the newest checkpoint, if there is one.
+        """Load the newest checkpoint, if there is one.
 
         Raises:
-            ValueError: The run is finished, or the checkpoint does not suit; nothing has changed.
+            ValueError: The run is finished, or the checkpoint does not fit; nothing has changed.
         """
         checkpoint = distributed.on_main(self._last)
         if checkpoint is None:
@@ -181,16 +181,18 @@ class _Loop:
             return None
         step, total = checkpoint["step"], self.settings.steps
         if step > total:
-            raise ValueError(f"train.steps={total}: the run has made {step} steps: type more")
+            raise ValueError(
+                f"train.steps={total}: the run has already made {step} steps: use more"
+            )
         if step == total and self.run.status().get("state") == "finished":
-            raise ValueError(f"{self.run.path} is finished: type a larger train.steps to go on")
+            raise ValueError(f"{self.run.path} is finished: use a larger train.steps to continue")
         return checkpoint
 
     def begin(self) -> None:
-        """Write what the run runs on, and a checkpoint that a kill at once goes back to.
+        """Write the environment and a first checkpoint, so that a run can resume from its start.
 
         Raises:
-            ValueError: The disk has no room for the run.
+            ValueError: The disk has no space for the run.
         """
         if distributed.is_main():
             check_space(self.run.path, required_bytes(self.algorithm))
@@ -214,13 +216,13 @@ class _Loop:
         self.run.set_status("running", step=self.step, steps=self.settings.steps)
         opening = time.perf_counter()
         self.trackers.begin(self.run, self.step, self.metric)
-        # No part of the run: MLflow makes its first database in seconds.
+        # Not counted as time of the run: MLflow takes seconds to create its first database.
         self.began += time.perf_counter() - opening
 
     # Meta-training.
 
     def train(self) -> None:
-        """Make the updates that are left."""
+        """Make the remaining updates, with validation, checkpoints and log lines between them."""
         total = self.settings.steps
         try:
             with self.screen.bar("train", total, self.step) as bar:
@@ -243,11 +245,11 @@ class _Loop:
             raise
 
     def _due(self, every: int) -> bool:
-        """Whether it is time for something that comes every so many steps and at the end."""
+        """Return whether this step is a multiple of `every`, or the last step."""
         return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
 
     def _update(self) -> None:
-        # So that an algorithm that draws from torch's generator resumes like any other.
+        # Seeded by the step, so that algorithms that use torch's generator resume exactly.
         seeding.seed_torch(seeding.key("update", self.seed, self.step))
         progress = Progress(self.step, self.settings.steps, self.share)
         first = progress.first_task(self.settings.tasks_per_step)
@@ -260,12 +262,15 @@ class _Loop:
         self.step += 1
 
     def _average(self) -> None:
-        """Make the sums of the metrics those over all processes' tasks."""
+        """Average the sums of the metrics over the processes."""
         if self.sums:
             self.sums = distributed.mean(self.sums, self.share_size)
 
     def _line(self) -> dict[str, float]:
-        """Means of the metrics since the last line: the only time that the device is waited for."""
+        """Return the means of the metrics since the last line.
+
+        Only this call waits for the device.
+        """
         self._average()
         values = torch.stack(list(self.sums.values())) / self.count
         return dict(zip(self.sums, values.tolist(), strict=True))
@@ -336,10 +341,9 @@ class _Loop:
     # Checkpoints.
 
     def save(self) -> None:
-        """Write everything that the next step depends on.
+        """Write a checkpoint with everything that the next step depends on.
 
-        The best parameters are part of it: whatever else is on the disk, this file alone says
-        where the run stands.
+        It includes the best parameters: the state of the run depends on no other file.
         """
         self._average()
         check_same_parameters(self.algorithm, self.step, self.run_info)
@@ -371,10 +375,10 @@ class _Loop:
     # Meta-test.
 
     def finish(self) -> Record:
-        """Open the test split, for the first time and once, and sum up."""
+        """Evaluate on the test split, for the first and only time, and write the results."""
         chosen = self.best
         if self.source.spec.streams is not None:
-            # What is saved while the best lives.
+            # A checkpoint during the test rollouts has to hold the state at the end of training.
             self.trained = copy.deepcopy(self.algorithm.state_dict())
         if chosen is not None:
             self.algorithm.load_state_dict(chosen["state"])
@@ -416,7 +420,7 @@ class _Loop:
         return results
 
     def _test_on_stream(self) -> EpisodeMetrics:
-        """Live through the test trajectories; a run that was stopped goes on in the midst."""
+        """Run the rollouts along the test streams, from the saved state if there is one."""
         rollouts = test_rollouts(self.algorithm, self.source, self.evaluation)
         if self.rollouts_state is not None:
             rollouts.restore(self.rollouts_state)

@@ -1,4 +1,4 @@
-"""Meta-validation: the figure on meta-val, and the option that an algorithm takes by it."""
+"""Meta-validation: the metric on meta-val, and the option of an algorithm that is best on it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from metarun.training.signals import Signals, ticker
 
 @dataclass(frozen=True, slots=True)
 class Validated:
-    """What an algorithm reaches on meta-val.
+    """The result of a meta-validation.
 
     Attributes:
-        option: What it chose among its options, by name; empty where it has none.
-        mean, ci95: The figure and the half-width of its 95 % interval over episodes.
+        option: Values of the best option by name; empty if the algorithm has no options.
+        mean, ci95: Mean metric and the half-width of its 95 % interval over episodes.
     """
 
     option: Mapping[str, float]
@@ -36,7 +36,7 @@ def validate(
     screen: Screen,
     signals: Signals,
 ) -> Validated:
-    """Evaluate an algorithm on meta-val with each of its options; it takes the best of them."""
+    """Evaluate an algorithm on meta-val with each of its options, and set the best one."""
     best: Validated | None = None
     for option in algorithm.options or [{}]:
         algorithm.choose(option)
@@ -58,7 +58,7 @@ def validate(
 
 
 def is_better(mean: float, before: float | None, *, higher: bool) -> bool:
-    """Whether a figure is finite and better than one before, where there is one."""
+    """Return whether a mean is finite and better than the previous one, if there is one."""
     if before is None or not math.isfinite(mean) or not math.isfinite(before):
         return math.isfinite(mean)
     return mean > before if higher else mean < before

@@ -1,4 +1,4 @@
-"""The figures of lifelong learning, against matrices worked out by hand."""
+"""Continual-learning metrics, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from metarun.core.types import Stream
 from metarun.evaluation import continual_metrics
 
-# Accuracy on three tasks after each of three visits, one lifetime.
+# Accuracy on three tasks after each of three visits, one rollout.
 MATRIX = np.array([[[0.9, 0.3, 0.1], [0.7, 0.8, 0.2], [0.6, 0.5, 1.0]]])
 ONCE = (0, 1, 2)
 # The same three tasks, the first of which returns.
@@ -25,7 +25,7 @@ def test_backward_transfer_compares_the_end_with_when_a_task_was_learned() -> No
     assert continual_metrics.backward_transfer(MATRIX, ONCE, higher=True) == pytest.approx(
         [expected]
     )
-    # The task that was visited last is left out, wherever it stands.
+    # The task that was visited last is left out, whatever its number.
     expected = ((0.4 - 0.8) + (0.9 - 1.0)) / 2
     found = continual_metrics.backward_transfer(RETURNED, RETURNING, higher=True)
     assert found == pytest.approx([expected])
@@ -52,12 +52,12 @@ def test_a_gain_is_positive_for_errors_too() -> None:
 def test_forgetting_is_the_distance_to_the_best_that_was_known() -> None:
     expected = ((0.9 - 0.6) + (0.8 - 0.5)) / 2
     assert continual_metrics.forgetting(MATRIX, ONCE, higher=True) == pytest.approx([expected])
-    # Of task 1 the best before the end is 0.8, of task 2 it is 1.0.
+    # The best accuracy before the end is 0.8 for task 1 and 1.0 for task 2.
     expected = ((0.8 - 0.4) + (1.0 - 0.9)) / 2
     assert continual_metrics.forgetting(RETURNED, RETURNING, higher=True) == pytest.approx(
         [expected]
     )
-    # An error's best is its least: 0.6 and 0.3 against the ends 0.6 and 0.5, from when it is met.
+    # The best error is the smallest since the first visit: 0.6 and 0.3; at the end 0.6 and 0.5.
     errors = np.array([[[0.9, 0.1, 0.0], [0.6, 0.3, 0.0], [0.6, 0.5, 0.2]]])
     expected = ((0.6 - 0.6) + (0.5 - 0.3)) / 2
     assert continual_metrics.forgetting(errors, ONCE, higher=False) == pytest.approx([expected])
@@ -139,7 +139,7 @@ def test_the_curves_have_a_line_for_each_step_and_the_tasks_met_where_a_visit_en
     rows = [dict(zip(head, line.split(","), strict=True)) for line in lines[1:]]
     assert [row["rows"] for row in rows] == ["3", "6", "9", "12"]
     assert [row["tasks_met"] for row in rows] == ["1", "1", "2", "2"]
-    # Three rows a step, each of a loss of a half.
+    # Three rows in a step, each with a loss of one half.
     assert [float(row["cumulative_loss"]) for row in rows] == [1.5, 3.0, 4.5, 6.0]
     assert [row["seen"] for row in rows] == ["", "0.5", "", "0.5"]
     assert float(rows[1]["incoming"]) == 0.5

@@ -1,4 +1,4 @@
-"""The figure of an evaluation, against numbers worked out by hand."""
+"""The metrics of an evaluation, against values computed by hand."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_neither_figures_nor_hash_depend_on_how_the_episodes_are_cut() -> None:
 
 def test_embeddings_are_collected_over_the_episodes_where_there_are_any() -> None:
     class Mean(MAML):
-        """Whose embedding of a task is the mean of its support."""
+        """A learner whose embedding of a task is the mean of its support."""
 
         def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
             outputs = super().predict(support_x, support_y, query_x).outputs

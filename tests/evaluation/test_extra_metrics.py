@@ -1,4 +1,4 @@
-"""What runs write and say beside the metric: presentations of a class, and how sure they are."""
+"""Metrics in addition to the main one: presentations of a class, log-likelihood and coverage."""
 
 from __future__ import annotations
 

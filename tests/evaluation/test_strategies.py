@@ -1,4 +1,4 @@
-"""What a run reports of the ways of learning that its learner chose among."""
+"""A run's report of the base-learners that its learner chose among."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_run_reports_each_base_learner_the_rivals_and_the_oracle(
         own = arrays["accuracy"]
         single = {n: arrays[f"strategy_{n}"] for n in ("centroid", "knn", "tree")}
         alternatives = {n: arrays[f"strategy_{n}"] for n in ("committee", "cv_winner")}
-    # It picks one of them, and so does cross-validation; the mean of all is not one.
+    # The learner and cross-validation each pick one base-learner; the committee is their mean.
     every = np.stack(list(single.values()))
     assert (every == own).any(0).all()
     assert (every == alternatives["cv_winner"]).any(0).all()

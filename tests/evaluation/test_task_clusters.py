@@ -1,4 +1,4 @@
-"""Groups of tasks against their families: scikit-learn's index, and what a run reports."""
+"""Groups of tasks and their families: the index against scikit-learn's, and a run's report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers over views of an image, against torch's own affine maps and hand-made learners."""
+"""Predictions averaged over views, against torch's affine maps and simple learners."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def test_a_view_is_one_affine_map_for_all_images(images: Tensor) -> None:
     ramps = torch.stack([torch.linspace(-1, 1, 12).expand(12, 12), torch.ones(12, 12)])[:, None]
     column, inside = view(ramps, 3)[:, 0]
     row = view(ramps.transpose(2, 3), 3)[0, 0]
-    # The middle of the picture shows where its pixels came from: a plane in both directions.
+    # Pixel values in the middle of the image show where they came from: a plane in each direction.
     places = torch.stack([column, row])[:, 4:8, 4:8]
     torch.testing.assert_close(inside[4:8, 4:8], torch.ones(4, 4))
     for change in (places.diff(dim=1), places.diff(dim=2)):
         torch.testing.assert_close(
             change, change.mean((1, 2), keepdim=True).expand_as(change), rtol=0, atol=1e-5
         )
-    # Linear ramps over pixel centers: 11 pixels from -1 to 1, in a picture 12 pixels wide.
+    # Linear ramps over pixel centers: 11 pixels from -1 to 1, in an image 12 pixels wide.
     a, b = places.diff(dim=2).mean((1, 2)) * 11 / 2, places.diff(dim=1).mean((1, 2)) * 11 / 2
     middle = (places[:, 1:3, 1:3].mean((1, 2)) * 11 / 12)[:, None]
     theta = torch.cat([a[:, None], b[:, None], middle], 1)
@@ -56,7 +56,7 @@ def test_answers_are_the_mean_over_views_of_support_and_query(images: Tensor) ->
     pixels = make(ProtoNet, spec, linear_backbone)
     support_x, support_y = images, torch.arange(3).expand(2, 3)
     query_x = images.flip(1) * 0.9
-    # On pixels a prototype of one shot is the picture itself.
+    # On pixels the prototype of one shot is the image itself.
     expected = torch.zeros(2, 3, 3)
     for number in range(4):
         a, b = view(support_x, number).flatten(2), view(query_x, number).flatten(2)
@@ -68,7 +68,7 @@ def test_answers_are_the_mean_over_views_of_support_and_query(images: Tensor) ->
 
 
 class Chooser:
-    """Answers with the means of the rows; its ways of learning are multiples of that."""
+    """Predicts the means of the rows; its strategies are multiples of them."""
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:  # noqa: ARG002
         means = query_x.flatten(2).mean(2, keepdim=True)

@@ -1,4 +1,4 @@
-"""A run that is killed and resumed is the run that was never killed, bit for bit."""
+"""A run that is killed and resumed equals an uninterrupted run, bit for bit."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class StopError(Exception):
 
 
 def stop_at(step: int, path: Path) -> None:
-    """Break a run off without any farewell, as a kill does, in this process."""
+    """Stop a run in this process without any clean-up, as a kill does."""
 
     def on_batch(split: str, index: int) -> None:
         if split == "train" and index == 2 * step:

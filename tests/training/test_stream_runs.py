@@ -1,4 +1,4 @@
-"""Runs on streams: the one trainer trains, chooses, lives and takes up what was killed."""
+"""Runs on streams: training, choice of rates, rollouts, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_the_gate_of_anml_may_have_another_width(metarun: Command) -> None:
     words = ("algo=anml", "algo.gate.hidden=[3]", "algo.inner_lr=0.001", "algo.online_lr=0.01")
     answer = metarun(*words, *TINY)
     assert answer.code == 0, answer.err
-    # Six hidden units of two numbers each, a gate of 1-3-6, and the last layer.
+    # Six hidden units with two parameters each, a gate of widths 1-3-6, and the last layer.
     assert results(folder())["parameters"] == 6 * 2 + (3 * 2 + 6 * 4) + 7
 
 

@@ -1,4 +1,4 @@
-"""The loop: what it asks for, what it writes, and how it stops."""
+"""The training loop: its use of the splits, its files, and how it stops."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_an_update_and_an_evaluation_take_no_stack_trace_to_be_seeded(
     algorithm = make_algorithm()
 
     def slow(*_: object, **__: object) -> list[str]:
-        raise AssertionError("a stack trace was asked for")
+        raise AssertionError("a stack trace was requested")
 
     monkeypatch.setattr("traceback.format_stack", slow)
     go(tmp_path, algorithm=algorithm, steps=10)
@@ -161,7 +161,7 @@ def test_without_a_finite_meta_val_the_last_parameters_are_tested(tmp_path: Path
     assert results["val"] is None
     assert (results["parameters_from"], results["parameters_step"]) == ("last", 12)
     assert results["test"] == {"mean": None, "ci95": None, "episodes": 6}
-    assert "warning: 6 of 6 test episodes gave no finite mse" in screen.getvalue()
+    assert "warning: 6 of 6 test episodes have no finite mse" in screen.getvalue()
     assert not (tmp_path / "checkpoints" / "best.pt").exists()
 
 
@@ -218,7 +218,7 @@ def test_a_meta_test_that_does_not_fit_leaves_no_folder(finished: Path) -> None:
     assert not folder.exists()
 
 
-# How it stops.
+# Stopping.
 
 
 def raising(step: int, act: Callable[[], None]) -> Watched:
@@ -237,7 +237,7 @@ def test_a_signal_finishes_the_update_saves_and_the_run_can_go_on(
     with pytest.raises(Interrupted) as stop:
         go(tmp_path, raising(33, lambda: os.kill(os.getpid(), signum)))
     assert stop.value.exit_code == 128 + signum
-    assert f"saved at step 34; `metarun resume={tmp_path}` goes on" in str(stop.value)
+    assert f"saved at step 34; `metarun resume={tmp_path}` continues" in str(stop.value)
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     status = RunFolder.open(tmp_path).status()
     assert (status["state"], status["step"]) == ("interrupted", 34)
@@ -358,9 +358,9 @@ def test_any_other_error_is_recorded_and_passed_on(tmp_path: Path) -> None:
 
 def test_a_finished_run_says_so_and_is_left_alone(finished: Path) -> None:
     before = {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()}
-    with pytest.raises(ValueError, match=r"is finished: type a larger train\.steps"):
+    with pytest.raises(ValueError, match=r"is finished: use a larger train\.steps"):
         go(finished)
-    with pytest.raises(ValueError, match=r"train\.steps=50: the run has made 60 steps"):
+    with pytest.raises(ValueError, match=r"train\.steps=50: the run has already made 60 steps"):
         go(finished, steps=50)
     assert all(path.read_bytes() == data for path, data in before.items())
 

@@ -1,0 +1,1 @@
+"""Baselines: classifiers, nearest neighbors and the mean of single-task models."""

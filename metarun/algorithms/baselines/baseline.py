@@ -22,23 +22,25 @@ from metarun.core.types import Prediction
 class Baseline(Pretrained):
     """Fits a new head to each task, on the features of an ordinary classifier.
 
-    After supervised training over all training classes (section 3.2) the body is frozen, and a
-    head of the same kind, begun at random, is fitted to the support features by SGD with
-    momentum. With `head=cosine` it is Baseline++ (section 3.3). Where the paper leaves the fit's
-    numbers open they are those of `baselinefinetune.py`; the head's start is the same for every
-    task, where the code draws one for each. An inner step (`eval.inner_steps`) is an epoch.
+    After supervised training over all training classes (section 3.2) the body is frozen. A
+    randomly initialized head of the same kind is fitted to the support features by SGD with
+    momentum. With `head=cosine` this is Baseline++ (section 3.3).
+
+    Settings of the fit that the paper does not give are those of `baselinefinetune.py`. The
+    initial head is the same for every task; the code draws one for each. An inner step
+    (`eval.inner_steps`) is an epoch.
 
     Args:
         head_lr: Learning rate of the fit.
-        head_momentum: Of the fit.
-        head_dampening: Share of each gradient that the momentum leaves out.
-        head_weight_decay: L2 penalty of the fit, added to its gradient.
+        head_momentum: Momentum of the fit.
+        head_dampening: Dampening of the momentum: the share of each gradient that is left out.
+        head_weight_decay: Factor of the L2 penalty, which is added to the gradient.
         head_batch: Rows of a mini-batch; None takes all.
         head_epochs: Passes over the support rows, each in a new random order.
-        **common: Those of `Pretrained`.
+        **common: Arguments of `Pretrained`.
 
     Raises:
-        ValueError: A number or a word is out of range, or the data are no classification.
+        ValueError: A number or a word is out of range, or the tasks are not classification.
     """
 
     def __init__(
@@ -85,15 +87,15 @@ class Baseline(Pretrained):
         return torch.stack([self.head.scores(weights, query) for weights in heads])
 
     def fitted_heads(self, features: Tensor, labels: Tensor, epochs: int) -> Iterator[Weights]:
-        """Weights of the T heads at their start and after each epoch of the fit.
+        """Yield the weights of the T heads at initialization and after each epoch of the fit.
 
-        The tasks share their start and their mini-batches, so that the answers follow a
-        permutation of the tasks.
+        The tasks share the initialization and the mini-batches, so that predictions are
+        equivariant to a permutation of the tasks.
 
         Args:
-            features: (T, S, F).
-            labels: (T, S).
-            epochs: E.
+            features: (T, S, F) support features.
+            labels: (T, S) support labels.
+            epochs: Number of epochs E.
         """
         num_tasks, num_rows, num_features = features.shape
         start = self.head.start(
@@ -112,7 +114,7 @@ class Baseline(Pretrained):
             yield weights
 
     def _gradient(self, weights: Weights, features: Tensor, labels: Tensor) -> Weights:
-        """Of each task's mean cross-entropy, with the penalty."""
+        """Return the gradient of each task's mean cross-entropy plus the L2 penalty."""
         leaves = {name: w.detach().requires_grad_() for name, w in weights.items()}
         with torch.enable_grad():
             scores = self.head.scores(leaves, features)
@@ -126,7 +128,7 @@ class Baseline(Pretrained):
         }
 
     def _accelerated(self, velocity: Weights, grads: Weights) -> Weights:
-        """The next velocity; the first is the gradient itself, as in torch's SGD."""
+        """Return the next velocity; the first one is the gradient, as in torch's SGD."""
         return {
             name: self.head_momentum * v + (1.0 - self.head_dampening) * grads[name]
             for name, v in velocity.items()

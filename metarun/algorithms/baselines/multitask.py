@@ -35,29 +35,29 @@ Penalty = Literal["none", "l2", "mean"]
 
 
 class MultiTask(AdaptingLearner):
-    """Fits a model to each training task, from a start of its own, and fine-tunes their mean.
+    """Fits a model to each training task, from its own initialization, and fine-tunes their mean.
 
-    An update fits T models by Adam on all of their task's rows (support and, where there are
-    any, query) and folds them into the mean of all models so far, which is the network. The
-    reported loss is that of the models on those rows. The outer optimizer is unused.
+    An update fits T models by Adam on all rows of their tasks (support and query, if there are
+    query rows). It adds them to the mean of all models so far, which is the network. The reported
+    loss is that of the models on these rows. The outer optimizer is unused.
 
-    A penalty makes the models alike: decay / 2 * |theta - anchor|^2 is added to the loss, with
-    the anchor at 0 (`l2`) or at the mean of the models so far (`mean`; the first ones have
-    none). The paper fits one model after another, so that `mean` is its method exactly with
-    `train.tasks_per_step=1`; the models of one update share the mean before it.
+    A penalty makes the models similar: decay / 2 * |theta - anchor|^2 is added to the loss. The
+    anchor is 0 (`l2`) or the mean of the models so far (`mean`; the first models have none). The
+    paper fits one model after another, so `mean` is exactly its method with
+    `train.tasks_per_step=1`. The models of one update share the mean before it.
 
-    The paper leaves open the optimizer of the models, their number of rows and the size of the
-    penalty ("as high as possible without significantly deterring performance"), and the official
-    code has none of it.
+    The paper does not give the optimizer of the models, their number of rows or the size of the
+    penalty ("as high as possible without significantly deterring performance"). The official code
+    does not contain this baseline.
 
     Args:
         fit_steps: Adam steps of each model.
-        fit_lr: Their learning rate.
-        penalty: `none`, `l2` or `mean`.
+        fit_lr: Adam's learning rate.
+        penalty: Penalty of the models: `none`, `l2` or `mean`.
         decay: Strength of the penalty.
         inner_lr: Learning rate of the fine-tuning.
         inner_steps: Gradient steps of the fine-tuning.
-        **common: Those of `Algorithm`.
+        **common: Arguments of `AdaptingLearner`.
 
     Raises:
         ValueError: A number or a word is out of range.
@@ -127,7 +127,7 @@ class MultiTask(AdaptingLearner):
         return {"loss": loss, self.spec.metric: score.mean()}
 
     def _starts(self, first: int, count: int) -> Tensor:
-        """(T, P) random starts of the models `first …`, each as the backbone draws its own."""
+        """Return the initial parameters (T, P) of models `first …`, as the backbone draws them."""
         starts = []
         with torch.random.fork_rng(devices=[]):
             for model in range(first, first + count):
@@ -137,7 +137,7 @@ class MultiTask(AdaptingLearner):
         return torch.stack(starts).to(self.device, self.dtype)
 
     def _anchor(self, mean: Params, models: int) -> Tensor | None:
-        """(P,) what the penalty pulls towards; None where there is no penalty."""
+        """Return the anchor (P,) of the penalty; None without penalty."""
         if self.penalty == "none" or (self.penalty == "mean" and models == 0):
             return None
         anchor = flatten(mean).detach()
@@ -146,10 +146,10 @@ class MultiTask(AdaptingLearner):
     def _fit(
         self, net: nn.Module, start: Tensor, x: Tensor, y: Tensor, anchor: Tensor | None
     ) -> Tensor:
-        """(P,) parameters of one model after its training on (N, …) rows.
+        """Return the parameters (P,) of one model after its training on (N, …) rows.
 
-        They are one vector, so that a step of Adam is a few operations and not a few for each
-        tensor.
+        The parameters are one vector, so that a step of Adam takes a few operations in all, not a
+        few for each tensor.
         """
         shapes = own_parameters(net)
 
@@ -168,7 +168,7 @@ class MultiTask(AdaptingLearner):
         return params["theta"]
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """The parameters before and after each step of the fine-tuning."""
+        """Return the parameters before and after each step of the fine-tuning."""
         ctx = ForwardContext(running=self.bn == "running")
 
         def loss(params: Params) -> Tensor:

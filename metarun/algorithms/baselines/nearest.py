@@ -1,7 +1,7 @@
-"""The nearest support row, by raw inputs: what is reached without learning.
+"""Nearest neighbor on raw inputs: a baseline without learning.
 
-Vinyals et al. 2016 list it as "Pixels (cosine)". Shapes: T tasks, S support rows, Q query rows,
-W ways, D outputs.
+Vinyals et al. (2016) list it as "Pixels (cosine)". Shapes: T tasks, S support rows, Q query rows,
+W ways, D outputs, F values of a row.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ Distance = Literal["squared_euclidean", "cosine"]
 
 
 class Nearest(Algorithm):
-    """Answers with the label, or the value, of the nearest support row.
+    """Predicts the label or the value of the nearest support row.
 
-    It has no parameters, ignores backbone and optimizer, and an update changes nothing: one is
-    enough (`train.steps=1`). The logit of a class is minus the distance to its nearest row.
+    There are no parameters, and the backbone and the optimizer are ignored. An update changes
+    nothing, so one is enough (`train.steps=1`). The logit of a class is minus the distance to its
+    nearest row.
 
     Args:
         distance: `squared_euclidean`, or `cosine` (1 - cosine similarity).
-        **common: Those of `Algorithm`.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: The distance is neither, or inputs are single numbers, which have no angle.
+        ValueError: The distance is unknown, or it is `cosine` and inputs are single numbers.
     """
 
     accepts_any_way: bool = True
@@ -41,8 +42,8 @@ class Nearest(Algorithm):
             raise ValueError(f"algo.distance={distance}: expected squared_euclidean or cosine")
         if distance == "cosine" and math.prod(self.spec.input_shape) == 1:
             raise ValueError(
-                "algo.distance=cosine: the inputs are single numbers, which differ by sign alone: "
-                "use squared_euclidean"
+                "algo.distance=cosine: the inputs are single numbers, whose cosine depends only on "
+                "their signs: use squared_euclidean"
             )
         self.distance = distance
         self.net = nn.Identity()
@@ -62,9 +63,9 @@ class Nearest(Algorithm):
         return Prediction(-distances[:, :, None].masked_fill(others, math.inf).amin(-1))
 
     def distances(self, query: Tensor, support: Tensor) -> Tensor:
-        """(T, Q, S) between (T, Q, F) and (T, S, F) rows."""
+        """Return the distances (T, Q, S) between rows (T, Q, F) and (T, S, F)."""
         if self.distance == "cosine":
             unit = nn.functional.normalize
             return 1.0 - unit(query, dim=-1) @ unit(support, dim=-1).mT
-        # Not by the squares' expansion, which cancels where rows are close.
+        # Not by expanding the square: for close rows that loses digits by cancellation.
         return torch.cdist(query, support, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -21,25 +21,25 @@ Transform = Literal["none", "l2", "cl2"]
 
 
 class SimpleShot(Pretrained):
-    """Answers with the class whose mean support feature is nearest, after a transform.
+    """Predicts the class whose mean support feature is nearest, after a transform.
 
     The features are those of an ordinary classifier of all training classes. `l2` divides them
-    by their length (the paper's L2N), `cl2` first subtracts the mean training feature (CL2N). A
+    by their length (the paper's L2N); `cl2` first subtracts the mean training feature (CL2N). A
     logit is minus the squared Euclidean distance to the mean of a class's transformed features.
 
-    The code computes the mean training feature over all training images, unaugmented, once
-    training is over. Here it is gathered in training, as batch norm gathers its statistics: after
-    each update the mini-batch passes once more, with running statistics, and the mean follows it
-    with weight `mean_momentum` (1 / (number of updates) at first). It is the mean of what the
-    training sees, augmentation included: that is most of its distance to the code's.
+    The code computes the mean training feature after training, over all training images without
+    augmentation. Here it is a running mean, like the statistics of batch norm. After each update
+    the mini-batch passes once more, with running statistics, and enters the mean with weight
+    `mean_momentum` (1 / (number of updates) at first). This mean includes augmentation, which is
+    most of its difference from the code's.
 
     Args:
-        transform: `none`, `l2` or `cl2`.
+        transform: Transform of the features: `none`, `l2` or `cl2`.
         mean_momentum: Weight of a mini-batch in the mean training feature.
-        **common: Those of `Pretrained`.
+        **common: Arguments of `Pretrained`.
 
     Raises:
-        ValueError: A number or a word is out of range, or the data are no classification.
+        ValueError: A number or a word is out of range, or the tasks are not classification.
     """
 
     label_equivariant: bool = True
@@ -76,7 +76,7 @@ class SimpleShot(Pretrained):
         return Prediction(-(query[:, :, None] - centers[:, None]).square().sum(-1))
 
     def transformed(self, features: Tensor) -> Tensor:
-        """The (…, F) features that are compared."""
+        """Return the transformed features (…, F)."""
         if self.transform == "none":
             return features
         centered = features - self.feature_mean if self.transform == "cl2" else features

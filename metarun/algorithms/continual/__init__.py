@@ -1,0 +1,1 @@
+"""Continual and online learning along streams."""

@@ -1,6 +1,6 @@
-"""ANML: a network that gates another's features, so that it learns where it may.
+"""ANML: a neuromodulatory network gates the features of a prediction network.
 
-Beaulieu et al. 2020; official code uvm-neurobotics-lab/ANML. Shapes: R rows, F features.
+Beaulieu et al. (2020); official code uvm-neurobotics-lab/ANML. Shapes: R rows, F features.
 """
 
 from __future__ import annotations
@@ -17,24 +17,26 @@ from metarun.backbones.layers.context import ForwardContext
 
 
 class ANML(TrajectoryLearner):
-    """Learns a prediction network, and a neuromodulating one that gates its features.
+    """Learns a prediction network and a neuromodulatory network that gates its features.
 
-    The features of a row are those of the prediction network's body times a gate in (0, 1) for
-    each, which another network of the same kind computes from the row itself (Beaulieu et al.
-    2020, section 3.1). A training trajectory changes the prediction network, body and head; the
-    gate is learned by the meta-loss alone. A lifetime changes the head. See `TrajectoryLearner`.
+    Each feature of the prediction network's body is multiplied by a gate in (0, 1). A second
+    network of the same kind computes the gates from the same row (Beaulieu et al. 2020, section
+    3.1). A training trajectory changes the body and the head of the prediction network; the gate
+    is learned by the meta-loss only. Along a stream only the head changes. See
+    `TrajectoryLearner`.
 
-    The official code asks for the rows of the trajectory again in the meta-loss, where ours are
-    held out, and normalizes by the statistics of each batch, which along a trajectory is one
+    The official code uses the rows of the trajectory again in the meta-loss; here those rows are
+    held out. It also normalizes by the statistics of each batch, which along a trajectory is one
     image: use `backbone.norm=instance`.
 
     Args:
-        gate: Options of the gating network's backbone that differ from the other's, such as
-            `{filters: 32}`; null is as there. The paper has 112 channels there and 256 here.
-        **common: Those of `TrajectoryLearner`, `WeightLearner` and `Algorithm`.
+        gate: Options of the gating network's backbone that differ from the prediction network's,
+            such as `{filters: 32}`; null changes none. In the paper the gating network has 112
+            channels and the prediction network 256.
+        **common: Arguments of `TrajectoryLearner`, `WeightLearner` and `Algorithm`.
 
     Raises:
-        ValueError: The backbone does not take such an option.
+        ValueError: The backbone has no such option.
     """
 
     inside: ClassVar[tuple[str, ...]] = ("body.features.", "head.")
@@ -56,11 +58,11 @@ class ANML(TrajectoryLearner):
 
 
 class Gated(nn.Module):
-    """Features, each times a gate.
+    """A network whose features are multiplied by gates.
 
     Args:
-        features: Maps rows to (R, F).
-        gate: Maps rows to (R, F), before the logistic function.
+        features: Network from rows to features (R, F).
+        gate: Network from rows to gates (R, F), before the logistic function.
     """
 
     def __init__(self, features: nn.Module, gate: nn.Module) -> None:
@@ -69,6 +71,6 @@ class Gated(nn.Module):
         self.gate = gate
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """(R, F) gated features of rows (R, …)."""
+        """Return the gated features (R, F) of rows (R, …)."""
         gated: Tensor = self.features(x, ctx) * torch.sigmoid(self.gate(x, ctx))
         return gated

@@ -1,6 +1,6 @@
-"""FTML: follow the meta-leader (Finn, Rajeswaran, Kakade & Levine 2019); it has no official code.
+"""FTML: follow the meta-leader (Finn, Rajeswaran, Kakade & Levine 2019). No official code exists.
 
-Shapes: B rows of a step, M tasks of a memory, K rows of a task in it, N tasks of a meta-update.
+Shapes: K rows of a task in the buffer, N tasks of a meta-update, R rows of each of them.
 """
 
 from __future__ import annotations
@@ -31,37 +31,39 @@ _SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
 
 
 class FTML(OnlineLearner):
-    """Meta-learns, from all tasks met so far, weights that adapt to the next one.
+    """Meta-learns an initialization from all tasks met so far, and adapts it to each task.
 
-    Rows join the buffer of their task as they come. After each step of the stream come
-    `meta_updates` of the weights w by Adam (Finn et al. 2019, Algorithm 2): over `meta_tasks`
-    tasks of the buffer, drawn evenly, the gradient of the loss of query rows after `inner_steps`
-    steps on support rows, both drawn from the task's rows. A task is answered by the weights
-    adapted to all rows of it that came (Algorithm 3), one never met by w itself.
+    Rows enter the buffer of their task as they come. Each step of the stream is followed by
+    `meta_updates` updates of the weights w by Adam (Finn et al. 2019, Algorithm 2). An update
+    draws `meta_tasks` tasks of the buffer uniformly, and support and query rows of each. Its
+    gradient is that of the query loss after `inner_steps` steps on the support rows. To predict
+    a task, w is adapted to all its rows so far (Algorithm 3). A task not yet met is predicted by
+    w.
 
-    The paper's comparators are the same with another objective: `joint` trains w on the rows of
-    the buffer as they are, with adaptation (follow the leader) or without (`inner_steps=0`:
-    train on everything); `none` leaves w as it began and adapts alone (from scratch). With
-    `freeze_after` w learns from the first tasks alone: a MAML that no longer meta-learns.
+    The paper's comparators differ in the objective. `joint` trains w on the rows of the buffer
+    without inner steps, and predicts with adaptation (follow the leader) or without it
+    (`inner_steps=0`: train on everything). `none` does not train w and only adapts (from
+    scratch). With `freeze_after`, w is trained on the first visits only, as a MAML that stops
+    meta-learning.
 
     Args:
-        objective: What w is trained for: `meta`, `joint` or `none`.
-        meta_lr: Adam's learning rate of w.
+        objective: Objective of w: `meta`, `joint` or `none`.
+        meta_lr: Adam's learning rate of w, or a list of rates.
         meta_updates: Updates of w for each step of the stream.
-        meta_tasks: Tasks of an update, N.
-        meta_rows: Support and query rows of each, drawn with replacement.
-        inner_lr: Learning rate of the adaptation; of lists here and in `meta_lr`, the best pair on
-            meta-val is taken.
-        inner_steps: Its steps.
-        second_order: Differentiate inner gradients.
-        memory: Tasks remembered, M; beyond, task j takes the place of task j - M, which is the
-            one met longest ago where none returns.
-        freeze_after: Visits after which w stays as it is; None is never.
-        **common: Those of `Algorithm`.
+        meta_tasks: Tasks N of an update.
+        meta_rows: Support rows and query rows of each task, drawn with replacement.
+        inner_lr: Learning rate of the adaptation, or a list of rates. Of all pairs with
+            `meta_lr`, the best on meta-val is used.
+        inner_steps: Gradient steps of the adaptation.
+        second_order: Whether inner gradients are differentiated.
+        memory: Tasks M of the buffer. With more tasks, task j replaces task j - M; if no task
+            returns, this is the one met longest ago.
+        freeze_after: Number of visits after which w is constant; None always trains it.
+        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, the backbone has batch norm, or the
-            stream does not tell tasks apart.
+            tasks of the stream are not known.
     """
 
     answers_depend_on_task = True
@@ -172,7 +174,7 @@ class FTML(OnlineLearner):
         weights = strip_prefix("weights.", state)
         if task is None or not self.inner_steps:
             return forward(net, weights, x, ForwardContext())
-        # Rows that are not the task's weigh nothing, so that one never met leaves the weights.
+        # Rows of other tasks have weight 0, so for a task not yet met the weights do not change.
         slot = (task % len(state["tasks.owner"])).reshape(1)
         names = ("owner", "rows", "x", "y")
         owner, count, kept_x, kept_y = (
@@ -184,14 +186,14 @@ class FTML(OnlineLearner):
         return forward(net, adapted, x, ForwardContext())
 
     def _keep(self, state: State, x: Tensor, y: Tensor, step: Step) -> State:
-        """The state with the incoming rows in the buffer of their task."""
+        """Return the state with the incoming rows in the buffer of their task."""
         assert step.task is not None
         slots, most = state["tasks.x"].shape[:2]
         slot = step.task % slots
         here = torch.arange(slots, device=x.device) == slot
         rows, owner = state["tasks.rows"], state["tasks.owner"]
         rows = torch.where(here & (owner != step.task), 0, rows)
-        # A task that has filled its place begins to overwrite its oldest rows.
+        # Once the buffer of a task is full, new rows overwrite its oldest ones.
         places = (rows[slot] + torch.arange(len(x), device=x.device)) % most
         index = torch.arange(most, device=x.device)
         source = (places[:, None] == index).to(torch.int64)
@@ -210,12 +212,12 @@ class FTML(OnlineLearner):
         }
 
     def _meta_update(self, net: nn.Module, state: State, step: Step, update: int) -> State:
-        """The state after one update of the weights by Adam."""
+        """Return the state after one update of the weights by Adam."""
         weights = strip_prefix("weights.", state)
         key = draw_key(state, step, update, state["key"].device)
         most = state["tasks.x"].shape[1]
         met = state["tasks.owner"] >= 0
-        # Drawn evenly among the tasks in the buffer, which fill it from the front.
+        # Uniformly among the tasks in the buffer, which fill it from the front.
         drawn = seeding.uniform(key, _SLOT_TASK, (self.meta_tasks,), dtype=torch.float64)
         chosen = (drawn * met.sum()).long()
         rows = state["tasks.rows"].clamp(max=most)[chosen]
@@ -248,7 +250,7 @@ class FTML(OnlineLearner):
     def _drawn_rows(
         self, state: State, key: Tensor, slot: int, chosen: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Rows (N, R, …) of the chosen tasks, drawn with replacement from those they have."""
+        """Return rows and targets (N, R, …) of the chosen tasks, drawn with replacement."""
         shape = (self.meta_tasks, self.meta_rows)
         place = seeding.uniform(key, slot, shape, dtype=torch.float64) * rows[:, None]
         index = place.long()
@@ -265,7 +267,7 @@ class FTML(OnlineLearner):
         *,
         first_order: bool,
     ) -> Params:
-        """The weights after the inner steps on rows (K, …), each with its weight (K,)."""
+        """Return the weights after the inner steps on rows (K, …) with row weights (K,)."""
         total = weigh.sum().clamp(min=1.0)
 
         def loss(weights: Params) -> Tensor:
@@ -276,23 +278,22 @@ class FTML(OnlineLearner):
         return sgd_adapt(loss, weights, lr=rates, steps=self.inner_steps, first_order=first_order)
 
     def _first(self, count: Tensor, most: int) -> Tensor:
-        """(K,) one for the first `count` rows of K, zero for the others."""
+        """Return row weights (K,): one for the first `count` rows, zero for the others."""
         return (torch.arange(most, device=count.device) < count).to(self.dtype)
 
 
 class FTMLHindsight(FTML):
-    """The best start in hindsight: `FTML`'s weights, meta-learned on the whole stream beforehand.
+    """The comparator for regret: `FTML` with weights meta-learned on the whole stream in advance.
 
-    Along the stream it adapts to the rows of a task that came, from weights that stay: what
-    Finn et al. (2019, eq. 2) count regret against, as near to their minimum over all weights as
-    the updates come.
+    Along the stream the weights are constant, and each task adapts them to its rows so far. Finn
+    et al. (2019, eq. 2) define regret against the best weights; these approximate them.
 
     Args:
-        meta_updates: Of the weights, before the stream begins.
-        **common: Those of `FTML`.
+        meta_updates: Updates of the weights before the stream begins.
+        **common: Arguments of `FTML`.
 
     Raises:
-        ValueError: The memory does not hold all tasks of a stream.
+        ValueError: The memory is smaller than the number of tasks of a stream.
     """
 
     def __init__(self, *, meta_updates: int = 5000, **common: Any) -> None:
@@ -301,7 +302,7 @@ class FTMLHindsight(FTML):
         tasks = max(stream.num_tasks for stream in self.spec.streams.values())
         if self.memory < tasks:
             raise ValueError(
-                f"algo.memory={self.memory}: expected {tasks} or more, which the stream has"
+                f"algo.memory={self.memory}: expected {tasks} or more, the tasks of the stream"
             )
 
     def train_in_hindsight(
@@ -328,7 +329,7 @@ class FTMLHindsight(FTML):
         return self._keep(state, x, y, step)
 
     def _updated(self, update: int) -> Any:
-        """The meta-update of this number, as a function of one lifetime."""
+        """Return the meta-update of this number, as a function of the state of one rollout."""
 
         def one(net: nn.Module, theta: Params, own: State) -> State:  # noqa: ARG001
             return self._meta_update(net, own, Step(0, 0, None, begins_visit=False), update)

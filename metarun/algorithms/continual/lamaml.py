@@ -1,6 +1,6 @@
-"""La-MAML: look-ahead MAML for learning online (Gupta, Yadav & Paull 2020).
+"""La-MAML: look-ahead MAML for online learning (Gupta, Yadav & Paull 2020).
 
-Official code: montrealrobotics/La-MAML. Shapes: B rows of a step, M rows of a memory.
+Official code: montrealrobotics/La-MAML. Shapes: B rows of a step.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ _SLOT_ORDER = 34
 
 
 class LaMAML(OnlineLearner):
-    """Meta-learns, along the stream, weights and their learning rates that agree with the past.
+    """Meta-learns weights and learning rates along the stream, with a memory of earlier rows.
 
-    For each step of the stream, `glances` times: the incoming rows, in random order, are learned
-    one by one from the weights, each by a step w <- w - relu(a) * gradient with a rate a for
-    every weight; the meta-loss is the mean, over the weights after each of them, of the loss on
-    the incoming and `replayed` remembered rows; its gradient moves the rates by `rates_lr`, then
-    the weights by the new rates (Gupta et al. 2020, Algorithm 1, eq. 5-7). C-MAML and Sync
-    La-MAML are the same with `step=fixed`, without and with learned rates.
+    Each step of the stream has `glances` meta-updates. A meta-update takes the incoming rows one
+    by one in random order. Each row makes a look-ahead step w <- w - relu(a) * gradient, with a
+    rate a for every weight. The meta-loss is the loss on the incoming and `replayed` remembered
+    rows, averaged over the weights after each look-ahead step. Its gradient updates the rates
+    with `rates_lr`, then the weights with the new rates (Gupta et al. 2020, Algorithm 1, eq.
+    5-7). C-MAML and Sync La-MAML have `step=fixed`, without and with learned rates.
 
-    As in the code, inner gradients are constants unless `second_order`, gradients of the
-    weights and of the rates are each cut to the norm `clip_norm`, and "the memory of old tasks"
-    is the memory itself, since it is one list there. Rows join it after their last glance (in
-    the code in the first), so that what is replayed is never among what is incoming.
+    As in the code, inner gradients are constants unless `second_order`, and the gradients of the
+    weights and of the rates are clipped separately to the norm `clip_norm`. "The memory of old
+    tasks" is the memory itself, which is one list in the code. Rows enter it after their last
+    glance (in the code during the first), so replayed rows are never among the incoming rows.
 
     Args:
-        rates: Whether the rates are `learned`, or `fixed` at their start.
-        rates_start: Start of every rate.
+        rates: Rates that are `learned`, or `fixed` at their initial value.
+        rates_start: Initial value of every rate.
         rates_lr: Learning rate of the rates.
-        step: What moves the weights: the learned `rates`, or a `fixed` rate.
-        step_lr: That rate.
+        step: Rates of the meta-update of the weights: the learned `rates`, or one `fixed` rate.
+        step_lr: Rate of the meta-update with `step=fixed`.
         glances: Meta-updates for each step of the stream.
-        memory: Rows remembered.
-        replayed: Of them in a meta-loss.
+        memory: Rows of the memory.
+        replayed: Remembered rows in a meta-loss.
         clip_norm: Largest norm of a gradient.
-        second_order: Differentiate inner gradients.
-        **common: Those of `Algorithm`.
+        second_order: Whether inner gradients are differentiated.
+        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, or the backbone has batch norm.
@@ -113,7 +113,7 @@ class LaMAML(OnlineLearner):
         for glance in range(self.glances):
             key = draw_key(state, step, glance, x.device)
             order = seeding.choose(key, _SLOT_ORDER, len(x), len(x))
-            # Remembered rows first, since those of the step itself join the memory after it.
+            # Taken before `leave` adds the incoming rows to the memory.
             bx, by = self.reservoir.rows(state, x, y, step, glance)
             state = self._glance(net, state, x[order], y[order], bx, by)
         return self.reservoir.leave(state, x, y, step)
@@ -121,7 +121,14 @@ class LaMAML(OnlineLearner):
     def _glance(
         self, net: nn.Module, state: State, x: Tensor, y: Tensor, bx: Tensor, by: Tensor
     ) -> State:
-        """The state after one meta-update on rows (B, …), judged by rows b."""
+        """Return the state after one meta-update.
+
+        Args:
+            net: Network.
+            state: State of one rollout before the update.
+            x, y: (B, …) incoming rows and targets, for the look-ahead steps.
+            bx, by: Rows and targets of the meta-loss.
+        """
         learned = {n: v for n, v in state.items() if n.startswith(("weights.", "rates."))}
 
         def meta_loss(learned: Params) -> Tensor:
@@ -148,7 +155,7 @@ class LaMAML(OnlineLearner):
     def _look_ahead(
         self, net: nn.Module, fast: Params, rates: Params, x: Tensor, y: Tensor
     ) -> Params:
-        """The weights after a step on one row, differentiable by the weights and the rates."""
+        """Return the weights after a step on one row, differentiable in weights and rates."""
         grads = gradient(
             lambda weights: self.loss(forward(net, weights, x, ForwardContext()), y),
             fast,
@@ -157,7 +164,7 @@ class LaMAML(OnlineLearner):
         return {name: value - rates[name].relu() * grads[name] for name, value in fast.items()}
 
     def _clipped(self, grads: Params) -> Params:
-        """The gradients, scaled down to the largest norm together."""
+        """Return the gradients, scaled so that their joint norm is at most `clip_norm`."""
         norm = torch.stack([grad.square().sum() for grad in grads.values()]).sum().sqrt()
         scale = self.clip_norm / norm.clamp(min=self.clip_norm)
         return {name: grad * scale for name, grad in grads.items()}

@@ -1,4 +1,4 @@
-"""OML: a representation that does not forget (Javed & White 2019; code khurramjaved96/mrcl)."""
+"""OML: online-aware meta-learning (Javed & White 2019; code khurramjaved96/mrcl)."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from metarun.algorithms.continual.trajectory import TrajectoryLearner
 
 
 class OML(TrajectoryLearner):
-    """Learns a representation on which online learning interferes little with what was learned.
+    """Learns a representation on which online learning causes little interference.
 
-    The representation network (the backbone's body) stays as it is along a trajectory; the
-    prediction network (the head) takes a gradient step on each step of it, from a start that is
-    learned with the representation (Javed & White 2019, eq. 3). See `TrajectoryLearner`.
+    The representation network (the backbone's body) is constant along a trajectory. The
+    prediction network (the head) takes a gradient step on each step of the trajectory. Its
+    initialization is learned with the representation (Javed & White 2019, eq. 3). See
+    `TrajectoryLearner`.
     """
 
     inside: ClassVar[tuple[str, ...]] = ("head.",)

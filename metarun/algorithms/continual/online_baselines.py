@@ -1,7 +1,7 @@
-"""Online learners that learn nothing before they live: the lines that others are held to.
+"""Baselines of online learning, from a random initialization.
 
-Plain online learning, experience replay, elastic weight consolidation and joint training, from a
-random start; and what regret is counted against. Shapes: T lifetimes, S rows of a stream.
+They are plain online learning, experience replay, elastic weight consolidation, joint training,
+and a comparator for regret that trains on the whole stream in advance.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Online(WeightLearner):
 
     Args:
         updates: Gradient steps for each step of the stream.
-        **common: Those of `WeightLearner` and `Algorithm`.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
     """
 
     def __init__(self, *, updates: int = 1, **common: Any) -> None:
@@ -43,13 +43,13 @@ class Online(WeightLearner):
 
 
 class ExperienceReplay(WeightLearner):
-    """Replays a reservoir of earlier rows beside the incoming ones; see `rules.Replay`.
+    """Replays rows of a reservoir together with the incoming ones; see `Replay`.
 
     Args:
-        updates: Gradient steps for each step of the stream, each with rows drawn anew.
-        memory: Rows remembered.
-        replayed: Of them in a gradient step.
-        **common: Those of `WeightLearner` and `Algorithm`.
+        updates: Gradient steps for each step of the stream, each with other replayed rows.
+        memory: Rows of the reservoir.
+        replayed: Remembered rows in a gradient step.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class ExperienceReplay(WeightLearner):
 
 
 class EWC(WeightLearner):
-    """Holds weights back that earlier tasks need; see `rules.Elastic`.
+    """Penalizes changes of weights that earlier tasks need; see `Elastic`.
 
     Args:
         updates: Gradient steps for each step of the stream.
-        strength: Of the pull.
-        fisher_rows: Rows that a task's Fisher information is taken over.
-        **common: Those of `WeightLearner` and `Algorithm`.
+        strength: Factor of the penalty.
+        fisher_rows: Rows from which a task's Fisher information is estimated.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
 
     Raises:
-        ValueError: The stream does not tell when a task ends.
+        ValueError: The task boundaries of the stream are not known.
     """
 
     needs_task_ids = True
@@ -85,17 +85,17 @@ class EWC(WeightLearner):
         super().__init__(**common)
         assert self.spec.streams is not None
         visits = [stream.steps * stream.rows for stream in self.spec.streams.values()]
-        # No task has more.
+        # No visit has more rows.
         self.strategy = Elastic(updates, strength, min(fisher_rows, max(visits)))
 
 
 class JointTraining(WeightLearner):
-    """Trains on everything seen so far at every step: a ceiling, since it forgets nothing.
+    """Trains on all rows so far at every step: an upper bound, since it keeps all data.
 
     Args:
         updates: Gradient steps for each step of the stream.
-        batch: Rows of a gradient step, from all that came.
-        **common: Those of `WeightLearner` and `Algorithm`.
+        batch: Rows of a gradient step, drawn from all rows so far.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
     """
 
     def __init__(self, *, updates: int = 1, batch: int = 32, **common: Any) -> None:
@@ -104,15 +104,15 @@ class JointTraining(WeightLearner):
 
 
 class JointHindsight(WeightLearner):
-    """Weights that were trained on the whole stream before it began, and then stay.
+    """Trains on the whole stream in advance, and is constant along it.
 
-    Nobody can have them: the comparator of `continual.regret` for a learner that does not adapt
-    to tasks.
+    No online learner can do this. It is the comparator of `continual_metrics.regret` for learners
+    that do not adapt to tasks.
 
     Args:
-        updates: Gradient steps of that training.
-        batch: Rows of each, drawn evenly with replacement.
-        **common: Those of `WeightLearner` and `Algorithm`.
+        updates: Gradient steps of the training in advance.
+        batch: Rows of a gradient step, drawn uniformly with replacement.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
 
     Raises:
         ValueError: A number is out of range.
@@ -149,7 +149,7 @@ class JointHindsight(WeightLearner):
         return state
 
     def _trained(self, step: Step) -> Any:
-        """The gradient step of this number, as a function of one lifetime."""
+        """Return the gradient step of this number, as a function of the state of one rollout."""
 
         def one(net: nn.Module, theta: Params, own: State, x: Tensor, y: Tensor) -> State:  # noqa: ARG001
             key = draw_key(own, step, 0, x.device)

@@ -1,7 +1,4 @@
-"""Pre-training: a classifier of all training classes, whose features a lifetime builds on.
-
-Shapes: T trajectories, R rows of all of them.
-"""
+"""Pre-training of a classifier of all training classes, before online learning along a stream."""
 
 from __future__ import annotations
 
@@ -18,13 +15,13 @@ from metarun.core.types import Metrics, Progress, TaskBatch
 
 
 class Pretrained(WeightLearner):
-    """Learns to tell all training classes apart, then lives by plain online learning.
+    """Trains a classifier of all training classes, then learns online along the stream.
 
-    The baseline of Javed & White (2019, section 5) that OML's representation is held against:
-    the rows of a training trajectory and of its query make an ordinary batch.
+    This is a baseline for OML's representation (Javed & White 2019, section 5). The support and
+    query rows of a training trajectory form an ordinary batch.
 
     Args:
-        **common: Those of `WeightLearner` and `Algorithm`.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)

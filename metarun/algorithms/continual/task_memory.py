@@ -1,11 +1,11 @@
-"""A memory of tasks: what was learned of each is kept, and taken up again when it returns.
+"""A memory of tasks: the weights of each task are stored, and restored when the task returns.
 
-It follows no single paper: the weights of a task are found again by the likelihood of incoming
-rows, as Nagabandi, Finn & Levine (2019) find one of a mixture of models, and the start moves
-towards what tasks have in common, as Reptile's does (Nichol et al. 2018).
+It follows no single paper. Stored weights are recognized by the likelihood of incoming rows, as
+Nagabandi, Finn & Levine (2019) select a model of a mixture. The initialization moves toward the
+weights of tasks, as in Reptile (Nichol et al. 2018).
 
-Shapes: B rows of a step, V rows of a visit, M tasks of the memory, P weights, E numbers of an
-embedding, D outputs.
+Shapes: B rows of a step, V rows of a visit, M tasks of the memory, P weights, E dimensions of an
+embedding.
 """
 
 from __future__ import annotations
@@ -25,36 +25,39 @@ from metarun.backbones.layers.context import ForwardContext
 
 _SMALL = 0.05
 _LOSSES = 5
-"""Losses that what is usual is known from: few, since they fall along a visit."""
+"""Recent losses that define the usual loss: few, since losses fall along a visit."""
 
 
 class TaskMemory(OnlineLearner):
-    """Adapts to the task at hand from a start, or from what it knew of the task if it was met.
+    """Adapts to the current task from an initialization, or from stored weights of the task.
 
-    A visit begins where the stream tells so or, where it does not, where after five steps or
-    more the loss of incoming rows is above the mean of the last five by `surprise` deviations,
-    and above a twentieth of what the start loses on them: a small loss surprises nobody. What
-    was learned is then kept: the weights, and as the task's embedding the answers that they
-    give to the first `probes` rows of the stream; a task whose embedding is near one in the
-    memory takes its place there. The start moves by `start_lr` towards the weights, and the new
-    visit begins from it. After every step the rows of the visit so far judge all weights in the
-    memory; where the best have less than `accept` times the loss of those at hand, they are
-    taken up, and where all rows of the visit say so too, replaced in the end. Which task is
-    visited is never told. Without a memory (`memory=0`) this is task-
-    free adaptation.
+    A visit begins at a known task boundary. If boundaries are not known, it begins where the loss
+    of incoming rows exceeds the mean of the last five losses by `surprise` standard deviations,
+    at the earliest after five steps. This loss also has to exceed a twentieth of the loss of the
+    initialization on the same rows: small losses are ignored.
+
+    At the end of a visit the weights are stored with an embedding of the task: the predictions of
+    the first `probes` rows of the stream. If a stored embedding is similar, its entry is replaced.
+    The initialization then moves by `start_lr` toward the weights, and the new visit starts from
+    it.
+
+    After every step all stored weights are evaluated on the rows of the visit so far. If the loss
+    of the best ones is less than `accept` times the current loss, they replace the current
+    weights. Their entry is overwritten at the end of the visit if its rows confirm the match. The
+    identity of the task is never used. With `memory=0` this is task-free adaptation.
 
     Args:
-        online_lr: Learning rate; of a list, the best on meta-val is taken.
+        online_lr: Learning rate, or a list of which the best on meta-val is used.
         updates: Gradient steps for each step of the stream, on the rows of the visit.
-        visit_rows: Rows of a visit that are learned from, the last ones, V.
-        memory: Tasks remembered, M; beyond, the one kept longest ago is given up.
-        probes: Rows that embeddings are taken at; zeros where a first visit has fewer.
-        same: Mean square difference of embeddings, over the mean square of the new one, below
-            which two tasks are the same.
-        accept: See above.
-        start_lr: Share of the way that the start moves; 0 leaves it.
-        surprise: See above.
-        **common: Those of `Algorithm`.
+        visit_rows: Number V of the latest rows of a visit that are learned from.
+        memory: Tasks M of the memory. With more tasks, the entry stored longest ago is replaced.
+        probes: Rows whose predictions form the embedding; zeros if the first visit has fewer.
+        same: Largest mean squared difference of the embeddings of one task, relative to the mean
+            square of the new one.
+        accept: Largest ratio of losses at which stored weights are restored, as above.
+        start_lr: Fraction by which the initialization moves toward the weights; 0 keeps it.
+        surprise: Number of standard deviations at which a visit begins, as above.
+        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number is out of range, or the backbone has batch norm.
@@ -122,7 +125,7 @@ class TaskMemory(OnlineLearner):
             "visit.x": x.new_zeros(self.visit_rows, *x.shape[1:]),
             "visit.y": y.new_zeros(self.visit_rows, *y.shape[1:]),
             "visit.rows": none,
-            # The place in the memory of the task at hand, -1 where it is not known.
+            # The memory entry whose weights were restored in this visit, -1 if none.
             "visit.place": none - 1,
             "surprise.losses": start.new_zeros(_LOSSES),
             "surprise.steps": none,
@@ -160,7 +163,7 @@ class TaskMemory(OnlineLearner):
         return forward(net, unflatten(state["weights"], theta), x, ForwardContext())
 
     def _probe(self, state: State, x: Tensor, step: Step) -> State:
-        """Keep the first rows of the stream."""
+        """Return the state with incoming rows among the probes, until there are enough."""
         room = self.probes - step.rows
         if room <= 0:
             return state
@@ -169,13 +172,13 @@ class TaskMemory(OnlineLearner):
         return {**state, "probes": torch.cat([before, rows, after])}
 
     def _begins(self, state: State, surprise: Tensor, unlearned: Tensor, step: Step) -> Tensor:
-        """Whether a visit begins: 0-dimensional, true or false.
+        """Return whether a visit begins, as a 0-dimensional boolean tensor.
 
         Args:
-            state: Of the lifetime.
-            surprise: Loss of the incoming rows with the weights at hand.
-            unlearned: Their loss with the start.
-            step: Where it stands.
+            state: State of the rollout.
+            surprise: Loss of the incoming rows with the current weights.
+            unlearned: Loss of the incoming rows with the initialization.
+            step: Current step of the stream.
         """
         assert self.spec.streams is not None
         if self.spec.streams["test"].task_ids_known or not step.rows:
@@ -186,7 +189,7 @@ class TaskMemory(OnlineLearner):
         return known & unlike & (surprise > _SMALL * unlearned)
 
     def _turn(self, net: nn.Module, theta: Params, state: State) -> State:
-        """The state where a visit has ended and another begins, before its first row."""
+        """Return the state after the end of a visit, before the first row of the next one."""
         state = self._keep(net, theta, state) if self.memory else state
         start = torch.lerp(state["start"], state["weights"], self.start_lr)
         zero = torch.zeros_like(state["visit.rows"])
@@ -200,7 +203,7 @@ class TaskMemory(OnlineLearner):
         }
 
     def _keep(self, net: nn.Module, theta: Params, state: State) -> State:
-        """The memory with what was learned in the visit that ends."""
+        """Return the state with the weights of the ending visit in the memory."""
         embedding = self._embedding(net, theta, state)
         known = state["memory.rows"] > 0
         away = (state["memory.embedding"] - embedding).square().mean(1)
@@ -208,7 +211,7 @@ class TaskMemory(OnlineLearner):
         near = away.min() < self.same * embedding.square().mean()
         free = state["memory.kept"] % self.memory
         place = torch.where(near, away.argmin(), free)
-        # The first rows of a visit may have spoken for a task that it was not of.
+        # The first rows of a visit may have matched another task: check on all of its rows.
         taken = state["visit.place"]
         before = state["memory.weights"].index_select(0, taken.clamp(min=0).reshape(1))[0]
         loss = self._visit_loss(net, theta, before, state)
@@ -229,7 +232,7 @@ class TaskMemory(OnlineLearner):
     def _meet(
         self, state: State, x: Tensor, y: Tensor, surprise: Tensor, begins_visit: Tensor
     ) -> State:
-        """The state with the incoming rows among those of the visit, and their loss noted."""
+        """Return the state with the incoming rows and their loss in the records of the visit."""
         keep = self.visit_rows
         return {
             **state,
@@ -237,12 +240,12 @@ class TaskMemory(OnlineLearner):
             "visit.y": torch.cat([state["visit.y"], y])[-keep:],
             "visit.rows": state["visit.rows"] + len(x),
             "surprise.losses": torch.cat([state["surprise.losses"], surprise[None]])[-_LOSSES:],
-            # The loss that a visit begins with is of weights that knew nothing of it.
+            # The first loss of a visit does not count: its weights have not seen the task.
             "surprise.steps": state["surprise.steps"] + (~begins_visit).long(),
         }
 
     def _recognize(self, net: nn.Module, theta: Params, state: State) -> State:
-        """Take up the weights of the memory that the rows of the visit speak for, if any."""
+        """Return the state with stored weights restored if they fit the rows of the visit."""
 
         def of_memory(weights: Tensor) -> Tensor:
             return self._visit_loss(net, theta, weights, state)
@@ -257,7 +260,7 @@ class TaskMemory(OnlineLearner):
         return {**state, "weights": weights, "visit.place": place}
 
     def _embedding(self, net: nn.Module, theta: Params, state: State) -> Tensor:
-        """(E,) the answers of the weights at hand to the probes."""
+        """Return the embedding (E,): predictions of the probes by the current weights."""
         outputs = forward(
             net, unflatten(state["weights"], theta), state["probes"], ForwardContext()
         )
@@ -266,7 +269,7 @@ class TaskMemory(OnlineLearner):
         return outputs.flatten()
 
     def _visit_loss(self, net: nn.Module, theta: Params, weights: Tensor, state: State) -> Tensor:
-        """The mean loss of weights (P,) over the rows of the visit so far."""
+        """Return the mean loss of weights (P,) over the rows of the visit so far."""
         outputs = forward(net, unflatten(weights, theta), state["visit.x"], ForwardContext())
         losses = self.row_losses(outputs, state["visit.y"])
         count = state["visit.rows"].clamp(max=self.visit_rows)
@@ -275,4 +278,5 @@ class TaskMemory(OnlineLearner):
         return (losses * weigh).sum() / count
 
     def _loss(self, net: nn.Module, theta: Params, weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return the mean loss of weights (P,) on rows (B, …)."""
         return self.loss(forward(net, unflatten(weights, theta), x, ForwardContext()), y)

@@ -1,6 +1,6 @@
-"""Meta-training on trajectories: what learning along one is to leave behind.
+"""Meta-training on trajectories: the meta-loss after learning along a trajectory step by step.
 
-Shapes: T trajectories, S rows of a trajectory, B rows of a step, Q query rows, W classes.
+Shapes: T trajectories, S rows of a trajectory, F features.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from metarun.core.types import Metrics, Progress, TaskBatch
 
 
 class TrajectoryLearner(WeightLearner):
-    """Learns what a gradient step on each step of a trajectory begins from, and acts through.
+    """Learns an initialization and a representation for gradient steps along trajectories.
 
-    The meta-loss is that of the query rows after the last step: held-out rows of the
-    trajectory's tasks and, where `data.remember` says so, random rows of all training classes
-    (Javed & White 2019, Algorithm 2; Beaulieu et al. 2020, section 3).
+    The meta-loss is the loss of the query rows after the last step of a trajectory. Query rows
+    are held-out rows of the trajectory's tasks and, with `data.remember`, random rows of all
+    training classes (Javed & White 2019, Algorithm 2; Beaulieu et al. 2020, section 3).
 
-    The official codes take the inner gradients as constants, and so do we unless
-    `second_order_from` says otherwise; the papers differentiate them. With `reset`, the last
-    layer's rows of a trajectory's classes are drawn anew before it, as in both codes, so that no
-    class can be known by heart.
+    Inner gradients are constants, as in the official codes, unless `second_order_from` is set;
+    the papers differentiate them. With `reset`, the last layer's rows of a trajectory's classes
+    are newly initialized before it, as in both codes, so that classes cannot be memorized.
 
-    A lifetime changes the head alone. A subclass says what a training trajectory changes.
+    Along a stream only the head changes. A subclass names the parameters that change along a
+    training trajectory.
 
     Args:
         inner_lr: Learning rate along a training trajectory.
-        second_order_from: Update from which inner gradients are differentiated; None is never.
-        **common: Those of `WeightLearner` and `Algorithm`.
+        second_order_from: Update from which inner gradients are differentiated; None never does.
+        **common: Arguments of `WeightLearner` and `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range, or a lifetime is to change more than the head.
+        ValueError: A number is out of range, or `adapt` is not `head`.
     """
 
     meta_trains: ClassVar[bool] = True
@@ -64,7 +64,7 @@ class TrajectoryLearner(WeightLearner):
         check_inner_loop(inner_lr, 1, second_order_from)
         if self.adapt != "head":
             name = type(self).__name__
-            raise ValueError(f"{name} changes the head alone along a stream: use algo.adapt=head")
+            raise ValueError(f"{name} changes only the head along a stream: use algo.adapt=head")
         self.inner_lr = inner_lr
         self.second_order_from = second_order_from
         self.optimizer = self.build_optimizer()
@@ -74,7 +74,7 @@ class TrajectoryLearner(WeightLearner):
         rows = self.spec.streams["train"].rows
         first_order = is_first_order(self.second_order_from, progress)
         if self.reset:
-            # What is drawn depends on the labels of all trajectories of the update.
+            # The reset depends on the labels of all trajectories of the update.
             self._forget(gather_rows(batch.support_y, progress.share))
 
         def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
@@ -95,10 +95,10 @@ class TrajectoryLearner(WeightLearner):
     def _roll_out(
         self, net: Any, params: Params, x: Tensor, y: Tensor, rows: int, first_order: bool
     ) -> Params:
-        """All parameters after the rows (S, …) of one trajectory."""
+        """Return all parameters after the rows (S, …) of one trajectory."""
         fast = {name: value for name, value in params.items() if name.startswith(self.inside)}
         if self.inside == ("head.",):
-            # The representation is the same at each step: once for all.
+            # The representation is the same at each step, so it is computed once.
             x = forward(net.body, strip_prefix("body.", params), x, ForwardContext())
         for first in range(0, len(x), rows):
             seen, target = x[first : first + rows], y[first : first + rows]
@@ -116,7 +116,7 @@ class TrajectoryLearner(WeightLearner):
         return {**params, **fast}
 
     def _forget(self, labels: Tensor) -> None:
-        """Draw the last layer's rows of these classes anew: N(0, 2 / F), as Kaiming normal."""
+        """Initialize the last layer's rows of these classes: N(0, 2 / F), as in Kaiming normal."""
         if self.spec.kind != "classification":
             return
         weight = self.net.head.last.weight

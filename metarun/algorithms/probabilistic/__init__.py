@@ -1,0 +1,1 @@
+"""Probabilistic methods: neural processes, Gaussian processes, mixtures of initializations."""

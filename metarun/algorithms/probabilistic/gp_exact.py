@@ -1,7 +1,6 @@
-"""Gaussian-process regression, where it can with the kernel that the data have.
+"""Gaussian-process regression (Rasmussen & Williams 2006, algorithm 2.1), by scikit-learn.
 
-Rasmussen & Williams 2006, algorithm 2.1, by scikit-learn. Shapes: T tasks, S support rows, Q
-query rows, D outputs.
+Shapes: T tasks, S support rows, Q query rows, D outputs.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ Bounds = float | Sequence[float]
 
 
 class ExactGP(Algorithm):
-    """Answers with the posterior of a Gaussian process with an RBF kernel.
+    """Predicts the posterior of a Gaussian process with an RBF kernel.
 
-    Where the lengthscale and the scale of `data=gp` are numbers, it is the posterior of the
-    process that the curves are drawn from: the best possible mean and spread. Where they are
-    ranges, as they are of data without a kernel, they are fitted to each support set by maximum
-    likelihood within them. It has no parameters, ignores backbone and optimizer, and an update
-    changes nothing: one is enough (`train.steps=1`).
+    If the lengthscale and the scale of `data=gp` are numbers, this is the posterior of the
+    process that generated the curves: no predictive distribution is better. Ranges, which other
+    data have, are fitted to each support set by maximum likelihood.
+
+    There are no parameters, and the backbone and the optimizer are ignored. An update changes
+    nothing, so one is enough (`train.steps=1`).
 
     Args:
-        lengthscale: l, or its range.
-        scale: s, or its range.
+        lengthscale: Lengthscale l of the kernel, or its range.
+        scale: Output scale s of the kernel, or its range.
         noise: Standard deviation of the noise on the targets, which is part of the spread.
-        **common: Those of `Algorithm`.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A number is out of range, scikit-learn is missing, or the data are no
+        ValueError: A number is out of range, scikit-learn is missing, or the tasks are not
             regression.
     """
 
@@ -71,7 +71,7 @@ class ExactGP(Algorithm):
         return Prediction(torch.stack(means), spread=torch.stack(spreads))
 
     def _posterior(self, x: Tensor, y: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread (Q, D) of one task."""
+        """Return the predicted mean and standard deviation (Q, D) of one task."""
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
@@ -80,11 +80,11 @@ class ExactGP(Algorithm):
         kernel = ConstantKernel(_middle(squares), _range(squares)) * RBF(
             _middle(self.lengthscale), _range(self.lengthscale)
         )
-        # Not zero, where rows that nearly coincide leave no positive definite matrix.
+        # Not zero: with nearly equal rows the matrix would not be positive definite.
         noise = max(self.noise_std**2, 1e-10)
         process = GaussianProcessRegressor(kernel, alpha=noise)
         with warnings.catch_warnings():
-            # Said where the best lies at an end of its range, which is as it should be.
+            # scikit-learn warns if the optimum is at an end of the range, which is allowed here.
             warnings.simplefilter("ignore", ConvergenceWarning)
             process.fit(_numbers(x), _numbers(y))
         mean, spread = process.predict(_numbers(asked), return_std=True)
@@ -108,7 +108,7 @@ def _middle(edges: Sequence[float]) -> float:
 
 
 def _range(edges: Sequence[float]) -> Any:
-    """As scikit-learn takes it: a number is not fitted."""
+    """Return the bounds in scikit-learn's form; a parameter given as one number is not fitted."""
     return "fixed" if edges[0] == edges[1] else tuple(edges)
 
 

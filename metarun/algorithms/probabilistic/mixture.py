@@ -1,4 +1,4 @@
-"""Mixtures of initializations, fitted by expectation-maximization over tasks (Jerfel et al. 2019).
+"""Mixture of initializations, fitted by expectation-maximization over tasks (Jerfel et al. 2019).
 
 There is no official code. Shapes: T tasks, S support rows, Q query rows, D outputs, K components.
 """
@@ -29,54 +29,56 @@ Assignment = Literal["soft", "hard"]
 Prior = Literal["uniform", "balanced", "learned", "crp"]
 
 _LEAST_COUNT = 1e-6
-"""Of tasks of a component that has opened."""
+"""Smallest number of tasks that an open component counts as having."""
 _BALANCE = 0.02
-"""How fast `prior=balanced` follows what shares lack."""
+"""Step size of the prior's logarithm in `prior=balanced`."""
 
 
 class Mixture(Algorithm):
-    """K initializations, of which each task is learned from the one that fits it.
+    """A mixture of K initializations; each task adapts all of them and weights them by their fit.
 
-    The E-step adapts every initialization to a task's support by gradient steps and takes the
-    support loss L_k after them for minus a log-likelihood: with the sum over rows S L_k, the
-    responsibilities are softmax_k(log pi_k - S L_k / temperature) (Jerfel et al. 2019, section
-    3.2). `assign=hard` gives all to the greatest. The M-step is a step of the outer optimizer on
+    The E-step adapts every initialization to a task's support by gradient steps. The support loss
+    L_k after them, summed over the S rows, stands for minus a log-likelihood. Responsibilities
+    are softmax_k(log pi_k - S L_k / temperature) (Jerfel et al. 2019, section 3.2). With
+    `assign=hard` the greatest of them becomes 1. The M-step is a step of the outer optimizer on
     sum_k gamma_k L_k(query), in which the responsibilities gamma are constants. With one
-    component it is MAML.
+    component the method is MAML.
 
-    For a squared error a temperature of 2 sigma^2 makes the likelihood that of normals with a
-    deviation of sigma; for a cross-entropy it is 1. A temperature [start, end] falls from one to
-    the other, by the same factor at each update, over the first `anneal` of training
-    (deterministic annealing, Rose 1998): at first all components learn all tasks, and part as it
-    falls. What is cold from the beginning parts tasks by chance, and a component that is a little
-    better wins them all.
+    For squared errors, a temperature of 2 sigma^2 gives the likelihood of normal distributions
+    with standard deviation sigma; for cross-entropy the likelihood has a temperature of 1. A
+    temperature [start, end] falls by the same factor at each update, over the first `anneal` of
+    training (deterministic annealing, Rose 1998). At first all components learn all tasks; they
+    specialize as it falls. With a low temperature from the start, the assignment depends on
+    chance, and a slightly better component wins all tasks.
 
-    `prior=uniform` has pi_k = 1 / K, and `learned` (n_k + 1) / (N + K) with n_k of the N tasks so
-    far. `balanced` has log pi_k grow at each update by a little of what the component's share of
-    the tasks lacks to 1 / K (as experts are kept busy by Wang et al. 2024): for components that
-    are as likely, of which none can starve. `crp` is a Chinese restaurant (section 3.3): there is
-    one component at first, each task of training is of a component with the number of its tasks
-    as weight, or of the next one with `concentration`; that one opens when it is the likeliest of
-    any task, and keeps what part of other tasks it has had. At evaluation none opens. The paper
-    starts a new component from the shared prior over all; here each has a start of its own, drawn
-    as any network's.
+    Priors over components:
+    - `uniform`: pi_k = 1 / K.
+    - `learned`: pi_k = (n_k + 1) / (N + K), where n_k of the N tasks so far are of component k.
+    - `balanced`: at each update, log pi_k grows in proportion to 1 / K minus the component's
+      share of the tasks (Wang et al. 2024 balance experts in this way). It suits components of
+      equal probability and keeps each of them in use.
+    - `crp`: a Chinese restaurant process (section 3.3), which starts with one component. The
+      weight of a component is its number of tasks, and that of the next one `concentration`. The
+      next component opens when it is the most likely one of any task, and keeps its share of the
+      other tasks. At evaluation none opens. In the paper a new component starts from the prior
+      that all share; here each has its own random initialization.
 
-    The answer mixes those of the components by the responsibilities (their probabilities in a
-    classification); with `assign=hard` it is that of one.
+    The prediction is the mean over components, weighted by the responsibilities; classification
+    averages probabilities. With `assign=hard` it is the prediction of one component.
 
     Args:
-        components: K; the most there can be, with `prior=crp`.
+        components: Number of components K; with `prior=crp`, their largest number.
         inner_lr: Inner learning rate.
         inner_steps: Inner steps in training.
         second_order_from: Update from which inner gradients are differentiated; 0 always, None
             never (first order).
-        assign: How tasks are given to components.
-        temperature: Of the responsibilities, in the unit of the loss; or [start, end].
-        anneal: Share of training over which it falls.
-        prior: pi_k.
-        concentration: Of `prior=crp`.
-        memory: What remains at each update of the numbers of tasks that pi_k is made of.
-        **common: Those of `Algorithm`.
+        assign: Assignment of tasks to components, `soft` or `hard`.
+        temperature: Temperature of the responsibilities, in units of the loss; or [start, end].
+        anneal: Share of training over which the temperature falls.
+        prior: Prior over components: `uniform`, `balanced`, `learned` or `crp`.
+        concentration: Weight of a new component with `prior=crp`.
+        memory: Factor that multiplies the task counts of the prior at each update.
+        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range.
@@ -140,7 +142,11 @@ class Mixture(Algorithm):
         self.optimizer = self.build_optimizer()
 
     def log_prior(self, *, opening: bool) -> Tensor:
-        """(K,) log pi_k up to a constant, with or without the component that may open next."""
+        """Return log pi_k (K,) up to a constant.
+
+        Args:
+            opening: Whether the next component of `prior=crp` has a weight.
+        """
         if self.prior == "uniform":
             return torch.zeros_like(self.counts)
         if self.prior == "balanced":
@@ -148,22 +154,22 @@ class Mixture(Algorithm):
         if self.prior == "learned":
             return (self.counts + 1.0).log()
         number = torch.arange(len(self.counts), device=self.device)
-        # What has opened stays possible, however long ago its tasks were.
+        # An open component keeps a positive weight, however long ago its last task was.
         weights = torch.where(number < self.grown, self.counts.clamp(min=_LEAST_COUNT), 0.0)
         if opening:
-            # The first task of all finds one component, and no other to choose.
+            # Before the first task only one component can be chosen.
             some = self.counts.sum() > 0
             weights = torch.where((number == self.grown) & some, self.concentration, weights)
         return weights.log()
 
     def responsibilities(self, fits: Tensor, rows: int, prior: Tensor, heat: Tensor) -> Tensor:
-        """(…, K) of tasks with support losses (…, K).
+        """Return the responsibilities (…, K) of the components for tasks.
 
         Args:
-            fits: Means over so many numbers.
-            rows: How many.
-            prior: As of `log_prior`.
-            heat: The temperature.
+            fits: (…, K) support losses after adaptation, each the mean over `rows` values.
+            rows: Number of target values of the support.
+            prior: Log prior as returned by `log_prior`.
+            heat: Temperature.
         """
         scores = prior.to(fits) - rows * fits / heat.to(fits)
         if self.assign == "soft":
@@ -171,8 +177,11 @@ class Mixture(Algorithm):
         return nn.functional.one_hot(scores.argmax(-1), scores.shape[-1]).to(fits)
 
     def _beliefs(self, num_tasks: int, heat: Tensor, *, opening: bool) -> tuple[Tensor, Tensor]:
-        """Log prior (T, K) and temperature (T,), as rows of every task: what changes between
-        updates is told to a task function, so that it can be replayed."""
+        """Return the log prior (T, K) and the temperature (T,), repeated for every task.
+
+        Values that change between updates are inputs of the task function, so that its recorded
+        operations can be replayed.
+        """
         prior = self.log_prior(opening=opening)
         return prior.expand(num_tasks, -1), heat.expand(num_tasks)
 
@@ -219,19 +228,19 @@ class Mixture(Algorithm):
         self._seat(shares)
         self.temperature.copy_(heat)
         score = task_metric(self.spec, outputs, batch.query_y)
-        # Those that more than half of an even share of these tasks is of.
+        # Components with more than half of an even share of these tasks.
         used = (shares.mean(0) > 0.5 / len(self.counts)).to(losses.dtype).sum()
         return {"loss": losses.mean(), self.spec.metric: score.mean(), "num_components": used}
 
     def mixed(self, answers: Tensor, shares: Tensor) -> Tensor:
-        """(Q, D) answer of a mixture of answers (K, Q, D) with shares (K,)."""
+        """Return the mean prediction (Q, D) of predictions (K, Q, D) with weights (K,)."""
         shares = shares[:, None, None]
         if self.spec.kind == "regression":
             return (shares * answers).sum(0)
         return (answers.log_softmax(2) + shares.log()).logsumexp(0)
 
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """As in `Algorithm`; the responsibilities are the embedding of the task."""
+        """Predict as in `Algorithm`; the responsibilities are also the embedding of the task."""
         steps = self.evaluation_steps(self.inner_steps)
 
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -269,7 +278,10 @@ class Mixture(Algorithm):
         steps: int,
         every: bool,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Answers (Q, D) and responsibilities (K,) after all inner steps, or after every one."""
+        """Return predictions (Q, D) and responsibilities (K,) after the inner steps.
+
+        There is one pair after the last step, or one for each of 0 … `steps` if `every`.
+        """
         ctx = ForwardContext(running=self.bn == "running")
         fits, answers = [], []
         for number, net in enumerate(nets):
@@ -298,7 +310,11 @@ class Mixture(Algorithm):
         return torch.full_like(self.temperature, heat)
 
     def _seat(self, shares: Tensor) -> None:
-        """Count the tasks (T, K) of an update; open the next component if it won one."""
+        """Count the tasks of an update, and open the next component if it is the best of one.
+
+        Args:
+            shares: (T, K) responsibilities.
+        """
         self.counts.mul_(self.memory).add_(shares.sum(0))
         self.bias.add_(_BALANCE * (1.0 / len(self.bias) - shares.mean(0)))
         if self.prior == "crp":

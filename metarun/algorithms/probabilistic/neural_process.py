@@ -1,9 +1,9 @@
 """Neural processes: conditional (Garnelo et al. 2018a), latent (2018b) and attentive (Kim 2019).
 
 Official code: google-deepmind/neural-processes. The likelihood as an objective (Foong et al. 2020)
-is `NLLLossLNPF` of YannDubs/Neural-Process-Family. Shapes: T tasks, S support rows, Q query rows,
-N rows of a context, M rows asked about, L samples, D outputs, R numbers of a representation, Z
-of the latent variable.
+follows `NLLLossLNPF` of YannDubs/Neural-Process-Family. Shapes: T tasks, S support rows, Q query
+rows, N context rows, M target rows, L samples, D outputs, R dimensions of a representation, Z of
+the latent variable.
 """
 
 from __future__ import annotations
@@ -29,49 +29,49 @@ _SLOT_CONTEXT, _SLOT_LATENT = 50, 51
 
 
 class NeuralProcess(Algorithm):
-    """Answers with a mean and a spread, given a representation of the support rows.
+    """Predicts a mean and a spread (standard deviation) from a representation of the support.
 
-    An encoder maps each (x, y) of the context to R numbers, a decoder the representation and a
-    new x to a mean and a spread there. On the deterministic path the representation is the mean
-    over the context (Garnelo et al. 2018a, eq. 1 to 3), or what a query x finds in it by
-    attention of several heads (Kim et al. 2019, section 3). On the latent path it is a sample of
-    z ~ q(z | context), a normal whose parameters come from the mean of another encoder (Garnelo
-    et al. 2018b, section 2). `cnp` has the first path, `np` the latent one, as in its paper (the
-    code has both there), `anp` attention and the latent one.
+    An encoder maps each context pair (x, y) to R numbers. A decoder maps the representation and a
+    target x to a mean and a spread. On the deterministic path the representation is the mean over
+    the context (Garnelo et al. 2018a, eq. 1 to 3), or multi-head attention of a target x to the
+    context (Kim et al. 2019, section 3). On the latent path it is a sample z ~ q(z | context), a
+    normal distribution whose parameters come from the mean of a second encoder (Garnelo et al.
+    2018b, section 2). `cnp` has the deterministic path; `np` has the latent path, as in its paper
+    (the code has both); `anp` has attention and the latent path.
 
-    The loss is minus the mean log-likelihood of all targets: the support and query rows, of
-    which the first N are the context; N is drawn for each update from `context` to all support
-    rows (in the code to all but one, and the number of further targets is drawn too). With a
-    latent path z comes from q(z | targets), and KL(q(z | targets) || q(z | context)) over the
-    number of target values is added (Garnelo et al. 2018b, eq. 8). Spreads are 0.1 + 0.9
-    softplus in the code; `min_spread` is their floor.
+    The loss is minus the mean log-likelihood of all targets: the support and query rows. The first
+    N of them are the context. N is drawn for each update from `context` to all support rows (in
+    the code to all but one, and the number of further targets is drawn too). With a latent path z
+    comes from q(z | targets), and KL(q(z | targets) || q(z | context)) divided by the number of
+    target values is added (Garnelo et al. 2018b, eq. 8). In the code a spread is 0.1 + 0.9
+    softplus; `min_spread` is this floor.
 
-    That bound trains the decoder on z that have seen the answers. `objective=likelihood` trains
-    it on z as they are at evaluation, drawn from q(z | context) (Foong et al. 2020, who have it
-    in place of the bound): the loss is -log((1/L) sum_l prod_t p(y_t | x_t, z_l)), with t over
-    all targets, over the number of target values. By Jensen's inequality it is, in the mean, an
-    upper bound of minus the log-likelihood, and the tighter the greater L.
+    This bound trains the decoder on z that depend on the targets. `objective=likelihood` trains it
+    on z as at evaluation, drawn from q(z | context); Foong et al. (2020) replace the bound by it.
+    The loss is -log((1/L) sum_l prod_t p(y_t | x_t, z_l)), with t over all targets, divided by the
+    number of target values. By Jensen's inequality its expectation is an upper bound of minus the
+    log-likelihood, and the bound is tighter for larger L.
 
-    At evaluation the context is the support. With a latent path the answer is the mean and the
-    standard deviation of the mixture over `samples` of z, the same draws for every task.
+    At evaluation the context is the support. With a latent path the prediction is the mean and the
+    standard deviation of the mixture over `samples` of z, with the same draws for every task.
 
-    Encoders and decoder are made by the backbone, from one width to another.
+    The backbone builds the encoders and the decoder, from one width to another.
 
     Args:
-        deterministic: What the deterministic path is.
-        width: R.
-        latent: Z; 0 has no latent path.
-        heads: Of the attention; they share R evenly.
-        objective: What a latent path is trained by.
-        train_samples: L of the likelihood in training; the bound has one.
-        samples: L at evaluation.
-        context: Fewest rows of a context in training; null has all support rows always.
-        min_spread: Floor of the spread, in the unit of the targets.
-        **common: Those of `Algorithm`.
+        deterministic: Kind of the deterministic path: `mean`, `attention` or `none`.
+        width: Width R of the representation.
+        latent: Width Z of the latent variable; 0 means no latent path.
+        heads: Attention heads; R has to be a multiple of their number.
+        objective: Objective of a latent path, `elbo` or `likelihood`.
+        train_samples: Samples L of the likelihood in training; the bound uses one.
+        samples: Samples L at evaluation.
+        context: Smallest number of context rows in training; null always uses all support rows.
+        min_spread: Floor of the spread, in units of the targets.
+        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, there is no path, the backbone has batch
-            norm, or the data are no regression.
+            norm, or the tasks are not regression.
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("regression",)
@@ -111,7 +111,7 @@ class NeuralProcess(Algorithm):
             if value < least:
                 raise ValueError(f"algo.{name}={value}: expected {least} or more")
         if deterministic == "attention" and width % heads:
-            raise ValueError(f"algo.heads={heads} do not share algo.width={width} evenly")
+            raise ValueError(f"algo.heads={heads}: expected a divisor of algo.width={width}")
         check_positive("algo.min_spread", min_spread)
         self.objective = objective
         self.train_samples = train_samples if objective == "likelihood" else 1
@@ -130,7 +130,7 @@ class NeuralProcess(Algorithm):
         )
         if has_batch_norm(self.net):
             raise ValueError(
-                "a neural process answers each row by itself, which batch norm does not: use "
+                "a neural process predicts each row separately, but batch norm mixes rows: use "
                 "backbone.batch_norm=false"
             )
         self.optimizer = self.build_optimizer()
@@ -179,7 +179,7 @@ class NeuralProcess(Algorithm):
         return Prediction(mean, spread=spread, embedding=embedding)
 
     def _context_size(self, rows: int, progress: Progress) -> int:
-        """N of one update."""
+        """Return the number of context rows N of one update."""
         if self.least_context is None or self.least_context >= rows:
             return rows
         key = torch.tensor(seeding.key(self.seed, "context", progress.step))
@@ -188,7 +188,7 @@ class NeuralProcess(Algorithm):
 
 
 class _Process(nn.Module):
-    """Encoders, attention and decoder of one task; `make` maps one width to another."""
+    """Encoders, attention and decoder of one task; `make` builds a network between two widths."""
 
     def __init__(
         self,
@@ -208,7 +208,7 @@ class _Process(nn.Module):
             self.attention = Attention(make(inputs, width), width, heads)
         self.latent_encoder = make(inputs + outputs, width) if latent else None
         if latent:
-            # Half-way between the two widths, as in the code.
+            # Halfway between the two widths, as in the code.
             self.latent_hidden = nn.Linear(width, (width + latent) // 2)
             self.latent_out = nn.Linear((width + latent) // 2, 2 * latent)
         size = (width if deterministic != "none" else 0) + latent
@@ -218,14 +218,18 @@ class _Process(nn.Module):
     def forward(
         self, x: Tensor, y: Tensor, asked: Tensor, noise: Tensor, answer: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means and spreads (L, M, D) at rows (M, …), the divergence of the latent normals, and
-        the context as a vector: the mean of q(z | context), else its mean representation.
+        """Return the predictions, the divergence and an embedding of the context.
 
         Args:
-            x, y: The context, (N, …) and (N, D).
-            asked: (M, …).
-            noise: (L, Z) standard normal.
-            answer: (M, D) where z comes from the targets: in training by the bound.
+            x, y: Context rows (N, …) and their values (N, D).
+            asked: (M, …) target rows.
+            noise: (L, Z) standard normal samples.
+            answer: (M, D) values of the target rows if z is drawn given them, as the bound does
+                in training; None draws z given the context.
+
+        Returns:
+            Means and spreads (L, M, D), the KL divergence of the latent distributions, and a
+            vector: the mean of q(z | context), or the mean representation without latent path.
         """
         x, asked = x.flatten(1), asked.flatten(1)
         pairs = torch.cat([x, y], 1)
@@ -257,19 +261,19 @@ class _Process(nn.Module):
         return means, spreads, divergence, vector
 
     def _latent(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and spread (Z,) of q(z | pairs)."""
+        """Return the mean and the standard deviation (Z,) of q(z | pairs)."""
         hidden = self.latent_hidden(self.latent_encoder(pairs, BATCH_STATISTICS).mean(0)).relu()  # type: ignore[misc]
         mean, raw = self.latent_out(hidden).chunk(2)
         return mean, 0.1 + 0.9 * raw.sigmoid()
 
 
 class Attention(nn.Module):
-    """What queries find among the rows of a context, by scaled products of several heads.
+    """Multi-head scaled dot-product attention of target rows to context rows.
 
     Args:
-        embed: Maps inputs to R numbers, keys and queries alike.
-        width: R.
-        heads: They share R evenly.
+        embed: Network from inputs to R numbers, for keys and queries.
+        width: Width R of the representations.
+        heads: Number of heads, a divisor of R.
     """
 
     def __init__(self, embed: nn.Module, width: int, heads: int) -> None:
@@ -281,7 +285,13 @@ class Attention(nn.Module):
         )
 
     def forward(self, asked: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        """(M, R) for inputs (M, …), of the representations (N, R) of inputs (N, …)."""
+        """Return the attended representations (M, R).
+
+        Args:
+            asked: (M, …) target inputs.
+            x: (N, …) context inputs.
+            rows: (N, R) representations of the context.
+        """
         queries, keys, values = (
             part.unflatten(1, (self.heads, -1)).transpose(0, 1)
             for part in (
@@ -296,18 +306,23 @@ class Attention(nn.Module):
 
 
 def log_density(y: Tensor, mean: Tensor, spread: Tensor) -> Tensor:
-    """The logarithm of the normal density of each number."""
+    """Return the logarithm of the normal density of each value."""
     return -0.5 * (((y - mean) / spread).square() + math.log(2.0 * math.pi)) - spread.log()
 
 
 def log_likelihood(y: Tensor, means: Tensor, spreads: Tensor) -> Tensor:
-    """log((1/L) sum_l prod_t p(y_t | x_t, z_l)) of targets (M, D), given normals (L, M, D)."""
+    """Return log((1/L) sum_l prod_t p(y_t | x_t, z_l)) of targets (M, D).
+
+    Args:
+        y: (M, D) targets.
+        means, spreads: (L, M, D) parameters of the normal distributions.
+    """
     joint = log_density(y, means, spreads).sum((1, 2))
     return joint.logsumexp(0) - math.log(len(joint))
 
 
 def normal_divergence(q: tuple[Tensor, Tensor], p: tuple[Tensor, Tensor]) -> Tensor:
-    """KL(q || p) of independent normals, given their means and spreads (Z,)."""
+    """Return KL(q || p) of independent normals, given their means and standard deviations (Z,)."""
     (mean, spread), (other, width) = q, p
     ratio = spread / width
     return (

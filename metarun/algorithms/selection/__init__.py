@@ -1,0 +1,1 @@
+"""Selection among base-learners for each task."""

@@ -1,10 +1,11 @@
-"""Base-learners, and what each makes of one task: out of fold on its support, and on its queries.
+"""Base-learners, and their predictions on one task: out of fold on the support, and on queries.
 
-They are scikit-learn's, but for the nearest centroid, and for small networks, of which all folds
-and rates train together.
-Everything is a pure function of one task as arrays, so that it can run in any process and be
-kept on disk. Shapes: S support rows, Q query rows, F features, W ways, D outputs (W
-probabilities, or the values of a regression), B learners, N networks side by side, H hidden units.
+They are scikit-learn's, except the nearest centroid and the small networks, of which all folds
+and rates train together. Every function is a pure function of one task as arrays, so it can run
+in any process and its result can be cached on disk.
+
+Shapes: S support rows, Q query rows, R rows, F features, W ways, D outputs (W probabilities, or
+the values of a regression), B learners.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 EDITION = 1
-"""To be raised when any learner answers otherwise: what is kept on disk is of one edition."""
+"""Version of the cache on disk; increase it when the predictions of any learner change."""
 _FLOOR = 1e-3
-"""Least probability of a class: a tree says 0 of what it has not seen."""
+"""Smallest probability of a class: a tree gives 0 to classes that it has not seen."""
 _HIDDEN = 32
 _STEPS = 50
 _MOMENTUM = 0.9
 _RATES = {"classification": (0.01, 0.1, 0.5), "regression": (0.01, 0.03, 0.1)}
 _FARTHEST = 10.0
-"""Answer of a network, in deviations of its targets: one that diverges gives a number still."""
+"""Largest prediction of a network, in standard deviations of its targets.
+
+A network that diverges still gives a finite prediction.
+"""
 
 
 class Study(NamedTuple):
-    """What the learners make of a task.
+    """Predictions of the learners on a task.
 
     Attributes:
-        held_out: (B, S, D) answers to each support row by a learner that has not seen its fold.
-        answers: (B, Q, D) answers to the query rows by learners of the whole support.
+        held_out: (B, S, D) predictions of each support row by a learner trained on other folds.
+        answers: (B, Q, D) predictions of the query rows by learners trained on the whole support.
     """
 
     held_out: Array
@@ -43,12 +47,15 @@ class Study(NamedTuple):
 
 
 def known(kind: str) -> list[str]:
-    """Names of the learners that there are for a kind of task; a network's ends with its rate."""
+    """Return the names of the learners for a kind of task.
+
+    The name of a network ends with its learning rate.
+    """
     return [*_MAKERS[kind], *(f"mlp_{rate}" for rate in _RATES[kind])]
 
 
 def rate(name: str) -> float | None:
-    """The rate in the name of a network, `mlp_RATE`; None of any other learner."""
+    """Return the learning rate in the name of a network, `mlp_RATE`; None for other names."""
     if not name.startswith("mlp_"):
         return None
     try:
@@ -61,25 +68,25 @@ def rate(name: str) -> float | None:
 def study(
     x: Array, y: NDArray[Any], asked: Array, *, ways: int | None, names: Sequence[str], folds: int
 ) -> Study:
-    """Run every learner on a task.
+    """Run every learner on a task, and return their predictions.
 
-    Neither the order of the support rows nor the numbers of its classes have a meaning: rows are
-    sorted, and classes numbered as they come, before anything is fitted (the order of rows tells
-    the classes of equal rows apart, which nothing else can). Features are scaled to the mean and
-    deviation of the rows that are learned from.
+    Predictions do not depend on the order of the support rows or on the numbers of the classes:
+    rows are sorted, and classes are numbered in the order of the sorted rows, before any fit.
+    Only for equal rows of different classes does their order matter. Features are standardized
+    by the mean and the standard deviation of the training rows of each fit.
 
     Args:
-        x: (S, F).
+        x: (S, F) support rows.
         y: (S,) labels, or (S, D) values.
-        asked: (Q, F).
-        ways: W; None of a regression.
-        names: Of the learners.
-        folds: Of the cross-validation; as many as the smallest class has rows, if those are fewer.
+        asked: (Q, F) query rows.
+        ways: Number of classes W; None for regression.
+        names: Names of the learners.
+        folds: Folds of the cross-validation, at most the rows of the smallest class.
 
     Raises:
-        ValueError: A class has one row, or a regression one, so that nothing can be held out.
+        ValueError: A class or a regression has only one row, so that no row can be held out.
     """
-    # Equal rows of a regression by their values.
+    # Equal rows of a regression are sorted by their values.
     last = () if ways is not None else tuple(y.reshape(len(y), -1).T)
     order = np.lexsort((*last, *x.T[::-1]))
     x, y = x[order], y[order]
@@ -88,7 +95,7 @@ def study(
         numbers = np.zeros(0, dtype=np.int64)
     else:
         _, first = np.unique(y, return_index=True)
-        # Classes that the support has not come last.
+        # Classes without support rows come last.
         seen = y[np.sort(first)]
         numbers = np.concatenate([seen, np.setdiff1d(np.arange(ways), seen)])
         y = np.argsort(numbers)[y]
@@ -102,14 +109,14 @@ def study(
     outputs = np.empty((len(names), len(trains), len(everything), targets.shape[1]))
     from threadpoolctl import threadpool_limits
 
-    # Tables this small are slower by several threads, and ten times so where cores are busy.
+    # With tables this small several threads are slower, ten times so if cores are busy.
     with warnings.catch_warnings(), threadpool_limits(1), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         for number, name in enumerate(names):
             if name in makers:
                 for fold, rows in enumerate(trains):
                     learned, goal = scaled[fold, rows], targets[rows]
-                    # Of rows that are all the same nothing can be learned but how often each is.
+                    # From equal rows only the mean of the targets can be learned.
                     outputs[number, fold] = (
                         makers[name](learned, goal, scaled[fold]) if learned.any() else goal.mean(0)
                     )
@@ -128,7 +135,7 @@ def study(
 
 
 def _folds(labels: NDArray[Any] | None, rows: int, folds: int) -> NDArray[np.int64]:
-    """(S,) fold of each row, so that each has an even share of each class."""
+    """Return the fold (S,) of each row, such that each fold has an even share of each class."""
     classes = (
         [np.arange(rows)]
         if labels is None
@@ -139,7 +146,7 @@ def _folds(labels: NDArray[Any] | None, rows: int, folds: int) -> NDArray[np.int
         raise ValueError("cross-validation needs two rows of each class: use shot=2 or more")
     folds = min(folds, fewest)
     parts = np.empty(rows, dtype=np.int64)
-    # One after another, also from a class to the next: folds are of one size.
+    # In turn, also from one class to the next, so that folds have the same size.
     parts[np.concatenate(classes)] = np.arange(rows) % folds
     return parts
 
@@ -154,7 +161,11 @@ Maker = Callable[[Array, Array, Array], Array]
 
 
 def _classifier(make: Callable[[int], Any]) -> Maker:
-    """The probabilities of a classifier of scikit-learn that is made for a number of rows."""
+    """Return a learner that gives the probabilities of a scikit-learn classifier.
+
+    Args:
+        make: Function from the number of training rows to the classifier.
+    """
 
     def run(x: Array, targets: Array, asked: Array) -> Array:
         model = make(len(x)).fit(x, targets.argmax(1))
@@ -166,7 +177,11 @@ def _classifier(make: Callable[[int], Any]) -> Maker:
 
 
 def _regressor(make: Callable[[int], Any]) -> Maker:
-    """The values of a regression of scikit-learn that is made for a number of rows."""
+    """Return a learner that gives the predictions of a scikit-learn regressor.
+
+    Args:
+        make: Function from the number of training rows to the regressor.
+    """
 
     def run(x: Array, targets: Array, asked: Array) -> Array:
         values = make(len(x)).fit(x, targets).predict(asked)
@@ -176,9 +191,10 @@ def _regressor(make: Callable[[int], Any]) -> Maker:
 
 
 def _centroid(x: Array, targets: Array, asked: Array) -> Array:
-    """Of normals about the means of the classes, with the same variance in every direction.
+    """Return class probabilities under normal distributions about the class means.
 
-    Not scikit-learn's, which has no answer where a class has one row.
+    They share one variance for all directions. scikit-learn's nearest centroid is not used: it
+    fails if a class has one row.
     """
     counts = targets.sum(0)
     means = (targets.T @ x) / np.maximum(counts, 1.0)[:, None]
@@ -239,7 +255,7 @@ _MAKERS: dict[str, dict[str, Maker]] = {
     "classification": {
         "centroid": _centroid,
         "knn": _classifier(_knn),
-        # By least squares on labels of 0 and 1, which is an estimate of their probabilities.
+        # Least squares on labels of 0 and 1, which estimates their probabilities.
         "ridge": _regressor(_ridge),
         "logistic": _classifier(_logistic),
         "bayes": _classifier(_bayes),
@@ -262,14 +278,17 @@ def _networks(
     *,
     classify: bool,
 ) -> Array:
-    """Networks with one hidden layer, one of each rate and fold, after some steps from one start.
+    """Train networks with one hidden layer, one for each rate and fold, and return predictions.
+
+    All start from the same weights and take a fixed number of steps.
 
     Args:
         x: (folds, R, F) rows as each fold scales them, those of the support first.
-        targets: (S, D), of which the rows of each fold are learned.
-        trains: Those rows.
-        rates: Of gradient descent with momentum.
-        classify: By cross-entropy; else by squared error, on targets scaled like features.
+        targets: (S, D) targets of the support rows.
+        trains: Training rows of each fold.
+        rates: Learning rates of gradient descent with momentum.
+        classify: Whether the loss is cross-entropy; otherwise it is the squared error on
+            standardized targets.
 
     Returns:
         (rates, folds, R, D) probabilities, or values.
@@ -289,7 +308,7 @@ def _networks(
     start = [
         draws.standard_normal((features, _HIDDEN)) / np.sqrt(features),
         np.zeros((1, _HIDDEN)),
-        # An untrained network has no opinion.
+        # An untrained network predicts equal probabilities.
         np.zeros((_HIDDEN, outputs)),
         np.zeros((1, outputs)),
     ]

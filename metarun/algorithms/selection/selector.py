@@ -1,9 +1,9 @@
-"""A meta-learner over base-learners: it learns which way of learning suits a task.
+"""A meta-learner that selects a base-learner for each task.
 
-The selection of algorithms by features of the problem (Rice 1976), with what the base-learners
-reach in cross-validation ("landmarks", Pfahringer et al. 2000) as the main features, read as a
-sequence by an LSTM. Shapes: T tasks, S support rows, Q query rows, F features of a row, W ways,
-D outputs, B base-learners, K features of a task.
+Algorithm selection by features of the problem (Rice 1976). The main features are the
+cross-validation results of the base-learners ("landmarks", Pfahringer et al. 2000), which an LSTM
+reads as a sequence. Shapes: T tasks, S support rows, Q query rows, R rows, F features of a row, W
+ways, D outputs, B base-learners, K features of a task.
 """
 
 from __future__ import annotations
@@ -28,50 +28,50 @@ Choice = Literal["pick", "weigh"]
 _PERFORMANCES = 5
 _TASK_FEATURES = 7
 _UNIT = 0.1
-"""Of the scores in an accuracy, or a mean squared error."""
+"""Unit of the scores, in accuracy or mean squared error."""
 _LEAST_VARIANCE = 0.01
 _MOST_KEPT = 2**29
-"""Bytes of what base-learners made of tasks that stay in memory."""
+"""Largest size in bytes of the predictions that are kept in memory."""
 _WORST = 5.0
-"""Largest loss of a row that the meta-learner is shown."""
+"""Largest loss of a row in the input of the meta-learner."""
 
 
 class Selector(Algorithm):
     """Runs every base-learner of a portfolio on a task's support, and chooses among them.
 
-    Each is cross-validated on the support. An LSTM reads how they did, one after another: score,
-    its distance from the others' in standard errors, loss, spread of the loss, agreement with the
-    others; beside them the features of the task: rows, features, share of variance between
-    classes (or correlation with the target), correlation of features, skewness, tails. Its last
-    state gives each base-learner a score.
+    Each base-learner is cross-validated on the support. An LSTM reads their results one after
+    another: score, its distance from the mean score in standard errors, loss, standard deviation
+    of the loss, and agreement with the others. Each step also has features of the task: rows,
+    features, share of variance between classes (or correlation with the target), correlation of
+    features, skewness and kurtosis. The last state of the LSTM gives each base-learner a score.
 
-    With `choice=pick` the scores foretell how much better each does on the query rows than all do
-    on average, by least squares; the best learns the whole support and answers. With
-    `choice=weigh` all learn, and their answers are mixed by the softmax of the scores; the loss
-    is that of the mixed answer.
+    With `choice=pick` the scores predict, by least squares, how much better each base-learner is
+    on the query rows than the average of all. The best one is trained on the whole support and
+    predicts. With `choice=weigh` all of them predict, with weights given by the softmax of the
+    scores; the loss is that of the weighted prediction.
 
-    What the base-learners make of a task is kept, so that a task costs once. It depends on
-    nothing that is learned.
+    The predictions of the base-learners are cached, so each task is computed once. They depend on
+    no learned parameter.
 
-    Rows are seen as they are, or images through the network of a finished run, `features=RUN`,
-    with the run's backbone and its running statistics.
+    Base-learners use the rows as they are. With `features=RUN` they use features of images from
+    the network of a finished run, with the run's backbone and its running statistics.
 
     Args:
-        learners: Names of the base-learners in the order in which they are read; None is all that
-            the kind of task has. Classification: `centroid`, `knn`, `ridge`, `logistic`, `bayes`,
-            `tree`, `mlp_RATE`; regression: `mean`, `knn`, `ridge`, `tree`, `mlp_RATE`.
-        choice: See above.
+        learners: Names of the base-learners, in the order in which the LSTM reads them; None
+            takes all for the kind of task. Classification: `centroid`, `knn`, `ridge`,
+            `logistic`, `bayes`, `tree`, `mlp_RATE`; regression: `mean`, `knn`, `ridge`, `tree`,
+            `mlp_RATE`.
+        choice: Use of the scores: `pick` or `weigh`.
         hidden: Units of the LSTM.
-        folds: Of the cross-validation; as many as the smallest class has rows, if those are fewer.
-        processes: That base-learners run in; None is one for each core.
-        cache: A folder in which what they make of tasks is kept between runs; None keeps it in
-            memory.
-        features: What a finished run has learned; typed as its folder.
-        **common: Those of `Algorithm`.
+        folds: Folds of the cross-validation, at most the rows of the smallest class.
+        processes: Processes that run base-learners; None is one for each core.
+        cache: Folder that keeps predictions between runs; None keeps them in memory only.
+        features: Learned state of a finished run, given as its folder on the command line.
+        **common: Arguments of `Algorithm`.
 
     Raises:
-        ValueError: A name or a number is wrong, scikit-learn is missing, or the run's network is
-            not this one.
+        ValueError: A name or a number is wrong, scikit-learn is missing, or the run's network
+            does not fit.
     """
 
     package: ClassVar[str | None] = "sklearn"
@@ -112,22 +112,24 @@ class Selector(Algorithm):
         if processes is not None:
             positive("processes", processes)
         self.processes = processes or max(1, cpu_count() // local_size())
-        # What another version makes of a task may differ.
+        # Another version may predict differently.
         edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"
         place = None if cache is None else Path(cache).expanduser() / edition
         self._study = Memory(place, verbose=0).cache(portfolio.study)
         self._kept: dict[str, portfolio.Study] = {}
         self._bytes = 0
         if features is not None and self.bn != "running":
-            raise ValueError(f"bn={self.bn}: algo.features sees rows one by one: use bn=running")
+            raise ValueError(
+                f"bn={self.bn}: algo.features processes rows separately: use bn=running"
+            )
         self.net = nn.Identity() if features is None else self._trained(features)
         seen = _PERFORMANCES + _TASK_FEATURES + len(self.learners)
-        # Of what the LSTM is told, which it sees scaled.
+        # Running mean and variance by which the inputs of the LSTM are standardized.
         self.register_buffer("evidence_mean", torch.zeros(seen))
         self.register_buffer("evidence_variance", torch.ones(seen))
         self.lstm = nn.LSTM(seen, hidden, batch_first=True)
         self.score = nn.Linear(hidden, len(self.learners))
-        # At first all are as good.
+        # Equal scores at initialization.
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
         self.optimizer = self._optim(self._learned())
@@ -157,12 +159,10 @@ class Selector(Algorithm):
 
     @torch.no_grad()
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """As in `Algorithm`; the strategies are the base-learners.
+        """Predict as in `Algorithm`; strategies are the base-learners, the embedding the scores.
 
-        The rivals are `cv_winner`, which cross-validation alone would pick, and `committee`, the
-        mean of all.
-
-        The embedding of a task are the scores.
+        Alternatives are `cv_winner`, the best base-learner by cross-validation alone, and
+        `committee`, the mean of all.
         """
         held_out, answers, rows = self.studied(support_x, support_y, query_x)
         scores = self.scores(self.evidence(held_out, rows, support_y))
@@ -178,8 +178,9 @@ class Selector(Algorithm):
         )
 
     def scores(self, evidence: Tensor) -> Tensor:
-        """(T, B) of the base-learners, by what the LSTM is `evidence`."""
-        # What never varies in training, as the number of rows, is not blown up where it does.
+        """Return the scores (T, B) of the base-learners, given the result of `evidence`."""
+        # A floor on the variance: an input that is constant in training, such as the number of
+        # rows, does not become huge if it varies at evaluation.
         flat = nn.functional.batch_norm(
             evidence.flatten(0, 1), self.evidence_mean, self.evidence_variance, eps=_LEAST_VARIANCE
         )
@@ -188,11 +189,11 @@ class Selector(Algorithm):
         return scores
 
     def evidence(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """(T, B, K) what the LSTM is told: of each base-learner, of the task, and which it is.
+        """Return the inputs (T, B, K) of the LSTM: results, task features, and a one-hot name.
 
         Args:
-            held_out: (T, B, S, D) their answers to the support rows out of fold.
-            rows: (T, S, F) the support.
+            held_out: (T, B, S, D) out-of-fold predictions of the support rows.
+            rows: (T, S, F) support rows.
             labels: (T, S) labels, or (T, S, D) values.
         """
         performances = self.performances(held_out, labels)
@@ -202,13 +203,13 @@ class Selector(Algorithm):
         return torch.cat([performances, task, names], 2).to(self.dtype)
 
     def validated(self, held_out: Tensor, labels: Tensor) -> Tensor:
-        """(T, B) by which cross-validation chooses: the metric, and the loss where that is tied."""
-        # In float64, or ties of accuracies would round away the loss.
+        """Return the cross-validation score (T, B): the metric, with ties broken by the loss."""
+        # In float64: in float32 rounding would lose the small term of the loss.
         right, losses = self._correct_and_losses(held_out.double(), labels)
         return right.mean(2) - 1e-6 * losses.mean(2)
 
     def performances(self, held_out: Tensor, labels: Tensor) -> Tensor:
-        """(T, B, 5) what the meta-learner is told of each base-learner; see the class."""
+        """Return the cross-validation results (T, B, 5) of each base-learner; see the class."""
         right, losses = (
             part.clamp(-_WORST, _WORST) for part in self._correct_and_losses(held_out, labels)
         )
@@ -220,7 +221,10 @@ class Selector(Algorithm):
         return torch.stack(evidence, 2)
 
     def _correct_and_losses(self, held_out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(T, B, S) whether an answer is right (minus the loss of a regression), and its loss."""
+        """Return whether predictions are correct, and their losses, both (T, B, S).
+
+        A regression has minus the loss in place of correctness.
+        """
         losses = _losses(self.spec.kind, held_out, labels)
         if self.spec.kind == "regression":
             losses = losses / _variance(labels)[:, None]
@@ -228,7 +232,7 @@ class Selector(Algorithm):
         return (held_out.argmax(3) == labels[:, None]).to(losses), losses
 
     def _agreement(self, held_out: Tensor, labels: Tensor) -> Tensor:
-        """(T, B) how often, or how nearly, one answers as the others do."""
+        """Return the agreement (T, B) of each base-learner's predictions with those of all."""
         if self.spec.kind == "classification":
             answer = held_out.argmax(3)
             return (answer[:, :, None] == answer[:, None]).to(held_out).mean((2, 3))
@@ -238,11 +242,11 @@ class Selector(Algorithm):
     def studied(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the base-learners make of tasks.
+        """Run the base-learners on tasks, or take their predictions from the cache.
 
         Returns:
-            (T, B, S, D) answers out of fold, (T, B, Q, D) answers to the queries, and the (T, S,
-            F) rows that were seen.
+            (T, B, S, D) out-of-fold predictions of the support, (T, B, Q, D) predictions of the
+            queries, and the (T, S, F) support rows that the base-learners used.
         """
         from joblib import Parallel, delayed
         from joblib import hash as digest
@@ -253,14 +257,14 @@ class Selector(Algorithm):
             "names": self.learners,
             "folds": self.folds,
         }
-        # In float64, in which scikit-learn computes.
+        # scikit-learn computes in float64.
         arrays = [part.cpu().numpy() for part in (seen.double(), support_y, asked.double())]
         wanted = [
             {"x": x, "y": y, "asked": queries, **ctx} for x, y, queries in zip(*arrays, strict=True)
         ]
         marks = [digest(task) for task in wanted]
         new = [number for number, mark in enumerate(marks) if mark not in self._kept]
-        # Ctrl-C is the run's own to answer, at the end of an update.
+        # The run itself handles Ctrl-C, at the end of an update.
         apart = {"n_jobs": self.processes, "initializer": _ignore_interrupts}
         several = len(new) > 1 and self.processes > 1
         parallel = Parallel(**apart) if several else Parallel(1)
@@ -277,7 +281,7 @@ class Selector(Algorithm):
         return held_out, answers, seen
 
     def _seen(self, x: Tensor) -> Tensor:
-        """(T, R, F) rows as the base-learners see them, of rows (T, R, *input_shape)."""
+        """Return the rows (T, R, F) that base-learners use, given rows (T, R, *input_shape)."""
         if isinstance(self.net, nn.Identity):
             return x.flatten(2)
         with torch.no_grad():
@@ -287,11 +291,15 @@ class Selector(Algorithm):
         return rows.reshape(*x.shape[:2], -1)
 
     def _learned(self) -> list[tuple[str, nn.Parameter]]:
-        """What is meta-learned: not the network that features come from."""
+        """Return the meta-learned parameters: all but those of the feature network."""
         return [(n, p) for n, p in self.named_parameters() if not n.startswith("net.")]
 
     def _trained(self, learned: LearnedState) -> nn.Module:
-        """The network of a finished run, without its head."""
+        """Return the network of a finished run, without its head.
+
+        Raises:
+            ValueError: The run has other parameters or shapes.
+        """
         run, state = learned.run, learned.state
         net = self.build_network(None)
         own = net.state_dict()
@@ -299,7 +307,7 @@ class Selector(Algorithm):
         unlike = [n for n, v in found.items() if v is None or v.shape != own[n].shape]
         if unlike:
             raise ValueError(
-                f"algo.features={run}: its network is not this one (no {unlike[0]} of this shape): "
+                f"algo.features={run}: its network does not fit (no {unlike[0]} of this shape): "
                 "use its backbone=… and data of its size"
             )
         net.load_state_dict(found)
@@ -309,16 +317,16 @@ class Selector(Algorithm):
 
 
 def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
-    """(T, 7) simple features of tasks, each of the order of one.
+    """Return simple features (T, 7) of tasks, each of order one.
 
-    Logarithms of the number of rows and of the features that vary; the mean and the greatest
-    share of a feature's variance that lies between the classes, or its squared correlation with
-    the values; the mean squared correlation of features; the mean size of their skewness, and
-    their mean kurtosis beyond a normal's.
+    They are the logarithms of the numbers of rows and of non-constant columns; the mean and the
+    largest share of a column's variance between classes (in a regression, its squared correlation
+    with the values); the mean squared correlation of columns; their mean absolute skewness; and
+    their mean excess kurtosis.
 
     Args:
-        kind: Of the tasks.
-        rows: (T, S, F).
+        kind: Kind of the tasks, `classification` or `regression`.
+        rows: (T, S, F) support rows.
         labels: (T, S) labels, or (T, S, D) values.
     """
     rows = rows.double()
@@ -336,7 +344,7 @@ def task_features(kind: str, rows: Tensor, labels: Tensor) -> Tensor:
         values = labels.double() - labels.double().mean(1, keepdim=True)
         unit = values / values.square().mean(1, keepdim=True).sqrt().clamp(min=1e-9)
         between = ((unit.mT @ scaled) / num_rows).square().mean(1)
-    # The squared correlations of all pairs, by the S x S matrix of rows.
+    # The sum of squared correlations of all pairs of columns, from the S x S matrix of rows.
     pairs = (scaled @ scaled.mT / num_rows).square().sum((1, 2)) - number
     evidence = [
         torch.full_like(number, num_rows).log() / 3.0,
@@ -355,22 +363,22 @@ def _ignore_interrupts() -> None:
 
 
 def _size(study: portfolio.Study) -> int:
-    """Bytes."""
+    """Return the size in bytes."""
     return study.held_out.nbytes + study.answers.nbytes
 
 
 def _mixed(scores: Tensor, answers: Tensor) -> Tensor:
-    """(T, Q, D) of answers (T, B, Q, D), by the softmax of scores (T, B)."""
+    """Return the mean (T, Q, D) of answers (T, B, Q, D), weighted by softmax of scores (T, B)."""
     return (scores.softmax(1)[:, :, None, None] * answers).sum(1)
 
 
 def _picked(scores: Tensor, answers: Tensor) -> Tensor:
-    """(T, Q, D) of answers (T, B, Q, D), those with the greatest of the scores (T, B)."""
+    """Return those of the answers (T, B, Q, D) that have the greatest score (T, B), (T, Q, D)."""
     return answers[torch.arange(len(answers), device=answers.device), scores.argmax(1)]
 
 
 def _losses(kind: str, answers: Tensor, targets: Tensor) -> Tensor:
-    """(T, B, R) cross-entropy of (T, B, R, W) probabilities, or squared error of values."""
+    """Return the losses (T, B, R): cross-entropy of probabilities, or squared error of values."""
     if kind == "regression":
         return (answers - targets[:, None]).square().mean(3)
     index = targets[:, None, :, None].expand(*answers.shape[:3], 1)
@@ -378,7 +386,7 @@ def _losses(kind: str, answers: Tensor, targets: Tensor) -> Tensor:
 
 
 def _variance(values: Tensor) -> Tensor:
-    """(T, 1) of (T, S, D) values."""
+    """Return the variance (T, 1) of values (T, S, D)."""
     spread = (values - values.mean(1, keepdim=True)).square().mean((1, 2))
     return spread.clamp(min=1e-12)[:, None]
 
@@ -390,9 +398,9 @@ def _checked(kind: str, learners: Sequence[str] | None) -> list[str]:
     for name in learners:
         if name not in known and portfolio.rate(name) is None:
             raise ValueError(
-                f"algo.learners: there is no {name} for {kind}, expected some of "
+                f"algo.learners: {name} is not a base-learner for {kind}: expected some of "
                 f"{', '.join(known)} (any rate)"
             )
     if len(learners) < 2 or len(set(learners)) < len(learners):
-        raise ValueError("algo.learners: expected two or more, each once")
+        raise ValueError("algo.learners: expected two or more names, each once")
     return list(learners)

@@ -38,7 +38,7 @@ class Cosine(nn.Module):
 
 
 def torch_fit(algorithm: Baseline, kind: str, x: Tensor, y: Tensor, epochs: int) -> nn.Module:
-    """One task's head, fitted by torch's SGD on the same mini-batches."""
+    """Fit the head of one task by torch's SGD on the same mini-batches."""
     start = algorithm.head.start(seeding.key(algorithm.seed, "head"), x.shape[1], 3, x)
     model: nn.Module
     if kind == "linear":

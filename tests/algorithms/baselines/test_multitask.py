@@ -31,7 +31,7 @@ def mean_of(algorithm: Any) -> Tensor:
 
 
 def trained(batch: TaskBatch, *, backbone: Any = MLP, tasks: int = 4, **options: Any) -> Tensor:
-    """The mean after all tasks of a batch, `tasks` in each update."""
+    """Return the mean model after all tasks of a batch, with `tasks` in each update."""
     algorithm = make(MultiTask, SPEC, backbone, **options)
     for step, chunk in enumerate(batch.chunks(tasks)):
         algorithm.update(chunk, Progress(step, 10))
@@ -43,14 +43,14 @@ def starts(backbone: Any = MLP, count: int = 4, seed: int = 0) -> list[Tensor]:
 
 
 def torch_fit(start: Tensor, x: Tensor, y: Tensor, anchor: Tensor, decay: float) -> Tensor:
-    """Twenty steps of torch's Adam on torch's own layers, a penalty written into the loss."""
+    """Fit by twenty steps of torch's Adam on torch's layers, with the penalty in the loss."""
     net = nn.Sequential(
         nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1)
     ).double()
     nn.utils.vector_to_parameters(start, net.parameters())
     adam = torch.optim.Adam(net.parameters(), lr=0.01)
     for step in range(1, 21):
-        # TensorFlow's eps, which ours is, in torch's place for it.
+        # TensorFlow's form of eps, which is ours, in terms of torch's.
         adam.param_groups[0]["eps"] = 1e-8 / (1 - 0.999**step) ** 0.5
         theta = nn.utils.parameters_to_vector(net.parameters())
         loss = nn.functional.mse_loss(net(x), y) + decay / 2 * (theta - anchor).square().sum()
@@ -61,7 +61,7 @@ def torch_fit(start: Tensor, x: Tensor, y: Tensor, anchor: Tensor, decay: float)
 
 
 def sequential(batch: TaskBatch, penalty: str, decay: float) -> Tensor:
-    """The paper's definition: one model after another, each pulled as the penalty says."""
+    """Fit by the paper's definition: one model after another, each with the penalty."""
     x = torch.cat([batch.support_x, batch.query_x], 1)
     y = torch.cat([batch.support_y, batch.query_y], 1)
     ends: list[Tensor] = []
@@ -159,7 +159,7 @@ def test_the_reported_loss_is_that_of_the_models_on_all_rows() -> None:
     metrics = algorithm.update(batch, Progress(0, 10))
     x = torch.cat([batch.support_x, batch.query_x], 1)[0]
     y = torch.cat([batch.support_y, batch.query_y], 1)[0]
-    # Of one model the mean is the model.
+    # The mean of one model is the model.
     expected = nn.functional.mse_loss(algorithm.net(x), y).detach()
     torch.testing.assert_close(metrics["loss"], expected)
     torch.testing.assert_close(metrics["mse"], expected)

@@ -81,7 +81,7 @@ def test_from_scratch_adapts_to_the_rows_of_a_task_that_have_come() -> None:
             x, y = batch.support_x[life, rows], batch.support_y[life, rows]
             weights = adapted(start(algorithm), x, y)
             torch.testing.assert_close(found[life], answer(weights, batch.query_x[life]).detach())
-    # Task 2 has not been met: the weights as they are.
+    # Task 2 has not been met, so the weights are not adapted.
     found = algorithm.answers(lives.state, batch.query_x, 2)
     torch.testing.assert_close(found[0], answer(start(algorithm), batch.query_x[0]).detach())
 
@@ -93,7 +93,7 @@ def test_from_scratch_adapts_to_the_rows_of_a_task_that_have_come() -> None:
 def test_the_meta_update_is_adam_on_the_loss_after_adaptation(
     engine: str, objective: Any, second_order: bool
 ) -> None:
-    """Each task has one row over and over, so that the draws of rows have no meaning."""
+    """Each task repeats one row, so that the draws of rows do not matter."""
     stream = replace(LAYOUT, visits=(0,), steps=3)
     batch = trajectories(stream)
     same = TaskBatch(
@@ -215,7 +215,7 @@ def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None
     lives = Rollouts(algorithm, batch, LAYOUT)
     lives.begin()
     begun = end(lives, 0)
-    # Before the first step nothing of a task has come, so that it is answered by the start.
+    # Before the first step no task has rows, so the initial weights predict.
     x, y = batch.support_x[0], batch.support_y[0]
     torch.testing.assert_close(
         algorithm.answers(lives.state, batch.query_x, 1)[0], answer(begun, batch.query_x[0])
@@ -231,7 +231,7 @@ def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None
     while not lives.finished:
         lives.advance()
     torch.testing.assert_close(end(lives, 0), begun, rtol=0, atol=0)
-    # By then all rows of a task have come.
+    # At the end all rows of a task have come.
     weights = adapted([w.clone().requires_grad_() for w in begun], x[4:8], y[4:8])
     torch.testing.assert_close(
         algorithm.answers(lives.state, batch.query_x, 1)[0], answer(weights, batch.query_x[0])

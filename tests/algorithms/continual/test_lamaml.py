@@ -43,7 +43,7 @@ def stream_record(
 def naive(
     algorithm: Any, x: Tensor, y: Tensor, *, glances: int, rates: bool, moves: bool, second: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Weights and rates after single rows, each replayed in full: the official loop."""
+    """Return weights and rates after single rows, each replayed in full, by the official loop."""
     weights = [p.detach().clone() for p in algorithm.net.parameters()]
     alphas = [torch.full_like(w, 0.15) for w in weights]
 
@@ -111,7 +111,7 @@ def test_it_is_the_official_loop(engine: str, rates: Any, step: Any, second: boo
 
 
 def test_the_rates_of_a_linear_model_follow_the_agreement_of_gradients() -> None:
-    """One row, one glance: the rate moves by the square of its gradient after the look-ahead."""
+    """With one row and one glance, the rate changes by its gradient's square after look-ahead."""
     stream = Stream(visits=(0,), steps=1, rows=1, queries=10)
     algorithm, lives = stream_record(
         stream, linear_backbone, glances=1, clip_norm=1e9, rates_lr=0.01

@@ -47,7 +47,7 @@ def characters(classes: int = 6) -> tuple[TaskSpec, TaskBatch]:
 
 
 def naive(algorithm: Any, tasks: TaskBatch, lr: float, *, second_order: bool) -> dict[str, Tensor]:
-    """The mean meta-gradient, by autograd through an ordinary loop over trajectories."""
+    """Return the mean meta-gradient by autograd through an ordinary loop over trajectories."""
     names = [name for name, _ in algorithm.net.named_parameters()]
     params = [p.detach().clone().requires_grad_() for p in algorithm.net.parameters()]
     total = torch.zeros((), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Learners that live along a stream, against loops written here in plain torch."""
+"""Online baselines, against loops written here in plain torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spec(stream: Stream = LAYOUT) -> TaskSpec:
 
 
 def trajectories(tasks: int = 3) -> TaskBatch:
-    """Random rows: 24 of the stream, 15 held out."""
+    """Return random rows: 24 of the stream and 15 held out."""
     whole = regression_batch(regression_spec(), tasks, 24)
     return TaskBatch(whole.support_x, whole.support_y, whole.query_x[:, :15], whole.query_y[:, :15])
 
@@ -54,7 +54,7 @@ def weights(lives: Rollouts, task: int) -> list[Tensor]:
 
 
 def naive_sgd(algorithm: Any, rows: list[tuple[Tensor, Tensor]], lr: float) -> list[Tensor]:
-    """The weights after torch's own SGD on these rows, one step each."""
+    """Return the weights after torch's SGD on these rows, one step each."""
     import copy
 
     net = copy.deepcopy(algorithm.net)
@@ -160,7 +160,7 @@ def test_with_a_memory_of_everything_replay_draws_from_all_rows_before() -> None
     batch = trajectories(1)
     algorithm = learner(ExperienceReplay, memory=24, replayed=24)
     lives = stream_record(algorithm, batch)
-    # All of the memory is replayed, so that the order of the draws has no meaning.
+    # All of the memory is replayed, so the order of the draws does not matter.
     x, y = batch.support_x[0], batch.support_y[0]
     order = [torch.cat([torch.arange(i, i + 2), torch.arange(i)]) for i in range(0, 24, 2)]
     expected = naive_sgd(algorithm, [(x[rows], y[rows]) for rows in order], 0.05)
@@ -209,7 +209,7 @@ def test_ewc_pulls_to_where_tasks_ended_by_their_fisher_information() -> None:
     for i in range(0, 6, 2):
         w = w - 0.05 * gradient(w, slice(i, i + 2))
     anchor = w
-    # The last four rows of the first task, each squared by itself.
+    # The last four rows of the first task, with the gradient of each squared separately.
     fisher = torch.stack([gradient(anchor, slice(i, i + 1)).square() for i in range(2, 6)]).mean(0)
     for i in range(6, 12, 2):
         w = w - 0.05 * (gradient(w, slice(i, i + 2)) + 7.0 * fisher * (w - anchor))

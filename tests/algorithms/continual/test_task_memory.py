@@ -25,7 +25,7 @@ def layout(visits: tuple[int, ...], *, task_ids_known: bool = True) -> Stream:
 
 
 def batch(stream: Stream, lives: int = 2) -> TaskBatch:
-    """Rows of y = w x + b, with the weights of `TRUTH` for each task."""
+    """Return rows of y = w x + b, with the weights of `TRUTH` for each task."""
     draw = torch.Generator().manual_seed(0)
 
     def rows(tasks: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,7 +114,7 @@ def test_without_surprise_nothing_begins_where_nothing_is_told() -> None:
 
 
 def test_a_task_that_was_learned_again_keeps_one_place() -> None:
-    """With `accept=0` nothing is recognized on the way: the embeddings tell at the end."""
+    """With `accept=0` nothing is restored during a visit: embeddings decide at its end."""
     stream = layout((0, 1, 0, 1))
     lives = Rollouts(learner(stream, accept=0.0), batch(stream), stream)
     after(lives, 3 * STEPS + 1)
@@ -171,7 +171,7 @@ def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> 
 
 
 def test_a_task_that_was_mistaken_for_another_does_not_take_its_place() -> None:
-    """The first step of task 1 is where both tasks give the same answers."""
+    """In the first step of task 1 both tasks give the same values."""
     stream = layout((0, 1))
     tasks = batch(stream)
     x, y = tasks.support_x.clone(), tasks.support_y.clone()

@@ -1,4 +1,4 @@
-"""Mixtures of initializations: EM by hand, its likelihood, and MAML where there is one start."""
+"""Mixtures of initializations: EM computed by hand, its likelihood, and MAML with one component."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def mixture(components: int = 3, backbone: Any = linear_backbone, **options: Any
 
 
 def believed(algorithm: Any, fits: Tensor, rows: int, *, opening: bool = False) -> Tensor:
-    """Responsibilities by what the algorithm has of a prior and a temperature by now."""
+    """Return responsibilities with the algorithm's current prior and temperature."""
     prior = algorithm.log_prior(opening=opening)
     found: Tensor = algorithm.responsibilities(fits, rows, prior, algorithm.temperature)
     return found
@@ -62,7 +62,7 @@ def test_one_component_is_maml(backbone: str, assign: str) -> None:
 
 
 def naive(algorithm: Any, batch: TaskBatch, task: int, lr: float) -> tuple[list[Any], list[Any]]:
-    """Support and query losses of one task's adapted components, one inner step, a linear model."""
+    """Return the losses of one task's components of a linear model after one inner step."""
     fits, losses = [], []
     x, y = batch.support_x[task], batch.support_y[task]
     for net in algorithm.net:
@@ -107,7 +107,7 @@ def test_a_step_is_the_gradient_of_the_losses_by_hand_computed_responsibilities(
 
 
 def likelihood(algorithm: Any, batch: TaskBatch, sigma: float) -> float:
-    """Log-likelihood of the tasks' values under a mixture of lines with normal noise."""
+    """Return the log-likelihood of the tasks' values under a mixture of lines with normal noise."""
     total = 0.0
     for x, y in zip(batch.support_x.numpy(), batch.support_y.numpy(), strict=True):
         terms = []
@@ -130,7 +130,7 @@ def test_on_linear_gaussian_tasks_the_likelihood_never_falls_and_the_lines_are_f
     x = torch.randn(30, 6, 3, generator=draw, dtype=torch.float64)
     noise = 0.2 * torch.randn(30, 6, 1, generator=draw, dtype=torch.float64)
     y = torch.einsum("trf,tf->tr", x, lines[truth])[..., None] + noise
-    # What is told and what is asked are the same rows: an update is a generalized EM step.
+    # Support and query are the same rows, so an update is a generalized EM step.
     batch = TaskBatch(x, y, x, y)
     slow = partial(OuterOptimizer, method="sgd", lr=0.05)
     algorithm = mixture(inner_steps=0, temperature=2 * 0.5**2, assign=assign, optim=slow, seed=1)
@@ -167,10 +167,10 @@ def test_a_restaurant_begins_with_one_table_and_opens_the_next_when_it_is_likeli
     given = partial(believed, algorithm, rows=5, opening=True)
     assert given(far).tolist() == [1.0, 0.0, 0.0]
     algorithm._seat(given(torch.stack([near, near, near])))
-    # Three at the first table, and two for the next: 3 : 2, and nothing for the one after.
+    # Three tasks at the first table and concentration 2: weights 3 and 2, and none for a third.
     flat = torch.zeros(3).double()
     torch.testing.assert_close(given(flat), torch.tensor([0.6, 0.4, 0.0]).double())
-    # A test opens none.
+    # At evaluation no component opens.
     assert believed(algorithm, far, 5).tolist() == [1.0, 0.0, 0.0]
     assert int(algorithm.grown) == 1
     algorithm._seat(given(far[None]))
@@ -198,7 +198,7 @@ def test_updates_open_components_and_leave_those_that_are_not_open(
     assert gradient["net.0.head.weight"].abs().max() > 0.0
     assert all(not gradient[f"net.{k}.head.weight"].any() for k in (1, 2))
     assert int(algorithm.grown) == 1
-    # What the second fits exactly is its own, and not the third's.
+    # The second component fits these tasks exactly, so they are not the third's.
     second = algorithm.net[1].head
     y = F.linear(batch.support_x, second.weight, second.bias).detach()
     task = replace(batch, support_y=y, query_y=batch.query_y)
@@ -241,7 +241,7 @@ def test_components_are_not_alike_at_the_start() -> None:
 
 
 def test_support_rows_count_by_their_number() -> None:
-    """Twice the same rows are twice as sure."""
+    """Duplicated rows square the odds of the components."""
     algorithm, batch = mixture(inner_steps=0, temperature=20.0), regression_batch(regression_spec())
     twice = replace(
         batch, support_x=batch.support_x.repeat(1, 2, 1), support_y=batch.support_y.repeat(1, 2, 1)
@@ -282,7 +282,7 @@ def test_the_temperature_falls_by_the_same_factor_and_stays_at_its_end() -> None
         algorithm.update(batch, Progress(step, 100))
         seen.append(float(algorithm.temperature))
     np.testing.assert_allclose(seen, [16.0, 8.0, 4.0, 2.0, 1.0])
-    # The state has it: a restored algorithm answers at the temperature that it was saved at.
+    # The temperature is part of the state: a restored algorithm predicts with the saved one.
     again = mixture(temperature=(16.0, 1.0))
     again.load_state_dict(algorithm.state_dict())
     fits = torch.tensor([[1.0, 2.0, 3.0]])
@@ -298,7 +298,7 @@ def test_a_balanced_prior_lets_no_component_starve() -> None:
     config, balanced = mixture(**options), mixture(prior="balanced", **options)
     for algorithm in (config, balanced):
         with torch.no_grad():
-            # One component that answers all tasks better than the others.
+            # One component predicts all tasks better than the others.
             for number, net in enumerate(algorithm.net):
                 for parameter in net.parameters():
                     parameter.fill_(0.3 * number)

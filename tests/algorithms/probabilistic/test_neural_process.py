@@ -1,4 +1,4 @@
-"""Neural processes against step-by-step accounts of their equations, and the exact process."""
+"""Neural processes against step-by-step computations of their equations; the exact process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(*words: str) -> Experiment:
 
 
 def encoded(module: Any, rows: Tensor) -> Tensor:
-    """What a small MLP of the backbone makes of rows, layer by layer."""
+    """Return the outputs of a small MLP, computed layer by layer."""
     for linear in module.body.linears:
         rows = nn.functional.relu(nn.functional.linear(rows, linear.weight, linear.bias))
     return nn.functional.linear(rows, module.head.weight, module.head.bias)
@@ -135,7 +135,7 @@ def test_an_update_descends_the_loss_that_its_docstring_says(algo: str) -> None:
 
 
 def normals(samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets (7, 2), and means and spreads (L, 7, 2) of normals."""
+    """Return targets (7, 2), and means and standard deviations (L, 7, 2) of normals."""
     random = np.random.default_rng(samples)
     y, means = random.normal(size=(7, 2)), random.normal(size=(samples, 7, 2))
     spreads = random.uniform(0.1, 2.0, size=(samples, 7, 2))
@@ -198,7 +198,7 @@ def test_an_update_by_the_likelihood_sees_no_target_in_its_latent_variable(
     for task in range(3):
         cx, cy = batch.support_x[task], batch.support_y[task]
         x, y = torch.cat([cx, batch.query_x[task]]), torch.cat([cy, batch.query_y[task]])
-        # What evaluation has: the context, and what is asked.
+        # At evaluation there are the context and the target rows.
         means, spreads, _, _ = net(cx, cy, x, noise[task])
         z = latent(net, cx, cy)
         seen = z.mean + z.stddev * noise[task]
@@ -285,7 +285,7 @@ def test_contexts_of_training_have_every_size_that_is_allowed() -> None:
         (["algo=np", "algo.objective=vi"], "algo.objective=vi: expected elbo or likelihood"),
         (["algo=cnp", "algo.objective=likelihood"], "likelihood needs a latent path"),
         (["algo=np", "algo.train_samples=0"], "algo.train_samples=0: expected 1 or more"),
-        (["algo=anp", "algo.heads=3"], "algo.heads=3 do not share algo.width=8 evenly"),
+        (["algo=anp", "algo.heads=3"], "algo.heads=3: expected a divisor of algo.width=8"),
         (["algo=cnp", "algo.min_spread=0"], "algo.min_spread=0.0: expected a positive number"),
         (["algo=cnp", "backbone.batch_norm=true"], "use backbone.batch_norm=false"),
         (["algo=gp_exact", "algo.lengthscale=-1"], "algo.lengthscale=-1.0: expected a positive"),
@@ -328,7 +328,7 @@ def test_the_exact_process_is_as_sure_as_it_may_be_on_its_own_curves() -> None:
     batch = made.source.batch("test", 0, 100)
     answer = made.algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
     assert answer.spread is not None
-    # Neither surer nor less sure is better in log-likelihood.
+    # Neither smaller nor larger spreads have a better log-likelihood.
     for factor in (0.7, 1.4):
         other = uncertainty_metrics(
             Prediction(answer.outputs, spread=factor * answer.spread), batch.query_y
@@ -348,7 +348,7 @@ def test_a_range_of_lengthscales_is_fitted() -> None:
     assert fitted > fixed
 
 
-# How sure an answer is.
+# Metrics of predicted spreads.
 
 
 def test_sureness_is_counted_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""A meta-learner over base-learners: what each makes of a task, what it is told, what it picks."""
+"""The selector: predictions of the base-learners, inputs of the LSTM, and the choice."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_held_out_answer_knows_nothing_of_its_own_fold(ways: int | None) -> No
         after = learn(names, x, changed, asked, ways)
         np.testing.assert_allclose(after.held_out[:, own], before.held_out[:, own], atol=1e-10)
         assert not np.allclose(after.answers, before.answers)
-    # An answer at a row is the answer of one who has learned the other folds, asked that row.
+    # A held-out prediction is that of a learner trained on the other folds.
     fold = _fold_of(order[0], x, y, ways)
     kept = np.setdiff1d(np.arange(len(x)), fold)
     alone = learn(names, x[kept], y[kept], x[fold], ways, folds=2)
@@ -142,7 +142,7 @@ def test_a_held_out_answer_knows_nothing_of_its_own_fold(ways: int | None) -> No
 
 
 def _fold_of(row: int, x: Any, y: Any, ways: int | None) -> Any:
-    """Rows of the fold of one, by the rule: sorted, class after class, by turns."""
+    """Return the rows of one fold by the rule: sorted, class after class, in turn."""
     order = np.lexsort(x.T[::-1])
     if ways is not None:
         first = {label: int(np.flatnonzero(y[order] == label)[0]) for label in range(ways)}
@@ -345,7 +345,7 @@ def test_what_never_varies_in_training_does_not_blow_up_elsewhere() -> None:
 
 
 class TwoKinds:
-    """Half of the tasks are parted by a line; the others by whether two signs agree."""
+    """Tasks of two kinds: classes separated by a line, or by whether two signs agree."""
 
     def __init__(self) -> None:
         self.spec = TABLE
@@ -383,7 +383,7 @@ def test_it_learns_which_learner_suits_which_tasks(choice: str) -> None:
     for name in ("ridge", "tree"):
         gain = measured.values - measured.strategies[name]
         assert gain.mean() > 3.0 * gain.std() / 10.0, name
-    # Each of the two kinds has its own.
+    # Each kind of task has its own base-learner.
     assert measured.embeddings is not None
     ridge = measured.embeddings[:, 0] - measured.embeddings[:, 1]
     assert ((ridge > np.median(ridge)) == (np.arange(100) % 2 == 0)).mean() > 0.85
@@ -400,7 +400,7 @@ def test_a_task_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(portfolio, "_networks", refuse)
     assert torch.equal(first.predict(*rows).outputs, expected)
-    # Another process finds it on the disk.
+    # Another process finds the result on disk.
     assert torch.equal(selector(cache=str(tmp_path)).predict(*rows).outputs, expected)
     with pytest.raises(AssertionError, match="computed again"):
         selector().predict(*rows)
@@ -439,13 +439,13 @@ def test_images_are_seen_through_the_network_of_a_run() -> None:
     ).strategies
     for name in FEW:
         torch.testing.assert_close(found[name], expected[name])
-    # The network is not learned.
+    # The network is not trained.
     before = [p.clone() for p in there.net.parameters()]
     there.update(batch, Progress(0, 10))
     assert all(torch.equal(a, b) for a, b in zip(before, there.net.parameters(), strict=True))
-    with pytest.raises(ValueError, match="its network is not this one"):
+    with pytest.raises(ValueError, match="its network does not fit"):
         make(Selector, spec, TINY_BACKBONES["resnet12"], features=learned, **few)
-    with pytest.raises(ValueError, match=r"bn=support: algo\.features sees rows one by one"):
+    with pytest.raises(ValueError, match=r"bn=support: algo\.features processes rows separately"):
         make(Selector, spec, backbone, features=learned, **(few | {"bn": "support"}))
 
 
@@ -456,11 +456,11 @@ def replace_shape(spec: TaskSpec) -> TaskSpec:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learners": ["ridge", "svm"]}, "there is no svm for classification"),
-        ({"learners": ["ridge", "mean"]}, "there is no mean for classification"),
-        ({"learners": ["ridge", "mlp_fast"]}, "there is no mlp_fast"),
-        ({"learners": ["ridge"]}, "two or more, each once"),
-        ({"learners": ["ridge", "ridge"]}, "two or more, each once"),
+        ({"learners": ["ridge", "svm"]}, "svm is not a base-learner for classification"),
+        ({"learners": ["ridge", "mean"]}, "mean is not a base-learner for classification"),
+        ({"learners": ["ridge", "mlp_fast"]}, "mlp_fast is not a base-learner for classification"),
+        ({"learners": ["ridge"]}, "two or more names, each once"),
+        ({"learners": ["ridge", "ridge"]}, "two or more names, each once"),
         ({"choice": "vote"}, "algo.choice=vote"),
         ({"folds": 1}, "algo.folds=1"),
         ({"processes": 0}, "algo.processes=0"),
