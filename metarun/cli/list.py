@@ -1,4 +1,4 @@
-"""`metarun list`: what there is to choose from."""
+"""`metarun list`: the available algorithms, data sets, backbones, experiments and papers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from metarun.core.console import INDENT, WIDEST, columns
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun list [GROUP…] [--config-dir DIR]`; returns the exit code."""
+    """Run `metarun list [GROUP…] [--config-dir DIR]` and return the exit code."""
     parser = Parser(
-        prog="metarun list", description="Algorithms, data sets, backbones and experiments."
+        prog="metarun list", description="List every name that a group accepts, one line for each."
     )
     parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
-    parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
+    parser.add_argument(
+        "--config-dir", "-cd", type=Path, help="also list the YAML files in this folder"
+    )
     args = parser.parse_args(list(argv))
     for word in args.groups:
         if word not in GROUPS:
-            raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")
+            raise ValueError(f"metarun list {word}: unknown group, expected {' or '.join(GROUPS)}")
     if args.config_dir is not None and not args.config_dir.is_dir():
-        raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
+        raise ValueError(f"--config-dir {args.config_dir}: there is no such folder; check the path")
     folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])
     width = min(WIDEST, columns())
     console = Console(width=width, highlight=False)
@@ -41,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _lines(found: Mapping[str, str], width: int) -> Iterator[Text]:
-    """Names with their texts beside them, or below where the names are long."""
+    """Yield each name with its description, on the next line if the names are long."""
     longest = max(map(len, found))
     side_by_side = longest <= width // 3
     indent = longest + 3 if side_by_side else INDENT

@@ -1,4 +1,4 @@
-"""What conf/ has to choose from, and what its comments say; read, not composed."""
+"""Names and descriptions of the files in conf/, read from the files without composing them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def conf_dir() -> Path:
-    """The folder of YAML files: the repository's where there is one, else the package's."""
+    """Return the folder of YAML files: the repository's if there is one, else the package's."""
     package = Path(__file__).resolve().parents[1]
     repository = package.parent
     if (repository / "pyproject.toml").is_file() and (repository / "conf/config.yaml").is_file():
@@ -26,15 +26,15 @@ GROUPS = {
 
 
 def entries(folders: Sequence[Path], group: str) -> dict[str, str]:
-    """The words of a group in alphabetical order, with one line about each."""
+    """Return the names in a group, in alphabetical order, each with its description."""
     paths = [path for folder in folders for path in (folder / group).glob("*.yaml")]
-    # `for_<data>` is how a data set names its backbone; nobody types it.
+    # A data set selects its backbone through `for_<data>`; users do not type it.
     shown = [path for path in paths if not path.stem.startswith("for_")]
     return {path.stem: description(path) for path in sorted(shown, key=lambda path: path.stem)}
 
 
 def description(path: Path) -> str:
-    """The first comment line of a YAML file that is not one of Hydra's headers."""
+    """Return the first comment line of a YAML file that is not a header for Hydra."""
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and not line.startswith("# @"):
             return line.lstrip("# ").rstrip()
@@ -44,5 +44,5 @@ def description(path: Path) -> str:
 
 
 def method_name(algo: str) -> str:
-    """The name and the paper of an algorithm, which open its description."""
+    """Return the name and the paper of an algorithm: the start of its description."""
     return description(conf_dir() / "algo" / f"{algo}.yaml").partition(":")[0]
