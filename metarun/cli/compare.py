@@ -36,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--against", metavar="ALGO", help="on a stream: report regret relative to this algorithm"
     )
-    parser.add_argument("--config-dir", help="folder of your own YAML files, added to the shipped")
+    parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_intermixed_args(list(argv))
     for word in args.words:
         if "=" not in word:

@@ -26,7 +26,9 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     for word in args.groups:
         if word not in GROUPS:
-            raise ValueError(f"metarun list {word}: unknown group, expected {' or '.join(GROUPS)}")
+            raise ValueError(
+                f"metarun list {word}: unknown group, expected one of {', '.join(GROUPS)}"
+            )
     if args.config_dir is not None and not args.config_dir.is_dir():
         raise ValueError(f"--config-dir {args.config_dir}: there is no such folder; check the path")
     folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])

@@ -43,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
         metavar="DIR",
         help=f"where to write {FILE} and figures/ (default: the folder of the runs)",
     )
-    parser.add_argument("--config-dir", help="folder of your own YAML files, added to the shipped")
+    parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_args(list(argv))
     if not args.paths:
         raise ValueError("metarun report needs a folder: type `metarun report outputs/sweeps`")

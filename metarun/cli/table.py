@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--paper", help="print all cells of this paper's table, including those not run"
     )
-    parser.add_argument("--config-dir", help="folder of your own YAML files, added to the shipped")
+    parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_args(list(argv))
     if not args.paths and args.paper is None:
         raise ValueError(

@@ -53,7 +53,7 @@ def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def runs(folder: Path) -> list[Path]:
-    """The run folders below outputs/, in the order of their names."""
+    """Return the run folders below outputs/, sorted by name."""
     return sorted(path.parent for path in (folder / "outputs").rglob("results.json"))
 
 
@@ -181,7 +181,7 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["data=omniglot_small", "shot=15", "query=15"], ["15"]),
         (["-m", "data=omniglot_small", "way=5,500"], ["500"]),
         (["hydra.output_subdir=.hydra"], ["cannot be changed"]),
-        (["list", "everything"], ["list everything: unknown group, expected algo or data"]),
+        (["list", "everything"], ["list everything: unknown group, expected one of algo, data"]),
         (["resume=nowhere"], ["nowhere"]),
         (["test=nowhere"], ["nowhere"]),
         (["resume="], ["resume= is empty: expected the folder of a run"]),
