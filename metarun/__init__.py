@@ -1,6 +1,6 @@
-"""Meta-learning experiments: run them with `metarun`, use what they learned with `load`.
+"""Meta-learning experiments: run them with `metarun`, use the trained learner with `load`.
 
-torch is imported with the first use of `load`, so that the command line answers at once.
+The first use of `load` imports torch, so that the command line starts without delay.
 """
 
 from __future__ import annotations

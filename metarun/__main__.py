@@ -1,4 +1,4 @@
-"""`python -m metarun` is the `metarun` command."""
+"""Entry point of `python -m metarun`, the same program as the `metarun` command."""
 
 from metarun.cli.main import entry
 

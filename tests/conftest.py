@@ -13,13 +13,13 @@ import pytest
 from metarun.cli.main import main
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One thread for each worker and what it starts, before torch is imported: OpenMP stalls where
-    # more threads than cores wait for each other.
+    # One thread for each worker and its subprocesses, set before torch is imported: OpenMP stalls
+    # if more threads than cores wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Answer(NamedTuple):
-    """What a command line came to."""
+    """Exit code, stdout and stderr of a command line."""
 
     code: int
     out: str
@@ -33,9 +33,9 @@ Command = Callable[..., Answer]
 def metarun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Command:
-    """The command in an empty folder, without the seconds that a process of its own takes."""
+    """The command in an empty folder, called in this process, which saves seconds each time."""
     monkeypatch.chdir(tmp_path)
-    # The command adds the current folder.
+    # The command adds the current folder to sys.path; the copy undoes that.
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def call(*words: str) -> Answer:

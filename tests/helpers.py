@@ -23,7 +23,7 @@ TINY_BACKBONES: dict[str, Any] = {
     "mlp": partial(MLP, hidden=[6, 5]),
     "mlp with batch norm": partial(MLP, hidden=[6, 5], batch_norm=True, activation="tanh"),
     "conv4 max-pool": partial(Conv4, filters=3, blocks=2),
-    # A first block with as many filters as a patch has numbers, which multiplies patches.
+    # Its first block has as many filters as a patch has values, and is computed from patches.
     "conv4 of patches": partial(Conv4, filters=[9, 3], blocks=2),
     "conv4 stride": partial(Conv4, filters=3, blocks=2, downsample="stride", pool="mean"),
     "conv4 instance norm": partial(Conv4, filters=3, blocks=2, norm="instance"),
@@ -32,11 +32,11 @@ TINY_BACKBONES: dict[str, Any] = {
 
 
 class Identity(nn.Module):
-    """A body that passes its input on, so that a network is its linear head."""
+    """A body that returns its input, so that the network is its linear head."""
 
     def __init__(self) -> None:
         super().__init__()
-        # Without any parameter a network of no head could not be trained at all.
+        # A network without a head needs at least one parameter to be trained.
         self.unused = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:  # noqa: ARG002
@@ -84,7 +84,7 @@ def labeled_spec(ways: int = 3) -> TaskSpec:
 
 
 def labeled_batch(tasks: int = 3, shot: int = 2, query: int = 2, seed: int = 0) -> TaskBatch:
-    """Tasks of three of them each."""
+    """Tasks of three of the seven training classes each."""
     ids = torch.stack([torch.arange(7).roll(2 * task)[:3] for task in range(tasks)])
     return replace(image_batch(labeled_spec(), tasks, shot, query, seed), class_ids=ids)
 
@@ -99,7 +99,7 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> Any:
-    """An algorithm in float64, with a plain SGD of rate 1 unless told otherwise."""
+    """Build an algorithm in float64, by default with plain SGD and learning rate 1."""
     torch.manual_seed(seed)
     return kind(
         spec=spec,
@@ -112,7 +112,7 @@ def make(
 
 
 def moved(algorithm: Algorithm, batch: TaskBatch, step: int = 0) -> dict[str, Tensor]:
-    """What one update subtracts from each parameter: with SGD of rate 1, the gradient."""
+    """Return what one update subtracts from each parameter: the gradient, for SGD with rate 1."""
     from metarun.core.types import Progress
 
     before = {name: p.detach().clone() for name, p in algorithm.named_parameters()}

@@ -1,7 +1,7 @@
-"""Who imports whom: the folders of the package, their ranks, and a picture of the arrows.
+"""Imports between the folders of the package, their ranks, and a figure of them.
 
-`python tests/imports.py PICTURE.svg` draws the folders in the order of their ranks, the highest
-on top, and an arrow from each folder to each that it imports. An arrow upwards would be red.
+`python tests/imports.py FIGURE.svg` draws the folders by rank, the highest on top, and an arrow
+from each folder to each folder that it imports from. An upward arrow would be red.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ RANKS = [
     ["jobs", "bench"],
     ["cli"],
 ]
-"""The folders from the bottom up: a module imports from lower rows and from its own folder."""
+"""The folders from the bottom up: a module may import from lower rows and its own folder."""
 
 RANK = {folder: rank for rank, row in enumerate(RANKS) for folder in row}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def name_of(path: Path) -> str:
-    """A module's name below `metarun.`; empty for the package itself."""
+    """Return a module's name without `metarun.`; empty for the package itself."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
 def imported(path: Path) -> Iterator[str]:
-    """What a module imports from metarun, by its name below `metarun.`, late imports included."""
+    """Yield what a module imports from metarun, without `metarun.`, including late imports."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -57,12 +57,12 @@ def imported(path: Path) -> Iterator[str]:
 
 
 def folder_of(name: str) -> str:
-    """The folder that a module is in."""
+    """Return the folder of a module."""
     return name.partition(".")[0]
 
 
 def arrows() -> Counter[tuple[str, str]]:
-    """How many imports go from one folder to another."""
+    """Count the imports from one folder to another."""
     found: Counter[tuple[str, str]] = Counter()
     for path in MODULES:
         here = folder_of(name_of(path))
@@ -74,7 +74,7 @@ def arrows() -> Counter[tuple[str, str]]:
 
 
 def draw(picture: Path) -> None:
-    """Draw the folders and the arrows between them."""
+    """Draw the folders and their imports as arrows."""
     from matplotlib import pyplot as plt
 
     place = {

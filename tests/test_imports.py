@@ -1,4 +1,4 @@
-"""Imports go one way through the folders, and torch only comes in where it is needed."""
+"""Tests that imports follow the ranks of the folders and that torch is imported late."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.imports import MODULES, PACKAGE, RANK, folder_of, imported, name_of
 INSIDE = [path for path in MODULES if path.parent != PACKAGE]
 FAMILIES = {path.name for path in (PACKAGE / "algorithms").iterdir() if path.is_dir()}
 SHARED = {"base", "functional", "outer_optimizer", "common"}
-"""What every family of algorithms may import of `algorithms`."""
+"""What every family of algorithms may import from `algorithms`."""
 INTERFACES = {"base", "outer_optimizer", "common"}
-"""What the loops know of algorithms: no family, and so no algorithm."""
+"""What training and evaluation may import from `algorithms`: no family, so no algorithm."""
 
 
 def test_every_module_is_in_a_folder_that_has_a_rank() -> None:
@@ -36,7 +36,7 @@ def test_a_module_imports_only_from_lower_ranks_or_its_own_folder(path: Path) ->
 
 
 @pytest.mark.parametrize("path", INSIDE, ids=name_of)
-def test_data_and_algorithms_never_see_each_other(path: Path) -> None:
+def test_data_and_algorithms_never_import_each_other(path: Path) -> None:
     own = folder_of(name_of(path))
     others = {folder_of(name) for name in imported(path)}
     forbidden = {"data": {"algorithms", "backbones"}, "algorithms": {"data"}, "backbones": {"data"}}
@@ -53,7 +53,7 @@ def test_a_family_imports_what_is_shared_and_itself() -> None:
 
 
 def test_no_algorithm_imports_another() -> None:
-    # Named by their configurations: what else a family has is its own to share.
+    # Algorithms are the modules named in conf/algo; other modules of a family may be shared.
     algorithms = {
         line.split()[-1].removeprefix("metarun.").rpartition(".")[0]
         for path in (PACKAGE.parent / "conf" / "algo").glob("*.yaml")

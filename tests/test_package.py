@@ -1,4 +1,4 @@
-"""What is installed: the wheel, the sdist and an editable checkout, far from any source tree."""
+"""Tests of the wheel, the sdist and an editable install, outside any source tree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Mine(ProtoNet):
 
 
 def run(*words: str | Path, cwd: Path) -> str:
-    """The output of a command that has to succeed, with no path of ours in its environment."""
+    """Return the output of a command that must succeed, in an environment without our paths."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "METARUN"))}
     done = subprocess.run(
         list(map(str, words)), cwd=cwd, env=environment, capture_output=True, text=True
@@ -57,7 +57,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel that was built from it."""
+    """A folder with the sdist and the wheel built from it."""
     folder = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, sources, cwd=folder)
     return folder
@@ -65,11 +65,11 @@ def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def clean(tmp_path: Path) -> Path:
-    """The programs of a new environment that sees what we depend on, but not metarun."""
+    """The bin folder of a new environment with our dependencies but without metarun."""
     home = tmp_path / "venv"
     venv.create(home, with_pip=True)
-    # As a line of a .pth file the folder is searched, but its own .pth files, one of which may
-    # lead to an editable metarun, are not read.
+    # A folder named in a .pth file is searched, but its own .pth files are not read: one of them
+    # may lead to an editable metarun.
     (site,) = home.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return home / "bin"
@@ -77,7 +77,7 @@ def clean(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wheel(built: Path, clean: Path, tmp_path: Path) -> Path:
-    """The programs of an environment with the wheel."""
+    """The bin folder of an environment with the wheel installed."""
     (path,) = built.glob("*.whl")
     run(clean / "pip", "install", "--no-deps", "--no-index", path, cwd=tmp_path)
     return clean

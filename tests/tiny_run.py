@@ -1,8 +1,8 @@
-"""A run of seconds, which the tests of the trainer share and which can be killed anywhere.
+"""A run of a few seconds that the tests of the trainer share and that can be killed anywhere.
 
-As a program: `python -m tests.tiny_run FOLDER SEED` makes the run in FOLDER/whole, then the same
-in FOLDER/killed with SIGKILL at random lines of the trainer and of the run folder, resuming it
-each time until it is through, and prints the number of kills.
+`python -m tests.tiny_run FOLDER SEED` makes the run in FOLDER/whole. It then makes the same run
+in FOLDER/killed, kills it by SIGKILL at random lines of the trainer and of the run folder, and
+resumes it until it finishes. It prints the number of kills.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ RUN_INFO = {"algo": "noisy", "data": "linear", "way": 1, "shot": 4, "query": 6, 
 
 
 class NoisyMAML(MAML):
-    """Draws from torch's own generator, as an algorithm of a user's may."""
+    """MAML that draws from torch's global generator, as a user's algorithm may."""
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         query_y = batch.query_y + 0.1 * torch.randn_like(batch.query_y)
@@ -51,11 +51,11 @@ class NoisyMAML(MAML):
 
 
 class Watched(Linear):
-    """Notes what it is asked for, and lets a test step in.
+    """A data set that records its calls and calls a function of the test.
 
     Attributes:
-        asked: Every (split, index).
-        on_batch: Called with the split and the index before each batch.
+        asked: Split and index of every batch.
+        on_batch: Called with split and index before each batch.
     """
 
     def __init__(self, on_batch: Callable[[Split, int], None] | None = None) -> None:
@@ -90,7 +90,7 @@ def make_algorithm(hidden: int = 6, **options: Any) -> NoisyMAML:
 
 
 def settings(**changes: int) -> TrainSettings:
-    # Lines, evaluations and checkpoints fall on different steps.
+    # Log lines, evaluations and checkpoints happen at different steps.
     values = {"steps": STEPS, "tasks_per_step": 2, "way": 1, "shot": 4, "query": 6}
     values |= {"log_every": 7, "eval_every": 10, "checkpoint_every": 9, **changes}
     return TrainSettings(**values)
@@ -102,7 +102,7 @@ def silent() -> Screen:
 
 def folder(path: Path) -> RunFolder:
     if not (path / "status.json").exists():
-        # Killed before it was a run: a user would get a new folder.
+        # Killed before the folder was complete: start again, as a user would in a new folder.
         shutil.rmtree(path, ignore_errors=True)
         return RunFolder.create(path, "algo: noisy\n")
     return RunFolder.open(path)
@@ -131,7 +131,7 @@ def go(
 
 
 def same_state(one: Any, other: Any) -> bool:
-    """Whether two nests of tensors are equal bit for bit."""
+    """Return whether two nested containers of tensors are equal bit for bit."""
     if isinstance(one, Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):
@@ -142,7 +142,7 @@ def same_state(one: Any, other: Any) -> bool:
 
 
 def kill_after(lines: int) -> None:
-    """End this process with SIGKILL after so many lines of the two modules."""
+    """Kill this process by SIGKILL after a number of executed lines of the two modules."""
     files = {run_folder.__file__, trainer.__file__}
     left = lines
 
@@ -160,7 +160,7 @@ def kill_after(lines: int) -> None:
 
 
 def attempt(path: Path, lines: int) -> int:
-    """Make or resume the run in a process of its own; 0 lines let it go through."""
+    """Start or resume the run in a new process, killed after `lines` lines if not 0."""
     process = os.fork()
     if process == 0:
         if lines:
@@ -171,12 +171,12 @@ def attempt(path: Path, lines: int) -> int:
 
 
 def main(root: Path, seed: int) -> None:
-    # torch loads it late, which would take every forked process a second.
+    # torch imports it late, which would cost every forked process a second.
     importlib.import_module("torch._dynamo")
     assert attempt(root / "whole", 0) == 0
     draw = random.Random(seed)
     kills = 0
-    # Short lives and long ones; the last ones are long enough to come through.
+    # The possible number of lines grows with the kills, so that the run finishes eventually.
     while (code := attempt(root / "killed", draw.randrange(1, 600 + 250 * kills))) != 0:
         assert code == -signal.SIGKILL, code
         kills += 1

@@ -1,7 +1,7 @@
-"""A few updates of every algorithm, in one process or in several, which the tests compare.
+"""A few updates of every algorithm, in one process or in several; the tests compare them.
 
-As a program, in the environment that torchrun makes: `python -m tests.together FILE` makes them
-together with the other processes, and the first one writes what came of it.
+`python -m tests.together FILE CASE…`, started in the environment of torchrun, makes the updates
+together with the other processes. The main process writes the outcome to FILE.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from metarun.core.types import Progress, Share
 from metarun.evaluation.episodes import evaluate
 
 TASKS, UPDATES, EPISODES = 3, 2, 5
-"""Numbers that two processes cannot halve."""
-# Adam would blow up the rounding in gradients that are zero, as of a bias before batch norm.
+"""Odd numbers, which two processes cannot divide equally."""
+# Adam would amplify rounding errors of zero gradients, such as that of a bias before batch norm.
 COMMON = ["precision=float64", "device=cpu", "engine=loop", "optim=sgd", "optim.lr=0.01"]
 IMAGES = ["way=3", "shot=2", "query=2"]
 SMALL = {
@@ -37,12 +37,12 @@ SMALL = {
 }
 
 EVALUATED = ("maml", "mann", "mixture", "nearest", "np", "oml", "selector")
-"""Which of them measure what there is to measure: the others add nothing that these have not."""
+"""Algorithms to evaluate; together they cover every kind of measurement."""
 
 
 def made(algo: str, data: str, *words: str) -> Experiment:
-    """An experiment so small that an update takes milliseconds."""
-    # Another backbone has sizes of its own.
+    """Build an experiment so small that an update takes milliseconds."""
+    # The small sizes do not apply to another backbone.
     small = [] if "backbone=" in " ".join(words) else SMALL[data]
     with composer() as compose:
         job = compose.job([f"algo={algo}", f"data={data}", *COMMON, *small, *words])
@@ -50,7 +50,7 @@ def made(algo: str, data: str, *words: str) -> Experiment:
 
 
 def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
-    """What an algorithm answers before, and all that it is after some updates."""
+    """Return the measurements of an algorithm before training, and its state after updates."""
     experiment = made(algo, data, *words)
     algorithm, source = experiment.algorithm, experiment.source
     found: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
 
 
 def flattened(measured: dict[str, Any]) -> dict[str, Any]:
-    """The arrays and the hash of what was measured, by name."""
+    """Return the arrays and the hash of a measurement, by name."""
     flat: dict[str, Any] = {}
     for name, value in measured.items():
         parts = value if isinstance(value, dict) else {"": value}
@@ -83,7 +83,7 @@ def flattened(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors(state: Any) -> dict[str, Tensor]:
-    """The numbers of a nest, by their place in it."""
+    """Return the tensors of a nested container, by their path."""
     leaves, _ = pytree.tree_flatten_with_path(state)
     return {
         pytree.keystr(path): leaf.detach().clone()

@@ -1,7 +1,7 @@
-"""`metarun bench`: the words of the command, and what is shown and written.
+"""`metarun bench`: measure speed and memory, print tables, and write files.
 
-What is typed is checked before torch is imported; files are written last, whole. Ctrl-C ends the
-measuring, and shows what there is by then.
+Arguments are checked before torch is imported. Files are written at the end, atomically. Ctrl-C
+stops measuring and shows the results so far.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _WIDEST = 110
 
 @dataclass
 class _Report:
-    """What has been measured so far."""
+    """Results measured so far."""
 
     results: list[Result] = field(default_factory=list)
     curves: list[Curve] = field(default_factory=list)
@@ -61,10 +61,10 @@ class _Report:
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun bench …`; returns the exit code.
+    """Run `metarun bench …` and return the exit code.
 
     Raises:
-        ValueError: Something that was typed does not suit; nothing has been measured.
+        ValueError: An argument is invalid; nothing has been measured.
     """
     args = _parser().parse_args(list(argv))
     if args.list:
@@ -85,44 +85,45 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         prog="metarun bench",
-        description="Speed and memory of meta-learning here, as ratios to the usual loops, timed "
-        "in turns in one process. Without words the quick workloads, in two or three minutes on "
-        "two idle cores.",
+        description="Measure the speed and memory of metarun on this machine, as ratios to other "
+        "implementations timed alternately in the same process. Without arguments, the quick "
+        "workloads are measured; this takes two or three minutes on two idle cores.",
     )
-    parser.add_argument("--list", action="store_true", help="the workloads, and stop")
+    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
     parser.add_argument(
         "--workload", nargs="+", metavar="NAME", default=[],
-        help="names or patterns such as 'conv4*'; '*' is all of them",
+        help="workloads to measure: names or patterns such as 'conv4*'; '*' selects all",
     )  # fmt: skip
     for option in _options():
         words = option.metadata["words"]
         parser.add_argument(
             f"--{option.name}", metavar="WORD", default=option.default,
-            help=f"one or several of {','.join(words)} (default {option.default})",
+            help=f"comma-separated, from {','.join(words)} (default {option.default})",
         )  # fmt: skip
     parser.add_argument(
-        "--against", metavar="NAME", help=f"only these rivals, of {','.join(BASELINES)}"
+        "--against", metavar="NAME", help=f"baselines, from {','.join(BASELINES)} (default all)"
     )
     parser.add_argument(
         "--growth", metavar="SIZE",
-        help=f"also curves over {','.join(GROWTH)}, of the workloads named (else {_TO_GROW})",
+        help=f"also measure curves over {','.join(GROWTH)}, for the workloads of --workload "
+        f"(default {_TO_GROW})",
     )  # fmt: skip
     parser.add_argument(
         "--seconds", type=float, default=5.0,
-        help="time for each side of a workload; three rounds at least (default 5)",
+        help="seconds for each implementation of a workload, at least three rounds (default 5)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out memory")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument(
         "--memory-steps", type=int, default=2000, metavar="N",
-        help="sinusoid steps over which memory must not grow; 0 leaves it out (default 2000)",
+        help="sinusoid steps of the check for memory leaks; 0 skips it (default 2000)",
     )  # fmt: skip
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write every figure to a new file"
+        "--json", type=Path, metavar="FILE", help="also write all measurements to a new file"
     )
     parser.add_argument(
         "--figure", type=Path, metavar="FILE",
-        help="also draw a new file, .svg or .png; no file is ever written over",
+        help="also draw a figure to a new .svg or .png file; existing files are kept",
     )  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     return parser
@@ -133,7 +134,7 @@ def _options() -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _words(typed: Sequence[str]) -> list[str]:
-    """Words apart by blanks or commas."""
+    """Split arguments at commas; blanks have already been split by the shell."""
     return [word for part in typed for word in part.split(",") if word]
 
 
@@ -147,10 +148,10 @@ def _known(option: str, typed: str | None, allowed: Sequence[str]) -> list[str] 
 
 
 def _check(args: argparse.Namespace, growth: Sequence[str], grown: Sequence[Workload]) -> None:
-    """Refuse numbers, sizes and files.
+    """Check numbers, sizes and output files.
 
     Raises:
-        ValueError: One does not suit.
+        ValueError: One of them is invalid.
     """
     if not (args.seconds > 0 and math.isfinite(args.seconds)):
         raise ValueError(f"--seconds {args.seconds}: expected a positive number")
@@ -159,34 +160,36 @@ def _check(args: argparse.Namespace, growth: Sequence[str], grown: Sequence[Work
     for size in growth:
         if not any(grows(workload, size) for workload in grown):
             names = ", ".join(workload.name for workload in grown)
-            raise ValueError(f"--growth {size} means nothing in {names}: name another workload")
+            raise ValueError(
+                f"--growth {size} does not apply to {names}: choose another --workload"
+            )
     if "processes" in growth and args.device != "cpu":
-        raise ValueError("--growth processes counts processes on a CPU: use --device cpu")
+        raise ValueError("--growth processes is measured on a CPU: use --device cpu")
     _check_file("--json", args.json)
     _check_file("--figure", args.figure)
     if args.figure is not None and args.figure.suffix not in _SUFFIXES:
-        raise ValueError(f"--figure {args.figure}: expected a name that ends in .svg or .png")
+        raise ValueError(f"--figure {args.figure}: expected a file name ending in .svg or .png")
 
 
 def _check_file(option: str, path: Path | None) -> None:
     if path is None:
         return
     if os.path.lexists(path):
-        what = "is a folder" if path.is_dir() else "is there already"
-        raise ValueError(f"{option} {path} {what}: name a new file")
+        what = "is a folder" if path.is_dir() else "already exists"
+        raise ValueError(f"{option} {path} {what}: choose a new file name")
     if not path.parent.is_dir():
         raise ValueError(
-            f"{option} {path}: there is no folder {path.parent}: make it, or name another"
+            f"{option} {path}: there is no folder {path.parent}: create it or choose another"
         )
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {path} cannot be written: name a file elsewhere")
+        raise ValueError(f"{option} {path} cannot be written: choose a file in another folder")
 
 
 def _device(word: str) -> torch.device:
-    """The device of a word.
+    """Return the torch device with this name.
 
     Raises:
-        ValueError: It is not here.
+        ValueError: The name is invalid, or this machine has no such device.
     """
     import torch
 
@@ -198,8 +201,8 @@ def _device(word: str) -> torch.device:
         raise ValueError(f"--device {word}: expected cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"--device {word}: {torch.cuda.device_count()} GPUs are available here: "
-            "use --device cpu"
+            f"--device {word}: this machine has {torch.cuda.device_count()} GPUs, counted from "
+            "cuda:0; use --device cpu"
         )
     return device
 
@@ -212,7 +215,7 @@ def _list() -> None:
     for workload in WORKLOADS:
         table.add_row(workload.name, workload.about + (" (slow)" if workload.slow else ""))
     console.print(table)
-    console.print("\nThose marked slow are left out unless they are named.", style="dim")
+    console.print("\nSlow workloads run only if --workload names them.", style="dim")
 
 
 def _measure(
@@ -247,7 +250,7 @@ def _measure(
     _show(console, args, report, suite, device)
     _write(args, report, suite, device)
     if report.interrupted:
-        print("interrupted: this is what was measured before", file=sys.stderr)
+        print("interrupted: the results above are those measured so far", file=sys.stderr)
         return EXIT_INTERRUPTED
     return EXIT_OK
 
@@ -266,9 +269,11 @@ def _show(
     for curves in _by_sweep(report.curves):
         console.print(tables.growth(curves), width=width)
     if report.leak is not None:
-        console.print(f"memory: {report.leak:+.1f} MiB over {args.memory_steps} sinusoid steps")
+        console.print(
+            f"memory growth: {report.leak:+.1f} MiB over {args.memory_steps} sinusoid steps"
+        )
     for name, why in _missing():
-        console.print(Text(f"without {name}: {why}"), soft_wrap=True)
+        console.print(Text(f"not compared with {name}: {why}"), soft_wrap=True)
 
 
 def _write(args: argparse.Namespace, report: _Report, suite: Suite, device: torch.device) -> None:
@@ -299,7 +304,7 @@ def _by_sweep(curves: Sequence[Curve]) -> Iterator[list[Curve]]:
 
 
 def _missing() -> list[tuple[str, str]]:
-    """The rivals that are not here, and why."""
+    """Return the baselines that cannot be measured, each with the reason."""
     from metarun.bench.baselines import why_missing
 
     found = [(name, why_missing(name)) for name in BASELINES]
@@ -328,7 +333,7 @@ def _title(suite: Suite, device: torch.device) -> str:
 
 
 def _processor() -> str:
-    """The model of the CPU, where the system says it."""
+    """Return the model name of the CPU, or its architecture if the system has no name."""
     import platform
 
     info = Path("/proc/cpuinfo")

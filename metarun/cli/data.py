@@ -1,4 +1,4 @@
-"""`metarun data`: what is here, and how to fetch, import and verify what is not."""
+"""`metarun data`: list data sets, download or import them, and verify their files."""
 
 from __future__ import annotations
 
@@ -18,26 +18,35 @@ _NARROWEST, _WIDEST = 40, 100
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun data [NAME] [--from PATH] [--root DIR] [--verify]`; the exit code.
+    """Run `metarun data [NAME] [--from PATH] [--root DIR] [--verify]`; return the exit code.
 
     Raises:
-        ValueError: The request cannot be met; the text says why.
+        ValueError: The name is unknown, or the data cannot be fetched, imported or verified.
     """
     parser = Parser(
         prog="metarun data",
-        description="Without a NAME: which data sets are here. With one: fetch or import it.",
+        description="Download or import a data set. Without NAME, list all data sets and say "
+        "which are available.",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(registry.DATASETS))
-    parser.add_argument("--from", dest="source", metavar="PATH", help="import files you have")
     parser.add_argument(
-        "--root", metavar="DIR", help="where data sets live ($METARUN_DATA, ~/.cache/metarun)"
+        "--from", dest="source", metavar="PATH", help="import files that you already have"
     )
-    parser.add_argument("--verify", action="store_true", help="read everything, compare the hashes")
+    parser.add_argument(
+        "--root",
+        metavar="DIR",
+        help="folder of the data sets (default: $METARUN_DATA, else ~/.cache/metarun)",
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file and compare it with its hash"
+    )
 
     args = parser.parse_args(list(argv))
     if args.name is None:
         if args.source is not None:
-            raise ValueError("--from PATH needs the name of a data set before it")
+            raise ValueError(
+                "--from PATH needs the name of a data set: type `metarun data NAME --from PATH`"
+            )
         return _list(args.root, verify=args.verify)
     entry = registry.DATASETS.get(args.name)
     if entry is None:
@@ -47,22 +56,22 @@ def run(argv: Sequence[str]) -> int:
     if entry.place == "store":
         return _provide(entry.name, args.source, args.root, verify=args.verify)
     if args.source is not None:
-        raise ValueError(f"{entry.name} is {_STATES[entry.place]}: leave out --from")
+        raise ValueError(f"{entry.name} is {_STATES[entry.place]}: type it without --from")
     if args.verify and entry.place == "shipped":
         _verify_shipped()
     print(f"{entry.name} is {_STATES[entry.place]}: type `metarun data={entry.name}`")
     return 0
 
 
-_STATES = {"made": "made on the fly", "shipped": "shipped with metarun"}
+_STATES = {"made": "generated, no files needed", "shipped": "shipped with metarun"}
 
 
 def _list(root: str | None, *, verify: bool) -> int:
-    """Print the table of data sets."""
+    """Print the table of data sets; return the exit code."""
     base = registry.resolve_root(root)
     table = Table(box=None, show_header=False, expand=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
-    # A path that is longer than a line is needed whole.
+    # Long paths are folded, not cut, so that they can be copied.
     table.add_column(ratio=1, overflow="fold")
     for entry in registry.DATASETS.values():
         table.add_row(entry.name, entry.line)
@@ -73,6 +82,7 @@ def _list(root: str | None, *, verify: bool) -> int:
 
 
 def _state(entry: registry.DataSet, base: Path, root: str | None, *, verify: bool) -> str:
+    """Return where a data set is, or how to get it."""
     if entry.place == "folder":
         return "type data=folder data.root=PATH"
     if entry.place != "store":
@@ -84,22 +94,22 @@ def _state(entry: registry.DataSet, base: Path, root: str | None, *, verify: boo
     except ValueError as error:
         return f"damaged: {error}"
     if store is not None:
-        return f"here, in {store.folder}"
+        return f"available in {store.folder}"
     return str(registry.missing(entry.name, root)).partition(": ")[2]
 
 
 def _provide(name: str, source: str | None, root: str | None, *, verify: bool) -> int:
-    """Fetch or import a data set, or say that it is here."""
+    """Download or import a data set, or say that it is already there; return the exit code."""
     base = registry.resolve_root(root)
     store = open_store(base / name)
     if store is not None:
         if source is not None:
             raise ValueError(
-                f"{name} is in {store.folder} already: delete that folder to import it anew"
+                f"{name} is already in {store.folder}: delete that folder to import it again"
             )
         if verify:
             store.verify()
-        print(f"{_describe(store)}{', every byte as it was imported' if verify else ''}")
+        print(f"{_describe(store)}{', all files verified' if verify else ''}")
         return 0
     if verify:
         raise ValueError(str(registry.missing(name, root)))
@@ -114,8 +124,8 @@ def _import(name: str, source: Path | None, base: Path) -> Store:
 
         if source is None:
             raise ValueError(
-                "miniimagenet is not ours to hand out (its photographs are ImageNet's): import "
-                f"files you have with --from PATH; known are {FORMS}"
+                "miniimagenet cannot be downloaded, since its photographs belong to ImageNet: "
+                f"import files you have with --from PATH; supported formats are {FORMS}"
             )
         return import_miniimagenet(source, base)
     from metarun.data.storage.omniglot_files import fetch_omniglot, import_omniglot
@@ -136,12 +146,14 @@ def _describe(store: Store) -> str:
 
 
 def _check_folder(root: str | None) -> int:
-    """Read every picture of a user's folder and sum it up."""
+    """Read every image of a user's folder and print the number of classes in each split."""
     from metarun.data.folder import list_folder
     from metarun.data.storage.image_files import open_image
 
     if root is None:
-        raise ValueError("folder is your own: check one with `metarun data folder --from PATH`")
+        raise ValueError(
+            "data=folder reads your own images: check them with `metarun data folder --from PATH`"
+        )
     listing = list_folder(root)
     for split, classes in listing.splits.items():
         for files in classes.values():
@@ -149,7 +161,7 @@ def _check_folder(root: str | None) -> int:
                 open_image(file)
         counts = [len(files) for files in classes.values()]
         print(f"{split}: {len(classes)} classes of {min(counts)} to {max(counts)} images")
-    print(f"all can be read: type `metarun data=folder data.root={root}`")
+    print(f"all images are readable: train with `metarun data=folder data.root={root}`")
     return 0
 
 
@@ -165,7 +177,7 @@ def _verify_shipped() -> None:
         except zipfile.BadZipFile:
             bad = path.name
         if bad is not None:
-            raise ValueError(f"{path} is damaged at {bad}: install metarun again")
+            raise ValueError(f"{path} is damaged at {bad}: reinstall metarun")
 
 
 def _unknown(name: str) -> str:

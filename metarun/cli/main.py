@@ -1,8 +1,8 @@
-"""The `metarun` command: words to a subcommand or a Hydra application, and to an exit code.
+"""The `metarun` command: runs a subcommand or a Hydra application and returns an exit code.
 
-The whole request is composed and checked first, every run of a sweep; what is wrong is answered
-in one line and with exit code 2, and nothing has been made. Hydra then runs what is right. torch
-is imported only when there is something to run.
+The whole request, every run of a sweep included, is composed and checked first. An error is
+reported in one line with exit code 2 before any file is written. Hydra then starts the runs.
+torch is imported only when there is something to run.
 """
 
 from __future__ import annotations
@@ -33,56 +33,57 @@ QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
 
 SUBCOMMANDS = ("bench", "compare", "data", "list", "predict", "report", "table")
-"""The words that are a module of this folder each, with `run(argv)`."""
+"""Subcommands; each is a module of this folder with a function `run(argv)`."""
 
 HELP = """\
-metarun: meta-learning experiments
+metarun: train and evaluate meta-learning algorithms
 
-  metarun                                quick start, in about a minute
+  metarun                                quick start, takes about a minute
   metarun algo=maml data=omniglot_small  train, validate and test; KEY=VALUE
-                                         changes anything: way=20 train.steps=9
-  metarun -m algo=maml,anil seed=1,2,3   a sweep: one run for each combination
-  metarun experiment=NAME                a published setting with its recipe
-  metarun resume=RUN                     continue a run, exactly
-  metarun test=RUN [data=… shot=…]       meta-test a run, on other data if named
-  metarun paper=NAME                     a paper's table, as a sweep
-  metarun table PATH…                    published against measured
-  metarun report PATH…                   one self-contained HTML page
-  metarun compare data=NAME              every algorithm, in one table
+                                         sets any option: way=20 train.steps=9
+  metarun -m algo=maml,anil seed=1,2,3   sweep: one run for each combination
+  metarun experiment=NAME                run a published setting with its recipe
+  metarun resume=RUN                     continue a run where it stopped
+  metarun test=RUN [data=… shot=…]       meta-test a run, also on other data
+  metarun paper=NAME                     run all experiments of a paper's table
+  metarun table PATH…                    print published and measured results
+  metarun report PATH…                   write one self-contained HTML page
+  metarun compare data=NAME              run every algorithm, print one table
   metarun predict RUN --support DIR …    label your images from a few examples
-  metarun list [algo|experiment|…]       what there is, with one line for each
-  metarun data [NAME] [--from PATH]      fetch, import or verify a data set
-  metarun bench                          speed and memory on this machine
+  metarun list [algo|experiment|…]       list the names that each group accepts
+  metarun data [NAME] [--from PATH]      download, import or verify a data set
+  metarun bench                          measure speed and memory
 
-A RUN is a folder under outputs/. The words to choose from:
+RUN is the folder of a run, below outputs/. Each subcommand has its own --help.
+Groups and their values:
 
 {groups}
 Options:
-  -m, --multirun         run every combination of the values given with commas
-  --cfg job [--resolve]  show the configuration and stop
+  -m, --multirun         run every combination of comma-separated values
+  --cfg job [--resolve]  print the configuration and exit
   --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine)
-  --info [WHAT]          show how the configuration comes about
-  --hydra-help           Hydra's options, --shell-completion among them
-  --version, --help
-  debug=true             show where an error came from
+  --info [WHAT]          print how the configuration is composed
+  --hydra-help           Hydra's own options, such as --shell-completion
+  --version, --help      print the version or this text and exit
+  debug=true             print the traceback of an error
 """
 
 
 def entry() -> NoReturn:
-    """The console script."""
+    """Run the console script and exit the process."""
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()
     except BrokenPipeError:
-        # `metarun list | head`: nobody reads on, and Python would complain when it flushes.
+        # As in `metarun list | head`: Python would report an error when it flushes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_FAILED
     sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer a command line; returns the exit code."""
-    # The installed command does not see the current folder, where a user's own modules are.
+    """Run a command line and return the exit code; errors become one line on stderr."""
+    # The installed command lacks the current folder, where a user's own modules are.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     debug = "debug=true" in (word.lower() for word in argv)
@@ -96,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             raise
-        # What is wrong before the processes meet is wrong in all of them.
+        # An error before the processes are connected occurs in all of them: report it once.
         if place.rank == 0 or (not distributed.is_main() and distributed.should_report(error)):
             print(f"error: {distributed.error_prefix()}{describe_error(error)}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
@@ -107,15 +108,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _hush() -> None:
-    """Leave the screen to the first of several processes."""
+    """Discard the output of this process, so that only the main process prints."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     logging.getLogger("metarun").addHandler(logging.NullHandler())
 
 
 def _dispatch(argv: list[str], place: distributed.Place) -> int:
+    """Run a subcommand, print what an option requests, or start the application."""
     if argv and argv[0] in SUBCOMMANDS:
         if place.size > 1:
-            raise ValueError(f"`metarun {argv[0]}` works in one process: type it without torchrun")
+            raise ValueError(f"`metarun {argv[0]}` runs in one process: start it without torchrun")
         words = [word for word in argv[1:] if word.lower() not in ("debug=true", "debug=false")]
         code: int = importlib.import_module(f"metarun.cli.{argv[0]}").run(words)
         return code
@@ -126,8 +128,8 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
     for word in args.overrides:
         if "=" not in word and not word.startswith("~"):
             found = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
-            hint = f": did you mean `metarun {found[0]}`?" if found else " (`metarun --help`)"
-            raise ValueError(f"{word!r} is neither a command nor KEY=VALUE{hint}")
+            hint = f": did you mean `metarun {found[0]}`?" if found else "; see `metarun --help`"
+            raise ValueError(f"{word!r} is neither a subcommand nor KEY=VALUE{hint}")
     if args.hydra_help or args.shell_completion:
         return _hand_over(args, _never)
     if args.help:
@@ -141,7 +143,7 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    """Hydra's own options, in any order with the words."""
+    """Parse Hydra's own options, mixed with overrides in any order."""
     from hydra._internal.utils import get_args_parser
 
     parser = get_args_parser()
@@ -150,17 +152,18 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     def refuse(message: str) -> NoReturn:
         wrong = [w for w in argv if w.startswith("-") and w.partition("=")[0] not in known]
         found = difflib.get_close_matches(wrong[0], known, n=1) if wrong else []
-        hint = f": did you mean {found[0]}?" if found else " (`metarun --help`)"
+        hint = f": did you mean {found[0]}?" if found else "; see `metarun --help`"
         raise ValueError(f"{message}{hint}")
 
     parser.error = refuse  # type: ignore[method-assign]
     args = parser.parse_intermixed_args(argv)
     if args.experimental_rerun:
-        raise ValueError("--experimental-rerun: type resume=RUN instead")
+        raise ValueError("--experimental-rerun is not supported: type resume=RUN instead")
     return args
 
 
 def _help(args: argparse.Namespace) -> int:
+    """Print the help text with the values of each group; return the exit code."""
     from metarun.config.composition import composer
     from metarun.core.console import FULL_WIDTH, columns, stacked
 
@@ -176,7 +179,7 @@ def _help(args: argparse.Namespace) -> int:
 
 
 def _visible(options: list[str]) -> list[str]:
-    """The options that one types; `for_<data>` are chosen by the data."""
+    """Return the options to show: without `for_<data>`, which the data set chooses."""
     return [option for option in options if not option.startswith("for_")]
 
 
@@ -187,18 +190,29 @@ def _wrapped(words: list[str], indent: int) -> str:
 
 
 def _application(args: argparse.Namespace, typed: list[str]) -> int:
-    """Train, resume or test, after everything about the request has been checked."""
+    """Check the whole request, then train, sweep, resume or meta-test; return the exit code.
+
+    Args:
+        args: Parsed options and overrides.
+        typed: The full command line, to be repeated in the message of an incomplete sweep.
+
+    Raises:
+        ValueError: The request is invalid; no file has been written.
+    """
     from metarun.config.composition import composer
 
     folders, words = _take_folders(args.overrides)
     shows = args.cfg is not None or args.info is not None
     if folders:
         if args.multirun:
-            raise ValueError(f"{next(iter(folders))}= does not go with -m: it is about one run")
+            raise ValueError(f"{next(iter(folders))}= takes one run: type it without -m")
         if len(folders) > 1:
-            raise ValueError("resume= and test= do not go together: type one of them")
+            raise ValueError("resume= and test= exclude each other: type one of them")
         if shows:
-            raise ValueError("--cfg and --info show a new run; see config.yaml in the run folder")
+            raise ValueError(
+                "--cfg and --info describe a new run: for an existing run, read config.yaml in "
+                "its folder"
+            )
         from metarun.jobs.meta_test import meta_test
         from metarun.jobs.resume import resume
 
@@ -216,8 +230,8 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
             sweep = compose.is_sweep(words, args.multirun)
             if sweep and distributed.size() > 1:
                 raise ValueError(
-                    f"a sweep is many runs, which {distributed.size()} processes would make at "
-                    "once: start it without torchrun, or one run of it with torchrun"
+                    f"a sweep cannot run in {distributed.size()} processes: start it without "
+                    "torchrun, or start a single run with torchrun"
                 )
             if sweep:
                 words = compose.sweep_words(words)
@@ -229,9 +243,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
                 check_config(job.config)
             return _hand_over(args, _never)
         if bare:
-            print(
-                "quick start: MAML learns sinusoids in about a minute (`metarun --help` for more)"
-            )
+            print("quick start: MAML on sinusoid regression, about a minute; see `metarun --help`")
         check_jobs(jobs)
     if not distributed.is_main():
         return train_without_folder(jobs[0].config)
@@ -246,15 +258,24 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
 
 
 def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Split off `resume=` and `test=`: a path may hold what Hydra's grammar does not read."""
+    """Split off `resume=` and `test=`, since Hydra's grammar cannot parse every path.
+
+    Returns:
+        The folder for `resume` or `test`, and the remaining overrides.
+
+    Raises:
+        ValueError: The value is empty.
+    """
     folders: dict[str, str] = {}
     words: list[str] = []
     for word in overrides:
         key, _, value = word.partition("=")
         if key in ("resume", "test") and value != "null":
-            # As typed by `resume=$RUN` with RUN unset: no reason to train another run.
+            # `resume=$RUN` with RUN unset must not start a new run.
             if not value:
-                raise ValueError(f"{key}= names nothing: expected the folder of a run")
+                raise ValueError(
+                    f"{key}= is empty: expected the folder of a run, such as outputs/…"
+                )
             folders[key] = value
         else:
             words.append(word)
@@ -262,7 +283,7 @@ def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _hand_over(args: argparse.Namespace, task: Callable[[Any], None]) -> int:
-    """Let Hydra do what was asked, with its options before the words."""
+    """Start Hydra with its options before the overrides; return the exit code."""
     import hydra
 
     from metarun.config.composition import HYDRA_VERSION_BASE, register_resolvers
@@ -292,11 +313,11 @@ def _hand_over(args: argparse.Namespace, task: Callable[[Any], None]) -> int:
 
 
 def _never(_: Any) -> None:
-    raise AssertionError("Hydra was asked to show something, not to run")
+    raise AssertionError("Hydra started a run although it should only print")
 
 
 def _log_to_stderr() -> None:
-    """Warnings of metarun's modules, one line each."""
+    """Print warnings of metarun's modules to stderr, one line each."""
     logger = logging.getLogger("metarun")
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         handler = _StderrHandler()
@@ -306,7 +327,7 @@ def _log_to_stderr() -> None:
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
-    """Writes to what stderr is at the time."""
+    """A handler that looks up `sys.stderr` at each message, since tests and Hydra replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr

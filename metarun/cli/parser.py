@@ -1,4 +1,4 @@
-"""Reading the words of a subcommand."""
+"""The argument parser that all subcommands share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ _LONGEST = 120
 
 
 class Parser(argparse.ArgumentParser):
-    """One that answers what it cannot read in one line, as every other mistake is answered."""
+    """An argument parser that raises a one-line error instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the words.
+        """Reject the arguments with argparse's message and the usage.
 
         Raises:
             ValueError: Always.
         """
-        # A pattern that the shell has spelled out may be thousands of files.
+        # A pattern that the shell has expanded may be thousands of files.
         shown = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} …"
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         raise ValueError(f"{shown}: expected `{usage}`")

@@ -1,6 +1,7 @@
 """`metarun predict`: label a folder of images from a few examples of each class.
 
-What is typed is checked first, and the CSV is written last, whole: what fails leaves nothing.
+Arguments are checked first. The CSV file is written at the end, atomically, so that a failure
+leaves no file.
 
 Shapes: N images, W classes.
 """
@@ -50,17 +51,17 @@ _NOT_MEANT = frozenset(("thumbs.db", "desktop.ini", "__macosx"))
 
 Probabilities = npt.NDArray[np.float64]
 Identity = tuple[int, int]
-"""Device and number of a file: the same under each of its names."""
+"""Device and inode number of a file: equal for all links to it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """The images of each class, and what else lies there.
+    """The support images, their classes, and what is ignored in their folders.
 
     Attributes:
-        files: In the order of their classes.
-        labels: The class of each.
-        left_out: Files and folders that are not read and may be meant.
+        files: Image files, sorted by class.
+        labels: Class of each file.
+        left_out: Ignored files and folders that the user may have meant to include.
     """
 
     files: list[Path]
@@ -69,18 +70,18 @@ class Examples:
 
     @property
     def classes(self) -> list[str]:
-        """Each class once, sorted."""
+        """Distinct classes, sorted."""
         return sorted(set(self.labels))
 
 
 @dataclass(frozen=True, slots=True)
 class Queries:
-    """The images to label, and what else lies there.
+    """The images to label, and what is ignored in their folders.
 
     Attributes:
-        root: The folder, or the one file's.
-        files: In the order of their names.
-        left_out: As in `Examples`.
+        root: The query folder, or the folder of a single query file.
+        files: Image files, sorted by name.
+        left_out: Ignored files that the user may have meant to include.
     """
 
     root: Path
@@ -89,35 +90,37 @@ class Queries:
 
     @property
     def names(self) -> list[str]:
-        """The files as seen from the folder."""
+        """Paths of the files relative to `root`."""
         return [file.relative_to(self.root).as_posix() for file in self.files]
 
     def labels(self, classes: Sequence[str]) -> list[str] | None:
-        """The name of each image's folder, where every one is a class; else None."""
+        """Return the folder name of each image, or None if one of them is not in `classes`."""
         inside = all(file.parent != self.root for file in self.files)
         known = inside and all(file.parent.name in classes for file in self.files)
         return [file.parent.name for file in self.files] if known else None
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun predict RUN --support DIR --query DIR`; returns the exit code.
+    """Run `metarun predict RUN --support DIR --query DIR` and return the exit code.
 
     Raises:
-        ValueError: Something that was typed does not suit; nothing has been written.
+        ValueError: An argument is invalid; no file has been written.
     """
     args = _parser().parse_args(list(argv))
     folder = RunFolder.open(args.run)
     support, query = find_examples(args.support), find_queries(args.query)
     place = _place(args.csv)
     with warnings.catch_warnings():
-        # What is odd in a file that Pillow can read all the same.
+        # Pillow warns about irregular files that it can read nevertheless.
         warnings.filterwarnings("ignore", module="PIL")
         with warnings_held():
             learner = _learner(folder, args.device, transductive=args.transductive)
             learner.fit(support.files, support.labels)
         answers = probabilities(learner, query.files)
     if not np.isfinite(answers).all():
-        raise ValueError(f"{folder.path} answers with numbers that are not finite: train it anew")
+        raise ValueError(
+            f"{folder.path} predicts probabilities that are not finite: train a new run"
+        )
     place = _write(place, as_csv(query.names, support.classes, answers), fixed=args.csv is not None)
     for note in _notes(folder, learner, args.transductive, support, query):
         print(f"note: {note}", file=sys.stderr)
@@ -131,50 +134,53 @@ def _parser() -> Parser:
         usage=f"{USAGE}\n       [--csv FILE] [--transductive] [--device DEVICE]",
         description="Label your own images from a few examples of each class.",
     )
-    parser.add_argument("run", metavar="RUN", help="the folder of a run on images")
+    parser.add_argument("run", metavar="RUN", help="folder of a run that was trained on images")
     parser.add_argument(
         "--support",
         metavar="DIR",
         type=Path,
         required=True,
-        help="a folder for each class, with a few images in it; its name is the label",
+        help="folder with one subfolder per class, named after it, with a few images each",
     )
     parser.add_argument(
         "--query",
         metavar="DIR",
         type=Path,
         required=True,
-        help="the images to label, also in folders below; or one image",
+        help="folder of the images to label, searched recursively, or a single image",
     )
     parser.add_argument(
         "--csv",
         metavar="FILE",
         type=Path,
-        help=f"where to write all probabilities: a new file (default: {DEFAULT_CSV} in the "
-        "current folder, with a number where that is there already)",
+        help=f"new file for all probabilities (default: {DEFAULT_CSV} in the current folder, "
+        "numbered if that exists)",
     )
     parser.add_argument(
         "--transductive",
         action="store_true",
-        help="batch norm over all queries together, so that an answer depends on the others",
+        help="batch-norm statistics over all queries, so that each prediction depends on the "
+        "others",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
+    )
     return parser
 
 
-# What is there.
+# Input files.
 
 
 def find_examples(root: Path) -> Examples:
-    """Find the images of each class, without reading any.
+    """Find the image files of each class; the files are not read.
 
     Raises:
-        ValueError: The folder is not laid out as one folder for each class.
+        ValueError: The folder does not have one subfolder with images for each class.
     """
     folders, files, left_out = _contents(_folder("--support", root))
     if files:
         raise ValueError(
-            f"{files[0]} lies in --support itself: expected a folder for each class, as in "
+            f"{files[0]} is directly in --support: expected one folder per class, as in "
             f"{root / 'CLASS' / files[0].name}"
         )
     if len(folders) < 2:
@@ -189,7 +195,7 @@ def find_examples(root: Path) -> Examples:
         below, own, others = _contents(folder)
         if not own:
             raise ValueError(
-                f"{folder} has no images{_others([*others, *below])}: put a few in, or remove "
+                f"{folder} has no images{_others([*others, *below])}: add a few images or remove "
                 "the folder"
             )
         images += own
@@ -199,10 +205,10 @@ def find_examples(root: Path) -> Examples:
 
 
 def find_queries(root: Path) -> Queries:
-    """Find the images in and below a folder, without reading any; one file is itself.
+    """Find the image files in and below a folder, or take a single file; nothing is read.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There is no image.
     """
     if root.is_file():
         return Queries(root.parent, [root], [])
@@ -227,7 +233,7 @@ def _folder(option: str, path: Path) -> Path:
 
 
 def _walk(folder: Path, met: set[Identity]) -> Iterator[tuple[list[Path], list[Path]]]:
-    """Images and what is left out, in each folder; links are followed, each folder once."""
+    """Yield the images and the ignored files of each folder; follow links, each folder once."""
     own = _identity(folder)
     if own in met:
         return
@@ -239,7 +245,7 @@ def _walk(folder: Path, met: set[Identity]) -> Iterator[tuple[list[Path], list[P
 
 
 def _contents(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """Folders, images and others in a folder, sorted, without what nobody put there."""
+    """Return subfolders, images and other files, sorted, without hidden and system files."""
     folders: list[Path] = []
     files: list[Path] = []
     others: list[Path] = []
@@ -248,7 +254,7 @@ def _contents(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
             continue
         if child.is_dir():
             folders.append(child)
-        # A link to nowhere is somebody's image that is missing; a pipe would never end.
+        # A broken link counts as an image, so that it is reported; reading a pipe would block.
         elif child.suffix.lower() in SUFFIXES and (child.is_file() or not child.exists()):
             files.append(child)
         else:
@@ -262,52 +268,59 @@ def _identity(path: Path) -> Identity:
 
 
 def _others(left_out: Sequence[Path]) -> str:
-    return f" (there is {_named(left_out)})" if left_out else ""
+    return f" (found only {_named(left_out)})" if left_out else ""
 
 
 def _named(paths: Sequence[Path]) -> str:
-    """The names of some paths and the number of the others."""
+    """Return the names of the first paths and the number of the remaining ones."""
     names = ", ".join(printable(path.name) for path in paths[:_NAMED])
     return names if len(paths) <= _NAMED else f"{names} and {len(paths) - _NAMED:,} more"
 
 
 def _place(typed: Path | None) -> Path:
-    """Where the CSV is to be, refused before any work where it cannot be written."""
+    """Return the path of the CSV file.
+
+    Raises:
+        ValueError: No file can be written there.
+    """
     path = Path(DEFAULT_CSV) if typed is None else typed
     option = "the current folder" if typed is None else f"--csv {typed}"
     if typed is not None and (path.exists() or path.is_symlink()):
-        what = "is a folder" if path.is_dir() else "is there already"
-        raise ValueError(f"{option} {what}: name a new file")
+        what = "is a folder" if path.is_dir() else "already exists"
+        raise ValueError(f"{option} {what}: choose a new file name")
     if not path.parent.is_dir():
-        raise ValueError(f"{option}: there is no folder {path.parent}: make it, or name another")
+        raise ValueError(f"{option}: there is no folder {path.parent}: create it or choose another")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        hint = "name another file" if typed is not None else "name a file elsewhere by --csv FILE"
+        hint = (
+            "choose a file in another folder"
+            if typed is not None
+            else "type --csv FILE with a file in another folder"
+        )
         raise ValueError(f"{option} cannot be written: {hint}")
     return path
 
 
-# What is answered.
+# Predictions.
 
 
 def _learner(folder: RunFolder, device: str, *, transductive: bool) -> Learner:
-    # Late, for torch: a mistake in what was typed is answered at once.
+    # Imported late, since torch takes long: invalid arguments are reported before.
     from metarun.inference.learner import load
 
     learner = load(folder.path, bn="transductive" if transductive else None, device=device)
     if not learner.labels_images:
         data = folder.configuration()["names"]["data"]
         raise ValueError(
-            f"{folder.path} has not learned to label images, but data={data}: expected a run "
+            f"{folder.path} was trained on data={data} and cannot label images: expected a run "
             "such as that of `metarun algo=protonet data=omniglot_small`"
         )
     return learner
 
 
 def probabilities(learner: Learner, files: Sequence[Path]) -> Probabilities:
-    """(N, W) the probability of each class for each image, with a bar on a terminal.
+    """Return the class probabilities (N, W) of all images; show a progress bar on a terminal.
 
-    Images that are answered independently are read some at a time, so that memory bears any
-    number of them.
+    Images are read in chunks if predictions are independent, so that memory stays bounded.
     """
     size = len(files) if learner.transductive else _AT_ONCE
     parts: list[Probabilities] = []
@@ -320,24 +333,26 @@ def probabilities(learner: Learner, files: Sequence[Path]) -> Probabilities:
 
 
 def as_csv(names: Sequence[str], classes: Sequence[str], answers: Probabilities) -> bytes:
-    """A row for each image: its file, its class, and all probabilities."""
+    """Return the CSV: one row per image with its file, its class and all probabilities."""
     text = io.StringIO()
-    # Names in quotes, since a bare carriage return in one would end the row.
+    # Names are quoted, since a bare carriage return in a name would end the row.
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-    # In brackets: a class may be called `file`.
+    # `p(name)`, not `name`, since a class may be called `file`.
     writer.writerow(["file", "class", "probability", *(f"p({name})" for name in classes)])
     for name, row in zip(names, answers, strict=True):
         best = int(row.argmax())
         writer.writerow([name, classes[best], *(float(f"{p:.6g}") for p in (row[best], *row))])
-    # A name that is not UTF-8 would be none in any reader.
+    # A name that is not UTF-8 would make the file unreadable.
     return text.getvalue().encode("utf-8", "backslashreplace")
 
 
 def _write(path: Path, data: bytes, *, fixed: bool) -> Path:
-    """Write a new file, where the name is not fixed the first of `a.csv`, `a-2.csv` … to be free.
+    """Write a new file and return its path.
+
+    If the name is not fixed, the first free one of `a.csv`, `a-2.csv`, … is taken.
 
     Raises:
-        OSError: It cannot be written; nothing is there.
+        OSError: The file cannot be written; no partial file remains.
     """
     others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     for place in itertools.chain([path], others):
@@ -347,12 +362,12 @@ def _write(path: Path, data: bytes, *, fixed: bool) -> Path:
             if fixed:
                 raise
         except OSError as error:
-            # Not of the temporary file.
+            # The message must name this file, not the temporary one.
             raise OSError(error.errno, error.strerror, str(place)) from None
-    raise AssertionError("names never end")
+    raise AssertionError("itertools.count is infinite")
 
 
-# What is told.
+# Output on the screen.
 
 
 def _notes(
@@ -360,14 +375,14 @@ def _notes(
 ) -> Iterator[str]:
     state = folder.status().get("state")
     if state != "finished":
-        yield f"{folder.path} is not finished ({state}): what it has learned so far answers"
+        yield f"{folder.path} is not finished ({state}): its best checkpoint so far is used"
     if transductive and not learner.transductive:
-        yield "--transductive changes nothing: the run's network has no batch norm"
+        yield "--transductive has no effect: the run's network has no batch norm"
     elif transductive and (own := folder.configuration()["bn"]) != "transductive":
-        yield f"--transductive is not how the run was tested, which was with bn={own}"
+        yield f"--transductive differs from the run's own test, which used bn={own}"
     left_out = [*support.left_out, *query.left_out]
     if left_out:
-        yield f"left out, neither images nor class folders: {_named(left_out)}"
+        yield f"ignored, neither images nor class folders: {_named(left_out)}"
 
 
 def _show(
@@ -382,7 +397,7 @@ def _show(
     columns = shutil.get_terminal_size((80, 24)).columns
     console = Console(width=max(_NARROWEST, min(_WIDEST, columns)), highlight=False)
     many = len(query.files)
-    # Not `console.is_terminal`, which variables for colored logs turn on.
+    # Not `console.is_terminal`, which environment variables for colored logs turn on.
     shown = min(many, _ROWS_ON_A_TERMINAL) if sys.stdout.isatty() else many
     console.print(
         f"{names['algo']} on {names['data']}: {len(classes)} classes from {len(support.files)} "
@@ -395,13 +410,13 @@ def _show(
     labels = query.labels(classes)
     if labels is not None:
         console.print(_accuracy(support, query, labels, answers), markup=False)
-    print(f"all {many:,} in {printable(str(place))}, with the probability of every class")
+    print(f"all {many:,} predictions with all probabilities: {printable(str(place))}")
 
 
 def _table(
     names: Sequence[str], classes: Sequence[str], answers: Probabilities, width: int
 ) -> Table:
-    """File, class and probability, and the second-best class where there is room."""
+    """Return a table of file, class and probability; wide screens add the second-best class."""
     files, labels = [printable(n) for n in names], [printable(n) for n in classes]
     second = width >= _FOR_SECOND_BEST
     times = 2 if second else 1
@@ -416,7 +431,7 @@ def _table(
     for name, row in zip(files, answers, strict=True):
         best = row.argsort(kind="stable")[::-1][:times]
         cells = [(labels[k], f"{100 * row[k]:.1f} %") for k in best]
-        # As `Text`, since a name may look like markup.
+        # As `Text`, since rich would interpret a name such as `[red]x` as markup.
         table.add_row(*map(Text, [_tail(name, file), *itertools.chain(*cells)]))
     return table
 
@@ -424,27 +439,27 @@ def _table(
 def _accuracy(
     support: Examples, query: Queries, labels: Sequence[str], answers: Probabilities
 ) -> str:
-    """How many answers are the names of the images' folders; examples are not counted."""
+    """Return a line with the share of labels equal to the folder names, without the examples."""
     examples = set(map(_identity, support.files))
     new = np.array([_identity(file) not in examples for file in query.files])
     classes: npt.NDArray[Any] = np.array(support.classes)
     right = classes[answers.argmax(1)] == np.array(labels)
     if not new.any():
-        return "accuracy: none, since every image is one of the examples"
-    apart = "" if new.all() else f", {(~new).sum():,} examples not counted"
+        return "accuracy: not available, since every query is also a support image"
+    apart = "" if new.all() else f", {(~new).sum():,} support images not counted"
     return (
-        f"accuracy {100 * right[new].mean():.1f} %: {right[new].sum():,} of {new.sum():,} are in "
-        f"the folder of that name{apart}"
+        f"accuracy {100 * right[new].mean():.1f} %: {right[new].sum():,} of {new.sum():,} labels "
+        f"equal the folder name{apart}"
     )
 
 
 def printable(text: str) -> str:
-    """A name on one line, with what cannot be shown as its escape."""
+    """Return a name on one line, with unprintable characters escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _tail(text: str, width: int) -> str:
-    """The end of a text that is too wide, which tells files apart more than the beginning."""
+    """Shorten a text to its end, which distinguishes files better than the beginning."""
     if cell_len(text) <= width:
         return text
     text = text[-width:]

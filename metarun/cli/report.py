@@ -1,7 +1,7 @@
-"""`metarun report`: one HTML page for a run, for several, or for a sweep.
+"""`metarun report`: one HTML page for a run, for several runs, or for a sweep.
 
-What a run has written is read, not measured again; some single test tasks are looked at once
-more, to be drawn. A run without some of it shows what it has.
+The page is made from the files of the runs. Nothing is measured again, except that a few single
+test tasks are evaluated once more to be drawn. Panels whose files are missing are left out.
 """
 
 from __future__ import annotations
@@ -26,28 +26,40 @@ FILE = "report.html"
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun report PATH… [--output DIR]`; returns the exit code."""
+    """Run `metarun report PATH… [--output DIR]` and return the exit code.
+
+    Raises:
+        ValueError: No readable run was found, or the page cannot be written there.
+    """
     parser = Parser(
         prog="metarun report",
-        description="One HTML page for a run, for several, or for a sweep; it needs no network.",
+        description="Write one self-contained HTML page for a run, several runs or a sweep.",
     )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="run folders, or folders of them")
     parser.add_argument(
-        "--output", metavar="DIR", help=f"the folder of {FILE} and figures/: that of the runs"
+        "paths", nargs="*", metavar="PATH", help="run folders, or folders that contain runs"
     )
-    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help=f"where to write {FILE} and figures/ (default: the folder of the runs)",
+    )
+    parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_args(list(argv))
     if not args.paths:
-        raise ValueError("metarun report needs a folder, as in `metarun report outputs/sweeps`")
+        raise ValueError("metarun report needs a folder: type `metarun report outputs/sweeps`")
     found = list(published.read_runs(map(Path, args.paths)))
     if not found:
-        raise ValueError(f"{args.paths[0]}: there is no run in it")
+        raise ValueError(
+            f"{args.paths[0]} contains no run: expected a run folder or a folder of runs"
+        )
     folder = Path(args.output) if args.output else _home(args.paths, found)
     place = folder / FILE
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file: expected a folder, for {FILE} and figures/")
+        raise ValueError(f"--output {folder} is a file: expected a folder for {FILE} and figures/")
     if place.exists() and not is_ours(place):
-        raise ValueError(f"{place} is not a page that metarun made: type --output DIR")
+        raise ValueError(
+            f"{place} exists and is not a page of metarun: type --output DIR with another folder"
+        )
     damaged = [run for run in found if run.status["state"] == DAMAGED]
     if len(found) > 1:
         published.tell_damaged(found)
@@ -57,7 +69,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _home(paths: Sequence[str], runs: Sequence[Run]) -> Path:
-    """Where a page goes by itself: the folder typed, or the one that holds all of them."""
+    """Return the default folder of a page: that of the run, or the closest one above all runs."""
     if len(runs) == 1:
         return runs[0].path
     if len(paths) == 1:
@@ -70,7 +82,7 @@ def _write(runs: Sequence[Run], folder: Path, config_dir: str | None) -> None:
     """Write the page and its figures.
 
     Raises:
-        ValueError: Of no run enough can be read.
+        ValueError: No run has enough readable files.
     """
     with rc_context(STYLE):
         page = _page(runs, config_dir)
@@ -81,11 +93,11 @@ def _write(runs: Sequence[Run], folder: Path, config_dir: str | None) -> None:
 
 def _page(runs: Sequence[Run], config_dir: str | None) -> Page:
     if len(runs) == 1:
-        # One whose results cannot be read may still show how it learned.
+        # A run whose results are unreadable may still have learning curves.
         broken = runs[0].status["state"] == DAMAGED
         why = f"Its files are damaged: {runs[0].status['why']}." if broken else ""
         return single_run.page(RunFiles.read(runs[0].path), why)
     whole = [run for run in runs if run.status["state"] != DAMAGED]
     if not whole:
-        raise ValueError(f"{runs[0].path.parent}: there is no run in it that can be read")
+        raise ValueError(f"{runs[0].path.parent}: the files of all runs in it are damaged")
     return several_runs.page(whole, config_dir)

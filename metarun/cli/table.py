@@ -1,4 +1,4 @@
-"""`metarun table`: published figures against measured ones."""
+"""`metarun table`: published results next to measured ones."""
 
 from __future__ import annotations
 
@@ -15,20 +15,33 @@ FORMATS = typing.get_args(Style)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun table PATH… [--format …] [--paper NAME]`; returns the exit code."""
+    """Run `metarun table PATH… [--format …] [--paper NAME]` and return the exit code.
+
+    Raises:
+        ValueError: No folder was given, or the folders contain no run.
+    """
     parser = Parser(
         prog="metarun table",
-        description="Published against measured, for the runs below the folders.",
+        description="Print published and measured results of all runs in the given folders. "
+        "--format selects the output format.",
     )
-    parser.add_argument("paths", nargs="*", metavar="PATH", help="run folders, or folders of them")
+    parser.add_argument(
+        "paths", nargs="*", metavar="PATH", help="run folders, or folders that contain runs"
+    )
     parser.add_argument("--format", choices=FORMATS, default="terminal")
-    parser.add_argument("--paper", help="every cell of this paper's table, whether run or not")
-    parser.add_argument("--config-dir", help="your own YAML files beside the shipped ones")
+    parser.add_argument(
+        "--paper", help="print all cells of this paper's table, including those not run"
+    )
+    parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_args(list(argv))
     if not args.paths and args.paper is None:
-        raise ValueError("metarun table needs a folder, as in `metarun table outputs/sweeps`")
+        raise ValueError(
+            "metarun table needs a folder or --paper NAME: type `metarun table outputs/sweeps`"
+        )
     found = list(read_runs(map(Path, args.paths)))
     if not found and args.paper is None:
-        raise ValueError(f"{args.paths[0]}: there is no run in it")
+        raise ValueError(
+            f"{args.paths[0]} contains no run: expected a run folder or a folder of runs"
+        )
     print(report(found, args.format, args.config_dir, args.paper), end="")
     return EXIT_FAILED if tell_damaged(found) else EXIT_OK

@@ -1,0 +1,1 @@
+"""Configurations: composition, checks, and construction of components."""

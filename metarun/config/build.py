@@ -1,7 +1,7 @@
-"""How the parts of a run are made from its configuration.
+"""Construction of the components of a run from its configuration.
 
-A configuration is a plain, resolved dictionary here, as it stands in a run's `config.yaml`.
-This is the only place that instantiates components.
+A configuration is a plain, resolved dictionary here, as stored in a run's `config.yaml`.
+No other module instantiates components.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The parts of a run, made and checked against each other.
+    """The components of a run, built and checked against each other.
 
     Attributes:
-        algorithm: On its device, in its precision.
+        algorithm: The learner, on its device and in its precision.
         source: The data set.
-        train, eval: The trainer's settings.
-        run_info: What the records say of the run: names, sizes, seed, device, engine …
-        record: The configuration with everything settled, to store as `config.yaml`.
+        train, eval: Settings of the trainer.
+        run_info: Facts for the records: names, sizes, seed, device, engine, ….
+        record: The configuration with automatic values resolved, to store as `config.yaml`.
+        seed: Seed of the run.
     """
 
     algorithm: Algorithm
@@ -56,29 +57,29 @@ class Experiment:
 
 
 def build_experiment(config: Mapping[str, Any]) -> Experiment:
-    """Make the parts of a run, and nothing on disk.
+    """Build the components of a run; write nothing to disk.
 
     Args:
         config: A resolved configuration, as stored in a run folder.
 
     Raises:
-        ValueError: Something is wrong in the configuration, or its parts do not suit each other.
+        ValueError: The configuration is invalid, or its components do not fit together.
     """
     settings = check_config(config)
     source = _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
             if way < 2 and source.spec.streams is None:
-                raise ValueError(f"{key}={way} is out of range: a classification needs 2 or more")
+                raise ValueError(f"{key}={way} is out of range: classification needs 2 or more")
     if settings.eval.views > 1 and len(source.spec.input_shape) != 3:
         raise ValueError(
-            f"eval.views={settings.eval.views} is for images, and data={settings.names['data']} "
+            f"eval.views={settings.eval.views} needs images, but data={settings.names['data']} "
             "has none: use eval.views=1"
         )
     proficiency = settings.eval.proficiency
     if proficiency is not None and source.spec.kind == "classification" and proficiency > 1.0:
         raise ValueError(
-            f"eval.proficiency={proficiency}: an accuracy is a fraction; expected 1 or less"
+            f"eval.proficiency={proficiency}: expected an accuracy as a fraction, 1 or less"
         )
     device = source.device
     if device.type == "cpu":
@@ -105,16 +106,16 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         "device": str(device),
         **engine,
     }
-    # The source may have lowered the ways on meta-val; the records say what was done.
+    # The source may have lowered the ways on meta-val; the records hold the actual number.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
     return Experiment(algorithm, source, train, evaluation, run_info, record, settings.seed)
 
 
 def check_shares(experiment: Experiment) -> None:
-    """Refuse a meta-training that the processes at hand cannot share.
+    """Check that the tasks of an update can be divided among the processes.
 
     Raises:
-        ValueError: They are more than the tasks of an update, or these are not to be shared.
+        ValueError: There are more processes than tasks, or the algorithm needs the whole batch.
     """
     train, number = experiment.train, distributed.size()
     if number == 1 or not train.steps:
@@ -122,7 +123,7 @@ def check_shares(experiment: Experiment) -> None:
     if train.tasks_per_step < number:
         raise ValueError(
             f"train.tasks_per_step={train.tasks_per_step} is fewer than the {number} processes: "
-            "expected one task or more for each"
+            "expected at least one task for each process"
         )
     why = experiment.algorithm.needs_whole_batch
     if why is not None:
@@ -131,25 +132,28 @@ def check_shares(experiment: Experiment) -> None:
 
 
 def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
-    """The meta-training that an algorithm has: no steps where it has nothing to meta-learn."""
+    """Return the training settings, with zero steps if the algorithm does not meta-train.
+
+    Raises:
+        ValueError: The algorithm meta-trains and `train.steps` is 0.
+    """
     if not algorithm.meta_trains:
         return replace(settings.train, steps=0)
     if not settings.train.steps:
         raise ValueError(
-            f"train.steps=0: algo={settings.names['algo']} learns from training tasks: "
-            "expected 1 or more"
+            f"train.steps=0: algo={settings.names['algo']} needs meta-training: expected 1 or more"
         )
     return settings.train
 
 
 def build_trackers(config: Mapping[str, Any]) -> dict[str, Tracker]:
-    """Make the trackers of a configuration, none of which opens anything yet.
+    """Build the trackers of a configuration; none of them opens a connection or a file yet.
 
-    They are no part of `build_experiment`: a run is read, and tested, where its trackers are not
-    installed.
+    They are not part of `build_experiment`, so that a run can be loaded and tested on a machine
+    where its trackers are not installed.
 
     Raises:
-        ValueError: An option is wrong, or a package is missing.
+        ValueError: An option is invalid, or a package is missing.
     """
     from metarun.trackers.base import Tracker
 
@@ -164,10 +168,10 @@ def build_trackers(config: Mapping[str, Any]) -> dict[str, Tracker]:
 
 
 def build_source(config: Mapping[str, Any]) -> EpisodeSource:
-    """Make the data set of a configuration alone.
+    """Build only the data set of a configuration.
 
     Raises:
-        ValueError: Something is wrong in the configuration, or the data are not here.
+        ValueError: The configuration is invalid, or the data are missing.
     """
     return _source(check_config(config))
 
@@ -192,12 +196,12 @@ def _device(name: str) -> torch.device:
         return device
     local = distributed.local_rank()
     if local is not None:
-        # Whatever number is typed: a run that is resumed has that of its first process.
+        # Overrides the configured number: a resumed run has stored that of its first process.
         device = torch.device("cuda", local)
         if torch.cuda.device_count() < distributed.local_size():
             raise ValueError(
-                f"device={name}: {distributed.local_size()} processes need a GPU each, and this "
-                f"machine has {torch.cuda.device_count()}: start fewer, or use device=cpu"
+                f"device={name}: {distributed.local_size()} processes need one GPU each, but this "
+                f"machine has {torch.cuda.device_count()}: start fewer or use device=cpu"
             )
         torch.cuda.set_device(device)
     if not torch.cuda.is_available():
@@ -229,7 +233,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
         "seed": settings.seed,
     }
     make = _component("algo", settings.algo, injected)
-    # The initial parameters are the seed's, whatever was drawn before.
+    # The initial parameters depend on the seed alone, not on earlier random draws.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         algorithm = make()
@@ -238,19 +242,19 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
         raise ValueError(f"algo._target_={target} is not a subclass of metarun's Algorithm")
     if settings.precision == "mixed" and not set_mixed(algorithm):
         raise ValueError(
-            "precision=mixed needs a network (metarun.backbones.network.Network), and "
+            "precision=mixed needs a network (metarun.backbones.network.Network), but "
             f"algo={settings.names['algo']} has none: use precision=float32"
         )
     return algorithm
 
 
 def _source_key(settings: Settings) -> str:
-    """Everything that a source is made of, as text, so that it can be cached."""
+    """Return all arguments of a source as a string, the key of its cache."""
     train = settings.train
     return json.dumps(
         {
             "data": settings.data,
-            # Evaluation first: what is wrong there is typed as `way`, not `train.way`.
+            # Evaluation first, so that an error names `way`, not `train.way`.
             "sizes": {
                 "val": [settings.eval.val_way or settings.way, settings.shot, settings.query],
                 "test": [settings.way, settings.shot, settings.query],
@@ -263,7 +267,7 @@ def _source_key(settings: Settings) -> str:
     )
 
 
-# One: the check before a run and the run itself meet the same one, and a large one is let go.
+# Size one: the check before a run and the run share a source, and large sources are freed.
 @functools.lru_cache(maxsize=1)
 def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> EpisodeSource:
     from metarun.core.types import EpisodeSize
@@ -284,15 +288,24 @@ def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> Episod
 def _component(
     name: str, node: Mapping[str, Any], injected: Mapping[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The class of a node with its options filled in, checked against its signature."""
+    """Return the class of a node with its options bound, checked against its signature.
+
+    Args:
+        name: Key of the node, for messages.
+        node: `_target_` and the options.
+        injected: Arguments that do not come from the configuration.
+
+    Raises:
+        ValueError: The class cannot be imported, or an option is unknown or of the wrong type.
+    """
     target = locate(f"{name}._target_", node["_target_"])
     hints = option_hints(name, node)
     given = injected or {}
     for key in given:
         if key not in hints:
             raise ValueError(
-                f"{node['_target_']} does not take {key}: let its constructor accept **common "
-                "and hand it to super().__init__"
+                f"{node['_target_']} does not take {key}: its constructor must accept **common "
+                "and pass it to super().__init__"
             )
     options: Config = {}
     for key, value in node.items():
@@ -311,10 +324,10 @@ def _component(
 
 
 def option_hints(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a node may have, with their type hints.
+    """Return the options that a node accepts, with their type hints.
 
-    They are the keywords of its class and, where one of these names a class itself (a learner
-    that gets an adversary), those of that class too: its options stand beside the others.
+    They are the keywords of its class. If an option is itself a class (such as the learner
+    that MetaGAN holds), the keywords of that class are accepted in the same node.
     """
     hints = keywords(locate(f"{name}._target_", node["_target_"]))
     for key, hint in list(hints.items()):
@@ -324,10 +337,10 @@ def option_hints(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _learned_state(key: str, run: Any) -> LearnedState:
-    """What the run of a folder has learned.
+    """Load the learned state of another run.
 
     Raises:
-        ValueError: It is no folder of a run with checkpoints.
+        ValueError: The folder is not a run with checkpoints.
     """
     found = RunFolder(Path(str(run))).load_learned()
     if found is None:
@@ -343,11 +356,11 @@ def locate(key: str, path: str) -> Callable[..., Any]:
     """Import a class by its dotted name.
 
     Raises:
-        ValueError: It cannot be found, or its module cannot be imported.
+        ValueError: The class does not exist, or its module cannot be imported.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
-        raise ValueError(f"{key}={path}: expected the dotted name of a class, as in module.Class")
+        raise ValueError(f"{key}={path}: expected the dotted name of a class, such as module.Class")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -357,7 +370,7 @@ def locate(key: str, path: str) -> Callable[..., Any]:
                 "the installed packages"
             ) from error
         raise ValueError(f"{key}={path}: importing {module_name} failed: {error}") from error
-    # A user's module may fail in any way; the answer is the same line.
+    # Importing a user's module may raise any exception.
     except Exception as error:
         summary = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{key}={path}: importing {module_name} failed: {summary}") from error
@@ -368,9 +381,9 @@ def locate(key: str, path: str) -> Callable[..., Any]:
 
 
 def keywords(target: Callable[..., Any]) -> dict[str, Any]:
-    """Keywords that a constructor takes, with their type hints.
+    """Return the keywords that a constructor accepts, with their type hints.
 
-    A `**common` is followed to the classes that it is handed on to.
+    The keywords behind `**common` are those of the base classes that it is passed to.
     """
     found: dict[str, Any] = {}
     inits: list[Any] = [target]
@@ -379,7 +392,7 @@ def keywords(target: Callable[..., Any]) -> dict[str, Any]:
     for init in inits:
         try:
             hints = typing.get_type_hints(init)
-        except Exception:  # A hint that cannot be evaluated only costs us its check.
+        except Exception:  # Without the hint, the value of an option is not checked.
             hints = {}
         parameters = inspect.signature(init).parameters.values()
         for parameter in parameters:

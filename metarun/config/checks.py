@@ -1,4 +1,4 @@
-"""Types and ranges of a configuration, checked before anything is made; no torch."""
+"""Checks of types and ranges in a configuration, before anything is built; imports no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "seed": (0, 2**63 - 1),
     "tasks_per_chunk": (1, _LARGEST),
     "threads": (1, 1024),
-    # Learners that live along a stream from the start train on nothing before.
+    # Online learners without meta-training have no training steps.
     "train.steps": (0, _LARGEST),
     "train.tasks_per_step": (1, _LARGEST),
     "train.way": (1, _LARGEST),
@@ -35,7 +35,7 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "train.log_every": (1, _LARGEST),
     "train.eval_every": (1, _LARGEST),
     "train.checkpoint_every": (1, _LARGEST),
-    # One episode has no interval.
+    # A confidence interval needs two episodes.
     "eval.episodes": (2, _LARGEST),
     "eval.val_episodes": (2, _LARGEST),
     "eval.val_way": (1, _LARGEST),
@@ -45,16 +45,16 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "eval.views": (1, 1000),
     "eval.seed": (0, 2**63 - 1),
 }
-"""Least and greatest value of every whole number."""
+"""Smallest and largest value of every integer key."""
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 def check_config(config: Mapping[str, Any]) -> Settings:
-    """Check keys, types and ranges; imports no torch.
+    """Check keys, types and ranges, and return the typed settings.
 
     Raises:
-        ValueError: The first thing that is wrong, by its key.
+        ValueError: A key is unknown or missing, or its value is invalid.
     """
     settings: Settings = _structure("", config, Settings)
     for key, (least, greatest) in _BOUNDS.items():
@@ -67,22 +67,24 @@ def check_config(config: Mapping[str, Any]) -> Settings:
         raise ValueError(f"eval.proficiency={threshold}: expected a positive number")
     if not _DEVICE.fullmatch(settings.device):
         raise ValueError(
-            f"device={settings.device}: expected auto, cpu, cuda or cuda:N with a number N"
+            f"device={settings.device}: expected auto, cpu, cuda or cuda:N, such as cuda:1"
         )
     for name in NODES:
         if not isinstance(getattr(settings, name).get("_target_"), str):
-            raise ValueError(f"{name}._target_ is missing: it names the class to make")
+            raise ValueError(f"{name}._target_ is missing: expected the dotted name of a class")
     for name, node in (settings.logger or {}).items():
         if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-            raise ValueError(f"logger.{name}._target_ is missing: it names the class to make")
+            raise ValueError(
+                f"logger.{name}._target_ is missing: expected the dotted name of a class"
+            )
     return settings
 
 
 def convert(key: str, value: Any, hint: Any) -> Any:
-    """A value from a configuration as the type that a hint asks for.
+    """Convert a value of a configuration to the type of a hint.
 
     Raises:
-        ValueError: It is not of that type; the message names the key and the type.
+        ValueError: The value does not have that type; the message names both.
     """
     try:
         return _convert(value, hint)
@@ -145,7 +147,7 @@ _WORDS: dict[Any, str] = {
 
 
 def describe_type(hint: Any) -> str:
-    """A type hint in words."""
+    """Describe a type hint in words, for messages."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint in _WORDS:
         return _WORDS[hint]
@@ -155,7 +157,7 @@ def describe_type(hint: Any) -> str:
         words = [str(word) for word in args]
         return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
     if origin is tuple and args[-1:] != (...,):
-        return f"a list of {len(args)}, as [{','.join(map(describe_type, args))}]"
+        return f"a list of {len(args)}, such as [{','.join(map(describe_type, args))}]"
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Mapping):
         return "keys and values"
     if origin is not None and inspect.isclass(origin) and issubclass(origin, Sequence):
@@ -166,9 +168,18 @@ def describe_type(hint: Any) -> str:
 
 
 def _structure(prefix: str, config: Any, kind: Any) -> Any:
-    """A dataclass from a dictionary, recursively; `prefix` is its own key."""
+    """Build a dataclass from a dictionary, recursively.
+
+    Args:
+        prefix: Dotted key of the dictionary itself, for messages.
+        config: The dictionary.
+        kind: The dataclass.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value has the wrong type.
+    """
     if not isinstance(config, Mapping):
-        raise ValueError(f"{prefix}={config}: expected keys and values, as {prefix}.key=value")
+        raise ValueError(f"{prefix}={config}: expected keys and values, type {prefix}.KEY=VALUE")
     given = cast("Mapping[str, Any]", config)
     hints = typing.get_type_hints(kind)
     known = [field.name for field in fields(kind)]
@@ -180,7 +191,7 @@ def _structure(prefix: str, config: Any, kind: Any) -> Any:
     for field in fields(kind):
         key, hint = f"{dotted}{field.name}", hints[field.name]
         if field.name not in given:
-            # A run that is older than a setting goes on with the setting's default.
+            # A stored run may be older than a setting: its default applies.
             if field.default is not MISSING:
                 continue
             raise ValueError(f"{key} is missing: type {key}=…")
@@ -189,7 +200,7 @@ def _structure(prefix: str, config: Any, kind: Any) -> Any:
 
 
 def _typed(key: str, value: Any, hint: Any) -> Any:
-    """A value as its hint asks for, where X, X | None or list[X] may be a dataclass X."""
+    """Convert a value to its hint, which may contain a dataclass: X, X | None or list[X]."""
     options = [option for option in (hint, *typing.get_args(hint)) if is_dataclass(option)]
     if not options or (value is None and options[0] is not hint):
         return convert(key, value, hint)

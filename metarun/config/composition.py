@@ -1,7 +1,7 @@
-"""From what was typed to checked configurations: Hydra's composition, asked before anything runs.
+"""Composition of checked configurations from command-line overrides, before anything runs.
 
-Hydra by itself answers a mistake with several lines, sometimes after it has made a folder, and
-sometimes (`+key`) not at all. Here every word is looked up first. No torch is imported.
+Hydra alone reports a mistake in several lines, sometimes after it has created a folder, and
+sometimes (`+key`) not at all. Every override is looked up here first. No torch is imported.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _EXTRAS = {
     "submitit_slurm": "slurm",
     "optuna": "optuna",
 }
-"""The extra of the package that brings a launcher or a sweeper."""
+"""Optional dependency (pip extra) that provides each launcher or sweeper."""
 
 SEVERAL = ("logger",)
-"""Groups of which a run may have several choices, or none, as a list."""
+"""Groups that accept a list: a run may have several choices or none."""
 
 _FOLDER_OF_A_RUN = "hydra.sweep.subdir"
 _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logging")
@@ -61,15 +61,15 @@ _FILES_OF_HYDRA = ("hydra.output_subdir", "hydra/job_logging", "hydra/hydra_logg
 
 @dataclass(frozen=True)
 class Job:
-    """One run that was asked for.
+    """One requested run.
 
     Attributes:
-        overrides: What was typed for it, without sweeps.
-        config: Its resolved configuration.
-        folder: The folder that it makes.
-        has_recipe: Whether there is a recipe for its pair of algorithm and data.
-        may_be_there: Whether the folder may be there already, because it is named after what
-            the run computes.
+        overrides: Overrides of this run, each with a single value.
+        config: Resolved configuration.
+        folder: Folder that the run will create.
+        has_recipe: Whether the pair of algorithm and data set has a recipe.
+        may_be_there: Whether the folder may already exist, since a hash of what the run
+            computes is part of its name.
     """
 
     overrides: list[str]
@@ -80,8 +80,8 @@ class Job:
 
 
 def register_resolvers() -> None:
-    """Teach OmegaConf the words that conf/ uses beyond Hydra's own."""
-    # Cached, so that a folder has one name however often it is asked for.
+    """Register the OmegaConf resolvers that the files in conf/ use."""
+    # Cached, so that a folder keeps its name when it is resolved again.
     OmegaConf.register_new_resolver(
         "metarun_unique", lambda: secrets.token_hex(3), replace=True, use_cache=True
     )
@@ -89,7 +89,7 @@ def register_resolvers() -> None:
 
 
 def _job_name(*, _root_: DictConfig) -> str:
-    """The name of a sweep's run: `_root_` is its configuration, Hydra's node included."""
+    """Return the name of a sweep's run; `_root_` is its configuration with Hydra's node."""
     config = _plain(_root_)
     hydra = HydraConfig.get()
     config["names"] = names_of(cast("dict[str, Any]", dict(hydra.runtime.choices)), config)
@@ -99,7 +99,7 @@ def _job_name(*, _root_: DictConfig) -> str:
 
 
 def _as_hydra_writes(override: Override) -> str:
-    """`seed=1e3` as `seed=1000.0`: a sweep's words are written by Hydra, typed ones are not."""
+    """Normalize an override as Hydra does in a sweep: `seed=1e3` becomes `seed=1000.0`."""
     return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
@@ -107,14 +107,14 @@ def _as_hydra_writes(override: Override) -> str:
 def composer(
     config_dir: str | None = None, conf: str | None = None, config_name: str | None = None
 ) -> Iterator[Composer]:
-    """Open the configurations, those of `config_dir` beside the shipped ones.
+    """Open the shipped configurations and those of the user's folder `config_dir`.
 
     Raises:
-        ValueError: A folder is not there, or a file in it has the name of a shipped one.
+        ValueError: A folder does not exist, or a user's file has the name of a shipped one.
     """
     shipped = Path(conf).resolve() if conf else conf_dir()
     if not shipped.is_dir():
-        raise ValueError(f"--config-path {conf}: there is no such folder")
+        raise ValueError(f"--config-path {conf}: there is no such folder; check the path")
     if config_dir is not None:
         _check_config_dir(config_dir, shipped)
     register_resolvers()
@@ -136,7 +136,7 @@ def composer(
 
 
 class Composer:
-    """Composes configurations and answers mistakes with the nearest spelling."""
+    """Composes configurations; its errors suggest the most similar name."""
 
     def __init__(self, hydra: Hydra, config_name: str) -> None:
         self._hydra = hydra
@@ -149,28 +149,32 @@ class Composer:
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
         self._latest: tuple[tuple[tuple[str, ...], RunMode], DictConfig] | None = None
         if config_name not in self._in_group("", ObjectType.CONFIG):
-            raise ValueError(f"--config-name {config_name}: there is no {config_name}.yaml")
+            raise ValueError(
+                f"--config-name {config_name}: there is no {config_name}.yaml in the config path"
+            )
 
     def options(self, group: str) -> list[str]:
-        """The words that a group can be set to."""
+        """Return the names that a group can be set to, sorted."""
         if group not in self._options:
             self._options[group] = sorted(self._in_group(group, ObjectType.CONFIG))
         return self._options[group]
 
     def _in_group(self, group: str, kind: ObjectType) -> list[str]:
-        """What a group holds. Hydra's loader would copy everything it has read to answer this,
-        which takes as long as composing; its repository only looks."""
+        """Return the names in a group, from Hydra's repository.
+
+        Hydra's loader copies all loaded files to find them, which takes as long as composing.
+        """
         return self._repository.get_group_options(group, kind)
 
     def target(self, group: str, name: str) -> str:
-        """The class of a choice, which is in its file or in that of one that it builds on.
+        """Return the class of a choice, from its file or from a file in its defaults.
 
         Raises:
-            ValueError: It cannot be composed, where it has to be.
+            ValueError: The choice has to be composed and cannot be.
         """
         try:
             found = self._repository.load_config(f"{group}/{name}")
-        except Exception:  # A file of the user's own may hold anything: composing explains it.
+        except Exception:  # A user's file may be invalid: composing it explains the error.
             found = None
         if found is not None:
             for key in ("_target_", f"{group}._target_"):
@@ -180,12 +184,12 @@ class Composer:
             for default in found.defaults_list or ():
                 if isinstance(default, ConfigDefault) and not default.is_self():
                     return self.target(group, str(default.path))
-        # By other words of Hydra's that a file may say it with.
+        # The file may set it by other means, such as an interpolation.
         return str(self.job([f"{group}={name}", "~recipe"]).config[group]["_target_"])
 
     @cached_property
     def groups(self) -> list[str]:
-        """Every config group, those inside others as `outer/inner`."""
+        """All config groups; nested ones are written `outer/inner`."""
         return list(self._groups_in(""))
 
     def _groups_in(self, parent: str) -> Iterator[str]:
@@ -195,7 +199,11 @@ class Composer:
             yield from self._groups_in(group)
 
     def is_sweep(self, overrides: Sequence[str], multirun: bool) -> bool:
-        """Whether a request is for several runs, by `-m` or by its own configuration."""
+        """Return whether a request is a sweep, by `-m` or by its configuration.
+
+        Raises:
+            ValueError: An override has several values and the request is no sweep.
+        """
         if multirun:
             return True
         parsed = self._parse(overrides)
@@ -206,20 +214,24 @@ class Composer:
             return True
         if swept:
             raise ValueError(
-                f"{text_of(swept[0])} names several values: add -m to run each, or quote a text "
-                "that has a comma"
+                f"{text_of(swept[0])} has several values: add -m to run each, or quote a value "
+                "that contains a comma"
             )
         return False
 
     def sweep_method(self, overrides: Sequence[str]) -> SweepMethod:
-        """How Hydra would go through a sweep of these words."""
+        """Return Hydra's launcher and sweeper for these overrides.
+
+        Raises:
+            ValueError: The launcher would start several processes for one run.
+        """
         hydra = self._sweep_node(self._one_of_each(self._parse(overrides)))
         choices = hydra.runtime.choices
         number = hydra.launcher.get("tasks_per_node") or 1
         if number > 1:
             raise ValueError(
-                f"hydra.launcher.tasks_per_node={number}: a run of a sweep is one process: "
-                "expected 1; torchrun starts one run in several"
+                f"hydra.launcher.tasks_per_node={number}: expected 1, since each run of a sweep "
+                "is one process; use torchrun to start one run in several"
             )
         direction = hydra.sweeper.get("direction")
         return SweepMethod(
@@ -229,9 +241,9 @@ class Composer:
         )
 
     def _one_of_each(self, parsed: Sequence[Override]) -> list[str]:
-        """The words without what is swept, but the first choice of a swept group.
+        """Return the overrides without swept ones, except the first choice of a swept group.
 
-        What keys there are depends on the groups; each run's own are looked up with it.
+        The chosen groups determine which keys exist; those of each run are checked with it.
         """
         words: list[str] = []
         for override in parsed:
@@ -243,17 +255,17 @@ class Composer:
         return words
 
     def _sweep_node(self, simple: Sequence[str]) -> DictConfig:
-        """Hydra's node of a sweep, from its words without those that are swept."""
+        """Return Hydra's node of a sweep, composed from overrides with single values."""
         words = tuple(simple)
         if words not in self._sweeps:
             self._sweeps[words] = self._compose(words, RunMode.MULTIRUN).hydra
         return self._sweeps[words]
 
     def sweep_words(self, overrides: Sequence[str]) -> list[str]:
-        """The words of a sweep with what its sweeper needs and was not typed.
+        """Return the overrides of a sweep, completed with those that a search needs.
 
-        Optuna writes its result into the folder of the sweep, which then is its own, and would
-        stop at the first run that fails.
+        Optuna writes its result into the sweep's folder, so each search gets a folder of its
+        own, and it would stop at the first failed run without a failure rate.
         """
         self._check_words(self._one_of_each(self._parse(overrides)))
         if not self.sweep_method(overrides).searches:
@@ -268,13 +280,13 @@ class Composer:
         return [*overrides, *more]
 
     def jobs(self, overrides: Sequence[str], sweep: bool) -> list[Job]:
-        """Every run of a request, composed and looked up.
+        """Compose and check every run of a request.
 
-        Where a sweeper chooses values as it goes, the runs are some that meet every listed value
-        and the ends of every interval.
+        For a search, whose sweeper chooses values while it runs, the returned runs cover every
+        listed value and both ends of every interval.
 
         Raises:
-            ValueError: A word is unknown, or a sweep selects no run or too many.
+            ValueError: An override is invalid, or a sweep selects no run or too many.
         """
         if not sweep:
             return [self.job(overrides, sweep)]
@@ -288,7 +300,7 @@ class Composer:
             elif override.is_sweep_override() and override.key_or_group == "seed":
                 raise ValueError(
                     f"{text_of(override)}: a search would choose the luckiest seed; search with "
-                    "one, then repeat the best run with seed=0,1,2"
+                    "one seed, then repeat the best run with seed=0,1,2"
                 )
         sweeper = self._sweep_node(simple).sweeper
         params = cast("dict[str, Any]", OmegaConf.to_container(sweeper)).get("params") or {}
@@ -297,10 +309,10 @@ class Composer:
         return [self.job(list(words), sweep) for words in combine(parsed)]
 
     def job(self, overrides: Sequence[str], sweep: bool = False) -> Job:
-        """One run: every word looked up, composed, resolved.
+        """Compose, check and resolve one run.
 
         Raises:
-            ValueError: A word is unknown or cannot be composed.
+            ValueError: An override is invalid, or the configuration cannot be composed.
         """
         base = self._check_words(overrides)
         cfg = self._compose(overrides, RunMode.RUN)
@@ -308,8 +320,8 @@ class Composer:
         choices = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra.runtime.choices))
         if not cfg.get("backbone"):
             raise ValueError(
-                f"no backbone belongs to data={choices['data']}: type backbone=… "
-                f"({self._one_of('backbone')})"
+                f"data={choices['data']} has no default backbone: type backbone=NAME, "
+                f"{self._one_of('backbone')}"
             )
         config, folder = _resolve(cfg, "sweep" if sweep else "run")
         config["names"] = names_of(choices, config)
@@ -317,17 +329,17 @@ class Composer:
         return Job(list(overrides), config, folder, choices.get("recipe") in recipes, sweep)
 
     def _check_words(self, overrides: Sequence[str]) -> Config:
-        """Look up every group and key; returns the structure that the groups compose to."""
+        """Check every group and key; return the configuration composed from the groups alone."""
         parsed = self._parse(overrides)
         for override in parsed:
             if override.key_or_group in _FILES_OF_HYDRA:
                 raise ValueError(
-                    f"{text_of(override)}: metarun alone writes a run's folder, its log among it"
+                    f"{text_of(override)} cannot be changed: metarun writes a run's files and log"
                 )
             if override.key_or_group == _FOLDER_OF_A_RUN:
                 raise ValueError(
-                    f"{text_of(override)}: a run's folder is named after what it computes; type "
-                    "hydra.sweep.dir=… to put them all elsewhere"
+                    f"{text_of(override)} cannot be changed: metarun names each run's folder; type "
+                    "hydra.sweep.dir=DIR to move the whole sweep"
                 )
         groups = set(self.groups)
         in_groups = [o for o in parsed if o.key_or_group in groups]
@@ -347,19 +359,19 @@ class Composer:
         group, value = override.key_or_group, override.value()
         if override.is_delete():
             if group in NODES:
-                raise ValueError(f"~{group}: a run needs one; type {group}=…")
+                raise ValueError(f"~{group}: every run needs this group; type {group}=NAME")
             return
         if group in SEVERAL and isinstance(value, list):
             for word in value:
                 self._check_choice(group, word)
             return
         if value is None:
-            none = f"type {group}=[]" if group in SEVERAL else f"type ~{group}"
+            none = f"type {group}=[] to use none" if group in SEVERAL else f"type ~{group} instead"
             hint = f"expected {self._one_of(group)}" if group in NODES else none
             raise ValueError(f"{group}=null: {hint}")
         self._check_choice(group, value)
         if override.is_force_add() or (override.is_add() and group in self._default_groups()):
-            raise ValueError(f"{override.input_line}: type {group}={value}, without +")
+            raise ValueError(f"{override.input_line}: type {group}={value} without +")
 
     def _check_choice(self, group: str, value: Any) -> None:
         if not isinstance(value, str) or value not in self.options(group):
@@ -368,15 +380,16 @@ class Composer:
             raise ValueError(f"{group}={value}: " + (near[2:] or f"expected {self._one_of(group)}"))
 
     def _check_sweep_key(self, override: Override) -> None:
-        """A swept key that is unknown fails in every job; a group is looked up there."""
+        """Check a swept override; unknown keys and groups are reported with the single jobs."""
         if override.key_or_group in SEVERAL:
             raise ValueError(
-                f"{override.input_line}: the runs would be the same, in one folder; for several "
-                f"at once type {override.key_or_group}=[A,B]"
+                f"{override.input_line}: these runs would be identical and share a folder; to use "
+                f"several in one run, type {override.key_or_group}=[A,B]"
             )
         if override.key_or_group not in self.groups and not override.is_discrete_sweep():
             raise ValueError(
-                f"{override.input_line}: a sweep takes lists, range() and glob(), not interval()"
+                f"{override.input_line}: expected a list, range() or glob(); interval() needs "
+                "hydra/sweeper=optuna"
             )
 
     def _check_key(self, override: Override, base: Config, known: list[str]) -> None:
@@ -385,13 +398,13 @@ class Composer:
             group = key.partition("@")[0]
             raise ValueError(f"there is no group {group}{nearest(group, self.groups)}")
         if key.startswith("hydra.") and override.is_add():
-            return  # Hydra's own nodes hold open dictionaries, as hydra.job.env_set.
+            return  # Hydra's own nodes contain open dictionaries, such as hydra.job.env_set.
         if not has_key(base, key.split(".")):
             raise unknown_key(key, known)
         if override.is_delete():
-            raise ValueError(f"~{key}: a run needs every key; set it to another value, or null")
+            raise ValueError(f"~{key}: a key cannot be removed; set it to another value or null")
         if override.is_add():
-            raise ValueError(f"{override.input_line}: {key} exists; type it without +")
+            raise ValueError(f"{override.input_line}: {key} already exists; type it without +")
 
     def _default_groups(self) -> set[str]:
         cfg = self._compose([], RunMode.RUN)
@@ -404,8 +417,10 @@ class Composer:
         return read_words(self._parser, overrides)
 
     def _compose(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
-        """The configuration of these words, to be read alone: what was composed last is kept,
-        since the same words are asked about in turn."""
+        """Return the configuration of these overrides, not to be modified.
+
+        The latest one is cached, since several checks in a row need it.
+        """
         asked = tuple(overrides), mode
         if self._latest is None or self._latest[0] != asked:
             self._latest = asked, self._composed(overrides, mode)
@@ -422,31 +437,31 @@ class Composer:
             )
         except (HydraException, OmegaConfBaseException) as error:
             raise ValueError(_explain(error)) from error
-        # A YAML file of the user's own may hold anything.
+        # A user's YAML file may raise any exception.
         except Exception as error:
-            raise ValueError(f"the configuration cannot be read: {one_line(error)}") from error
+            raise ValueError(f"the configuration cannot be composed: {one_line(error)}") from error
 
 
 def _check_plugin(group: str, value: str) -> None:
-    """Name the extra that brings one of Hydra's plugins, where it is missing."""
+    """Raise an error that names the pip extra if a Hydra plugin is missing."""
     if group in ("hydra/launcher", "hydra/sweeper") and value in _EXTRAS:
         raise ValueError(
-            f"{group}={value} needs a plugin of Hydra's: pip install 'metarun[{_EXTRAS[value]}]'"
+            f"{group}={value} needs a plugin: type pip install 'metarun[{_EXTRAS[value]}]'"
         )
 
 
 def _check_config_dir(config_dir: str, shipped: Path) -> None:
     folder = Path(config_dir).resolve()
     if not folder.is_dir():
-        raise ValueError(f"--config-dir {config_dir}: there is no such folder")
+        raise ValueError(f"--config-dir {config_dir}: there is no such folder; check the path")
     if folder == shipped:
         return
     for path in sorted(folder.rglob("*.yaml")):
         name = path.relative_to(folder)
         if (shipped / name).exists():
             raise ValueError(
-                f"{Path(config_dir) / name} has the name of a shipped file, which would win: "
-                "rename it"
+                f"{Path(config_dir) / name} has the name of a shipped file, which would take "
+                "precedence: rename it"
             )
 
 
@@ -455,7 +470,11 @@ def _structure(cfg: DictConfig) -> Config:
 
 
 def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Path]:
-    """The resolved configuration and the folder that Hydra makes for it."""
+    """Return the resolved configuration and the folder that Hydra will create for it.
+
+    Raises:
+        ValueError: A value is missing, or an interpolation cannot be resolved.
+    """
     holder = HydraConfig.instance()
     before = holder.cfg
     holder.set_config(cfg)
@@ -470,19 +489,19 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Pa
     except OmegaConfBaseException as error:
         raise ValueError(_explain(error)) from error
     except RecursionError as error:
-        raise ValueError("a value refers to itself by ${…}") from error
+        raise ValueError("a value refers to itself through ${…}: remove the cycle") from error
     finally:
         holder.cfg = before
 
 
 def _plain(cfg: DictConfig) -> Config:
-    """A configuration without Hydra's node, resolved."""
+    """Return a configuration as plain, resolved values, without Hydra's node."""
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     return cast("Config", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
 
 
 def names_of(choices: Config, config: Config) -> dict[str, str]:
-    """The words chosen for the parts of a run, `for_<data>` made plain."""
+    """Return the chosen names of a run's components, with `for_<data>` replaced by the network."""
     names = {node: str(choices[node]) for node in ("algo", "data")}
     backbone = str(choices.get("backbone"))
     if backbone.startswith("for_"):
@@ -494,7 +513,7 @@ def names_of(choices: Config, config: Config) -> dict[str, str]:
 
 
 def _explain(error: BaseException) -> str:
-    """Hydra's and OmegaConf's message, and that of its cause, on one line."""
+    """Return the message of an error of Hydra or OmegaConf and that of its cause, on one line."""
     parts = [_first_line(error)]
     if error.__cause__ is not None:
         parts.append(_first_line(error.__cause__))
@@ -507,7 +526,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def to_yaml(config: Any) -> str:
-    """Plain values as YAML that OmegaConf reads back alike."""
+    """Write plain values as YAML that OmegaConf reads back unchanged."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.create(config))

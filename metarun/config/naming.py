@@ -1,4 +1,4 @@
-"""Names of folders: what was asked for in words, and a hash of what is computed."""
+"""Names of run folders: the overrides of a run and a hash of what it computes."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ HOW_IT_RUNS = (
     "device", "engine", "tasks_per_chunk", "threads", "graph", "debug", "sweep", "published",
     "paper", "hydra", "logger",
 )  # fmt: skip
-"""Root keys that do not change what a run computes: left out of its hash."""
+"""Root keys that do not change the results of a run and are left out of its hash."""
 
 
 def slug(words: Sequence[str], longest: int) -> str:
-    """Words as one that any file system takes; empty if nothing is left of them."""
+    """Join words into a name that is valid on any file system; possibly empty."""
     return re.sub(r"[^\w.=-]+", "_", ",".join(words)).strip("_.,")[:longest]
 
 
 def hashed_slug(words: Sequence[str], longest: int) -> str:
-    """As much of `slug` as is allowed, and eight hexadecimal digits of all the words."""
+    """Return `slug`, cut to `longest`, followed by an eight-digit hash of all words."""
     own = hashlib.blake2b(" ".join(words).encode(), digest_size=4).hexdigest()
     return f"{slug(words, longest)}-{own}"
 
 
 def digest(config: Mapping[str, Any]) -> str:
-    """Eight hexadecimal digits of what a configuration computes.
+    """Return an eight-digit hexadecimal hash of the keys that determine the results.
 
     Args:
-        config: A resolved configuration, with `names`.
+        config: A resolved configuration, including `names`.
     """
     hashed = {key: value for key, value in config.items() if key not in HOW_IT_RUNS}
     hashed["names"] = {key: config["names"][key] for key in ("algo", "data", "backbone")}
@@ -39,14 +39,14 @@ def digest(config: Mapping[str, Any]) -> str:
 
 
 def job_name(words: Sequence[str], config: Mapping[str, Any]) -> str:
-    """The folder of a sweep's run: its words in alphabetical order, and its hash.
+    """Return the folder name of a sweep's run: its sorted overrides and its hash.
 
-    The order of the words and how the run is run are not part of the name, so that the same run
-    asked for in another way is found again.
+    Order of the overrides, device and engine are not part of the name, so that an equivalent
+    command finds the same run.
 
     Args:
-        words: `KEY=VALUE` of the run, as Hydra writes values.
-        config: Its resolved configuration, with `names`.
+        words: Overrides `KEY=VALUE` of the run, with values as Hydra writes them.
+        config: Resolved configuration of the run, including `names`.
     """
     named_words = sorted(word for word in words if root_of(word) not in HOW_IT_RUNS)
     named = slug(named_words, 160) or f"{config['names']['algo']}_{config['names']['data']}"
@@ -54,7 +54,7 @@ def job_name(words: Sequence[str], config: Mapping[str, Any]) -> str:
 
 
 def root_of(word: str) -> str:
-    """The first part of the key of `KEY=VALUE`."""
+    """Return the first component of the key of `KEY=VALUE`."""
     return re.split(r"[.=/@]", word.lstrip("+~"))[0]
 
 

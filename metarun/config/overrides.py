@@ -1,4 +1,4 @@
-"""Words as KEY=VALUE: read by Hydra's grammar and looked up among the keys that there are."""
+"""Overrides `KEY=VALUE`: parsed by Hydra's grammar and looked up among the existing keys."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from metarun.config.suggestions import unknown_key
 
 
 def parse_value(word: str) -> tuple[str, Any]:
-    """A key and its value, read as Hydra reads them; no sweep, no + or ~.
+    """Parse one override by Hydra's grammar and return its key and value.
 
     Raises:
-        ValueError: It is not a plain KEY=VALUE.
+        ValueError: The override is a sweep, uses + or ~, or cannot be parsed.
     """
     override = read_words(OverridesParser.create(), [word])[0]
     if override.is_sweep_override():
-        raise ValueError(f"{word} names several values: resume= and test= are about one run")
+        raise ValueError(f"{word} has several values: resume= and test= accept one for each key")
     if override.type is not OverrideType.CHANGE or override.package is not None:
-        raise ValueError(f"{word}: resume= and test= take plain KEY=VALUE")
+        raise ValueError(f"{word}: resume= and test= accept only KEY=VALUE, without + ~ or @")
     return override.key_or_group, override.value()
 
 
 def read_words(parser: OverridesParser, words: Sequence[str]) -> list[Override]:
-    """Parse words by Hydra's grammar.
+    """Parse overrides by Hydra's grammar.
 
     Raises:
-        ValueError: One cannot be read.
+        ValueError: One of them cannot be parsed.
     """
     parsed: list[Override] = []
     for word in words:
@@ -40,19 +40,20 @@ def read_words(parser: OverridesParser, words: Sequence[str]) -> list[Override]:
             parsed += parser.parse_overrides([word])
         except (HydraException, ValueError, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"cannot read {word!r}: expected key=value; quote a value with special "
-                "characters, as in 'key=\"a b\"'"
+                f"cannot read {word!r}: expected KEY=VALUE; quote a value with special "
+                "characters, as in 'KEY=\"a b\"'"
             ) from error
     return parsed
 
 
 def text_of(override: Override) -> str:
+    """Return an override as it was typed."""
     assert override.input_line is not None
     return override.input_line
 
 
 def leaves(node: Config, prefix: str = "") -> list[str]:
-    """Every dotted key below a node but Hydra's and the classes'."""
+    """Return all dotted keys below a node, without `hydra` and keys such as `_target_`."""
     found: list[str] = []
     for key, value in node.items():
         if not prefix and key == "hydra":
@@ -65,6 +66,7 @@ def leaves(node: Config, prefix: str = "") -> list[str]:
 
 
 def has_key(node: Any, path: list[str]) -> bool:
+    """Return whether a nested key or list index exists."""
     if not path:
         return True
     head, rest = path[0], path[1:]
@@ -77,7 +79,11 @@ def has_key(node: Any, path: list[str]) -> bool:
 
 
 def check_added(prefix: str, node: Config, base: Config) -> None:
-    """Refuse keys that only a typed dictionary can have added."""
+    """Check for keys that are not in `base`: a value that is a dictionary can add some.
+
+    Raises:
+        ValueError: There is such a key.
+    """
     for key, value in node.items():
         if prefix == "" and key == "hydra":
             continue
@@ -89,7 +95,11 @@ def check_added(prefix: str, node: Config, base: Config) -> None:
 
 
 def with_values(stored: Config, typed: Mapping[str, Any]) -> Config:
-    """A copy with the typed values in their places."""
+    """Return a copy of a stored configuration with the typed values set.
+
+    Raises:
+        ValueError: A key does not exist.
+    """
     config = copy.deepcopy(stored)
     for key, value in typed.items():
         *path, leaf = key.split(".")
@@ -103,6 +113,11 @@ def with_values(stored: Config, typed: Mapping[str, Any]) -> Config:
 
 
 def refuse_change(key: str, stored: Config, rule: str) -> None:
+    """Raise the error for a key that may not change.
+
+    Raises:
+        ValueError: Always.
+    """
     if key not in leaves(stored):
         raise unknown_key(key, leaves(stored))
     raise ValueError(f"{key} cannot change in {rule}")

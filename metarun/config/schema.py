@@ -1,4 +1,4 @@
-"""The typed root of a configuration; plain data, no torch."""
+"""The typed root of a configuration: plain data, without torch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ class Settings:
     Attributes:
         algo, data, backbone, optim: `_target_` and options of a component.
         way, shot, query: Size of a task at evaluation.
-        seed: Of the initial parameters, the training tasks and every other draw of a run.
+        seed: Seed of the initial parameters, the training tasks and all other random draws.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        precision: Of parameters and data; `mixed` is float32 with networks that compute in
-            bfloat16.
-        bn: Where batch norm takes its statistics from at evaluation.
-        engine, tasks_per_chunk, threads, graph: How the tasks of a batch run.
+        precision: Precision of parameters and data; `mixed` is float32 with networks that
+            compute in bfloat16.
+        bn: Source of batch-norm statistics at evaluation.
+        engine, tasks_per_chunk, threads, graph: How the tasks of a batch are executed.
         train, eval: See `TrainSettings` and `EvalSettings`.
-        names: The words chosen for `algo`, `data` and `backbone`, for the records.
-        debug: Show where an error came from.
+        names: Chosen names of `algo`, `data` and `backbone`, for the records.
+        debug: Whether to show the traceback of an error.
         sweep: See `SweepSettings`.
-        published: What a paper reports for these very settings.
+        published: Results that a paper reports for these settings.
         logger: `_target_` and options of each tracker, by its name.
-        resume, test: Always None here: they are requests about another run.
+        resume, test: Always None, since they name another run and are handled before.
     """
 
     algo: Config

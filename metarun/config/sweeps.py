@@ -1,4 +1,4 @@
-"""The runs that the words of a sweep select."""
+"""Expansion of the overrides of a sweep into single runs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _MOST_JOBS = 10_000
 
 @dataclass(frozen=True)
 class SweepMethod:
-    """How Hydra goes through a sweep.
+    """How Hydra chooses and starts the runs of a sweep.
 
     Attributes:
-        launcher: The word for `hydra/launcher`.
-        sweeper: The word for `hydra/sweeper`.
-        direction: `minimize` or `maximize`, where the sweeper has one.
+        launcher: Value of `hydra/launcher`.
+        sweeper: Value of `hydra/sweeper`.
+        direction: `minimize` or `maximize`; None if the sweeper has no direction.
     """
 
     launcher: str
@@ -32,17 +32,17 @@ class SweepMethod:
 
     @property
     def searches(self) -> bool:
-        """Whether the sweeper chooses runs by the results of others."""
+        """Whether the sweeper chooses runs by the results of earlier ones."""
         return self.sweeper != "basic"
 
     @property
     def parallel(self) -> bool:
-        """Whether runs happen in other processes, several at a time."""
+        """Whether runs are executed in other processes, several at a time."""
         return self.launcher != "basic"
 
 
 def _choices(parsed: Sequence[Override]) -> dict[str, list[str]]:
-    """The words that each key is set to; of an interval its ends."""
+    """Return all overrides of each key; for an interval, its two ends."""
     choices: dict[str, list[str]] = {}
     for override in parsed:
         key = override.get_key_element()
@@ -59,12 +59,14 @@ def _choices(parsed: Sequence[Override]) -> dict[str, list[str]]:
         except (HydraException, ValueError, ArithmeticError) as error:
             raise ValueError(f"{override.input_line}: {one_line(error)}") from error
         if not choices[key]:
-            raise ValueError(f"{override.input_line} selects nothing: `metarun list` shows names")
+            raise ValueError(
+                f"{override.input_line} selects nothing: `metarun list` shows the names"
+            )
     return choices
 
 
 def corners(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
-    """Few jobs that together meet every word: one key changes at a time."""
+    """Return few jobs that together use every listed value, changing one key at a time."""
     choices = _choices(parsed)
     first = {key: words[0] for key, words in choices.items()}
     changed = [{**first, key: word} for key, words in choices.items() for word in words[1:]]
@@ -72,11 +74,15 @@ def corners(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
 
 
 def product(parsed: Sequence[Override]) -> list[tuple[str, ...]]:
-    """The words of every job, in the order of Hydra's basic sweeper."""
+    """Return the overrides of every job, in the order of Hydra's basic sweeper.
+
+    Raises:
+        ValueError: There are more than `_MOST_JOBS` jobs.
+    """
     choices = _choices(parsed)
     count = 1
     for values in choices.values():
         count *= len(values)
     if count > _MOST_JOBS:
-        raise ValueError(f"the sweep asks for more than {_MOST_JOBS} runs: make it smaller")
+        raise ValueError(f"the sweep has more than {_MOST_JOBS} runs: list fewer values")
     return list(itertools.product(*choices.values()))

@@ -1,0 +1,1 @@
+"""Use of a trained run on new data."""

@@ -1,10 +1,10 @@
-"""What a run has learned, for use from Python, in the manner of scikit-learn.
+"""The learner of a trained run, with scikit-learn's interface: fit, predict, predict_proba.
 
 Shapes: N rows, W ways, D outputs.
 
 >>> learner = metarun.load("outputs/2026-11-21/…")                              # doctest: +SKIP
->>> learner.fit(five_pictures, ["cat", "dog", "cow", "hen", "pig"])             # doctest: +SKIP
->>> learner.predict(more_pictures)                                              # doctest: +SKIP
+>>> learner.fit(five_images, ["cat", "dog", "cow", "hen", "pig"])               # doctest: +SKIP
+>>> learner.predict(more_images)                                                # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ _ROWS_AT_ONCE = 250
 
 
 class NotFittedError(ValueError, AttributeError):
-    """`predict` before `fit`."""
+    """`predict` was called before `fit`."""
 
 
 def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Learner:
-    """Load what a run has learned: its best parameters by meta-val, else its last.
+    """Load the learner of a run, with its best parameters on meta-val, else its latest ones.
 
     Args:
-        run: The folder of the run.
-        bn: Where batch norm takes its statistics from: `support`, `running` or `transductive`
-            (all rows of one `predict` together). None takes the run's own, except that
-            `transductive` becomes `support`, so that no answer depends on the other rows.
+        run: Folder of the run.
+        bn: Source of batch-norm statistics: `support`, `running` or `transductive` (all rows of
+            one `predict` together). None takes the run's own setting, except that
+            `transductive` becomes `support`, so that predictions do not depend on other rows.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: It is no run, or has no parameters yet, or its data are not there.
+        ValueError: The folder is not a run, it has no checkpoint yet, or its data are missing.
     """
     folder = RunFolder.open(run)
     config = folder.configuration()
@@ -57,17 +57,17 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
 
 
 def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experiment:
-    """The parts of a run with what it has learned, wherever it was trained.
+    """Build the components of a run and load its parameters, on any device.
 
     Args:
-        folder: Of the run.
-        config: Its configuration.
-        device: As of `load`.
+        folder: Folder of the run.
+        config: Configuration of the run.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        ValueError: As of `load`.
+        ValueError: The run has no checkpoint yet, or its data are missing.
     """
-    # How the run's batches of tasks were spread is of no use to one task.
+    # The run's settings for batches of tasks do not apply to a single task.
     how = {
         "device": device,
         "engine": "auto",
@@ -77,23 +77,25 @@ def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experim
     }
     learned = folder.load_learned()
     if learned is None:
-        raise ValueError(f"{folder.path} has saved nothing yet: let it run first")
+        raise ValueError(
+            f"{folder.path} has no checkpoint yet: continue it with `metarun resume=RUN` first"
+        )
     experiment = build_experiment({**config, **how})
     load_parameters(experiment.algorithm, learned[1], experiment.run_info, folder.path)
     return experiment
 
 
 class Learner:
-    """Learns one task from a few examples, then answers.
+    """Adapts to one task from a few examples and predicts for new inputs.
 
     Args:
-        algorithm: What was meta-learned.
-        source: The data that it was learned on, which says how inputs are prepared.
-        views: Of each image that an answer is averaged over.
+        algorithm: The meta-trained algorithm.
+        source: The data set of the run, which determines how inputs are prepared.
+        views: Number of views of each image over which predictions are averaged.
 
     Attributes:
-        classes_: (W,) the labels of the task, sorted, after `fit`; the columns of
-            `predict_proba`. A regression has none.
+        classes_: (W,) sorted labels of the task, in the order of the columns of
+            `predict_proba`; set by `fit`, missing in regression.
     """
 
     classes_: Array
@@ -113,41 +115,41 @@ class Learner:
 
     @property
     def labels_images(self) -> bool:
-        """Whether its inputs are images, and its answers are labels."""
+        """Whether inputs are images and predictions are labels."""
         return self._spec.kind == "classification" and hasattr(self._source, "prepare")
 
     @property
     def bn(self) -> str:
-        """Where batch norm takes its statistics from; `none` where there is none."""
+        """Source of batch-norm statistics; `none` without batch norm."""
         return self._algorithm.bn_statistics
 
     @property
     def transductive(self) -> bool:
-        """Whether an answer depends on the other rows of one `predict`."""
+        """Whether a prediction depends on the other rows of one `predict`."""
         return self._algorithm.transductive
 
     def fit(self, inputs: Any, targets: Any) -> Learner:
-        """Take the examples of one task; those of an earlier `fit` are forgotten.
+        """Store the examples of one task, replacing those of an earlier `fit`.
 
-        A learner whose answers depend on the order of examples gets them in random order.
+        Examples are shuffled if the learner depends on their order.
 
         Args:
-            inputs: N rows. Pictures as a list of arrays, PIL images or paths, or as one array,
-                are prepared as the run's data were; other inputs are arrays of numbers.
-            targets: N labels of any one type, or (N,) or (N, D) values.
+            inputs: N rows. Images (a list of arrays, PIL images or paths, or one array) are
+                prepared as the run's data were; other inputs are arrays of numbers.
+            targets: N labels of one type, or (N,) or (N, D) values.
 
         Returns:
             The learner itself.
 
         Raises:
-            ValueError: The numbers of rows differ, an input cannot be read, or the number of
-                classes does not suit the algorithm.
+            ValueError: The numbers of rows differ, an input cannot be read, or the algorithm
+                does not accept the number of classes.
         """
         rows = self._prepared(inputs)
         values = np.asarray(targets)
         if values.ndim == 0 or len(values) != len(rows):
             count = "one target" if values.ndim == 0 else f"{len(values)} targets"
-            raise ValueError(f"fit got {len(rows)} inputs and {count}: expected as many of each")
+            raise ValueError(f"fit got {len(rows)} inputs and {count}: expected one for each input")
         if self._spec.kind == "classification":
             classes, labels = self._labels(values)
             self.classes_ = classes
@@ -156,17 +158,17 @@ class Learner:
             self._support = rows, self._values(values)
             self._flat_targets = values.ndim == 1
         if not self._algorithm.order_free and self._spec.streams is None:
-            # It was trained on rows in random order; examples mostly come class by class.
+            # Training used rows in random order, but users' examples are often sorted by class.
             draw = torch.Generator().manual_seed(0)
             order = torch.randperm(len(rows), generator=draw).to(self._source.device)
             self._support = rows[order], self._support[1][order]
         return self
 
     def predict(self, inputs: Any) -> Array:
-        """Answer N rows: (N,) labels, or values of the shape that `fit` was given.
+        """Predict N rows: (N,) labels, or values (N,) or (N, D) in the shape given to `fit`.
 
         Raises:
-            NotFittedError: There was no `fit`.
+            NotFittedError: `fit` has not been called.
             ValueError: An input cannot be read.
         """
         outputs = self._outputs(inputs)
@@ -177,24 +179,24 @@ class Learner:
         return values[:, 0] if self._flat_targets else values
 
     def predict_proba(self, inputs: Any) -> Array:
-        """Probabilities (N, W) of the classes, in the order of `classes_`.
+        """Return the probabilities (N, W) of the classes, in the order of `classes_`.
 
         Raises:
-            NotFittedError: There was no `fit`.
+            NotFittedError: `fit` has not been called.
             ValueError: The task is a regression, or an input cannot be read.
         """
         if self._spec.kind != "classification":
-            raise ValueError("a regression has no classes: use predict")
+            raise ValueError("a regression has no class probabilities: use predict")
         probabilities: Array = self._outputs(inputs).double().softmax(1).cpu().numpy()
         return probabilities
 
     def _outputs(self, inputs: Any) -> Tensor:
-        """(N, W) logits or (N, D) values."""
+        """Return logits (N, W) or values (N, D)."""
         if self._support is None:
             raise NotFittedError("no examples yet: call fit(inputs, targets) first")
         x, y = self._support[0][None], self._support[1][None]
         rows = self._prepared(inputs)
-        # Rows that are answered together must stay together; others need not fit in memory.
+        # Transductive predictions need all rows at once; others are split to bound memory.
         size = len(rows) if self._algorithm.transductive else _ROWS_AT_ONCE
         devices = [rows.device] if rows.is_cuda else []
         parts: list[Tensor] = []
@@ -204,12 +206,12 @@ class Learner:
                 answer = predict(self._algorithm, x, y, part[None], self._views)
                 parts.append(answer.outputs[0])
         outputs = torch.cat(parts)
-        # A learner of streams has outputs for more classes than those it was given.
+        # A learner of streams has outputs for more classes than `fit` has received.
         wider = self._spec.kind == "classification" and self._spec.streams is not None
         return outputs[:, : len(self.classes_)] if wider else outputs
 
     def _prepared(self, inputs: Any) -> Tensor:
-        """(N, *input_shape) on the device."""
+        """Return the inputs (N, *input_shape) on the device."""
         prepare = getattr(self._source, "prepare", None)
         if prepare is not None:
             return cast("Tensor", prepare(inputs))
@@ -223,24 +225,26 @@ class Learner:
         return self._tensor(values)
 
     def _labels(self, values: Array) -> tuple[Array, Array]:
-        """The classes, and the position of each label among them."""
+        """Return the sorted classes and the index of each label among them."""
         if values.ndim != 1:
-            raise ValueError(f"labels have shape {values.shape}: expected one for each input")
+            raise ValueError(f"labels have shape {values.shape}: expected (N,), one for each input")
         try:
             classes, labels = np.unique(values, return_inverse=True)
         except TypeError:
-            raise ValueError("labels have to be of one type, that can be sorted") from None
+            raise ValueError("labels cannot be sorted: expected one type, such as str") from None
         ways = self._spec.output_dim
         if len(classes) < 2:
             raise ValueError(f"fit got examples of {len(classes)} class: expected 2 or more")
         if len(classes) != ways and not self._algorithm.accepts_any_way:
             name = type(self._algorithm).__name__
             raise ValueError(
-                f"fit got {len(classes)} classes and this {name} has learned tasks of {ways}: "
-                f"give {ways}, or train with way={len(classes)}, or use algo=protonet"
+                f"fit got {len(classes)} classes, but this {name} was trained on {ways} ways: "
+                f"give {ways} classes, train with way={len(classes)}, or use algo=protonet"
             )
         if self._spec.streams is not None and len(classes) > ways:
-            raise ValueError(f"fit got {len(classes)} classes, and the run has a head for {ways}")
+            raise ValueError(
+                f"fit got {len(classes)} classes: expected at most {ways}, its outputs"
+            )
         return classes, labels.astype(np.int64)
 
     def _values(self, values: Array) -> Tensor:
@@ -261,9 +265,9 @@ def _numbers(name: str, values: Sequence[Any] | Array) -> Array:
     try:
         numbers = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} are not numbers of one shape") from None
+        raise ValueError(f"{name} are not numbers: expected an array of numbers") from None
     if numbers.ndim == 0 or len(numbers) == 0:
         raise ValueError(f"{name} are empty: expected one row or more")
     if not np.isfinite(numbers).all():
-        raise ValueError(f"{name} contain values that are not finite")
+        raise ValueError(f"{name} contain values that are not finite: remove NaN and infinity")
     return numbers

@@ -1,4 +1,4 @@
-"""What is checked of every job of a request before any folder is made."""
+"""Checks of every job of a request before any folder is created."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
-    """Refuse what cannot run, and say which pairs have no recipe; makes nothing on disk.
+    """Check that all jobs can run, and print which pairs have no recipe; write nothing to disk.
 
     Raises:
-        ValueError: The first thing that is wrong in any of the runs.
+        ValueError: A job cannot run.
     """
     for job in jobs:
         check_config(job.config)
@@ -41,8 +41,8 @@ def check_jobs(jobs: Sequence[Job]) -> None:
         return
     for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
         print(
-            f"note: there is no recipe for {pair}: the values are the general ones, not tuned "
-            "for the pair",
+            f"note: there is no recipe for {pair}: default values are used, which are not tuned "
+            "for this pair",
             file=sys.stderr,
         )
 
@@ -53,7 +53,11 @@ def _pair(job: Job) -> str:
 
 
 def check_data(config: Config) -> None:
-    """Answer missing data at once, without loading torch."""
+    """Check that the data set is available, without importing torch.
+
+    Raises:
+        ValueError: It is missing; the message says how to get it.
+    """
     from metarun.data.storage import registry
 
     message = registry.missing(config["names"]["data"], config["data"].get("root"))
@@ -65,7 +69,9 @@ def _check_folder(job: Job) -> None:
     folder = job.folder
     in_the_way = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if in_the_way and not job.may_be_there:
-        raise ValueError(f"{folder} exists and is not empty: a run is never written over another")
+        raise ValueError(
+            f"{folder} exists and is not empty: expected a new or empty folder for the run"
+        )
     parent = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"{folder} cannot be made: {parent} is not a folder that you can write")
+        raise ValueError(f"{folder} cannot be created: {parent} is not a writable folder")

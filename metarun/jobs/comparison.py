@@ -1,8 +1,8 @@
 """`metarun compare`: every algorithm on one data set, each with its recipe, in one table.
 
-A run's folder is named after its sizes and a hash of its configuration: the same command skips
-what is finished, continues what is not, and makes what is missing. Beside each run stands what
-its learner reaches before any training, on the same test episodes.
+A run's folder is named after its sizes and a hash of its configuration. Repeating the command
+therefore skips finished runs, continues stopped ones and starts missing ones. The table also
+has the result of each learner before any training, on the same test episodes.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ def compare(
     against: str | None,
     table_only: bool,
 ) -> int:
-    """Make the runs that are missing, print the table, and write it; returns the exit code.
+    """Start the missing runs, print the table and write it; return the exit code.
 
     Args:
-        words: `KEY=VALUE`, as a sweep takes them.
-        folder: Where the runs and the table are.
-        config_dir: The user's YAML files.
+        words: Overrides `KEY=VALUE`, as for a sweep.
+        folder: Folder of the runs and the table.
+        config_dir: Folder of the user's YAML files.
         against: On a stream, the algorithm that regret is relative to.
-        table_only: Print what is there, run and write nothing.
+        table_only: Whether to print the existing results only, without running or writing.
 
     Raises:
-        ValueError: Something that was typed does not suit; nothing has been made.
+        ValueError: An argument is invalid; no run has been started.
     """
     with composer(config_dir) as compose:
         jobs = compose.jobs(with_algorithms(compose, words), sweep=True)
@@ -61,12 +61,12 @@ def compare(
         written = [path, *_figures(plan, path)]
         print(f"\nwritten to {', '.join(map(str, written))}")
     for failure in failed:
-        print(f"error: {failure} has failed: the same command tries it again", file=sys.stderr)
+        print(f"error: {failure} failed: repeat the command to try it again", file=sys.stderr)
     return EXIT_FAILED if failed else EXIT_OK
 
 
 def folder_name(job: Job) -> str:
-    """What a run is called: its algorithm, data and sizes, and a hash of what it computes."""
+    """Return the name of a run's folder: algorithm, data, sizes and a hash of what it computes."""
     config = job.config
     names = config["names"]
     sizes = f"{config['way']}way-{config['shot']}shot-seed{config['seed']}"
@@ -74,7 +74,7 @@ def folder_name(job: Job) -> str:
 
 
 def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
-    """The words, with every algorithm that can learn the data unless some are named."""
+    """Return the overrides, completed with all algorithms that fit the data if none is given."""
     if any(word.partition("=")[0] == "algo" for word in words):
         return list(words)
     jobs = [job.config for job in compose.jobs(words, sweep=True)]
@@ -95,7 +95,10 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
             continue
         package = getattr(target, "package", None)
         if package is not None and find_spec(package) is None:
-            print(f"warning: algo={name} is left out: it needs {package}", file=sys.stderr)
+            print(
+                f"warning: algo={name} is left out: the package {package} is not installed",
+                file=sys.stderr,
+            )
             continue
         if (
             spec.kind in getattr(target, "kinds", ())
@@ -106,12 +109,12 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
 
 
 def result_of(job: Job) -> Result | None:
-    """What a run has reached; None while it is not finished."""
+    """Return the result of a run; None if it is not finished."""
     return read_result(RunFolder(job.folder)) if job.folder.is_dir() else None
 
 
 def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
-    """Make or continue what is not finished; returns the folders of what has failed."""
+    """Start or continue all unfinished runs; return the folders of those that failed."""
     missing = [job for job in plan if result_of(job) is None]
     check_jobs([job for job in missing if not job.folder.exists()])
     print(f"{len(plan) - len(missing)} of {len(plan)} runs are finished", flush=True)
@@ -128,10 +131,10 @@ def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
 
 
 def _run(job: Job, config_dir: str | None) -> int:
-    """Train and test one run; returns its exit code.
+    """Train and test one run; return its exit code.
 
     Raises:
-        SystemExit: It was interrupted.
+        SystemExit: The run was interrupted.
     """
     outcome = ensure_finished(job.config, job.folder, job.overrides, config_dir, Screen())
     if outcome.state == "finished":
@@ -143,7 +146,7 @@ def _run(job: Job, config_dir: str | None) -> int:
 
 
 def _measure_untrained(job: Job) -> None:
-    """What the learner reaches with its initial parameters, on the run's test episodes."""
+    """Test a learner with its initial parameters on the run's test episodes; store the result."""
     from metarun.evaluation.episodes import evaluate
 
     made = build_experiment(job.config)
@@ -161,18 +164,18 @@ def _measure_untrained(job: Job) -> None:
 
 
 def _check_against(name: str | None, plan: Sequence[Job]) -> None:
-    """Refuse a comparator that is not among the runs, or that no stream is for.
+    """Check the comparator of regret.
 
     Raises:
-        ValueError: It is so.
+        ValueError: The data are not a stream, or the comparator is not among the algorithms.
     """
     if name is None:
         return
     names = list(dict.fromkeys(job.config["names"]["algo"] for job in plan))
     if not _on_streams(plan):
-        raise ValueError("--against is for streams: use data=stream_…")
+        raise ValueError("--against needs a stream: type data=stream_…, see `metarun list data`")
     if name not in names:
-        raise ValueError(f"--against {name} is none of the algorithms: {', '.join(names)}")
+        raise ValueError(f"--against {name} is not compared: expected one of {', '.join(names)}")
 
 
 def _on_streams(plan: Sequence[Job]) -> bool:
@@ -181,9 +184,9 @@ def _on_streams(plan: Sequence[Job]) -> bool:
 
 
 def _table(plan: Sequence[Job], against: str | None) -> str:
-    """A row for each algorithm, a column for each size, the seeds together.
+    """Return a table with a row for each algorithm and a column for each setting.
 
-    On streams, which have many figures, a table for each size.
+    Seeds are pooled. Streams have many metrics, so each setting gets a table of its own.
     """
     columns = _by_setting(plan)
     names = list(dict.fromkeys(job.config["names"]["algo"] for job in plan))
@@ -210,19 +213,19 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
 
 
 def _results(jobs: Sequence[Job], name: str) -> list[Result]:
-    """What an algorithm's finished ones among these jobs have reached, one for each seed."""
+    """Return the results of an algorithm's finished runs among these jobs, one for each seed."""
     found = [result_of(job) for job in jobs if job.config["names"]["algo"] == name]
     return [result for result in found if result is not None]
 
 
 def _failed(jobs: Sequence[Job], name: str) -> int:
-    """How many of an algorithm's runs among these jobs have failed."""
+    """Return how many of an algorithm's runs among these jobs failed."""
     own = [job.folder for job in jobs if job.config["names"]["algo"] == name]
     return sum(f.is_dir() and RunFolder(f).status().get("state") == "failed" for f in own)
 
 
 def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
-    """The curves of learners along the same streams, in one figure beside the table."""
+    """Draw the curves of all learners along the same streams; return the files."""
     if not _on_streams(plan):
         return []
     from metarun.reporting.figures import streams
@@ -240,9 +243,9 @@ def _figures(plan: Sequence[Job], table: Path) -> list[Path]:
 
 
 def _by_setting(plan: Sequence[Job]) -> dict[str, list[Job]]:
-    """The jobs that belong together, by their size and the words that not all jobs have.
+    """Group the jobs by size and by the overrides that not all jobs share.
 
-    Jobs that differ in their seed alone belong together.
+    Jobs of a group differ in algorithm and seed only.
     """
     apart = ("algo", "seed", "way", "shot")
     words = [[w for w in job.overrides if w.partition("=")[0] not in apart] for job in plan]
@@ -262,7 +265,7 @@ def _size_name(job: Job) -> str:
 
 
 def _file_name(words: Sequence[str], against: str | None) -> str:
-    """The command's words; a hash of them where they are too long for a name."""
+    """Return the overrides as a file name, shortened with a hash if they are too long."""
     said = [*words, *([] if against is None else [f"against={against}"])]
     if len(whole := slug(said, 1000)) <= 120:
         return whole or "all"

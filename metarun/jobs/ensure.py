@@ -1,4 +1,4 @@
-"""One run of several: made, taken up where it stopped, or skipped because it is finished."""
+"""One run of several: started, resumed where it stopped, or skipped if finished."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from metarun.runs.lock import InUse
 State = Literal["finished", "kept", "failed", "interrupted", "elsewhere"]
 
 _SECONDS_TO_BEGIN = 10.0
-"""A folder without a status for longer belongs to nobody: its process was killed at once."""
+"""A folder that lacks a status for longer is abandoned: its process was killed at the start."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,9 +32,9 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        state: `kept` was finished before, `elsewhere` is at work in another process.
-        why: One line, where it is not finished.
-        signum: The signal that interrupted it.
+        state: `kept` means finished before, `elsewhere` means running in another process.
+        why: Reason in one line if the run is not finished.
+        signum: Signal that interrupted the run, else 0.
     """
 
     state: State
@@ -45,14 +45,14 @@ class Outcome:
 def ensure_finished(
     config: Config, folder: Path, overrides: Sequence[str], config_dir: str | None, screen: Screen
 ) -> Outcome:
-    """Bring the run of a folder to its end; a failure is written there, with its traceback.
+    """Start or resume the run of a folder; record a failure there, with its traceback.
 
     Args:
-        config: The resolved configuration, which the folder's name stands for.
-        folder: Where the run is, or will be.
-        overrides: What was typed for it.
-        config_dir: The user's YAML files.
-        screen: Where to show how it goes.
+        config: Resolved configuration, whose hash is part of the folder's name.
+        folder: Folder of the run, which may not exist yet.
+        overrides: Overrides of the run.
+        config_dir: Folder of the user's YAML files.
+        screen: Screen for the progress.
     """
     try:
         _clear_false_start(folder)
@@ -69,13 +69,13 @@ def ensure_finished(
         return Outcome("interrupted", str(stop), stop.signum)
     except InUse as error:
         return Outcome("elsewhere", str(error))
-    # Whatever it is, the other runs go on.
+    # Any failure of one run must not stop the others.
     except Exception as error:
         if config["debug"]:
             raise
         if is_finished(folder):  # by another process, a moment ago
             return Outcome("kept")
-        # A damaged status.json is a ValueError; whatever it is, it is told below.
+        # A damaged status.json raises ValueError; the original error is returned below.
         with suppress(OSError, InUse, ValueError):
             _record_failure(config, folder, overrides, error)
         return Outcome("failed", describe_error(error))
@@ -86,14 +86,14 @@ def _begun(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run of a folder says that it is; one that cannot be read is not."""
+    """Return whether the status of a folder's run is `finished`; False if it is unreadable."""
     with suppress(OSError, ValueError):
         return bool(RunFolder(folder).status().get("state") == "finished")
     return False
 
 
 def _clear_false_start(folder: Path) -> None:
-    """Remove what a process left that was killed while it made the folder."""
+    """Remove the files of a process that was killed while it created the folder."""
     config = folder / "config.yaml"
     while config.exists() and not (folder / "status.json").exists():
         if time.time() - config.stat().st_mtime > _SECONDS_TO_BEGIN:
@@ -102,14 +102,14 @@ def _clear_false_start(folder: Path) -> None:
             with suppress(OSError):
                 (folder / "checkpoints").rmdir()
             return
-        # Another process may be making it at this moment.
+        # Another process may be creating it right now.
         time.sleep(0.2)
 
 
 def _record_failure(
     config: Config, folder: Path, overrides: Sequence[str], error: Exception
 ) -> None:
-    """Write why a run failed, unless the trainer has."""
+    """Write the reason of a failure to the run's folder, unless the trainer has done so."""
     if not (folder / "status.json").exists():
         RunFolder.create(folder, config=to_yaml(config), overrides=list(overrides))
     run = RunFolder(folder)

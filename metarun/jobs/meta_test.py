@@ -1,4 +1,4 @@
-"""`test=`: meta-test a run, on its own data or on other data, in another setting if typed."""
+"""`test=RUN`: meta-test a run, on its own data or other data, also in another setting."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ from metarun.reporting.run_figures import draw_figures
 from metarun.runs.folder import RunFolder
 
 TESTABLE = ("way", "shot", "query", "bn", *HOW_TASKS_RUN, "debug")
-"""What may change in a meta-test, besides `data`, `data.…` and `eval.…`."""
+"""Keys that may change in a meta-test, in addition to `data`, `data.…` and `eval.…`."""
 
 
 def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
-    """Meta-test a run, on other data or in another setting if typed; returns the exit code.
+    """Meta-test a run and return the exit code.
+
+    Args:
+        path: Folder of the run.
+        words: Overrides, such as `data=…` or `shot=…`.
+        config_dir: Folder of the user's YAML files.
 
     Raises:
-        ValueError: It is no run, or something was typed that belongs to training.
+        ValueError: The folder is not a run, or an override may not change in a meta-test.
     """
     with distributed.agreed():
         run = RunFolder.open(path)
@@ -53,36 +58,36 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
 
 
 def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
-    """The parts of a run for a meta-test."""
+    """Build the components of a run for a meta-test."""
     stored = run.configuration()
     typed = dict(map(parse_value, words))
     name = typed.pop("data", None)
     for key in typed:
         if key not in TESTABLE and not key.startswith(("data.", "eval.")):
-            refuse_change(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} may")
+            refuse_change(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} can")
     config = copy.deepcopy(stored)
     if name is not None:
         with composer(config_dir) as compose:
             config["data"] = _data_node(compose, name)
         config["names"]["data"] = name
     config = with_values(config, typed)
-    # Nothing is trained: the test's sizes hold throughout, so that no other is checked.
+    # Nothing is trained: the training sizes must not fail the checks of the test's data.
     config["train"] |= {key: config[key] for key in ("way", "shot", "query")}
     settings = check_config(config)
     check_data(config)
     with warnings_held():
         experiment = build_experiment(config)
     if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
-        learned = "a regression" if stored["way"] == 1 else f"{stored['way']} ways"
+        learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"
         raise ValueError(
-            f"way={settings.way}: the run learned {learned} and has a head for nothing else"
+            f"way={settings.way}: the run has a fixed head for {learned}: train a new run instead"
         )
     return experiment
 
 
 def _data_node(compose: Composer, name: Any) -> Config:
-    """The node `data` of another data set, apart from every recipe."""
+    """Return the node `data` of another data set, without any recipe."""
     if not isinstance(name, str):
-        raise ValueError(f"data={name}: type one name of a data set")
+        raise ValueError(f"data={name}: expected the name of one data set")
     job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
     return cast("Config", job.config["data"])

@@ -1,6 +1,7 @@
-"""Runs that are there already: continue one (`resume=`), or meta-test it (`test=`).
+"""`resume=RUN`: continue a run in its own folder.
 
-What is stored in the run folder is the truth; only what was typed, and may be, replaces it.
+The configuration stored in the run's folder applies. Only overrides of keys that may change
+replace its values.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ RESUMABLE = (
     "debug",
     "logger",
 )
-"""What may change when a run goes on: the rest would make it another run."""
+"""Keys that may change when a run is resumed; any other key would make it a different run."""
 
 
 def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
-    """Continue a run in its own folder; returns the exit code.
+    """Continue a run in its own folder and return the exit code.
+
+    Args:
+        path: Folder of the run.
+        words: Overrides, such as `train.steps=…`.
+        config_dir: Folder of the user's YAML files.
 
     Raises:
-        ValueError: It is no run, or something was typed that may not change.
+        ValueError: The folder is not a run, or an override may not change.
     """
     with distributed.agreed():
         run = RunFolder.open(path)
@@ -52,8 +58,8 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     if experiment is None:
         steps = run.configuration()["train"]["steps"]
         print(
-            f"{path} is finished, after {steps} steps: type a larger train.steps to go on, or "
-            f"test={path} to meta-test it"
+            f"{path} is finished after {steps} steps: type a larger train.steps to continue it, "
+            f"or test={path} to meta-test it"
         )
         return EXIT_OK
     return exit_code_of(
@@ -63,15 +69,15 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
 
 
 def _ours(run: RunFolder) -> RunFolder:
-    """The folder, which the first of several processes alone writes."""
+    """Return the folder in the main process and a null folder in all others."""
     return run if distributed.is_main() else NullRunFolder()
 
 
 def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
-    """The parts of a run that goes on; None if it is finished.
+    """Build the components of a resumed run; None if the run is finished.
 
     Raises:
-        ValueError: Something was typed that may not change.
+        ValueError: An override may not change.
     """
     with distributed.agreed():
         experiment = _continued(run, words, config_dir)
@@ -81,7 +87,7 @@ def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -
 
 
 def _note(run: RunFolder, words: Sequence[str], experiment: Experiment) -> None:
-    """Write what was typed for a run that goes on."""
+    """Store the new configuration and overrides of a resumed run."""
     with run.locked():
         _check_steps(run, experiment.train.steps)
         overrides = [*run.overrides(), *words]
@@ -97,7 +103,7 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
         config["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
     for key in typed:
         if key not in RESUMABLE and not key.startswith("logger."):
-            refuse_change(key, stored, f"a run that goes on: only {', '.join(RESUMABLE)} may")
+            refuse_change(key, stored, f"a resumed run: only {', '.join(RESUMABLE)} can")
     config = with_values(config, typed)
     settings = check_config(config)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
@@ -114,11 +120,14 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
 def _check_steps(run: RunFolder, steps: int) -> None:
     checkpoint = run.load_last()
     if checkpoint is not None and checkpoint["step"] > steps:
-        raise ValueError(f"train.steps={steps}: the run has made {checkpoint['step']}: type more")
+        raise ValueError(
+            f"train.steps={steps}: the run has already made {checkpoint['step']} steps: "
+            "expected more"
+        )
 
 
 def _trackers_node(word: Any, stored: Config, config_dir: str | None) -> Config:
-    """The node `logger` of other trackers; those that the run has had keep their options."""
+    """Return the node `logger` of the new trackers; known trackers keep their stored options."""
     words = word if isinstance(word, list) else [word]
     with composer(config_dir) as compose:
         listed = ",".join(map(str, words))
@@ -130,27 +139,27 @@ def _trackers_node(word: Any, stored: Config, config_dir: str | None) -> Config:
 def _changes(
     run: RunFolder, stored: Config, typed: Mapping[str, Any], config_dir: str | None
 ) -> list[str]:
-    """What the run's own words compose to by now, where it differs from what is stored."""
+    """Return a line for each key whose value composes differently now than when stored."""
     try:
         with composer(config_dir) as compose:
-            # Trackers are typed anew on a resume, and may be a user's own.
+            # Trackers are chosen again on a resume, and may be a user's own.
             words = [word for word in run.overrides() if root_of(word) != "logger"]
             config = compose.job(words).config
     except (ValueError, OmegaConfBaseException) as error:
-        hint = "" if config_dir else "; type --config-dir again if the run had one"
+        hint = "" if config_dir else "; repeat --config-dir if the run had one"
         return [
-            f"the run's words cannot be composed any more ({one_line(error)}): its stored "
-            f"configuration is used{hint}"
+            f"the run's overrides no longer compose ({one_line(error)}): its stored configuration "
+            f"is used{hint}"
         ]
     then, now = flat(stored), flat(config)
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
         settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
-        # Of a learner that has nothing to meta-learn; no words of a user's say it.
+        # A learner without meta-training has stored 0 steps, which no override has set.
         settled |= key == "train.steps" and then.get(key) == 0
         if not settled and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
-                f"{key} is {now.get(key, _ABSENT)} in the configuration by now and was "
+                f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "
                 f"{then.get(key, _ABSENT)} in the run: the run's value is kept"
             )
     return lines

@@ -1,8 +1,8 @@
-"""A sweep: Hydra chooses the runs and starts them; this keeps them, counts them and sums up.
+"""A sweep: Hydra chooses and starts the runs; this module tracks them and prints a summary.
 
-Hydra's launchers differ in where a run happens: one after another here, in several processes, or
-on a cluster. What they share is the file system, so that is where the runs of a sweep tell each
-other how they ended: a journal beside their folders, of one line for each start and each end.
+Hydra's launchers execute runs one after another in this process, in several processes, or on a
+cluster. All of them share the file system. The runs of a sweep therefore report their state in
+a journal next to their folders, with one line for each start and each end.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ Line = dict[str, Any]
 
 
 class Journal:
-    """What the runs of a sweep, in whatever process, have written about themselves.
+    """A file in which the runs of a sweep, in any process, record their start and end.
 
     Attributes:
-        path: A file beside their folders.
+        path: The file, next to the folders of the runs.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, event: str, **facts: Any) -> None:
-        """Append a line; the system keeps lines of several processes apart.
+        """Append a line in one write, so that lines of several processes do not mix.
 
-        Once nobody waits for the sweep, its journal is gone, and nothing is written.
+        The journal is deleted when the sweep ends; nothing is written after that.
         """
         line = json.dumps({"event": event, **facts}) + "\n"
         if self.path.exists():
@@ -65,18 +65,18 @@ class Journal:
                 file.write(line.encode())
 
     def lines(self) -> list[Line]:
-        """Every line that is whole."""
+        """Return all complete lines."""
         if not self.path.exists():
             return []
         text = self.path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def ends(self) -> dict[str, Line]:
-        """The last end of each folder, in the order of their ends."""
+        """Return the last end of each folder, in chronological order."""
         return {line["folder"]: line for line in self.lines() if line["event"] == "end"}
 
     def running(self) -> dict[str, Line]:
-        """The start of each folder that has not ended."""
+        """Return the start of each folder whose run has not ended."""
         found: dict[str, Line] = {}
         for line in self.lines():
             if line["event"] == "start":
@@ -86,18 +86,18 @@ class Journal:
         return found
 
     def stopped(self) -> bool:
-        """Whether no further run is to start."""
+        """Return whether no further run may start."""
         return any(line["event"] == "stop" for line in self.lines())
 
 
 class Worker:
-    """What Hydra calls for each run, in this process or, as a copy, in another.
+    """The callable that Hydra calls for each run, in this process or pickled in another.
 
     Args:
-        journal: Of the sweep.
-        config_dir: The user's YAML files.
-        number: Runs of the sweep; None where a sweeper finds them as it goes.
-        bound: Whether other processes are this one's children, and end with it.
+        journal: File of the sweep's journal.
+        config_dir: Folder of the user's YAML files.
+        number: Number of runs; None if the sweeper determines it while searching.
+        bound: Whether other processes are children of this one and end with it.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Worker:
         self._quiet = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy in another process, whose screen is the sweep's and whose signals are too."""
+        """Set up a copy in another process: no output, and signals go to the sweep's process."""
         self.__dict__.update(state)
         self._quiet = True
         if self._bound:
@@ -121,17 +121,17 @@ class Worker:
             sys.path.append(str(Path.cwd()))
 
     def run(self, cfg: DictConfig) -> float | None:
-        """Bring one run to its end.
+        """Start or resume one run.
 
         Returns:
-            Its best figure on meta-val, for a sweeper that looks for the best; None where it has
-            none, which Optuna counts as a failed trial.
+            The best metric on meta-val, which a search optimizes; None if there is none, which
+            Optuna counts as a failed trial.
         """
         config, folder, words = from_hydra(cfg)
         if not self._journal.stopped():
             self._run(config, folder, words)
         with suppress(OSError):
-            folder.rmdir()  # Hydra makes it, also for a run that never began.
+            folder.rmdir()  # Hydra creates it even for a run that never started.
         return _val(folder)
 
     def _run(self, config: Any, folder: Path, words: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ class Worker:
         try:
             outcome = ensure_finished(config, folder, words, self._config_dir, screen)
         except KeyboardInterrupt:
-            outcome = Outcome("interrupted", "stopped before it began", signal.SIGTERM)
+            outcome = Outcome("interrupted", "stopped before it started", signal.SIGTERM)
         finally:
             _at_work.clear()
         self._journal.add(
@@ -168,14 +168,14 @@ def run(
     config_dir: str | None,
     hand_over: Callable[[Callable[[Any], Any]], int],
 ) -> int:
-    """Run a sweep to its end and sum it up; returns the exit code.
+    """Run a sweep, print its summary and tables, and return the exit code.
 
     Args:
-        plan: Its runs; where a sweeper finds them as it goes, some that stand for them.
+        plan: The runs; for a search, representatives of them.
         method: Hydra's sweeper and launcher.
-        words: The command line, to be typed again.
-        config_dir: The user's YAML files.
-        hand_over: Gives Hydra what to call for each run.
+        words: The command line, for the hint how to continue.
+        config_dir: Folder of the user's YAML files.
+        hand_over: Starts Hydra with the function to call for each run; returns its exit code.
     """
     place = plan[0].folder.parent
     place.mkdir(parents=True, exist_ok=True)
@@ -197,10 +197,10 @@ def run(
 
 
 def check_direction(method: SweepMethod, job: Job) -> None:
-    """Refuse to look for the worst.
+    """Check that a search optimizes the metric in the right direction.
 
     Raises:
-        ValueError: The sweeper's direction is not that of the metric.
+        ValueError: The direction of the sweeper would search for the worst value.
     """
     if method.direction is None:
         return
@@ -208,38 +208,38 @@ def check_direction(method: SweepMethod, job: Job) -> None:
     wanted = "maximize" if spec.higher_is_better else "minimize"
     if method.direction != wanted:
         raise ValueError(
-            f"hydra.sweeper.direction={method.direction} looks for the worst {spec.metric}: type "
-            f"hydra.sweeper.direction={wanted}"
+            f"hydra.sweeper.direction={method.direction} searches for the worst {spec.metric}: "
+            f"type hydra.sweeper.direction={wanted}"
         )
 
 
 def _handed_over(hand_over: Callable[[Callable[[Any], Any]], int], worker: Worker) -> str:
-    """Let Hydra work; returns what went wrong outside of every run, or nothing."""
+    """Start Hydra; return an error that occurred outside the runs, or an empty string."""
     before = os.environ.get("HYDRA_FULL_ERROR")
-    # Else Hydra prints a traceback and exits, and nobody sums up.
+    # Otherwise Hydra prints a traceback and exits before the summary.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with warnings.catch_warnings():
-            # joblib replaces a process whose memory has grown, as torch's does.
+            # joblib replaces a process whose memory has grown, which is usual with torch.
             warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
             code = hand_over(worker.run)
     except KeyboardInterrupt:
         return "stopped at once"
-    # A launcher or sweeper may fail in any way.
+    # A launcher or sweeper may raise any exception.
     except Exception as error:
-        return f"Hydra's sweeper or launcher has failed: {describe_error(error)}"
+        return f"Hydra's sweeper or launcher failed: {describe_error(error)}"
     finally:
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
-    return "" if code == EXIT_OK else f"Hydra's sweeper or launcher has failed with code {code}"
+    return "" if code == EXIT_OK else f"Hydra's sweeper or launcher failed with exit code {code}"
 
 
 def _sum_up(
     journal: Journal, folders: Sequence[str], words: Sequence[str], signum: int, failed: str
 ) -> int:
-    """Say how many runs are finished, which failed and why, and how to go on."""
+    """Print how many runs are finished, which failed and why; return the exit code."""
     ends = journal.ends()
     kept = sum(ends.get(folder, {}).get("state") == "kept" for folder in folders)
     done = sum(is_finished(Path(folder)) for folder in folders)
@@ -248,29 +248,29 @@ def _sum_up(
     for folder, end in ends.items():
         if end["state"] in ("failed", "elsewhere"):
             _say(f"error: {folder}: {_described(end['state'], end['why'])}")
-    # A search of which every run has failed says so once more, in its own words.
+    # If every run of a search failed, the sweeper's own error repeats theirs.
     if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):
         _say(f"error: {failed}")
     signum = signum or next((end["signum"] for end in ends.values() if end["signum"]), 0)
     left = len(folders) - len(ends)
     if journal.stopped() and left > 0 and not signum:
-        _say(f"stopped at the first failure: {left} runs were not begun")
+        _say(f"stopped at the first failure: {left} runs were not started")
     if done < len(folders) or failed:
         verb = "interrupted; " if signum else ""
-        _say(f"{verb}the same command makes what is missing: metarun {shlex.join(words)}")
+        _say(f"{verb}to complete the sweep, repeat the command: metarun {shlex.join(words)}")
     if signum:
         return 128 + signum
     return EXIT_FAILED if failed or done < len(folders) else EXIT_OK
 
 
 def _show_tables(folders: Sequence[Path], config_dir: str | None) -> int:
-    """Show what the runs reached; returns the exit code that this asks for, or 0."""
+    """Print the tables of the runs' results; return the exit code."""
     try:
         found = list(published.read_runs([folder for folder in folders if folder.is_dir()]))
         if any(run.result is not None for run in found):
             print(f"\n{published.report(found, config_dir=config_dir)}", end="", flush=True)
         return EXIT_FAILED if published.tell_damaged(found) else EXIT_OK
-    # The runs are what counts, and are there.
+    # The runs themselves are complete: only report the error.
     except (ValueError, OSError) as error:
         _say(f"error: {describe_error(error)}")
         return EXIT_FAILED
@@ -285,7 +285,7 @@ def _say(text: str) -> None:
 
 
 def _results(folder: Path) -> Line | None:
-    """What a finished run has reached; None of any other."""
+    """Return the results of a finished run; None for any other."""
     with suppress(OSError, ValueError):
         if is_finished(folder):
             return RunFolder(folder).read_results()
@@ -293,29 +293,29 @@ def _results(folder: Path) -> Line | None:
 
 
 def _val(folder: Path) -> float | None:
-    """The figure on meta-val by which a finished run chose its parameters."""
+    """Return the metric on meta-val by which a finished run selected its checkpoint."""
     mean = ((_results(folder) or {}).get("val") or {}).get("mean")
     return None if mean is None or not math.isfinite(mean) else float(mean)
 
 
 def _leave_terminal() -> None:
-    """Let Ctrl-C reach the sweep alone, which then stops its runs in order by SIGTERM."""
+    """Deliver Ctrl-C to the sweep's process only, which stops its runs by SIGTERM."""
     with suppress(OSError, AttributeError):
         if os.getpgrp() != os.getpid():
             os.setpgid(0, 0)
-    with suppress(ValueError):  # Python sets handlers in the main thread alone.
+    with suppress(ValueError):  # Python sets signal handlers in the main thread only.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 _at_work = threading.Event()
-"""Whether a run is under way in this process."""
+"""Set while a run is executed in this process."""
 
 
 @functools.cache
 def _end_with_parent() -> None:
-    """Watch for the end of the sweep: a process that outlived it would wait for work for ever.
+    """End this process with the sweep's process; it would otherwise wait for work forever.
 
-    The run under way is saved first, as by a signal.
+    The current run is saved first, as after a signal.
     """
     parent = os.getppid()
 
@@ -332,7 +332,11 @@ def _end_with_parent() -> None:
 
 
 class _Stop:
-    """Attributes: signum: The signal that came; 0 before."""
+    """State of an interrupt.
+
+    Attributes:
+        signum: The signal received; 0 if none.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
@@ -340,11 +344,11 @@ class _Stop:
 
 @contextmanager
 def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
-    """Turn the first SIGINT or SIGTERM into an orderly end of all runs, a second into a rude one.
+    """Save and stop all runs at the first SIGINT or SIGTERM; stop at once at the second.
 
     Args:
-        journal: Of the sweep.
-        detached: The runs are a cluster's, which go on by themselves: only the waiting ends.
+        journal: Journal of the sweep.
+        detached: Whether the runs are jobs of a cluster, which continue: only the waiting ends.
     """
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
@@ -376,7 +380,7 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
 
 
 class _Monitor:
-    """Shows the runs of other processes: a line for each that ends, and on a terminal a table."""
+    """Shows runs of other processes: a line for each ended run, and a live table on a terminal."""
 
     def __init__(self, journal: Journal, number: int | None) -> None:
         self._journal = journal
@@ -387,7 +391,7 @@ class _Monitor:
 
     @contextmanager
     def showing(self) -> Iterator[None]:
-        """Watch the journal while the runs last."""
+        """Watch the journal while the runs are executed."""
         thread = threading.Thread(target=self._watch, name="sweep monitor", daemon=True)
         thread.start()
         try:
@@ -412,7 +416,7 @@ class _Monitor:
         self._tell()
 
     def _tell(self) -> None:
-        """A line for each run that has ended since the last look."""
+        """Print a line for each run that has ended since the last call."""
         for folder, end in self._journal.ends().items():
             if folder not in self._told:
                 self._told.add(folder)
@@ -434,7 +438,7 @@ class _Monitor:
 
 
 def _reached(folder: Path) -> str:
-    """What a finished run says of its test, in one line."""
+    """Return a finished run's test result in one line; empty if there is none."""
     results = _results(folder)
     if results is None:
         return ""
@@ -443,7 +447,7 @@ def _reached(folder: Path) -> str:
 
 
 def _progress(folder: Path) -> tuple[str, str]:
-    """How far a run is: `500/4000`, and its last line of metrics."""
+    """Return the progress of a run, such as `500/4000`, and its last line of metrics."""
     with suppress(OSError, ValueError, KeyError):
         steps = RunFolder(folder).status().get("steps", "?")
         with (folder / "metrics.jsonl").open("rb") as file:

@@ -1,6 +1,6 @@
-"""One run: its parts are built, then trained, validated and tested in a folder of its own.
+"""One run: build its components, then train, validate and test them in a new folder.
 
-`train` is the function to read first; the trainer that it calls is `training/trainer.py`.
+Read `train` first; it calls the trainer in `training/trainer.py`.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 def train(config: Config, folder: Path, overrides: Sequence[str], screen: Screen) -> None:
-    """Build the parts of a run and train it in a new folder.
+    """Build the components of a run and train it in a new folder.
 
     Args:
-        config: The resolved configuration, checked.
-        folder: Where the run goes; nothing is there yet.
-        overrides: What was typed for it, for a later `resume=`.
-        screen: Where to show its progress.
+        config: Resolved and checked configuration.
+        folder: Folder of the run, which does not exist yet or is empty.
+        overrides: Overrides of the run, stored for a later `resume=`.
+        screen: Screen for the progress.
     """
     experiment = build_experiment(config)
     run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
@@ -47,7 +47,7 @@ def train(config: Config, folder: Path, overrides: Sequence[str], screen: Screen
 
 
 def train_experiment(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
-    """Train, validate and test the parts of a run, from where its folder stands."""
+    """Train, validate and test a run, starting from the checkpoint in its folder if any."""
     from metarun.trackers.base import Trackers
     from metarun.training import trainer
 
@@ -75,7 +75,7 @@ def train_experiment(run: RunFolder, experiment: Experiment, screen: Screen) -> 
 
 
 def train_without_folder(config: Config) -> int:
-    """Train beside the main process, which has the folder and the screen; the exit code."""
+    """Train in a process other than the main one, without folder and screen; return exit code."""
     return exit_code_of(
         lambda: train_experiment(NullRunFolder(), build_experiment(config), silent_screen()),
         debug=bool(config["debug"]),
@@ -83,17 +83,17 @@ def train_without_folder(config: Config) -> int:
 
 
 class HydraTask:
-    """What Hydra calls for a single run.
+    """The callable that Hydra calls for a single run.
 
     Attributes:
-        code: The exit code, after the run.
+        code: Exit code of the run, once it has ended.
     """
 
     def __init__(self) -> None:
         self.code = EXIT_OK
 
     def __call__(self, cfg: DictConfig) -> None:
-        """Train a run in the folder that Hydra made."""
+        """Train a run in the folder that Hydra has created."""
         config, folder, overrides = from_hydra(cfg)
         self.code = exit_code_of(
             lambda: train(config, folder, overrides, Screen()), debug=bool(config["debug"])
@@ -101,7 +101,7 @@ class HydraTask:
 
 
 def from_hydra(cfg: DictConfig) -> tuple[Config, Path, list[str]]:
-    """The resolved configuration of the run that Hydra starts, its folder and its words."""
+    """Return the resolved configuration, folder and overrides of the run that Hydra starts."""
     from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
@@ -114,16 +114,16 @@ def from_hydra(cfg: DictConfig) -> tuple[Config, Path, list[str]]:
 
 
 def _as_typed(folder: Path) -> Path:
-    """A folder relative to the current one, if it is below; Hydra's is absolute."""
+    """Make Hydra's absolute folder relative to the current one if it is below it."""
     here = Path.cwd()
     below = folder != here and folder.is_relative_to(here)
     return folder.relative_to(here) if below else folder
 
 
 def exit_code_of(work: Callable[[], object], *, debug: bool) -> int:
-    """Do the work of one run; an exception becomes one line on stderr and an exit code.
+    """Call `work` and return an exit code; an exception becomes one line on stderr.
 
-    A `ValueError` other than a `RunError` is a refusal, before anything has changed.
+    A `ValueError` other than a `RunError` means bad input: nothing has been changed yet.
 
     Raises:
         SystemExit: The run was interrupted.

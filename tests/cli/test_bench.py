@@ -40,7 +40,7 @@ def tiny_catalogue() -> Iterator[pytest.MonkeyPatch]:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """One run over small workloads of every method."""
+    """One run of the command on small workloads of every method."""
     folder = tmp_path_factory.mktemp("bench")
     out = io.StringIO()
     words = ["--workload", "sinusoid", "protonet", "evaluation", "sampling"]
@@ -67,7 +67,7 @@ def test_a_run_succeeds_and_shows_a_line_for_each_side(done: Done) -> None:
 
 def test_its_table_fits_80_columns(done: Done) -> None:
     _, _, table = done.out.partition("\n")
-    lines = [line for line in table.splitlines() if not line.startswith("without")]
+    lines = [line for line in table.splitlines() if not line.startswith("not compared")]
     assert max(map(len, lines)) <= 80
     assert "…" not in table
 
@@ -148,13 +148,13 @@ def test_list_has_a_line_about_every_workload(metarun: Command) -> None:
         (["--precision", "float64"], "--precision float64: did you mean float32?"),
         (["--against", "learn2laern"], "did you mean learn2learn?"),
         (["--growth", "taks"], "did you mean tasks?"),
-        (["--growth", "steps", "--workload", "mann"], "--growth steps means nothing in mann"),
+        (["--growth", "steps", "--workload", "mann"], "--growth steps does not apply to mann"),
         (["--growth", "processes", "--device", "cuda"], "use --device cpu"),
         (["--seconds", "0"], "--seconds 0.0: expected a positive number"),
         (["--memory-steps", "-1"], "--memory-steps -1: expected 0 or more"),
         (["--device", "cuda:77"], "--device cuda:77: "),
         (["--device", "gpu"], "--device gpu: expected cpu"),
-        (["--figure", "a.pdf"], "--figure a.pdf: expected a name that ends in .svg or .png"),
+        (["--figure", "a.pdf"], "--figure a.pdf: expected a file name ending in .svg or .png"),
         (["--json", "nowhere/a.json"], "there is no folder nowhere"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -178,7 +178,7 @@ def test_a_file_that_is_there_is_never_written_over(
     (tmp_path / "mine.svg").write_text("precious")
     answer = metarun("bench", option, "mine.svg")
     assert answer.code == 2
-    assert "mine.svg is there already: name a new file" in answer.err
+    assert "mine.svg already exists: choose a new file name" in answer.err
     assert (tmp_path / "mine.svg").read_text() == "precious"
 
 

@@ -1,4 +1,4 @@
-"""`metarun compare`, as a user meets it."""
+"""Tests of `metarun compare` through its command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = ["data=linear", "algo=maml,fomaml", "shot=2,3", *TINY]
 
 
 def results(folder: Path) -> dict[str, int]:
-    """When each run's results were written, by the folder's name."""
+    """Return the modification time of each run's results, by the name of its folder."""
     return {p.parent.name: p.stat().st_mtime_ns for p in folder.rglob("results.json")}
 
 
@@ -78,7 +78,7 @@ def test_an_algorithm_whose_package_is_missing_is_left_out_and_named(
     with composer() as compose:
         words = with_algorithms(compose, ["data=linear"])
     assert "gp_exact" not in words[0].removeprefix("algo=").split(",")
-    assert "algo=gp_exact is left out: it needs sklearn" in capsys.readouterr().err
+    assert "algo=gp_exact is left out: the package sklearn" in capsys.readouterr().err
 
 
 def test_an_algorithm_that_needs_more_shots_is_left_out_and_named(
@@ -149,7 +149,7 @@ def test_a_failed_run_leaves_the_others_alone_and_is_named(
     assert main(["compare", *words]) == 1
     assert len(results(tmp_path)) == 1
     said = capsys.readouterr().err
-    assert "has failed: the same command tries it again" in said
+    assert "failed: repeat the command to try it again" in said
 
 
 @pytest.mark.parametrize(
@@ -217,9 +217,10 @@ def test_regret_is_counted_against_one_of_the_learners_on_a_stream(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", *STREAM, "--against", "joint"]) == 2
-    assert "--against joint is none of the algorithms: online, replay" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--against joint is not compared: expected one of online, replay" in said
     assert main(["compare", *WORDS, "--against", "maml"]) == 2
-    assert "--against is for streams" in capsys.readouterr().err
+    assert "--against needs a stream" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -236,7 +237,7 @@ def test_what_differs_but_in_the_seed_stands_apart(
         assert part.count("| `online` |") == part.count("| `joint_hindsight` |") == 1
         assert "over 2 seeds" in part
     assert len(list((tmp_path / "outputs/compare").glob("*.png"))) == 2
-    # A comparator that lacks a seed is said, not left out.
+    # A comparator that lacks a seed is reported, not left out.
     config = [word for word in words if not word.startswith(("seed", "data.tasks", "algo="))]
     assert main(["compare", *config, "data.tasks=2", "algo=online", "seed=0,1,2"]) == 0
     capsys.readouterr()
@@ -257,12 +258,12 @@ def test_a_diverged_run_is_said_in_every_figure(
     assert "Warning" not in answer.err
 
 
-def test_where_nothing_is_told_those_who_need_it_stay_away() -> None:
+def test_learners_that_need_task_ids_are_left_out_where_ids_are_unknown() -> None:
     with composer() as compose:
-        told = with_algorithms(compose, ["data=stream_linear"])[0]
-        untold = with_algorithms(compose, ["data=stream_linear", "data.task_ids_known=false"])[0]
+        known = with_algorithms(compose, ["data=stream_linear"])[0]
+        unknown = with_algorithms(compose, ["data=stream_linear", "data.task_ids_known=false"])[0]
     apart = {"ewc", "ftml", "ftml_hindsight", "ftl", "toe", "from_scratch", "maml_frozen"}
-    assert set(told.split("=")[1].split(",")) - set(untold.split("=")[1].split(",")) == apart
+    assert set(known.split("=")[1].split(",")) - set(unknown.split("=")[1].split(",")) == apart
 
 
 def test_long_commands_that_differ_at_their_end_write_different_files() -> None:

@@ -1,4 +1,4 @@
-"""`metarun data`, the catalogue behind it, and the configurations of the data sets."""
+"""Tests of `metarun data`, its catalogue, and the configurations of the data sets."""
 
 from __future__ import annotations
 
@@ -63,15 +63,15 @@ def test_an_import_is_told_listed_verified_and_not_repeated(
     assert answer.code == 0, answer.err
     assert f"omniglot is in {own_root / 'omniglot'}: 10 classes, 200 images" in answer.out
     listed = metarun("data").out
-    # A long path takes several lines.
-    assert f"here,in{own_root / 'omniglot'}" in "".join(listed.split())
+    # A long path is folded over several lines.
+    assert f"availablein{own_root / 'omniglot'}" in "".join(listed.split())
     assert registry.missing("omniglot") is None
     answer = metarun("data", "omniglot", "--verify")
-    assert (answer.code, "every byte as it was imported" in answer.out) == (0, True)
+    assert (answer.code, "all files verified" in answer.out) == (0, True)
     answer = metarun("data", "omniglot", "--from", str(zips))
     assert answer.code == 2
-    assert "is in" in answer.err
-    assert "already: delete that folder to import it anew" in answer.err
+    assert "is already in" in answer.err
+    assert "delete that folder to import it again" in answer.err
     path = own_root / "omniglot" / "paper.npy"
     path.write_bytes(path.read_bytes()[:-1] + b"\x07")
     answer = metarun("data", "omniglot", "--verify")
@@ -115,11 +115,11 @@ def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
         ),
         (["omniglot", "--form", "x"], "unrecognized arguments: --form x"),
         (["--from", "x"], "--from PATH needs the name of a data set"),
-        (["omniglot_small", "--from", "x"], "is shipped with metarun: leave out --from"),
+        (["omniglot_small", "--from", "x"], "is shipped with metarun: type it without --from"),
         (["omniglot", "--from", "nowhere"], "there is no such file or folder"),
         (["omniglot", "--verify"], "data=omniglot is not in"),
         (["miniimagenet"], "import files you have with --from PATH"),
-        (["folder"], "check one with `metarun data folder --from PATH`"),
+        (["folder"], "check them with `metarun data folder --from PATH`"),
     ],
 )
 def test_bad_requests_end_with_one_line_and_make_nothing(
@@ -153,14 +153,13 @@ def test_missing_data_are_told_without_torch(tmp_path: Path) -> None:
     )
     words = [sys.executable, "-c", code, "algo=maml", "data=omniglot"]
     answer = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
-    # Twice the promise: the machine runs other tests meanwhile.
     assert answer.returncode == 2, answer.stderr
     assert "metarun data omniglot" in answer.stderr
 
 
 def test_the_catalogue_knows_every_configuration() -> None:
     shipped = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
-    # A stream goes through a data set, or changes its images.
+    # A stream uses the images of another data set.
     assert {name for name in shipped if not name.startswith("stream_")} == set(registry.DATASETS)
     assert registry.missing("a users own") is None
 
@@ -172,7 +171,7 @@ def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) ->
     loaded: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "data" / f"{name}.yaml"))
     node = dict(loaded["data"])
     target = locate("data._target_", node.pop("_target_"))
-    # Those that `**common` hands on included.
+    # Includes the keywords that `**common` passes on.
     assert set(keywords(target)) >= INJECTED
     assert set(keywords(target)) - INJECTED == set(node)
     for key, parameter in inspect.signature(target).parameters.items():

@@ -1,4 +1,4 @@
-"""The command as a user meets it: exit codes, the one line of an error, and the files."""
+"""Tests of the command line: exit codes, one-line errors, and the files of a run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProce
 
 
 def runs(folder: Path) -> list[Path]:
-    """The run folders below outputs/, in the order of their names."""
+    """Return the run folders below outputs/, sorted by name."""
     return sorted(path.parent for path in (folder / "outputs").rglob("results.json"))
 
 
@@ -72,7 +72,7 @@ def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: 
     assert list(folder.iterdir()) == []
 
 
-# What runs nothing.
+# Commands that run nothing.
 
 
 def test_the_version_is_the_packages(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_what_there_is_fits_a_terminal_with_room_to_read(
     monkeypatch.setenv("COLUMNS", str(columns))
     lines = metarun(*words).out.splitlines()
     assert max(map(len, lines)) <= columns
-    # A text that is pressed against the right edge leaves most of each line blank.
+    # Text squeezed into the right half would leave most of each line blank.
     assert all(len(line) - len(line.lstrip()) <= columns // 2 + 1 for line in lines)
 
 
@@ -158,7 +158,7 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
             assert text, f"{group}/{word}.yaml has no comment that says what it is"
 
 
-# What is refused.
+# Invalid requests.
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["data=omniglot_small", "way=500"], ["500"]),
         (["data=omniglot_small", "shot=15", "query=15"], ["15"]),
         (["-m", "data=omniglot_small", "way=5,500"], ["500"]),
-        (["hydra.output_subdir=.hydra"], ["metarun alone writes"]),
-        (["list", "everything"], ["metarun list everything: expected algo or data"]),
+        (["hydra.output_subdir=.hydra"], ["cannot be changed"]),
+        (["list", "everything"], ["list everything: unknown group, expected one of algo, data"]),
         (["resume=nowhere"], ["nowhere"]),
         (["test=nowhere"], ["nowhere"]),
-        (["resume="], ["resume= names nothing: expected the folder of a run"]),
-        (["test=", "shot=5"], ["test= names nothing"]),
-        (["resume=a", "test=b"], ["resume= and test= do not go together"]),
-        (["resume=a", "-m", "seed=1,2"], ["does not go with -m"]),
+        (["resume="], ["resume= is empty: expected the folder of a run"]),
+        (["test=", "shot=5"], ["test= is empty"]),
+        (["resume=a", "test=b"], ["resume= and test= exclude each other"]),
+        (["resume=a", "-m", "seed=1,2"], ["resume= takes one run: type it without -m"]),
     ],
     ids=lambda value: " ".join(value),
 )
@@ -270,7 +270,7 @@ def test_hostile_words_get_an_answer_and_never_a_traceback(words: list[str]) -> 
     assert sorted(Path.cwd().iterdir()) == before
 
 
-# What runs.
+# Commands that run.
 
 
 def test_a_run_trains_tests_and_says_where_its_files_are(tmp_path: Path) -> None:
@@ -318,8 +318,8 @@ def test_runs_that_start_together_have_folders_of_their_own(tmp_path: Path) -> N
 
 
 def own(folder: Path, error: str = "AssertionError('never')") -> list[str]:
-    """An algorithm of one's own in the current folder, and the words that find it."""
-    # Modules of one name would be one module to all tests of this process.
+    """Write a user's algorithm into a folder; return the options that make it available."""
+    # A unique name, since all tests of this process share the imported modules.
     module = re.sub(r"\W", "_", f"own_{folder.parent.name}_{folder.name}")
     (folder / "conf/algo").mkdir(parents=True)
     (folder / f"{module}.py").write_text(OWN.format(error=error))

@@ -1,4 +1,4 @@
-"""`metarun predict`: a folder of a user's own images, labeled from a few examples."""
+"""Tests of `metarun predict`: labels for a folder of images from a few examples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def maml(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three new characters as files: `few` has three drawings of each, `many` the other 17."""
+    """Image files of three new characters: three drawings each in `few`, 17 in `many`."""
     root = tmp_path_factory.mktemp("drawings")
     archive = Path(metarun.__file__).parent / "data" / "files" / "images_background_small2.zip"
     with zipfile.ZipFile(archive) as file:
@@ -56,13 +56,13 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def few(drawings: Path, tmp_path: Path) -> Path:
-    """Examples that a test may spoil."""
+    """Support images that a test may modify."""
     return shutil.copytree(drawings / "few", tmp_path / "few")
 
 
 @pytest.fixture
 def many(drawings: Path, tmp_path: Path) -> Path:
-    """Queries that a test may spoil."""
+    """Query images that a test may modify."""
     return shutil.copytree(drawings / "many", tmp_path / "many")
 
 
@@ -185,7 +185,7 @@ def test_few_images_are_in_memory_at_once(
     assert sizes == [20, 20, 11]
 
 
-# What lies in the folders.
+# Content of the folders.
 
 
 def test_names_are_shown_on_one_line_and_kept_in_the_csv(
@@ -267,7 +267,7 @@ def test_what_may_have_been_meant_is_named_and_what_nobody_put_there_is_not(
     answer = metarun(*words(protonet, few, many))
     assert answer.code == 0
     assert answer.err == (
-        "note: left out, neither images nor class folders: below, IMG_1.HEIC, notes.txt\n"
+        "note: ignored, neither images nor class folders: below, IMG_1.HEIC, notes.txt\n"
     )
     assert len(rows(Path("predictions.csv"))) == 51
 
@@ -276,9 +276,11 @@ def test_an_image_that_is_an_example_does_not_count_as_right(
     protonet: Path, drawings: Path, metarun: Command
 ) -> None:
     answer = metarun(*words(protonet, drawings / "few", drawings / "few"))
-    assert "accuracy: none, since every image is one of the examples" in answer.out
+    assert "accuracy: not available, since every query is also a support image" in answer.out
     answer = metarun(*words(protonet, drawings / "few", drawings))
-    assert re.search(r"of 51 are in .*, 9 examples not\scounted", answer.out, re.DOTALL)
+    assert re.search(
+        r"of 51 labels\sequal .*, 9\ssupport\simages\snot\scounted", answer.out, re.DOTALL
+    )
 
 
 def test_there_is_no_accuracy_where_a_folder_is_no_class(
@@ -291,7 +293,7 @@ def test_there_is_no_accuracy_where_a_folder_is_no_class(
         assert "accuracy" not in answer.out
 
 
-# What is written.
+# The CSV file.
 
 
 def test_nothing_that_is_there_is_written_over(
@@ -302,12 +304,12 @@ def test_nothing_that_is_there_is_written_over(
     (tmp_path / "predictions-2.csv").symlink_to("nowhere")
     answer = metarun(*command)
     assert answer.code == 0
-    assert "all 17 in predictions-3.csv" in answer.out
+    assert "all 17 predictions with all probabilities: predictions-3.csv" in answer.out
     assert (tmp_path / "predictions.csv").read_text() == "precious"
     assert (tmp_path / "predictions-2.csv").is_symlink()
     refused = metarun(*command, "--csv", "predictions.csv")
     assert (refused.code, refused.out) == (2, "")
-    assert refused.err == "error: --csv predictions.csv is there already: name a new file\n"
+    assert refused.err == "error: --csv predictions.csv already exists: choose a new file name\n"
     names = ["predictions-2.csv", "predictions-3.csv", "predictions.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
@@ -344,10 +346,10 @@ def test_a_long_list_is_cut_on_a_terminal_alone(
     out = metarun(*command).out
     assert len(re.findall(r"\w+/\d+\.png", out)) == 30
     assert "… and 21 more\n" in out
-    assert "all 51 in predictions-2.csv" in out
+    assert "all 51 predictions with all probabilities: predictions-2.csv" in out
 
 
-# What is refused.
+# Invalid requests.
 
 
 def alone(few: Path) -> None:
@@ -387,8 +389,8 @@ def bare(few: Path) -> None:
     ("spoil", "says"),
     [
         (alone, "has one class folder, ka: expected two or more"),
-        (empty, "few/ga has no images (there is 1.heic): put a few in, or remove the folder"),
-        (flat, "lost.png lies in --support itself: expected a folder for each class, as in"),
+        (empty, "few/ga has no images (found only 1.heic): add a few images or remove the folder"),
+        (flat, "lost.png is directly in --support: expected one folder per class, as in"),
         (broken, "ga/02.png cannot be read as an image"),
         (nowhere, "there is no image"),
         (gone, "few does not exist: expected a folder"),
@@ -425,7 +427,7 @@ def test_queries_that_are_unfit_are_named(
     ("more", "says"),
     [
         (["--csv", "no/where.csv"], "--csv no/where.csv: there is no folder no"),
-        (["--csv", "."], "--csv . is a folder: name a new file"),
+        (["--csv", "."], "--csv . is a folder: choose a new file name"),
         (["--device", "tpu"], "device=tpu: expected auto, cpu, cuda"),
         (["--sure"], "unrecognized arguments: --sure: expected `metarun predict RUN --support"),
         (["x" * 9] * 99, " …: expected `metarun predict RUN --support DIR --query DIR "),
@@ -469,9 +471,11 @@ def test_a_run_that_is_unfit_is_named(
     check_refused(metarun(*words(few, few, query)), "is not a run folder", tmp_path)
     RunFolder.create(tmp_path / "new", RunFolder.open(maml).config_text())
     command = words(tmp_path / "new", few, query)
-    check_refused(metarun(*command), "new has saved nothing yet: let it run first", tmp_path)
+    check_refused(metarun(*command), "new has no checkpoint yet: continue it with", tmp_path)
     shutil.copytree(few / "ka", few / "fourth")
-    says = "fit got 4 classes and this MAML has learned tasks of 3: give 3, or train with way=4"
+    says = (
+        "fit got 4 classes, but this MAML was trained on 3 ways: give 3 classes, train with way=4"
+    )
     check_refused(metarun(*words(maml, few, query)), says, tmp_path)
 
 
@@ -491,7 +495,7 @@ def test_a_run_that_labels_no_images_is_named(
     if "data=tables" in words_:
         pytest.importorskip("sklearn")
     run = trained(tmp_path_factory.mktemp("runs") / "run", words_)
-    says = f"has not learned to label images, but {words_[1]}: expected a run such as that of"
+    says = f"was trained on {words_[1]} and cannot label images: expected a run such as that of"
     check_refused(metarun(*words(run, few, drawings / "many")), says, tmp_path)
 
 
@@ -499,11 +503,11 @@ def test_a_warning_does_not_come_between_a_mistake_and_its_line(
     few: Path, drawings: Path, metarun: Command, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    # Meta-val has 17 classes, which is worth a warning whenever the data are made anew.
+    # Meta-val has 17 classes, which causes a warning whenever the data set is built again.
     setting = ["algo=maml", "data=omniglot_small", "way=20", "train.steps=1"]
     run = trained(tmp_path_factory.mktemp("runs") / "run", [*setting, "eval.curve_steps=0"])
     build._cached_source.cache_clear()
-    says = "fit got 3 classes and this MAML has learned tasks of 20"
+    says = "fit got 3 classes, but this MAML was trained on 20 ways"
     check_refused(metarun(*words(run, few, drawings / "many")), says, tmp_path)
 
 
@@ -516,7 +520,7 @@ def test_a_run_along_a_stream_of_images_labels_them(
     np.testing.assert_allclose(numbers(Path("predictions.csv")).sum(1), 1.0, atol=1e-5)
 
 
-# What is said besides.
+# Notes and interrupts.
 
 
 def test_a_run_that_goes_on_answers_with_what_it_has(
@@ -530,7 +534,7 @@ def test_a_run_that_goes_on_answers_with_what_it_has(
         answer = metarun(*words(copy, drawings / "few", drawings / "many"))
         assert sorted(copy.rglob("*")) == before
     assert answer.code == 0
-    assert "is not finished (running): what it has learned so far answers" in answer.err
+    assert "is not finished (running): its best checkpoint so far is used" in answer.err
 
 
 def test_batch_norm_that_the_run_was_not_tested_with_is_named(
@@ -538,19 +542,19 @@ def test_batch_norm_that_the_run_was_not_tested_with_is_named(
 ) -> None:
     answer = metarun(*words(protonet, drawings / "few", drawings / "many", "--transductive"))
     assert answer.code == 0
-    assert "which was with bn=running" in answer.err
+    assert "differs from the run's own test, which used bn=running" in answer.err
 
 
 def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
     protonet: Path, drawings: Path, tmp_path: Path
 ) -> None:
-    # In a process of its own: what the test's own process does on a signal is pytest's.
+    # In another process, since pytest handles the signals of this one.
     code = (
         "import os, signal, sys, time\n"
-        # What a shell has started with & is deaf to it.
+        # A process that a shell has started with & ignores SIGINT.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from metarun.cli import main, predict\n"
-        # Another thread may get the signal first: this one waits for it.
+        # Another thread may receive the signal first, so this one waits.
         "predict.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )

@@ -1,4 +1,4 @@
-"""Types, ranges, and the parts of a run that a configuration makes."""
+"""Tests of types, ranges, and the components that are built from a configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ GIVEN = {
     "backbone": {"input_shape", "output_dim", "context_dim", "maps"},
     "optim": {"parameters"},
 }
-"""What a constructor is handed besides its options."""
+"""Arguments of a constructor that are injected, in addition to its options."""
 
 
 def config(*words: str, **options: Any) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_a_value_becomes_what_the_hint_asks_for(value: Any, hint: Any, expected:
         (1, bool, "key=1: expected true or false"),
         (None, str, "key=null: expected text"),
         ("c", Literal["a", "b"], "key=c: expected a or b"),
-        ([1], tuple[float, float], "key=[1]: expected a list of 2, as [a number,a number]"),
+        ([1], tuple[float, float], "key=[1]: expected a list of 2, such as [a number,a number]"),
         (["x"], Sequence[float], 'key=["x"]: expected a list, each item a number'),
         ("x", float | None, "key=x: expected a number or null"),
         (3, Mapping[str, int], "key=3: expected keys and values"),
@@ -172,7 +172,7 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
         (["data=sinusoid", "way=5"], "way=5 has no meaning in a regression"),
         (["data=omniglot_small", "way=500"], "500"),
         (["data=omniglot_small", "shot=15", "query=15"], "15"),
-        (["data=sinusoid", "eval.views=3"], "eval.views=3 is for images"),
+        (["data=sinusoid", "eval.views=3"], "eval.views=3 needs images"),
         (["algo=nearest", "precision=mixed"], "precision=mixed needs a network"),
         (["algo.inner_lr=fast"], "algo.inner_lr=fast: expected a number or a list"),
         (["algo.inner_steps=1.5"], "algo.inner_steps=1.5: expected a whole number"),

@@ -1,4 +1,4 @@
-"""The shipped configuration explains itself: every key has a comment, every file a description.
+"""Tests that every key of the shipped configuration has a comment, every file a description.
 
 A comment stands directly above its key, at its indentation, or at the end of its line. The comment
 that opens a file describes the file, and no key.
@@ -45,7 +45,7 @@ def has_comment_above(lines: list[str], key: yaml.ScalarNode) -> bool:
     above = line
     while above and lines[above - 1].startswith(" " * column + "#"):
         above -= 1
-    # A comment that begins with the file is the file's.
+    # A comment on the first line of the file describes the file.
     return 0 < above < line
 
 

@@ -1,4 +1,4 @@
-"""From words to configurations: what is right is composed, what is wrong is one clear line."""
+"""Tests of composition: valid overrides are composed, invalid ones give one clear line."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def refusal(*words: str, **options: Any) -> str:
 
 
 def words_for(path: Path) -> list[str]:
-    """The words that bring a YAML file into a configuration."""
+    """Return the overrides that include a YAML file in a configuration."""
     group, name = path.relative_to(CONF).parent.as_posix(), path.stem
     if group == "recipe":
         algo, _, data = name.partition("-")
@@ -47,13 +47,13 @@ def words_for(path: Path) -> list[str]:
     return [] if group == "." else [f"{group}={name}"]
 
 
-# Experiments and papers have a file of tests of their own.
+# Experiments and papers are tested in test_experiments.py.
 YAMLS = [p for p in sorted(CONF.rglob("*.yaml")) if p.parent.name not in ("experiment", "paper")]
 
 
 @pytest.fixture(scope="module")
 def opened() -> Iterator[Composer]:
-    """Configurations that stay open, for tests that compose one after another."""
+    """One open composer, shared by tests that only compose."""
     with composer() as compose:
         yield compose
 
@@ -77,7 +77,7 @@ def test_a_recipe_is_for_a_pair_that_exists(path: Path) -> None:
 
 @pytest.fixture
 def own_conf(tmp_path: Path) -> Path:
-    """A user's folder of configurations, with a file of each kind that sets train.steps."""
+    """A user's configuration folder whose files of each kind set train.steps."""
     files = {
         "algo/mine.yaml": "# @package _global_\nalgo:\n  _target_: mine.Mine\n  depth: 1\n"
         "train:\n  steps: 2\n",
@@ -123,7 +123,7 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
     (tmp_path / "data").mkdir()
     (tmp_path / "data/photos.yaml").write_text("_target_: photos.Photos\n")
     message = refusal("data=photos", config_dir=str(tmp_path))
-    assert message.startswith("no backbone belongs to data=photos: type backbone=…")
+    assert message.startswith("data=photos has no default backbone: type backbone=NAME, one of")
     assert job("data=photos", "backbone=conv4", config_dir=str(tmp_path)).config["data"]
 
 
@@ -139,16 +139,16 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
         ("stpes=3", "there is no key stpes: did you mean train.steps?"),
         ("inner_lr=3", "there is no key inner_lr: did you mean algo.inner_lr?"),
         ("algo.inner_lrr=3", "there is no key algo.inner_lrr: did you mean algo.inner_lr?"),
-        ("+algo.foo=3", "there is no key algo.foo (`metarun --cfg job` lists them)"),
+        ("+algo.foo=3", "there is no key algo.foo; `metarun --cfg job` lists all keys"),
         ("+trian.steps=3", "there is no key trian.steps: did you mean train.steps?"),
         ("++new=3", "there is no key new"),
         ("+algo.new=3", "there is no key algo.new"),
         ("++train={steps:3,new:4}", "there is no key train.new"),
-        ("+seed=3", "+seed=3: seed exists; type it without +"),
-        ("+algo=maml", "+algo=maml: type algo=maml, without +"),
-        ("recipe=null", "recipe=null: type ~recipe"),
-        ("~algo", "~algo: a run needs one; type algo=…"),
-        ("~seed", "~seed: a run needs every key"),
+        ("+seed=3", "+seed=3: seed already exists; type it without +"),
+        ("+algo=maml", "+algo=maml: type algo=maml without +"),
+        ("recipe=null", "recipe=null: type ~recipe instead"),
+        ("~algo", "~algo: every run needs this group; type algo=NAME"),
+        ("~seed", "~seed: a key cannot be removed; set it to another value or null"),
         ("hydra.rnu.dir=x", "there is no key hydra.rnu.dir"),
         ("hydra/launcher=bsaic", "hydra/launcher=bsaic: did you mean basic?"),
         ("way=five", "way=five: expected a whole number"),
@@ -165,12 +165,12 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
         ("train.steps=-1", "train.steps=-1 is out of range: expected 0 or more"),
         ("eval.episodes=1", "eval.episodes=1 is out of range: expected 2 or more"),
         ("device=gpu", "device=gpu: expected auto, cpu, cuda or cuda:N"),
-        ("seed=1,2", "seed=1,2 names several values: add -m"),
+        ("seed=1,2", "seed=1,2 has several values: add -m"),
         ("seed=???", "seed is missing: type seed=…"),
         ("seed=${nothing}", "seed: Interpolation key 'nothing' not found"),
         ("seed=${seed}", "seed: Recursive interpolation detected"),
         ("seed=${train}", "seed="),
-        ("a b", "cannot read 'a b': expected key=value"),
+        ("a b", "cannot read 'a b': expected KEY=VALUE"),
         ("names.algo=x", "there is no key names.algo"),
     ],
 )
@@ -193,8 +193,8 @@ def test_a_sweep_is_the_product_of_its_words_in_their_order() -> None:
         ("experiment=glob(nothing_*)", "experiment=glob(nothing_*) selects nothing"),
         ("algo=maml,mmal", "algo=mmal: did you mean maml?"),
         ("sede=1,2", "there is no key sede: did you mean seed?"),
-        ("seed=range(0,1000000000)", "the sweep asks for more than 10000 runs"),
-        ("seed=interval(0,1)", "seed=interval(0,1): a sweep takes lists"),
+        ("seed=range(0,1000000000)", "the sweep has more than 10000 runs"),
+        ("seed=interval(0,1)", "seed=interval(0,1): expected a list, range() or glob()"),
     ],
 )
 def test_a_sweep_is_looked_up_before_its_first_run(words: str, message: str) -> None:

@@ -1,7 +1,7 @@
-"""The shipped experiments and papers: each composes, fits its data set, trains and is tested.
+"""Tests that every shipped experiment and paper composes, fits its data, trains and is tested.
 
-The data sets are generated in their own files' formats and go through the real import, with few
-characters and images; a run of an experiment is cut down to one small update.
+Small data sets are generated in the original file formats and imported as usual. A run of an
+experiment is reduced to one small update.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ Config = dict[str, Any]
 
 CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-# Those that are no paper's.
+# Experiments that are not from a paper.
 OWN = {"quick_start", "omniglot_small_best", "iris"}
 PAPERS = sorted(path.stem for path in (CONF / "paper").glob("*.yaml"))
 
-# Twenty in each split, the most ways there are: 60 in training are 15 in four rotations.
+# Twenty in each split, the largest number of ways; 60 training classes are 15 in 4 rotations.
 CHARACTERS = (
     *(
         Character("images_background", split.title(), number, split)
@@ -53,7 +53,7 @@ CHARACTERS = (
     ),
     *(Character("images_evaluation", "More", number, "test") for number in range(1, 6)),
 )
-# The most images of one class in a task.
+# The largest number of images of one class in a task.
 PHOTOGRAPHS = 21
 
 
@@ -93,7 +93,7 @@ def write_photographs(folder: Path) -> None:
 
 @cache
 def composed(name: str) -> Config:
-    """What an experiment says; by Hydra alone, since looking up every word takes much longer."""
+    """Compose an experiment by Hydra alone, since checking every override takes much longer."""
     register_resolvers()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
@@ -104,7 +104,7 @@ def composed(name: str) -> Config:
 
 
 def cut_down(config: Config) -> Config:
-    """One small update of the same form: fewer ways, rows, tasks and filters."""
+    """Reduce a configuration to one small update: fewer ways, rows, tasks and filters."""
     small = deepcopy(config)
     for sizes in (small, small["train"]):
         for key, most in (("way", 5), ("shot", 5), ("query", 1)):
@@ -126,7 +126,7 @@ def cut_down(config: Config) -> Config:
 def test_an_experiment_can_be_made(name: str) -> None:
     config = composed(name)
     settings = check_config(config)
-    # Streams have hundreds of test characters, which the small copy has not.
+    # Streams need hundreds of test characters, more than the small copy has.
     made = cut_down(config) if config["names"]["data"].startswith("stream_") else config
     experiment = build_experiment({**made, "device": "cpu"})
     assert experiment.run_info["experiment"] == name

@@ -1,4 +1,4 @@
-"""Names of folders: equal for what computes the same, different for what does not."""
+"""Tests of folder names: equal for runs with equal results, different for all others."""
 
 from __future__ import annotations
 

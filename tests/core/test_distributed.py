@@ -235,8 +235,8 @@ def test_what_cannot_be_shared_is_refused_once_and_nothing_is_made(tmp_path: Pat
     assert told == [
         (
             "",
-            "error: train.tasks_per_step=1 is fewer than the 2 processes: expected one task or "
-            "more for each\n",
+            "error: train.tasks_per_step=1 is fewer than the 2 processes: expected at least one "
+            "task for each process\n",
         ),
         ("", ""),
     ]

@@ -1,4 +1,4 @@
-"""What a run has learned, used from Python in the manner of scikit-learn."""
+"""Tests of `metarun.load` and its learner: fit, predict, predict_proba."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COMMON = ["device=cpu", "eval.episodes=2", "eval.val_episodes=2", "train.tasks_p
 
 
 def trained(path: Path, words: Sequence[str], **run_info: str) -> Path:
-    """A run of a few steps, made as the command line makes it."""
+    """Train a run of a few steps, as the command line does, and return its folder."""
     with composer() as compose:
         config = compose.job([*COMMON, *words]).config
     experiment = build_experiment(config)
@@ -148,7 +148,8 @@ def test_a_head_of_fixed_width_wants_its_number_of_classes(
     maml: Path, pictures: list[list[Picture]]
 ) -> None:
     learner = metarun.load(maml, device="cpu")
-    with pytest.raises(ValueError, match="fit got 4 classes and this MAML has learned tasks of 3"):
+    says = "fit got 4 classes, but this MAML was trained on 3 ways"
+    with pytest.raises(ValueError, match=says):
         learner.fit([drawings[0] for drawings in pictures[:4]], list("abcd"))
     with pytest.raises(ValueError, match="examples of 1 class: expected 2 or more"):
         learner.fit(pictures[0][:2], ["a", "a"])
@@ -174,7 +175,7 @@ def test_a_regression_takes_numbers_and_gives_them(sinusoid: Path) -> None:
     learner.fit(x[:, None], np.sin(x)[:, None])
     assert learner.predict(x).shape == (10, 1)
     np.testing.assert_array_equal(learner.predict(x)[:, 0], answers)
-    with pytest.raises(ValueError, match="a regression has no classes"):
+    with pytest.raises(ValueError, match="a regression has no class probabilities"):
         learner.predict_proba(x)
     assert not hasattr(learner, "classes_")
 
@@ -261,7 +262,7 @@ def test_what_is_no_run_or_has_nothing_yet_cannot_be_loaded(tmp_path: Path, maml
     with pytest.raises(ValueError, match="no such folder"):
         metarun.load(tmp_path / "nothing")
     RunFolder.create(tmp_path / "new", RunFolder.open(maml).config_text())
-    with pytest.raises(ValueError, match="has saved nothing yet"):
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
         metarun.load(tmp_path / "new", device="cpu")
     RunFolder.create(tmp_path / "odd", "{a: [")
     with pytest.raises(ValueError, match=r"config\.yaml is damaged"):

@@ -1,4 +1,4 @@
-"""`resume=` and `test=`: what is stored is the truth, and only what may change does."""
+"""Tests of `resume=` and `test=`: the stored configuration applies, only some keys may change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def state(folder: Path) -> str:
 
 
 def edit(folder: Path, key: str, value: object) -> None:
-    """Change a stored value, as if the shipped YAML had had another one at the time."""
+    """Change a stored value, as if the shipped YAML had been different when the run started."""
     cfg = OmegaConf.load(folder / "config.yaml")
     OmegaConf.update(cfg, key, value)
     OmegaConf.save(cfg, folder / "config.yaml")
@@ -59,7 +59,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is(metarun: Command, run: Path) 
     for words in ([], ["train.steps=3"], ["train.log_every=7"]):
         answer = metarun(f"resume={run}", *words)
         assert answer.code == 0
-        assert "is finished, after 4 steps" in answer.out
+        assert "is finished after 4 steps: type a larger train.steps" in answer.out
     assert files(run) == before
 
 
@@ -77,13 +77,13 @@ def test_a_finished_run_goes_on_to_more_steps_and_remembers_them(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("way=3", "way cannot change in a run that goes on"),
-        ("algo=anil", "algo cannot change in a run that goes on"),
-        ("algo.inner_lr=0.3", "algo.inner_lr cannot change in a run that goes on"),
+        ("way=3", "way cannot change in a resumed run: only train.steps"),
+        ("algo=anil", "algo cannot change in a resumed run"),
+        ("algo.inner_lr=0.3", "algo.inner_lr cannot change in a resumed run"),
         ("train.stpes=9", "there is no key train.stpes: did you mean train.steps?"),
         ("train.steps=many", "train.steps=many: expected a whole number"),
-        ("train.steps=5,6", "names several values"),
-        ("+train.steps=5", "take plain KEY=VALUE"),
+        ("train.steps=5,6", "has several values"),
+        ("+train.steps=5", "accept only KEY=VALUE"),
         ("engine=vamp", "engine=vamp: expected auto, vmap, loop or threads"),
         ("device=gpu", "device=gpu: expected auto"),
     ],
@@ -106,7 +106,7 @@ def test_fewer_steps_than_were_made_are_refused(metarun: Command, run: Path) -> 
     before = files(run)
     answer = metarun(f"resume={run}", "train.steps=2")
     assert answer.code == 2
-    assert "train.steps=2: the run has made 4: type more" in answer.err
+    assert "train.steps=2: the run has already made 4 steps: expected more" in answer.err
     assert {k: v for k, v in files(run).items() if k != "lock"} == before
 
 
@@ -118,11 +118,11 @@ def test_a_value_that_differs_by_now_is_named_and_the_runs_own_is_kept(
     assert answer.code == 0, answer.err
     lines = [line for line in answer.err.splitlines() if "the run's value is kept" in line]
     assert len(lines) == 1
-    assert lines[0].startswith("warning: algo.inner_lr is 0.01 in the configuration by now and was")
+    assert lines[0].startswith("warning: algo.inner_lr is now 0.01 in the configuration but was")
     assert stored(run)["algo"]["inner_lr"] == 0.5
 
 
-def test_how_tasks_run_stays_as_it_was_settled_unless_typed(metarun: Command, run: Path) -> None:
+def test_how_tasks_run_stays_as_resolved_unless_overridden(metarun: Command, run: Path) -> None:
     edit(run, "engine", "loop")
     assert metarun(f"resume={run}", "train.steps=5").code == 0
     assert stored(run)["engine"] == "loop"
@@ -136,7 +136,7 @@ def test_a_run_whose_words_mean_nothing_any_more_goes_on_by_its_stored_configura
     (run / "overrides.yaml").write_text("- algo=renamed\n")
     answer = metarun(f"resume={run}", "train.steps=5")
     assert answer.code == 0
-    assert "warning: the run's words cannot be composed any more" in answer.err
+    assert "warning: the run's overrides no longer compose" in answer.err
 
 
 @pytest.mark.parametrize("verb", ["resume", "test"])
@@ -163,7 +163,7 @@ def test_a_path_may_hold_what_hydras_grammar_does_not_read(
 
 
 def results(run: Path) -> dict[str, Any]:
-    """The results of each meta-test below a run, by the folder's name."""
+    """Return the results of each meta-test of a run, by the name of its folder."""
     paths = sorted(run.glob("tests/*/results.json"))
     return {path.parent.name: json.loads(path.read_text()) for path in paths}
 
@@ -199,7 +199,7 @@ def test_a_meta_test_takes_other_data_and_keeps_what_was_learned(
         (["data=lienar"], "data=lienar: did you mean linear?"),
         (["data.nosie=1"], "there is no key data.nosie: did you mean data.noise?"),
         (["data=omniglot_small"], "way=1 is out of range"),
-        (["data=omniglot_small", "way=5"], "way=5: the run learned a regression"),
+        (["data=omniglot_small", "way=5"], "way=5: the run has a fixed head for regression"),
         (["way=5"], "way=5 has no meaning in a regression"),
         (["eval.episodes=1"], "eval.episodes=1 is out of range"),
     ],

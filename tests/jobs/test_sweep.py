@@ -1,4 +1,4 @@
-"""Sweeps: found again, resumed, side by side, killed, and told how to go on."""
+"""Tests of sweeps: repeated, resumed, concurrent, killed, and their summaries."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def inside(metarun: Command, monkeypatch: pytest.MonkeyPatch) -> Inside:
-    """The command in this process and another folder, which is made where it is missing."""
+    """The command in this process, in another folder, which is created if missing."""
 
     def call(place: Path, words: Sequence[str]) -> Answer:
         place.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ def inside(metarun: Command, monkeypatch: pytest.MonkeyPatch) -> Inside:
 
 
 def folders(place: Path) -> dict[str, Path]:
-    """The run folders of a sweep by their names."""
+    """Return the run folders of a sweep, by name."""
     sweeps = place / "outputs/sweeps"
     return {path.parent.name: path.parent for path in sweeps.rglob("config.yaml")}
 
@@ -76,7 +76,7 @@ def states(place: Path) -> list[str]:
 
 
 def numbers(folder: Path) -> tuple[str, Any, Any, Any]:
-    """Everything that a run computed."""
+    """Return all numbers that a run has computed."""
     results = json.loads((folder / "results.json").read_text())
     metrics = (folder / "metrics.jsonl").read_text()
     return metrics, results["test"], results["val"], results["episodes_hash"]
@@ -97,7 +97,7 @@ def test_a_sweep_again_skips_what_is_finished_and_makes_what_is_missing(
 def test_the_folder_that_is_checked_is_the_folder_that_hydra_makes(
     metarun: Command, tmp_path: Path
 ) -> None:
-    """Hydra writes the values of a sweep anew: 1e-3 as 0.001."""
+    """Hydra normalizes the values of a sweep: 1e-3 becomes 0.001."""
     words = ["-m", "algo.inner_lr=1e-3,0.5", "optim.lr=1e-2", *TINY]
     with composition.composer() as compose:
         planned = {job.folder.name for job in compose.jobs(words[1:], sweep=True)}
@@ -123,7 +123,7 @@ def test_a_run_that_fails_leaves_its_traceback_and_its_reason_and_the_others(
     assert "Traceback" in (failed / "metarun.log").read_text()
     assert "out of luck" in json.loads((failed / "status.json").read_text())["why"]
     assert f"error: outputs/sweeps/{failed.name}: failed: RuntimeError: out of luck" in answer.err
-    assert f"the same command makes what is missing: metarun {' '.join(words)}" in answer.err
+    assert f"to complete the sweep, repeat the command: metarun {' '.join(words)}" in answer.err
 
 
 def test_a_run_that_cannot_even_begin_leaves_its_traceback_too(
@@ -152,8 +152,8 @@ def test_fail_fast_starts_no_further_run(metarun: Command, tmp_path: Path) -> No
     assert "0 of 2 runs are finished" in answer.out
 
 
-def test_a_false_start_is_begun_anew(tmp_path: Path) -> None:
-    """A kill between the first file of a folder and the last."""
+def test_a_false_start_is_begun_again(tmp_path: Path) -> None:
+    """The process was killed between the first and the last file of a new folder."""
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "config.yaml").touch()
@@ -204,7 +204,7 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
         return ensure_finished(job.config, folder, TINY, None, Screen()).state
 
     assert make() == "finished"
-    # As seen by a process that looked before the other began, and before it was finished.
+    # As seen by a process that checked before the other one started or finished.
     monkeypatch.setattr(ensure, "_begun", lambda _: False)
     assert make() == "elsewhere"
     monkeypatch.undo()
@@ -223,7 +223,7 @@ def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     draw = random.Random(0)
     for target in sorted(draw.sample(range(1, 5), 3)):
         process = start(words, killed)
-        # Somewhere in the run that comes after so many: the kill meets it at any point.
+        # Wait for a random number of results and a random time, to kill a run at any point.
         while process.poll() is None and len(list(killed.rglob("results.json"))) < target:
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.4))
@@ -236,7 +236,7 @@ def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     assert len(found) == 6
     for name, folder in found.items():
         assert numbers(folder) == numbers(expected[name]), name
-    # The journal of a sweep that was killed is of no use to anybody, and in nobody's way.
+    # The journals of the killed sweeps remain and do no harm.
     assert "6 of 6 runs are finished" in done.out
 
 
@@ -262,7 +262,7 @@ def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) 
     ],
     ids=["joblib", "submitit_local"],
 )
-def test_runs_of_other_processes_are_told_of_and_computed_alike(
+def test_runs_of_other_processes_are_reported_and_computed_alike(
     launcher: list[str], tmp_path: Path, inside: Inside
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -296,14 +296,14 @@ def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path:
     assert "Traceback" not in err
     assert states(tmp_path) == ["interrupted", "interrupted"]
     assert "0 of 4 runs are finished" in out
-    assert "the same command makes what is missing: metarun -m seed=1,2,3,4" in err
+    assert "to complete the sweep, repeat the command: metarun -m seed=1,2,3,4" in err
 
 
 def test_optuna_searches_by_meta_val(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
     words += ["hydra.sweeper.sampler.seed=1", "algo.inner_lr=interval(0.001,0.1)", *TINY]
-    # In processes of their own: Optuna keeps the standard error that it first met.
+    # In separate processes, since Optuna keeps the first standard error that it gets.
     done = run(words, tmp_path)
     assert done.returncode == 0, done.stderr
     (found,) = tmp_path.rglob("optimization_results.yaml")
@@ -332,7 +332,7 @@ def test_processes_whose_sweep_was_killed_save_their_runs_and_end(tmp_path: Path
     while len(list(tmp_path.rglob("metrics.jsonl"))) < 2 and sweep.poll() is None:
         time.sleep(0.05)
     sweep.kill()
-    # Its processes hold the other end of the pipe until the last of them is gone.
+    # Waits for the worker processes, which hold the other end of the pipe.
     sweep.communicate(timeout=120)
     assert states(tmp_path) == ["interrupted", "interrupted"]
 
@@ -342,7 +342,7 @@ def test_a_search_for_the_worst_is_refused(metarun: Command, tmp_path: Path) -> 
     words = ["-m", "hydra/sweeper=optuna", "optim.lr=interval(0.001,0.1)", *TINY]
     answer = metarun(*words, "hydra.sweeper.direction=maximize")
     assert answer.code == 2
-    assert "looks for the worst mse: type hydra.sweeper.direction=minimize" in answer.err
+    assert "searches for the worst mse: type hydra.sweeper.direction=minimize" in answer.err
     assert not (tmp_path / "outputs").exists()
 
 
@@ -353,7 +353,7 @@ def test_a_search_for_the_worst_is_refused(metarun: Command, tmp_path: Path) -> 
             ["hydra/sweeper=optuna", "seed=1,2", "optim.lr=interval(0.001,0.1)"],
             "seed=1,2: a search would choose the luckiest seed",
         ),
-        (["seed=1,2", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: a run's folder is named"),
+        (["seed=1,2", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x cannot be changed: metarun"),
     ],
 )
 def test_what_would_mix_up_runs_is_refused(
@@ -402,9 +402,7 @@ def test_a_plugin_that_is_missing_is_named_by_its_extra(
     monkeypatch.setattr(composition.Composer, "options", without_plugins)
     answer = metarun("-m", word, "seed=1,2", *TINY)
     assert answer.code == 2
-    assert answer.err == (
-        f"error: {word} needs a plugin of Hydra's: pip install 'metarun[{extra}]'\n"
-    )
+    assert answer.err == (f"error: {word} needs a plugin: type pip install 'metarun[{extra}]'\n")
 
 
 def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
@@ -427,4 +425,4 @@ def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
     words = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=1,2"]
     answer = metarun("-m", *words, *TINY)
     assert answer.code == 2
-    assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: a run of a sweep is one")
+    assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: expected 1, since each")

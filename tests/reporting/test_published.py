@@ -160,9 +160,9 @@ def test_a_run_that_is_not_finished_is_named(metarun: Command, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "metarun table needs a folder, as in `metarun table outputs/sweeps`"),
+        ([], "metarun table needs a folder or --paper NAME: type `metarun table outputs/sweeps`"),
         (["nowhere"], "nowhere: there is no such folder"),
-        (["."], ".: there is no run in it"),
+        (["."], ". contains no run: expected a run folder"),
         (["--paper", "fin"], "--paper fin: expected one of "),
     ],
 )

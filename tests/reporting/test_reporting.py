@@ -201,7 +201,7 @@ def test_a_damaged_run_is_named_and_the_others_are_reported(
     [
         ([], "metarun report needs a folder"),
         (["nowhere"], "nowhere: there is no such folder"),
-        (["."], "there is no run in it"),
+        (["."], "contains no run: expected a run folder"),
         ([".", "--outptu=x"], "--outptu"),
     ],
 )
@@ -227,7 +227,7 @@ def test_a_page_of_somebody_elses_is_kept(
 ) -> None:
     (tmp_path / "report.html").write_text("mine")
     assert main(["report", str(made(runs, "maml")), "--output", str(tmp_path)]) == 2
-    assert "is not a page that metarun made: type --output DIR" in capsys.readouterr().err
+    assert "exists and is not a page of metarun: type --output DIR" in capsys.readouterr().err
     assert (tmp_path / "report.html").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 

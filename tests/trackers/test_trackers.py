@@ -163,7 +163,7 @@ def test_trackers_leave_the_name_of_a_run_alone() -> None:
         (["logger=[mlflow,wand]"], "logger=wand: did you mean wandb?"),
         (["logger=null"], "logger=null: type logger=[]"),
         (["-m", "logger=wand", "seed=1,2"], "logger=wand: did you mean wandb?"),
-        (["-m", "logger=mlflow,wandb"], "for several at once type logger=[A,B]"),
+        (["-m", "logger=mlflow,wandb"], "to use several in one run, type logger=[A,B]"),
         (["logger.wandb.mode=online"], "there is no key logger.wandb.mode"),
         (["logger=wandb", "logger.wandb.mod=online"], "did you mean logger.wandb.mode?"),
         (["logger=wandb", "logger.wandb.mode=on"], "logger.wandb.mode=on: expected offline or"),
