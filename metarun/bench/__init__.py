@@ -1,6 +1,6 @@
-"""`metarun bench`: the speed of meta-learning on this machine, as ratios to the usual loops.
+"""`metarun bench`: the speed of meta-learning on this machine, relative to other implementations.
 
-Every figure is taken side by side with its rivals' in one process, turn by turn, so that what else
-the machine does falls on all of them. `catalogue` says what is timed, `sides` makes our step and
-`baselines` theirs, `measuring` and `memory` take the figures, `tables` and `drawing` show them.
+Each step is timed in the same process as its baselines, in alternating rounds, so that other load
+on the machine affects all of them. `workloads` lists what is timed. `implementations` creates our
+step and `baselines` theirs. `measuring` and `memory` measure, `tables` and `drawing` present.
 """

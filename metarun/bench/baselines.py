@@ -1,4 +1,4 @@
-"""The loops to beat: each does the work of a workload task by task, with the textbook's network.
+"""Baselines: loops that run a workload one task at a time, with networks of torch's layers.
 
 Shapes: T tasks, S support rows, Q query rows, W ways, D outputs, F features.
 """
@@ -25,22 +25,22 @@ from metarun.bench.workloads import BASELINES, Variant, Workload
 from metarun.core.types import TaskBatch
 
 Backward = Callable[[nn.Module, Workload, TaskBatch], None]
-"""Adds the gradient of the mean loss over tasks to that of each parameter."""
+"""A function that adds the gradient of the mean loss over tasks to each parameter's `grad`."""
 
 Answers = Callable[[nn.Module, Workload, TaskBatch], Tensor]
-"""Answers (T, Q, W) after adapting to each task."""
+"""A function that returns predictions (T, Q, W) after adaptation to each task."""
 
 _MODULES = {"learn2learn": "learn2learn.algorithms.maml", "higher": "higher"}
 
 
 def baselines_of(workload: Workload) -> list[str]:
-    """Whom a workload is timed against, of those that can be imported here."""
+    """Return the names of a workload's baselines that can be imported."""
     named = [name for name, methods in BASELINES.items() if workload.method in methods]
     return [name for name in named if why_missing(name) is None]
 
 
 def why_missing(name: str) -> str | None:
-    """Why a rival cannot take part; None where it can."""
+    """Return why a baseline cannot be imported; None if it can."""
     if name not in _MODULES:
         return None
     found = _imported(name)
@@ -49,7 +49,7 @@ def why_missing(name: str) -> str | None:
 
 @cache
 def _imported(name: str) -> Any:
-    """A rival's module, or what it raised."""
+    """Return a baseline's module, or the exception of its import."""
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stderr(io.StringIO()),
@@ -58,13 +58,13 @@ def _imported(name: str) -> Any:
         warnings.simplefilter("ignore")
         try:
             return importlib.import_module(_MODULES[name])
-        # An old package in a new Python fails in any way: then it is left out, and told why.
+        # An old package may fail in any way in a new Python; it is left out with the reason.
         except Exception as error:
             return error
 
 
 def baseline_step(name: str, workload: Workload, device: torch.device) -> Step:
-    """One step of a rival's, with plain SGD behind a gradient."""
+    """Return one step of a baseline; a training step ends with plain SGD."""
     if workload.method == "sampling":
         return _per_image(workload)
     net = network(workload, device)
@@ -85,7 +85,7 @@ def baseline_step(name: str, workload: Workload, device: torch.device) -> Step:
 def network(
     workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A rival's network, with the weights that ours starts from."""
+    """Return a baseline's network, with the initial weights of ours."""
     ours = algorithm_of(workload, Variant(), torch.device("cpu"), dtype).net
     if workload.method == "mann":
         return ours.to(device)
@@ -95,7 +95,7 @@ def network(
 
 
 def loss_of(workload: Workload, outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean loss of (N, W) logits or (N, D) values."""
+    """Return the mean loss of (N, W) logits or (N, D) values."""
     if workload.backbone == "mlp":
         return nn.functional.mse_loss(outputs, targets)
     return nn.functional.cross_entropy(outputs, targets)
@@ -105,7 +105,7 @@ def loss_of(workload: Workload, outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def functional_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
-    """The textbook loop: functional calls, one backward for each task."""
+    """Run the standard MAML loop: functional calls, one backward pass for each task."""
     for i in range(batch.num_tasks):
         adapted = _adapt(
             net, workload, batch.support_x[i], batch.support_y[i], graph=not workload.first_order
@@ -115,7 +115,7 @@ def functional_backward(net: nn.Module, workload: Workload, batch: TaskBatch) ->
 
 
 def functional_answers(net: nn.Module, workload: Workload, batch: TaskBatch) -> Tensor:
-    """The same loop at evaluation."""
+    """Return the predictions of the functional loop, without a graph."""
     answers = []
     for i in range(batch.num_tasks):
         adapted = _adapt(net, workload, batch.support_x[i], batch.support_y[i], graph=False)
@@ -139,7 +139,7 @@ def _adapt(
 
 
 def learn2learn_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
-    """learn2learn's clone and adapt, as in its examples."""
+    """Run learn2learn's `clone` and `adapt`, as in its examples."""
     maml = _imported("learn2learn").MAML(
         net, lr=workload.inner_lr, first_order=workload.first_order
     )
@@ -152,7 +152,7 @@ def learn2learn_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -
 
 
 def learn2learn_answers(net: nn.Module, workload: Workload, batch: TaskBatch) -> Tensor:
-    """The same at evaluation, without second derivatives."""
+    """Return learn2learn's predictions, without second derivatives."""
     maml = _imported("learn2learn").MAML(net, lr=workload.inner_lr, first_order=True)
     answers = []
     for i in range(batch.num_tasks):
@@ -165,7 +165,7 @@ def learn2learn_answers(net: nn.Module, workload: Workload, batch: TaskBatch) ->
 
 
 def higher_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
-    """higher's inner loop, as in its MAML example; first order as its documentation has it."""
+    """Run higher's inner loop, as in its MAML example; first order as in its documentation."""
     context = _imported("higher").innerloop_ctx
     inner = torch.optim.SGD(net.parameters(), lr=workload.inner_lr)
     params = list(net.parameters())
@@ -185,11 +185,11 @@ def higher_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> Non
                 param.grad = grad if param.grad is None else param.grad + grad
 
 
-# The others.
+# Other methods.
 
 
 def protonet_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
-    """ProtoNet's loss, episode after episode, all rows of one in one pass, as in its code."""
+    """Run ProtoNet's loss per episode, with one pass over its rows, as in the official code."""
     for i in range(batch.num_tasks):
         features = net(torch.cat([batch.support_x[i], batch.query_x[i]]))
         support, query = features.split([workload.support_rows, workload.query_rows])
@@ -200,7 +200,7 @@ def protonet_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> N
 
 
 def mann_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> None:
-    """Sequence after sequence through our own network, by plain autograd."""
+    """Run metarun's network on one sequence after another, with plain autograd."""
     for i in range(batch.num_tasks):
         rows = (batch.support_x[i], batch.support_y[i], batch.query_x[i])
         targets = torch.cat([batch.support_y[i], batch.query_y[i]])
@@ -223,7 +223,7 @@ ANSWERS: dict[str, Answers] = {
 
 
 def _evaluating(answers: Answers, net: nn.Module, workload: Workload, device: torch.device) -> Step:
-    """An evaluation as one writes it; its episodes come from our sampler, as many at once."""
+    """Return a plain evaluation loop; its episodes come from our sampler, in equal batches."""
     source = source_of(workload, device)
 
     def step() -> float:
@@ -238,7 +238,7 @@ def _evaluating(answers: Answers, net: nn.Module, workload: Workload, device: to
 
 
 def _per_image(workload: Workload) -> Step:
-    """Episodes by opening and shrinking each image with Pillow, as the usual data sets do."""
+    """Return a step that loads and resizes each image with Pillow, as common data sets do."""
     from PIL import Image
 
     paths = _drawings()
@@ -258,7 +258,7 @@ def _per_image(workload: Workload) -> Step:
 
 @cache
 def _drawings() -> list[bytes]:
-    """The files of the drawings of an archive that ships, already read."""
+    """Return the contents of the image files in an archive of the package."""
     from importlib.resources import as_file, files
     from zipfile import ZipFile
 

@@ -1,4 +1,4 @@
-"""The figure of a bench: how many times faster, and how time and memory grow."""
+"""Figure of the bench results: speed ratios, and growth of time and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DPI = 150
 
 
 def picture(results: Sequence[Result], curves: Sequence[Curve], title: str, kind: str) -> bytes:
-    """A file of `svg` or `png`."""
+    """Return the figure as a file of `kind` `svg` or `png`."""
     with rc_context(STYLE):
         groups = [list(group) for _, group in groupby(curves, lambda c: (c.workload, c.size))]
         bars = sum(len(result.baselines) for result in results)
@@ -43,7 +43,7 @@ def picture(results: Sequence[Result], curves: Sequence[Curve], title: str, kind
 
 
 def _ratios(axes: Axes, results: Sequence[Result]) -> None:
-    """A group of bars for each workload and variant, the first on top."""
+    """Draw a group of bars for each workload and variant, the first on top."""
     names = list(
         dict.fromkeys(baseline.name for result in results for baseline in result.baselines)
     )
@@ -92,7 +92,7 @@ def _name(result: Result) -> str:
 
 
 def _growth(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
-    """Time and memory of a step, or tasks a second of processes, by a size."""
+    """Draw time and memory of a step against a size, or tasks per second against processes."""
     size = curves[0].size
     left, right = panels
     for curve, color, marker in zip(curves, COLORS, MARKERS, strict=False):
@@ -111,8 +111,8 @@ def _growth(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
         if memory:
             right.plot(*zip(*memory, strict=True), **style)
     left.set_title(f"{curves[0].workload}, by {size}", loc="left")
-    left.set_ylabel("tasks/s" if size == "processes" else "ms a step")
-    right.set_ylabel("MiB a step")
+    left.set_ylabel("tasks/s" if size == "processes" else "ms per step")
+    right.set_ylabel("MiB per step")
     for axes in panels:
         axes.set_xlabel(size)
         axes.set_xscale("log")
@@ -131,7 +131,7 @@ def _growth(panels: Sequence[Axes], curves: Sequence[Curve]) -> None:
 
 
 def _drawn(figure: Figure, kind: str) -> bytes:
-    """A file without a date, so that the same figures are the same file."""
+    """Return a figure's file without a date, so that equal figures give equal files."""
     buffer = io.BytesIO()
     metadata = {"Date": None} if kind == "svg" else None
     figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)

@@ -1,4 +1,4 @@
-"""How far our gradients and answers are from a rival's, on two tasks of a workload in float64.
+"""Difference of our gradients and predictions from a baseline's, on two tasks in float64.
 
 Shapes: T tasks, Q query rows, W ways.
 """
@@ -17,16 +17,17 @@ from metarun.bench.workloads import Variant, Workload
 def differences(
     workload: Workload, variant: Variant, baselines: list[str], device: torch.device
 ) -> dict[str, float]:
-    """The largest difference from each rival, relative to the largest of our numbers.
+    """Return the largest difference from each baseline, relative to our largest number.
 
-    Of gradients, and of an evaluation of the answers; a `mixed` variant, which is not exact,
-    is compared as it is with rivals in float64. Empty where there is nothing to compare.
+    Gradients are compared, or predictions for an evaluation. A `mixed` variant is not exact; it
+    is compared in its own precision with baselines in float64. The result is empty if there is
+    nothing to compare.
 
     Args:
-        workload: Taken in its small size.
-        variant: Of ours.
-        baselines: By name.
-        device: Where.
+        workload: Workload, which is run in its small size.
+        variant: Variant of our implementation.
+        baselines: Names of the baselines.
+        device: Device of the computation.
     """
     small = workload.small
     if workload.method == "sampling" or not baselines:

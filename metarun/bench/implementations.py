@@ -1,7 +1,7 @@
-"""Our side of a workload: its tasks, the algorithm, and one step of it.
+"""Our implementation of a workload: its tasks, its algorithm and one step.
 
-Small gray images are the characters that ship with the package. Others are random numbers, since
-miniImageNet is not at hand everywhere, and what an image shows costs no time.
+Small grayscale images are the characters of the package. Other images are random numbers, since
+miniImageNet cannot ship with the package and the content of an image does not affect the time.
 
 Shapes: T tasks, S support rows, Q query rows.
 """
@@ -35,15 +35,15 @@ from metarun.execution.engine import Engine
 Step = Callable[[], object]
 
 EPISODES_AT_ONCE = 25
-"""Of an evaluation, as `eval.tasks_per_batch` has it."""
+"""Episodes per batch of an evaluation, as in `eval.tasks_per_batch`."""
 
 _NO_PROGRESS = Progress(0, 1)
-# A step costs the same at any rate, and at this one the weights stay where they are.
+# The time of a step does not depend on the rate, and this one hardly changes the weights.
 _OUTER_LR = 1e-7
 
 
 def has_source(workload: Workload) -> bool:
-    """Whether its tasks are of a data set that ships, which has 20 drawings of a character."""
+    """Return whether the package has the workload's data; a character has 20 drawings."""
     return workload.backbone == "mlp" or (
         workload.channels == 1 and workload.image <= 105 and workload.shot + workload.query <= 20
     )
@@ -52,7 +52,7 @@ def has_source(workload: Workload) -> bool:
 def source_of(
     workload: Workload, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> EpisodeSource:
-    """Where its tasks come from, if from a data set that ships."""
+    """Return the source of the workload's tasks, for data that the package has."""
     size = EpisodeSize(workload.way, workload.shot, workload.query)
     sizes: dict[Split, EpisodeSize] = {"train": size, "val": size, "test": size}
     common: dict[str, Any] = {
@@ -64,7 +64,7 @@ def source_of(
 
 
 def spec_of(workload: Workload) -> TaskSpec:
-    """What its tasks ask for."""
+    """Return the task specification of a workload."""
     if workload.backbone == "mlp":
         return TaskSpec("regression", (1,), 1, 1)
     shape = (workload.channels, workload.image, workload.image)
@@ -72,7 +72,7 @@ def spec_of(workload: Workload) -> TaskSpec:
 
 
 def batch_of(workload: Workload, device: torch.device, dtype: torch.dtype) -> TaskBatch:
-    """The tasks of a training step."""
+    """Return the tasks of a training step."""
     if has_source(workload):
         return source_of(workload, device, dtype).batch("train", 0, workload.tasks)
     draw = torch.Generator().manual_seed(0)
@@ -95,15 +95,15 @@ def algorithm_of(
     outer_lr: float = _OUTER_LR,
     threads: int | None = None,
 ) -> Algorithm:
-    """The algorithm of a workload, with the same weights each time.
+    """Return the algorithm of a workload; repeated calls give the same weights.
 
     Args:
-        workload: Of training steps or of an evaluation.
-        variant: How it runs.
-        device: Where.
-        dtype: In what precision.
-        outer_lr: Of plain SGD.
-        threads: Of the engine; None takes one for each core.
+        workload: Workload of training steps or of an evaluation.
+        variant: Engine, precision and memory options.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+        outer_lr: Learning rate of the outer SGD.
+        threads: Threads of the engine; None uses one for each core.
     """
     common: dict[str, Any] = {
         "spec": spec_of(workload),
@@ -134,7 +134,7 @@ def algorithm_of(
 def our_step(
     workload: Workload, variant: Variant, device: torch.device, *, threads: int | None = None
 ) -> tuple[Step, str]:
-    """One step of ours, and how its tasks run in the end."""
+    """Return one step of our implementation, and the name of the resolved engine."""
     if workload.method == "sampling":
         source = source_of(workload, device)
         return lambda: source.batch("train", 0, workload.tasks), ""
@@ -152,9 +152,9 @@ def our_step(
 def our_gradient(
     workload: Workload, variant: Variant, device: torch.device
 ) -> tuple[dict[str, Tensor], Algorithm]:
-    """The gradient by parameter of the network, and the algorithm as it was before.
+    """Return the gradient by parameter name, and the algorithm before the step.
 
-    In float64, but where networks compute in bfloat16: there in float32.
+    The precision is float64, or float32 for networks that compute in bfloat16.
     """
     dtype = torch.float32 if variant.precision == "mixed" else torch.float64
     # With an outer rate of 1 a step of SGD is the gradient itself.
@@ -169,7 +169,10 @@ def our_gradient(
 def our_answers(
     workload: Workload, variant: Variant, device: torch.device
 ) -> tuple[Tensor, Algorithm]:
-    """Answers (T, Q, W) to the first test episodes, and the algorithm; precision as above."""
+    """Return predictions (T, Q, W) for the first test episodes, and the algorithm.
+
+    The precision is that of `our_gradient`.
+    """
     dtype = torch.float32 if variant.precision == "mixed" else torch.float64
     algorithm = algorithm_of(workload, variant, device, dtype)
     batch = source_of(workload, device, dtype).batch("test", 0, workload.tasks)

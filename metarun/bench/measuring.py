@@ -1,4 +1,4 @@
-"""Times of steps taken in turns, operations counted, and what the machine's products can do."""
+"""Alternating time measurements, operation counts, and the machine's peak performance."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _SIZES_ON_GPU = (2048, 4096, 8192)
 
 
 def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) -> dict[Key, Times]:
-    """Time steps in turns, for about as many seconds each, and `LEAST_ROUNDS` rounds at least.
+    """Time steps in alternating rounds, for about `seconds` each and at least `LEAST_ROUNDS`.
 
-    A turn makes a few short steps in a row, as training does: a single one would meet the
-    caches as its rival has left them.
+    A round runs several short steps in a row, as training does. A single step would find the
+    caches in the state left by the other implementation.
     """
     first = {name: _seconds(step, 1, device) for name, step in steps.items()}
-    # Again, since what is compiled or loaded in the first one would look slow.
+    # The first step includes compilation and imports, so the second one gives the speed.
     again = {name: _seconds(step, 1, device) for name, step in steps.items()}
     repeats = {name: max(1, min(_MOST_REPEATS, int(_TURN_SECONDS / again[name]))) for name in steps}
     times: dict[Key, list[float]] = {name: [] for name in steps}
@@ -47,7 +47,7 @@ def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) 
 
 
 def _seconds(step: Step, repeats: int, device: torch.device) -> float:
-    """Of one step, from so many in a row."""
+    """Return the seconds of one step, as the mean over consecutive repeats."""
     synchronize(device)
     begin = time.perf_counter()
     for _ in range(repeats):
@@ -57,16 +57,16 @@ def _seconds(step: Step, repeats: int, device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what a GPU has been told to do."""
+    """Wait until the GPU has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def operations(workload: Workload) -> int | None:
-    """Floating-point operations of the products and convolutions in one step of the plain loop.
+    """Return the floating-point operations of one step of the plain loop.
 
-    A multiplication and an addition are two. Counted on one task without computing anything;
-    None where a workload has none.
+    Matrix products and convolutions count; a multiplication and an addition are two operations.
+    They are counted on one task of meta tensors, without computation. None for sampling.
     """
     if workload.method == "sampling":
         return None
@@ -83,7 +83,7 @@ def operations(workload: Workload) -> int | None:
 
 
 def _shapes(workload: Workload) -> TaskBatch:
-    """Tasks without numbers."""
+    """Return tasks of meta tensors, which have shapes but no values."""
     spec = spec_of(workload)
     rows = (workload.support_rows, workload.query_rows)
 
@@ -101,13 +101,13 @@ def _shapes(workload: Workload) -> TaskBatch:
 def peak(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.3, most: int | None = None
 ) -> float:
-    """Operations a second of the fastest square matrix product here.
+    """Return the operations per second of the fastest square matrix product on a device.
 
     Args:
-        device: Where.
-        dtype: Of the matrices.
-        seconds: For each size.
-        most: Largest side.
+        device: Device to measure.
+        dtype: Type of the matrices.
+        seconds: Time for each size.
+        most: The only side length to measure; None measures several.
     """
     sizes = _SIZES_ON_GPU if device.type == "cuda" else _SIZES
     best = 0.0

@@ -1,8 +1,7 @@
-"""What a step needs in memory, and what several processes do side by side.
+"""Memory of a step, and throughput of several concurrent processes.
 
-Each figure is taken in a process of its own, that no other step has left anything in. Such a
-process begins as a copy of one that has imported torch and done nothing (`forkserver`), where the
-system can do that.
+Each measurement runs in its own process, free of remains of other steps. Where the system supports
+`forkserver`, this process is a copy of one that has only imported torch.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from metarun.bench.implementations import Step, our_step
 from metarun.bench.workloads import Variant, Workload
 
 Side = Variant | str
-"""A variant of ours, or the name of a rival."""
+"""A variant of our implementation, or the name of a baseline."""
 
 _MIB = 2**20
 _STATUS = Path("/proc/self/status")
@@ -35,17 +34,17 @@ _CLEAR = Path("/proc/self/clear_refs")
 def step_of(
     side: Side, workload: Workload, device: torch.device, *, threads: int | None = None
 ) -> Step:
-    """One step of a side's."""
+    """Return one step of our implementation or of a baseline."""
     if isinstance(side, str):
         return baseline_step(side, workload, device)
     return our_step(workload, side, device, threads=threads)[0]
 
 
 def memory_of_step(side: Side, workload: Workload, device: torch.device) -> float | None:
-    """MiB that a step needs at its peak beside what is there before it.
+    """Return the peak memory of a step in MiB, in addition to what is in use before it.
 
-    On a GPU of torch's own blocks, on a CPU of the process; None where that is not known
-    (elsewhere than on Linux).
+    It is torch's allocated memory on a GPU, and the memory of the process on a CPU. None on
+    systems other than Linux, where it is not known.
     """
     if device.type == "cuda":
         return _on_gpu(step_of(side, workload, device), device)
@@ -57,10 +56,10 @@ def memory_of_step(side: Side, workload: Workload, device: torch.device) -> floa
 
 
 def throughput(side: Side, workload: Workload, processes: int, seconds: float) -> float:
-    """Tasks a second of so many processes side by side, each on one thread of a CPU.
+    """Return the tasks per second of concurrent processes with one CPU thread each.
 
     Raises:
-        RuntimeError: One of them died.
+        RuntimeError: A process died.
     """
     context = _context()
     pairs = [context.Pipe() for _ in range(processes)]
@@ -79,7 +78,7 @@ def throughput(side: Side, workload: Workload, processes: int, seconds: float) -
         steps = [ours.recv() for ours, _ in pairs]
     except EOFError:
         raise RuntimeError(
-            f"one of {processes} processes died: is the memory enough for so many?"
+            f"one of {processes} processes died, probably for lack of memory: try fewer processes"
         ) from None
     finally:
         for child in children:
@@ -90,7 +89,7 @@ def throughput(side: Side, workload: Workload, processes: int, seconds: float) -
 
 
 def _on_gpu(step: Step, device: torch.device) -> float:
-    # From before the first step, which may capture a graph that keeps its blocks.
+    # Measured from before the first step, which may capture a graph that keeps its memory.
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -109,7 +108,7 @@ def _context() -> Any:
 
 
 def _in_a_process(tell: Callable[..., None], *what: Any) -> Any:
-    """What a function sends from a process of its own; None if that dies."""
+    """Run a function in a new process and return what it sends; None if the process dies."""
     context = _context()
     ours, theirs = context.Pipe()
     child = context.Process(target=tell, args=(theirs, *what))
@@ -126,10 +125,10 @@ def _in_a_process(tell: Callable[..., None], *what: Any) -> Any:
 
 
 def _tell_memory(connection: Connection, side: Side, workload: Workload) -> None:
-    # The parent alone answers Ctrl-C, and ends this process.
+    # Only the parent handles Ctrl-C; it then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     step = step_of(side, workload, torch.device("cpu"))
-    # What is imported and compiled late is no part of a step.
+    # The first step includes late imports and compilation, which are not part of a step.
     step()
     gc.collect()
     _trim()
@@ -159,7 +158,7 @@ def _tell_speed(connection: Connection, side: Side, workload: Workload, seconds:
 
 
 def _status(name: str) -> float:
-    """MiB of a line of the process's status."""
+    """Return the value in MiB of a line of the process's status."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
@@ -167,7 +166,7 @@ def _status(name: str) -> float:
 
 
 def _trim() -> None:
-    """Give memory that is free back to the system, so that what grows is what is used."""
+    """Return free memory to the system, so that growth of the process is memory in use."""
     if sys.platform.startswith("linux"):
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:

@@ -1,4 +1,4 @@
-"""The rivals' networks, of torch's own layers, with the parameters of ours.
+"""Networks of the baselines, built from torch's layers, with the parameters of ours.
 
 Shapes: N rows, C channels, F features.
 """
@@ -18,7 +18,7 @@ _RESNET_WIDTHS = (1.0, 2.5, 5.0, 10.0)
 
 
 def textbook(workload: Workload) -> nn.Module:
-    """The network of a workload as one writes it in torch; ProtoNet's has no head."""
+    """Return the network of a workload in plain torch; ProtoNet's has no head."""
     outputs = None if workload.method == "protonet" else workload.way
     if workload.backbone == "mlp":
         return nn.Sequential(
@@ -30,12 +30,12 @@ def textbook(workload: Workload) -> nn.Module:
 
 
 def resnet_widths(filters: int) -> list[int]:
-    """Channels of the four blocks, of which the first has `filters`: 64, 160, 320, 640."""
+    """Return the channels of the four blocks; 64 filters give 64, 160, 320, 640."""
     return [int(factor * filters) for factor in _RESNET_WIDTHS]
 
 
 def paired(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The name of each parameter of ours, and that of theirs in the same place."""
+    """Yield the name of each parameter of `ours` with the corresponding parameter of `theirs`."""
     for mine, usual in ((nn.Conv2d, nn.Conv2d), (nn.Linear, nn.Linear), (BatchNorm, _Norm)):
         ours_here = [(n, m) for n, m in ours.named_modules() if isinstance(m, mine)]
         theirs_here = [m for m in theirs.modules() if isinstance(m, usual)]
@@ -45,7 +45,7 @@ def paired(ours: nn.Module, theirs: nn.Module) -> Iterator[tuple[str, nn.Paramet
 
 
 def load(ours: nn.Module, theirs: nn.Module) -> None:
-    """Give theirs the parameters of ours."""
+    """Copy the parameters of `ours` into `theirs`."""
     values = dict(ours.named_parameters())
     with torch.no_grad():
         for name, param in paired(ours, theirs):
@@ -53,7 +53,7 @@ def load(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 class _Norm(nn.BatchNorm2d):
-    """Batch norm by the batch's own statistics, as MAML's code has it."""
+    """Batch norm with the statistics of the batch, as in MAML's code."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, track_running_stats=False)
@@ -84,7 +84,7 @@ def _resnet12(workload: Workload) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """Three convolutions and a shortcut, halved at the end."""
+    """Residual block of three convolutions and a shortcut, followed by 2×2 max pooling."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -96,6 +96,6 @@ class _Block(nn.Module):
         self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), _Norm(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, width, H / 2, W / 2) from (N, C, H, W)."""
+        """Map (N, C, H, W) to (N, width, H / 2, W / 2)."""
         out = nn.functional.leaky_relu(self.straight(x) + self.shortcut(x), _SLOPE)
         return nn.functional.max_pool2d(out, 2)

@@ -1,4 +1,4 @@
-"""What a process of the bench begins with, so that a step in it imports nothing more."""
+"""Imports that a process of the bench starts with, so that its steps import nothing more."""
 
 import torch._dynamo  # noqa: F401  torch itself imports it with its first transform
 

@@ -1,4 +1,4 @@
-"""The figures that the bench takes, and how they are written down. No torch is imported here."""
+"""Results of the bench, and their JSON form. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from metarun.bench.workloads import Variant, Workload
 
 @dataclass(frozen=True)
 class Times:
-    """Of one side.
+    """Times of one implementation.
 
     Attributes:
-        first: Seconds of the first step, with whatever is compiled or loaded in it.
+        first: Seconds of the first step, including compilation and imports.
         steps: Mean seconds of a step in each round.
     """
 
@@ -24,19 +24,19 @@ class Times:
 
     @property
     def median(self) -> float:
-        """Seconds of a step."""
+        """Median seconds of a step over rounds."""
         return statistics.median(self.steps)
 
 
 @dataclass(frozen=True)
 class Entry:
-    """The figures of one side.
+    """Measurements of one implementation.
 
     Attributes:
-        name: `metarun`, or a rival's.
-        times: Of a step.
-        memory: MiB at the peak of a step beside what is there before; None where not measured.
-        difference: From ours; see `exact.differences`. None where there is none to take.
+        name: `metarun`, or the name of a baseline.
+        times: Times of a step.
+        memory: Peak memory of a step in MiB, beyond that in use before; None if not measured.
+        difference: Difference from ours, see `exact.differences`; None if there is none.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster ours is: of medians, and the quartiles of the rounds' ratios."""
+    """Speed of ours relative to a baseline: ratio of medians, quartiles of the rounds' ratios."""
 
     value: float
     low: float
@@ -56,16 +56,16 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Result:
-    """A workload, a variant of ours, and its rivals, timed in the same rounds.
+    """A workload with a variant of ours and its baselines, timed in the same rounds.
 
     Attributes:
-        workload: What was done.
-        variant: How ours did it.
-        engine: How its tasks ran in the end.
-        operations: Floating-point operations of the plain loop's step; None where not counted.
-        peak: Operations a second of the machine's products; None where not measured.
-        ours: Our figures.
-        baselines: Theirs.
+        workload: Workload that was timed.
+        variant: Variant of our implementation.
+        engine: Name of the resolved engine.
+        operations: Floating-point operations of a step of the plain loop; None if not counted.
+        peak: Operations per second of the machine's matrix products; None if not measured.
+        ours: Measurements of our implementation.
+        baselines: Measurements of the baselines.
     """
 
     workload: Workload
@@ -78,20 +78,20 @@ class Result:
 
     @property
     def label(self) -> str:
-        """Of our line: how tasks ran, and what of the variant is no default."""
+        """Label of our line: the resolved engine, and the options that are not defaults."""
         words = [self.variant.name] if self.variant.name else []
         if self.engine and self.variant.engine == "auto":
             words.insert(0, self.engine)
         return f"metarun ({', '.join(words)})" if words else "metarun"
 
     def ratio(self, baseline: Entry) -> Ratio:
-        """How many times faster ours is than a rival."""
+        """Return how many times faster ours is than a baseline."""
         pairs = zip(baseline.times.steps, self.ours.times.steps, strict=True)
         low, high = quartiles([theirs / ours for theirs, ours in pairs])
         return Ratio(baseline.times.median / self.ours.times.median, low, high)
 
     def share(self, entry: Entry) -> float | None:
-        """Of the machine's peak that a side's step would use if it were the plain loop's."""
+        """Return the share of the machine's peak, with the operations of the plain loop."""
         if self.operations is None or self.peak is None:
             return None
         return self.operations / entry.times.median / self.peak
@@ -99,13 +99,13 @@ class Result:
 
 @dataclass(frozen=True)
 class Point:
-    """A size of a growth curve.
+    """A point of a growth curve.
 
     Attributes:
-        size: Tasks, shots, …
-        milliseconds: Of a step; None of processes.
-        memory: MiB of a step; None where not measured.
-        tasks_per_second: Of all processes together, or of the one.
+        size: Value of the size: number of tasks, shots, …
+        milliseconds: Time of a step; None for processes.
+        memory: Memory of a step in MiB; None if not measured.
+        tasks_per_second: Tasks per second of all processes together.
     """
 
     size: int
@@ -116,7 +116,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """How a side's figures grow with one size of a workload."""
+    """Growth of an implementation's time and memory with one size of a workload."""
 
     workload: str
     size: str
@@ -125,7 +125,7 @@ class Curve:
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float]:
-    """Between which the middle half lies."""
+    """Return the lower and the upper quartile."""
     if len(values) < 2:
         return values[0], values[0]
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -139,7 +139,7 @@ def record(
     curves: Sequence[Curve],
     **others: Any,
 ) -> dict[str, Any]:
-    """All of it, for a JSON file."""
+    """Return all measurements as plain data for a JSON file."""
     return {
         "machine": machine,
         "peak_gflops": {name: value / 1e9 for name, value in peaks.items()},

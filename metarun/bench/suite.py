@@ -1,4 +1,4 @@
-"""Measuring a workload, and how its figures grow with one of its sizes."""
+"""Measurement of workloads, and of their growth with one size."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Tell = Callable[[str], None]
 
 
 class Suite:
-    """Takes the figures of workloads.
+    """Measures workloads.
 
     Args:
-        variants: Of ours.
-        against: Rivals by name; None takes all that can be imported.
-        seconds: Of each side of a workload.
-        device: Where.
+        variants: Variants of our implementation.
+        against: Names of the baselines; None uses all that can be imported.
+        seconds: Time for each implementation of a workload.
+        device: Device of the steps.
         with_memory: Whether memory is measured.
-        tell: Called with what is going on.
+        tell: Function that receives progress messages.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class Suite:
 
     @cached_property
     def peaks(self) -> dict[str, float]:
-        """Operations a second of matrix products, by precision of a variant."""
-        self._tell("the peak of matrix products …")
+        """Operations per second of matrix products, by the precision of variants."""
+        self._tell("peak of matrix products …")
         used = dict.fromkeys(variant.precision for variant in self._variants)
         return {name: peak(self._device, _DTYPES[name]) for name in used}
 
     def measure(self, workload: Workload) -> list[Result]:
-        """A result of each variant, all timed in the same rounds."""
+        """Return a result for each variant, all timed in the same rounds."""
         baselines = self._baselines(workload)
         variants = self._variants_of(workload)
         counted = operations(workload)
@@ -85,12 +85,12 @@ class Suite:
         return results
 
     def grow(self, workload: Workload, size: str, sizes: Iterable[int] = ()) -> Iterator[Curve]:
-        """A curve of each variant, and of the first rival.
+        """Yield a growth curve for each variant, and for the first baseline.
 
         Args:
-            workload: Whose other sizes stay.
-            size: One of `GROWTH`.
-            sizes: Values of it; by default those there.
+            workload: Workload whose other sizes are kept.
+            size: Name of the size, a key of `GROWTH`.
+            sizes: Values of the size; by default those of `GROWTH`.
         """
         sides: list[Side] = [*self._variants_of(workload), *self._baselines(workload)[:1]]
         points: dict[Side, list[Point]] = {side: [] for side in sides}
@@ -112,7 +112,7 @@ class Suite:
             yield Curve(workload.name, size, name, tuple(points[side]))
 
     def _variants_of(self, workload: Workload) -> Sequence[Variant]:
-        """No engine has a hand in sampling."""
+        """Return the variants that apply to a workload; sampling uses no engine."""
         return [Variant()] if workload.method == "sampling" else self._variants
 
     def _baselines(self, workload: Workload) -> list[str]:
@@ -122,7 +122,7 @@ class Suite:
     def _times(
         self, workload: Workload, sides: Sequence[Side], seconds: float
     ) -> tuple[dict[Side, Times], dict[Side, str]]:
-        """Of each side, and how the tasks of ours ran."""
+        """Return the times of each implementation, and the resolved engine of each variant."""
         steps: dict[Side, Step] = {}
         engines: dict[Side, str] = {}
         for side in sides:
@@ -143,7 +143,7 @@ class Suite:
         return found
 
     def leak(self, workload: Workload, steps: int) -> float:
-        """MiB by which the process, or torch's memory on a GPU, grows over so many steps."""
+        """Return the growth in MiB of the process, or of torch's GPU memory, over `steps`."""
         self._tell(f"memory over {steps} steps …")
         step, _ = our_step(workload, self._variants[0], self._device)
         for _ in range(100):
@@ -155,7 +155,7 @@ class Suite:
 
 
 def _held(device: torch.device) -> float:
-    """MiB that the process holds, or torch on a GPU."""
+    """Return the MiB in use by the process, or by torch on a GPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20

@@ -1,4 +1,4 @@
-"""The figures as a table for a terminal, and as one in Markdown."""
+"""Tables of the results for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from rich.text import Text
 
 from metarun.bench.results import Curve, Entry, Point, Result
 
-_HEADINGS = ("", "ms", "faster than it by", "differs", "of peak", "MiB", "first, ms")
+_HEADINGS = ("", "ms", "metarun's speedup", "differs", "of peak", "MiB", "first, ms")
 _IN_MARKDOWN = (
-    "work", "metarun, ms", "against", "its ms", "ratio (middle half)", "differs by",
+    "workload", "metarun, ms", "against", "its ms", "ratio (middle half)", "differs by",
     "of peak: ours, its", "MiB: ours, its",
 )  # fmt: skip
 
 
 def terminal(results: Sequence[Result]) -> Table:
-    """A group of lines for each workload and variant, ours first."""
+    """Return a table with a group of lines for each workload and variant, ours first."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, heading in enumerate(_HEADINGS):
         table.add_column(heading, justify="right" if i else "left", no_wrap=i > 0)
@@ -32,7 +32,7 @@ def terminal(results: Sequence[Result]) -> Table:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A line for each rival, for a README."""
+    """Return a Markdown table with a line for each baseline."""
     lines = [_line(_IN_MARKDOWN), _line(["---"] * len(_IN_MARKDOWN))]
     for result in results:
         work = f"{result.workload.about} ({result.label.removeprefix('metarun (').rstrip(')')})"
@@ -59,7 +59,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def growth(curves: Sequence[Curve]) -> Table:
-    """The points of curves of one workload and one size, side by side."""
+    """Return a table of growth curves of the same workload and size, side by side."""
     first = curves[0]
     table = Table(
         box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left",
@@ -78,30 +78,30 @@ def growth(curves: Sequence[Curve]) -> Table:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits or more."""
+    """Format seconds as milliseconds with three significant digits or more."""
     value = 1e3 * seconds
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def share(value: float | None) -> str:
-    """In percent."""
+    """Format a share in percent; a dash for None."""
     if value is None:
         return "–"
     return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.1f} %"
 
 
 def size(value: float | None) -> str:
-    """MiB."""
+    """Format a size in MiB; a dash for None."""
     if value is None:
         return "–"
     if value < 1:
-        # Below that it is the allocator's pages, not the step's.
+        # Below 1 MiB, pages of the allocator dominate, not the step.
         return "<1"
     return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def times(value: float) -> str:
-    """A ratio."""
+    """Format a ratio with three significant digits or more."""
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

@@ -1,4 +1,4 @@
-"""What the bench times: workloads, and the variants of the engine. No torch is imported here."""
+"""Workloads of the bench, and variants of our implementation. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Backbone = Literal["mlp", "conv4", "resnet12", "flat"]
 
 @dataclass(frozen=True)
 class Workload:
-    """A piece of work, by its sizes.
+    """A workload, described by its sizes.
 
     Attributes:
-        name: The word for it.
-        about: What it is, in a line.
-        method: `maml`, `protonet` and `mann` are an update of that; `evaluation` is MAML's answers
-            to test episodes; `sampling` makes a batch of episodes.
-        backbone: The network.
-        tasks: Of a batch; of an evaluation the episodes.
-        way, shot, query: Classes of a task, and support and query rows of each.
+        name: Name on the command line.
+        about: Description in one line.
+        method: Kind of step. `maml`, `protonet` and `mann` are one meta-update; `evaluation` is
+            MAML's predictions for test episodes; `sampling` creates a batch of episodes.
+        backbone: Network.
+        tasks: Tasks per batch, or episodes of an evaluation.
+        way, shot, query: Classes per task, and support and query rows per class.
         steps: Inner steps.
         first_order: Whether inner gradients are constants.
-        channels, image: Of an image, and its side; unused by `mlp`.
-        filters: Channels of a convolution of `conv4`, and of the first block of `resnet12`.
-        inner_lr: Inner rate.
-        slow: Whether it is timed only where it is asked for by name.
+        channels, image: Channels and side length of an image; unused by `mlp`.
+        filters: Channels of each convolution of `conv4`, or of the first block of `resnet12`.
+        inner_lr: Inner learning rate.
+        slow: Whether the workload runs only if it is named.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Workload:
 
     @property
     def small(self) -> Workload:
-        """The same work on two tasks with one query of each class, for exact comparisons."""
+        """The same workload on two tasks with one query per class, for exact comparisons."""
         return replace(self, tasks=min(2, self.tasks), query=1)
 
 
@@ -124,7 +124,7 @@ BASELINES: dict[str, tuple[Method, ...]] = {
     "plain": ("protonet", "mann"),
     "PIL": ("sampling",),
 }
-"""Whom we are compared with, and in what."""
+"""Baselines, and the methods for which they are available."""
 
 GROWTH: dict[str, tuple[int, ...]] = {
     "tasks": (1, 2, 4, 8, 16, 32, 64),
@@ -133,18 +133,19 @@ GROWTH: dict[str, tuple[int, ...]] = {
     "image": (28, 42, 56, 70, 84),
     "processes": (1, 2, 4, 8),
 }
-"""The sizes that a growth curve goes through."""
+"""Values of each size in a growth curve."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How metarun does the work: a field for each option, which the command offers by its name.
+    """Options of our implementation; each field is an option of the command with its name.
 
     Attributes:
-        engine: `kind` of `Engine`.
-        precision: `mixed` lets networks compute in bfloat16.
-        graph: That of `Engine`; `replay` is what `auto` comes to in a run.
-        memory: `lean` has each thread run one task at a time, and MAML recompute inner steps.
+        engine: Argument `kind` of `Engine`.
+        precision: Precision of the networks; `mixed` computes them in bfloat16.
+        graph: Argument `graph` of `Engine`; `auto` resolves to `replay` in a run.
+        memory: Memory option; with `lean`, each thread runs one task at a time and MAML
+            recomputes its inner steps.
     """
 
     engine: str = field(
@@ -158,7 +159,7 @@ class Variant:
 
     @property
     def name(self) -> str:
-        """What differs from the defaults, in words; empty where nothing does."""
+        """The values that differ from the defaults; empty if none does."""
         return ", ".join(
             str(getattr(self, option.name))
             for option in fields(self)
@@ -167,7 +168,7 @@ class Variant:
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """Keywords of `Engine`."""
+        """Keyword arguments of `Engine`."""
         own = asdict(self)
         chosen = {
             option.metadata["keyword"]: own[option.name]
@@ -178,18 +179,18 @@ class Variant:
 
 
 def variants(words: dict[str, Sequence[str]]) -> list[Variant]:
-    """Every combination of the words of each option.
+    """Return all combinations of the given values of the options.
 
     Args:
-        words: By the option's name; all of them.
+        words: Values by option name, for all options.
 
     Raises:
-        ValueError: An option does not know a word.
+        ValueError: A value is not allowed for its option.
     """
     for option in fields(Variant):
         if not words[option.name]:
             allowed = ", ".join(option.metadata["words"])
-            raise ValueError(f"--{option.name} names nothing: expected {allowed}")
+            raise ValueError(f"--{option.name} has no value: expected {allowed}")
         for word in words[option.name]:
             known(f"--{option.name}", word, option.metadata["words"])
     names = [option.name for option in fields(Variant)]
@@ -198,10 +199,12 @@ def variants(words: dict[str, Sequence[str]]) -> list[Variant]:
 
 
 def select(words: Sequence[str]) -> list[Workload]:
-    """The workloads of names and patterns, in the catalogue's order; without any the quick ones.
+    """Return the workloads that match names or patterns, in the order of `WORKLOADS`.
+
+    Without names, all workloads that are not slow are returned.
 
     Raises:
-        ValueError: A word is the name of none.
+        ValueError: A name or pattern matches no workload.
     """
     names = [workload.name for workload in WORKLOADS]
     for word in words:
@@ -213,7 +216,7 @@ def select(words: Sequence[str]) -> list[Workload]:
 
 
 def grows(workload: Workload, size: str) -> bool:
-    """Whether a size means anything in a workload."""
+    """Return whether a workload has a given size."""
     if size == "steps":
         return workload.method in ("maml", "evaluation")
     if size == "image":
@@ -222,7 +225,7 @@ def grows(workload: Workload, size: str) -> bool:
 
 
 def grown(workload: Workload, size: str, value: int) -> Workload:
-    """A workload in another size; processes do each the same work."""
+    """Return a workload with another size; each of several processes does the same work."""
     fields_by_size: dict[str, dict[str, Any]] = {
         "tasks": {"tasks": value},
         "shots": {"shot": value},
@@ -233,10 +236,10 @@ def grown(workload: Workload, size: str, value: int) -> Workload:
 
 
 def known(option: str, word: str, allowed: Sequence[str]) -> None:
-    """Refuse a word that is none of those allowed, with the nearest spelling.
+    """Check that a word is allowed; the error suggests the nearest spelling.
 
     Raises:
-        ValueError: It is not.
+        ValueError: The word is not allowed.
     """
     if word in allowed:
         return

@@ -21,10 +21,10 @@ class Row:
     """A row of a comparison: one algorithm.
 
     Attributes:
-        name: As it is typed.
-        method: What it is, in a few words.
-        cells: For each column (a size of task) the finished runs, one for each seed.
-        failed: How many runs of each column have failed; empty stands for none.
+        name: Name of the algorithm, as typed on the command line.
+        method: Short description of the method.
+        cells: Finished runs of each column (a task size), one run for each seed.
+        failed: Number of failed runs of each column; empty if there are none.
     """
 
     name: str
@@ -34,16 +34,16 @@ class Row:
 
 
 def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """Rows as a table in Markdown, the best of the first column first.
+    """Format rows as a Markdown table, sorted by the first column with the best on top.
 
     Args:
-        rows: One for each algorithm.
-        columns: Names of the sizes.
+        rows: One row for each algorithm.
+        columns: Names of the task sizes.
     """
     results = [result for row in rows for cell in row.cells for result in cell]
     regression = any(result.record["metric"] == "mse" for result in results)
     title = "MSE" if regression else "accuracy, %"
-    # What is measured is known from a run alone.
+    # The metric is known only from a finished run.
     named = [f"{name}: {title}" if results else name for name in columns]
     heads = ["`algo=`", "method", *named]
     extra = [n for n in EXTRA_METRICS if any(n in result.extra for result in results)]
@@ -74,22 +74,22 @@ STREAM_HEADS = {
     "rows_to_proficiency_new": "of new tasks",
     "rows_to_proficiency_returning": "of returning tasks",
 }
-"""What a figure of `continual.summary` is called in a table; accuracies are in percent there."""
+"""Table heads for the figures of `continual_metrics.summary`; accuracies are shown in percent."""
 
 _NOT_METRICS = ("cumulative_loss", "rows_to")
 
 
 @quiet
 def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
-    """Learners along the same streams as a table in Markdown, the best at the end first.
+    """Format learners along the same streams as a Markdown table, best final figure first.
 
     Args:
-        rows: One for each algorithm, with one cell: the seeds.
-        against: Whom regret is counted against; it has the seeds of the others.
+        rows: One row for each algorithm, with a single cell that holds the runs of its seeds.
+        against: Comparator for regret, run with the same seeds as the others.
     """
     results = [result for row in rows for cell in row.cells for result in cell]
     if not results:
-        return "nothing is finished yet"
+        return "no run has finished yet"
     regression = results[0].record["metric"] == "mse"
     shown_figures = [n for n in STREAM_HEADS if any(n in result.figures for result in results)]
     title = "MSE" if regression else "accuracy, %"
@@ -104,8 +104,8 @@ def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
     counts = sorted({len(result.episodes) for result in results})
     seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
     note = (
-        f"{_either(counts)} lifetimes; mean ± 95 % interval over them; {_either(seeds)} seed(s), "
-        "with the interval over seeds in brackets where there are several."
+        f"{_either(counts)} test streams; mean ± 95 % interval over streams; {_either(seeds)} "
+        "seed(s), with the interval over seeds in brackets where there are several."
     )
     return "\n".join([*lines, "", note])
 
@@ -128,10 +128,10 @@ def _stream_cells(row: Row, names: Sequence[str], against: Row | None) -> list[s
 
 
 def _regret_cells(row: Row, against: Row) -> list[str]:
-    """The regret at the end and how fast it grows, or why it is not there.
+    """Return the final regret and its growth exponent, or the reason why there is none.
 
     Raises:
-        ValueError: The two have lived along different streams.
+        ValueError: The two learners were run along different streams.
     """
     if row.name == against.name:
         return ["–", "–"]
@@ -144,8 +144,8 @@ def _regret_cells(row: Row, against: Row) -> list[str]:
         other = comparators[seed]
         if result.record["episodes_hash"] != other.record["episodes_hash"]:
             raise ValueError(
-                f"algo={against.name} has lived along other streams than algo={row.name}: no "
-                "regret can be counted"
+                f"algo={against.name} was run along other streams than algo={row.name}: "
+                "regret needs the same streams"
             )
         assert result.losses is not None
         assert other.losses is not None
@@ -156,8 +156,8 @@ def _regret_cells(row: Row, against: Row) -> list[str]:
     growing = np.isfinite(powers)
     if not growing.any():
         return [str(ends), "–"]
-    # Lifetimes that regret nothing have no power; how many have one is said.
-    mark = "" if growing.all() else f"{growing.sum()} of {len(powers)} lifetimes"
+    # Streams without regret have no exponent, so the mark counts those that have one.
+    mark = "" if growing.all() else f"{growing.sum()} of {len(powers)} streams"
     return [str(ends), str(replace(over_seeds([powers[growing]]), mark=mark))]
 
 
@@ -182,7 +182,7 @@ def _cells(row: Row, extra: Sequence[str]) -> list[str]:
 
 
 def _figures(row: Row) -> list[str]:
-    """What each column shows: a figure, or why there is none; seeds that failed are counted."""
+    """Return a text for each column: the figure or why there is none, and the failed seeds."""
     shown_figures: list[str] = []
     for cell, failed in zip(row.cells, row.failed or [0] * len(row.cells), strict=True):
         if not cell:
@@ -194,7 +194,7 @@ def _figures(row: Row) -> list[str]:
 
 
 def _extra(cell: Sequence[Result], name: str) -> str:
-    """A figure beside the metric, over the seeds that have it; a share is in percent."""
+    """Format an additional figure over the seeds that have it; coverage is in percent."""
     scale, places = (100.0, 1) if name == "coverage" else (1.0, 2)
     values = [scale * result.extra[name] for result in cell if name in result.extra]
     return str(over_seeds(values, places)) if values else "–"
@@ -211,7 +211,7 @@ def _mean(values: Sequence[float], show: Any) -> str:
 
 
 def _order(row: Row, regression: bool) -> float:
-    """Best first; what diverged or was not run last."""
+    """Return a sort key: best first; runs that diverged and missing runs last."""
     means = [float(result.episodes.mean()) for result in row.cells[0]]
     if not means or not np.isfinite(means).all():
         return math.inf

@@ -2,7 +2,7 @@
 (() => {
   const root = document.documentElement;
 
-  // Light or dark: what the reader chose, else what their system says. A print is light.
+  // Theme: the reader's choice, else the system's preference. Printing uses the light theme.
   const dark = matchMedia("(prefers-color-scheme: dark)");
   let theme = null;
   try { theme = localStorage.getItem("metarun-theme"); } catch { /* no storage for this file */ }
@@ -18,7 +18,7 @@
     try { localStorage.setItem("metarun-theme", theme); } catch { /* forgotten when closed */ }
   });
 
-  // Every artist of a series has an id that begins with the series' own.
+  // The id of every artist of a series begins with the id of the series.
   const parts = (prefix, within = document) =>
     [...within.querySelectorAll(`[id^="${CSS.escape(prefix)}"]`)].filter((part) => {
       const rest = part.id.slice(prefix.length);
@@ -32,7 +32,7 @@
     });
   }
 
-  // A row of a table lights its line in every figure.
+  // Hovering over a table row highlights its line in every figure.
   for (const row of document.querySelectorAll("tr[data-series]")) {
     const light = (on) => {
       for (const drawing of document.querySelectorAll(".drawing")) {
@@ -41,7 +41,7 @@
           const rest = part.id.split("--")[1];
           return rest === row.dataset.series || rest.startsWith(`${row.dataset.series}-`);
         });
-        // A figure of other runs stays as it is.
+        // Figures without this series do not change.
         for (const part of own.length ? all : []) {
           part.classList.toggle("faded", on && !own.includes(part));
           part.classList.toggle("lit", on && own.includes(part));
@@ -82,7 +82,7 @@
       try {
         await navigator.clipboard.writeText(pre.textContent);
       } catch {
-        // A page from the disk may not write there: select, and let the older command try.
+        // A page opened from disk may not use the clipboard: select the text and try execCommand.
         const range = document.createRange();
         range.selectNodeContents(pre);
         const selection = getSelection();
@@ -95,7 +95,7 @@
     });
   }
 
-  // What is saved is as on white paper, whatever the page looks like.
+  // Saved figures use the light theme's colors, whatever the theme of the page.
   const light = JSON.parse(document.getElementById("light").textContent);
   const svgOf = (figure) => {
     const svg = figure.querySelector("svg").cloneNode(true);

@@ -1,4 +1,4 @@
-"""One HTML page of figures, tables and commands that needs nothing beside itself."""
+"""One self-contained HTML page of figures, tables and commands."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import metarun
 from metarun.reporting.figures.drawing import COLORS, INK, MUTED, PAPER, RULE, Panel, table, write
 
 GENERATOR = "metarun report"
-"""What a page says that it was made by, so that a page of somebody else's is not replaced."""
+"""Generator named in a page, so that only pages of metarun are overwritten."""
 
 _HERE = Path(__file__).parent
 _DARK = ("#56A8DE", "#F08A45", "#2FC397", "#E09BC0", "#F0B93A", "#8ACBF0", "#A9B1BA")
-"""`COLORS` where the paper is dark."""
+"""Counterparts of `COLORS` on a dark background."""
 _STROKES = {"-": "", "--": "6 3", ":": "1.5 3", "-.": "6 2 1.5 2"}
 _SIGNS = {
     "o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖", "*": "★", "<": "◀",
     ">": "▶",
 }  # fmt: skip
-"""Matplotlib's markers as text."""
+"""Characters for Matplotlib's markers."""
 _POINTS = 4.0 / 3.0
-"""Pixels of a point."""
+"""Pixels per typographic point."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Cells, and the series of a comparison that they are of."""
+    """A row of a table, and the series of a comparison that it belongs to."""
 
     cells: Sequence[Cell]
     series: str | None = None
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under heads, and a remark below."""
+    """A table with a title, column heads, rows and a remark below."""
 
     title: str
     heads: Sequence[str]
@@ -63,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Code:
-    """Text to copy."""
+    """A block of text with a copy button."""
 
     title: str
     text: str
@@ -89,13 +89,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report says.
+    """The content of a report.
 
     Attributes:
-        title: Its first line.
-        facts: Names and values of the figures that matter.
-        sections: In order; empty ones are left out.
-        note: What keeps it from being whole.
+        title: First line of the page.
+        facts: Names and values of the most important figures.
+        sections: Sections in the order shown; empty ones are left out.
+        note: Reasons why parts of the page are missing.
     """
 
     title: str
@@ -105,11 +105,11 @@ class Page:
 
 
 def render(page: Page, figures: Path) -> str:
-    """The page as HTML; its figures are also written as SVG, PNG and CSV.
+    """Return the page as HTML, and write its figures as SVG, PNG and CSV.
 
     Args:
-        page: What it says.
-        figures: The folder of the files.
+        page: Content of the page.
+        figures: Folder for the figure files.
     """
     sections = [
         {
@@ -125,7 +125,7 @@ def render(page: Page, figures: Path) -> str:
     ]
     light = {f"--{name}": color for name, color in _variables().items()}
     script = (_HERE / "page.js").read_text(encoding="utf-8")
-    # Plain data in a block of its own, which no text of a run's can end.
+    # Escaping "<" keeps text of a run from closing this script block.
     block = json.dumps(light).replace("<", "\\u003c")
     return _template().render(
         page={"title": page.title, "facts": page.facts, "note": page.note, "sections": sections},
@@ -139,7 +139,7 @@ def render(page: Page, figures: Path) -> str:
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a page that was made here before."""
+    """Return whether a file is a page that metarun generated."""
     with path.open(encoding="utf-8", errors="replace") as file:
         return f'content="{GENERATOR}"' in file.read(1000)
 
@@ -151,20 +151,20 @@ def _template() -> Template:
 
 
 def _variables() -> dict[str, str]:
-    """Names of the page's colors, and what they are on white."""
+    """Return the names of the page's color variables with their values in the light theme."""
     names = {f"c{place}": color for place, color in enumerate(COLORS)}
     return {**names, "ink": INK, "muted": MUTED, "rule": RULE, "paper": PAPER}
 
 
 def _palette() -> str:
-    """The colors of both themes as rules of CSS."""
+    """Return the colors of both themes as CSS rules."""
     light = "".join(f"--c{place}:{color};" for place, color in enumerate(COLORS))
     dark = "".join(f"--c{place}:{color};" for place, color in enumerate(_DARK))
     return f':root{{{light}}}:root[data-theme="dark"]{{{dark}}}'
 
 
 def _variable(color: str) -> str:
-    """A color of ours by its name, which the theme gives a value."""
+    """Return a color of the palette as a CSS variable, whose value depends on the theme."""
     named = {value.lower(): name for name, value in _variables().items()}
     name = named.get(color.lower())
     return color if name is None else f"var(--{name})"
@@ -213,15 +213,15 @@ def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
 
 
 def inlined(svg: str, name: str, alt: str) -> str:
-    """An SVG as a part of a page: its names its own, its colors the page's.
+    """Return an SVG for embedding in the page, with unique ids and the page's color variables.
 
     Args:
-        svg: As Matplotlib writes it.
-        name: Of the figure; every id in it is put behind it.
-        alt: What it says to somebody who does not see it.
+        svg: SVG text as Matplotlib writes it.
+        name: Name of the figure, which is prefixed to every id.
+        alt: Alternative text of the figure.
     """
     body = svg[svg.index("<svg") :]
-    # Both hold addresses or rules that would reach beyond the figure.
+    # Both contain addresses or CSS rules that would affect the page outside the figure.
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<style.*?</style>", "", body, flags=re.DOTALL)
     body = re.sub(r'\bid="([^"]+)"', rf'id="{name}--\1"', body)

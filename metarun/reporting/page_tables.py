@@ -1,4 +1,4 @@
-"""Lines of tables as the page has them: with numbers to sort by, and the color of a run."""
+"""Conversion of table lines for the page, with numeric sort keys and the colors of runs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from metarun.reporting.page import Cell, Row, Table
 from metarun.reporting.tables import Figure, Line
 
 _DURATION = re.compile(r"(?:(\d+) h )?(?:(\d+) min)?(?: ?([\d.]+) s)?")
-"""As `screen.duration` writes it."""
+"""Format that `core.console.duration` writes."""
 
 
 def table(
     title: str, lines: Sequence[Line], entries: Mapping[str, Entry] | None = None, text: str = ""
 ) -> Table:
-    """Lines as a table; columns without any content are left out.
+    """Return lines as a table without its empty columns.
 
     Args:
-        title: What it is a table of.
-        lines: At least one, all with the same keys.
-        entries: Of the figures on the page, by the name in the first column.
-        text: A remark below.
+        title: Title of the table.
+        lines: One or more lines, all with the same keys.
+        entries: Entries of the page's figures, by the name in the table's first column.
+        text: Remark below the table.
     """
     heads = [head for head in lines[0] if any(str(line[head]) for line in lines)]
     return Table(title, heads, [_row(line, heads, entries or {}) for line in lines], text)

@@ -1,7 +1,7 @@
-"""`metarun table`: what papers report against what runs have reached.
+"""`metarun table`: published results compared with measured results.
 
-A row is a printed figure; beside it stand the runs of its experiment, the seeds together. Runs
-without a printed figure are listed by what was typed for them.
+Each row shows a published figure next to the runs of its experiment, averaged over seeds. Runs
+without a published figure are listed by their command-line overrides.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from metarun.reporting.tables import Figure, Line, Style, shown, tables
 from metarun.runs.folder import RunFolder
 
 DAMAGED = "damaged"
-"""The state of a run whose files cannot be read."""
+"""State of a run whose files cannot be read."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what is known of it.
+    """A run folder and its contents.
 
     Attributes:
-        path: The folder.
-        config: Its configuration.
-        words: What was typed for it.
-        result: What it has reached; None while it is not finished.
-        status: As in `status.json`.
+        path: Path of the folder.
+        config: Configuration of the run.
+        words: Command-line overrides of the run.
+        result: Result of the run; None until it is finished.
+        status: Contents of `status.json`.
     """
 
     path: Path
@@ -50,19 +50,19 @@ class Run:
 
     @property
     def typed(self) -> tuple[str, ...]:
-        """What was typed apart from the seed, the experiment, and how it is run."""
+        """The overrides except the seed, the experiment and those of how it is executed."""
         apart = {"seed", "experiment", *HOW_IT_RUNS}
         return tuple(word for word in self.words if root_of(word) not in apart)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        runs: One for each seed, finished.
-        config: The configuration of the first, or of the experiment where there is no run.
-        label: What to call them.
+        runs: Finished runs, one for each seed.
+        config: Configuration of the first run, or of the experiment if there is no run.
+        label: Name of the group in tables and figures.
     """
 
     runs: tuple[Run, ...]
@@ -71,32 +71,32 @@ class Group:
 
     @property
     def experiment(self) -> str | None:
-        """The word for `experiment`."""
+        """The value of `experiment`; None without one."""
         return _experiment(self.config)
 
     @property
     def results(self) -> list[Result]:
-        """What the runs have reached."""
+        """The results of the runs."""
         return [run.result for run in self.runs if run.result is not None]
 
 
 def tell_damaged(runs: Iterable[Run]) -> int:
-    """Name the runs whose files cannot be read; returns how many they are."""
+    """Print an error for each run whose files cannot be read, and return their number."""
     damaged = [run for run in runs if run.status["state"] == DAMAGED]
     for run in damaged:
         print(
-            f"error: {run.path} is damaged: {run.status['why']}: remove the folder, and the "
-            "command that made it makes it again",
+            f"error: {run.path} is damaged: {run.status['why']}: remove the folder and repeat "
+            "the command that created it",
             file=sys.stderr,
         )
     return len(damaged)
 
 
 def read_runs(paths: Iterable[Path]) -> Iterator[Run]:
-    """The runs in and below folders, in the order of their names, each once.
+    """Yield the runs in and below folders, sorted by name and without duplicates.
 
     Raises:
-        ValueError: A folder is not there.
+        ValueError: A folder does not exist.
     """
     met: set[Path] = set()
     for path in paths:
@@ -114,7 +114,7 @@ def _read(folder: Path) -> Run:
     try:
         words = tuple(run.overrides())
         return Run(folder, run.configuration(), words, read_result(run), run.status())
-    # YAML's errors have many classes, numpy's and json's others.
+    # YAML, numpy and json raise errors of many unrelated classes.
     except Exception as error:
         why = " ".join(str(error).split()).removeprefix(f"{folder}/")
         return Run(folder, {}, (), None, {"state": DAMAGED, "why": why})
@@ -126,13 +126,13 @@ def report(
     config_dir: str | None = None,
     paper: str | None = None,
 ) -> str:
-    """Every table that the runs belong to.
+    """Return all tables that the runs belong to, as text.
 
     Args:
-        runs: Finished or not.
-        style: How to write them.
-        config_dir: The user's YAML files.
-        paper: A paper's table to show in full, whether run or not.
+        runs: Finished and unfinished runs.
+        style: Output format.
+        config_dir: Folder of the user's YAML files.
+        paper: Name of a paper's table to show in full, including cells that were not run.
     """
     runs = list(runs)
     written = tables(style, parts(group(runs), config_dir, paper))
@@ -146,7 +146,7 @@ def report(
 def parts(
     groups: Sequence[Group], config_dir: str | None = None, paper: str | None = None
 ) -> list[tuple[str, list[Line]]]:
-    """The title and the lines of every table that groups of runs belong to."""
+    """Return the title and the lines of each table that groups of runs belong to."""
     labeled = ranked(groups)
     own = [g for g in labeled if not g.config.get("published")]
     cells = [g for g in groups if g.config.get("published")]
@@ -161,12 +161,15 @@ def parts(
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
-    """Groups named by what tells them apart, the best on meta-val first: the test chooses none."""
+    """Return groups labeled by their differing overrides, best on meta-val first.
+
+    The test figures have no influence on the order.
+    """
     return sorted(_labeled(groups), key=_by_val)
 
 
 def group(runs: Iterable[Run]) -> list[Group]:
-    """Finished runs by what they compute apart from the seed."""
+    """Group finished runs whose configurations are equal except for the seed."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         if run.result is not None:
@@ -188,13 +191,13 @@ def _name(config: Config) -> str:
 
 
 def _seeds(runs: Sequence[Run]) -> list[Run]:
-    """One run for each seed: the newest, where a seed was run more than once."""
+    """Return one run for each seed: the newest if a seed was run more than once."""
     newest = {run.config["seed"]: run for run in sorted(runs, key=lambda r: r.status["time"])}
     return [newest[seed] for seed in sorted(newest)]
 
 
 def published_lines(group: Group) -> list[Line]:
-    """A line for each printed figure of an experiment."""
+    """Return a line for each published figure of an experiment."""
     published = check_config(group.config).published
     assert published is not None
     return [_published_line(group, published, cell) for cell in published.cells]
@@ -249,7 +252,7 @@ def _marks(published: Published, cell: PublishedCell) -> str:
 
 
 def _note(group: Group, published: Published) -> str:
-    """What keeps runs from being the recipe's."""
+    """Describe how runs differ from the recipe of their experiment."""
     steps = int(group.results[0].record["steps"])
     share = steps / published.steps
     part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
@@ -259,7 +262,7 @@ def _note(group: Group, published: Published) -> str:
 
 
 def own_line(group: Group) -> Line:
-    """The line of runs that no paper speaks of."""
+    """Return the line of runs without a published figure."""
     record, measured, val = group.results[0].record, figure_of(group.results), val_of(group)
     return {
         "run": group.label,
@@ -280,7 +283,7 @@ def _time(group: Group) -> str:
 
 
 def val_of(group: Group) -> float | None:
-    """The mean over the seeds of the best figure on meta-val."""
+    """Return the mean over seeds of the best figure on meta-val; None if one lacks it."""
     found = [(result.record.get("val") or {}).get("mean") for result in group.results]
     means = [float(mean) for mean in found if mean is not None]
     return float(np.mean(means)) if len(means) == len(found) else None
@@ -294,7 +297,7 @@ def _by_val(group: Group) -> float:
 
 
 def _labeled(groups: Sequence[Group]) -> list[Group]:
-    """Groups named by what was typed for each and not for all of them."""
+    """Return groups labeled by the overrides that are not common to all of them."""
     common = set.intersection(*(set(g.runs[0].typed) for g in groups)) if groups else set()
     return [
         replace(
@@ -305,7 +308,10 @@ def _labeled(groups: Sequence[Group]) -> list[Group]:
 
 
 def _pairs(groups: Sequence[Group]) -> list[tuple[str, list[Line]]]:
-    """The best, by meta-val, of those that met the same episodes against each other one."""
+    """Return a table that compares the best group by meta-val with each other group.
+
+    Only groups with the same test episodes are compared.
+    """
     together: dict[str, list[Group]] = {}
     for g in groups:
         if g.runs:
@@ -338,7 +344,7 @@ def _against_best(groups: Sequence[Group]) -> list[Line]:
 def _papers(
     experiments: set[str], config_dir: str | None, paper: str | None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Tables of papers with the names of their experiments: those that any run is about."""
+    """Yield the papers' tables that have a run, with the names of their experiments."""
     left = set(experiments)
     files = _paper_files(config_dir)
     if paper is not None and paper not in files:
@@ -359,13 +365,13 @@ def _paper_files(config_dir: str | None) -> dict[str, Path]:
 
 
 def _experiments_of(path: Path) -> list[str]:
-    """The experiments that a paper's sweep lists; read, not composed, which takes seconds."""
+    """Return the experiments in a paper's sweep; the file is not composed, to save seconds."""
     listed = OmegaConf.select(OmegaConf.load(path), "hydra.sweeper.params.experiment")
     return [name.strip() for name in str(listed or "").split(",") if name.strip()]
 
 
 def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None) -> list[Group]:
-    """The groups of a paper's experiments in its order; one without runs where there is none."""
+    """Return the groups of a paper's experiments in its order; missing ones have no runs."""
     rows: list[Group] = []
     with composer(config_dir) as compose:
         for name in names:

@@ -1,4 +1,4 @@
-"""What finished runs have reached, read from their folders.
+"""Results of finished runs, read from their folders.
 
 Shapes: N episodes, P points of the adaptation curve, K steps or presentations.
 """
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from metarun.core.types import Stream
 
 UNTRAINED = "untrained.json"
-"""What a run's learner reaches before any training, on the same test episodes."""
+"""File with the figure of a run's learner before training, on the same test episodes."""
 
 EXTRA_METRICS = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
-"""What a record has beside the metric, and what it is called in a table."""
+"""Additional figures of a record, with their heads in a table."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What one finished run has reached.
+    """The result of one finished run.
 
     Attributes:
-        record: Its `results.json`.
-        episodes: (N,) the metric of each test episode.
-        curve: (P, N) the same after 0 … P - 1 inner steps; None where it was not taken.
-        presentations: (N, K) the same at each presentation of a class; None where there are none.
-        untrained: The mean with the initial parameters; None where it was not measured.
-        extra: (N,) each of `EXTRA_METRICS` that it has.
-        figures: On a stream, (N,) each of `continual.summary`.
-        losses: On a stream, (N, K) the loss of each step before it was learned.
-        stream: Its layout.
+        record: Contents of `results.json`.
+        episodes: (N,) metric of each test episode.
+        curve: (P, N) metric after 0 … P - 1 inner steps; None if not measured.
+        presentations: (N, K) metric at each presentation of a class; None without any.
+        untrained: Mean metric of the initial parameters; None if not measured.
+        extra: Available entries of `EXTRA_METRICS`, (N,) each.
+        figures: On a stream, the figures of `continual_metrics.summary`, (N,) each.
+        losses: On a stream, (N, K) loss of each step before learning from it.
+        stream: Layout of the stream; None for other tasks.
     """
 
     record: Mapping[str, Any]
@@ -54,7 +54,7 @@ class Result:
 
 
 def read_result(run: RunFolder) -> Result | None:
-    """The result of a run; None while it has none.
+    """Return the result of a run; None if it is not finished.
 
     Raises:
         ValueError: A file of the run is damaged.
@@ -65,7 +65,7 @@ def read_result(run: RunFolder) -> Result | None:
     prefix = continual_metrics.FIGURE
     wanted = (record["metric"], "curve", "presentations", "incoming_loss", *EXTRA_METRICS)
     with np.load(run.path / "episodes.npz") as file:
-        # What else there is of a stream is large, and read by its figures alone.
+        # The other arrays of a stream are large, and only its figures read them.
         names = [name for name in file if name in wanted or name.startswith(prefix)]
         arrays = {name: np.asarray(file[name], dtype=np.float64) for name in names}
     untrained = run.read_json(UNTRAINED)["mean"] if run.has(UNTRAINED) else None
@@ -83,7 +83,7 @@ def read_result(run: RunFolder) -> Result | None:
 
 
 def _layout(record: Mapping[str, Any]) -> Stream | None:
-    """The layout of the stream that a run is on; torch is loaded for streams alone."""
+    """Return the layout of a run's stream; torch is imported only for streams."""
     if "layout" not in record:
         return None
     from metarun.core.types import Stream
@@ -94,25 +94,25 @@ def _layout(record: Mapping[str, Any]) -> Stream | None:
 def figure_of(
     results: Sequence[Result], inner_steps: int | None = None, presentation: int | None = None
 ) -> Figure:
-    """What runs that differ in their seed have reached; an accuracy in percent.
+    """Return the figure of runs that differ in their seed; accuracies are in percent.
 
     Args:
-        results: One for each seed, on the same episodes.
-        inner_steps: A point of the adaptation curve; None takes the reported figure.
-        presentation: That of a class, from 1; None takes the reported figure.
+        results: Results of the seeds, on the same episodes.
+        inner_steps: Point of the adaptation curve; None selects the reported figure.
+        presentation: Presentation of a class, from 1; None selects the reported figure.
 
     Raises:
-        LookupError: A run has no such point.
+        LookupError: A run was not measured at this point.
     """
     values = [_values(result, inner_steps, presentation) for result in results]
     return over_seeds(values, _places(results))
 
 
 def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
-    """The mean difference of two methods on the same episodes, with its interval.
+    """Return the mean difference of two methods on the same episodes, with its interval.
 
-    The interval of paired differences leaves out zero where a paired t-test at the 5 % level
-    tells the methods apart. Over several seeds each episode is averaged first.
+    The interval of paired differences excludes zero exactly if a paired t-test at the 5 % level
+    rejects equality. With several seeds, each episode is averaged over them first.
     """
     one, other = (
         np.mean([_values(result) for result in results], axis=0) for results in (better, worse)
@@ -122,14 +122,14 @@ def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:
 
 
 def _places(results: Sequence[Result]) -> int | None:
-    """Digits behind the point of a `Figure`: one of an accuracy in percent."""
+    """Return the decimal places of a `Figure`: one for an accuracy in percent."""
     return 1 if results[0].record["metric"] == "accuracy" else None
 
 
 def _values(
     result: Result, inner_steps: int | None = None, presentation: int | None = None
 ) -> Floats:
-    """(N,) figures of the episodes in the unit in which they are shown."""
+    """Return the (N,) figures of the episodes in the displayed unit."""
     values = result.episodes
     if presentation is not None:
         if result.presentations is None or presentation > result.presentations.shape[1]:
@@ -143,7 +143,7 @@ def _values(
 
 
 def over_seeds(values: Sequence[Floats], places: int | None = None) -> Figure:
-    """Arrays (N,) of the same lifetimes, one for each seed, as a figure."""
+    """Return arrays (N,) over the same episodes, one for each seed, as a figure."""
     mean, ci95 = interval(np.mean(values, axis=0))
     over_seeds = interval([v.mean() for v in values])[1] if len(values) > 1 else None
     return Figure(mean, ci95, len(values[0]), len(values), over_seeds, places)

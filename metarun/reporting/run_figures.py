@@ -1,7 +1,7 @@
-"""The figures that a run draws of itself at its end, from its own files.
+"""Figures drawn at the end of a run, from the files of the run.
 
-`metarun report` draws the rest, which needs a look at what was learned. matplotlib is imported
-with the first figure; a full disk costs the figures and never the run.
+`metarun report` draws the remaining figures, which need the trained learner. matplotlib is
+imported with the first figure. A full disk loses the figures, but does not fail the run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def draw_figures(folder: Path) -> None:
-    """Draw what there is of a stream, of presentations and of samples into `figures/`.
+    """Draw the stream, the presentations and the samples of a test, if any, into `figures/`.
 
     Args:
-        folder: Of a finished run or of a meta-test.
+        folder: Folder of a finished run or of a meta-test.
     """
     names = ("stream.csv", "samples.npz")
     results = RunFolder(folder).read_results()
@@ -36,7 +36,7 @@ def draw_figures(folder: Path) -> None:
 
 
 def draw_curves(folder: Path) -> None:
-    """Draw what a finished run has learned and reached along its way into `figures/`."""
+    """Draw the learning, adaptation and test figures of a finished run into `figures/`."""
     from metarun.reporting.figures import curves
     from metarun.reporting.run_files import RunFiles
 

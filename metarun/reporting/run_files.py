@@ -1,4 +1,4 @@
-"""What a run has written, read for its report: as much as there is."""
+"""Access to the files of a run for its report; missing files are read as empty."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from metarun.runs.folder import RunFolder
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run, of a finished one or not.
+    """The files of one finished or unfinished run.
 
     Attributes:
-        path: Its folder.
-        config: Its resolved configuration.
-        words: What was typed for it.
-        status: As in `status.json`.
-        color: Of its algorithm, in every figure of a report.
+        path: Folder of the run.
+        config: Resolved configuration.
+        words: Command-line overrides.
+        status: Contents of `status.json`.
+        color: Color of the run's algorithm in all figures of a report.
     """
 
     path: Path
@@ -39,7 +39,7 @@ class RunFiles:
         """Open the folder of a run.
 
         Raises:
-            ValueError: It is none, or damaged.
+            ValueError: The folder is not a run, or is damaged.
         """
         run = RunFolder.open(path)
         config = run.configuration()
@@ -48,7 +48,7 @@ class RunFiles:
 
     @classmethod
     def of_test(cls, path: Path) -> RunFiles:
-        """A folder with `results.json`, of a run or of a later meta-test."""
+        """Open a folder with `results.json`, of a run or of a later meta-test."""
         results = RunFolder(path).read_results()
         algo = str(results["algo"])
         config = {"names": {"algo": algo, "data": results["data"]}, "seed": results["seed"]}
@@ -56,33 +56,33 @@ class RunFiles:
 
     @cached_property
     def results(self) -> Record | None:
-        """`results.json`; None while there is none."""
+        """Contents of `results.json`; None if it is missing."""
         run = RunFolder(self.path)
         return run.read_results() if run.has("results.json") else None
 
     @cached_property
     def environment(self) -> Record:
-        """`environment.json`; empty while there is none."""
+        """Contents of `environment.json`; empty if it is missing."""
         run = RunFolder(self.path)
         return run.read_json("environment.json") if run.has("environment.json") else {}
 
     @cached_property
     def arrays(self) -> dict[str, Any]:
-        """The arrays of `episodes.npz`; empty while there is none."""
+        """The arrays of `episodes.npz`; empty if it is missing."""
         return _arrays(self.path / "episodes.npz")
 
     @cached_property
     def samples(self) -> dict[str, Any]:
-        """The arrays of `samples.npz`; empty where nothing was made."""
+        """The arrays of `samples.npz`; empty if nothing was generated."""
         return _arrays(self.path / "samples.npz")
 
     @cached_property
     def metrics(self) -> list[Record]:
-        """The lines of `metrics.jsonl`, but for one that is being written."""
+        """The lines of `metrics.jsonl`, except one that is still being written."""
         return RunFolder(self.path).read_lines("metrics.jsonl")
 
     def curve(self, name: str) -> tuple[Floats, Floats]:
-        """Steps and values of a metric of training or of meta-val; not a number where null."""
+        """Return the steps and values of a training or meta-val metric; null values are NaN."""
         found = [(line["step"], line[name]) for line in self.metrics if name in line]
         steps = np.array([step for step, _ in found], dtype=np.float64)
         values = np.array([value for _, value in found], dtype=np.float64)
@@ -90,7 +90,7 @@ class RunFiles:
 
     @property
     def algo(self) -> str:
-        """The word for `algo`."""
+        """The value of `algo`."""
         return str(self.config["names"]["algo"])
 
     @property
@@ -100,7 +100,7 @@ class RunFiles:
 
     @property
     def metric(self) -> str | None:
-        """The name of its figure, where a line of anything says it."""
+        """The name of the run's metric; None if nothing was measured yet."""
         if self.results is not None:
             return str(self.results["metric"])
         names = {name for line in self.metrics for name in line}

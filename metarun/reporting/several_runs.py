@@ -1,4 +1,4 @@
-"""The page of several runs: their tables, their curves together, and the best of them."""
+"""The page of several runs: their tables, their curves in shared figures, and the best run."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from metarun.reporting.tables import Line
 from metarun.runs.folder import RunFolder
 
 _MOST_COMMANDS = 5
-"""Of runs made one by one the page does not list them."""
+"""Largest number of commands that the page lists."""
 
 
 def page(runs: Sequence[Run], config_dir: str | None) -> Page:
-    """What several runs have reached; the figures of their own are those of the best.
+    """Return the page of several runs; figures of a single run are shown for the best only.
 
     Args:
-        runs: Finished or not.
-        config_dir: The user's YAML files.
+        runs: Finished and unfinished runs.
+        config_dir: Folder of the user's YAML files.
     """
     groups = published.group(runs)
     clusters = _clusters(groups)
@@ -55,10 +55,13 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
 
 
 def _reproduce(runs: Sequence[Run]) -> Section:
-    """The commands that made the runs, where they are few: a sweep is made by one."""
+    """Return the commands that started the runs, unless there are too many.
+
+    A sweep has a single command.
+    """
     commands = dict.fromkeys(filter(None, (single_run.command(_environment(run)) for run in runs)))
     codes = [Code("Command", "\n".join(commands))] if 0 < len(commands) <= _MOST_COMMANDS else []
-    return Section("again", "Run it again", codes=codes)
+    return Section("again", "Reproduce", codes=codes)
 
 
 def _environment(run: Run) -> Record:
@@ -67,7 +70,7 @@ def _environment(run: Run) -> Record:
 
 
 def _panels(members: Sequence[Entry], number: int) -> list[Panel]:
-    """The figures of a cluster, their names numbered from the second on."""
+    """Return the figures of a cluster; names are numbered from the second cluster on."""
     panels = comparison.panels(members, str(members[0].runs[0].metric))
     if not number:
         return panels
@@ -75,17 +78,17 @@ def _panels(members: Sequence[Entry], number: int) -> list[Panel]:
 
 
 def _best(members: Sequence[Entry], title: str) -> tuple[list[Section], list[tuple[str, str]], str]:
-    """The run that meta-val chooses: its sections, the page's facts of it, and what is missing."""
+    """Return the sections and facts of the run that meta-val selects, and a note of gaps."""
     entry = next((entry for entry in members if entry.best), None)
     if entry is None:
-        return [], [(f"best, {title}", "no meta-val to choose by")], ""
+        return [], [(f"best, {title}", "no meta-val figure to select by")], ""
     chosen = _chosen_seed(entry)
     own, note = single_run.sections(chosen)
     about = Section(
         "best",
         "The best run",
-        f"Chosen on meta-val among those of {title}, its seed too: {entry.label}, "
-        f"{single_run.title(chosen)}. What follows is about it alone.",
+        f"Run and seed were selected on meta-val among the runs of {title}: {entry.label}, "
+        f"{single_run.title(chosen)}. The sections below describe this run only.",
         codes=single_run.reproduce(chosen).codes,
     )
     facts = [(f"best on meta-val, {title}", entry.label)]
@@ -117,7 +120,10 @@ def _heading(runs: Sequence[Run]) -> str:
 
 
 def _clusters(groups: Sequence[Group]) -> dict[str, list[Entry]]:
-    """Entries whose figures can stand on one axis, most first, each best on meta-val first."""
+    """Return entries by the axis that they can share, the largest cluster first.
+
+    Within a cluster, the best entry on meta-val comes first.
+    """
     found: dict[str, list[Group]] = {}
     for group in published.ranked(groups):
         found.setdefault(_axis(group), []).append(group)
@@ -132,7 +138,7 @@ def _clusters(groups: Sequence[Group]) -> dict[str, list[Entry]]:
 
 
 def _axis(group: Group) -> str:
-    """What the figures of a group are of."""
+    """Describe the tasks of a group; groups with the same description share an axis."""
     results, config = group.results[0].record, group.config
     size = f"{config['way']}-way {config['shot']}-shot"
     if "layout" in results:
@@ -149,12 +155,12 @@ def _axis(group: Group) -> str:
 def _entries(
     groups: Sequence[Group], looks: Mapping[str, tuple[str, str]], first: int
 ) -> list[Entry]:
-    """The groups of a figure; line styles tell those of one algorithm apart.
+    """Return the entries of a figure; entries of the same algorithm differ in line style.
 
     Args:
-        groups: Best on meta-val first.
-        looks: The color and the line style of each algorithm.
-        first: The number of the first entry on the page.
+        groups: Groups of runs, best on meta-val first.
+        looks: Color and line style of each algorithm.
+        first: Number of the first entry on the page.
     """
     met: Counter[str] = Counter()
     made: list[Entry] = []
@@ -183,7 +189,7 @@ def _entries(
 
 
 def _by_name(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Entries by what tables call them, but for names that two of them share."""
+    """Return entries by their label in tables, except labels shared by two entries."""
     listed = list(entries)
     shared = Counter(entry.label for entry in listed)
     return {entry.label: entry for entry in listed if shared[entry.label] == 1}

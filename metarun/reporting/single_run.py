@@ -1,4 +1,4 @@
-"""The parts of a page that are about one run."""
+"""The page of one run, and its sections."""
 
 from __future__ import annotations
 
@@ -25,17 +25,20 @@ if TYPE_CHECKING:
 
 _OWN = (curves, presentations, strategies)
 _ABOUT_STREAMS = "Defined, with sources, in metarun/evaluation/continual_metrics.py."
-_ABOUT_TASKS = "Three test tasks: at 5, 50 and 95 % of the way from the best to the worst."
+_ABOUT_TASKS = "Three test tasks: those at 5, 50 and 95 % of the ranking from best to worst."
 
 
 class _Notes:
-    """Why some of a page is missing; each reason once."""
+    """Reasons why parts of a page are missing, each listed once."""
 
     def __init__(self, first: str = "") -> None:
         self._texts = [first] if first else []
 
     def panels(self, what: str, make: Callable[[], Sequence[Panel]]) -> Sequence[Panel]:
-        """Figures, or none and the reason: a user's own algorithm may raise anything."""
+        """Return figures; on an exception return none and note the reason.
+
+        A user-defined algorithm may raise any exception.
+        """
         try:
             return make()
         except Exception as error:
@@ -43,7 +46,7 @@ class _Notes:
             return []
 
     def add(self, text: str) -> None:
-        """Say something once."""
+        """Add a reason, unless it is listed already."""
         if text not in self._texts:
             self._texts.append(text)
 
@@ -52,16 +55,16 @@ class _Notes:
 
 
 def page(files: RunFiles, note: str = "") -> Page:
-    """The page of one run, finished or not."""
+    """Return the page of one finished or unfinished run."""
     stands = ""
     if files.status["state"] != "finished":
         at = f" at step {files.status['step']}" if "step" in files.status else ""
-        # A trainer's reason begins with the step.
+        # The trainer's reason begins with the step, which is already shown.
         reason = str(files.status.get("why") or "").removeprefix(
             f"step {files.status.get('step')}: "
         )
         why = f": {reason}" if reason else ""
-        # A process that was killed has not said so.
+        # A killed process leaves its status at "running".
         killed = ", or was killed since" if files.status["state"] == "running" else ""
         stands = f"The run is {files.status['state']}{at}{killed}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])))
@@ -69,7 +72,7 @@ def page(files: RunFiles, note: str = "") -> Page:
 
 
 def title(files: RunFiles) -> str:
-    """What was run, in a line."""
+    """Return one line that names the experiment, algorithm, data, task and seed."""
     results = files.results or {}
     size = f"{files.config['shot']} points"
     if "layout" in results:
@@ -82,7 +85,7 @@ def title(files: RunFiles) -> str:
 
 
 def facts(files: RunFiles) -> list[tuple[str, str]]:
-    """The figures that matter most."""
+    """Return names and values of the most important figures."""
     results = files.results
     if results is None:
         return [
@@ -103,7 +106,7 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
 
 
 def reached(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The figures of meta-test and of the best step on meta-val."""
+    """Return the figures of meta-test and of the best step on meta-val."""
     metric, test, val = results["metric"], results["test"], results.get("val")
     figure = shown(metric, test["mean"], test["ci95"])
     found = [(f"meta-test {metric}", f"{figure}, {test['episodes']} episodes")]
@@ -124,31 +127,29 @@ def _uncertainty(results: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def reproduce(files: RunFiles) -> Section:
-    """What was run, and how to run it again."""
+    """Return the section with the commands, versions and configuration of a run."""
     here = files.environment
     git = here.get("git") or {}
     words = [*_config_dir(here.get("command") or []), *files.words]
     lines = [" ".join(["metarun", *map(shlex.quote, words)])]
     if git.get("commit"):
-        dirty = ", with changes that were not committed" if git.get("dirty") else ""
+        dirty = ", with uncommitted changes" if git.get("dirty") else ""
         lines.insert(0, f"# in a clone at {git['commit'][:12]}{dirty}")
     finished = files.status["state"] == "finished"
     verb = shlex.quote(f"{'test' if finished else 'resume'}={files.path}")
-    more = f"metarun {verb}" + ("  # and what is to be different, as shot=…" if finished else "")
-    codes = [Code("Command", "\n".join(lines)), Code("Go on", more)]
+    more = f"metarun {verb}" + ("  # add other settings, such as shot=…" if finished else "")
+    codes = [Code("Command", "\n".join(lines)), Code("Continue or test", more)]
     if here.get("versions"):
         versions = "  ".join(f"{name} {v}" for name, v in here["versions"].items())
         keys = ("device_name", "cores", "torch_threads", "platform")
         machine = "  ".join(f"{key} {here[key]}" for key in keys if key in here)
         codes.append(Code("Versions and machine", f"{versions}\n{machine}", folded=True))
     text = RunFolder(files.path).config_text()
-    return Section(
-        "again", "Run it again", codes=[*codes, Code("Configuration", text, folded=True)]
-    )
+    return Section("again", "Reproduce", codes=[*codes, Code("Configuration", text, folded=True)])
 
 
 def command(environment: Mapping[str, Any]) -> str:
-    """The words that were typed where a run was made; empty where they resumed or tested one."""
+    """Return the command that started a run; empty if it resumed or tested one."""
     words = list(map(str, environment.get("command") or []))[1:]
     if not words or any(word.startswith(("resume=", "test=")) for word in words):
         return ""
@@ -156,7 +157,7 @@ def command(environment: Mapping[str, Any]) -> str:
 
 
 def _config_dir(command: Sequence[str]) -> list[str]:
-    """The option of a typed command that says where a user's own YAML files are."""
+    """Return the `--config-dir` option of a command, if it has one."""
     for place, word in enumerate(command):
         if word in ("--config-dir", "-cd"):
             return ["--config-dir", *command[place + 1 : place + 2]]
@@ -166,14 +167,14 @@ def _config_dir(command: Sequence[str]) -> list[str]:
 
 
 def sections(files: RunFiles, note: str = "") -> tuple[list[Section], str]:
-    """The parts of a page that are about one run, and why some are missing."""
+    """Return the sections about one run, and the reasons why some are missing."""
     notes = _Notes(note)
     learned = _learned(files, notes)
     own = [panel for source in _OWN for panel in source.panels(files)]
     parts = [
         Section("reached", "Learning and meta-test", panels=own, tables=_published(files)),
         *_looked_at(files, learned, notes),
-        Section("samples", "What was made", panels=samples.panels(files)),
+        Section("samples", "Generated samples", panels=samples.panels(files)),
         Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),
         Section("tests", "Later meta-tests", tables=_tests(files, notes)),
     ]
@@ -181,7 +182,7 @@ def sections(files: RunFiles, note: str = "") -> tuple[list[Section], str]:
 
 
 def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[Section]:
-    """What a look at test tasks shows, and what has been counted of them."""
+    """Return the sections about test tasks, which run the trained learner, and about classes."""
     found = Section("classes", "Classes", panels=classes.panels(files))
     if files.results is None or "stream" in files.results:
         return [found]
@@ -195,7 +196,7 @@ def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[
 
     figures = files.arrays[str(files.metric)]
     single = notes.panels("single tasks", lambda: tasks.panels(learned, figures))
-    inside = notes.panels("look inside", lambda: adaptation.panels(learned, figures))
+    inside = notes.panels("view of the network", lambda: adaptation.panels(learned, figures))
     return [
         Section("tasks", "Single tasks", _ABOUT_TASKS, panels=single),
         found,
@@ -205,7 +206,7 @@ def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[
 
 
 def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
-    """What the run has learned; None where there is nothing to look at."""
+    """Restore the trained learner; None if the run has no test tasks to draw."""
     if files.results is None or "stream" in files.results or files.metric not in files.arrays:
         return None
     from metarun.inference.learner import restored
@@ -214,7 +215,7 @@ def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
     try:
         with warnings_held():
             experiment = restored(RunFolder(files.path), dict(files.config))
-    # Of a user's own algorithm anything; the rest of the page does not need it.
+    # A user-defined algorithm may raise anything; the rest of the page does not need it.
     except Exception as error:
         notes.add(f"No single tasks are shown: {describe_error(error)}.")
         return None
@@ -234,7 +235,7 @@ def _published(files: RunFiles) -> list[Table]:
 
 
 def _stream(files: RunFiles) -> list[Table]:
-    """The figures of lifelong learning."""
+    """Return the table of a stream's figures."""
     results = files.results
     if results is None or not results.get("stream"):
         return []
@@ -257,7 +258,7 @@ def _stream(files: RunFiles) -> list[Table]:
 
 
 def _tests(files: RunFiles, notes: _Notes) -> list[Table]:
-    """Later meta-tests of the run."""
+    """Return the table of later meta-tests of the run."""
     lines: list[Line] = []
     for path in sorted((files.path / "tests").glob("*/results.json")):
         try:

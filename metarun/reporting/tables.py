@@ -1,7 +1,7 @@
-"""Tables of what runs have reached.
+"""Tables of results for the terminal, Markdown, CSV and LaTeX.
 
-Every figure is a mean over test episodes with its 95 % interval; over several seeds the episodes
-are averaged first, and the interval over the seeds stands apart.
+Every figure is a mean over test episodes with its 95 % interval. With several seeds, episodes are
+averaged over the seeds first, and the interval over the seeds is given separately.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ Style = Literal["terminal", "markdown", "csv", "latex"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A mean with its 95 % intervals, in the unit in which it is shown.
+    """A mean with its 95 % intervals, in the displayed unit.
 
     Attributes:
-        mean: Over test episodes; over several seeds the episodes are averaged first.
-        ci95: Half-width of the interval over episodes; None or not a number where there is none.
-        episodes: Their number; 0 where it is not known.
+        mean: Mean over test episodes, which are averaged over the seeds first.
+        ci95: Half-width of the interval over episodes; None or NaN if there is none.
+        episodes: Number of episodes; 0 if unknown.
         seeds: Number of runs.
-        seeds_ci95: Half-width of the interval over the seeds, where there are several.
-        places: Digits behind the point; None takes two digits or more of an error.
-        mark: A remark behind it.
+        seeds_ci95: Half-width of the interval over seeds; None for a single seed.
+        places: Decimal places; None shows an error with two significant digits or more.
+        mark: Remark in brackets after the figure.
     """
 
     mean: float
@@ -39,9 +39,9 @@ class Figure:
     mark: str = ""
 
     def __str__(self) -> str:
-        """`93.4 ± 0.5`, with `(± 0.7 over 3 seeds)` behind it where there are several.
+        """Format as `93.4 ± 0.5`, followed by `(± 0.7 over 3 seeds)` with several seeds.
 
-        A run that diverged has no number to show.
+        A run that diverged is shown as `not finite`.
         """
         if not math.isfinite(self.mean):
             return f"not finite ({self.mark})" if self.mark else "not finite"
@@ -53,12 +53,12 @@ class Figure:
         return f"{text} ({self.mark})" if self.mark else text
 
     def meets(self, other: Figure) -> bool:
-        """Whether the intervals overlap; a figure without one is a point."""
+        """Return whether the intervals overlap; a figure without an interval is a point."""
         widths = [w for w in (self.ci95, other.ci95) if w is not None and not math.isnan(w)]
         return abs(self.mean - other.mean) <= sum(widths)
 
     def columns(self) -> dict[str, str]:
-        """The numbers apart, for a program to read."""
+        """Return the numbers as separate CSV columns, by suffix of the column name."""
         return {
             "": f"{self.mean:.6g}",
             " ci95": "" if self.ci95 is None or math.isnan(self.ci95) else f"{self.ci95:.6g}",
@@ -80,11 +80,11 @@ Line = Mapping[str, "str | Figure"]
 
 
 def tables(style: Style, parts: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """Tables below each other; in `csv` one table of them all, whose first column tells them apart.
+    """Return several tables as text; `csv` joins them and adds a first column with the title.
 
     Args:
-        style: See `table`; `csv` has the numbers of a figure in columns of their own.
-        parts: The title and the lines of each; see `table`.
+        style: Output format, see `table`; `csv` puts each number of a figure in its own column.
+        parts: Title and lines of each table, see `table`.
     """
     if style == "csv":
         return _csv([{"table": title, **line} for title, lines in parts for line in lines])
@@ -92,12 +92,12 @@ def tables(style: Style, parts: Sequence[tuple[str, Sequence[Line]]]) -> str:
 
 
 def table(style: Style, title: str, lines: Sequence[Line]) -> str:
-    """Lines under their heads, which are the keys of the first.
+    """Return a table as text; the column heads are the keys of the first line.
 
     Args:
-        style: `terminal` fits the screen.
-        title: What it is a table of.
-        lines: At least one, all with the same keys.
+        style: Output format; `terminal` aligns columns and leaves out empty ones.
+        title: Title of the table.
+        lines: One or more lines, all with the same keys.
     """
     heads = list(lines[0])
     cells = [[str(line[head]) for head in heads] for line in lines]
@@ -144,13 +144,13 @@ def _latex(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> 
 
 
 def _escaped(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Escape the special characters of LaTeX."""
     marked = "".join("\\" + c if c in "&%$#_{}" else c for c in text)
     return marked.replace("±", r"$\pm$").replace("–", "--")
 
 
 def _terminal(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, those without any content left out; a figure is never cut or wrapped."""
+    """Return aligned columns without the empty ones; figures are never truncated or wrapped."""
     kept = [column for column in range(len(heads)) if any(row[column] for row in cells)]
     rows = [[row[column] for column in kept] for row in (heads, *cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -160,7 +160,7 @@ def _terminal(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) 
 
 
 def shown(value: float, *, accuracy: bool) -> Figure:
-    """A fraction as an accuracy in percent, or an error."""
+    """Return a fraction as an accuracy in percent, or an error unchanged."""
     return Figure(100.0 * value, places=1) if accuracy else Figure(value)
 
 

@@ -12,7 +12,7 @@ from metarun.bench.workloads import Variant
 from tests.bench.tiny import BY_NAME, TINY
 
 CPU = torch.device("cpu")
-# To follow a graph takes longer than a step of these sizes; that replays are exact is tested apart.
+# Tracing takes longer than a step of these sizes; other tests show that replays are exact.
 PLAIN = Variant(graph="none")
 COMPARED = [workload for workload in TINY if workload.method != "sampling"]
 

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def test_operations_of_dense_layers_are_those_counted_by_hand() -> None:
     workload = replace(BY_NAME["sinusoid"], tasks=3, shot=10, query=10, first_order=True)
     forward = 2 * 10 * (1 * 40 + 40 * 40 + 40 * 1)
-    # By the weights of three layers, and by the inputs of the last two.
+    # Products for the weights of three layers, and for the inputs of the last two.
     backward = forward + 2 * 10 * (40 * 40 + 40 * 1)
     assert operations(replace(workload, steps=0)) == 3 * (forward + backward)
     assert operations(workload) == 3 * 2 * (forward + backward)
@@ -74,7 +74,7 @@ def test_more_tasks_at_once_need_more_memory() -> None:
 
 
 def test_recomputed_inner_steps_need_no_more_memory_for_being_many() -> None:
-    """Where their graphs are kept, five need twice and a half of what one does."""
+    """With stored graphs, five inner steps need 2.5 times the memory of one."""
     workload = replace(BY_NAME["conv4-1"], tasks=2, filters=32, image=84)
     one, five = (
         memory_of_step(Variant("vmap", memory="lean"), replace(workload, steps=steps), CPU)

@@ -1,4 +1,4 @@
-"""The catalogue's workloads in sizes that take no time."""
+"""The workloads in sizes that run almost instantly."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from metarun.bench.workloads import WORKLOADS, Workload
 
 
 def tiny(workload: Workload) -> Workload:
-    """The same work on few tasks, smaller images and narrow networks."""
-    # The drawings that ship are read once, in one size.
+    """Return a workload with fewer tasks, smaller images and narrower networks."""
+    # A single image size, so that the package's images are read only once.
     image = 32 if workload.image == 84 else 28
     shot = 2 if workload.method == "mann" else workload.shot
     return replace(

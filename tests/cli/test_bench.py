@@ -144,7 +144,7 @@ def test_list_has_a_line_about_every_workload(metarun: Command) -> None:
     [
         (["--workload", "snusoid"], "--workload snusoid: did you mean sinusoid?"),
         (["--engine", "auto,vmpa"], "--engine vmpa: did you mean vmap?"),
-        (["--engine", ","], "--engine names nothing: expected auto, vmap, loop, threads"),
+        (["--engine", ","], "--engine has no value: expected auto, vmap, loop, threads"),
         (["--precision", "float64"], "--precision float64: did you mean float32?"),
         (["--against", "learn2laern"], "did you mean learn2learn?"),
         (["--growth", "taks"], "did you mean tasks?"),

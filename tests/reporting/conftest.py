@@ -1,4 +1,4 @@
-"""Runs of seconds, of which reports are made."""
+"""Runs of a few seconds each, as input of reports."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ RUNS = {
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which `made` puts every run, once for all tests."""
+    """Return the folder in which `made` creates each run once for all tests."""
     return tmp_path_factory.mktemp("reports")
 
 
 def made(runs: Path, name: str) -> Path:
-    """The folder of one of `RUNS`, which is made when it is first asked for."""
+    """Return the folder of one of `RUNS`, and run it at the first call."""
     folder = runs / name
     if not folder.exists():
         assert main([*RUNS[name], f"hydra.run.dir={folder}"]) == 0
@@ -54,7 +54,7 @@ def made(runs: Path, name: str) -> Path:
 
 
 def swept(runs: Path) -> Path:
-    """The folder of a sweep over two algorithms, two rates and two seeds."""
+    """Return the folder of a sweep over two algorithms, two rates and two seeds."""
     folder = runs / "sweep"
     if not folder.exists():
         words = ["-m", "algo=maml,reptile", "algo.inner_lr=0.01,0.02", "seed=0,1"]

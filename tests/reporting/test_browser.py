@@ -1,4 +1,4 @@
-"""The page in a real browser, as a reader opens it from the disk: Chromium without a screen."""
+"""Tests of the page in headless Chromium, opened from disk as a reader opens it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        # A container's root has no sandbox.
+        # Chromium has no sandbox for the root user of a container.
         started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield started
         started.close()
 
 
 class Opened:
-    """A page that was opened, and all that it said and asked for."""
+    """An open page, with its console messages and its requests."""
 
     def __init__(self, browser: Any, path: Path, size: str, scheme: str = "light") -> None:
         width, height = SIZES[size]
@@ -83,7 +83,7 @@ def test_a_page_renders_says_nothing_and_asks_for_nothing(
     here = opened(path, size)
     assert here.said == []
     assert [url for url in here.asked if not url.startswith("data:")] == [path.as_uri()]
-    # Nothing is wider than the screen but what scrolls by itself.
+    # The page does not scroll sideways; only elements with their own scroll bar do.
     assert here.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     for box in here.page.locator(".drawing svg").all():
         shape = box.bounding_box()
@@ -99,7 +99,7 @@ def test_a_series_is_hidden_and_shown_again(runs: Path, opened: Any) -> None:
     button.click()
     assert not line.is_visible()
     assert button.get_attribute("aria-pressed") == "false"
-    # The one that has its name for a beginning stays.
+    # The series "after1", whose name is the beginning of "after10", stays visible.
     assert here.page.locator('[id="fit-good--after1"]').is_visible()
     button.click()
     assert line.is_visible()
@@ -120,7 +120,7 @@ def test_the_page_is_light_or_dark_as_the_system_is_until_the_reader_says(
 
 
 def test_text_has_enough_contrast_in_both_themes(runs: Path, opened: Any) -> None:
-    """WCAG 2.1, 1.4.3: 4.5 to 1."""
+    """WCAG 2.1, criterion 1.4.3, requires a contrast of 4.5 to 1."""
 
     def luminance(rgb: str) -> float:
         parts = [float(p) / 255 for p in rgb[rgb.index("(") + 1 : -1].split(",")[:3]]
@@ -169,7 +169,7 @@ def test_a_long_table_scrolls_by_itself_under_its_heads(
     top = here.page.locator("thead").bounding_box()["y"]
     box.evaluate("e => { e.scrollTop = 2000; }")
     assert here.page.locator("th").first.bounding_box()["y"] == pytest.approx(top, abs=2.0)
-    # On paper nobody scrolls.
+    # A printed page shows the whole table.
     here.page.emulate_media(media="print")
     assert box.bounding_box()["height"] > 2000
 

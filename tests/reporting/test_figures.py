@@ -1,4 +1,4 @@
-"""The numbers behind the figures of a report, against independent answers."""
+"""Tests of the numbers in a report's figures against independent computations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def files(tmp_path: Path, metric: str, values: list[float], **config: int) -> Ru
 
 
 def naive_cka(one: np.ndarray, other: np.ndarray) -> float:
-    """||Y'X||^2 / (||X'X|| ||Y'Y||) of centered columns."""
+    """Return ||Y'X||^2 / (||X'X|| ||Y'Y||) of centered columns."""
     x, y = (rows - rows.mean(0) for rows in (one, other))
     cross = np.linalg.norm(y.T @ x) ** 2
     return float(cross / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
@@ -116,7 +116,7 @@ def test_every_episode_is_in_one_bin_as_wide_as_the_others(answers: int, tmp_pat
     for low, high, count in zip(*panel.columns.values(), strict=True):
         inside = [v for v in values if low < 100 * v < high]
         assert len(inside) == count
-        # As many different shares fall into each.
+        # Each bin covers the same number of possible accuracies.
         width = (high - low) * answers / 100
         assert width == pytest.approx(round(width))
 
@@ -138,7 +138,7 @@ def test_a_class_is_judged_by_its_own_queries(tmp_path: Path) -> None:
     by_class, confused = classes.panels(run)
     shares = dict(zip(by_class.columns["class"], by_class.columns["accuracy"], strict=True))
     assert shares == pytest.approx({"a": 0.75, "c": 0.9, "b": 1.0})
-    # What c is taken for is another thing than what is taken for c.
+    # A class c predicted as a differs from a class a predicted as c.
     rows = list(zip(*confused.columns.values(), strict=True))
     assert rows == [("a", "c", 2, pytest.approx(0.25)), ("c", "a", 1, pytest.approx(0.1))]
     assert "a is taken for c most often (2 queries), of 3 wrong answers" in confused.caption

@@ -1,4 +1,4 @@
-"""The page by itself: nothing of it reaches out, and nothing in it breaks it."""
+"""Tests of the page alone: it makes no requests, and text of a run cannot break it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published against measured: marks, seeds, what was not run, and pairs on the same episodes."""
+"""Tests of `metarun table`: marks, seeds, cells that were not run, and paired differences."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CELL = "zintgraf2019_sinusoid_2context"
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
-    """The rows of every table in CSV, which are one table."""
+    """Return the rows of all tables, which CSV joins in one."""
     return list(csv.DictReader(io.StringIO(text)))
 
 
@@ -82,7 +82,7 @@ def test_latex_escapes_what_means_something_to_it() -> None:
 def test_a_paper_is_held_against_what_was_run(metarun: Command, tmp_path: Path) -> None:
     answer = metarun("-m", f"experiment={CELL}", "seed=0,1", *SMALL)
     assert answer.code == 0, answer.err
-    # The sweep itself ends with the table.
+    # The output of the sweep ends with the table.
     assert CELL in answer.out.split("runs are finished")[1]
     answer = metarun("table", "outputs/sweeps", "--format", "csv")
     found = cells(rows_of(answer.out))
@@ -103,7 +103,7 @@ def test_a_paper_is_held_against_what_was_run(metarun: Command, tmp_path: Path) 
     assert "changed: " in ours["note"]
     assert "eval.episodes=6" in ours["note"]
     assert (ours["seeds"], ours["episodes"]) == ("2", "6")
-    # The other rows of the paper's table say that they were not run.
+    # The other rows of the paper's table are marked "not run".
     other = found["zintgraf2019_sinusoid_50context"]
     assert (other["ours"], other["steps"]) == ("not run", "0 of 50,000")
 

@@ -1,4 +1,4 @@
-"""`metarun report` on real runs: each page has what its run has, and says what is missing."""
+"""Tests of `metarun report` on real runs: pages have all available parts, and name the others."""
 
 from __future__ import annotations
 
@@ -290,7 +290,7 @@ def test_a_folder_with_odd_letters_is_quoted(runs: Path, tmp_path: Path) -> None
 
 
 def html_text(source: str) -> str:
-    """What stands in the copied blocks."""
+    """Return the texts of the blocks with a copy button."""
     return "\n".join(html.unescape(text) for text in re.findall(r"<pre[^>]*>(.*?)</pre>", source))
 
 

@@ -1,4 +1,4 @@
-"""Tables of results, against figures worked out by hand."""
+"""Tests of tables of results against figures computed by hand."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_failed_is_told_from_what_was_not_run() -> None:
     assert "| not run | 50.0 ± 0.0 |" in lines[3]
 
 
-def test_how_sure_answers_are_stands_beside_the_error_where_any_has_it() -> None:
+def test_log_likelihood_and_coverage_have_columns_if_any_run_has_them() -> None:
     sure = result([2.0, 4.0], "mse")
     likelihood, covered = np.array([-0.6, -0.4]), np.array([0.9, 1.0])
     sure = replace(sure, beside={"log_likelihood": likelihood, "coverage": covered})

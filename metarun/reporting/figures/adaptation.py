@@ -1,6 +1,6 @@
-"""What adaptation does inside a network: where features go, which layers move, which are reused.
+"""Figures of adaptation inside a network: features, movement of layers, reuse of features.
 
-Shapes: Q query rows, F features, L layers, T tasks, P parameters.
+Shapes: S support rows, Q query rows, F features, L layers, T tasks, P parameters.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from metarun.reporting.figures.drawing import COLORS, MARKERS, SIZE, Panel, Seri
 from metarun.reporting.figures.tasks import Learned, answer, chosen, letter, task_of
 
 _TASKS, _FEW_TASKS = 6, 3
-"""Test tasks that the movement of layers is averaged over; few where each takes long."""
+"""Test tasks over which the movement of layers is averaged; the second is for slow learners."""
 _EMBEDDED_TASKS = 100
 _MOST_NUMBERS = 20_000_000
-"""Of all adapted parameters of the tasks that are embedded together."""
+"""Limit on the adapted parameters of all embedded tasks together."""
 _MOST_PIXELS = 2_000_000
-"""Of all images that are looked at to place tasks by their support."""
+"""Limit on the pixels of all support images that place tasks."""
 _GRID = 100
 _TSNE_FROM = 12
 
 
 @dataclass
 class Watched:
-    """A network before and after it was adapted to one task.
+    """A network before and after adaptation to one task.
 
     Attributes:
         steps: Inner steps between the two.
-        features: (Q, F) what the body makes of the queries, before and after.
-        layers: The output (Q, …) of each layer with parameters, before and after.
+        features: (Q, F) features of the queries, before and after.
+        layers: Output (Q, …) of each layer with parameters, before and after.
         moved: ||after - before|| / ||before|| of each layer's parameters.
     """
 
@@ -51,7 +51,7 @@ class Watched:
 
 
 def panels(learned: Learned, figures: Floats) -> list[Panel]:
-    """Features of a task, and the layers of a learner that adapts by steps."""
+    """Return figures of a task's features, and of the layers of a learner with inner steps."""
     spec = learned.source.spec
     if spec.streams is not None:
         return []
@@ -66,17 +66,17 @@ def panels(learned: Learned, figures: Floats) -> list[Panel]:
 
 
 def _adapting(learned: Learned) -> AdaptingLearner | None:
-    """The learner that adapts by steps, where it is one, or where it has an adversary beside it."""
+    """Return the learner that adapts by inner steps, also inside MetaGAN; None without one."""
     learner = getattr(learned.algorithm, "learner", learned.algorithm)
     return learner if isinstance(learner, AdaptingLearner) else None
 
 
-# Watching a network at work.
+# Recording of a network's outputs.
 
 
 @contextmanager
 def _recorded(net: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The last output of every layer with parameters of its own, and of `body`, by name."""
+    """Record by name the last output of `body` and of every layer with its own parameters."""
     seen: dict[str, Tensor] = {}
 
     def note(name: str) -> Any:
@@ -100,12 +100,12 @@ def _recorded(net: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def watch(learner: AdaptingLearner, x: Tensor, y: Tensor, query_x: Tensor) -> Watched:
-    """Adapt to one task, and look inside before and after.
+    """Adapt to one task, and record features, layers and movement before and after.
 
     Args:
-        learner: Who adapts.
-        x, y: (1, S, …) its support.
-        query_x: (1, Q, …) what is looked at.
+        learner: Learner that adapts.
+        x, y: Support of the task, (1, S, …).
+        query_x: Inputs whose outputs are recorded, (1, Q, …).
     """
     seen = Watched(learner.evaluation_steps(learner.inner_steps))
     queries = query_x.shape[1]
@@ -115,7 +115,7 @@ def watch(learner: AdaptingLearner, x: Tensor, y: Tensor, query_x: Tensor) -> Wa
         for weights in (path[0], path[-1]):
             with _recorded(net) as outputs:
                 learner.answer(net, weights, rows[0], rows[2])
-            # Where the support's statistics are used its rows come first.
+            # With batch statistics of the support, its rows come before the queries.
             own = {name: output[-queries:] for name, output in outputs.items()}
             seen.features += [own["body"]] if "body" in own else []
             own.pop("body", None)
@@ -128,7 +128,7 @@ def watch(learner: AdaptingLearner, x: Tensor, y: Tensor, query_x: Tensor) -> Wa
 
 
 def _movement(before: Params, after: Params) -> dict[str, float]:
-    """How far each layer went, as a share of where it was; biases together with weights."""
+    """Return the change of each layer's weights and biases, relative to their initial norm."""
     layers = dict.fromkeys(name.rpartition(".")[0] for name in before)
     moved: dict[str, float] = {}
     for layer in layers:
@@ -140,10 +140,11 @@ def _movement(before: Params, after: Params) -> dict[str, float]:
 
 
 def linear_cka(one: Tensor, other: Tensor) -> float:
-    """How alike two representations of the same rows are: 1 up to a rotation and a scale.
+    """Return the similarity of two representations of the same rows by linear CKA.
 
-    Linear centered kernel alignment (Kornblith et al. 2019, eq. 5 with linear kernels):
-    <K, L> / (||K|| ||L||) of the centered Gram matrices of (Q, …) and (Q, …).
+    Centered kernel alignment (Kornblith et al. 2019, eq. 5 with linear kernels) is
+    <K, L> / (||K|| ||L||) for the centered Gram matrices of (Q, …) and (Q, …). It is 1 for
+    representations that are equal up to a rotation and a scale.
     """
     grams = []
     for rows in (one, other):
@@ -180,7 +181,9 @@ def _layers(learned: Learned, learner: AdaptingLearner, episodes: int) -> list[P
     least = min(alike, key=lambda layer: float(np.mean(alike[layer])))
     summary = f"{most} moves most, by {100 * float(np.mean(moved[most])):.3g} % of its norm"
     if still:
-        summary += f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} stay"
+        summary += (
+            f"; {', '.join(still)} not at all" if len(still) < 5 else f"; {len(still)} do not"
+        )
     reused = f"{least} changes most (CKA {float(np.mean(alike[least])):.2f})"
     return [
         _dots(
@@ -197,8 +200,8 @@ def _layers(learned: Learned, learner: AdaptingLearner, episodes: int) -> list[P
             "Features reused",
             {name: np.array(values) for name, values in alike.items()},
             "CKA, before against after",
-            "How alike each layer's outputs for the queries are before and after adaptation: "
-            "linear CKA (Kornblith et al. 2019), 1 where the features are reused as they are. "
+            "Similarity of each layer's outputs for the queries before and after adaptation: "
+            "linear CKA (Kornblith et al. 2019), which is 1 for features reused unchanged. "
             f"Mean and 95 % interval over {tasks} test tasks; {reused}.",
             learned.color,
             limits=(0.0, 1.03),
@@ -207,12 +210,12 @@ def _layers(learned: Learned, learner: AdaptingLearner, episodes: int) -> list[P
 
 
 def _finite(layers: dict[str, list[float]]) -> dict[str, list[float]]:
-    """Those layers that have a number for every task; of a path that diverged none."""
+    """Return the layers with finite values for all tasks; none if adaptation diverged."""
     return {layer: values for layer, values in layers.items() if np.isfinite(values).all()}
 
 
 def _rows(learned: Learned, query_x: Tensor) -> Tensor:
-    """The queries; of a function of one number a grid, which are more."""
+    """Return the queries, or a denser grid for a function of one variable."""
     inputs: tuple[float, float] | None = getattr(learned.source, "inputs", None)
     if inputs is None or learned.source.spec.input_shape != (1,):
         return query_x
@@ -230,7 +233,7 @@ def _dots(
     color: str,
     limits: tuple[float, float] | None = None,
 ) -> Panel:
-    """A dot and its interval for each layer, the first layer on top."""
+    """Return a figure with a dot and its interval for each layer, the first layer on top."""
     layers = list(values)
     figures = [interval(values[layer]) for layer in layers]
     mean, width = (np.array(column) for column in zip(*figures, strict=True))
@@ -251,7 +254,7 @@ def _dots(
 
 
 def _features(learned: Learned, index: int) -> list[Panel]:
-    """The queries of a task as points: of a learner that adapts before and after."""
+    """Return figures of a task's queries as points, before and after any adaptation."""
     batch = task_of(learned, index)
     labels = batch.query_y[0].cpu().numpy()
     learner = _adapting(learned)
@@ -260,7 +263,7 @@ def _features(learned: Learned, index: int) -> list[Panel]:
         titles = ["before adaptation", "after adaptation"]
     else:
         found = _answered(learned, index, len(labels))
-        titles = ["as the learner sees them"]
+        titles = ["features of the queries"]
     views = [_plane(rows.double().flatten(1).cpu().numpy()) for rows in found]
     near = [_nearest(rows.double().flatten(1), batch.query_y[0]) for rows in found]
     made: list[Panel] = []
@@ -273,7 +276,7 @@ def _features(learned: Learned, index: int) -> list[Panel]:
 
 
 def _answered(learned: Learned, index: int, queries: int) -> list[Tensor]:
-    """(Q, F) of the body of a learner that answers in one pass, where it has one."""
+    """Return the (Q, F) features of a learner without inner steps; none without a body."""
     batch, net = task_of(learned, index), getattr(learned.algorithm, "net", None)
     if not isinstance(net, nn.Module):
         return []
@@ -282,12 +285,12 @@ def _answered(learned: Learned, index: int, queries: int) -> list[Tensor]:
     body = seen.get("body")
     if body is None or len(body) < queries:
         return []
-    # The support's rows come first where both go through together.
+    # In a joint pass of support and queries, the support's rows come first.
     return [body[-queries:]]
 
 
 def _plane(rows: Floats) -> dict[str, Floats]:
-    """(Q, 2) by principal components and, with scikit-learn, by t-SNE."""
+    """Return (Q, 2) coordinates by PCA and, if scikit-learn is installed, by t-SNE."""
     views = {"PCA": principal(rows)}
     try:
         from sklearn.manifold import TSNE
@@ -300,7 +303,7 @@ def _plane(rows: Floats) -> dict[str, Floats]:
 
 
 def principal(rows: Floats) -> Floats:
-    """(N, 2) coordinates of N rows along their two first principal components."""
+    """Return the (N, 2) coordinates of N rows along their first two principal components."""
     centered = np.nan_to_num(rows - rows.mean(0))
     left, sizes, _ = np.linalg.svd(centered, full_matrices=False)
     plane = (left * sizes)[:, :2]
@@ -308,7 +311,7 @@ def principal(rows: Floats) -> Floats:
 
 
 def _nearest(rows: Tensor, labels: Tensor) -> float:
-    """The share of rows whose nearest other one is of their class, in all dimensions."""
+    """Return the share of rows whose nearest neighbor has the same class, in all dimensions."""
     distances = torch.cdist(rows, rows)
     distances.fill_diagonal_(float("inf"))
     return float((labels[distances.argmin(1)] == labels).double().mean())
@@ -330,12 +333,12 @@ def _points(name: str, title: str, points: Floats, labels: Any, share: float, in
     axes.set_xticks([])
     axes.set_yticks([])
     axes.grid(visible=False)
-    summary = f"{100 * share:.0f} % of the queries have one of their own class as nearest neighbor"
+    summary = f"{100 * share:.0f} % of the queries have a nearest neighbor of their own class"
     return Panel(
         name,
         title,
-        f"The queries of the median test task ({index}), a sign for each class, in the space "
-        f"of the last features. In all of its dimensions {summary}.",
+        f"The queries of the median test task ({index}) in feature space, with one marker for "
+        f"each class. In all dimensions of the features, {summary}.",
         f"Points in a plane, one for each query. {summary}.",
         figure,
         {
@@ -351,7 +354,10 @@ def _points(name: str, title: str, points: Floats, labels: Any, share: float, in
 
 
 def task_vectors(learned: Learned, episodes: int) -> Floats | None:
-    """(T, P) by how much adaptation to each of some test tasks moves the parameters."""
+    """Return the (T, P) changes of parameters in adaptation to some test tasks.
+
+    Returns None for a learner without inner steps, or if adaptation would take too long.
+    """
     learner = _adapting(learned)
     if learner is None or learned.source.spec.streams is not None:
         return None
@@ -372,9 +378,9 @@ def task_vectors(learned: Learned, episodes: int) -> Floats | None:
 
 
 def support_vectors(learned: Learned, episodes: int) -> Floats | None:
-    """(T, F) the mean of what the body makes of the support of some test tasks.
+    """Return the (T, F) mean support features of some test tasks.
 
-    None where the learner has no such network, or looking at enough tasks would take long.
+    Returns None for a learner without such a network, or if enough tasks would take too long.
     """
     body = getattr(getattr(learned.algorithm, "net", None), "body", None)
     spec = learned.source.spec
@@ -392,7 +398,7 @@ def support_vectors(learned: Learned, episodes: int) -> Floats | None:
 
 
 def _is_large(learner: AdaptingLearner) -> bool:
-    """Whether a hundred adaptations would take seconds."""
+    """Return whether a hundred adaptations would take seconds."""
     convolutional = any(isinstance(module, nn.Conv2d) for module in learner.modules())
     return convolutional and learner.device.type == "cpu"
 
@@ -400,15 +406,15 @@ def _is_large(learner: AdaptingLearner) -> bool:
 def embedded(
     points: Floats, hue: Floats, label: str, what: str, names: Sequence[str] | None = None
 ) -> Panel:
-    """Test tasks in a plane.
+    """Return a figure of test tasks as points in a plane.
 
     Args:
-        points: (N, 2).
-        hue: (N,) a number of each task.
-        label: What the number is called.
-        what: What a point is made of.
-        names: Of the groups that the numbers stand for, each with a sign of its own; None where
-            they are no groups.
+        points: Coordinates of the tasks, (N, 2).
+        hue: A number for each task that sets its color, (N,).
+        label: Name of this number.
+        what: Description of the vectors that the points represent.
+        names: Names of the groups that the numbers denote; each group gets its own marker. None
+            for numbers that are not groups.
     """
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
@@ -430,8 +436,8 @@ def embedded(
     return Panel(
         "tasks",
         "Test tasks",
-        f"A point for each of {len(points)} test tasks: {what}, along its two first principal "
-        f"components, colored by {label.replace(', %', ' in %')}.",
+        f"Each of {len(points)} test tasks is a point: {what}, projected on the first two "
+        f"principal components. Colors show {label.replace(', %', ' in %')}.",
         f"{len(points)} test tasks as points of a plane, colored by {label}.",
         figure,
         {"first": list(map(float, x)), "second": list(map(float, y)), label: list(map(float, hue))},

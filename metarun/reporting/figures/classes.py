@@ -1,6 +1,6 @@
-"""Which classes a run tells apart, over all of its test episodes.
+"""Accuracy and confusions of classes over all test episodes of a run.
 
-Shapes: C classes that were met, P pairs of a class and what it was taken for.
+Shapes: C test classes, P pairs of a true class and a predicted class.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from metarun.reporting.figures.drawing import INK, WRONG, Panel, named_rows
 from metarun.reporting.run_files import RunFiles
 
 _NAMED = 12
-"""Classes, and pairs of them, that are shown by name."""
+"""Number of classes, and of pairs of classes, that are shown by name."""
 _LETTERS = 34
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """Accuracy of each class, and the pairs that are confused; none without their counts."""
+    """Return figures of each class's accuracy and of confused pairs; none without counts."""
     if "confusions" not in run.arrays:
         return []
     pairs = run.arrays["confusions"]
@@ -29,7 +29,7 @@ def panels(run: RunFiles) -> list[Panel]:
 
 
 def by_class(pairs: Floats, names: list[str], color: str) -> Panel:
-    """The share of each class's queries that were answered right, the worst named."""
+    """Return a figure of each class's accuracy, the worst first."""
     classes = np.unique(pairs[:, 0])
     asked = np.array([pairs[pairs[:, 0] == c, 2].sum() for c in classes])
     right = np.array([pairs[(pairs[:, 0] == c) & (pairs[:, 1] == c), 2].sum() for c in classes])
@@ -38,7 +38,7 @@ def by_class(pairs: Floats, names: list[str], color: str) -> Panel:
     shown = order if len(order) <= 2 * _NAMED else np.r_[order[:_NAMED], order[-_NAMED:]]
     figure, axes, places = named_rows([_short(names[int(classes[c])]) for c in shown], 0.17)
     axes.barh(places, 100 * share[shown], color=color, alpha=0.85, height=0.7)
-    axes.set(xlabel="queries answered right, %", xlim=(0, 100))
+    axes.set(xlabel="queries classified correctly, %", xlim=(0, 100))
     some = "" if len(shown) == len(order) else f", the {_NAMED} worst and the {_NAMED} best"
     if some:
         axes.axhline(_NAMED - 0.5, color=INK, linewidth=1.0, linestyle=":")
@@ -50,7 +50,7 @@ def by_class(pairs: Floats, names: list[str], color: str) -> Panel:
     return Panel(
         "classes",
         "Classes",
-        f"Of {len(order)} test classes{some}: {summary}. Over all test episodes.",
+        f"Accuracy over all test episodes, of {len(order)} test classes{some}: {summary}.",
         f"Accuracy by class: {summary}.",
         figure,
         {
@@ -62,7 +62,7 @@ def by_class(pairs: Floats, names: list[str], color: str) -> Panel:
 
 
 def confused(pairs: Floats, names: list[str]) -> list[Panel]:
-    """What each class is most often taken for; none where no answer is wrong."""
+    """Return a figure of the most confused pairs of classes; none without wrong answers."""
     wrong = pairs[pairs[:, 0] != pairs[:, 1]]
     if not len(wrong):
         return []
@@ -73,7 +73,7 @@ def confused(pairs: Floats, names: list[str]) -> list[Panel]:
     labels = [f"{_short(names[true])}\nas {_short(names[said])}" for true, said, _ in shown]
     figure, axes, places = named_rows(labels, 0.33)
     axes.barh(places, [count for *_, count in shown], color=WRONG, alpha=0.85, height=0.7)
-    axes.set(xlabel="queries taken for the other")
+    axes.set(xlabel="queries taken for the other class")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     true, said, most = ordered[0]
     summary = f"{names[true]} is taken for {names[said]} most often ({most} queries)"
@@ -81,7 +81,7 @@ def confused(pairs: Floats, names: list[str]) -> list[Panel]:
         Panel(
             "confusions",
             "Confusions",
-            f"A test class, and below it what its queries were taken for: {summary}, of "
+            f"A test class, and below it the class that was predicted: {summary}, of "
             f"{wrong[:, 2].sum():.0f} wrong answers in all test episodes.",
             f"Most confused pairs of a class and an answer: {summary}.",
             figure,

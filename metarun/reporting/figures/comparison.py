@@ -1,4 +1,4 @@
-"""Several runs in one figure: what each has reached, along training and over inner steps."""
+"""Figures that compare runs: meta-test, learning curves, inner steps, swept settings."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ from metarun.reporting.figures.drawing import (
 from metarun.reporting.run_files import RunFiles
 
 _NAMED = 40
-"""Entries that have a line of their own; of more the best are shown."""
+"""Largest number of rows; only the best entries are shown if there are more."""
 _LEGEND = 16
 _LETTERS = 40
 _FEW = 3
-"""Entries whose intervals can be told apart; of more only the best has its own."""
+"""Largest number of entries that all have a band; with more, only the best has one."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ in their seed alone, as one line of a figure.
+    """Runs that differ only in their seed, as one line of a figure.
 
     Attributes:
-        key: `entry0`, `entry1` …: the series that it is in every figure.
-        label: What to call them.
-        runs: One for each seed.
-        typed: What was typed for them, by key.
-        mean, ci95: On meta-test, in the unit in which it is shown.
-        val: The mean of the best figures on meta-val; not a number where there is none.
-        color, dash: Of its algorithm, and among those of the same algorithm.
-        best: Whether meta-val chooses it.
+        key: Name of its series in every figure: `entry0`, `entry1` …
+        label: Name shown in figures and tables.
+        runs: Runs of the entry, one for each seed.
+        typed: Command-line overrides by key.
+        mean, ci95: Meta-test figure and half-width of its interval, in the displayed unit.
+        val: Mean of the best figures on meta-val; NaN if there are none.
+        color, dash: Color of its algorithm, and line style among entries of that algorithm.
+        best: Whether it is the best entry on meta-val.
     """
 
     key: str
@@ -60,12 +60,12 @@ class Entry:
 
     @property
     def width(self) -> float:
-        """Of its line: the best is thick."""
+        """Width of its line; the best entry has a thick one."""
         return 2.4 if self.best else 1.1
 
 
 def panels(entries: Sequence[Entry], metric: str) -> list[Panel]:
-    """The figures of runs that have the same metric, best on meta-val first."""
+    """Return the figures that compare entries with the same metric, best on meta-val first."""
     made = [reached(entries, metric), learning(entries, metric), adaptation(entries, metric)]
     return [
         *(panel for panel in made if panel is not None),
@@ -75,7 +75,7 @@ def panels(entries: Sequence[Entry], metric: str) -> list[Panel]:
 
 
 def reached(entries: Sequence[Entry], metric: str) -> Panel:
-    """A dot and its interval for each, on meta-test."""
+    """Return a figure with the meta-test mean and interval of each entry."""
     label = unit(metric)[1]
     shown = entries[:_NAMED]
     figure, axes, places = named_rows([_short(entry.label) for entry in shown], 0.24)
@@ -94,7 +94,7 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
             artist.set_gid(f"{entry.key}-{part}")
     axes.set(xlabel=f"meta-test {label}")
     some = "" if len(shown) == len(entries) else f" The best {_NAMED} of {len(entries)} are shown."
-    summary = "there is no meta-val to choose by"
+    summary = "there is no meta-val figure to select by"
     for entry in entries:
         if entry.best:
             summary = f"{entry.label} is best on meta-val, with {entry.mean:.4g} here (the diamond)"
@@ -114,11 +114,11 @@ def reached(entries: Sequence[Entry], metric: str) -> Panel:
 
 
 Curve = tuple[Floats, Floats, Floats]
-"""Places along x, means there, and the half-widths of their intervals."""
+"""Positions along x, means at these positions, and half-widths of their intervals."""
 
 
 def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
-    """Meta-val along training; of several seeds the mean and their interval."""
+    """Return a figure of meta-val along training, averaged over seeds; None without curves."""
     label = unit(metric)[1]
     curves = {entry.key: _val(entry, metric) for entry in entries}
     if all(len(steps) < 2 for steps, _, _ in curves.values()):
@@ -127,9 +127,9 @@ def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
     return Panel(
         "learning-together",
         "Learning",
-        f"Meta-val along training, a line for each of {len(entries)}; the best is thick. Of "
-        "several seeds the mean; bands are 95 % intervals, over seeds where there are several, "
-        f"else over episodes{_whose(entries)}.",
+        f"Meta-val along training, averaged over seeds, for {len(entries)} entries; the best is "
+        "the thick line. Bands are 95 % intervals over seeds, or over episodes if there is one "
+        f"seed{_whose(entries)}.",
         f"Meta-val {label} against meta-updates of {len(entries)} runs.",
         figure,
         columns,
@@ -138,11 +138,11 @@ def learning(entries: Sequence[Entry], metric: str) -> Panel | None:
 
 
 def _whose(entries: Sequence[Entry]) -> str:
-    return "" if len(entries) <= _FEW else ", shown for the best alone"
+    return "" if len(entries) <= _FEW else ", shown for the best entry only"
 
 
 def _val(entry: Entry, metric: str) -> Curve:
-    """Steps that all seeds were validated at, and the mean with its half-width."""
+    """Return the steps at which all seeds were validated, with mean and half-width there."""
     found = [run.curve(f"val/{metric}") for run in entry.runs]
     if len(found) == 1:
         return *found[0], entry.runs[0].curve(f"val/{metric}_ci95")[1]
@@ -152,7 +152,7 @@ def _val(entry: Entry, metric: str) -> Curve:
 
 
 def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
-    """The figure after each inner step, of those that take steps."""
+    """Return a figure of the metric after each inner step; None without inner steps."""
     label = unit(metric)[1]
     theirs = [entry for entry in entries if all("curve" in run.arrays for run in entry.runs)]
     curves = {entry.key: _steps(entry) for entry in theirs}
@@ -162,8 +162,8 @@ def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
     return Panel(
         "adaptation-together",
         "Adaptation",
-        "The same test tasks after each inner step, of the runs that adapt by steps; of several "
-        f"seeds each episode's mean. Bands are 95 % intervals over episodes{_whose(theirs)}.",
+        "The same test tasks after each inner step, for runs with inner steps. Episodes are "
+        f"averaged over seeds. Bands are 95 % intervals over episodes{_whose(theirs)}.",
         f"{label} against inner steps of {len(theirs)} runs.",
         figure,
         columns,
@@ -172,13 +172,13 @@ def adaptation(entries: Sequence[Entry], metric: str) -> Panel | None:
 
 
 def _steps(entry: Entry) -> Curve:
-    """The mean over test episodes after each inner step; episodes are averaged over seeds."""
+    """Return the mean over test episodes after each inner step, averaged over seeds first."""
     mean = np.mean([run.arrays["curve"] for run in entry.runs], axis=0)
     return np.arange(len(mean), dtype=np.float64), *_intervals(mean)
 
 
 def _intervals(rows: Floats) -> tuple[Floats, Floats]:
-    """Mean and half-width of each row."""
+    """Return the mean and the half-width of the interval of each row."""
     found = np.array([interval(row) for row in rows]).reshape(-1, 2)
     return found[:, 0], found[:, 1]
 
@@ -186,7 +186,7 @@ def _intervals(rows: Floats) -> tuple[Floats, Floats]:
 def _drawn(
     entries: Sequence[Entry], curves: Mapping[str, Curve], metric: str, x: str, y: str
 ) -> tuple[Figure, dict[str, list[Any]]]:
-    """A line for each entry, the best over all others, and the numbers in them."""
+    """Draw a line for each entry, the best on top, and return the figure and its numbers."""
     scale = unit(metric)[0]
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
@@ -208,7 +208,7 @@ def _drawn(
 
 
 def settings(entries: Sequence[Entry], metric: str) -> list[Panel]:
-    """Meta-val against each number that was swept."""
+    """Return a figure of meta-val against each numeric setting that was swept."""
     keys = dict.fromkeys(key for entry in entries for key in entry.typed)
     made: list[Panel] = []
     for key in keys:
@@ -249,8 +249,8 @@ def _setting(
     return Panel(
         f"setting-{key.replace('.', '-')}",
         key,
-        f"The best figure on meta-val of each run that has a number for {key}; the dotted line is "
-        "their mean, the diamond the best run.",
+        f"Best meta-val figure of each run with a number for {key}. The dotted line is the mean "
+        "at each value, the diamond the best run.",
         f"Meta-val {label} against {key}.",
         figure,
         {
@@ -262,7 +262,7 @@ def _setting(
 
 
 def _along(entries: Sequence[Entry]) -> list[Panel]:
-    """The curves of learners along the same streams."""
+    """Return a figure of learners' curves along the same streams; none for one learner."""
     stream_record = {e.label: [run.path for run in e.runs] for e in entries if _has_stream(e)}
     if len(stream_record) < 2:
         return []
@@ -272,8 +272,8 @@ def _along(entries: Sequence[Entry]) -> list[Panel]:
         Panel(
             "stream-together",
             "Along the stream",
-            "The figure on the task at hand, the loss of all incoming rows so far, and the figure "
-            "on all tasks met; bands are the 95 % interval over lifetimes.",
+            "Metric on the current task, cumulative loss of incoming rows, and metric on all "
+            "tasks seen; bands are the 95 % interval over test streams.",
             f"Three curves along the stream of each of {len(stream_record)} learners.",
             figure,
             columns,
@@ -302,7 +302,7 @@ def _line(axes: Any, entry: Entry, x: Floats, mean: Floats, width: Floats, *, ba
 
 
 def _legend(entries: Sequence[Entry]) -> dict[str, Series] | None:
-    """Names of the lines, where they are few enough to be read."""
+    """Return the legend of the lines; None if there are too many to read."""
     if len(entries) > _LEGEND:
         return None
     return {entry.key: Series(entry.label, entry.color, entry.dash) for entry in entries}

@@ -1,4 +1,4 @@
-"""Figures of what a run has reached: along training, over inner steps, over test episodes."""
+"""Figures of one run: along training, over inner steps, over test episodes."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from metarun.reporting.run_files import RunFiles
 
 _MOST_BINS = 30
 _FEW_POINTS = 30
-"""Of a line: each has a dot."""
+"""Lines with fewer points have a dot at each."""
 _FEW_EPISODES = 20
 
 
 def unit(metric: str) -> tuple[float, str]:
-    """What a metric is multiplied by to be read, and the label of its axis."""
+    """Return the scale of a metric from stored to displayed values, and its axis label."""
     return (100.0, "accuracy, %") if metric == "accuracy" else (1.0, "mean squared error")
 
 
 def whole_steps() -> MaxNLocator:
-    """Ticks of an axis of updates, which are whole however few they are."""
+    """Return a tick locator for updates, with integer ticks even on a short axis."""
     return MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True)
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """The figures that a run's own files give, as many as it has."""
+    """Return the figures that can be drawn from a run's files."""
     made = [learning(run), loss(run), adaptation(run), histogram(run)]
     return [panel for panel in made if panel is not None]
 
 
 def learning(run: RunFiles) -> Panel | None:
-    """The metric on training and meta-val tasks, with the best step; None without any."""
+    """Return a figure of the metric on training and meta-val tasks; None without values."""
     metric = run.metric
     if metric is None:
         return None
@@ -49,14 +49,14 @@ def learning(run: RunFiles) -> Panel | None:
         "meta-val": (Series("meta-val", run.color), at, val, width),
     }
     lines = {key: line for key, line in lines.items() if len(line[1])}
-    # A learner that is only validated as it starts has no curve.
+    # A learner that is validated only before training has no curve.
     if not lines or max(line[1].max() for line in lines.values()) == 0:
         return None
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     columns: dict[str, list[object]] = {"split": [], "step": [], metric: [], "ci95": []}
     for key, (series, x, y, w) in lines.items():
-        # A single point has no line to be seen by.
+        # A single point has no line, so it needs a marker.
         marker = "o" if len(x) < (_FEW_POINTS if key == "meta-val" else 2) else None
         (line,) = axes.plot(x, scale * y, color=series.color, marker=marker, markersize=3)
         line.set(gid=key, linewidth=1.4)
@@ -73,7 +73,7 @@ def learning(run: RunFiles) -> Panel | None:
         shown_series["best"] = Series(f"best, step {best['step']}", INK, marker="D")
         summary = (
             f" The best was {shown(metric, best['mean'], best['ci95'])} at step {best['step']} "
-            f"({best['episodes']} episodes): these parameters were tested."
+            f"({best['episodes']} episodes); its parameters were used in the test."
         )
     if metric != "accuracy":
         error_axis(axes, np.concatenate([train, val]))
@@ -93,7 +93,7 @@ def learning(run: RunFiles) -> Panel | None:
 
 
 def loss(run: RunFiles) -> Panel | None:
-    """The training loss; None where it is the metric itself, or there is none."""
+    """Return a figure of the training loss; None without one, or if it equals the metric."""
     steps, values = run.curve("train/loss")
     metric = run.metric
     same = metric == "mse" and np.array_equal(values, run.curve("train/mse")[1], equal_nan=True)
@@ -109,7 +109,7 @@ def loss(run: RunFiles) -> Panel | None:
     return Panel(
         "loss",
         "Training loss",
-        "The loss that the outer optimizer descends, averaged between two lines of the log.",
+        "Loss of the outer optimizer, averaged between two lines of the log.",
         f"Training loss against meta-updates: {_ends(values, 'loss')}.",
         figure,
         {"step": [int(step) for step in steps], "loss": list(map(float, values))},
@@ -117,7 +117,7 @@ def loss(run: RunFiles) -> Panel | None:
 
 
 def adaptation(run: RunFiles) -> Panel | None:
-    """The metric after each inner step; None where there are no steps."""
+    """Return a figure of the metric after each inner step; None without inner steps."""
     results = run.results
     if results is None or not results.get("curve") or len(results["curve"]) < 2:
         return None
@@ -133,14 +133,14 @@ def adaptation(run: RunFiles) -> Panel | None:
     if isinstance(trained, int) and 0 < trained < len(steps):
         axes.axvline(trained, color=MUTED, linestyle=":", linewidth=1.0)
         axes.annotate(
-            " trained with",
+            " training steps",
             (trained, 1.0),
             xycoords=("data", "axes fraction"),
             va="top",
             fontsize=8,
             color=INK,
         )
-        summary = f" Training took {trained}: the dotted line."
+        summary = f" The dotted line marks the {trained} inner steps of training."
     axes.set(xlabel="inner steps", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if metric != "accuracy":
@@ -162,7 +162,7 @@ def adaptation(run: RunFiles) -> Panel | None:
 
 
 def _columns(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
-    """Steps, means and half-widths of an adaptation curve."""
+    """Return the steps, means and half-widths of an adaptation curve."""
     steps, mean, width = (
         np.array([point[name] for point in curve], dtype=np.float64)
         for name in ("steps", "mean", "ci95")
@@ -171,7 +171,7 @@ def _columns(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Float
 
 
 def histogram(run: RunFiles) -> Panel | None:
-    """How the test episodes are spread; None without any."""
+    """Return a histogram of the test episodes; None without episodes."""
     results = run.results
     if results is None or results["metric"] not in run.arrays:
         return None
@@ -184,7 +184,7 @@ def histogram(run: RunFiles) -> Panel | None:
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     edges = _edges(values, metric, run.config)
-    # Of errors the few that are far from all others are counted in the last bin.
+    # Outlying errors are counted in the last bin.
     inside = np.clip(values, None, edges[-1])
     counts, _, _ = axes.hist(inside, bins=edges, color=run.color, alpha=0.85)
     mean, ci95 = interval(values)
@@ -193,7 +193,7 @@ def histogram(run: RunFiles) -> Panel | None:
     axes.set(xlabel=label, ylabel="test episodes")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if metric == "accuracy":
-        # The first and the last bin reach beyond, to hold none and all of the answers.
+        # The outer bins extend beyond 0 and 100 %, since they are centered there.
         axes.set_xticks([tick for tick in axes.get_xticks() if 0.0 <= tick <= scale])
     summary = _spread(values, " %" if metric == "accuracy" else "")
     far = int((values > edges[-1]).sum())
@@ -203,7 +203,7 @@ def histogram(run: RunFiles) -> Panel | None:
     return Panel(
         "episodes",
         "Test episodes",
-        f"Each of the {len(values)} test episodes by itself; the line is their mean with its 95 % "
+        f"Histogram of {len(values)} test episodes; the line is their mean with its 95 % "
         f"interval. {summary}{notes}",
         f"Histogram of the {label} of {len(values)} test episodes. {summary}{notes}",
         figure,
@@ -216,7 +216,7 @@ def histogram(run: RunFiles) -> Panel | None:
 
 
 def _spread(values: Floats, sign: str) -> str:
-    """In words; `sign` is what stands behind each number."""
+    """Describe the spread of values in words; `sign` follows each number."""
     at = [0.05, 0.5, 0.95] if len(values) >= _FEW_EPISODES else [0.0, 0.5, 1.0]
     lowest, median, highest = (f"{value:.4g}{sign}" for value in np.quantile(values, at))
     if len(values) < _FEW_EPISODES:
@@ -225,7 +225,10 @@ def _spread(values: Floats, sign: str) -> str:
 
 
 def _edges(values: Floats, metric: str, config: Mapping[str, object]) -> list[float]:
-    """Bins as wide as whole answers of an accuracy, so that none holds one more than another."""
+    """Return the edges of bins; for an accuracy all bins cover equally many possible values.
+
+    An accuracy is a number of correct answers, so that other widths would give a comb pattern.
+    """
     most = int(np.clip(len(values) / 4, 5, _MOST_BINS))
     if metric == "accuracy":
         answer = 100.0 / (int(str(config["way"])) * int(str(config["query"])))

@@ -1,4 +1,4 @@
-"""How every figure looks and is written."""
+"""Style, colors and files that all figures share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from metarun.core.files import write_atomically
 from metarun.core.statistics import Floats
 
-# Okabe and Ito's, which color-blind people tell apart.
+# The palette of Okabe and Ito, which is distinguishable with color blindness.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 RIGHT, WRONG = COLORS[0], COLORS[1]
 INK, MUTED, RULE, PAPER = "#1c2127", "#66707b", "#dde1e6", "#fefefe"
-"""Of a figure on white; the page puts its own in their place."""
+"""Colors on a white background; the page replaces them with those of its theme."""
 STYLE: Any = {
     "figure.constrained_layout.use": True,
     "figure.facecolor": PAPER,
@@ -52,25 +52,28 @@ STYLE: Any = {
     "svg.hashsalt": "metarun",
 }
 _SETTLED = {**STYLE, "figure.constrained_layout.use": False}
-"""Where things are where they shall be."""
+"""Style for saving a figure whose layout is already computed."""
 SIZE = (4.8, 3.2)
-"""Inches of a figure of one panel: what a phone shows without shrinking its letters."""
+"""Size in inches of a figure with one panel, readable on a phone without scaling."""
 _DPI = 150
 _SALT = 7765
-"""With which maml, protonet, reptile, fomaml, matching and anil have six colors."""
+"""Salt of the hash, chosen so that six common algorithms have six different colors.
+
+They are maml, protonet, reptile, fomaml, matching and anil.
+"""
 _FAR = 20.0
-"""How many times the least the greatest error is from where on an axis is logarithmic."""
+"""Ratio of the largest to the smallest error above which an axis is logarithmic."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """Something in a figure that a reader may hide: every artist whose `gid` begins with it.
+    """A part of a figure that the reader can hide: the artists whose `gid` begins with its key.
 
     Attributes:
-        name: What it is called.
-        color: Its color.
-        dash: Its line style.
-        marker: Of points, which have no line.
+        name: Name in the legend.
+        color: Color of the artists.
+        dash: Line style.
+        marker: Marker of points, which have no line.
     """
 
     name: str
@@ -81,17 +84,17 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure, what it says, and the numbers in it.
+    """A figure with its texts and numbers.
 
     Attributes:
-        name: Of its files, unique in a report.
-        title: A few words.
-        caption: What is shown, in a sentence or two.
-        alt: What somebody who does not see it has to know.
-        figure: Made under `STYLE`.
-        columns: The numbers by column, all of one length.
-        series: What can be hidden, by the `gid` that its artists begin with.
-        wide: Whether it takes a row of the page.
+        name: Name of its files, unique in a report.
+        title: Title of a few words.
+        caption: Description of what is shown, in a sentence or two.
+        alt: Alternative text for readers who do not see the figure.
+        figure: Matplotlib figure, created under `STYLE`.
+        columns: Numbers by column, all of the same length.
+        series: Parts that can be hidden, by the beginning of their artists' `gid`.
+        wide: Whether the figure takes a full row of the page.
     """
 
     name: str
@@ -105,12 +108,12 @@ class Panel:
 
 
 def colors(algorithms: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A color and a line style for each algorithm, the same in every report.
+    """Return a color and a line style for each algorithm, mostly the same in every report.
 
-    An algorithm's place is a hash of its name; one whose place is taken by another of the same
-    report, in alphabetical order, gets the next that is free.
+    A hash of the name gives an algorithm's place among them. Algorithms are placed in
+    alphabetical order; one whose place is taken in this report gets the next free one.
     """
-    # Not the gray, which is what a figure has for all that is no algorithm.
+    # Gray is reserved for everything that is not an algorithm.
     places = [(color, dash) for dash in DASHES for color in COLORS[:-1]]
     taken: dict[str, int] = {}
     for name in sorted(set(algorithms)):
@@ -129,15 +132,15 @@ def _place(name: str) -> int:
 def named_rows(
     names: Sequence[str], height: float, fontsize: float = 7
 ) -> tuple[Figure, Axes, Floats]:
-    """A figure with a row for each name, the first on top.
+    """Return an empty figure with a row for each name, the first on top.
 
     Args:
-        names: Of the rows.
-        height: Inches of one.
-        fontsize: Of the names.
+        names: Names of the rows.
+        height: Height of a row in inches.
+        fontsize: Font size of the names.
 
     Returns:
-        The figure, its axes, and where each row is.
+        The figure, its axes, and the position of each row.
     """
     figure = Figure(figsize=(SIZE[0], 0.9 + height * len(names)))
     axes = figure.add_subplot()
@@ -149,7 +152,7 @@ def named_rows(
 
 
 def error_axis(axes: Axes, values: Floats) -> None:
-    """Let an axis of errors begin at zero, or be logarithmic where they fell far."""
+    """Start an axis of errors at zero, or make it logarithmic for a wide range of values."""
     here = values[np.isfinite(values)]
     if not len(here):
         return
@@ -161,20 +164,20 @@ def error_axis(axes: Axes, values: Floats) -> None:
 
 
 def plain(axis: Axis) -> None:
-    """Numbers as people write them, on a logarithmic axis."""
+    """Label a logarithmic axis with plain numbers instead of powers."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def band(axes: Axes, x: Any, mean: Floats, width: Floats, color: str, gid: str) -> None:
-    """The 95 % interval around a line."""
+    """Draw the 95 % interval around a line."""
     shown = axes.fill_between(x, mean - width, mean + width, color=color, alpha=0.2, linewidth=0)
     shown.set_gid(f"{gid}-band")
 
 
 def table(columns: Mapping[str, Sequence[Any]]) -> str:
-    """Columns of one length as CSV."""
+    """Return columns of equal length as CSV."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(columns)
@@ -189,7 +192,7 @@ def _cell(value: Any) -> str:
 
 
 def write(folder: Path, panel: Panel) -> str:
-    """Write a panel as PNG, SVG and CSV; returns the SVG."""
+    """Write a panel as PNG, SVG and CSV, and return the SVG."""
     folder.mkdir(parents=True, exist_ok=True)
     _lay_out(panel.figure)
     svg = _drawn(panel.figure, "svg").decode()
@@ -200,7 +203,7 @@ def write(folder: Path, panel: Panel) -> str:
 
 
 def _lay_out(figure: Figure) -> None:
-    """Settle where things are once: with an engine every save would draw all of it twice."""
+    """Compute the layout once; with a layout engine, every save would draw the figure twice."""
     engine = figure.get_layout_engine()
     with rc_context(_SETTLED):
         if engine is not None:
@@ -209,9 +212,9 @@ def _lay_out(figure: Figure) -> None:
 
 
 def _drawn(figure: Figure, kind: str) -> bytes:
-    """A file without a date, so that the same figure is the same file."""
+    """Return a figure's file without a date, so that equal figures give equal files."""
     buffer = io.BytesIO()
-    # Each save sets the engine anew, by these.
+    # Each save sets the layout engine again from these settings.
     with rc_context(_SETTLED):
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
@@ -219,7 +222,7 @@ def _drawn(figure: Figure, kind: str) -> bytes:
 
 
 def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """Write a figure as PNG and SVG; returns the files."""
+    """Write a figure as PNG and SVG, and return the paths."""
     folder.mkdir(exist_ok=True)
     _lay_out(figure)
     paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]

@@ -1,4 +1,4 @@
-"""Accuracy at the first, second, … presentation of a class, of a learner that remembers."""
+"""Accuracy at the first, second, … presentation of a class, for memory-based learners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from metarun.reporting.run_files import RunFiles
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """The curve by presentation; none of a learner that does not answer along a sequence."""
+    """Return the curve by presentation; none if the learner does not answer along a sequence."""
     results = run.results
     if results is None or "presentations" not in results:
         return []
@@ -39,8 +39,8 @@ def panels(run: RunFiles) -> list[Panel]:
         Panel(
             "presentations",
             "Presentations",
-            "Accuracy at the first, second, … presentation of a class along the support, each "
-            f"answered before its label is told: {summary}. The band is the 95 % interval.",
+            "Accuracy at the first, second, … presentation of a class along the support, before "
+            f"its label is revealed: {summary}. The band is the 95 % interval.",
             f"Accuracy against the presentation of a class: {summary}; chance is {chance:.0f} %.",
             figure,
             {

@@ -1,4 +1,4 @@
-"""The ways of learning that a learner chooses among, against the one that chose."""
+"""Comparison of a selector with each of the strategies that it selects from."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from metarun.reporting.run_files import RunFiles
 
 
 def panels(run: RunFiles) -> list[Panel]:
-    """How much better the learner is than each strategy; none where it chooses among none."""
+    """Return a figure of the learner's gain over each strategy; none without strategies."""
     results = run.results
     if results is None or not results.get("strategies"):
         return []
     scale, label = unit(str(results["metric"]))
     found = results["strategies"]
     gains = {name: place["gain"] for name, place in found.items()}
-    # What is not finite is null in the file, and no number in an array of floats.
+    # Values that are not finite are null in the file, and NaN in an array of floats.
     order = np.argsort(-_column(gains, "mean"), kind="stable")
     names = [list(found)[place] for place in order]
     gain, width = (scale * _column(gains, key)[order] for key in ("mean", "ci95"))
@@ -29,15 +29,15 @@ def panels(run: RunFiles) -> list[Panel]:
     figure, axes, places = named_rows(names, 0.24, fontsize=8)
     axes.errorbar(gain, places, xerr=width, fmt="o", color=run.color, markersize=4, linewidth=1.2)
     axes.axvline(0.0, color=INK, linewidth=1.2)
-    axes.set(xlabel=f"{results['algo']} is better by ({label})")
+    axes.set(xlabel=f"gain of {results['algo']} ({label})")
     beaten = sum(g - w > 0 for g, w in zip(gain, width, strict=True))
-    summary = f"it beats {beaten} of {len(names)} beyond the interval"
+    summary = f"the gain over {beaten} of {len(names)} is above zero beyond its interval"
     return [
         Panel(
             "strategies",
-            "Ways of learning",
-            "How much better it is than each of its ways of learning on the same test tasks, "
-            f"paired, with the 95 % interval: {summary}. `oracle` is the best of each task.",
+            "Strategies",
+            "Paired gain over each strategy alone on the same test tasks, with the 95 % "
+            f"interval: {summary}. `oracle` uses the best strategy of each task.",
             f"Paired gains over {len(names)} strategies: {summary}.",
             figure,
             {

@@ -1,4 +1,4 @@
-"""Figures of a run on a stream: the matrix of tasks after tasks, and what happens along it."""
+"""Figures of a run on a stream: the matrix of tasks by visits, and curves along the stream."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from metarun.runs.folder import RunFolder
 
 _MANY_VISITS = 20
 _FAR = 1000.0
-"""How many times worse than the best a curve is that has left the others' scale."""
+"""Ratio of the worst to the best curve above which the worst is cut off."""
 
 
 @quiet
 def panels(run: RunFiles) -> list[Panel]:
-    """The matrix of tasks after visits, and the curves along a stream; none of other tasks."""
+    """Return the matrix and the curves of a stream; none for other tasks."""
     results = run.results
     if results is None or "matrix" not in run.arrays or not (run.path / "stream.csv").exists():
         return []
@@ -42,8 +42,8 @@ def panels(run: RunFiles) -> list[Panel]:
         Panel(
             "matrix",
             "Tasks after visits",
-            f"The {metric} on held-out rows of each task (column) after each visit (row), mean "
-            f"over {results['test']['episodes']} lifetimes: {summary}. What is forgotten fades "
+            f"{metric} on held-out rows of each task (column) after each visit (row), mean over "
+            f"{results['test']['episodes']} test streams: {summary}. A forgotten task fades "
             "down its column.",
             f"A map of {matrix.shape[1]} tasks against visits: {summary}.",
             _matrix(matrix, results, run.title),
@@ -56,8 +56,8 @@ def panels(run: RunFiles) -> list[Panel]:
         Panel(
             "stream",
             "Along the stream",
-            f"The {metric} on the task at hand, the loss of all incoming rows so far, and the "
-            f"{metric} on all tasks met, with the 95 % interval over lifetimes.",
+            f"The {metric} on the current task, the cumulative loss of incoming rows, and the "
+            f"{metric} on all tasks seen, with the 95 % interval over test streams.",
             f"Three curves along {len(rows)} steps of the stream.",
             _panels({algo: rows}, results, run.title, {algo: (run.color, "-")}),
             {name: [row[name] for row in rows] for name in (rows[0] if rows else [])},
@@ -70,11 +70,11 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
     """Write the curves of several algorithms along the same streams as one PNG and SVG.
 
     Args:
-        folders: Of the runs of each algorithm, one for each seed.
-        name: Of the files, without what they end with.
+        folders: Run folders of each algorithm, one for each seed.
+        name: Path of the files without suffix.
 
     Returns:
-        The files.
+        Paths of the written files.
     """
     figure, _ = together(folders, colors(folders))
     return save(name.parent, name.name, figure)
@@ -84,12 +84,12 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
 def together(
     folders: Mapping[str, Sequence[Path]], looks: Mapping[str, tuple[str, str]]
 ) -> tuple[Figure, dict[str, list[Any]]]:
-    """The curves of several algorithms along the same streams, and their numbers.
+    """Return a figure of several algorithms along the same streams, and its numbers.
 
     Args:
-        folders: Of the runs of each algorithm, one for each seed; a lifetime is averaged over
-            the seeds before the interval is taken.
-        looks: A color and a line style for each.
+        folders: Run folders of each algorithm, one for each seed. Each test stream is averaged
+            over the seeds before the interval is computed.
+        looks: Color and line style of each algorithm.
     """
     curves: dict[str, list[dict[str, str]]] = {}
     for algo, runs in folders.items():
@@ -106,7 +106,7 @@ def together(
 
 
 def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
-    """A heat map: a row before the first visit and after each, a column for each task."""
+    """Draw a heat map with a column for each task, a row before the first visit and after each."""
     scale, label = unit(str(results["metric"]))
     figure = Figure(figsize=(SIZE[0], 4.0))
     axes = figure.add_subplot()
@@ -138,19 +138,19 @@ def _panels(
     heading: str,
     looks: Mapping[str, tuple[str, str]],
 ) -> Figure:
-    """Three panels over the rows of the stream, each with its 95 % interval over lifetimes."""
+    """Draw three panels over the rows of the stream, with 95 % intervals over test streams."""
     scale, metric = unit(str(results["metric"]))
     metric = metric.replace("mean squared error", "squared error")
-    # Where there are many visits a curve within each of them would be a block of color.
+    # With many visits, a curve within each of them would merge into a block of color.
     many = len(results["layout"]["visits"]) > _MANY_VISITS
     figure = Figure(figsize=(SIZE[0], 6.4))
     figure.suptitle(heading, fontsize=10)
     drawn = figure.subplots(3, 1)
     names = ("current", "cumulative_loss", "seen")
     labels = (
-        f"{metric}\non the task just learned" if many else f"{metric}\non the task at hand",
+        f"{metric}\non the task just learned" if many else f"{metric}\non the current task",
         "cumulative loss\nof incoming rows",
-        f"{metric}\non all tasks met",
+        f"{metric}\non all tasks seen",
     )
     for axes, name, label in zip(drawn, names, labels, strict=True):
         tops = []
@@ -166,10 +166,10 @@ def _panels(
                 axes.fill_between(x, y - width, y + width, color=color, alpha=0.2, linewidth=0)
             tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
         axes.set(ylabel=label, xlim=(0, None), ylim=(0, None))
-        # What an interval has beyond all answers right is not to be had.
+        # An accuracy cannot exceed 100 %, even if its interval does.
         if scale > 1.0 and name != "cumulative_loss":
             axes.set_ylim(top=min(axes.get_ylim()[1], 1.04 * scale))
-        # One that diverges would leave no room for the others.
+        # A curve that diverges would flatten the others.
         positive = [top for top in tops if top > 0]
         if positive and max(positive) > _FAR * min(positive):
             axes.set_ylim(top=_FAR / 10 * min(positive))
@@ -181,7 +181,7 @@ def _panels(
 
 
 def _columns(rows: list[dict[str, str]], name: str) -> tuple[Floats, Floats, Floats]:
-    """Rows of the stream so far, a curve, and the half-width of its interval."""
+    """Return the rows of the stream so far, a curve, and the half-widths of its intervals."""
     columns = [[float(row[n] or "nan") for row in rows] for n in ("rows", name, f"{name}_ci95")]
     x, y, width = (np.array(column) for column in columns)
     return x, y, width

@@ -1,6 +1,6 @@
-"""Tasks as points, and the families and components that they fall into.
+"""Tasks as points, and their families and mixture components.
 
-Shapes: N test tasks, E numbers of an embedding, J families, K components.
+Shapes: N test tasks, E embedding dimensions, J families, K components.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DARK = 0.6
 
 
 def panels(run: RunFiles, learned: Learned | None) -> list[Panel]:
-    """Where test tasks lie, which component is responsible for each, and which family it is of."""
+    """Return figures of test tasks as points, of their families and of responsibilities."""
     made = [*_points(run, learned), *_families(run)]
     if learned is not None and "groups" in run.arrays:
         made += _responsibilities(learned)
@@ -32,12 +32,12 @@ def _points(run: RunFiles, learned: Learned | None) -> list[Panel]:
     arrays, metric = run.arrays, run.metric
     if metric is None or metric not in arrays:
         return []
-    vectors, what = arrays.get("embeddings"), "what the learner makes of its support"
+    vectors, what = arrays.get("embeddings"), "the learner's embedding of its support"
     if vectors is None or vectors.shape[1] < 2:
         if learned is None:
             return []
         vectors = adaptation.task_vectors(learned, len(arrays[metric]))
-        what = "how adaptation moves the parameters"
+        what = "the change of the parameters in adaptation"
         if vectors is None:
             vectors = adaptation.support_vectors(learned, len(arrays[metric]))
             what = "the mean of its support's features"
@@ -52,13 +52,16 @@ def _points(run: RunFiles, learned: Learned | None) -> list[Panel]:
 
 
 def _names(run: RunFiles, families: Any) -> list[str]:
-    """What the families of functions are called."""
+    """Return the names of the families of functions."""
     found = run.config["data"].get("families") or range(int(families.max()) + 1)
     return list(map(str, found))
 
 
 def _hue(run: RunFiles, learned: Learned | None, tasks: int) -> tuple[Floats, str]:
-    """A number of each task to color it by: one that its function has, else its figure."""
+    """Return a number for each task's color, with its name.
+
+    It is the first parameter of the task's function if known, else the task's figure.
+    """
     names = getattr(learned.source, "parameter_names", ()) if learned is not None else ()
     if names and learned is not None:
         values = learned.source.parameters("test", 0, tasks)[0]  # type: ignore[attr-defined]
@@ -69,7 +72,7 @@ def _hue(run: RunFiles, learned: Learned | None, tasks: int) -> tuple[Floats, st
 
 
 def _families(run: RunFiles) -> list[Panel]:
-    """Tasks of each family in each group, as a map."""
+    """Return a heat map of the tasks of each family in each group."""
     found = (run.results or {}).get("families")
     if not found:
         return []
@@ -91,7 +94,7 @@ def _families(run: RunFiles) -> list[Panel]:
         Panel(
             "families",
             "Families found",
-            f"Test tasks of each family in each group that was found: {summary}.",
+            f"Number of test tasks of each family in each group found: {summary}.",
             f"A table of families against groups of tasks; {summary}.",
             figure,
             {
@@ -104,7 +107,7 @@ def _families(run: RunFiles) -> list[Panel]:
 
 
 def _responsibilities(learned: Learned) -> list[Panel]:
-    """Each component's share in some test tasks, those of one family together."""
+    """Return a figure of each component's share in some test tasks, sorted by family."""
     batch = learned.source.batch("test", 0, _SHARED_TASKS)
     found = answer(learned, batch, batch.query_x, 0).responsibilities
     if found is None:
@@ -134,8 +137,8 @@ def _responsibilities(learned: Learned) -> list[Panel]:
         Panel(
             "responsibilities",
             "Responsibilities",
-            f"The share of each component in {len(shares)} test tasks, a bar for each; lines part "
-            f"the families. {100 * sure:.0f} % of them have one above 0.9.",
+            f"Share of each component in {len(shares)} test tasks, one bar per task; lines "
+            f"separate families. In {100 * sure:.0f} % of the tasks one share exceeds 0.9.",
             f"Stacked bars of {shares.shape[1]} components' shares in {len(shares)} tasks.",
             figure,
             {

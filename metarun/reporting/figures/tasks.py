@@ -1,6 +1,6 @@
-"""Single test tasks, and what a learner makes of them: a good one, the median, a bad one.
+"""Single test tasks with a learner's predictions: a good, a median and a bad task.
 
-The tasks are chosen by the figures of the test that is over; nothing is chosen by them.
+The tasks are selected by the figures of the finished test. They influence no other choice.
 Shapes: S support rows, Q query rows, G points of a grid, W ways, C H W images.
 """
 
@@ -36,13 +36,14 @@ _MOST_WAYS, _MOST_SHOTS, _MOST_QUERIES = 10, 3, 8
 
 @dataclass(frozen=True)
 class Learned:
-    """What a run has learned, ready to answer.
+    """A trained learner with its data.
 
     Attributes:
-        algorithm: With its best parameters by meta-val, else its last; in evaluation.
-        source: Its data.
-        color: Of its algorithm, in every figure of a report.
-        views: Of each image that an answer is averaged over, as in the test.
+        algorithm: Algorithm in evaluation mode, with the best parameters on meta-val if there
+            are any, else with the last ones.
+        source: Data of the run.
+        color: Color of the algorithm in all figures of a report.
+        views: Number of views of each image over which a prediction is averaged, as in the test.
     """
 
     algorithm: Algorithm
@@ -52,17 +53,17 @@ class Learned:
 
     @property
     def steps(self) -> int | None:
-        """Inner steps that the test took; None where there are none."""
+        """Number of inner steps in the test; None for a learner without inner steps."""
         trained = getattr(self.algorithm, "inner_steps", None)
         return self.algorithm.evaluation_steps(trained) if isinstance(trained, int) else None
 
 
 def panels(learned: Learned, figures: Floats) -> list[Panel]:
-    """What is made of three test tasks; none where a task cannot be drawn.
+    """Return figures of the predictions for three test tasks; none if tasks cannot be drawn.
 
     Args:
-        learned: Who answers.
-        figures: (N,) the metric of each test episode.
+        learned: The trained learner.
+        figures: Metric of each test episode, (N,).
     """
     shape = learned.source.spec.input_shape
     curves = shape == (1,) and learned.source.spec.output_dim == 1
@@ -77,7 +78,7 @@ def panels(learned: Learned, figures: Floats) -> list[Panel]:
 
 
 def chosen(figures: Floats, *, higher: bool) -> dict[str, int]:
-    """The numbers of a good, a median and a bad test task: at 5, 50 and 95 % from the best."""
+    """Return the indices of the test tasks at 5, 50 and 95 % of the ranking from the best."""
     goodness = np.where(np.isfinite(figures), figures if higher else -figures, -np.inf)
     order = np.argsort(-goodness, kind="stable")
     last = len(order) - 1
@@ -88,12 +89,12 @@ def chosen(figures: Floats, *, higher: bool) -> dict[str, int]:
 
 
 def task_of(learned: Learned, index: int) -> TaskBatch:
-    """One test task."""
+    """Return one test task as a batch."""
     return learned.source.batch("test", index, 1)
 
 
 def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> Prediction:
-    """Answers to other queries of a test task; the same each time."""
+    """Predict given queries of a test task; repeated calls give the same predictions."""
     with torch.no_grad(), torch.random.fork_rng([]):
         seeding.seed_torch(seeding.key("report", "test", index))
         return predict(learned.algorithm, batch.support_x, batch.support_y, query_x, learned.views)
@@ -104,13 +105,13 @@ def answer(learned: Learned, batch: TaskBatch, query_x: Tensor, index: int) -> P
 
 @dataclass
 class _Plot:
-    """A figure of y against x that keeps its numbers.
+    """A figure of y against x that records its numbers.
 
     Attributes:
-        figure: With one panel.
-        series: What can be hidden.
-        columns: Every point drawn.
-        sight: Values that have to be in sight.
+        figure: Figure with one panel.
+        series: Series that can be hidden.
+        columns: All points drawn.
+        sight: Values that must be visible.
     """
 
     figure: Figure = field(default_factory=lambda: Figure(figsize=SIZE))
@@ -124,7 +125,7 @@ class _Plot:
         self.axes = self.figure.add_subplot()
 
     def note(self, what: str, x: Floats, y: Floats) -> None:
-        """Keep the numbers of what is drawn."""
+        """Record the numbers of a curve or of points."""
         self.columns["what"] += [what] * len(x)
         self.columns["x"] += list(map(float, x))
         self.columns["y"] += list(map(float, y))
@@ -145,7 +146,7 @@ class _Plot:
         self.sight.append(y)
 
     def finish(self) -> None:
-        """Leave no more room than what has to be in sight needs, and a rim."""
+        """Limit the axis to the values that must be visible, with a margin."""
         values = np.concatenate(self.sight)
         values = values[np.isfinite(values)]
         low, high = float(values.min()), float(values.max())
@@ -156,7 +157,7 @@ class _Plot:
 
 
 def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
-    """A task's function, its support, and the answers after some inner steps."""
+    """Return a figure of a task's function, its support and the predictions."""
     batch = task_of(learned, index)
     low, high = _range(learned.source, batch)
     grid = torch.linspace(low, high, _GRID, dtype=batch.support_x.dtype)
@@ -168,14 +169,14 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
     plot.points("support", "support", *support, "^", 90.0)
     plot.series["support"] = Series("support", INK, marker="^")
     plot.finish()
-    after = "" if learned.steps is None else f" after {learned.steps} inner steps, the thick line"
+    after = "" if learned.steps is None else f" after {learned.steps} inner steps (thick line)"
     summary = f"Test task {index}: mean squared error on its queries {shown('mse', figure)}{after}."
-    more = " The band holds 95 % of what it expects." if spread else ""
+    more = " The band is the predictive 95 % interval." if spread else ""
     return Panel(
         f"fit-{name}",
         f"A {name} task",
         f"{summary} Triangles are the {batch.support_x.shape[1]} support points.{more}",
-        f"{summary} The answers on a grid against the function.",
+        f"{summary} Predictions on a grid, and the function.",
         plot.figure,
         plot.columns,
         plot.series,
@@ -185,7 +186,7 @@ def _fit(learned: Learned, name: str, index: int, figure: float) -> Panel:
 def _draw_truth(
     plot: _Plot, source: EpisodeSource, batch: TaskBatch, grid: Tensor, index: int
 ) -> None:
-    """The queries, and the function where it is known."""
+    """Draw the queries, and the function if it is known."""
     truth = getattr(source, "truth", None)
     if truth is not None:
         values = _numbers(truth("test", index, grid[0])[:, 0])
@@ -200,7 +201,11 @@ def _draw_truth(
 def _draw_answers(
     plot: _Plot, learned: Learned, batch: TaskBatch, grid: Tensor, index: int
 ) -> bool:
-    """Answers after inner steps where there are any, else the answer; whether it has a spread."""
+    """Draw the predictions, after several numbers of inner steps if the learner has any.
+
+    Returns:
+        Whether a predictive band was drawn.
+    """
     x = _numbers(grid[0, :, 0])
     steps = learned.steps if learned.steps is not None else max(_STEPS)
     with torch.no_grad():
@@ -215,7 +220,7 @@ def _draw_answers(
             line = Series(name, learned.color, "-" if tested else next(faint))
             values = _numbers(traced[step, 0, :, 0])
             plot.line(f"after{step}", name, line, x, values, 2.2 if tested else 1.0)
-            # What is answered after other steps need not be in sight to its ends.
+            # Predictions after other numbers of steps may leave the visible range.
             plot.sight += [values] if tested else []
         return False
     found = answer(learned, batch, grid, index)
@@ -244,7 +249,10 @@ def _range(source: EpisodeSource, batch: TaskBatch) -> tuple[float, float]:
 
 
 def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
-    """A task's support and queries, a row for each class, with the answers that are wrong."""
+    """Return a figure of a task's support and queries, one row for each class.
+
+    Wrong predictions are marked.
+    """
     batch = task_of(learned, index)
     found = answer(learned, batch, batch.query_x, index).outputs[0].argmax(-1).tolist()
     labels = batch.query_y[0].tolist()
@@ -258,15 +266,15 @@ def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
         for column, place in enumerate(places)
     ]
     _draw_grid(plotted.add_subplot(), drawing.grid, marks, drawing.shots)
-    summary = f"Test task {index}: {shown('accuracy', figure)} of its queries answered right."
+    summary = f"Test task {index}: {shown('accuracy', figure)} of its queries classified correctly."
     legend = "; ".join(f"{letter(way)} {names[way]}" for way in range(rows))
     some = "" if rows == ways else f" The first {rows} of {ways} classes are shown."
     return Panel(
         f"task-{name}",
         f"A {name} task",
-        f"{summary} Left of the line the support, right of it queries of the same class: framed in "
-        "blue where the answer is right, crossed in orange with the letter of the answer where "
-        f"it is wrong. {legend}.{some}",
+        f"{summary} The support is left of the line, queries of the same class are right of it. "
+        "Blue frames mark correct predictions. Wrong ones are crossed out in orange, with the "
+        f"letter of the predicted class. {legend}.{some}",
         f"{summary} A row of images for each of {rows} classes.",
         plotted,
         {
@@ -280,12 +288,12 @@ def _grid(learned: Learned, name: str, index: int, figure: float) -> Panel:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Images of a task in rows of one class: some of its support, then some of its queries.
+    """Images of a task, one row for each class: part of its support, then of its queries.
 
     Attributes:
-        grid: (rows, shots + queries, C, H, W) from 0 to 1; gray where a class has no more.
-        shots: Columns of the support.
-        queries: Of each row, which queries are shown.
+        grid: (rows, shots + queries, C, H, W) in [0, 1]; empty cells are gray.
+        shots: Number of columns of the support.
+        queries: Indices of the queries shown in each row.
     """
 
     grid: Floats
@@ -309,7 +317,7 @@ def _pictures(batch: TaskBatch, rows: int) -> _Pictures:
 
 
 def _of(labels: Tensor, way: int) -> list[int]:
-    """Which rows of a task (1, R) are of a class."""
+    """Return the indices of the rows with a class, given labels (1, R)."""
     found: list[int] = (labels[0] == way).nonzero()[:, 0].tolist()
     return found
 
@@ -323,7 +331,7 @@ def _draw_grid(
     for row, column, said, right in marks:
         color = RIGHT if right else WRONG
         corner = (column * wide - 0.5, row * high - 0.5)
-        # Inside of its cell, so that no neighbor covers it.
+        # The frame is inside its cell, so that no neighbor covers it.
         inside = (corner[0] + 0.8, corner[1] + 0.8)
         frame = Rectangle(
             inside, wide - 1.6, high - 1.6, fill=False, edgecolor=color, linewidth=1.4
@@ -360,7 +368,7 @@ def _names(source: EpisodeSource, batch: TaskBatch, ways: int) -> list[str]:
 
 
 def letter(way: int) -> str:
-    """What a class of a task is called where its name is too long."""
+    """Return a short name for a class of a task: a letter, or a number from the 27th on."""
     return chr(ord("A") + way) if way < 26 else str(way + 1)
 
 
