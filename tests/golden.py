@@ -21,6 +21,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--algo", nargs="+", metavar="NAME", help="these algorithms alone")
     parser.add_argument("--graph", default="none,replay", help="default: %(default)s")
     args = parser.parse_args(argv)
+    # As Ctrl-C does, so that neither processes nor folders stay behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))
     with tempfile.TemporaryDirectory(prefix="golden-") as temporary, contextlib.ExitStack() as ends:
         sides = [Path(temporary, "base"), Path(temporary, "head")]
         for side, commit in zip(sides, (args.base, args.head), strict=True):

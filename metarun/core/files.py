@@ -48,15 +48,20 @@ def check_space(path: str | Path, needed: int) -> None:
     Raises:
         ValueError: Less space is free.
     """
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    place, free = free_space(path)
     if free < needed:
         raise ValueError(
             f"{place} has {size_text(free)} free and the run needs about {size_text(needed)}: "
             "free some space, or choose another folder with hydra.run.dir=…"
         )
+
+
+def free_space(path: str | Path) -> tuple[Path, int]:
+    """Return the nearest folder that exists above a path, and the bytes free on its disk."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    return place, shutil.disk_usage(place).free
 
 
 def to_json(record: Mapping[str, Any]) -> bytes:

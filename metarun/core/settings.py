@@ -82,7 +82,8 @@ class PublishedCell:
             one value only.
         presentation: Presentation of a class (from 1) at which it was measured, for a learner
             that predicts along a sequence. None means the value of the query rows.
-        recalled: Whether this value is from memory while the experiment's others are verified.
+        unverified: Whether this value was recalled and not yet verified in the paper, while the
+            experiment's others were.
         ci95: Half-width of its 95 % interval over episodes; None if none is printed.
         spread: Half-width of another spread (over seeds or runs), which is not comparable with
             an interval over episodes.
@@ -91,7 +92,7 @@ class PublishedCell:
     value: float
     inner_steps: int | None = None
     presentation: int | None = None
-    recalled: bool = False
+    unverified: bool = False
     ci95: float | None = None
     spread: float | None = None
 
@@ -106,7 +107,8 @@ class Published:
         row: Name of the method in that table.
         cells: Values with which one run of the recipe is compared.
         steps: Number of meta-updates of the recipe. A run with fewer is a rehearsal.
-        confidence: `verified` for values read in a source, `recalled` for values from memory.
+        confidence: `verified` for values read in a source, `unverified` for values recalled and
+            not yet verified.
         source: Document in which the values were read.
     """
 
@@ -115,5 +117,5 @@ class Published:
     row: str
     cells: list[PublishedCell]
     steps: int
-    confidence: Literal["verified", "recalled"]
+    confidence: Literal["verified", "unverified"]
     source: str

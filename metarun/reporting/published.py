@@ -247,8 +247,8 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
 
 def _marks(published: Published, cell: PublishedCell) -> str:
     marks = [] if cell.spread is None else [f"± {cell.spread:g} over runs"]
-    recalled = cell.recalled or published.confidence == "recalled"
-    return ", ".join([*marks, "recalled"] if recalled else marks)
+    unverified = cell.unverified or published.confidence == "unverified"
+    return ", ".join([*marks, "unverified"] if unverified else marks)
 
 
 def _note(group: Group, published: Published) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from tqdm import tqdm
+
+from metarun.core.files import free_space
 
 _CHUNK = 1 << 18
 _SPARE = 64 << 20
@@ -84,8 +85,7 @@ def file_hash(path: Path, name: str) -> str:
 
 def need_space(folder: Path, num_bytes: int) -> None:
     """Raise `OSError` if the disk of a folder has less than `num_bytes` free."""
-    folder = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
+    folder, free = free_space(folder)
     if free < num_bytes:
         raise OSError(
             f"the disk of {folder} has {free / 1e6:.0f} MB free, {num_bytes / 1e6:.0f} MB are "
