@@ -83,7 +83,8 @@ def draw(picture: Path) -> None:
         for number, folder in enumerate(row)
     }
     figure, axes = plt.subplots(figsize=(7.0, 9.0), layout="constrained")
-    for (here, there), count in arrows().items():
+    found = arrows()
+    for (here, there), count in found.items():
         upwards = RANK[there] >= RANK[here]
         gap = RANK[here] - RANK[there]
         axes.annotate(
@@ -106,7 +107,9 @@ def draw(picture: Path) -> None:
     axes.set_xlim(-1.8, 1.8)
     axes.set_ylim(-0.6, len(RANKS) - 0.4)
     axes.axis("off")
-    axes.set_title("Imports between the folders of metarun: every arrow goes down", fontsize=12)
+    up = sum(RANK[there] >= RANK[here] for here, there in found)
+    title = f"Imports between the folders of metarun: {len(found)} arrows, {up} of them upwards"
+    axes.set_title(title, fontsize=12)
     figure.savefig(picture, dpi=130)
 
 

@@ -1,4 +1,4 @@
-"""`metarun list`: what there is to choose from."""
+"""`metarun list`: what there is to choose from, and one choice with its keys."""
 
 from __future__ import annotations
 
@@ -10,38 +10,111 @@ from rich.console import Console
 from rich.text import Text
 
 from metarun.cli.parser import Parser
-from metarun.config.catalogue import GROUPS, conf_dir, entries
+from metarun.config.catalogue import GROUPS, conf_dir, entries, find, header, keys, recipes
+from metarun.config.suggestions import nearest
 from metarun.core.console import INDENT, WIDEST, columns
+
+EXAMPLES = {
+    "algo": "algo={name} data={recipe}",
+    "data": "algo={recipe} data={name}",
+    "backbone": "algo=protonet data=omniglot_small backbone={name}",
+    "optim": "algo=maml data=sinusoid optim={name}",
+    "experiment": "experiment={name}",
+    "paper": "paper={name}",
+    "logger": "algo=maml data=sinusoid logger={name}",
+}
+"""A command to try for a choice of each group."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Answer `metarun list [GROUP…] [--config-dir DIR]`; returns the exit code."""
+    """Answer `metarun list [GROUP…]` and `metarun list GROUP NAME…`; returns the exit code."""
     parser = Parser(
-        prog="metarun list", description="Algorithms, data sets, backbones and experiments."
+        prog="metarun list",
+        description="List the algorithms, data sets, backbones and experiments, or show one of "
+        "them with its keys, as in `metarun list algo maml`.",
     )
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(GROUPS))
+    parser.add_argument(
+        "words", nargs="*", metavar="GROUP [NAME]", help=f"GROUP is one of {', '.join(GROUPS)}"
+    )
     parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
     args = parser.parse_args(list(argv))
-    for word in args.groups:
-        if word not in GROUPS:
-            raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")
     if args.config_dir is not None and not args.config_dir.is_dir():
         raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
     folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])
-    width = min(WIDEST, columns())
-    console = Console(width=width, highlight=False)
-    for group in args.groups or GROUPS:
-        found = entries(folders, group)
-        if found:
-            console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
-            for line in _lines(found, width):
-                console.print(line, soft_wrap=True)
-            console.print()
+    words = args.words
+    if words and words[0] in GROUPS and any(word not in GROUPS for word in words[1:]):
+        paths = [_path(folders, words[0], name) for name in words[1:]]
+        for path in paths:
+            _show_choice(folders, path)
+        return 0
+    for word in words:
+        if word not in GROUPS:
+            raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")
+    for group in words or GROUPS:
+        _show_group(folders, group)
     return 0
 
 
+def _path(folders: Sequence[Path], group: str, name: str) -> Path:
+    path = find(folders, group, name)
+    if path is None:
+        hint = nearest(name, entries(folders, group)) or f" (`metarun list {group}`)"
+        raise ValueError(f"metarun list {group} {name}: there is no {group}={name}{hint}")
+    return path
+
+
+def _console() -> Console:
+    return Console(width=min(WIDEST, columns()), highlight=False)
+
+
+def _show_group(folders: Sequence[Path], group: str) -> None:
+    found = entries(folders, group)
+    if not found:
+        return
+    console = _console()
+    console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
+    for line in _lines(found, console.width):
+        console.print(line, soft_wrap=True)
+    console.print()
+
+
+def _show_choice(folders: Sequence[Path], path: Path) -> None:
+    """The description of a choice, its keys with their defaults, and a command to try."""
+    console = _console()
+    group, name = path.parent.name, path.stem
+
+    def show(text: str, indent: int = 0) -> None:
+        margin = " " * indent
+        for line in textwrap.wrap(text, console.width - indent) or [""]:
+            console.print(Text(f"{margin}{line}"), soft_wrap=True)
+
+    first, *others = header(path) or [""]
+    console.print(Text(f"{group}={name}", style="bold"))
+    show(first)
+    for line in others:
+        console.print(Text(line), soft_wrap=True)
+    if group not in ("experiment", "paper"):
+        for key in keys(path):
+            console.print()
+            console.print(Text.assemble((f" {key.name}", "bold"), f" = {key.default}"))
+            show(key.comment, INDENT)
+    console.print()
+    known = recipes(folders, group, name)
+    if group in ("algo", "data"):
+        show(f"recipes: {', '.join(known) or 'none'}")
+    usual = "sinusoid" if group == "algo" else "maml"
+    example = EXAMPLES[group].format(name=name, recipe=_best_known(known) or usual)
+    console.print(Text(f"try: metarun {example}\n"), soft_wrap=True)
+
+
+def _best_known(known: Sequence[str]) -> str | None:
+    """Of the recipes the one that a reader expects."""
+    usual = ("omniglot_small", "sinusoid", "protonet", "maml", "online")
+    return next((name for name in usual if name in known), known[0] if known else None)
+
+
 def _lines(found: Mapping[str, str], width: int) -> Iterator[Text]:
-    """Names with their texts beside them, or below where the names are long."""
+    """Names with their texts next to them, or below where the names are long."""
     longest = max(map(len, found))
     side_by_side = longest <= width // 3
     indent = longest + 3 if side_by_side else INDENT

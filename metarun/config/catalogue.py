@@ -2,8 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+
+import yaml
+
+GROUPS = {
+    "algo": "algorithms",
+    "data": "data sets",
+    "backbone": "backbones",
+    "optim": "outer optimizers",
+    "experiment": "experiments",
+    "paper": "tables of papers",
+    "logger": "experiment trackers",
+}
+"""The groups that are listed, and what they hold."""
+
+_PACKAGE = re.compile(r"# @package (\S+)")
+_NOT_KEYS = ("_target_", "_partial_", "defaults")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a choice, as its file explains it.
+
+    Attributes:
+        name: Dotted, as typed on the command line.
+        default: Its value, as YAML.
+        comment: Meaning, unit and source.
+    """
+
+    name: str
+    default: str
+    comment: str
 
 
 def conf_dir() -> Path:
@@ -15,34 +48,103 @@ def conf_dir() -> Path:
     return package / "conf"
 
 
-GROUPS = {
-    "algo": "algorithms",
-    "data": "data sets",
-    "backbone": "backbones",
-    "experiment": "experiments",
-    "paper": "tables of papers",
-    "logger": "experiment trackers",
-}
-
-
 def entries(folders: Sequence[Path], group: str) -> dict[str, str]:
-    """The words of a group in alphabetical order, with one line about each."""
+    """The choices of a group in alphabetical order, each with its description."""
     paths = [path for folder in folders for path in (folder / group).glob("*.yaml")]
-    # `for_<data>` is how a data set names its backbone; nobody types it.
+    # `for_<data>` is how a data set names its backbone; it is not typed.
     shown = [path for path in paths if not path.stem.startswith("for_")]
     return {path.stem: description(path) for path in sorted(shown, key=lambda path: path.stem)}
 
 
+def find(folders: Sequence[Path], group: str, name: str) -> Path | None:
+    """The file of a choice."""
+    paths = (folder / group / f"{name}.yaml" for folder in folders)
+    return next((path for path in paths if path.is_file()), None)
+
+
 def description(path: Path) -> str:
-    """The first comment line of a YAML file that is not one of Hydra's headers."""
+    """The first line of the comment that opens a YAML file."""
+    return next(iter(header(path)), "")
+
+
+def header(path: Path) -> list[str]:
+    """The lines of the comment that opens a YAML file, but for Hydra's own first line."""
+    lines: list[str] = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("#") and not line.startswith("# @"):
-            return line.lstrip("# ").rstrip()
-        if line.strip() and not line.startswith("#"):
+        if not line.startswith("#"):
             break
-    return ""
+        if not _PACKAGE.match(line):
+            lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
+    return lines
 
 
 def method_name(algo: str) -> str:
     """The name and the paper of an algorithm, which open its description."""
     return description(conf_dir() / "algo" / f"{algo}.yaml").partition(":")[0]
+
+
+def recipes(folders: Sequence[Path], group: str, name: str) -> list[str]:
+    """The data sets that an algorithm has a recipe for, or the algorithms of a data set."""
+    pairs = [
+        path.stem.partition("-")[::2]
+        for folder in folders
+        for path in sorted((folder / "recipe").glob("*.yaml"))
+    ]
+    if group == "algo":
+        return [data for algo, data in pairs if algo == name]
+    return [algo for algo, data in pairs if data == name and group == "data"]
+
+
+def keys(path: Path) -> list[Key]:
+    """The keys of a choice in the order of its file, those of what it builds on first."""
+    text = path.read_text(encoding="utf-8")
+    found = _PACKAGE.match(text)
+    package = path.parent.name if found is None else found.group(1)
+    prefix = "" if package == "_global_" else f"{package}."
+    root = yaml.compose(text)
+    if not isinstance(root, yaml.MappingNode):
+        return []
+    named: dict[str, Key] = {}
+    for base in _bases(root, path):
+        named |= {key.name: key for key in keys(base)}
+    named |= {key.name: key for key in _keys_below(root, prefix, text.splitlines())}
+    return list(named.values())
+
+
+def _bases(root: yaml.MappingNode, path: Path) -> Iterator[Path]:
+    """The files of the same group that a file builds on."""
+    for key, value in root.value:
+        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
+            names = [item.value for item in value.value if isinstance(item, yaml.ScalarNode)]
+            bases = (path.with_name(f"{name}.yaml") for name in names)
+            yield from (base for base in bases if base.is_file())
+
+
+def _keys_below(node: yaml.MappingNode, prefix: str, lines: Sequence[str]) -> Iterator[Key]:
+    for key, value in node.value:
+        if key.value in _NOT_KEYS:
+            continue
+        name = f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode) and value.value:
+            yield from _keys_below(value, f"{name}.", lines)
+        else:
+            yield Key(name, _written(value), _comment(key.start_mark.line, lines))
+
+
+def _written(value: yaml.Node) -> str:
+    """A value as it stands in its file."""
+    assert value.start_mark.buffer is not None
+    text = value.start_mark.buffer[value.start_mark.pointer : value.end_mark.pointer]
+    return " ".join(text.rstrip("\0").split())
+
+
+def _comment(row: int, lines: Sequence[str]) -> str:
+    """The comment above a key, or at the end of its line."""
+    above: list[str] = []
+    indent = len(lines[row]) - len(lines[row].lstrip())
+    while row > len(above) and lines[row - len(above) - 1].startswith(" " * indent + "#"):
+        above.insert(0, lines[row - len(above) - 1].strip().removeprefix("#").strip())
+    if above:
+        return " ".join(above)
+    _, mark, behind = lines[row].partition(" # ")
+    return behind.strip() if mark else ""

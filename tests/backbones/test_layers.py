@@ -56,7 +56,7 @@ def test_statistics_of_the_first_rows_do_not_see_the_others(images: Tensor) -> N
 
 
 @pytest.mark.parametrize(
-    "how", [ForwardContext(), ForwardContext(rows=4), ForwardContext(running=True)], ids=str
+    "ctx", [ForwardContext(), ForwardContext(rows=4), ForwardContext(running=True)], ids=str
 )
 def test_what_is_pooled_before_it_is_normalized_is_as_if_it_were_pooled_after(
     ctx: ForwardContext, images: Tensor
@@ -97,7 +97,9 @@ def pulled_twice(outputs: Tensor, own: list[Tensor]) -> list[Tensor]:
 
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("pool", [False, True])
-@pytest.mark.parametrize("how", [{}, {"twice": True}, {"rows": 7}, {"running": True}], ids=str)
+@pytest.mark.parametrize(
+    "ctx", [{}, {"double_backward": True}, {"rows": 7}, {"running": True}], ids=str
+)
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
     name: str, ctx: dict[str, Any], pool: bool, native: bool

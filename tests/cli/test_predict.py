@@ -549,10 +549,10 @@ def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
         "import os, signal, sys, time\n"
         # What a shell has started with & is deaf to it.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from metarun import cli, labeling\n"
+        "from metarun.cli import main, predict\n"
         # Another thread may get the signal first: this one waits for it.
-        "labeling.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
-        "sys.exit(cli.main(sys.argv[1:]))"
+        "predict.as_csv = lambda *_: (os.kill(os.getpid(), signal.SIGINT), time.sleep(60))\n"
+        "sys.exit(main.main(sys.argv[1:]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *words(protonet, drawings / "few", drawings / "many")],

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from metarun.listing import description
 
-from metarun.config.catalogue import conf_dir
+from metarun.config.catalogue import conf_dir, description
 
 CONF = conf_dir()
 GROUPS = ("algo", "data", "backbone", "optim", "logger")

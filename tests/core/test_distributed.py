@@ -320,13 +320,13 @@ from dataclasses import replace
 
 import torch
 
-from metarun import processes
+from metarun.core import distributed
 from metarun.algorithms.optimization.maml import MAML
 
 
 class Poisoned(MAML):
     def update(self, batch, progress):
-        if progress.step == 3 and processes.rank() == 1:
+        if progress.step == 3 and distributed.rank() == 1:
             batch = replace(batch, query_y=batch.query_y * torch.inf)
         return super().update(batch, progress)
 
@@ -335,7 +335,7 @@ class Apart(MAML):
     def update(self, batch, progress):
         metrics = super().update(batch, progress)
         with torch.no_grad():
-            next(self.parameters()).add_(processes.rank())
+            next(self.parameters()).add_(distributed.rank())
         return metrics
 """
 

@@ -64,7 +64,7 @@ def learned(state: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("task_ids_known", [True, False])
 def test_a_task_that_returns_is_taken_up_where_it_was_left(
     engine: str, task_ids_known: bool
 ) -> None:
