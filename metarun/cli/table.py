@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "paths", nargs="*", metavar="PATH", help="run folders, or folders that contain runs"
     )
-    parser.add_argument("--format", choices=FORMATS, default="terminal")
+    parser.add_argument("--format", choices=FORMATS, default="terminal", help="of the tables")
     parser.add_argument(
         "--paper", help="print all cells of this paper's table, including those not run"
     )

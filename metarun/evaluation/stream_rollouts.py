@@ -246,15 +246,15 @@ class SplitRollouts:
         """Return everything that `restore` needs."""
         return {
             "done": self._done,
-            "lives": None if self._rollouts is None else self._rollouts.save(),
+            "rollouts": None if self._rollouts is None else self._rollouts.save(),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Continue from the saved state of the same rollouts."""
         self._done = list(saved["done"])
-        if saved["lives"] is not None:
+        if saved["rollouts"] is not None:
             self._rollouts = self._begin()
-            self._rollouts.restore(saved["lives"])
+            self._rollouts.restore(saved["rollouts"])
 
     def _begin(self) -> Rollouts:
         batch = self._batch(len(self._done))

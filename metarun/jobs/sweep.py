@@ -360,11 +360,11 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
             stop.signum = signum
             if detached:
                 os.write(
-                    2, b"\nno longer waiting; the cluster's queue goes on (scancel stops it)\n"
+                    2, b"\nno longer waiting; the jobs of the cluster continue (scancel stops them)\n"
                 )
             raise KeyboardInterrupt
         stop.signum = signum
-        os.write(2, b"\nstopping and saving every run; once more stops at once\n")
+        os.write(2, b"\nsaving and stopping all runs; repeat the signal to stop at once\n")
         journal.add("stop")
         for start in journal.running().values():
             if start["host"] == socket.gethostname() and start["process"] != os.getpid():

@@ -60,7 +60,7 @@ class Signals:
             return
         # Not by logging: the signal may have interrupted a logging call.
         with suppress(OSError):
-            os.write(2, b"\nstopping and saving; once more stops at once\n")
+            os.write(2, b"\nsaving and stopping; repeat the signal to stop at once\n")
 
 
 def ticker(bar: Bar, signals: Signals) -> Any:

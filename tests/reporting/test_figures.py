@@ -153,7 +153,7 @@ def test_without_a_wrong_answer_no_pair_is_confused(tmp_path: Path) -> None:
 def test_an_algorithm_has_its_color_whoever_stands_beside_it() -> None:
     alone = {name: drawing.colors([name])[name] for name in ("maml", "protonet", "anil")}
     together = drawing.colors(["protonet", "anil", "maml", "reptile", "r2d2"])
-    assert len(set(comparison.values())) == 5
+    assert len(set(together.values())) == 5
     assert sum(together[name] == look for name, look in alone.items()) >= 2
 
 

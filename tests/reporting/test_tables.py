@@ -64,8 +64,8 @@ def test_what_failed_is_told_from_what_was_not_run() -> None:
 def test_log_likelihood_and_coverage_have_columns_if_any_run_has_them() -> None:
     sure = result([2.0, 4.0], "mse")
     likelihood, covered = np.array([-0.6, -0.4]), np.array([0.9, 1.0])
-    sure = replace(sure, beside={"log_likelihood": likelihood, "coverage": covered})
-    again = replace(sure, beside={"log_likelihood": likelihood + 0.2, "coverage": covered})
+    sure = replace(sure, extra={"log_likelihood": likelihood, "coverage": covered})
+    again = replace(sure, extra={"log_likelihood": likelihood + 0.2, "coverage": covered})
     rows = [Row("unsure", "", [[result([1.0, 1.0], "mse")]]), Row("sure", "", [[sure]])]
     lines = comparison(rows, ["5 points"]).splitlines()
     assert "| log-likelihood | within the 95 % band, % | before training |" in lines[0]

@@ -89,7 +89,7 @@ def test_a_run_killed_in_the_midst_of_a_stream_goes_on_exactly(
     with pytest.raises(Killed):
         metarun(*words, "hydra.run.dir=killed")
     monkeypatch.setattr(Rollouts, "advance", advance)
-    saved = read_checkpoint(Path("killed/checkpoints/last.pt"))["lives"]
+    saved = read_checkpoint(Path("killed/checkpoints/last.pt"))["rollouts"]
     assert (saved is None) == (steps < 5)
     answer = metarun("resume=killed")
     assert answer.code == 0, answer.err

@@ -93,7 +93,7 @@ def test_the_loss_is_of_the_answers_that_loss_of_names() -> None:
             how = made.algorithm.answering(batch.support_x.shape[1])  # type: ignore[operator]
             outputs, targets = zip(
                 *(
-                    made.algorithm.loss_of(  # type: ignore[operator]
+                    made.algorithm.outputs_and_targets(  # type: ignore[operator]
                         net, dict(net.named_parameters()), *rows, how
                     )
                     for rows in zip(
