@@ -157,7 +157,7 @@ class Omniglot(ClassEpisodes):
 
 
 def split_of(character: Character, split: Literal["vinyals", "background"]) -> Split:
-    """Where a character stands in one of the two splits."""
+    """Return the part of one of the two splits to which a character belongs."""
     if split == "vinyals":
         return character.vinyals
     if character.part == "images_evaluation":
@@ -190,6 +190,7 @@ def _full_tables(
 
 @lru_cache(maxsize=2)
 def small_tables(resize: Resize, side: int) -> dict[Split, ClassTable]:
+    """Return the tables of the shipped characters, with images of side x side pixels."""
     archives = {name: _read_archive(name, resize, side) for name in _SMALL_ARCHIVES}
     return {
         split: _table(

@@ -189,8 +189,8 @@ class ClassStream(ClassEpisodes):
     A stream is a `way`-way episode with `shot` images of each class in the stream and `query`
     held-out images. The classes arrive in random order, and those of one task are mixed. A label
     is the position of the class in that order. In training it is the number of the class in the
-    training split, as in the code of Javed & White (2019), so that the query can have rows of
-    other classes.
+    training split, as in the code of Javed & White (2019). The query can then have rows of other
+    classes.
 
     Args:
         classes_per_task: Number of classes that arrive mixed with each other. A stream with

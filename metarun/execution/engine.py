@@ -38,9 +38,8 @@ by task."""
 class TwoStageTask:
     """Task function in two stages: adapt on some of the rows, then predict on all of them.
 
-    If the first stage has few rows and the second has many, as with a support set and its queries,
-    tasks run together in the first stage and one by one in the second. They then share the
-    overhead of the first stage.
+    A support set may have few rows while its queries are many. Tasks then run together in the
+    first stage, where they share overhead, and one by one in the second.
 
     Args:
         adapt: First stage, `adapt(net, params, *support rows) -> dict of floating tensors`, such
@@ -82,9 +81,9 @@ class Engine:
 
     Args:
         kind: `vmap`, `loop` or `threads`; `auto` is replaced by `resolved`.
-        tasks_per_chunk: Number of tasks that run together by vmap. None takes the whole batch
-            for `vmap`. For `threads` it takes an equal share per thread if tasks have few rows,
-            else one task at a time, except for the first stage of a `TwoStageTask`.
+        tasks_per_chunk: Number of tasks that run together by vmap. For `vmap`, None takes the
+            whole batch. For `threads`, it takes an equal share per thread if tasks have few rows,
+            else one task. The first stage of a `TwoStageTask` decides by its own rows.
         threads: Number of Python threads of `threads`, which share the cores equally; None takes
             one per core.
         native: Whether tasks outside vmap may use the operators of `set_native`. A function that

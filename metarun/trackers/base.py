@@ -1,9 +1,9 @@
-"""Experiment trackers: what they are told of a run, and why none of them can stop one.
+"""Interface of experiment trackers, and their connection to a run.
 
-A tracker mirrors a run's folder. When a run begins or goes on, a back end says what it holds
-already, and `Trackers` hands it whatever else stands in `metrics.jsonl` and `timing.jsonl`: so a
-kill loses nothing, a line that was cut back is not there twice, and a tracker that is added when
-a run is resumed has the run's past.
+A tracker mirrors the folder of a run. When a run starts or resumes, each back end reports the steps
+that it holds. `Trackers` then sends the missing lines of `metrics.jsonl` and `timing.jsonl`. So
+a kill loses no line, no step appears twice after a resume, and a tracker that is added at a resume
+gets all earlier lines. A failing tracker is dropped and never stops a run.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from metarun.runs.folder import RunFolder
 State = Literal["finished", "failed", "interrupted"]
 Values = Mapping[str, float]
 Line = tuple[int, dict[str, float]]
-"""A step and its metrics."""
+"""Step and its metrics."""
 
 RATE = "timing/tasks_per_second"
 _FILE = "trackers.json"
 _PASSWORD = re.compile(r"(?<=//)[^/@\s]+@")
-"""And a name before it, in an address."""
+"""User name and password in a URL."""
 _LONGEST = 200
-"""Characters of an error that are shown."""
+"""Number of characters of an error that are shown."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a tracker is told when a run begins or goes on.
+    """Information for a tracker when a run starts or resumes.
 
     Attributes:
-        id: Of the run in every back end, the same after any number of resumes.
-        folder: The run's.
-        config: Its resolved configuration.
-        run_info: What the records say of it: names, sizes, seed, device …
-        metric: The figure of meta-test, as `test/accuracy`.
-        step: From where it goes on.
-        lines: What stands in its folder.
-        notes: The tracker's own when the run began; None if it was not there.
+        id: Identifier of the run in every back end, the same after every resume.
+        folder: Folder of the run.
+        config: Resolved configuration of the run.
+        run_info: Description of the run in its records: names, sizes, seed, device …
+        metric: Name of the metric of meta-test, such as `test/accuracy`.
+        step: Step from which the run starts or resumes.
+        lines: Metrics in the run's folder.
+        notes: Notes that the tracker saved earlier; None if it is new to the run.
     """
 
     id: str
@@ -65,52 +65,52 @@ class Start:
 
 
 class Tracker(ABC):
-    """One back end. Making it only checks its options; `begin` opens it.
+    """Back end of experiment tracking. The constructor only checks options; `begin` opens it.
 
     Attributes:
-        notes: What it wants to find again when the run is resumed: no secrets, plain JSON.
+        notes: JSON values that the tracker needs at a resume; they must not contain secrets.
     """
 
     notes: Mapping[str, Any]
 
     @abstractmethod
     def begin(self, start: Start) -> Mapping[str, int]:
-        """Open the run, or the same one again.
+        """Open the run in the back end; after a resume, the same run.
 
         Returns:
-            The last step of each metric that the back end holds.
+            Last step of each metric that the back end holds.
         """
 
     @abstractmethod
     def metrics(self, step: int, values: Values) -> None:
-        """Add metrics, not all of which need be finite; on the disk before it returns."""
+        """Add metrics, which may be not finite; they are on the disk when the method returns."""
 
     @abstractmethod
     def figures(self, step: int, paths: Sequence[Path]) -> None:
-        """Add the run's figures."""
+        """Add the figures of the run."""
 
     @abstractmethod
     def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
-        """Add the final figures by their names, and the whole of `results.json`.
+        """Add the final results.
 
         Args:
-            step: Of the end.
-            values: Those figures that the back end does not hold for this step.
-            results: The content of the file.
+            step: Last step of the run.
+            values: Final values by name, without those that the back end holds for this step.
+            results: Content of `results.json`.
         """
 
     @abstractmethod
     def close(self, state: State) -> None:
-        """Say how the run ended, for now."""
+        """Set the state of the run, which may be resumed later, and close the back end."""
 
 
 class Trackers:
-    """Tells every tracker what happens; one that fails is left alone from then on.
+    """All trackers of a run. A tracker that fails is not used again.
 
     Args:
-        trackers: By the words they were asked for with.
-        config: The run's resolved configuration.
-        run_info: What the records say of the run.
+        trackers: Trackers by their names in `logger=`.
+        config: Resolved configuration of the run.
+        run_info: Description of the run in its records.
     """
 
     def __init__(
@@ -127,11 +127,11 @@ class Trackers:
 
     @property
     def alive(self) -> bool:
-        """Whether there is anyone to tell."""
+        """Whether any tracker is in use."""
         return bool(self._alive)
 
     def begin(self, run: RunFolder, step: int, metric: str) -> None:
-        """Open every tracker and hand it what stands in the folder and it does not hold."""
+        """Open every tracker and send it the lines of the run's folder that it does not hold."""
         if not self._alive:
             return
         try:
@@ -162,11 +162,11 @@ class Trackers:
             self._each(catch_up)
 
     def metrics(self, step: int, values: Values) -> None:
-        """Hand on a line of metrics."""
+        """Send a line of metrics to every tracker."""
         self._each(lambda name, tracker: self._send(name, tracker, step, values))
 
     def finish(self, results: Mapping[str, Any], figures: Sequence[Path]) -> None:
-        """Hand on what a run came to and its figures."""
+        """Send the results and the figures of a run to every tracker."""
         if self._run is None:
             return
         step, values = int(results["steps"]), final(results)
@@ -180,7 +180,7 @@ class Trackers:
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Tell every tracker how the run ended."""
+        """Close every tracker at the end of the context, with the state of the run."""
         state: State = "failed"
         try:
             yield
@@ -199,16 +199,16 @@ class Trackers:
             tracker.metrics(step, missing)
 
     def _missing(self, name: str, step: int, values: Values) -> Values:
-        """What a back end does not hold: a step that was cut back and made again is the same."""
+        """Return the values that a back end lacks; repeated steps after a resume are equal."""
         held = self._held[name]
         return {key: value for key, value in values.items() if held.get(key, -1) < step}
 
     def _each(self, act: Callable[[str, Tracker], None]) -> None:
-        """Do something that may fail in any way, which costs the tracker and not the run."""
+        """Call a function for every tracker; any failure drops the tracker, not the run."""
         for name, tracker in list(self._alive.items()):
             try:
                 act(name, tracker)
-            # SystemExit is how a library may give up.
+            # Some libraries raise SystemExit when they give up.
             except (Exception, SystemExit) as error:
                 self._leave([name], error)
 
@@ -219,28 +219,33 @@ class Trackers:
         what = _PASSWORD.sub("", what)
         what = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}…"
         _log.warning(
-            "logger=%s has failed and is left alone, the run goes on: %s", ",".join(names), what
+            "logger=%s has failed and is dropped, the run continues: %s", ",".join(names), what
         )
 
 
 def require(word: str, *packages: str) -> None:
-    """Check that packages are there, without importing them.
+    """Check that packages are installed, without importing them.
+
+    Args:
+        word: Name of the tracker in `logger=` and of the extra that installs the packages.
+        packages: Names of the packages.
 
     Raises:
-        ValueError: One is not.
+        ValueError: A package is not installed.
     """
     for package in packages:
         spec = find_spec(package)
-        # A folder of the same name in the current folder has no origin.
+        # A folder with the package's name in the current folder has no origin.
         if spec is None or spec.origin is None:
             raise ValueError(f"logger={word} needs {package}: pip install 'metarun[{word}]'")
 
 
 def final(results: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of `results.json` by the names that trackers show.
+    """Return the values of `results.json` by the names that trackers show.
 
-    `test/<metric>` and whatever else was measured there, each with its `_ci95`; the stream's
-    figures; `best/…`, the evaluation on meta-val that chose the parameters; and `run/…`.
+    These are `test/<metric>` and the other test measures, each with its `_ci95`; the measures
+    `stream/…` of a stream; `best/…`, the evaluation on meta-val that chose the parameters; and
+    `run/…`.
     """
     metric = results["metric"]
     intervals: dict[str, Any] = {f"test/{metric}": results["test"]}
@@ -262,19 +267,19 @@ def final(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def pictures(paths: Sequence[Path]) -> list[Path]:
-    """Those that are made of pixels."""
+    """Return the paths of raster images."""
     return [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
 def _identity(run: RunFolder) -> dict[str, Any]:
-    """The run's name in the back ends, on the disk before any of them has seen it."""
+    """Return the record of the run's id; a new id is on the disk before a back end uses it."""
     if not run.has(_FILE):
         run.write_json(_FILE, {"id": secrets.token_hex(4), "trackers": {}})
     return run.read_json(_FILE)
 
 
 def _written(run: RunFolder) -> Iterator[Line]:
-    """The lines of a run's folder, in their order; what is not finite is not a number."""
+    """Yield the lines of metrics in a run's folder, in order; values that were null are NaN."""
     rates = {line["step"]: line["tasks_per_second"] for line in run.read_lines("timing.jsonl")}
     for line in run.read_lines("metrics.jsonl"):
         step = line.pop("step")
@@ -285,9 +290,9 @@ def _written(run: RunFolder) -> Iterator[Line]:
 
 @contextmanager
 def _libraries_quiet() -> Iterator[None]:
-    """Keep the trackers' libraries from our screen: what they are warned of, and their logs.
+    """Suppress warnings of the trackers' libraries, and restore the root logger afterwards.
 
-    MLflow's alembic gives the root logger a handler, which would say every line again.
+    MLflow's alembic adds a handler to the root logger, which would print every line twice.
     """
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level

@@ -1,4 +1,4 @@
-"""MLflow: SQLite in the run's folder, or any tracking store that the user names."""
+"""Tracker for MLflow, with SQLite in the run's folder or any other tracking store."""
 
 from __future__ import annotations
 
@@ -16,41 +16,42 @@ from metarun.trackers.base import Start, State, Tracker, Values, require
 
 try:
     import fcntl
-except ImportError:  # a system without it
+except ImportError:  # not available on Windows
     fcntl = None  # type: ignore[assignment]
 
 _SQLITE = "sqlite:///"
 _FROM_ENVIRONMENT = "env"
 _TAG = "metarun.id"
 _MOST_AT_ONCE = 100
-"""Parameters that MLflow takes in one call."""
+"""Largest number of parameters that MLflow accepts in one call."""
 
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 
 
 class MLflow(Tracker):
-    """A run of MLflow, found again by a tag.
+    """Run of MLflow, which a resume finds by a tag.
 
     Args:
-        uri: Of the tracking store: `sqlite:///PATH`, `http://…` and what else MLflow takes; `env`
-            reads MLFLOW_TRACKING_URI; None is a database in the run's own folder.
-        experiment: The name under which MLflow files the run.
+        uri: URI of the tracking store: `sqlite:///PATH`, `http://…` or any other that MLflow
+            accepts. `env` reads MLFLOW_TRACKING_URI. None is a database in the run's folder.
+        experiment: Name of the MLflow experiment.
 
     Raises:
-        ValueError: MLflow is not installed, or the address holds a password.
+        ValueError: MLflow is not installed, the URI contains a user name or password, or an
+            option is empty.
     """
 
     def __init__(self, *, uri: str | None = None, experiment: str = "metarun") -> None:
         require("mlflow", "mlflow", "sqlalchemy", "alembic")
         if uri is not None and re.search(r"//[^/@]+@", uri):
             raise ValueError(
-                "logger.mlflow.uri holds a name or password, which would stand in config.yaml: "
-                "export MLFLOW_TRACKING_URI and type logger.mlflow.uri=env"
+                "logger.mlflow.uri contains a user name or password, which would be stored in "
+                "config.yaml: export MLFLOW_TRACKING_URI and set logger.mlflow.uri=env"
             )
         if uri == _FROM_ENVIRONMENT and not os.environ.get("MLFLOW_TRACKING_URI"):
             raise ValueError("logger.mlflow.uri=env: MLFLOW_TRACKING_URI is not set")
         if not experiment:
-            raise ValueError("logger.mlflow.experiment is empty: type a name")
+            raise ValueError("logger.mlflow.experiment is empty: expected a name")
         self.uri = uri
         self.experiment = experiment
         self.notes: Mapping[str, Any] = {}
@@ -58,8 +59,8 @@ class MLflow(Tracker):
         self._run = ""
 
     def begin(self, start: Start) -> Mapping[str, int]:
-        """Find the run by its tag, or make it."""
-        # It would report its use to its makers; a store that is gone would take minutes.
+        """Find the run by its tag, or create it."""
+        # Telemetry is disabled. Without limits, an unreachable store would block for minutes.
         for key, value in (
             ("MLFLOW_DISABLE_TELEMETRY", "true"),
             ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
@@ -69,7 +70,7 @@ class MLflow(Tracker):
         from mlflow import MlflowClient
 
         logging.getLogger("mlflow").setLevel(logging.ERROR)
-        # Not its level, which MLflow sets anew for every database.
+        # Setting the level has no effect, because MLflow resets it for every database.
         logging.getLogger("alembic.runtime.migration").disabled = True
         uri, database = self._store(start)
         with _one_at_a_time(database):
@@ -94,6 +95,7 @@ class MLflow(Tracker):
         return {name: self._last_step(name) for name in found[0].data.metrics}
 
     def metrics(self, step: int, values: Values) -> None:
+        """Log metrics in one call."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -102,18 +104,21 @@ class MLflow(Tracker):
         )
 
     def figures(self, step: int, paths: Sequence[Path]) -> None:  # noqa: ARG002 - files have none
+        """Log the figures as artifacts."""
         for path in paths:
             self._client.log_artifact(self._run, str(path), "figures")
 
     def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
+        """Log the final values, and `results.json` as an artifact."""
         self.metrics(step, values)
         self._client.log_dict(self._run, dict(results), "results.json")
 
     def close(self, state: State) -> None:
+        """Set the status of the run."""
         self._client.set_terminated(self._run, status=_STATES[state])
 
     def _store(self, start: Start) -> tuple[str, Path | None]:
-        """The address of the store, and its file where it is SQLite's."""
+        """Return the URI of the store, and the database file if it is SQLite."""
         if self.uri is None:
             (start.folder / "mlflow").mkdir(exist_ok=True)
             database = (start.folder / "mlflow" / "mlflow.db").resolve()
@@ -122,7 +127,7 @@ class MLflow(Tracker):
         if not uri.startswith(_SQLITE):
             return uri, None
         path = str(Path(uri.removeprefix(_SQLITE)).absolute())
-        # A path that was typed in one folder means the same when the run is resumed in another.
+        # A relative path keeps its meaning when the run is resumed from another folder.
         if start.notes is not None and start.notes.get("uri") == self.uri:
             path = start.notes.get("path", path)
         self.notes = {"uri": self.uri, "path": path}
@@ -133,12 +138,12 @@ class MLflow(Tracker):
         found = self._client.get_experiment_by_name(self.experiment)
         if found is not None:
             return str(found.experiment_id)
-        # Else MLflow would make a folder mlruns/ wherever the program runs.
+        # Without a location MLflow would create a folder mlruns/ in the current folder.
         files = None if database is None else (database.parent / "artifacts").as_uri()
         return str(self._client.create_experiment(self.experiment, artifact_location=files))
 
     def _describe(self, config: Mapping[str, Any]) -> None:
-        """Parameters never change in MLflow: what a resume has changed becomes a tag."""
+        """Log the configuration. MLflow's parameters are fixed, so later changes become tags."""
         from mlflow.entities import Param, RunTag
 
         given = {_key(name): str(value) for name, value in flat(config).items()}
@@ -157,13 +162,13 @@ class MLflow(Tracker):
 
 
 def _key(name: str) -> str:
-    """A name of the characters that MLflow takes."""
+    """Replace the characters that MLflow does not accept in a name."""
     return re.sub(r"[^\w.\-/ :]", "_", name)
 
 
 @contextlib.contextmanager
 def _one_at_a_time(database: Path | None) -> Iterator[None]:
-    """Let one process at a time make the tables of a database that a sweep's runs share."""
+    """Lock a database while its tables are created, since the runs of a sweep may share it."""
     if database is None or fcntl is None:
         yield
         return

@@ -1,4 +1,7 @@
-"""TensorBoard: event files in the run's folder; `tensorboard --logdir outputs` shows every run."""
+"""Tracker for TensorBoard, with event files in the run's folder.
+
+`tensorboard --logdir outputs` shows all runs.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,10 @@ from metarun.trackers.base import Start, State, Tracker, Values, pictures, requi
 
 
 class TensorBoard(Tracker):
-    """Scalars, images, the configuration as text and as hyperparameters, in `tensorboard/`.
+    """Event files in `tensorboard/`: scalars, images, the configuration and its hyperparameters.
 
-    Every record is written and closed at once: the library's own writer does so in a thread, which
-    a full disk leaves hanging and a kill robs of its queue.
+    Every record is written synchronously. The library's own writer uses a thread, which hangs on a
+    full disk and loses its queue at a kill.
     """
 
     def __init__(self) -> None:
@@ -29,8 +32,8 @@ class TensorBoard(Tracker):
         self._file = Path()
 
     def begin(self, start: Start) -> Mapping[str, int]:
-        """Open a file; what earlier ones hold from `start.step` on is declared void."""
-        # Where TensorFlow is installed torch imports it, which tells us of the processor.
+        """Open a new file, which invalidates the records of earlier files from `start.step` on."""
+        # If TensorFlow is installed, torch imports it, and it prints information on the CPU.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from torch.utils.tensorboard.summary import hparams, text
@@ -38,7 +41,7 @@ class TensorBoard(Tracker):
         folder = start.folder / "tensorboard"
         folder.mkdir(exist_ok=True)
         earlier = list(folder.glob("events.out.tfevents.*"))
-        # Readers take files in the order of their names.
+        # Readers sort files by name.
         stamp = max([int(time.time()), *(int(path.name.split(".")[3]) + 1 for path in earlier)])
         name = f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._file = folder / name
@@ -54,12 +57,14 @@ class TensorBoard(Tracker):
         return held
 
     def metrics(self, step: int, values: Values) -> None:
+        """Write metrics as scalars."""
         from torch.utils.tensorboard.summary import scalar
 
         for name, value in values.items():
             self._write(step, summary=scalar(name, value))
 
     def figures(self, step: int, paths: Sequence[Path]) -> None:
+        """Write figures that are raster images."""
         from torch.utils.tensorboard.summary import image
 
         for path in pictures(paths):
@@ -69,13 +74,14 @@ class TensorBoard(Tracker):
             )
 
     def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
+        """Write the final values as scalars and the results as text."""
         from torch.utils.tensorboard.summary import text
 
         self.metrics(step, values)
         self._write(step, summary=text("results", _as_text(flat(results))))
 
     def close(self, state: State) -> None:
-        """Nothing is open; a status is not what TensorBoard knows."""
+        """Do nothing: no file is open, and TensorBoard has no status of a run."""
 
     def _write(self, step: int = 0, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -87,13 +93,13 @@ class TensorBoard(Tracker):
 
 
 def _as_text(values: Mapping[str, Any]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table of keys and values."""
     lines = [f"| {key} | {str(value).replace('|', '&#124;')} |" for key, value in values.items()]
     return "\n".join(["| key | value |", "|---|---|", *lines])
 
 
 def _hyperparameters(config: Mapping[str, Any]) -> dict[str, bool | str | float]:
-    """What the page of hyperparameters can compare: numbers, words, and lists as words."""
+    """Return the values for the page of hyperparameters: numbers, strings, lists as strings."""
     found = {key: value for key, value in flat(config).items() if value is not None}
     plain = (bool, int, float, str)
     return {key: value if isinstance(value, plain) else str(value) for key, value in found.items()}

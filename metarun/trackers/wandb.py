@@ -1,4 +1,7 @@
-"""Weights & Biases: offline in the run's folder, to be sent by `wandb sync`; online if asked."""
+"""Tracker for Weights & Biases.
+
+By default it writes offline files to the run's folder, which `wandb sync` uploads.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ _SECONDS_TO_BEGIN, _SECONDS_TO_END = 30.0, 60.0
 
 
 class WandB(Tracker):
-    """A run of W&B under the same id after every resume.
+    """Run of W&B, which keeps its id after every resume.
 
-    Every line is a row of its own with the step as a value beside it, `step`, since W&B's own
-    counter never goes back. No option takes a key: W&B has its own login.
+    Every line of metrics is a separate row with the step as the value `step`, because W&B's own
+    counter cannot go back. There is no option for an API key: use W&B's login.
 
     Args:
-        mode: `offline` writes files and touches no network.
-        project, entity, group: Where W&B files the run.
-        tags: Words that W&B can filter by.
+        mode: `offline` writes files without network access; `online` uploads the run.
+        project, entity, group: Project, entity and group of the run in W&B.
+        tags: Tags for filtering in W&B.
 
     Raises:
         ValueError: W&B is not installed.
@@ -51,9 +54,9 @@ class WandB(Tracker):
         self._rows = 0
 
     def begin(self, start: Start) -> Mapping[str, int]:
-        """Begin a file of the run; what its earlier files hold is read from them.
+        """Open a new file of the run, after reading the rows of its earlier files.
 
-        A kill costs the last seconds of a file, whose end is not known otherwise.
+        A kill loses the last seconds of a file, so only reading it shows where it ends.
         """
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -64,7 +67,7 @@ class WandB(Tracker):
             self._rows += 1
             held |= {name: int(row["step"]) for name in row if "step" in row and name != "step"}
         if self.mode == "online" and not wandb.login(prompt=False):
-            raise ValueError("W&B knows no key: run `wandb login`, or set WANDB_API_KEY")
+            raise ValueError("W&B has no API key: run `wandb login`, or set WANDB_API_KEY")
         self._run = wandb.init(
             id=start.id,
             name=start.folder.name,
@@ -73,7 +76,7 @@ class WandB(Tracker):
             group=self.group,
             tags=self.tags,
             mode=self.mode,
-            # Its own process may have been started in another folder.
+            # Absolute, because W&B's service process may run in another folder.
             dir=str(start.folder.resolve()),
             config=dict(start.config),
             resume="allow",
@@ -90,9 +93,11 @@ class WandB(Tracker):
         return held
 
     def metrics(self, step: int, values: Values) -> None:
+        """Log metrics as one row."""
         self._log({"step": step, **values})
 
     def figures(self, step: int, paths: Sequence[Path]) -> None:
+        """Log raster images as images and save other figures as files."""
         import wandb
 
         shown = pictures(paths)
@@ -105,15 +110,17 @@ class WandB(Tracker):
                     self._run.save(str(path), base_path=str(path.parent.parent), policy="now")
 
     def finish(self, step: int, values: Values, results: Mapping[str, Any]) -> None:
+        """Write the final values and the results to the summary."""
         with _service():
             self._run.summary.update({**values, "results": dict(results), "step": step})
 
     def close(self, state: State) -> None:
+        """Finish the run; its exit code is 0 for a finished run and 1 otherwise."""
         with _service():
             self._run.finish(exit_code=0 if state == "finished" else 1)
 
     def _log(self, row: Mapping[str, Any]) -> None:
-        # Numbered through all files of the run, which are put together by these numbers.
+        # W&B merges the files of a run by row number, so numbering continues across files.
         with _service():
             self._run.log(row, step=self._rows, commit=True)
         self._rows += 1
@@ -121,7 +128,7 @@ class WandB(Tracker):
 
 @contextmanager
 def _service() -> Iterator[None]:
-    """Talk to W&B's own process; where that has died, end what would fail when we exit."""
+    """Call W&B's service process; if it has died, tear down handlers that would fail at exit."""
     try:
         yield
     except ConnectionError:
@@ -133,11 +140,11 @@ def _service() -> Iterator[None]:
 
 
 def rows(folder: Path) -> Iterator[dict[str, Any]]:
-    """The rows in the files that W&B has written for a run, in their order.
+    """Yield the rows in the files that W&B has written for a run, in order.
 
-    The package cannot read its own files, which are logs as LevelDB has them: after 7 bytes, blocks
-    of 32 KiB with records of checksum, length, type and data; types 1 to 4 are whole, first, middle
-    and last.
+    The wandb package cannot read its own files. They are logs in LevelDB's format: after 7 bytes,
+    blocks of 32 KiB with records of checksum, length, type and data. Types 1 to 4 are a whole
+    record and the first, a middle and the last part of one.
     """
     from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 

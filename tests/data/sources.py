@@ -30,12 +30,12 @@ def sizes(
 
 
 def injected(**changes: Any) -> dict[str, Any]:
-    """What the configuration hands to every source beside its own options."""
+    """Return the arguments that the configuration passes to every source."""
     return {"sizes": sizes(), "seed": 0, "eval_seed": 1, "device": CPU} | changes
 
 
 def numbered_table(counts: tuple[int, ...], side: int = 4, prefix: str = "c") -> ClassTable:
-    """Images whose first pixels say the class, the image's place in it, and which way is up."""
+    """Return images whose first pixels encode class, image number and orientation."""
     images = torch.zeros(sum(counts), 1, side, side, dtype=torch.uint8)
     row = 0
     for number, count in enumerate(counts):
@@ -51,7 +51,7 @@ def numbered(
     groups: tuple[str, ...] | None = None,
     **how: Any,
 ) -> ClassEpisodes:
-    """Episodes from `numbered_table`, another one for each split."""
+    """Return episodes from `numbered_table`, with a different table for each split."""
     tables: dict[Split, ClassTable] = {}
     for split in SPLITS:
         table = numbered_table(counts, prefix=split)
@@ -98,7 +98,7 @@ def png(image: Image.Image) -> bytes:
 
 
 def omniglot_drawings() -> Iterator[tuple[str, str, bytes]]:
-    """(part, path inside it, bytes) of a generated set in Omniglot's full layout."""
+    """Yield (part, path inside it, bytes) of a generated set in Omniglot's full layout."""
     pool = []
     generator = np.random.default_rng(0)
     for _ in range(64):
@@ -122,7 +122,7 @@ def write_omniglot_zips(folder: Path) -> None:
 
 
 def write_photos(folder: Path, count: int, shade: int = 0, side: int = 12) -> None:
-    """Plain pictures of different brightness."""
+    """Write uniform images of different brightness."""
     folder.mkdir(parents=True, exist_ok=True)
     for place in range(count):
         color = (shade % 256, (place * 20) % 256, 128)

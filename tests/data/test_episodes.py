@@ -1,4 +1,4 @@
-"""Class episodes: purity, disjointness, counts and what every pixel goes through."""
+"""Class episodes: determinism, disjointness, counts and the processing of every pixel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SOURCES = {
 
 
 def identities(x: Tensor) -> Tensor:
-    """(…, 2) the class and the place in it that numbered images carry."""
+    """Return the (…, 2) class and image number encoded in numbered images."""
     return (x[..., 0, :2] * 255).round().long() - 1
 
 
@@ -187,7 +187,7 @@ def test_a_rotation_per_task_turns_a_class_in_support_and_query_alike() -> None:
         for label in range(4):
             support = batch.support_x[task, batch.support_y[task] == label][0, 0]
             query = batch.query_x[task, batch.query_y[task] == label][0, 0]
-            # The mark (a full pixel) stands beside the corner that is up.
+            # The mark (a full pixel) is next to the upper corner.
             places = [int((image == 1.0).flatten().int().argmax()) for image in (support, query)]
             assert places[0] == places[1]
             seen.add(places[0])
@@ -307,13 +307,13 @@ def test_augmentation_out_of_range_is_refused(key: str) -> None:
 
 
 def drawn(augmentation: Augmentation, image: Tensor, count: int = 200) -> Tensor:
-    """What an augmentation makes of copies of one (C, H, W) image."""
+    """Return the augmented copies of one (C, H, W) image."""
     keys = seeding.task_keys(0, "train", 0, count, torch.device("cpu"))
     return augmentation(image.expand(count, 1, *image.shape).clone(), keys)[:, 0]
 
 
 def centroid(images: Tensor) -> Tensor:
-    """(…, 2) mean row and column of the ink, in pixels."""
+    """Return the (…, 2) mean row and column of the ink, in pixels."""
     ink = images.sum(dim=1)
     rows = torch.arange(ink.shape[1], dtype=ink.dtype)
     total = ink.sum(dim=(1, 2))
@@ -367,7 +367,7 @@ def test_an_elastic_change_moves_parts_apart_and_none_farther_than_its_fraction(
         image[0, corner : corner + 5, corner : corner + 5] = 1.0
         changed = drawn(Augmentation(elastic=0.05), image)
         parts.append(centroid(changed) - (corner + 2))
-    # Bicubic curves overshoot their points a little.
+    # Bicubic interpolation overshoots its control points a little.
     assert torch.cat(parts).abs().max() < 1.2 * 0.05 * 41
     assert torch.cat(parts).abs().max() > 1.0
     assert (parts[0] - parts[1]).abs().mean() > 0.5

@@ -1,4 +1,4 @@
-"""A user's own folder of images: layouts, counts checked first, and pixels."""
+"""Folders of a user's images: layouts, checks of counts, and pixels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_rows_are_the_pictures_cut_square_and_normalized(split_folders: Path) ->
     expected = photograph(Image.open(split_folders / "train" / "class1" / "0002.png"), 8, crop=True)
     np.testing.assert_array_equal(images[4 + 2].numpy(), expected)
     everything = source._normalize(images / 255.0)
-    # Green alone differs from picture to picture within a class.
+    # Within a class, images differ only in green.
     assert everything[:, 1].mean().abs() < 1e-4
     assert everything[:, 1].std(correction=0) == pytest.approx(1.0, abs=1e-3)
 
@@ -94,7 +94,7 @@ def test_a_users_picture_is_prepared_as_the_data_were(split_folders: Path) -> No
 def test_a_photograph_is_turned_as_the_camera_says() -> None:
     image = Image.new("RGB", (8, 8), "black")
     image.paste("white", (0, 0, 8, 4))
-    image.getexif()[0x0112] = 6  # the camera was turned: show it a quarter turn clockwise
+    image.getexif()[0x0112] = 6  # the camera was rotated: rotate the image by 90 degrees clockwise
     pixels = photograph(image, 8, crop=True, grayscale=True)[0]
     assert (pixels[:, 4:] == 255).all()
     assert (pixels[:, :4] == 0).all()
@@ -102,7 +102,7 @@ def test_a_photograph_is_turned_as_the_camera_says() -> None:
 
 def test_a_photograph_with_odd_exif_data_is_turned_all_the_same() -> None:
     turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
-    resolution = struct.pack("<HHI4s", 0x011A, 2, 2, b"a")  # text where a ratio belongs
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 2, b"a")  # text instead of a ratio
     exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + turned + resolution + bytes(4)
     drawn = Image.new("L", (32, 32), 255)
     drawn.paste(0, (0, 0, 16, 32))
@@ -138,7 +138,7 @@ def test_a_class_with_too_few_images_is_named_before_any_is_read(split_folders: 
 def test_classes_too_small_for_evaluation_too_name_the_key_that_was_typed(
     one_folder: Path,
 ) -> None:
-    # `query=9` on the command line, from which train.query takes its value.
+    # As with `query=9` on the command line, from which train.query takes its value.
     size = EpisodeSize(2, 1, 9)
     own = {"val": size, "test": size, "train": size}
     with pytest.raises(ValueError, match=r"1\+9 are needed: lower query to 3 or"):

@@ -1,4 +1,4 @@
-"""miniImageNet in every form it is handed around, small but with its real names and structure."""
+"""Import of miniImageNet from all layouts: small sets with the real names and structure."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ Sets = dict[Split, dict[str, Pixels]]
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three images of each class instead of six hundred."""
+    """Reduce miniImageNet to three images of each class instead of six hundred."""
     monkeypatch.setattr(miniimagenet_files, "IMAGES_PER_CLASS", COUNT)
 
 
 @pytest.fixture(scope="module")
 def sets() -> Sets:
-    """(COUNT, 84, 84, 3) images of each class."""
+    """Return (COUNT, 84, 84, 3) images of each class."""
     generator = np.random.default_rng(0)
     found: Sets = {}
     number = 0
@@ -52,7 +52,7 @@ def sets() -> Sets:
         for _ in range(NUM_CLASSES[split]):
             number += 1
             coarse = generator.integers(0, 256, (COUNT, 4, 4, 3), dtype=np.uint8)
-            # A hash order, so that the names are not sorted.
+            # Ordered by hash, so that the names are not sorted.
             found[split][f"n{(number * 7919) % 100000000:08d}"] = coarse.repeat(21, 1).repeat(21, 2)
     return found
 
@@ -104,7 +104,7 @@ def write_pickles(folder: Path, sets: Sets, *, val: str = "val", protocol: int =
 
 
 def python2_pickle(images: Pixels, classes: dict[str, list[int]]) -> bytes:
-    """What Python 2's pickle writes of the same dictionary, opcode by opcode."""
+    """Return the opcodes that Python 2's pickle writes for the same dictionary."""
 
     def text(value: bytes) -> bytes:
         if len(value) < 256:
@@ -162,7 +162,7 @@ def write_parquet(folder: Path, sets: Sets, *, named: bool = True) -> None:
             for name, images in classes.items()
             for image in rows(images)
         ]
-        # The hub cuts a split into files without regard to classes.
+        # The hub divides a split into files without regard to classes.
         for shard, part in enumerate((table[::2], table[1::2])):
             arrow = pyarrow.Table.from_pylist(part)
             if named:
@@ -424,14 +424,14 @@ def test_processes_share_the_images_which_nothing_alters(sets: Sets, tmp_path: P
     for split in SPLITS:
         source.batch(split, 0, 4)
         mapping = mapped(tmp_path / "root" / "miniimagenet" / f"{split}.npy")
-        # Read, and no page of it a copy of this process's own.
+        # The pages were read, and none is a private copy of this process.
         assert mapping["Rss"] > 0
         assert mapping["Anonymous"] == mapping["Private_Dirty"] == 0
     store.verify()
 
 
 def mapped(path: Path) -> dict[str, int]:
-    """The sizes of a file's mapping in this process, in kB by name."""
+    """Return the sizes of a file's mapping in this process, in kB by name."""
     text = Path("/proc/self/smaps").read_text()
     (found,) = re.findall(rf"{re.escape(str(path))}\n((?:\w+: .*\n)+)", text)
     return {name: int(size) for name, size in re.findall(r"(\w+): +(\d+) kB", found)}

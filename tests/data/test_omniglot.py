@@ -1,4 +1,4 @@
-"""Omniglot: the characters that ship, the full set from every layout, splits and pixels."""
+"""Omniglot: the shipped characters, the full set from every layout, splits and pixels."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def small(**options: Any) -> OmniglotSmall:
 
 
 def episode_hash(source: EpisodeSource) -> str:
-    """A hash of the first 20 test episodes, pixels and labels."""
+    """Return a hash of the pixels and labels of the first 20 test episodes."""
     batch = source.batch("test", 0, 20)
     digest = hashlib.sha256()
     for tensor in (batch.support_x, batch.support_y, batch.query_x, batch.query_y):
@@ -74,7 +74,7 @@ def test_the_test_episodes_never_change() -> None:
     assert episode_hash(small()) == "9d3830f43cace4ec"
     assert small().fingerprint() == "f8fa02bfe031f75f"
     regression = injected(sizes=dict.fromkeys(SPLITS, EpisodeSize(1, 5, 10)))
-    # Without the values of the sine, whose last bit is the processor's.
+    # Without the values of the sine, whose last bit depends on the processor.
     x = Sinusoid(**regression).batch("test", 0, 20).support_x
     assert hashlib.sha256(x.numpy().tobytes()).hexdigest()[:16] == "b4a3ca5cc4623e58"
     x = Linear(**regression).batch("test", 0, 20).support_x
@@ -195,7 +195,7 @@ def test_the_background_split_tests_on_the_evaluation_set() -> None:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Omniglot of ten characters: the folder with its two zips."""
+    """Create an Omniglot of ten characters; returns the folder with its two zip files."""
     from metarun.data import omniglot
     from tests.data import sources
 
@@ -265,7 +265,7 @@ def test_without_the_data_the_message_says_how_to_get_them(tmp_path: Path) -> No
 
 
 def rewrite(path: Path, change: dict[str, bytes | None]) -> None:
-    """Write a zip anew with some members changed, dropped (None) or added."""
+    """Rewrite a zip with some members changed, dropped (None) or added."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     members |= {name: data for name, data in change.items() if data is not None}

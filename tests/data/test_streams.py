@@ -1,4 +1,4 @@
-"""Streams: what arrives when, what is held out, and that a trajectory is a pure function."""
+"""Streams: order of the rows, held-out rows, and determinism."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lines(shot: int = 6, query: int = 4, **how: Any) -> LinearStream:
 
 
 def characters(**how: Any) -> ClassStream:
-    """Numbered images: the first pixel says the class, the second the image in it."""
+    """Numbered images: the first pixel encodes the class, the second the image."""
     counts = (6, 9, 7, 20, 8, 6, 11)
     tables: dict[Split, ClassTable] = {split: numbered_table(counts) for split in SPLITS}
     train = EpisodeSize(2, 3, 2)
@@ -46,7 +46,7 @@ def stream(source: Any, split: Split = "test") -> Stream:
 
 
 def fitted(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and offset of the line through rows (R, 1), which have to be on one."""
+    """Return slope and offset of the line through rows (R, 1), which have to be collinear."""
     design = torch.cat([x, torch.ones_like(x)], 1)
     found = torch.linalg.lstsq(design, y).solution[:, 0]
     torch.testing.assert_close(design @ found[:, None], y)
@@ -102,14 +102,14 @@ def test_a_task_of_a_line_stream_is_one_line_and_its_held_out_rows_are_on_it() -
         for visit, j in enumerate(layout.visits):
             torch.testing.assert_close(fitted(x[visit], y[visit]), found[j])
         assert len({round(float(slope), 9) for slope, _ in found}) == 3
-        # A visit brings new rows of the task.
+        # Each visit has new rows of the task.
         assert len(x.unique()) == x.numel()
 
 
 def test_a_drifting_line_goes_in_equal_steps_to_where_the_held_out_rows_are() -> None:
     source = lines(shot=5, order="drifting", tasks=2, x=[1.0, 1.0])
     batch = source.batch("test", 0, 1)
-    # At x = 1 a line is a + b, so that its values show the way of the parameters.
+    # At x = 1 a line is a + b, so its values show the drift of the parameters.
     values = batch.support_y[0, :, 0]
     steps = values[1:] - values[:-1]
     torch.testing.assert_close(steps[:4], steps[:1].expand(4))
@@ -185,7 +185,7 @@ def test_training_labels_are_numbers_of_classes_and_remembered_rows_are_of_any()
     assert batch.query_x.shape[1] == 2 * 2 + 40
     for task in range(4):
         assert set(batch.support_y[task].tolist()) == set(batch.class_ids[task].tolist())
-        # The first rotation keeps the first pixel: there it shows the class.
+        # The first rotation leaves the first pixel, which encodes the class.
         upright = batch.query_y[task] < 7
         shown = (batch.query_x[task, :, 0, 0, 0] * 255).round().long() - 1
         assert torch.equal(shown[upright], batch.query_y[task][upright])

@@ -1,4 +1,4 @@
-"""Functions of one variable: their closed forms, ranges and purity."""
+"""Functions of one variable: closed forms, ranges and determinism."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_support_and_query_of_a_sinusoid_lie_on_one_curve() -> None:
     batch = sinusoid().batch("test", 0, 50)
     x = torch.cat([batch.support_x, batch.query_x], dim=1).double()
     y = torch.cat([batch.support_y, batch.query_y], dim=1).double()
-    # A sin(x - phi) = a sin(x) + b cos(x): a least-squares fit leaves nothing over.
+    # A sin(x - phi) = a sin(x) + b cos(x): a least-squares fit has no residual.
     design = torch.cat([torch.sin(x), torch.cos(x)], dim=-1)
     fit = torch.linalg.lstsq(design, y).solution
     torch.testing.assert_close(design @ fit, y, rtol=0.0, atol=1e-5)
@@ -77,7 +77,7 @@ def test_a_frequency_stretches_the_sine_of_each_task() -> None:
     batch = source.batch("train", 3, 500)
     amplitude, phase, _ = source.parameters("train", 3, 500)
     assert torch.equal(batch.query_x, still.batch("train", 3, 500).query_x)
-    # Where the sine is steep and its branch is known the frequency can be read off.
+    # The frequency follows from points where the sine is steep and its branch is known.
     x = batch.query_x.double()[:, :, 0]
     angle = torch.asin((batch.query_y.double()[:, :, 0] / amplitude[:, None]).clamp(-1, 1))
     frequency = (angle + phase[:, None]) / x
@@ -98,7 +98,7 @@ def test_curves_of_a_gaussian_process_have_its_covariance() -> None:
     y = torch.cat([batch.support_y, batch.query_y], 1).double().numpy()
     away = (x - x.transpose(0, 2, 1)) / lengthscale
     covariance = scale**2 * np.exp(-0.5 * away**2) + 0.1**2 * np.eye(15)
-    # Whitened by it, the values are independent standard normals.
+    # Whitened by the covariance, the values are independent standard normals.
     white = np.linalg.solve(np.linalg.cholesky(covariance), y).ravel()
     assert stats.kstest(white, "norm").pvalue > 0.01
     assert abs(white.std() - 1.0) < 0.03

@@ -1,4 +1,4 @@
-"""Tasks from tables: where their rows come from, and that none is in two splits."""
+"""Tasks from tables: the origin of their rows, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_features_are_scaled_by_the_support_and_the_rest_is_zero() -> None:
     assert seen[~iris].max() > 25
     assert seen.min() >= 2
     assert batch.query_x[..., 30:].abs().max() == 0.0
-    # What is constant in the support says nothing of a query.
+    # A feature that is constant in the support carries no information on a query.
     constant = (deviation < 1e-6)[:, None].expand_as(batch.query_x)
     assert batch.query_x[constant].abs().max() == 0.0
 
@@ -128,7 +128,7 @@ def test_support_and_query_share_no_row() -> None:
 
 
 def test_a_way_takes_its_rows_from_its_classes_by_turns() -> None:
-    # Classes told apart by a column that says which they are.
+    # A column encodes the class.
     source = tables(
         **(ONE | {"train": ["digits"], "val": ["wine"]}), classes=(2, 10), features=(64, 64)
     )

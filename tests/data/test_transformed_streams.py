@@ -1,4 +1,4 @@
-"""Streams of the same images turned, permuted and colored."""
+"""Streams of the same images rotated, permuted and colored."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def stream(kind: Any, way: int = 4, shot: int = 3, query: int = 2, **how: Any) -
 
 
 def by_task(x: Tensor, tasks: int = 5) -> Tensor:
-    """The rows (T, J R, …) of each task, (T, J, R, …)."""
+    """Reshape rows (T, J R, …) to those of each task, (T, J, R, …)."""
     return x.unflatten(1, (tasks, -1))
 
 
 def config(source: Any, batch_of: Any) -> TaskBatch:
-    """The same trajectories with their images as they are."""
+    """Return the same streams without transformations of the images."""
     source.change = lambda images, keys: images  # noqa: ARG005
     return batch_of()  # type: ignore[no-any-return]
 
@@ -56,7 +56,7 @@ def test_each_task_shows_every_class_and_holds_out_what_no_task_shows(kind: Any)
         held = by_task(batch.query_x)[task]
         assert not shown & {tuple(row.flatten().tolist()) for row in held[0]}
         assert all(torch.equal(held[0], other) for other in held[1:])
-        # No more than the pool, and more than one task's.
+        # No more images than the pool has, and more than one task shows.
         assert 12 < len(shown) <= 4 * 6
 
 
@@ -110,7 +110,7 @@ def test_a_rainbow_has_56_looks_each_once() -> None:
     assert len((looks * 1000).round().flatten(1).unique(dim=0)) == 56
     corners = looks[:, :, 0, 0]
     assert len(corners.unique(dim=0)) == 7
-    # Ink is white, and half of the looks have a quarter of it.
+    # Ink is white, and half of the transformations have a quarter of it.
     ink = (looks.amin(1) > 0.95).sum((1, 2)).sort().values
     assert ink[:28].max() * 3 < ink[28:].min()
 

@@ -1,4 +1,4 @@
-"""Which tasks run together, and what they share."""
+"""Plans of the engine: which tasks run together, and what they share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARAMS = {"scale": torch.tensor([2.0, 3.0], dtype=torch.float64)}
 
 
 class Calls:
-    """A function in stages, and what each was called with."""
+    """Two-stage function that records the calls of its stages."""
 
     def __init__(self) -> None:
         self.first: list[torch.Size] = []
@@ -53,7 +53,7 @@ def rows(few: int, many: int, tasks: int = 5) -> tuple[Tensor, Tensor]:
 
 
 def by_hand(few: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of the mean loss, and the weights, by one graph over all tasks."""
+    """Return the gradient of the mean loss, and the weights, from one graph of all tasks."""
     scale = PARAMS["scale"].clone().requires_grad_()
     weight = (scale * few.sum(1, keepdim=True)) ** 2 + scale * few.mean(1, keepdim=True)
     loss = (weight.sum(1) * scale[0] * many.mean(1)).mean()
@@ -80,13 +80,13 @@ def test_stages_have_the_gradients_and_values_of_the_whole(
 @pytest.mark.parametrize(
     ("few", "many", "tasks", "firsts", "thens"),
     [
-        # Many rows in all: the first stage has three tasks and then two, the second one each.
+        # Many rows in total: the first stage runs three and two tasks, the second one each.
         (4, 20, 5, 2, 5),
-        # No more than eight to a chunk, in equal parts.
+        # At most eight tasks to a chunk, in equal parts.
         (4, 20, 18, 4, 18),
-        # Many in both stages: one task after the other.
+        # Many rows in both stages: one task after the other.
         (20, 20, 5, 5, 5),
-        # Few in both: all that a thread has together.
+        # Few rows in both stages: all tasks of a thread together.
         (4, 4, 5, 2, 2),
     ],
 )
@@ -107,7 +107,7 @@ def test_chunks_that_were_asked_for_are_not_made_in_stages() -> None:
 
 
 def test_no_two_chunks_share_a_leaf() -> None:
-    """Threads that meet in one can wait for each other for ever."""
+    """Threads that accumulate into the same leaf can deadlock."""
     calls = Calls()
     engine = Engine("threads", threads=2, tasks_per_chunk=1)
     engine.gradients(calls.function, nn.Identity(), PARAMS, rows(4, 20))

@@ -1,4 +1,4 @@
-"""Replays do what the functions do, bit for bit, and are not used where they might not."""
+"""Replays equal their functions bit for bit, and are not used where they might differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metarun.execution.graph_replay import Graphs, _followed
 from tests.algorithms.test_contract import PAIRS, answers, build, classes
 
 REPLAYING = [(algo, data) for algo, data in PAIRS if vars(classes()[algo]).get("replays")]
-# One of each class: the others are settings of it.
+# One algorithm of each class; the others are settings of these classes.
 DIFFERENT = list({(classes()[algo], data): (algo, data) for algo, data in REPLAYING[::-1]}.values())
 SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=28"], "sinusoid": []}
 
@@ -29,7 +29,7 @@ def made_graphs(algorithm: Algorithm) -> list[Any]:
 
 
 def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
-    """A learner after updates that are far apart in the run, and its answers."""
+    """Return a learner after updates that are far apart in the run, and its predictions."""
     torch.manual_seed(0)
     own = {"mamlpp": ["algo.inner_steps=2"], "relation": ["backbone.blocks=4"]}.get(algo, [])
     made = build(algo, data, "train.tasks_per_step=3", *SMALLER[data], *own)
@@ -68,7 +68,7 @@ def test_the_learners_with_recipes_of_long_runs_replay() -> None:
 
 def test_a_subclass_replays_only_if_it_says_so_itself() -> None:
     class Mine(ProtoNet):
-        """Might read anything."""
+        """Subclass that might read any tensor."""
 
     mine = Mine.__new__(Mine)
     assert mine.replay_key(3) is None
@@ -190,7 +190,7 @@ def test_what_is_compiled_agrees_to_rounding() -> None:
 
 
 def test_a_function_is_followed_without_being_computed() -> None:
-    """What it makes on the way would all be kept until its end."""
+    """Computing it would keep all intermediate results until its end."""
     seen: list[Tensor] = []
 
     def function(values: list[Tensor]) -> Tensor:
@@ -210,7 +210,7 @@ def test_what_is_made_of_the_data_alone_is_made_once_and_nothing_else_is() -> No
     module = _followed(function, args).__closure__[0].cell_contents
     targets = [node.target for node in module.graph.nodes]
     assert targets.count(torch.ops.aten.cosh.default) == 1
-    # Of weights it may have been made again to save memory.
+    # Repeated operations on weights may be intended, to save memory.
     assert targets.count(torch.ops.aten.exp.default) == 3
     assert torch.equal(module(*args), function(*args))
 
@@ -233,7 +233,7 @@ def test_summands_that_are_nothing_are_left_out() -> None:
 
     module = _followed(function, ARGS).__closure__[0].cell_contents
     targets = [node.target for node in module.graph.nodes]
-    # One has another shape than the sum, which the other does not.
+    # One summand has another shape than the sum, the other has the same.
     assert targets.count(torch.ops.aten.add.Tensor) == 1
     assert torch.equal(module(*ARGS), function(*ARGS))
 

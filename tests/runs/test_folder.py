@@ -1,4 +1,4 @@
-"""The run folder survives kills, damage and company."""
+"""Run folders after kills, with damaged files and with several processes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def truncated(data: bytes) -> bytes:
 
 
 def flipped(data: bytes) -> bytes:
-    # Inside the weights, where the archive stays readable and only a checksum tells.
+    # Inside the weights: the archive stays readable, and only a checksum shows the damage.
     position = data.index(torch.arange(50.0, 60.0).numpy().tobytes())
     return data[:position] + b"\xff" + data[position + 1 :]
 

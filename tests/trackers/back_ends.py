@@ -1,7 +1,7 @@
-"""What real back ends hold of a run, read back; and a run of seconds that is killed.
+"""Readers of what real back ends hold of a run, and a short run that is killed.
 
-As a program: `python -m tests.trackers.back_ends FOLDER STEP` makes the tiny run with every
-tracker and ends itself with SIGKILL in the update after STEP; STEP 0 lets it come to its end.
+As a program: `python -m tests.trackers.back_ends FOLDER STEP` runs the tiny run with every
+tracker and kills itself with SIGKILL in the update after STEP. With STEP 0 the run finishes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parent.parent.parent
 
 
 def of_the_folder(run: Path) -> Series:
-    """The metrics that `metrics.jsonl` and `timing.jsonl` have, by name."""
+    """Return the metrics in `metrics.jsonl` and `timing.jsonl`, by name."""
     found: Series = defaultdict(list)
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -101,7 +101,7 @@ def of_wandb(run: Path) -> Series:
 
 
 def wait_for_wandb(run: Path) -> None:
-    """W&B's own process writes the end of a file a moment after the run was told to be over."""
+    """Wait until W&B's own process has written the end of a file, a moment after the run ended."""
     log = max((run / "wandb").glob("offline-run-*")) / "logs" / "debug-internal.log"
     until = time.monotonic() + 20.0
     while "all finished" not in log.read_text() and time.monotonic() < until:
@@ -109,7 +109,7 @@ def wait_for_wandb(run: Path) -> None:
 
 
 def make_run(run: Path, step: int) -> int:
-    """Make the tiny run in a process of its own; returns how it ended."""
+    """Start the tiny run in a process of its own and return its exit code."""
     return subprocess.run(
         [sys.executable, "-m", "tests.trackers.back_ends", str(run), str(step)],
         cwd=REPOSITORY,

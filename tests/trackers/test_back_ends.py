@@ -1,4 +1,4 @@
-"""Each back end holds what the run's folder holds, once, however often the run was killed."""
+"""Each back end holds each line of the run's folder once, however often the run was killed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TINY = (
 def assert_holds(found: Series, wanted: Series) -> None:
     for name, line in wanted.items():
         assert [step for step, _ in found[name]] == [step for step, _ in line], name
-        # A step that was cut back took another time when it was made again.
+        # A step that was truncated and repeated has another duration.
         if name != RATE:
             values = [value for _, value in found[name]]
             assert values == pytest.approx([value for _, value in line], rel=1e-6), name
@@ -55,7 +55,7 @@ def assert_holds(found: Series, wanted: Series) -> None:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run killed once after 33 of 60 steps, resumed, and resumed again from an older state."""
+    """Create a run killed after 33 of 60 steps, resumed, and resumed from an older state."""
     if not hasattr(os, "fork"):
         pytest.skip("the run ends itself by a signal")
     run = tmp_path_factory.mktemp("runs") / "killed"
@@ -112,7 +112,7 @@ def test_a_killed_run_has_its_final_results_and_configuration_in_each(killed: Pa
 
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database of MLflow's, which takes seconds to make."""
+    """Create a database of MLflow, which takes seconds."""
     path = tmp_path_factory.mktemp("store") / "empty.db"
     mlflow_client(f"sqlite:///{path}")
     return path
@@ -215,7 +215,7 @@ def test_a_tracker_that_is_added_on_a_resume_has_the_runs_past(
     assert_holds(of_tensorboard(run), of_the_folder(run))
     assert_holds(of_mlflow(run, uri), of_the_folder(run))
     assert [step for step, _ in of_tensorboard(run)["test/mse"]] == [9]
-    # What a resume has not named keeps its options, what it has left out is gone.
+    # A resume keeps the options that it does not name, and drops the trackers that it leaves out.
     for words, left in (["train.steps=10"], 2), (["train.steps=11", "logger=mlflow"], 1):
         assert metarun("resume=run", *words).code == 0
         stored = RunFolder(run).configuration()["logger"]

@@ -1,4 +1,4 @@
-"""A tracker changes nothing about a run, and none that fails stops one."""
+"""Trackers do not change a run, and a failing tracker does not stop it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TINY = (
 
 
 class Fake(Tracker):
-    """Keeps what it is told, and breaks off where a test wants it to."""
+    """Tracker that records its calls and fails where a test requires it."""
 
     def __init__(self, fails: str = "", error: BaseException | None = None, after: int = 0) -> None:
         self.notes: Mapping[str, Any] = {}
@@ -102,7 +102,7 @@ def test_a_warning_is_one_line_without_a_password(tmp_path: Path) -> None:
         if "WARNING" in line
     ]
     assert line.endswith(
-        "logger=broken has failed and is left alone, the run goes on: "
+        "logger=broken has failed and is dropped, the run continues: "
         "RuntimeError: no answer from http://host/path"
     )
 
@@ -128,7 +128,7 @@ def test_a_tracker_is_told_every_line_once_and_how_it_ended(tmp_path: Path) -> N
     assert tracker.told[-1] == ("close", "finished")
     with pytest.raises(ZeroDivisionError), Trackers({"fake": tracker}).closing():
         raise ZeroDivisionError
-    # It was not begun, so there is nothing to close.
+    # The tracker was not opened, so it is not closed.
     assert tracker.told[-1] == ("close", "finished")
 
 
@@ -269,7 +269,7 @@ def test_a_tracker_of_ones_own_is_a_file_and_a_class(metarun: Command) -> None:
 
 
 def test_no_password_stands_in_a_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="which would stand in"):
+    with pytest.raises(ValueError, match="which would be stored in"):
         MLflow(uri="postgresql://me:secret@host/db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@host")
     tracker = MLflow(uri="env")

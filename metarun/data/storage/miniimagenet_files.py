@@ -207,6 +207,7 @@ class _Csv(Layout):
 
     @classmethod
     def find(cls, place: Path) -> Layout | None:
+        """Return this layout if its files are in a folder, else None."""
         lists = [place / f"{split}.csv" for split in SPLITS]
         if not any(path.is_file() for path in lists):
             return None
@@ -266,6 +267,7 @@ class _Folders(Layout):
 
     @classmethod
     def find(cls, place: Path) -> Layout | None:
+        """Return this layout if its files are in a folder, else None."""
         found: dict[Split, Path] = {}
         for split, words in _WORDS.items():
             for word in words:
@@ -309,6 +311,7 @@ class _Pickles(Layout):
 
     @classmethod
     def find(cls, place: Path) -> Layout | None:
+        """Return this layout if its files are in a folder, else None."""
         found = _by_split(place, "mini-imagenet-cache-{}.pkl")
         return None if found is None else cls(place, found)
 
@@ -343,6 +346,7 @@ class _Hdf5(Layout):
 
     @classmethod
     def find(cls, place: Path) -> Layout | None:
+        """Return this layout if its files are in a folder, else None."""
         found = _by_split(place, "{}_data.hdf5")
         return None if found is None else cls(place, found)
 
@@ -401,6 +405,7 @@ class _Parquet(Layout):
 
     @classmethod
     def find(cls, place: Path) -> Layout | None:
+        """Return this layout if its files are in a folder, else None."""
         found: dict[Split, list[Path]] = {}
         for split, words in _WORDS.items():
             for word in words:

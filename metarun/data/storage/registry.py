@@ -17,9 +17,8 @@ class DataSet:
     Attributes:
         name: Value of `data=`.
         line: Description in one line.
-        place: Origin of the data: `made` for data generated at run time or loaded from a library,
-            `shipped` with the package, a `store` that has to be downloaded or imported, or a
-            `folder` of the user.
+        place: Origin of the data. `made`: generated, or loaded from a library; `shipped`: part of
+            the package; `store`: to be downloaded or imported; `folder`: files of the user.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Downloads from a local server that behaves badly in every way that servers do."""
+"""Downloads from a local server that fails in the ways in which servers fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MD5 = hashlib.md5(CONTENT).hexdigest()
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `files`; `manners` says how, one entry for each request, the last one forever."""
+    """Server of `files`; `manners` has one behavior per request, and the last one is repeated."""
 
     daemon_threads = True
     files: dict[str, bytes]
@@ -31,7 +31,7 @@ class Server(ThreadingHTTPServer):
     ranges: list[str | None]
 
     def handle_error(self, *args: Any) -> None:
-        """A connection that is closed on purpose is no error."""
+        """Ignore errors, since connections are closed on purpose."""
 
     @property
     def url(self) -> str:
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Keep the tests' output clean."""
+        """Log nothing, to keep the output of the tests clean."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Prepared pictures that are kept: the same as those decoded, and made again when they are not."""
+"""Cached images equal decoded ones, and an invalid cache is rebuilt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = [f"class{number}" for number in range(12)]
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder whose pictures are enough to be kept."""
+    """Create a folder with enough images for the cache."""
     monkeypatch.setenv("METARUN_DATA", str(tmp_path / "data"))
     monkeypatch.setattr(prepared_module, "KEPT_FROM", 48)
     write_class_folders(tmp_path / "photos", dict.fromkeys(NAMES, 4))
@@ -30,7 +30,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are decoded from now on."""
+    """Return the list of the files that are decoded from now on."""
     seen: list[Path] = []
     read = folder_module.open_image
 
@@ -134,7 +134,7 @@ def test_what_is_damaged_is_made_again(
     array = place / "val.npy"
     if damage in ("cut", "header"):
         content = array.read_bytes()
-        # Not in its place, which the first one still reads.
+        # Not in its place, because the first process still reads it.
         array.unlink()
         array.write_bytes(b"short" if damage == "cut" else bytes(64) + content[64:])
     else:
