@@ -139,14 +139,12 @@ def our_step(
         source = source_of(workload, device)
         return lambda: source.batch("train", 0, workload.tasks), ""
     algorithm = algorithm_of(workload, variant, device, threads=threads)
-    settled = algorithm.resolved_engine().kind
+    kind = algorithm.resolved_engine().kind
     if workload.method == "evaluation":
         source = source_of(workload, device)
-        return lambda: evaluate(
-            algorithm, source, "test", workload.tasks, EPISODES_AT_ONCE
-        ), settled
+        return lambda: evaluate(algorithm, source, "test", workload.tasks, EPISODES_AT_ONCE), kind
     batch = batch_of(workload, device, torch.float32)
-    return lambda: algorithm.update(batch, _NO_PROGRESS), settled
+    return lambda: algorithm.update(batch, _NO_PROGRESS), kind
 
 
 def our_gradient(

@@ -167,7 +167,7 @@ def _result(result: Result) -> dict[str, Any]:
         "engine": result.engine,
         "gflop": None if result.operations is None else result.operations / 1e9,
         "metarun": _entry(result, result.ours),
-        "rivals": baselines,
+        "baselines": baselines,
     }
 
 

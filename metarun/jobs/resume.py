@@ -154,10 +154,10 @@ def _changes(
     then, now = flat(stored), flat(config)
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
-        settled = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
+        expected = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
         # A learner without meta-training has stored 0 steps, which no override has set.
-        settled |= key == "train.steps" and then.get(key) == 0
-        if not settled and then.get(key, _ABSENT) != now.get(key, _ABSENT):
+        expected |= key == "train.steps" and then.get(key) == 0
+        if not expected and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "
                 f"{then.get(key, _ABSENT)} in the run: the run's value is kept"

@@ -360,7 +360,7 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
             stop.signum = signum
             if detached:
                 os.write(
-                    2, b"\nno longer waiting; the jobs of the cluster continue (scancel stops them)\n"
+                    2, b"\nno longer waiting: the cluster's jobs continue (scancel stops them)\n"
                 )
             raise KeyboardInterrupt
         stop.signum = signum

@@ -88,14 +88,14 @@ def test_the_record_holds_every_figure_of_every_side(done: Done) -> None:
     # Two engines for each but the sampler, which has none.
     assert len(results) == 2 * 3 + 1
     for result in results:
-        sides = [result["metarun"], *result["rivals"]]
+        sides = [result["metarun"], *result["baselines"]]
         assert len(sides) >= 2
         for side in sides:
             assert side["rounds"] >= 3
             assert side["milliseconds"] > 0
             assert side["first_milliseconds"] > 0
             assert side["memory_mib"] is None
-        for baseline in result["rivals"]:
+        for baseline in result["baselines"]:
             low, high = baseline["ratio_quartiles"]
             assert 0 < low <= high
             ratio = baseline["milliseconds"] / result["metarun"]["milliseconds"]
@@ -104,7 +104,7 @@ def test_the_record_holds_every_figure_of_every_side(done: Done) -> None:
 
 def test_every_difference_of_a_step_is_in_the_record(done: Done) -> None:
     for result in done.record["results"]:
-        for baseline in result["rivals"]:
+        for baseline in result["baselines"]:
             if result["workload"]["method"] == "sampling":
                 assert baseline["difference"] is None
             else:
