@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import TypeVar
@@ -98,10 +99,34 @@ def _shapes(workload: Workload) -> TaskBatch:
     return TaskBatch(inputs(rows[0]), targets(rows[0]), inputs(rows[1]), targets(rows[1]))
 
 
+def set_tf32(word: str) -> None:
+    """Say which products of float32 numbers a GPU may round to TF32, for the whole process.
+
+    Args:
+        word: `none`, `convolutions` (torch's default), or `all`: those of matrices, too.
+    """
+    torch.backends.cudnn.allow_tf32 = word != "none"
+    torch.backends.cuda.matmul.allow_tf32 = word == "all"
+
+
+@contextmanager
+def _rounded_as_convolutions() -> Iterator[None]:
+    """Let products of matrices be in TF32 where convolutions are."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@_rounded_as_convolutions()
 def peak(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.3, most: int | None = None
 ) -> float:
     """Return the operations per second of the fastest square matrix product on a device.
+
+    On a GPU in the arithmetic that convolutions have, which a step that comes near it is made of.
 
     Args:
         device: Device to measure.

@@ -135,6 +135,9 @@ GROWTH: dict[str, tuple[int, ...]] = {
 }
 """Values of each size in a growth curve."""
 
+TF32 = ("convolutions", "all", "none")
+"""Which products of float32 numbers a GPU may round to TF32; the first is torch's default."""
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -25,6 +25,7 @@ from metarun.bench.results import Curve, Result, record
 from metarun.bench.workloads import (
     BASELINES,
     GROWTH,
+    TF32,
     WORKLOADS,
     Variant,
     Workload,
@@ -113,6 +114,10 @@ def _parser() -> Parser:
         help="seconds for each implementation of a workload, at least three rounds (default 5)",
     )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
+    parser.add_argument(
+        "--tf32", metavar="WORD", default=TF32[0],
+        help=f"what a GPU may round to TF32, one of {','.join(TF32)} (default {TF32[0]})",
+    )  # fmt: skip
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
     parser.add_argument(
         "--memory-steps", type=int, default=2000, metavar="N",
@@ -165,6 +170,7 @@ def _check(args: argparse.Namespace, growth: Sequence[str], grown: Sequence[Work
             )
     if "processes" in growth and args.device != "cpu":
         raise ValueError("--growth processes is measured on a CPU: use --device cpu")
+    known("--tf32", args.tf32, TF32)
     _check_file("--json", args.json)
     _check_file("--figure", args.figure)
     if args.figure is not None and args.figure.suffix not in _SUFFIXES:
@@ -226,10 +232,12 @@ def _measure(
     growth: Sequence[tuple[Workload, str]],
     device: torch.device,
 ) -> int:
+    from metarun.bench.measuring import set_tf32
     from metarun.bench.suite import Suite
     from metarun.execution.allocator import keep_large_blocks
 
     keep_large_blocks()
+    set_tf32(args.tf32)
     console = Console(highlight=False)
     report = _Report()
     with console.status("…") as status:
@@ -284,6 +292,7 @@ def _write(args: argparse.Namespace, report: _Report, suite: Suite, device: torc
             report.results,
             report.curves,
             seconds=args.seconds,
+            tf32=args.tf32 if device.type == "cuda" else None,
             memory_growth_mib=report.leak,
             memory_steps=args.memory_steps,
             without=dict(_missing()),

@@ -165,6 +165,7 @@ class ClassEpisodes:
         self._resident: dict[Split, _Resident] = {}
         self.device = torch.device(device)
         self._dtype = dtype
+        self._white = torch.tensor(255.0, dtype=dtype, device=self.device)
         shape = tuple(self._tables["train"].images.shape[1:])
         self._scale, self._offset = self._normalization(shape[0], mean, std)
         self.sizes: dict[Split, EpisodeSize] = dict(sizes)
@@ -230,7 +231,7 @@ class ClassEpisodes:
         if not rows:
             raise ValueError("no images were passed: give at least one")
         stacked = torch.from_numpy(np.stack(rows)).to(self.device)
-        return self._normalize(stacked.to(self._dtype).div_(255.0))
+        return self._normalize(self._shares(stacked))
 
     def _pixels(self, images: list[Any]) -> list[Pixels]:
         """Prepare images one by one. Files are read in threads; other objects may be shared."""
@@ -294,11 +295,16 @@ class ClassEpisodes:
 
     def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:
         """Return the images (T, R, C, H, W) of an index (T, R), augmented in training tasks."""
-        images = data.images.index_select(0, index.flatten()).to(self._dtype).div_(255.0)
+        images = self._shares(data.images.index_select(0, index.flatten()))
         images = images.unflatten(0, index.shape)
         if split == "train" and index.shape[1]:
             images = self._augmentation(images, keys)
         return self._normalize(images)
+
+    def _shares(self, pixels: Tensor) -> Tensor:
+        """Pixels in [0, 1], the same bits on every device."""
+        # By a tensor: CUDA multiplies by a number's reciprocal, one bit off for half of all levels.
+        return pixels.to(self._dtype).div_(self._white)
 
     def _normalization(
         self, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None

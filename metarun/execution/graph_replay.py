@@ -66,9 +66,10 @@ class Graphs:
         if kind == "auto" and calls < _PATIENCE:
             return None
         del self._calls[whole]
-        made = _followable(function, args)
-        if made is not None:
-            made = _compiled(made, args) if kind == "compile" else _faithful(made, function, args)
+        graph = _followable(function, args)
+        made: Function | None = None
+        if graph is not None:
+            made = _compiled(graph, args) if kind == "compile" else _faithful(graph, function, args)
         self._made[whole] = made
         return made
 
@@ -77,7 +78,7 @@ def _layout(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> Function | None:
+def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> fx.GraphModule | None:
     try:
         return _followed(function, args)
     # A function that cannot be traced is called as it is.
@@ -87,11 +88,12 @@ def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> Functio
 
 
 def _faithful(
-    graph: Function, function: Function, args: Sequence[Sequence[Tensor]]
+    graph: fx.GraphModule, function: Function, args: Sequence[Sequence[Tensor]]
 ) -> Function | None:
     expected = function(*args)
+    replay = _without_gradients(graph)
     try:
-        found = graph(*args)
+        found = replay(*args)
     # As above: a function that cannot be replayed is called as it is.
     except Exception as error:
         _log.debug("not replayed: %s", error)
@@ -99,23 +101,40 @@ def _faithful(
     if not _same(expected, found):
         _log.debug("not replayed: a replay differs from the function")
         return None
-    return graph
+    return replay
 
 
-def _compiled(graph: Function, args: Sequence[Sequence[Tensor]]) -> Function:
-    on_gpu = any(tensor.is_cuda for tensors in args for tensor in tensors)
+def _compiled(graph: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> Function:
+    # Compile the graph itself: torch compiles the code of a function around it eight times at most.
+    if not _on_gpu(args):
+        return _without_gradients(torch.compile(graph, fullgraph=True, dynamic=False))
     # On a GPU use CUDA graphs of the whole step, which avoid separate kernel launches.
-    mode = "reduce-overhead" if on_gpu else "default"
-    compiled = torch.compile(graph, fullgraph=True, dynamic=False, mode=mode)
+    captured = torch.compile(graph, fullgraph=True, dynamic=False, mode="reduce-overhead")
+    return _copied(_without_gradients(captured))
 
+
+def _on_gpu(args: Sequence[Sequence[Tensor]]) -> bool:
+    return any(tensor.is_cuda for tensors in args for tensor in tensors)
+
+
+def _without_gradients(function: Function) -> Function:
     def run(*tensors: Sequence[Tensor]) -> Any:
         with torch.no_grad():
-            return compiled(*tensors)
+            return function(*tensors)
 
     return run
 
 
-def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
+def _copied(function: Function) -> Function:
+    """Return a function whose results are copies, where the next call overwrites its own."""
+
+    def run(*tensors: Sequence[Tensor]) -> Any:
+        return pytree.tree_map(torch.clone, function(*tensors))
+
+    return run
+
+
+def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> fx.GraphModule:
     """Trace the operators of one call, from the arguments to the results.
 
     Raises:
@@ -131,12 +150,7 @@ def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> Function:
         raise ValueError(f"it reads tensors that are not among its arguments: {constants}")
     data = [node for node in module.graph.nodes if node.op == "placeholder"][-len(args[-1]) :]
     _tidy(module, set(data))
-
-    def run(*tensors: Sequence[Tensor]) -> Any:
-        with torch.no_grad():
-            return module(*tensors)
-
-    return run
+    return module
 
 
 _RESHAPES = {

@@ -6,10 +6,10 @@ from itertools import groupby
 import pytest
 import torch
 
-from metarun.bench.measuring import LEAST_ROUNDS, interleave, operations, peak
+from metarun.bench.measuring import LEAST_ROUNDS, interleave, operations, peak, set_tf32
 from metarun.bench.memory import memory_of_step, throughput
 from metarun.bench.results import Entry, Result, Times
-from metarun.bench.workloads import Variant
+from metarun.bench.workloads import TF32, Variant
 from tests.bench.tiny import BY_NAME
 
 CPU = torch.device("cpu")
@@ -60,6 +60,29 @@ def test_a_ratio_is_of_medians_with_the_quartiles_of_the_rounds() -> None:
 
 def test_the_peak_of_products_is_a_number_of_operations() -> None:
     assert peak(CPU, torch.float32, seconds=0.0, most=64) > 2 * 64**3
+
+
+@pytest.mark.parametrize(
+    ("word", "convolutions", "products"),
+    [("none", False, False), ("convolutions", True, False), ("all", True, True)],
+)
+def test_the_peak_is_in_the_arithmetic_of_convolutions_and_products_keep_theirs(
+    word: str, convolutions: bool, products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    def note(*_: object) -> float:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        return 1.0
+
+    monkeypatch.setattr("metarun.bench.measuring._seconds", note)
+    try:
+        set_tf32(word)
+        peak(CPU, torch.float32, seconds=0.0, most=8)
+        assert torch.backends.cuda.matmul.allow_tf32 == products
+    finally:
+        set_tf32(TF32[0])
+    assert set(seen) == {convolutions}
 
 
 def test_more_tasks_at_once_need_more_memory() -> None:

@@ -153,6 +153,7 @@ def test_list_has_a_line_about_every_workload(metarun: Command) -> None:
         (["--seconds", "0"], "--seconds 0.0: expected a positive number"),
         (["--memory-steps", "-1"], "--memory-steps -1: expected 0 or more"),
         (["--device", "cuda:77"], "--device cuda:77: "),
+        (["--tf32", "al"], "--tf32 al: did you mean all?"),
         (["--device", "gpu"], "--device gpu: expected cpu"),
         (["--figure", "a.pdf"], "--figure a.pdf: expected a file name ending in .svg or .png"),
         (["--json", "nowhere/a.json"], "there is no folder nowhere"),

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarun.core import seeding
 from metarun.core.types import SPLITS, EpisodeSize, Split
@@ -232,6 +233,27 @@ def test_normalization_is_per_channel() -> None:
     config = numbered().batch("test", 0, 2).support_x
     scaled = numbered(mean=[0.25], std=[0.5]).batch("test", 0, 2).support_x
     torch.testing.assert_close(scaled, (config - 0.25) / 0.5)
+
+
+class Divisors(TorchDispatchMode):
+    """Notes what tensors are divided by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.div, torch.ops.aten.div_):
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def test_pixels_are_divided_by_a_tensor_which_every_device_does_alike() -> None:
+    with Divisors() as divisors:
+        numbered().batch("test", 0, 2)
+    assert divisors.found
+    # CUDA multiplies by the reciprocal of a number.
+    assert all(isinstance(value, Tensor) for value in divisors.found)
 
 
 def test_training_may_do_without_query_rows() -> None:

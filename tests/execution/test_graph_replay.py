@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from metarun.algorithms.base import Algorithm
 from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.core.types import Progress
+from metarun.execution import graph_replay
 from metarun.execution.engine import Engine
 from metarun.execution.graph_replay import Graphs, _followed
 from tests.algorithms.test_contract import PAIRS, answers, build, classes
@@ -189,6 +190,32 @@ def test_what_is_compiled_agrees_to_rounding() -> None:
         torch.testing.assert_close(compiled.get_parameter(name), value, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
+def test_any_number_of_graphs_is_compiled_in_one_process() -> None:
+    # Of one function's code torch compiles eight variants and then gives up; one here.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for function in (squares, lambda values: values[0] + 1.0):
+            graph = Graphs().find("compile", function, function, ARGS)
+            assert graph is not None
+            assert torch.equal(graph(*ARGS), function(*ARGS))
+
+
+def test_what_a_captured_graph_gave_stays_when_it_is_run_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def writes_over_its_results(function: Any, **_: Any) -> Any:
+        result = torch.zeros(2)
+        return lambda *tensors: result.copy_(function(*tensors))
+
+    monkeypatch.setattr(torch, "compile", writes_over_its_results)
+    monkeypatch.setattr(graph_replay, "_on_gpu", lambda _: True)
+    graph = Graphs().find("compile", "squares", squares, ARGS)
+    assert graph is not None
+    first = graph(*ARGS)
+    graph([torch.tensor([5.0, 6.0])])
+    assert torch.equal(first, torch.tensor([1.0, 4.0]))
+
+
 def test_a_function_is_followed_without_being_computed() -> None:
     """Computing it would keep all intermediate results until its end."""
     seen: list[Tensor] = []
@@ -207,7 +234,7 @@ def test_what_is_made_of_the_data_alone_is_made_once_and_nothing_else_is() -> No
         return sum(weight.exp() * (x.cosh() + x.tanh() * 0.5) for _ in range(3)).sum()
 
     args = ([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
-    module = _followed(function, args).__closure__[0].cell_contents
+    module = _followed(function, args)
     targets = [node.target for node in module.graph.nodes]
     assert targets.count(torch.ops.aten.cosh.default) == 1
     # Repeated operations on weights may be intended, to save memory.
@@ -231,7 +258,7 @@ def test_summands_that_are_nothing_are_left_out() -> None:
         zeros = torch.zeros_like(values[0])
         return zeros.view(1, -1).expand(3, -1) + (values[0] + zeros).exp()
 
-    module = _followed(function, ARGS).__closure__[0].cell_contents
+    module = _followed(function, ARGS)
     targets = [node.target for node in module.graph.nodes]
     # One summand has another shape than the sum, the other has the same.
     assert targets.count(torch.ops.aten.add.Tensor) == 1

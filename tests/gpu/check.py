@@ -1,0 +1,565 @@
+"""Checks what only a machine with an NVIDIA GPU can show, in ten minutes at most.
+
+    python tests/gpu/check.py --output DIR
+
+Every part has a share of the time and says so where it was cut. DIR/report.md and DIR/report.json
+are written after every line, so that a kill loses nothing. The exit code is 1 where a comparison
+failed. `--device cpu` rehearses all of it, with small sizes, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metarun.algorithms.base import Algorithm
+from metarun.bench.implementations import algorithm_of, batch_of, our_step
+from metarun.bench.measuring import interleave, operations, peak, set_tf32
+from metarun.bench.memory import memory_of_step
+from metarun.bench.workloads import TF32, Variant, Workload, select
+from metarun.config.build import build_source
+from metarun.core import environment
+from metarun.core.errors import one_line
+from metarun.core.types import SPLITS, Progress, TaskBatch
+from metarun.evaluation.stream_rollouts import Rollouts
+from metarun.execution import graph_replay
+from metarun.execution.engine import Engine
+from metarun.runs.checkpoints import read_checkpoint
+from tests.algorithms.test_contract import PAIRS, answers, build, composed, state
+from tests.core.test_distributed import ROOT, SMALL_RUN
+from tests.execution.test_graph_replay import DIFFERENT, SMALLER
+
+CPU = torch.device("cpu")
+TOLERANCE = 1e-9
+"""Of differences in float64, relative to the largest number that is compared."""
+SOURCES = {"sinusoid": 0.0, "linear": 0.0, "gp": 1e-6, "omniglot_small": 0.0}
+"""How far values may be apart: those of a Gaussian process in the last bit, as its factors are."""
+# By plain gradient descent: Adam would blow up the rounding in gradients that are zero.
+LEARNING = ["train.tasks_per_step=3", "optim=sgd", "optim.lr=0.01"]
+FEWER = {
+    "ftml_hindsight": ["algo.meta_updates=3"],
+    "joint_hindsight": ["algo.updates=20"],
+    "selector": ["algo.processes=1"],
+}
+WORKLOADS = ("sinusoid", "conv4-1", "conv4-15", "protonet", "evaluation", "mini")
+REHEARSED = ("sinusoid", "protonet")
+GRACE = 15.0
+"""Seconds in which a process that is asked to end may write what it has."""
+
+Tensors = dict[str, Tensor]
+
+
+class TimeIsUpError(Exception):
+    """What is being done has had its time."""
+
+
+def ring(*_: object) -> None:
+    raise TimeIsUpError
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeIsUpError` after so many seconds, or after those of a limit around this one."""
+    around, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, max(min(seconds, around or seconds), 0.001))
+    try:
+        yield
+    finally:
+        left = max(around - (time.monotonic() - began), 0.001) if around else 0.0
+        signal.setitimer(signal.ITIMER_REAL, left)
+
+
+@dataclass
+class Part:
+    """What a part of the check has found.
+
+    Attributes:
+        rows: Lines of its table, by column.
+        notes: What else is to be said.
+        failures: Comparisons that failed, and errors.
+    """
+
+    name: str
+    about: str
+    seconds: float = 0.0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def hold(self, what: str, gap: float) -> None:
+        """Note a failure unless a difference is small, which what is no number is not."""
+        if not gap <= TOLERANCE:
+            self.failures.append(f"{what} differs by {gap:.1e}")
+
+
+class Check:
+    """The parts that have run, and what they have to know.
+
+    Args:
+        output: Folder of the report.
+        device: Where to compute.
+        minutes: For all parts together.
+        learners: Those that are compared; all where none is named.
+    """
+
+    def __init__(self, output: Path, device: str, minutes: float, learners: Sequence[str]) -> None:
+        self.output = output
+        self.device = torch.device(device)
+        self.rehearses = self.device.type == "cpu"
+        self.learners = learners
+        self.minutes = minutes
+        self.end = time.monotonic() + 60 * minutes
+        self.parts: list[Part] = []
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{part.name}: {text}" for part in self.parts for text in part.failures]
+
+    def run(self, name: str) -> None:
+        """Run a part within its share of the time."""
+        work, share = PARTS[name]
+        part = Part(name, (work.__doc__ or "").splitlines()[0])
+        self.parts.append(part)
+        print(f"\n## {name}: {part.about}", flush=True)
+        began = time.monotonic()
+        seconds = min(share * self.minutes / 10, self.end - began)
+        try:
+            with time_limit(seconds):
+                work(self, part)
+        except TimeIsUpError:
+            part.notes.append(f"cut after {seconds:.0f} s: what would have followed was not run")
+        # Whatever breaks in one part, the others are of use.
+        except Exception as error:
+            part.failures.append(f"{type(error).__name__}: {one_line(error)[:300]}")
+        part.seconds = time.monotonic() - began
+        print(*part.notes, *(f"FAILED: {text}" for text in part.failures), sep="\n")
+        self.write()
+
+    def add(self, part: Part, **row: Any) -> None:
+        """Add a line to the table of a part, and write it down."""
+        part.rows.append(row)
+        print("  ".join(f"{name} {shown(value)}" for name, value in row.items()), flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the report as it stands."""
+        content = {"failures": self.failures, "parts": [asdict(part) for part in self.parts]}
+        (self.output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+        lines = ["# Check on a GPU", ""]
+        lines += [f"- **FAILED** {text}" for text in self.failures] or ["No comparison failed."]
+        lines += [line for part in self.parts for line in markdown(part)]
+        (self.output / "report.md").write_text("\n".join(lines) + "\n")
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1e3 else f"{value:,.0f}"
+    return "–" if value is None else str(value)
+
+
+def markdown(part: Part) -> Iterator[str]:
+    """A part of the report, line by line."""
+    yield from ("", f"## {part.name} ({part.seconds:.0f} s)", "", part.about, "")
+    yield from (f"- {text}" for text in part.notes)
+    columns = list(dict.fromkeys(name for row in part.rows for name in row))
+    cells = [[shown(row.get(name)) for name in columns] for row in part.rows]
+    for line in ([], columns, ["---"] * len(columns), *cells) if columns else ():
+        yield f"| {' | '.join(line)} |" if line else ""
+
+
+# The machine, and what it draws and learns.
+
+
+def machine(check: Check, part: Part) -> None:
+    """The machine and the versions."""
+    found = environment.describe(str(check.device))
+    found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+    found |= {"gpus": torch.cuda.device_count(), **found.pop("versions")}
+    query = ["--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["nvidia-smi", *query], capture_output=True, text=True, timeout=20)
+        found["nvidia-smi"] = done.stdout.strip()
+    for name, value in found.items():
+        check.add(part, what=name, value=str(value))
+
+
+def episodes(check: Check, part: Part) -> None:
+    """Episodes drawn on the device against those drawn on the CPU, bit for bit, in float32."""
+    for name, allowed in SOURCES.items():
+        here, there = (
+            build_source(composed("algo=maml", f"data={name}", f"device={device}"))
+            for device in (check.device, CPU)
+        )
+        for split in SPLITS:
+            found, expected = here.batch(split, 7, 100), there.batch(split, 7, 100)
+            pairs = list(zip(tensors(moved(found, CPU)), tensors(expected), strict=True))
+            differing = sum(int((ours != theirs).sum()) for ours, theirs in pairs)
+            gap = max(
+                float((ours.double() - theirs.double()).abs().max()) for ours, theirs in pairs
+            )
+            check.add(part, source=name, split=split, differing=differing, furthest=gap)
+            if not gap <= allowed:
+                part.failures.append(f"{name}, {split}: {differing} numbers differ, by {gap:.1e}")
+
+
+def tensors(batch: TaskBatch) -> list[Tensor]:
+    parts = (getattr(batch, name) for name in batch.__slots__)
+    return [part for part in parts if part is not None]
+
+
+def moved(batch: TaskBatch, device: torch.device) -> TaskBatch:
+    return TaskBatch(*(part.to(device) for part in tensors(batch)))
+
+
+def contract(check: Check, part: Part) -> None:
+    """Every learner against itself on the CPU in float64, with the same weights and batch.
+
+    The largest difference of one update's changes of parameters and buffers, of its answers after
+    it, and of the losses along its stream, each relative to the largest of these numbers.
+    """
+    for algo, data in chosen(check, PAIRS):
+        row: dict[str, Any] = {"learner": algo, "data": data}
+        try:
+            with time_limit(60):
+                expected = outcome(algo, data, CPU, Engine("loop", graph="none"))
+                for engine in (Engine("loop", graph="none"), Engine("vmap", graph="none")):
+                    found = outcome(algo, data, check.device, engine)
+                    for name, gap in differences(found, expected).items():
+                        row[f"{name}, {engine.kind}"] = gap
+                        part.hold(f"{algo} on {data}, {engine.kind}: {name}", gap)
+        except TimeIsUpError:
+            row["error"] = "cut"
+        # What is wrong with one learner is a finding, and no reason to leave out the others.
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {one_line(error)[:150]}"
+            part.failures.append(f"{algo} on {data}: {row['error']}")
+            # But after one in a kernel the process computes no more.
+            if "CUDA error" in str(error):
+                raise
+        check.add(part, **row)
+
+
+def replays(check: Check, part: Part) -> None:
+    """Updates and answers by `graph=replay` against those without, both on the device."""
+    refused: list[str] = []
+    logger = logging.getLogger(graph_replay.__name__)
+    logger.setLevel(logging.DEBUG)
+    logger.addFilter(lambda record: bool(refused.append(record.getMessage()[:150])))
+    for algo, data in chosen(check, DIFFERENT):
+        refused.clear()
+        expected, found = (
+            outcome(algo, data, check.device, Engine("vmap", graph=graph), *SMALLER[data])
+            for graph in ("none", "replay")
+        )
+        gaps = differences(found, expected)
+        check.add(part, learner=algo, data=data, **gaps, refused="; ".join(refused) or None)
+        for name, gap in gaps.items():
+            part.hold(f"{algo} on {data}: {name}", gap)
+
+
+def chosen(check: Check, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [pair for pair in pairs if not check.learners or pair[0] in check.learners]
+
+
+def outcome(
+    algo: str, data: str, device: torch.device, engine: Engine, *words: str
+) -> dict[str, Tensors]:
+    """What one update changes, the answers after it, and the losses along a stream."""
+    torch.manual_seed(0)
+    made = build(algo, data, *LEARNING, *FEWER.get(algo, []), *words)
+    algorithm, source = made.algorithm.to(device), made.source
+    algorithm.engine = engine
+    found: dict[str, Tensors] = {}
+    if algorithm.meta_trains:
+        before = numbers(algorithm)
+        algorithm.update(moved(source.batch("train", 0, 3), device), Progress(0, 100))
+        after = numbers(algorithm)
+        found["update"] = {name: after[name] - before[name] for name in before}
+    batch = moved(source.batch("test", 0, 4), device)
+    found["answers"] = {"outputs": answers(algorithm, batch)}
+    if source.spec.streams is not None:
+        rollouts = Rollouts(algorithm, batch, source.spec.streams["test"])  # type: ignore[arg-type]
+        while not rollouts.finished:
+            rollouts.advance()
+        found["stream"] = {"loss": rollouts.measured()["incoming_loss"]}
+    return {kind: {n: v.cpu() for n, v in values.items()} for kind, values in found.items()}
+
+
+def numbers(algorithm: Algorithm) -> Tensors:
+    """Parameters and buffers that are no counts."""
+    return {name: value for name, value in state(algorithm).items() if value.is_floating_point()}
+
+
+def differences(found: Mapping[str, Tensors], expected: Mapping[str, Tensors]) -> dict[str, float]:
+    return {kind: difference(found[kind], values) for kind, values in expected.items()}
+
+
+def difference(found: Tensors, expected: Tensors) -> float:
+    """The largest one, relative to the largest number that is expected."""
+    names = [name for name, value in expected.items() if value.numel()]
+    if not names:
+        return 0.0
+    # As tensors, since Python's max would pass over what is no number.
+    gaps = torch.stack([(found[name] - expected[name]).abs().max() for name in names])
+    sizes = torch.stack([expected[name].abs().max() for name in names])
+    return float(gaps.max()) / (float(sizes.max()) or 1.0)
+
+
+# Speed.
+
+
+def speed(check: Check, part: Part) -> None:
+    """metarun's bench, with plain steps and with replayed ones, against what can be imported."""
+    for workload in REHEARSED if check.rehearses else WORKLOADS:
+        bench(check, part, workload, "none,replay", most=0.15)
+
+
+def compiled(check: Check, part: Part) -> None:
+    """metarun's bench with `graph=compile`, which on a GPU makes whole-step CUDA graphs."""
+    for workload in REHEARSED[:1] if check.rehearses else WORKLOADS:
+        bench(check, part, workload, "compile", most=0.3)
+
+
+def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -> None:
+    """Add what `metarun bench` says of a workload, in a process of its own.
+
+    Args:
+        check, part: Where to add it.
+        workload, graph: Words of the bench.
+        most: Share of all the time that it may take.
+    """
+    seconds = "0.05" if check.rehearses else "1"
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "bench.json"
+        words = ["--workload", workload, "--graph", graph, "--seconds", seconds, "--no-memory"]
+        words += ["--device", str(check.device), "--json", str(file)]
+        code, errors = finished(
+            ["-m", "metarun", "bench", *words], folder, 60 * check.minutes * most
+        )
+        record = json.loads(file.read_text()) if file.exists() else {"results": [], "without": {}}
+    for name, why in record["without"].items():
+        part.notes += [text for text in [f"without {name}: {why}"] if text not in part.notes]
+    for result in record["results"]:
+        row = {"workload": workload, "graph": result["variant"]["graph"]}
+        row |= {"engine": result["engine"], "ms": result["metarun"]["milliseconds"]}
+        row |= {"first, ms": result["metarun"]["first_milliseconds"]}
+        row |= {"of peak": result["metarun"]["share_of_peak"]}
+        for rival in result["rivals"]:
+            name = rival["name"]
+            row |= {f"{name}, ms": rival["milliseconds"], f"times {name}": rival["ratio"]}
+            row[f"differs from {name}"] = rival["difference"]
+            part.hold(f"{workload}, graph={row['graph']}, {name}", rival["difference"])
+        check.add(part, **row)
+    if code is None:
+        part.notes.append(f"{workload}, graph={graph}: cut")
+    elif code:
+        part.failures.append(f"{workload}, graph={graph}: {errors}")
+
+
+def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, str]:
+    """Exit code of Python with some words, and its last line of errors.
+
+    When time is up it is asked to end, so that the bench writes what it has, and the code is None.
+    """
+    limit = min(limit, signal.getitimer(signal.ITIMER_REAL)[0] - GRACE)
+    if limit <= 0.0:
+        raise TimeIsUpError
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    errors, code = Path(folder) / "errors.txt", None
+    with errors.open("w") as file:
+        child = subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env={**os.environ, "PYTHONPATH": paths},
+            stdout=subprocess.DEVNULL, stderr=file, start_new_session=True,
+        )  # fmt: skip
+    try:
+        code = child.wait(limit)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE - 2.0)
+    finally:
+        # With all that it has started.
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+    lines = [line for line in errors.read_text().splitlines() if line.strip()]
+    return code, lines[-1][:300] if lines else f"exit code {code}"
+
+
+def resnet12(check: Check, part: Part) -> None:
+    """A ProtoNet's training step with ResNet-12 at 84x84: share of the peak of products, memory."""
+    (workload,) = select(["protonet-resnet12"])
+    workload = replace(workload, filters=4) if check.rehearses else workload
+    try:
+        for tf32, precision in (("none", "float32"), ("all", "float32"), ("all", "mixed")):
+            set_tf32(tf32)
+            top = peak(check.device, torch.bfloat16 if precision == "mixed" else torch.float32)
+            for tasks in (1,) if check.rehearses else (1, 8):
+                variant = Variant(graph="none", precision=precision)
+                row = step_figures(check, replace(workload, tasks=tasks), variant, top)
+                check.add(part, precision=precision, tf32=tf32, tasks=tasks, **row)
+    finally:
+        set_tf32(TF32[0])
+
+
+def step_figures(
+    check: Check, workload: Workload, variant: Variant, top: float
+) -> dict[str, float | None]:
+    """Time, operations a second, their share of the machine's peak, and memory of a step."""
+    step, _ = our_step(workload, variant, check.device)
+    seconds = 0.1 if check.rehearses else 2.0
+    median = interleave({"ours": step}, seconds, check.device)["ours"].median
+    rate = (operations(workload) or 0) / median
+    figures = {"ms": 1e3 * median, "TFLOP/s": rate / 1e12, "peak TFLOP/s": top / 1e12}
+    return {
+        **figures,
+        "of peak": rate / top,
+        "MiB": memory_of_step(variant, workload, check.device),
+    }
+
+
+def captured_steps(check: Check, part: Part) -> None:
+    """No part of metarun yet: replayed steps captured as CUDA graphs, against replays as they are.
+
+    What this would bring decides whether `graph=replay` is to do so on a GPU.
+    """
+    if check.rehearses:
+        part.notes.append("not run: no GPU")
+        return
+    for workload in select(["sinusoid", "conv4-1", "protonet"]):
+        steps, losses = {}, []
+        for name, graphs in (("replayed", graph_replay.Graphs()), ("captured", Captured())):
+            algorithm = algorithm_of(workload, Variant(), check.device)
+            algorithm.engine = Engine("vmap", graph="replay", graphs=graphs)
+            batch = batch_of(workload, check.device, torch.float32)
+            steps[name] = partial(algorithm.update, batch, Progress(0, 1))
+            losses.append(float(steps[name]()["loss"]))
+        times = interleave(steps, 1.0, check.device)
+        milliseconds = {f"{name}, ms": 1e3 * own.median for name, own in times.items()}
+        check.add(part, workload=workload.name, **milliseconds, loss_apart=losses[1] - losses[0])
+
+
+class Captured(graph_replay.Graphs):
+    """Graphs whose replays are captured as one CUDA graph each."""
+
+    def find(self, kind: Any, key: Any, function: Any, args: Any) -> Callable[..., Any] | None:
+        known = set(self._made)
+        graph = super().find(kind, key, function, args)
+        for new in self._made.keys() - known:
+            graph = self._made[new] = graph and captured(graph, args)
+        return graph
+
+
+def captured(graph: Callable[..., Any], args: Sequence[Sequence[Tensor]]) -> Callable[..., Any]:
+    """A replay that reads its arguments in one place and leaves its results in another."""
+    places = [[tensor.detach().clone() for tensor in tensors] for tensors in args]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        # Libraries choose their algorithms and take their memory before.
+        for _ in range(3):
+            graph(*places)
+    torch.cuda.current_stream().wait_stream(aside)
+    whole = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(whole):
+        results = graph(*places)
+
+    def run(*values: Sequence[Tensor]) -> Any:
+        for place, tensor in zip(chain(*places), chain(*values), strict=True):
+            place.copy_(tensor)
+        whole.replay()
+        return pytree.tree_map(torch.clone, results)
+
+    return run
+
+
+# Several processes.
+
+
+def processes(check: Check, part: Part) -> None:
+    """Two processes, one GPU each, against one: parameters after four steps in float64."""
+    if not check.rehearses and torch.cuda.device_count() < 2:
+        part.notes.append("not run: one GPU")
+        return
+    words = [word for word in SMALL_RUN if not word.startswith("device=")]
+    words += [f"device={check.device.type}", "train.steps=4", "optim=sgd", "optim.lr=0.1"]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    learned: dict[str, Tensors] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, launch in (("one", []), ("two", two)):
+            run = f"outputs/x/{name}"
+            command = [*launch, "-m", "metarun", *words, f"hydra.run.dir={run}"]
+            code, errors = finished(command, folder, 120)
+            if code != 0:
+                part.failures.append(f"{name}: {errors}")
+                return
+            made = Path(folder) / run
+            saved = read_checkpoint(made / "checkpoints/last.pt")["state"]
+            learned[name] = {n: v for n, v in saved.items() if isinstance(v, Tensor)}
+            number = json.loads((made / "environment.json").read_text())["processes"]
+    gap = difference(learned["two"], learned["one"])
+    check.add(part, processes=number, parameters=gap)
+    part.hold("the parameters of two processes", gap if number == 2 else float("nan"))
+
+
+PARTS: dict[str, tuple[Callable[[Check, Part], None], float]] = {
+    "machine": (machine, 30),
+    "episodes": (episodes, 30),
+    "contract": (contract, 170),
+    "replays": (replays, 60),
+    "speed": (speed, 200),
+    "resnet12": (resnet12, 60),
+    "processes": (processes, 90),
+    "captured": (captured_steps, 45),
+    # Last, since compilers take as long as there is.
+    "compile": (compiled, 600),
+}
+"""What is run, in this order, with the most seconds of ten minutes that each may take."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Checks on a GPU; tests/gpu/README.md says more.")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the report")
+    parser.add_argument("--device", default="cuda", help="cpu rehearses (default cuda)")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all (default 9.5)")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, apart by commas")
+    parser.add_argument("--learners", default="", help="only these, apart by commas")
+    args = parser.parse_args()
+    names, learners = ([w for w in text.split(",") if w] for text in (args.only, args.learners))
+    for name in names:
+        if name not in PARTS:
+            parser.error(f"--only {name}: expected some of {', '.join(PARTS)}")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: no GPU is available here; cpu rehearses")
+    args.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGALRM, ring)
+    check = Check(args.output, args.device, args.minutes, learners)
+    for name in PARTS:
+        if name in names:
+            check.run(name)
+    print(f"\n{len(check.failures)} failures", *check.failures, sep="\n")
+    return 1 if check.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
