@@ -120,7 +120,7 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, **changes: Any) -> Start:
     values: dict[str, Any] = {
-        "id": "0123abcd", "folder": folder, "config": {"seed": 1}, "facts": {},
+        "id": "0123abcd", "folder": folder, "config": {"seed": 1}, "run_info": {},
         "metric": "test/mse", "step": 0, "lines": [], "notes": None, **changes,
     }  # fmt: skip
     return Start(**values)

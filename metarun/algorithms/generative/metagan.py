@@ -215,7 +215,8 @@ class MetaGAN(Algorithm):
         """
 
         def term(outputs: Tensor, answer: Callable[[Tensor], Tensor]) -> Tensor:
-            return self.weight * (taken_for_real(outputs) + taken_for_made(answer(made)))
+            of_made = answer(made)
+            return self.weight * (taken_for_real(outputs) + taken_for_made(of_made))
 
         return term
 

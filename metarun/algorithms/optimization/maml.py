@@ -199,10 +199,10 @@ class MAML(AdaptingLearner):
         def loss(adapted: Params) -> Tensor:
             weights = {**theta, **adapted}
             outputs = forward(net, weights, x, ctx)
-            own = self.loss(outputs, y)
             if term is None:
-                return own
-            return own + term(outputs, lambda rows: forward(net, weights, rows, ctx))
+                return self.loss(outputs, y)
+            added = term(outputs, lambda rows: forward(net, weights, rows, ctx))
+            return self.loss(outputs, y) + added
 
         return loss
 
