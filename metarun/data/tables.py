@@ -195,16 +195,16 @@ class Tables(_Parts):
         side = torch.where(place < number[:, None], side, size.way)
         way = torch.arange(size.way, device=self.device)
         of_way = side[:, None] == way[:, None]
-        heap = of_way.sum(2, keepdim=True)
+        group_size = of_way.sum(2, keepdim=True)
         turns = torch.arange(num_rows, device=self.device)
         # The class of each row of a way, and its row in that class, without repetition.
         order = (~of_way).to(torch.int8).argsort(dim=2, stable=True)
-        classes = order.gather(2, turns % heap)
+        classes = order.gather(2, turns % group_size)
         per_class = seeding.fold(keys[:, None], chosen)
         rows = sample(per_class, _SLOT_ROWS, own.counts[chosen], num_rows)
         shuffle = seeding.bits(per_class, _SLOT_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
         rows = rows.gather(-1, shuffle) + own.starts[chosen][..., None]
-        times = turns // heap
+        times = turns // group_size
         picked = rows.flatten(1).gather(1, (classes * num_rows + times).flatten(1))
         picked = picked.unflatten(1, (size.way, num_rows))
         shuffle = seeding.bits(keys, _SLOT_WAYS, (size.way, num_rows)).argsort(dim=-1, stable=True)

@@ -247,7 +247,7 @@ def _stream(files: RunFiles) -> list[Table]:
         mean = math.nan if value["mean"] is None else scale * value["mean"]
         width = None if value["ci95"] is None else scale * value["ci95"]
         head = STREAM_HEADS.get(name, name) + (", %" if percent else "")
-        lines.append({"figure": head, "mean ± 95 % interval over lifetimes": Figure(mean, width)})
+        lines.append({"figure": head, "mean ± 95 % interval over streams": Figure(mean, width)})
     return [
         table(
             "Figures",

@@ -268,10 +268,10 @@ def test_a_rollout_on_linear_tasks_ends_better_than_it_began(algo: str) -> None:
     words += ["algo.step_lr=0.03", "algo.rates_start=0.03"] if algo == "cmaml" else []
     made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)
     stream = made.source.spec.streams["test"]  # type: ignore[index]
-    lives = Rollouts(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
-    while not lives.finished:
-        lives.advance()
+    rollouts = Rollouts(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]
+    while not rollouts.finished:
+        rollouts.advance()
     # A learner that trained on the stream in advance is compared with an untrained network.
     knew = algo == "joint_hindsight"
-    began = lives.untrained() if knew else lives.measured()["matrix"][:, 0]
-    assert lives.final().mean() < began.mean()
+    began = rollouts.untrained() if knew else rollouts.measured()["matrix"][:, 0]
+    assert rollouts.final().mean() < began.mean()

@@ -63,22 +63,22 @@ def test_a_context_costs_columns_of_the_first_layer_or_a_film_layer_and_else_not
 
 
 def test_a_dense_network_at_a_context_of_zero_is_the_one_without() -> None:
-    joined, config = MLP((3,), 2, context_dim=4), MLP((3,), 2)
+    joined, bare = MLP((3,), 2, context_dim=4), MLP((3,), 2)
     state = joined.state_dict()
     state["body.linears.0.weight"] = state["body.linears.0.weight"][:, :3]
-    config.load_state_dict(state)
+    bare.load_state_dict(state)
     x = torch.randn(5, 3)
-    torch.testing.assert_close(joined(x), config(x))
-    torch.testing.assert_close(joined(x, ForwardContext(context=torch.zeros(4))), config(x))
-    assert not torch.allclose(joined(x, ForwardContext(context=torch.ones(4))), config(x))
+    torch.testing.assert_close(joined(x), bare(x))
+    torch.testing.assert_close(joined(x, ForwardContext(context=torch.zeros(4))), bare(x))
+    assert not torch.allclose(joined(x, ForwardContext(context=torch.ones(4))), bare(x))
 
 
 def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
     """84 pixels are reduced to 3, as the official code's dense layer of 9 x 256 inputs expects."""
-    ctx = {"filters": 16, "blocks": 6, "strides": [2, 1, 2, 1, 2, 2], "norm": "none"}
-    net = Conv4((1, 84, 84), None, padding=0, **ctx)
+    options = {"filters": 16, "blocks": 6, "strides": [2, 1, 2, 1, 2, 2], "norm": "none"}
+    net = Conv4((1, 84, 84), None, padding=0, **options)
     assert net.feature_dim == 3 * 3 * 16
-    assert [conv.stride for conv in net.body.convs] == [(s, s) for s in ctx["strides"]]
+    assert [conv.stride for conv in net.body.convs] == [(s, s) for s in options["strides"]]
     assert net(torch.zeros(2, 1, 84, 84), ForwardContext()).shape == (2, 144)
     for wrong, says in (
         ({"strides": [2, 1]}, r"backbone\.strides=\[2, 1\]: expected 6 positive numbers"),
@@ -86,7 +86,7 @@ def test_the_strides_of_blocks_may_be_said_as_in_omls_network() -> None:
         ({"padding": 0}, "images of 28x28 pixels are too small"),
     ):
         with pytest.raises(ValueError, match=says):
-            Conv4((1, 28, 28), None, **{**ctx, **wrong})
+            Conv4((1, 28, 28), None, **{**options, **wrong})
 
 
 def test_stride_2_rounds_up_and_the_mean_leaves_one_feature_per_filter() -> None:
@@ -207,7 +207,7 @@ def test_pooling_first_is_batch_norm_relu_and_pooling_with_weights_of_either_sig
 ) -> None:
     torch.manual_seed(0)
     net = Conv4((1, 9, 9), 3, filters=4, blocks=2).double()
-    config: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for conv, norm in zip(net.body.convs, net.body.norms, strict=True):
         with torch.no_grad():
             norm.weight.copy_(torch.tensor([1.5, -0.7, -1.2, 0.4]))
@@ -218,8 +218,8 @@ def test_pooling_first_is_batch_norm_relu_and_pooling_with_weights_of_either_sig
         theirs.load_state_dict({**norm.state_dict(), "num_batches_tracked": torch.tensor(0)})
         assert (norm.weight < 0).any()
         assert (norm.weight > 0).any()
-        config += [conv, theirs.train(not running), nn.ReLU(), nn.MaxPool2d(2)]
-    reference = nn.Sequential(*config, nn.Flatten(), net.head)
+        layers += [conv, theirs.train(not running), nn.ReLU(), nn.MaxPool2d(2)]
+    reference = nn.Sequential(*layers, nn.Flatten(), net.head)
     x = torch.randn(5, 1, 9, 9, dtype=torch.float64, requires_grad=True)
 
     def derivatives(outputs: Tensor) -> tuple[Tensor, ...]:

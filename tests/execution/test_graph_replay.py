@@ -52,14 +52,14 @@ def test_a_learner_that_replays_is_the_one_that_does_not_bit_for_bit(
     algo: str, data: str, kind: Any
 ) -> None:
     engine = {"kind": kind, "tasks_per_chunk": 1 if kind == "threads" else None, "threads": 2}
-    config, expected = learned(algo, data, Engine(**engine, graph="none"))
+    called, expected = learned(algo, data, Engine(**engine, graph="none"))
     replayed, found = learned(algo, data, Engine(**engine, graph="replay"))
     assert torch.equal(found, expected)
-    ours, theirs = replayed.state_dict(), config.state_dict()
+    ours, theirs = replayed.state_dict(), called.state_dict()
     assert all(torch.equal(ours[n], v) for n, v in theirs.items() if isinstance(v, Tensor))
     assert made_graphs(replayed)
     assert all(made_graphs(replayed)), "a graph differed from its function"
-    assert not made_graphs(config)
+    assert not made_graphs(called)
 
 
 def test_the_learners_with_recipes_of_long_runs_replay() -> None:
@@ -160,11 +160,11 @@ def test_a_batch_of_another_size_has_its_own_mean() -> None:
         answers = torch.func.functional_call(net, params, (x,))
         return answers.square().mean(), answers
 
-    replayed, config = Engine("loop", graph="replay"), Engine("loop", graph="none")
+    replayed, called = Engine("loop", graph="replay"), Engine("loop", graph="none")
     for num_tasks in (4, 2):
         rows = (torch.randn(num_tasks, 3, 2),)
         found, _ = replayed.gradients(task, net, params, rows, key=())
-        expected, _ = config.gradients(task, net, params, rows)
+        expected, _ = called.gradients(task, net, params, rows)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(replayed.graphs._made.values())
 
@@ -182,11 +182,11 @@ def test_an_unknown_word_is_refused() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
 def test_what_is_compiled_agrees_to_rounding() -> None:
-    config, expected = learned("maml", "sinusoid", Engine("vmap", graph="none"))
+    called, expected = learned("maml", "sinusoid", Engine("vmap", graph="none"))
     compiled, found = learned("maml", "sinusoid", Engine("vmap", graph="compile"))
     assert all(made_graphs(compiled))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    for name, value in config.named_parameters():
+    for name, value in called.named_parameters():
         torch.testing.assert_close(compiled.get_parameter(name), value, rtol=1e-10, atol=1e-10)
 
 

@@ -72,16 +72,16 @@ def test_a_run_killed_in_the_midst_of_a_stream_goes_on_exactly(
 ) -> None:
     words = (f"algo={algo}", *TINY)
     assert metarun(*words, "hydra.run.dir=whole").code == 0
-    stream_record = 0
+    steps_done = 0
 
     class Killed(BaseException):
         pass
 
     def killed(self: Rollouts) -> None:
-        nonlocal stream_record
-        if self._follow and stream_record == steps:
+        nonlocal steps_done
+        if self._follow and steps_done == steps:
             raise Killed
-        stream_record += self._follow
+        steps_done += self._follow
         advance(self)
 
     advance = Rollouts.advance

@@ -44,8 +44,8 @@ class OnlineLearner(Algorithm):
     Parameters and buffers hold what is meta-learned, if anything. What is learned during a
     rollout is only in the rollout's `State`.
 
-    A subclass sets `self.net` to the result of `made`, and implements `begin` and `learn`. It
-    overrides `respond` if it does not predict with the weights of the state, and `update` if it
+    A subclass sets `self.net` to the result of `build_checked`, and implements `begin` and
+    `learn`. It overrides `respond` if it does not predict with the weights of the state, and `update` if it
     meta-learns before the rollout.
 
     Raises:
@@ -77,7 +77,7 @@ class OnlineLearner(Algorithm):
         size: int = body.feature_dim  # type: ignore[assignment]
         return Predictor(body, size, self.head, self.spec.output_dim)
 
-    def made(self) -> Predictor:
+    def build_checked(self) -> Predictor:
         """Build the network of the rollouts and check that it suits the stream.
 
         Raises:
@@ -237,13 +237,13 @@ class OnlineLearner(Algorithm):
             return nn.functional.cross_entropy(outputs, targets, reduction="none")
         return (outputs - targets).square().mean(-1)
 
-    def _each(self, lifetime: Any, state: State, *rows: Tensor) -> Any:
+    def _each(self, function: Any, state: State, *rows: Tensor) -> Any:
         """Map a function `(net, theta, state, *rows)` of one rollout over T states and rows."""
         net = self.online_net
 
         def one(net: nn.Module, theta: Params, *values: Tensor) -> Any:
             own = dict(zip(state, values[len(rows) :], strict=True))
-            return lifetime(net, theta, own, *values[: len(rows)])
+            return function(net, theta, own, *values[: len(rows)])
 
         engine = self.engine.resolved(net, self.device)
         if self.maps_inside or self.answers_depend_on_task:
@@ -357,7 +357,7 @@ class WeightLearner(OnlineLearner):
         if any(width < 1 for width in head):
             raise ValueError(f"algo.head={list(head)}: expected positive widths")
         self.head = list(head)
-        self.net = self.made()
+        self.net = self.build_checked()
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

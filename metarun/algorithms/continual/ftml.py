@@ -113,7 +113,7 @@ class FTML(OnlineLearner):
         self.freeze_after = freeze_after
         self.register_buffer("meta_rate", torch.tensor(meta_rates[0], dtype=torch.float64))
         self.register_buffer("inner_rate", torch.tensor(inner_rates[0], dtype=torch.float64))
-        self.net = self.made()
+        self.net = self.build_checked()
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

@@ -90,7 +90,7 @@ class LaMAML(OnlineLearner):
         self.clip_norm = clip_norm
         self.second_order = second_order
         self.reservoir = Replay(glances, memory, replayed)
-        self.net = self.made()
+        self.net = self.build_checked()
 
     def begin(self, theta: Params, x: Tensor, y: Tensor) -> State:
         rates = {name: torch.full_like(value, self.rates_start) for name, value in theta.items()}

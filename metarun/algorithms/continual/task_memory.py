@@ -101,7 +101,7 @@ class TaskMemory(OnlineLearner):
         self.start_lr = start_lr
         self.surprise = surprise
         self.register_buffer("rate", torch.tensor(rates[0], dtype=torch.float64))
-        self.net = self.made()
+        self.net = self.build_checked()
 
     @property
     def options(self) -> Sequence[Mapping[str, float]]:

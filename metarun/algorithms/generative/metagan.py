@@ -170,10 +170,10 @@ class MetaGAN(Algorithm):
             loss = self.class_loss(outputs, query_y)
             loss = loss + self.weight * (taken_for_real(outputs) + taken_for_made(of_made))
             with torch.no_grad():
-                wish = torch.func.grad(
+                real_gradient = torch.func.grad(
                     lambda x: taken_for_real(answer(x, ForwardContext(noise=noise)))
                 )
-                pull = wish(outer)
+                pull = real_gradient(outer)
             found = (of_made.logsumexp(1) < 0.0).to(loss.dtype).mean()
             return loss, (loss, outputs, found, taken_for_real(of_made), pull, moments)
 
@@ -182,16 +182,18 @@ class MetaGAN(Algorithm):
         grads, (losses, outputs, found, fooled, pull, moments) = self.resolved_engine().gradients(
             task, self.net, {**learner.optimizer.targets}, rows
         )
-        theirs = dict(self.generator.named_parameters())
+        generator_params = dict(self.generator.named_parameters())
         pulls = torch.autograd.grad(
-            made[:, self.inner_fakes :], list(theirs.values()), pull / batch.num_tasks
+            made[:, self.inner_fakes :], list(generator_params.values()), pull / batch.num_tasks
         )
-        turn = {f"generator.{name}": grad for name, grad in zip(theirs, pulls, strict=True)}
+        generator_grads = {
+            f"generator.{name}": grad for name, grad in zip(generator_params, pulls, strict=True)
+        }
         # Checked before either is updated: both take a step, or neither does.
-        turn = self.adversary.averaged(turn, progress)
-        self.adversary.check(turn)
+        generator_grads = self.adversary.averaged(generator_grads, progress)
+        self.adversary.check(generator_grads)
         learner.optimizer.step(grads, progress, learner.limited)
-        self.adversary.move(turn, progress)
+        self.adversary.move(generator_grads, progress)
         update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {

@@ -38,11 +38,11 @@ def trajectories(stream: Stream = LAYOUT, tasks: int = 2) -> TaskBatch:
     )
 
 
-def stream_record(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Rollouts:
-    lives = Rollouts(algorithm, batch, stream)
-    while not lives.finished:
-        lives.advance()
-    return lives
+def rolled_out(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Rollouts:
+    rollouts = Rollouts(algorithm, batch, stream)
+    while not rollouts.finished:
+        rollouts.advance()
+    return rollouts
 
 
 def answer(weights: list[Tensor], x: Tensor) -> Tensor:
@@ -64,25 +64,25 @@ def start(algorithm: Any) -> list[Tensor]:
     return [p.detach().clone().requires_grad_() for p in algorithm.net.parameters()]
 
 
-def end(lives: Rollouts, task: int) -> list[Tensor]:
-    return [v[task] for name, v in lives.state.items() if name.startswith("weights.")]
+def end(rollouts: Rollouts, task: int) -> list[Tensor]:
+    return [v[task] for name, v in rollouts.state.items() if name.startswith("weights.")]
 
 
 def test_from_scratch_adapts_to_the_rows_of_a_task_that_have_come() -> None:
     algorithm = learner(objective="none")
     batch = trajectories()
-    lives = Rollouts(algorithm, batch, LAYOUT)
+    rollouts = Rollouts(algorithm, batch, LAYOUT)
     for _ in range(3):
-        lives.advance()
-    torch.testing.assert_close(end(lives, 0), [p.detach() for p in algorithm.net.parameters()])
+        rollouts.advance()
+    torch.testing.assert_close(end(rollouts, 0), [p.detach() for p in algorithm.net.parameters()])
     for task, rows in ((0, slice(0, 4)), (1, slice(4, 6))):
-        found = algorithm.answers(lives.state, batch.query_x, task)
+        found = algorithm.answers(rollouts.state, batch.query_x, task)
         for life in range(2):
             x, y = batch.support_x[life, rows], batch.support_y[life, rows]
             weights = adapted(start(algorithm), x, y)
             torch.testing.assert_close(found[life], answer(weights, batch.query_x[life]).detach())
     # Task 2 has not been met, so the weights are not adapted.
-    found = algorithm.answers(lives.state, batch.query_x, 2)
+    found = algorithm.answers(rollouts.state, batch.query_x, 2)
     torch.testing.assert_close(found[0], answer(start(algorithm), batch.query_x[0]).detach())
 
 
@@ -101,7 +101,7 @@ def test_the_meta_update_is_adam_on_the_loss_after_adaptation(
         batch.query_x, batch.query_y,
     )  # fmt: skip
     algorithm = learner(stream, engine, objective=objective, second_order=second_order)
-    lives = stream_record(algorithm, same, stream)
+    rollouts = rolled_out(algorithm, same, stream)
     for life in range(2):
         weights = start(algorithm)
         first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
@@ -117,16 +117,16 @@ def test_the_meta_update_is_adam_on_the_loss_after_adaptation(
                 (w - rate * move).detach().requires_grad_()
                 for w, move in zip(weights, moves, strict=True)
             ]
-        torch.testing.assert_close(end(lives, life), [w.detach() for w in weights])
+        torch.testing.assert_close(end(rollouts, life), [w.detach() for w in weights])
 
 
 def test_tasks_are_drawn_from_those_met_and_rows_from_those_that_came() -> None:
     algorithm = learner()
     batch = trajectories()
-    lives = Rollouts(algorithm, batch, LAYOUT)
+    rollouts = Rollouts(algorithm, batch, LAYOUT)
     for _ in range(3):
-        lives.advance()
-    state = {name: value[0] for name, value in lives.state.items()}
+        rollouts.advance()
+    state = {name: value[0] for name, value in rollouts.state.items()}
     assert state["tasks.rows"].tolist() == [4, 2, 0]
     assert state["tasks.owner"].tolist() == [0, 1, -1]
     seen = set()
@@ -146,14 +146,14 @@ def test_tasks_are_drawn_from_those_met_and_rows_from_those_that_came() -> None:
 def test_train_on_everything_answers_alike_whatever_the_task() -> None:
     algorithm = learner(objective="joint", inner_steps=0)
     batch = trajectories()
-    lives = stream_record(algorithm, batch)
-    answers = [algorithm.answers(lives.state, batch.query_x, task) for task in (0, 1, 2, None)]
+    rollouts = rolled_out(algorithm, batch)
+    answers = [algorithm.answers(rollouts.state, batch.query_x, task) for task in (0, 1, 2, None)]
     assert all(torch.equal(answers[0], other) for other in answers[1:])
 
 
 def test_a_frozen_learner_learns_from_the_first_visits_alone() -> None:
     batch = trajectories()
-    frozen = stream_record(learner(freeze_after=1), batch)
+    frozen = rolled_out(learner(freeze_after=1), batch)
     free = Rollouts(learner(), batch, LAYOUT)
     for _ in range(2):
         free.advance()
@@ -164,17 +164,17 @@ def test_a_frozen_learner_learns_from_the_first_visits_alone() -> None:
 def test_a_full_memory_gives_up_the_task_that_was_met_longest_ago() -> None:
     algorithm = learner(memory=2)
     batch = trajectories()
-    lives = stream_record(algorithm, batch)
-    assert lives.state["tasks.owner"][0].tolist() == [2, 1]
-    torch.testing.assert_close(lives.state["tasks.x"][0, 0], batch.support_x[0, 8:12])
-    answers = [algorithm.answers(lives.state, batch.query_x, task) for task in (0, None)]
+    rollouts = rolled_out(algorithm, batch)
+    assert rollouts.state["tasks.owner"][0].tolist() == [2, 1]
+    torch.testing.assert_close(rollouts.state["tasks.x"][0, 0], batch.support_x[0, 8:12])
+    answers = [algorithm.answers(rollouts.state, batch.query_x, task) for task in (0, None)]
     assert torch.equal(*answers)
 
 
 def test_a_returning_task_adds_to_its_rows() -> None:
     stream = Stream(visits=(0, 1, 0), steps=2, rows=2, queries=5)
     batch = trajectories(stream)
-    state = stream_record(learner(stream), batch, stream).state
+    state = rolled_out(learner(stream), batch, stream).state
     assert state["tasks.rows"][0].tolist() == [8, 4]
     rows = torch.cat([batch.support_x[0, :4], batch.support_x[0, 8:12]])
     torch.testing.assert_close(state["tasks.x"][0, 0], rows)
@@ -182,7 +182,7 @@ def test_a_returning_task_adds_to_its_rows() -> None:
 
 def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
     batch = trajectories()
-    whole = stream_record(learner(), batch)
+    whole = rolled_out(learner(), batch)
     first = Rollouts(learner(), batch, LAYOUT)
     for _ in range(3):
         first.advance()
@@ -212,13 +212,13 @@ def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> 
 def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None:
     algorithm = learner(kind=FTMLHindsight, meta_updates=400)
     batch = trajectories()
-    lives = Rollouts(algorithm, batch, LAYOUT)
-    lives.begin()
-    begun = end(lives, 0)
+    rollouts = Rollouts(algorithm, batch, LAYOUT)
+    rollouts.begin()
+    begun = end(rollouts, 0)
     # Before the first step no task has rows, so the initial weights predict.
     x, y = batch.support_x[0], batch.support_y[0]
     torch.testing.assert_close(
-        algorithm.answers(lives.state, batch.query_x, 1)[0], answer(begun, batch.query_x[0])
+        algorithm.answers(rollouts.state, batch.query_x, 1)[0], answer(begun, batch.query_x[0])
     )
 
     def after_adaptation(weights: list[Tensor]) -> float:
@@ -228,13 +228,13 @@ def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None
         return float(torch.stack(losses).mean().detach())
 
     assert after_adaptation(begun) < 0.5 * after_adaptation(start(algorithm))
-    while not lives.finished:
-        lives.advance()
-    torch.testing.assert_close(end(lives, 0), begun, rtol=0, atol=0)
+    while not rollouts.finished:
+        rollouts.advance()
+    torch.testing.assert_close(end(rollouts, 0), begun, rtol=0, atol=0)
     # At the end all rows of a task have come.
     weights = adapted([w.clone().requires_grad_() for w in begun], x[4:8], y[4:8])
     torch.testing.assert_close(
-        algorithm.answers(lives.state, batch.query_x, 1)[0], answer(weights, batch.query_x[0])
+        algorithm.answers(rollouts.state, batch.query_x, 1)[0], answer(weights, batch.query_x[0])
     )
 
 

@@ -29,15 +29,15 @@ def trajectories(stream: Stream = LAYOUT, tasks: int = 2) -> TaskBatch:
     )
 
 
-def stream_record(
+def rolled_out(
     stream: Stream = LAYOUT, backbone: Any = TINY, engine: str = "loop", **options: Any
 ) -> Any:
     spec = replace(regression_spec(), streams={**STREAMS, "test": stream})
     algorithm = make(LaMAML, spec, backbone, engine=engine, **options)
-    lives = Rollouts(algorithm, trajectories(stream), stream)
-    while not lives.finished:
-        lives.advance()
-    return algorithm, lives
+    rollouts = Rollouts(algorithm, trajectories(stream), stream)
+    while not rollouts.finished:
+        rollouts.advance()
+    return algorithm, rollouts
 
 
 def naive(
@@ -90,7 +90,7 @@ def naive(
     ],
 )
 def test_it_is_the_official_loop(engine: str, rates: Any, step: Any, second: bool) -> None:
-    algorithm, lives = stream_record(
+    algorithm, rollouts = rolled_out(
         engine=engine,
         rates=rates,
         step=step,
@@ -106,14 +106,14 @@ def test_it_is_the_official_loop(engine: str, rates: Any, step: Any, second: boo
             glances=2, rates=rates == "learned", moves=step == "rates", second=second,
         )  # fmt: skip
         for prefix, values in zip(("weights.", "rates."), expected, strict=True):
-            found = [v[task] for n, v in lives.state.items() if n.startswith(prefix)]
+            found = [v[task] for n, v in rollouts.state.items() if n.startswith(prefix)]
             torch.testing.assert_close(found, values)
 
 
 def test_the_rates_of_a_linear_model_follow_the_agreement_of_gradients() -> None:
     """With one row and one glance, the rate changes by its gradient's square after look-ahead."""
     stream = Stream(visits=(0,), steps=1, rows=1, queries=10)
-    algorithm, lives = stream_record(
+    algorithm, rollouts = rolled_out(
         stream, linear_backbone, glances=1, clip_norm=1e9, rates_lr=0.01
     )
     batch = trajectories(stream)
@@ -123,13 +123,13 @@ def test_the_rates_of_a_linear_model_follow_the_agreement_of_gradients() -> None
     first = 2 * (x @ w + b - y)
     ahead = 2 * (x @ (w - 0.15 * first * x) + b - 0.15 * first - y)
     expected = 0.15 + 0.01 * first * ahead * x.square()
-    torch.testing.assert_close(lives.state["rates.head.last.weight"][0, 0], expected)
+    torch.testing.assert_close(rollouts.state["rates.head.last.weight"][0, 0], expected)
 
 
 def test_a_negative_rate_stands_still() -> None:
-    algorithm, lives = stream_record(rates_start=1e-9, rates_lr=1e-12)
+    algorithm, rollouts = rolled_out(rates_start=1e-9, rates_lr=1e-12)
     for name, start in algorithm.net.named_parameters():
-        torch.testing.assert_close(lives.state[f"weights.{name}"][0], start, atol=1e-6, rtol=0.0)
+        torch.testing.assert_close(rollouts.state[f"weights.{name}"][0], start, atol=1e-6, rtol=0.0)
 
 
 @pytest.mark.parametrize(
@@ -143,4 +143,4 @@ def test_a_negative_rate_stands_still() -> None:
 )
 def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        stream_record(**options)
+        rolled_out(**options)

@@ -42,15 +42,15 @@ def learner(kind: Any, backbone: Any = TINY, stream: Stream = LAYOUT, **options:
     return make(kind, spec(stream), backbone, **{"online_lr": 0.05, **options})
 
 
-def stream_record(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Rollouts:
-    lives = Rollouts(algorithm, batch, stream)
-    while not lives.finished:
-        lives.advance()
-    return lives
+def rolled_out(algorithm: Any, batch: TaskBatch, stream: Stream = LAYOUT) -> Rollouts:
+    rollouts = Rollouts(algorithm, batch, stream)
+    while not rollouts.finished:
+        rollouts.advance()
+    return rollouts
 
 
-def weights(lives: Rollouts, task: int) -> list[Tensor]:
-    return [v[task] for name, v in lives.state.items() if name.startswith("weights.")]
+def weights(rollouts: Rollouts, task: int) -> list[Tensor]:
+    return [v[task] for name, v in rollouts.state.items() if name.startswith("weights.")]
 
 
 def naive_sgd(algorithm: Any, rows: list[tuple[Tensor, Tensor]], lr: float) -> list[Tensor]:
@@ -72,20 +72,20 @@ def test_plain_online_learning_is_stochastic_gradient_descent_in_the_order_of_th
 ) -> None:
     batch = trajectories()
     algorithm = learner(Online, engine=engine)
-    lives = stream_record(algorithm, batch)
+    rollouts = rolled_out(algorithm, batch)
     for task in range(3):
         rows = [
             (batch.support_x[task, i : i + 2], batch.support_y[task, i : i + 2])
             for i in range(0, 24, 2)
         ]
         expected = naive_sgd(algorithm, rows, 0.05)
-        torch.testing.assert_close(weights(lives, task), expected)
+        torch.testing.assert_close(weights(rollouts, task), expected)
 
 
 def test_adam_is_torchs_adam_up_to_where_epsilon_is_added() -> None:
     batch = trajectories(1)
     algorithm = learner(Online, linear_backbone, online_optim="adam", online_lr=0.01)
-    lives = stream_record(algorithm, batch)
+    rollouts = rolled_out(algorithm, batch)
     parameters = [p.detach().clone().requires_grad_() for p in algorithm.net.head.last.parameters()]
     optimizer = torch.optim.Adam(parameters, 0.01)
     for i in range(0, 24, 2):
@@ -93,18 +93,18 @@ def test_adam_is_torchs_adam_up_to_where_epsilon_is_added() -> None:
         optimizer.zero_grad()
         (torch.nn.functional.linear(x, *parameters) - y).square().mean().backward()
         optimizer.step()
-    found = [lives.state[f"weights.head.last.{name}"][0] for name in ("weight", "bias")]
+    found = [rollouts.state[f"weights.head.last.{name}"][0] for name in ("weight", "bias")]
     torch.testing.assert_close(found, [p.detach() for p in parameters], rtol=1e-5, atol=1e-7)
 
 
 def test_every_step_is_judged_before_it_is_learned_and_its_task_after() -> None:
     batch = trajectories()
     algorithm = learner(Online)
-    lives = Rollouts(algorithm, batch, LAYOUT)
-    before = algorithm.answers(lives.state, batch.support_x[:, :2], 0)
-    lives.advance()
-    after = algorithm.answers(lives.state, batch.query_x[:, :5], 0)
-    measured = lives.measured()
+    rollouts = Rollouts(algorithm, batch, LAYOUT)
+    before = algorithm.answers(rollouts.state, batch.support_x[:, :2], 0)
+    rollouts.advance()
+    after = algorithm.answers(rollouts.state, batch.query_x[:, :5], 0)
+    measured = rollouts.measured()
     error = (before - batch.support_y[:, :2]).square().mean((1, 2))
     torch.testing.assert_close(measured["incoming"][:, 0], error)
     torch.testing.assert_close(measured["incoming_loss"][:, 0], error)
@@ -115,13 +115,13 @@ def test_every_step_is_judged_before_it_is_learned_and_its_task_after() -> None:
 def test_the_matrix_has_a_row_before_and_after_each_visit() -> None:
     batch = trajectories()
     algorithm = learner(Online)
-    lives = stream_record(algorithm, batch)
-    matrix = lives.measured()["matrix"]
+    rollouts = rolled_out(algorithm, batch)
+    matrix = rollouts.measured()["matrix"]
     assert matrix.shape == (3, 4, 3)
-    outputs = algorithm.answers(lives.state, batch.query_x, None)
+    outputs = algorithm.answers(rollouts.state, batch.query_x, None)
     errors = (outputs - batch.query_y).square().unflatten(1, (3, 5)).mean((2, 3))
     torch.testing.assert_close(matrix[:, -1], errors)
-    torch.testing.assert_close(lives.final(), errors.mean(1))
+    torch.testing.assert_close(rollouts.final(), errors.mean(1))
     with torch.no_grad():
         outputs = algorithm.net.head.last(algorithm.net.body(batch.query_x.flatten(0, 1)))
     errors = (outputs.view(3, 15, 1) - batch.query_y).square().unflatten(1, (3, 5)).mean((2, 3))
@@ -131,7 +131,7 @@ def test_the_matrix_has_a_row_before_and_after_each_visit() -> None:
 @pytest.mark.parametrize("kind", [Online, ExperienceReplay, EWC, JointTraining])
 def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit(kind: Any) -> None:
     batch = trajectories()
-    whole = stream_record(learner(kind), batch)
+    whole = rolled_out(learner(kind), batch)
     first = Rollouts(learner(kind), batch, LAYOUT)
     for _ in range(7):
         first.advance()
@@ -149,8 +149,8 @@ def test_a_lifetime_is_the_same_alone_and_among_others_and_leaves_the_parameters
     batch = trajectories()
     algorithm = learner(kind)
     before = [p.detach().clone() for p in algorithm.parameters()]
-    together = stream_record(algorithm, batch)
-    alone = stream_record(algorithm, batch[1:2])
+    together = rolled_out(algorithm, batch)
+    alone = rolled_out(algorithm, batch[1:2])
     for name, values in together.measured().items():
         torch.testing.assert_close(values[1:2], alone.measured()[name])
     assert all(torch.equal(a, b) for a, b in zip(before, algorithm.parameters(), strict=True))
@@ -159,12 +159,12 @@ def test_a_lifetime_is_the_same_alone_and_among_others_and_leaves_the_parameters
 def test_with_a_memory_of_everything_replay_draws_from_all_rows_before() -> None:
     batch = trajectories(1)
     algorithm = learner(ExperienceReplay, memory=24, replayed=24)
-    lives = stream_record(algorithm, batch)
+    rollouts = rolled_out(algorithm, batch)
     # All of the memory is replayed, so the order of the draws does not matter.
     x, y = batch.support_x[0], batch.support_y[0]
     order = [torch.cat([torch.arange(i, i + 2), torch.arange(i)]) for i in range(0, 24, 2)]
     expected = naive_sgd(algorithm, [(x[rows], y[rows]) for rows in order], 0.05)
-    torch.testing.assert_close(weights(lives, 0), expected)
+    torch.testing.assert_close(weights(rollouts, 0), expected)
 
 
 def test_a_reservoir_holds_every_row_with_the_same_probability() -> None:
@@ -197,7 +197,7 @@ def test_ewc_pulls_to_where_tasks_ended_by_their_fisher_information() -> None:
         batch.query_y[:, :10],
     )
     algorithm = learner(EWC, linear_backbone, stream, strength=7.0, fisher_rows=4)
-    lives = stream_record(algorithm, batch, stream)
+    rollouts = rolled_out(algorithm, batch, stream)
     last = algorithm.net.head.last
     w = torch.cat([last.weight.detach()[0], last.bias.detach()])
     x = torch.cat([batch.support_x[0], torch.ones(12, 1).double()], 1)
@@ -213,15 +213,17 @@ def test_ewc_pulls_to_where_tasks_ended_by_their_fisher_information() -> None:
     fisher = torch.stack([gradient(anchor, slice(i, i + 1)).square() for i in range(2, 6)]).mean(0)
     for i in range(6, 12, 2):
         w = w - 0.05 * (gradient(w, slice(i, i + 2)) + 7.0 * fisher * (w - anchor))
-    found = [lives.state[f"weights.head.last.{name}"][0].flatten() for name in ("weight", "bias")]
+    found = [
+        rollouts.state[f"weights.head.last.{name}"][0].flatten() for name in ("weight", "bias")
+    ]
     torch.testing.assert_close(torch.cat(found), w)
 
 
 def test_ewc_without_strength_is_plain_online_learning() -> None:
     batch = trajectories()
     one, other = (
-        stream_record(learner(EWC, strength=0.0), batch),
-        stream_record(learner(Online), batch),
+        rolled_out(learner(EWC, strength=0.0), batch),
+        rolled_out(learner(Online), batch),
     )
     for name, values in one.measured().items():
         torch.testing.assert_close(values, other.measured()[name])
@@ -239,10 +241,10 @@ def test_joint_training_solves_tasks_that_online_learning_forgets() -> None:
     y = torch.tensor([[1.0], [-1.0], [2.0]]).double()
     rows = torch.arange(3).repeat_interleave(60)
     batch = TaskBatch(x[rows][None], y[rows][None], x[None], y[None])
-    joint = stream_record(
+    joint = rolled_out(
         learner(JointTraining, linear_backbone, stream, updates=20, batch=8), batch, stream
     )
-    online = stream_record(learner(Online, linear_backbone, stream), batch, stream)
+    online = rolled_out(learner(Online, linear_backbone, stream), batch, stream)
     assert joint.final() < 0.01
     assert online.measured()["matrix"][0, -1, 2] < 1e-6
     assert online.final() > 0.5
@@ -254,25 +256,25 @@ def test_in_hindsight_everything_is_known_before_the_stream_begins_and_nothing_l
     algorithm = learner(
         JointHindsight, linear_backbone, updates=3000, batch=24, online_optim="adam", online_lr=0.01
     )
-    lives = Rollouts(algorithm, batch, LAYOUT)
-    lives.begin()
+    rollouts = Rollouts(algorithm, batch, LAYOUT)
+    rollouts.begin()
     x = torch.cat([batch.support_x, torch.ones_like(batch.support_x[..., :1])], -1)
     best = torch.linalg.lstsq(x, batch.support_y).solution
     squares = (x @ best - batch.support_y).square().mean((1, 2))
-    begun = {name: value.clone() for name, value in lives.state.items()}
-    while not lives.finished:
-        lives.advance()
-    losses = lives.measured()["incoming_loss"].mean(1)
+    begun = {name: value.clone() for name, value in rollouts.state.items()}
+    while not rollouts.finished:
+        rollouts.advance()
+    losses = rollouts.measured()["incoming_loss"].mean(1)
     assert (losses < 1.05 * squares).all()
     assert (losses >= squares).all()
     for name, value in begun.items():
-        torch.testing.assert_close(lives.state[name], value, rtol=0, atol=0)
+        torch.testing.assert_close(rollouts.state[name], value, rtol=0, atol=0)
 
 
 def test_the_head_alone_may_learn_and_begin_anew() -> None:
     batch = trajectories()
-    lives = stream_record(learner(Online, adapt="head", head=[4]), batch)
-    names = {name for name in lives.state if name.startswith("weights.")}
+    rollouts = rolled_out(learner(Online, adapt="head", head=[4]), batch)
+    names = {name for name in rollouts.state if name.startswith("weights.")}
     assert names == {
         f"weights.{layer}.{part}"
         for layer in ("hidden.body.linears.0", "last")
@@ -287,18 +289,18 @@ def test_the_head_alone_may_learn_and_begin_anew() -> None:
 def test_an_untaught_network_is_another_one_than_that_which_learns() -> None:
     batch = trajectories()
     algorithm = learner(Online)
-    lives = Rollouts(algorithm, batch, LAYOUT)
-    lives.advance()
-    assert lives.untrained().shape == (3, 3)
-    assert not torch.equal(lives.untrained(), lives.measured()["matrix"][:, 0])
-    assert torch.equal(lives.untrained(), lives.untrained())
+    rollouts = Rollouts(algorithm, batch, LAYOUT)
+    rollouts.advance()
+    assert rollouts.untrained().shape == (3, 3)
+    assert not torch.equal(rollouts.untrained(), rollouts.measured()["matrix"][:, 0])
+    assert torch.equal(rollouts.untrained(), rollouts.untrained())
 
 
 def test_predict_lives_through_a_stream_that_tells_nothing() -> None:
     batch = trajectories()
     algorithm = learner(Online)
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
-    expected = algorithm.answers(stream_record(algorithm, batch).state, batch.query_x, None)
+    expected = algorithm.answers(rolled_out(algorithm, batch).state, batch.query_x, None)
     torch.testing.assert_close(outputs, expected)
 
 

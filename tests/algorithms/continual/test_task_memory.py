@@ -24,12 +24,12 @@ def layout(visits: tuple[int, ...], *, task_ids_known: bool = True) -> Stream:
     return Stream(visits, STEPS, ROWS, 5, task_ids_known)
 
 
-def batch(stream: Stream, lives: int = 2) -> TaskBatch:
+def batch(stream: Stream, rollouts: int = 2) -> TaskBatch:
     """Return rows of y = w x + b, with the weights of `TRUTH` for each task."""
     draw = torch.Generator().manual_seed(0)
 
     def rows(tasks: Tensor) -> tuple[Tensor, Tensor]:
-        x = torch.randn(lives, len(tasks), 3, generator=draw, dtype=torch.float64)
+        x = torch.randn(rollouts, len(tasks), 3, generator=draw, dtype=torch.float64)
         y = (x * TRUTH[tasks, :3]).sum(-1, keepdim=True) + TRUTH[tasks, 3:]
         return x, y
 
@@ -48,14 +48,14 @@ def learner(stream: Stream, engine: str = "vmap", **options: Any) -> Any:
     return made
 
 
-def after(lives: Rollouts, steps: int) -> dict[str, Tensor]:
-    while lives.step < steps:
-        lives.advance()
-    return lives.state
+def after(rollouts: Rollouts, steps: int) -> dict[str, Tensor]:
+    while rollouts.step < steps:
+        rollouts.advance()
+    return rollouts.state
 
 
-def truth(task: int, lives: int = 2) -> Tensor:
-    return TRUTH[task].expand(lives, -1)
+def truth(task: int, rollouts: int = 2) -> Tensor:
+    return TRUTH[task].expand(rollouts, -1)
 
 
 def learned(state: dict[str, Tensor]) -> Tensor:
@@ -69,12 +69,12 @@ def test_a_task_that_returns_is_taken_up_where_it_was_left(
     engine: str, task_ids_known: bool
 ) -> None:
     stream = layout((0, 1, 2, 0), task_ids_known=task_ids_known)
-    lives = Rollouts(learner(stream, engine), batch(stream), stream)
+    rollouts = Rollouts(learner(stream, engine), batch(stream), stream)
     for visit in range(3):
-        state = after(lives, (visit + 1) * STEPS)
+        state = after(rollouts, (visit + 1) * STEPS)
         torch.testing.assert_close(learned(state), truth(visit), atol=1e-3, rtol=0.0)
         assert (state["visit.place"] == -1).all()
-    state = after(lives, 3 * STEPS + 1)
+    state = after(rollouts, 3 * STEPS + 1)
     assert (state["visit.place"] == 0).all()
     assert (state["memory.kept"] == 3).all()
     torch.testing.assert_close(learned(state), truth(0), atol=1e-3, rtol=0.0)
@@ -83,11 +83,11 @@ def test_a_task_that_returns_is_taken_up_where_it_was_left(
 def test_a_new_task_begins_at_the_start_which_moves_towards_what_was_learned() -> None:
     stream = layout((0, 1))
     algorithm = learner(stream, start_lr=0.25, updates=1, online_lr=1e-12)
-    lives = Rollouts(algorithm, batch(stream), stream)
-    begun = lives.state["weights"].clone()
-    state = after(lives, STEPS)
+    rollouts = Rollouts(algorithm, batch(stream), stream)
+    begun = rollouts.state["weights"].clone()
+    state = after(rollouts, STEPS)
     state["weights"] = state["weights"] + 4.0
-    state = after(lives, STEPS + 1)
+    state = after(rollouts, STEPS + 1)
     torch.testing.assert_close(state["weights"], begun + 1.0)
     torch.testing.assert_close(state["start"], begun + 1.0)
     assert (state["visit.rows"] == ROWS).all()
@@ -95,20 +95,20 @@ def test_a_new_task_begins_at_the_start_which_moves_towards_what_was_learned() -
 
 def test_surprise_finds_the_changes_and_nothing_else() -> None:
     stream = layout((0, 1, 2), task_ids_known=False)
-    lives = Rollouts(learner(stream, memory=0), batch(stream), stream)
+    rollouts = Rollouts(learner(stream, memory=0), batch(stream), stream)
     turns = []
-    while not lives.finished:
-        lives.advance()
-        if (lives.state["visit.rows"] == ROWS).any():
-            assert (lives.state["visit.rows"] == ROWS).all()
-            turns.append(lives.step - 1)
+    while not rollouts.finished:
+        rollouts.advance()
+        if (rollouts.state["visit.rows"] == ROWS).any():
+            assert (rollouts.state["visit.rows"] == ROWS).all()
+            turns.append(rollouts.step - 1)
     assert turns == [0, STEPS, 2 * STEPS]
 
 
 def test_without_surprise_nothing_begins_where_nothing_is_told() -> None:
     stream = layout((0, 1), task_ids_known=False)
-    lives = Rollouts(learner(stream, surprise=1e30, updates=1), batch(stream), stream)
-    state = after(lives, 2 * STEPS)
+    rollouts = Rollouts(learner(stream, surprise=1e30, updates=1), batch(stream), stream)
+    state = after(rollouts, 2 * STEPS)
     assert (state["visit.rows"] == 2 * STEPS * ROWS).all()
     assert (state["memory.kept"] == 0).all()
 
@@ -116,16 +116,16 @@ def test_without_surprise_nothing_begins_where_nothing_is_told() -> None:
 def test_a_task_that_was_learned_again_keeps_one_place() -> None:
     """With `accept=0` nothing is restored during a visit: embeddings decide at its end."""
     stream = layout((0, 1, 0, 1))
-    lives = Rollouts(learner(stream, accept=0.0), batch(stream), stream)
-    after(lives, 3 * STEPS + 1)
-    assert (lives.state["memory.kept"] == 2).all()
-    assert ((lives.state["memory.rows"] > 0).sum(1) == 2).all()
+    rollouts = Rollouts(learner(stream, accept=0.0), batch(stream), stream)
+    after(rollouts, 3 * STEPS + 1)
+    assert (rollouts.state["memory.kept"] == 2).all()
+    assert ((rollouts.state["memory.rows"] > 0).sum(1) == 2).all()
 
 
 def test_a_full_memory_gives_up_what_was_kept_longest_ago() -> None:
     stream = layout((0, 1, 2, 0))
-    lives = Rollouts(learner(stream, memory=2), batch(stream), stream)
-    state = after(lives, 3 * STEPS + 1)
+    rollouts = Rollouts(learner(stream, memory=2), batch(stream), stream)
+    state = after(rollouts, 3 * STEPS + 1)
     assert (state["visit.place"] == -1).all()
     torch.testing.assert_close(state["memory.weights"][:, 0, 1:], truth(2), atol=1e-3, rtol=0.0)
     torch.testing.assert_close(state["memory.weights"][:, 1, 1:], truth(1), atol=1e-3, rtol=0.0)
@@ -134,9 +134,9 @@ def test_a_full_memory_gives_up_what_was_kept_longest_ago() -> None:
 def test_an_embedding_is_what_the_weights_answer_to_the_first_rows() -> None:
     stream = layout((0, 1))
     tasks = batch(stream)
-    lives = Rollouts(learner(stream), tasks, stream)
-    before = after(lives, STEPS)["weights"][:, 1:]
-    state = after(lives, STEPS + 1)
+    rollouts = Rollouts(learner(stream), tasks, stream)
+    before = after(rollouts, STEPS)["weights"][:, 1:]
+    state = after(rollouts, STEPS + 1)
     x = tasks.support_x[:, :6]
     torch.testing.assert_close(state["probes"], x)
     expected = (x * before[:, None, :3]).sum(-1) + before[:, None, 3]
@@ -180,10 +180,10 @@ def test_a_task_that_was_mistaken_for_another_does_not_take_its_place() -> None:
     # Along the first input, so that (w1 - w0) x + b1 - b0 = 0.
     x[:, first, 0] -= ((x[:, first] * away[:3]).sum(-1) + away[3]) / away[0]
     y[:, first, 0] = (x[:, first] * TRUTH[1, :3]).sum(-1) + TRUTH[1, 3]
-    lives = Rollouts(learner(stream), replace(tasks, support_x=x, support_y=y), stream)
-    assert (after(lives, STEPS + 1)["visit.place"] == 0).all()
-    state = after(lives, 2 * STEPS)
-    algorithm = lives._algorithm
+    rollouts = Rollouts(learner(stream), replace(tasks, support_x=x, support_y=y), stream)
+    assert (after(rollouts, STEPS + 1)["visit.place"] == 0).all()
+    state = after(rollouts, 2 * STEPS)
+    algorithm = rollouts._algorithm
     kept = [
         algorithm._keep(algorithm.net, dict(algorithm.net.named_parameters()), own)
         for own in ({n: v[life] for n, v in state.items()} for life in range(2))

@@ -154,26 +154,26 @@ def _fold_of(row: int, x: Any, y: Any, ways: int | None) -> Any:
 def test_equal_rows_of_a_regression_have_no_order_either() -> None:
     x, y, asked = rows(ways=None)
     x = x.round()[:, :1]
-    config = learn(["knn", "ridge"], x, y, asked[:, :1], None)
+    reference = learn(["knn", "ridge"], x, y, asked[:, :1], None)
     turn = np.random.default_rng(2).permutation(len(x))
     turned = learn(["knn", "ridge"], x[turn], y[turn], asked[:, :1], None)
-    assert np.array_equal(turned.held_out, config.held_out[:, turn])
+    assert np.array_equal(turned.held_out, reference.held_out[:, turn])
 
 
 @pytest.mark.parametrize("ways", [3, None])
 def test_neither_order_nor_names_of_classes_have_a_meaning(ways: int | None) -> None:
     names = portfolio.known("regression" if ways is None else "classification")
     x, y, asked = rows(ways=ways)
-    config = learn(names, x, y, asked, ways)
+    reference = learn(names, x, y, asked, ways)
     turn = np.random.default_rng(1).permutation(len(x))
     turned = learn(names, x[turn], y[turn], asked, ways)
-    assert np.array_equal(turned.answers, config.answers)
-    assert np.array_equal(turned.held_out, config.held_out[:, turn])
+    assert np.array_equal(turned.answers, reference.answers)
+    assert np.array_equal(turned.held_out, reference.held_out[:, turn])
     if ways is not None:
         new = np.array([2, 0, 1])
         renamed = learn(names, x, new[y], asked, ways)
-        assert np.array_equal(renamed.answers[..., new], config.answers)
-        assert np.array_equal(renamed.held_out[..., new], config.held_out)
+        assert np.array_equal(renamed.answers[..., new], reference.answers)
+        assert np.array_equal(renamed.held_out[..., new], reference.held_out)
 
 
 def test_an_answer_does_not_depend_on_the_other_queries() -> None:
@@ -423,7 +423,7 @@ def test_images_are_seen_through_the_network_of_a_run() -> None:
     learned = LearnedState("run", trained.state_dict())
     few: dict[str, Any] = {"learners": FEW, "processes": 1, "bn": "running"}
     there = make(Selector, spec, backbone, features=learned, **few)
-    config = make(Selector, replace_shape(spec), backbone, **few)
+    reference = make(Selector, replace_shape(spec), backbone, **few)
 
     def seen(x: Any) -> Any:
         with torch.no_grad():
@@ -434,7 +434,7 @@ def test_images_are_seen_through_the_network_of_a_run() -> None:
             )
 
     found = there.predict(batch.support_x, batch.support_y, batch.query_x).strategies
-    expected = config.predict(
+    expected = reference.predict(
         seen(batch.support_x), batch.support_y, seen(batch.query_x)
     ).strategies
     for name in FEW:
