@@ -45,8 +45,8 @@ class OnlineLearner(Algorithm):
     rollout is only in the rollout's `State`.
 
     A subclass sets `self.net` to the result of `build_checked`, and implements `begin` and
-    `learn`. It overrides `respond` if it does not predict with the weights of the state, and `update` if it
-    meta-learns before the rollout.
+    `learn`. It overrides `respond` if it does not predict with the weights of the state, and
+    `update` if it meta-learns before the rollout.
 
     Raises:
         ValueError: The backbone has batch norm.
