@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metarun.algorithms.base import Algorithm
-from metarun.bench.implementations import algorithm_of, batch_of, our_step
+from metarun.bench.implementations import our_step
 from metarun.bench.measuring import interleave, operations, peak, set_tf32
 from metarun.bench.memory import memory_of_step
-from metarun.bench.workloads import TF32, Variant, Workload, select
+from metarun.bench.workloads import TF32, Variant, select
 from metarun.config.build import build_source
 from metarun.core import environment
 from metarun.core.errors import one_line
@@ -134,6 +131,9 @@ class Check:
     @property
     def failures(self) -> list[str]:
         return [f"{part.name}: {text}" for part in self.parts for text in part.failures]
+
+    def chosen(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [pair for pair in pairs if not self.learners or pair[0] in self.learners]
 
     def run(self, name: str) -> None:
         """Run a part within its share of the time."""
@@ -237,7 +237,7 @@ def contract(check: Check, part: Part) -> None:
     The largest difference of one update's changes of parameters and buffers, of its answers after
     it, and of the losses along its stream, each relative to the largest of these numbers.
     """
-    for algo, data in chosen(check, PAIRS):
+    for algo, data in check.chosen(PAIRS):
         row: dict[str, Any] = {"learner": algo, "data": data}
         try:
             with time_limit(60):
@@ -262,10 +262,15 @@ def contract(check: Check, part: Part) -> None:
 def replays(check: Check, part: Part) -> None:
     """Updates and answers by `graph=replay` against those without, both on the device."""
     refused: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        refused.append(record.getMessage()[:150])
+        return False
+
     logger = logging.getLogger(graph_replay.__name__)
     logger.setLevel(logging.DEBUG)
-    logger.addFilter(lambda record: bool(refused.append(record.getMessage()[:150])))
-    for algo, data in chosen(check, DIFFERENT):
+    logger.addFilter(note)
+    for algo, data in check.chosen(DIFFERENT):
         refused.clear()
         expected, found = (
             outcome(algo, data, check.device, Engine("vmap", graph=graph), *SMALLER[data])
@@ -275,10 +280,6 @@ def replays(check: Check, part: Part) -> None:
         check.add(part, learner=algo, data=data, **gaps, refused="; ".join(refused) or None)
         for name, gap in gaps.items():
             part.hold(f"{algo} on {data}: {name}", gap)
-
-
-def chosen(check: Check, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [pair for pair in pairs if not check.learners or pair[0] in check.learners]
 
 
 def outcome(
@@ -331,7 +332,9 @@ def difference(found: Tensors, expected: Tensors) -> float:
 def speed(check: Check, part: Part) -> None:
     """metarun's bench, with plain steps and with replayed ones, against what can be imported."""
     for workload in REHEARSED if check.rehearses else WORKLOADS:
-        bench(check, part, workload, "none,replay", most=0.15)
+        # Its replay takes a minute to make.
+        for graph in ("none", "replay") if workload == "mini" else ("none,replay",):
+            bench(check, part, workload, graph, most=0.15)
 
 
 def compiled(check: Check, part: Part) -> None:
@@ -415,82 +418,17 @@ def resnet12(check: Check, part: Part) -> None:
             set_tf32(tf32)
             top = peak(check.device, torch.bfloat16 if precision == "mixed" else torch.float32)
             for tasks in (1,) if check.rehearses else (1, 8):
-                variant = Variant(graph="none", precision=precision)
-                row = step_figures(check, replace(workload, tasks=tasks), variant, top)
-                check.add(part, precision=precision, tf32=tf32, tasks=tasks, **row)
+                here = replace(workload, tasks=tasks)
+                how = Variant(graph="none", precision=precision)
+                steps = {"ours": our_step(here, how, check.device)[0]}
+                times = interleave(steps, 0.1 if check.rehearses else 2.0, check.device)["ours"]
+                rate = (operations(here) or 0) / times.median
+                row = {"precision": precision, "tf32": tf32, "tasks": tasks}
+                row |= {"ms": 1e3 * times.median, "TFLOP/s": rate / 1e12, "of peak": rate / top}
+                memory = memory_of_step(how, here, check.device)
+                check.add(part, **row, **{"peak, TFLOP/s": top / 1e12, "MiB": memory})
     finally:
         set_tf32(TF32[0])
-
-
-def step_figures(
-    check: Check, workload: Workload, variant: Variant, top: float
-) -> dict[str, float | None]:
-    """Time, operations a second, their share of the machine's peak, and memory of a step."""
-    step, _ = our_step(workload, variant, check.device)
-    seconds = 0.1 if check.rehearses else 2.0
-    median = interleave({"ours": step}, seconds, check.device)["ours"].median
-    rate = (operations(workload) or 0) / median
-    figures = {"ms": 1e3 * median, "TFLOP/s": rate / 1e12, "peak TFLOP/s": top / 1e12}
-    return {
-        **figures,
-        "of peak": rate / top,
-        "MiB": memory_of_step(variant, workload, check.device),
-    }
-
-
-def captured_steps(check: Check, part: Part) -> None:
-    """No part of metarun yet: replayed steps captured as CUDA graphs, against replays as they are.
-
-    What this would bring decides whether `graph=replay` is to do so on a GPU.
-    """
-    if check.rehearses:
-        part.notes.append("not run: no GPU")
-        return
-    for workload in select(["sinusoid", "conv4-1", "protonet"]):
-        steps, losses = {}, []
-        for name, graphs in (("replayed", graph_replay.Graphs()), ("captured", Captured())):
-            algorithm = algorithm_of(workload, Variant(), check.device)
-            algorithm.engine = Engine("vmap", graph="replay", graphs=graphs)
-            batch = batch_of(workload, check.device, torch.float32)
-            steps[name] = partial(algorithm.update, batch, Progress(0, 1))
-            losses.append(float(steps[name]()["loss"]))
-        times = interleave(steps, 1.0, check.device)
-        milliseconds = {f"{name}, ms": 1e3 * own.median for name, own in times.items()}
-        check.add(part, workload=workload.name, **milliseconds, loss_apart=losses[1] - losses[0])
-
-
-class Captured(graph_replay.Graphs):
-    """Graphs whose replays are captured as one CUDA graph each."""
-
-    def find(self, kind: Any, key: Any, function: Any, args: Any) -> Callable[..., Any] | None:
-        known = set(self._made)
-        graph = super().find(kind, key, function, args)
-        for new in self._made.keys() - known:
-            graph = self._made[new] = graph and captured(graph, args)
-        return graph
-
-
-def captured(graph: Callable[..., Any], args: Sequence[Sequence[Tensor]]) -> Callable[..., Any]:
-    """A replay that reads its arguments in one place and leaves its results in another."""
-    places = [[tensor.detach().clone() for tensor in tensors] for tensors in args]
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        # Libraries choose their algorithms and take their memory before.
-        for _ in range(3):
-            graph(*places)
-    torch.cuda.current_stream().wait_stream(aside)
-    whole = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(whole):
-        results = graph(*places)
-
-    def run(*values: Sequence[Tensor]) -> Any:
-        for place, tensor in zip(chain(*places), chain(*values), strict=True):
-            place.copy_(tensor)
-        whole.replay()
-        return pytree.tree_map(torch.clone, results)
-
-    return run
 
 
 # Several processes.
@@ -530,7 +468,6 @@ PARTS: dict[str, tuple[Callable[[Check, Part], None], float]] = {
     "speed": (speed, 200),
     "resnet12": (resnet12, 60),
     "processes": (processes, 90),
-    "captured": (captured_steps, 45),
     # Last, since compilers take as long as there is.
     "compile": (compiled, 600),
 }
