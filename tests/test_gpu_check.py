@@ -1,4 +1,4 @@
-"""The check on a GPU does what it says where there is none."""
+"""`tests/gpu/check.py`, rehearsed on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def alarm() -> Iterator[None]:
 
 
 def checked(folder: Path, monkeypatch: pytest.MonkeyPatch, *works: Work) -> Check:
-    """A check of these parts, each with a tenth of a second."""
+    """A check that ran these parts, each with a limit of 0.1 seconds."""
     named = {work.__name__: (work, 0.1) for work in works}
     monkeypatch.setattr(check, "PARTS", named)
     made = Check(folder, "cpu", 10.0, [])
@@ -65,7 +65,7 @@ def test_a_part_is_cut_or_breaks_and_the_next_one_runs(
     ]
     report = json.loads((tmp_path / "report.json").read_text())
     assert [part["rows"] for part in report["parts"]] == [[{"begun": True}], [], [{"gap": 0.5}]]
-    assert report["parts"][0]["notes"] == ["cut after 0 s: what would have followed was not run"]
+    assert report["parts"][0]["notes"] == ["cut after 0 s: the rest was not run"]
     assert "| gap |\n| --- |\n| 0.5 |" in (tmp_path / "report.md").read_text()
 
 

@@ -1,9 +1,9 @@
-"""What replayed steps would gain from being captured as CUDA graphs, which metarun does not do yet.
+"""An experiment: replayed steps captured as CUDA graphs, which metarun does not do yet.
 
     python tests/gpu/captured.py
 
-`graph=replay` launches the operators of a step one by one; `graph=compile` makes a CUDA graph of
-them, after minutes of compiling. Captured as they are they would need neither.
+`graph=replay` launches the operators of a step one by one, and `graph=compile` makes a CUDA graph
+of them after minutes of compiling. Capturing a replay directly would avoid both.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GPU = torch.device("cuda")
 
 
 class Captured(Graphs):
-    """Graphs whose replays are captured as one CUDA graph each."""
+    """Graphs that capture each replay as one CUDA graph."""
 
     def find(self, kind: Any, key: Any, function: Any, args: Any) -> Graph | None:
         known = set(self._made)
@@ -44,12 +44,12 @@ class Captured(Graphs):
 
 
 def captured(graph: Graph, args: Sequence[Sequence[Tensor]]) -> Graph:
-    """A replay that reads its arguments in one place and leaves its results in another."""
+    """A replay as a CUDA graph, with copies of its arguments and results."""
     places = [[tensor.detach().clone() for tensor in tensors] for tensors in args]
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        # Libraries choose their algorithms and take their memory before.
+        # Warm up: libraries choose algorithms and allocate memory at the first calls.
         for _ in range(3):
             graph(*places)
     torch.cuda.current_stream().wait_stream(aside)
@@ -67,7 +67,7 @@ def captured(graph: Graph, args: Sequence[Sequence[Tensor]]) -> Graph:
 
 
 def measure(workload: Workload) -> None:
-    """Print times of a step, and how far apart the parameters are after one."""
+    """Print the time of a step, and the largest difference of the parameters after one step."""
     steps: dict[str, Callable[[], Any]] = {}
     learned: dict[str, list[Tensor]] = {}
     for name, graphs in (("replayed", Graphs()), ("captured", Captured())):
@@ -78,12 +78,14 @@ def measure(workload: Workload) -> None:
         steps[name]()
         learned[name] = [param.detach().clone() for param in algorithm.parameters()]
         made = [graph is not None for graph in graphs._made.values()]
-        # None where operators are not the same bits from one call to the next.
+        # Nothing is replayed if an operator does not repeat its result bit for bit.
         print(f"{workload.name}, {name}: {sum(made)} of {len(made)} graphs")
     pairs = zip(*learned.values(), strict=True)
     gap = max(float((one - other).abs().max()) for one, other in pairs)
     for name, times in interleave(steps, 2.0, GPU).items():
-        print(f"{workload.name}, {name}: {1e3 * times.median:.3f} ms, first apart by {gap:.1e}")
+        print(
+            f"{workload.name}, {name}: {1e3 * times.median:.3f} ms, parameters differ by {gap:.1e}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Checks what only a machine with an NVIDIA GPU can show, in ten minutes at most.
+"""Check results and speed on an NVIDIA GPU, in ten minutes at most.
 
     python tests/gpu/check.py --output DIR
 
-Every part has a share of the time and says so where it was cut. DIR/report.md and DIR/report.json
-are written after every line, so that a kill loses nothing. The exit code is 1 where a comparison
-failed. `--device cpu` rehearses all of it, with small sizes, where there is no GPU.
+Every part has a time budget, and the report says which parts were cut short. DIR/report.md and
+DIR/report.json are written after every row, so that nothing is lost if the process is killed. The
+exit code is 1 if a comparison failed. `--device cpu` rehearses the script with small sizes.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from tests.execution.test_graph_replay import DIFFERENT, SMALLER
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-9
-"""Of differences in float64, relative to the largest number that is compared."""
+"""Largest difference in float64, relative to the largest number compared."""
 SOURCES = {"sinusoid": 0.0, "linear": 0.0, "gp": 1e-6, "omniglot_small": 0.0}
-"""How far values may be apart: those of a Gaussian process in the last bit, as its factors are."""
-# By plain gradient descent: Adam would blow up the rounding in gradients that are zero.
+"""Largest difference of the values: Cholesky factors may differ in the last bit."""
+# Plain gradient descent, since Adam amplifies the rounding errors of gradients that are zero.
 LEARNING = ["train.tasks_per_step=3", "optim=sgd", "optim.lr=0.01"]
 FEWER = {
     "ftml_hindsight": ["algo.meta_updates=3"],
@@ -61,13 +61,13 @@ FEWER = {
 WORKLOADS = ("sinusoid", "conv4-1", "conv4-15", "protonet", "evaluation", "mini")
 REHEARSED = ("sinusoid", "protonet")
 GRACE = 15.0
-"""Seconds in which a process that is asked to end may write what it has."""
+"""Seconds for an interrupted process to write its results."""
 
 Tensors = dict[str, Tensor]
 
 
 class TimeIsUpError(Exception):
-    """What is being done has had its time."""
+    """The time limit is reached."""
 
 
 def ring(*_: object) -> None:
@@ -76,7 +76,7 @@ def ring(*_: object) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeIsUpError` after so many seconds, or after those of a limit around this one."""
+    """Raise `TimeIsUpError` after so many seconds, or earlier if an enclosing limit is reached."""
     around, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, max(min(seconds, around or seconds), 0.001))
     try:
@@ -88,12 +88,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @dataclass
 class Part:
-    """What a part of the check has found.
+    """The results of one part of the check.
 
     Attributes:
-        rows: Lines of its table, by column.
-        notes: What else is to be said.
-        failures: Comparisons that failed, and errors.
+        rows: Table rows, by column.
+        notes: Remarks, such as what was not run.
+        failures: Failed comparisons and errors.
     """
 
     name: str
@@ -104,19 +104,19 @@ class Part:
     failures: list[str] = field(default_factory=list)
 
     def hold(self, what: str, gap: float) -> None:
-        """Note a failure unless a difference is small, which what is no number is not."""
+        """Record a failure unless the difference is within `TOLERANCE`; NaN is a failure."""
         if not gap <= TOLERANCE:
             self.failures.append(f"{what} differs by {gap:.1e}")
 
 
 class Check:
-    """The parts that have run, and what they have to know.
+    """The parts run so far, and the settings that they share.
 
     Args:
         output: Folder of the report.
-        device: Where to compute.
-        minutes: For all parts together.
-        learners: Those that are compared; all where none is named.
+        device: The device to check.
+        minutes: Time for all parts together.
+        learners: Learners to compare; all if empty.
     """
 
     def __init__(self, output: Path, device: str, minutes: float, learners: Sequence[str]) -> None:
@@ -136,19 +136,19 @@ class Check:
         return [pair for pair in pairs if not self.learners or pair[0] in self.learners]
 
     def run(self, name: str) -> None:
-        """Run a part within its share of the time."""
+        """Run a part within its time budget."""
         work, share = PARTS[name]
         part = Part(name, (work.__doc__ or "").splitlines()[0])
         self.parts.append(part)
         print(f"\n## {name}: {part.about}", flush=True)
         began = time.monotonic()
-        seconds = min(share * self.minutes / 10, self.end - began)
+        seconds = max(min(share * self.minutes / 10, self.end - began), 0.0)
         try:
             with time_limit(seconds):
                 work(self, part)
         except TimeIsUpError:
-            part.notes.append(f"cut after {seconds:.0f} s: what would have followed was not run")
-        # Whatever breaks in one part, the others are of use.
+            part.notes.append(f"cut after {seconds:.0f} s: the rest was not run")
+        # The other parts are useful even if one breaks.
         except Exception as error:
             part.failures.append(f"{type(error).__name__}: {one_line(error)[:300]}")
         part.seconds = time.monotonic() - began
@@ -156,13 +156,13 @@ class Check:
         self.write()
 
     def add(self, part: Part, **row: Any) -> None:
-        """Add a line to the table of a part, and write it down."""
+        """Add a row to the table of a part and write the report."""
         part.rows.append(row)
         print("  ".join(f"{name} {shown(value)}" for name, value in row.items()), flush=True)
         self.write()
 
     def write(self) -> None:
-        """Write the report as it stands."""
+        """Write the report with everything measured so far."""
         content = {"failures": self.failures, "parts": [asdict(part) for part in self.parts]}
         (self.output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
         lines = ["# Check on a GPU", ""]
@@ -178,7 +178,7 @@ def shown(value: Any) -> str:
 
 
 def markdown(part: Part) -> Iterator[str]:
-    """A part of the report, line by line."""
+    """The lines of one part of the report."""
     yield from ("", f"## {part.name} ({part.seconds:.0f} s)", "", part.about, "")
     yield from (f"- {text}" for text in part.notes)
     columns = list(dict.fromkeys(name for row in part.rows for name in row))
@@ -187,11 +187,11 @@ def markdown(part: Part) -> Iterator[str]:
         yield f"| {' | '.join(line)} |" if line else ""
 
 
-# The machine, and what it draws and learns.
+# Results.
 
 
 def machine(check: Check, part: Part) -> None:
-    """The machine and the versions."""
+    """GPU, driver and versions."""
     found = environment.describe(str(check.device))
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     found |= {"gpus": torch.cuda.device_count(), **found.pop("versions")}
@@ -204,7 +204,7 @@ def machine(check: Check, part: Part) -> None:
 
 
 def episodes(check: Check, part: Part) -> None:
-    """Episodes drawn on the device against those drawn on the CPU, bit for bit, in float32."""
+    """Episodes drawn on the device and on the CPU are equal bit for bit, in float32."""
     for name, allowed in SOURCES.items():
         here, there = (
             build_source(composed("algo=maml", f"data={name}", f"device={device}"))
@@ -232,10 +232,10 @@ def moved(batch: TaskBatch, device: torch.device) -> TaskBatch:
 
 
 def contract(check: Check, part: Part) -> None:
-    """Every learner against itself on the CPU in float64, with the same weights and batch.
+    """Every learner on the device against the CPU, in float64, from the same weights and batch.
 
-    The largest difference of one update's changes of parameters and buffers, of its answers after
-    it, and of the losses along its stream, each relative to the largest of these numbers.
+    A row has the largest difference in what one update adds to parameters and buffers, in the
+    answers after it, and in the losses along a stream, each relative to the largest such number.
     """
     for algo, data in check.chosen(PAIRS):
         row: dict[str, Any] = {"learner": algo, "data": data}
@@ -249,18 +249,18 @@ def contract(check: Check, part: Part) -> None:
                         part.hold(f"{algo} on {data}, {engine.kind}: {name}", gap)
         except TimeIsUpError:
             row["error"] = "cut"
-        # What is wrong with one learner is a finding, and no reason to leave out the others.
+        # Report the error and continue with the other learners.
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {one_line(error)[:150]}"
             part.failures.append(f"{algo} on {data}: {row['error']}")
-            # But after one in a kernel the process computes no more.
+            # After an error in a kernel CUDA refuses all further work of the process.
             if "CUDA error" in str(error):
                 raise
         check.add(part, **row)
 
 
 def replays(check: Check, part: Part) -> None:
-    """Updates and answers by `graph=replay` against those without, both on the device."""
+    """`graph=replay` against `graph=none`, both on the device; `refused` says why none was used."""
     refused: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -285,7 +285,7 @@ def replays(check: Check, part: Part) -> None:
 def outcome(
     algo: str, data: str, device: torch.device, engine: Engine, *words: str
 ) -> dict[str, Tensors]:
-    """What one update changes, the answers after it, and the losses along a stream."""
+    """What one update adds to the weights, the answers after it, and the losses along a stream."""
     torch.manual_seed(0)
     made = build(algo, data, *LEARNING, *FEWER.get(algo, []), *words)
     algorithm, source = made.algorithm.to(device), made.source
@@ -307,7 +307,7 @@ def outcome(
 
 
 def numbers(algorithm: Algorithm) -> Tensors:
-    """Parameters and buffers that are no counts."""
+    """Floating-point parameters and buffers."""
     return {name: value for name, value in state(algorithm).items() if value.is_floating_point()}
 
 
@@ -316,11 +316,11 @@ def differences(found: Mapping[str, Tensors], expected: Mapping[str, Tensors]) -
 
 
 def difference(found: Tensors, expected: Tensors) -> float:
-    """The largest one, relative to the largest number that is expected."""
+    """The largest difference, relative to the largest expected number."""
     names = [name for name, value in expected.items() if value.numel()]
     if not names:
         return 0.0
-    # As tensors, since Python's max would pass over what is no number.
+    # As tensors, since Python's max ignores NaN.
     gaps = torch.stack([(found[name] - expected[name]).abs().max() for name in names])
     sizes = torch.stack([expected[name].abs().max() for name in names])
     return float(gaps.max()) / (float(sizes.max()) or 1.0)
@@ -330,26 +330,26 @@ def difference(found: Tensors, expected: Tensors) -> float:
 
 
 def speed(check: Check, part: Part) -> None:
-    """metarun's bench, with plain steps and with replayed ones, against what can be imported."""
+    """`metarun bench` with `graph=none,replay`, against the baselines that can be imported."""
     for workload in REHEARSED if check.rehearses else WORKLOADS:
-        # Its replay takes a minute to make.
+        # Recording its graph takes a minute.
         for graph in ("none", "replay") if workload == "mini" else ("none,replay",):
             bench(check, part, workload, graph, most=0.15)
 
 
 def compiled(check: Check, part: Part) -> None:
-    """metarun's bench with `graph=compile`, which on a GPU makes whole-step CUDA graphs."""
+    """`metarun bench` with `graph=compile`, which on a GPU makes whole-step CUDA graphs."""
     for workload in REHEARSED[:1] if check.rehearses else WORKLOADS:
         bench(check, part, workload, "compile", most=0.3)
 
 
 def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -> None:
-    """Add what `metarun bench` says of a workload, in a process of its own.
+    """Run `metarun bench` on a workload in a subprocess and add its results.
 
     Args:
-        check, part: Where to add it.
-        workload, graph: Words of the bench.
-        most: Share of all the time that it may take.
+        check, part: Where the rows go.
+        workload, graph: Options of the bench.
+        most: Largest share of the total time.
     """
     seconds = "0.05" if check.rehearses else "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -367,11 +367,11 @@ def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -
         row |= {"engine": result["engine"], "ms": result["metarun"]["milliseconds"]}
         row |= {"first, ms": result["metarun"]["first_milliseconds"]}
         row |= {"of peak": result["metarun"]["share_of_peak"]}
-        for rival in result["rivals"]:
-            name = rival["name"]
-            row |= {f"{name}, ms": rival["milliseconds"], f"times {name}": rival["ratio"]}
-            row[f"differs from {name}"] = rival["difference"]
-            part.hold(f"{workload}, graph={row['graph']}, {name}", rival["difference"])
+        for other in result["baselines"]:
+            name = other["name"]
+            row |= {f"{name}, ms": other["milliseconds"], f"times {name}": other["ratio"]}
+            row[f"differs from {name}"] = other["difference"]
+            part.hold(f"{workload}, graph={row['graph']}, {name}", other["difference"])
         check.add(part, **row)
     if code is None:
         part.notes.append(f"{workload}, graph={graph}: cut")
@@ -380,9 +380,9 @@ def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -
 
 
 def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, str]:
-    """Exit code of Python with some words, and its last line of errors.
+    """Run Python with these arguments; returns its exit code and the last line of its errors.
 
-    When time is up it is asked to end, so that the bench writes what it has, and the code is None.
+    At the limit it is interrupted, so that the bench writes its results, and the code is None.
     """
     limit = min(limit, signal.getitimer(signal.ITIMER_REAL)[0] - GRACE)
     if limit <= 0.0:
@@ -401,7 +401,7 @@ def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, s
         with suppress(subprocess.TimeoutExpired):
             child.wait(GRACE - 2.0)
     finally:
-        # With all that it has started.
+        # The whole group: compilers are processes of their own.
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -410,7 +410,7 @@ def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, s
 
 
 def resnet12(check: Check, part: Part) -> None:
-    """A ProtoNet's training step with ResNet-12 at 84x84: share of the peak of products, memory."""
+    """ProtoNet with ResNet-12 at 84x84: share of the matrix-multiply peak, and memory."""
     (workload,) = select(["protonet-resnet12"])
     workload = replace(workload, filters=4) if check.rehearses else workload
     try:
@@ -431,11 +431,8 @@ def resnet12(check: Check, part: Part) -> None:
         set_tf32(TF32[0])
 
 
-# Several processes.
-
-
 def processes(check: Check, part: Part) -> None:
-    """Two processes, one GPU each, against one: parameters after four steps in float64."""
+    """Two processes with a GPU each against one: parameters after four steps, in float64."""
     if not check.rehearses and torch.cuda.device_count() < 2:
         part.notes.append("not run: one GPU")
         return
@@ -468,26 +465,28 @@ PARTS: dict[str, tuple[Callable[[Check, Part], None], float]] = {
     "speed": (speed, 200),
     "resnet12": (resnet12, 60),
     "processes": (processes, 90),
-    # Last, since compilers take as long as there is.
+    # Last, with the time that is left: it mostly compiles.
     "compile": (compiled, 600),
 }
-"""What is run, in this order, with the most seconds of ten minutes that each may take."""
+"""The parts in the order of running, each with its time budget in seconds for ten minutes."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Checks on a GPU; tests/gpu/README.md says more.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--device", default="cuda", help="cpu rehearses (default cuda)")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all (default 9.5)")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, apart by commas")
-    parser.add_argument("--learners", default="", help="only these, apart by commas")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default cuda)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="total time (default 9)")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
+    parser.add_argument("--learners", default="", help="comma-separated learners to compare")
     args = parser.parse_args()
     names, learners = ([w for w in text.split(",") if w] for text in (args.only, args.learners))
     for name in names:
         if name not in PARTS:
             parser.error(f"--only {name}: expected some of {', '.join(PARTS)}")
     if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: no GPU is available here; cpu rehearses")
+        parser.error(
+            f"--device {args.device}: no GPU is available here: use --device cpu to rehearse"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGALRM, ring)
     check = Check(args.output, args.device, args.minutes, learners)
