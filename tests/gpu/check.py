@@ -1,10 +1,10 @@
-"""Checks what only a machine with an NVIDIA GPU can show, in ten minutes at most.
+"""Check results and speed on an NVIDIA GPU, in ten minutes at most.
 
     python tests/gpu/check.py --output DIR
 
-Every part has a share of the time and says so where it was cut. DIR/report.md and DIR/report.json
-are written after every line, so that a kill loses nothing. The exit code is 1 where a comparison
-failed. `--device cpu` rehearses all of it, with small sizes, where there is no GPU.
+Every part has a time budget, and the report says which parts were cut short. DIR/report.md and
+DIR/report.json are written after every row, so that nothing is lost if the process is killed. The
+exit code is 1 if a comparison failed. `--device cpu` rehearses the script with small sizes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +28,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metarun.algorithms.base import Algorithm
-from metarun.bench.implementations import algorithm_of, batch_of, our_step
+from metarun.bench.implementations import our_step
 from metarun.bench.measuring import interleave, operations, peak, set_tf32
 from metarun.bench.memory import memory_of_step
-from metarun.bench.workloads import TF32, Variant, Workload, select
+from metarun.bench.workloads import TF32, Variant, select
 from metarun.config.build import build_source
 from metarun.core import environment
 from metarun.core.errors import one_line
@@ -51,10 +48,10 @@ from tests.execution.test_graph_replay import DIFFERENT, SMALLER
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-9
-"""Of differences in float64, relative to the largest number that is compared."""
+"""Largest difference in float64, relative to the largest number compared."""
 SOURCES = {"sinusoid": 0.0, "linear": 0.0, "gp": 1e-6, "omniglot_small": 0.0}
-"""How far values may be apart: those of a Gaussian process in the last bit, as its factors are."""
-# By plain gradient descent: Adam would blow up the rounding in gradients that are zero.
+"""Largest difference of the values: Cholesky factors may differ in the last bit."""
+# Plain gradient descent, since Adam amplifies the rounding errors of gradients that are zero.
 LEARNING = ["train.tasks_per_step=3", "optim=sgd", "optim.lr=0.01"]
 FEWER = {
     "ftml_hindsight": ["algo.meta_updates=3"],
@@ -64,13 +61,13 @@ FEWER = {
 WORKLOADS = ("sinusoid", "conv4-1", "conv4-15", "protonet", "evaluation", "mini")
 REHEARSED = ("sinusoid", "protonet")
 GRACE = 15.0
-"""Seconds in which a process that is asked to end may write what it has."""
+"""Seconds for an interrupted process to write its results."""
 
 Tensors = dict[str, Tensor]
 
 
 class TimeIsUpError(Exception):
-    """What is being done has had its time."""
+    """The time limit is reached."""
 
 
 def ring(*_: object) -> None:
@@ -79,7 +76,7 @@ def ring(*_: object) -> None:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeIsUpError` after so many seconds, or after those of a limit around this one."""
+    """Raise `TimeIsUpError` after so many seconds, or earlier if an enclosing limit is reached."""
     around, began = signal.getitimer(signal.ITIMER_REAL)[0], time.monotonic()
     signal.setitimer(signal.ITIMER_REAL, max(min(seconds, around or seconds), 0.001))
     try:
@@ -91,12 +88,12 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 @dataclass
 class Part:
-    """What a part of the check has found.
+    """The results of one part of the check.
 
     Attributes:
-        rows: Lines of its table, by column.
-        notes: What else is to be said.
-        failures: Comparisons that failed, and errors.
+        rows: Table rows, by column.
+        notes: Remarks, such as what was not run.
+        failures: Failed comparisons and errors.
     """
 
     name: str
@@ -107,19 +104,19 @@ class Part:
     failures: list[str] = field(default_factory=list)
 
     def hold(self, what: str, gap: float) -> None:
-        """Note a failure unless a difference is small, which what is no number is not."""
+        """Record a failure unless the difference is within `TOLERANCE`; NaN is a failure."""
         if not gap <= TOLERANCE:
             self.failures.append(f"{what} differs by {gap:.1e}")
 
 
 class Check:
-    """The parts that have run, and what they have to know.
+    """The parts run so far, and the settings that they share.
 
     Args:
         output: Folder of the report.
-        device: Where to compute.
-        minutes: For all parts together.
-        learners: Those that are compared; all where none is named.
+        device: The device to check.
+        minutes: Time for all parts together.
+        learners: Learners to compare; all if empty.
     """
 
     def __init__(self, output: Path, device: str, minutes: float, learners: Sequence[str]) -> None:
@@ -135,20 +132,23 @@ class Check:
     def failures(self) -> list[str]:
         return [f"{part.name}: {text}" for part in self.parts for text in part.failures]
 
+    def chosen(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        return [pair for pair in pairs if not self.learners or pair[0] in self.learners]
+
     def run(self, name: str) -> None:
-        """Run a part within its share of the time."""
+        """Run a part within its time budget."""
         work, share = PARTS[name]
         part = Part(name, (work.__doc__ or "").splitlines()[0])
         self.parts.append(part)
         print(f"\n## {name}: {part.about}", flush=True)
         began = time.monotonic()
-        seconds = min(share * self.minutes / 10, self.end - began)
+        seconds = max(min(share * self.minutes / 10, self.end - began), 0.0)
         try:
             with time_limit(seconds):
                 work(self, part)
         except TimeIsUpError:
-            part.notes.append(f"cut after {seconds:.0f} s: what would have followed was not run")
-        # Whatever breaks in one part, the others are of use.
+            part.notes.append(f"cut after {seconds:.0f} s: the rest was not run")
+        # The other parts are useful even if one breaks.
         except Exception as error:
             part.failures.append(f"{type(error).__name__}: {one_line(error)[:300]}")
         part.seconds = time.monotonic() - began
@@ -156,13 +156,13 @@ class Check:
         self.write()
 
     def add(self, part: Part, **row: Any) -> None:
-        """Add a line to the table of a part, and write it down."""
+        """Add a row to the table of a part and write the report."""
         part.rows.append(row)
         print("  ".join(f"{name} {shown(value)}" for name, value in row.items()), flush=True)
         self.write()
 
     def write(self) -> None:
-        """Write the report as it stands."""
+        """Write the report with everything measured so far."""
         content = {"failures": self.failures, "parts": [asdict(part) for part in self.parts]}
         (self.output / "report.json").write_text(json.dumps(content, indent=1) + "\n")
         lines = ["# Check on a GPU", ""]
@@ -178,7 +178,7 @@ def shown(value: Any) -> str:
 
 
 def markdown(part: Part) -> Iterator[str]:
-    """A part of the report, line by line."""
+    """The lines of one part of the report."""
     yield from ("", f"## {part.name} ({part.seconds:.0f} s)", "", part.about, "")
     yield from (f"- {text}" for text in part.notes)
     columns = list(dict.fromkeys(name for row in part.rows for name in row))
@@ -187,11 +187,11 @@ def markdown(part: Part) -> Iterator[str]:
         yield f"| {' | '.join(line)} |" if line else ""
 
 
-# The machine, and what it draws and learns.
+# Results.
 
 
 def machine(check: Check, part: Part) -> None:
-    """The machine and the versions."""
+    """GPU, driver and versions."""
     found = environment.describe(str(check.device))
     found |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
     found |= {"gpus": torch.cuda.device_count(), **found.pop("versions")}
@@ -204,7 +204,7 @@ def machine(check: Check, part: Part) -> None:
 
 
 def episodes(check: Check, part: Part) -> None:
-    """Episodes drawn on the device against those drawn on the CPU, bit for bit, in float32."""
+    """Episodes drawn on the device and on the CPU are equal bit for bit, in float32."""
     for name, allowed in SOURCES.items():
         here, there = (
             build_source(composed("algo=maml", f"data={name}", f"device={device}"))
@@ -232,12 +232,12 @@ def moved(batch: TaskBatch, device: torch.device) -> TaskBatch:
 
 
 def contract(check: Check, part: Part) -> None:
-    """Every learner against itself on the CPU in float64, with the same weights and batch.
+    """Every learner on the device against the CPU, in float64, from the same weights and batch.
 
-    The largest difference of one update's changes of parameters and buffers, of its answers after
-    it, and of the losses along its stream, each relative to the largest of these numbers.
+    A row has the largest difference in what one update adds to parameters and buffers, in the
+    answers after it, and in the losses along a stream, each relative to the largest such number.
     """
-    for algo, data in chosen(check, PAIRS):
+    for algo, data in check.chosen(PAIRS):
         row: dict[str, Any] = {"learner": algo, "data": data}
         try:
             with time_limit(60):
@@ -249,23 +249,28 @@ def contract(check: Check, part: Part) -> None:
                         part.hold(f"{algo} on {data}, {engine.kind}: {name}", gap)
         except TimeIsUpError:
             row["error"] = "cut"
-        # What is wrong with one learner is a finding, and no reason to leave out the others.
+        # Report the error and continue with the other learners.
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {one_line(error)[:150]}"
             part.failures.append(f"{algo} on {data}: {row['error']}")
-            # But after one in a kernel the process computes no more.
+            # After an error in a kernel CUDA refuses all further work of the process.
             if "CUDA error" in str(error):
                 raise
         check.add(part, **row)
 
 
 def replays(check: Check, part: Part) -> None:
-    """Updates and answers by `graph=replay` against those without, both on the device."""
+    """`graph=replay` against `graph=none`, both on the device; `refused` says why none was used."""
     refused: list[str] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        refused.append(record.getMessage()[:150])
+        return False
+
     logger = logging.getLogger(graph_replay.__name__)
     logger.setLevel(logging.DEBUG)
-    logger.addFilter(lambda record: bool(refused.append(record.getMessage()[:150])))
-    for algo, data in chosen(check, DIFFERENT):
+    logger.addFilter(note)
+    for algo, data in check.chosen(DIFFERENT):
         refused.clear()
         expected, found = (
             outcome(algo, data, check.device, Engine("vmap", graph=graph), *SMALLER[data])
@@ -277,14 +282,10 @@ def replays(check: Check, part: Part) -> None:
             part.hold(f"{algo} on {data}: {name}", gap)
 
 
-def chosen(check: Check, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [pair for pair in pairs if not check.learners or pair[0] in check.learners]
-
-
 def outcome(
     algo: str, data: str, device: torch.device, engine: Engine, *words: str
 ) -> dict[str, Tensors]:
-    """What one update changes, the answers after it, and the losses along a stream."""
+    """What one update adds to the weights, the answers after it, and the losses along a stream."""
     torch.manual_seed(0)
     made = build(algo, data, *LEARNING, *FEWER.get(algo, []), *words)
     algorithm, source = made.algorithm.to(device), made.source
@@ -306,7 +307,7 @@ def outcome(
 
 
 def numbers(algorithm: Algorithm) -> Tensors:
-    """Parameters and buffers that are no counts."""
+    """Floating-point parameters and buffers."""
     return {name: value for name, value in state(algorithm).items() if value.is_floating_point()}
 
 
@@ -315,11 +316,11 @@ def differences(found: Mapping[str, Tensors], expected: Mapping[str, Tensors]) -
 
 
 def difference(found: Tensors, expected: Tensors) -> float:
-    """The largest one, relative to the largest number that is expected."""
+    """The largest difference, relative to the largest expected number."""
     names = [name for name, value in expected.items() if value.numel()]
     if not names:
         return 0.0
-    # As tensors, since Python's max would pass over what is no number.
+    # As tensors, since Python's max ignores NaN.
     gaps = torch.stack([(found[name] - expected[name]).abs().max() for name in names])
     sizes = torch.stack([expected[name].abs().max() for name in names])
     return float(gaps.max()) / (float(sizes.max()) or 1.0)
@@ -329,24 +330,26 @@ def difference(found: Tensors, expected: Tensors) -> float:
 
 
 def speed(check: Check, part: Part) -> None:
-    """metarun's bench, with plain steps and with replayed ones, against what can be imported."""
+    """`metarun bench` with `graph=none,replay`, against the baselines that can be imported."""
     for workload in REHEARSED if check.rehearses else WORKLOADS:
-        bench(check, part, workload, "none,replay", most=0.15)
+        # Recording its graph takes a minute.
+        for graph in ("none", "replay") if workload == "mini" else ("none,replay",):
+            bench(check, part, workload, graph, most=0.15)
 
 
 def compiled(check: Check, part: Part) -> None:
-    """metarun's bench with `graph=compile`, which on a GPU makes whole-step CUDA graphs."""
+    """`metarun bench` with `graph=compile`, which on a GPU makes whole-step CUDA graphs."""
     for workload in REHEARSED[:1] if check.rehearses else WORKLOADS:
         bench(check, part, workload, "compile", most=0.3)
 
 
 def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -> None:
-    """Add what `metarun bench` says of a workload, in a process of its own.
+    """Run `metarun bench` on a workload in a subprocess and add its results.
 
     Args:
-        check, part: Where to add it.
-        workload, graph: Words of the bench.
-        most: Share of all the time that it may take.
+        check, part: Where the rows go.
+        workload, graph: Options of the bench.
+        most: Largest share of the total time.
     """
     seconds = "0.05" if check.rehearses else "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -364,11 +367,11 @@ def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -
         row |= {"engine": result["engine"], "ms": result["metarun"]["milliseconds"]}
         row |= {"first, ms": result["metarun"]["first_milliseconds"]}
         row |= {"of peak": result["metarun"]["share_of_peak"]}
-        for rival in result["rivals"]:
-            name = rival["name"]
-            row |= {f"{name}, ms": rival["milliseconds"], f"times {name}": rival["ratio"]}
-            row[f"differs from {name}"] = rival["difference"]
-            part.hold(f"{workload}, graph={row['graph']}, {name}", rival["difference"])
+        for other in result["baselines"]:
+            name = other["name"]
+            row |= {f"{name}, ms": other["milliseconds"], f"times {name}": other["ratio"]}
+            row[f"differs from {name}"] = other["difference"]
+            part.hold(f"{workload}, graph={row['graph']}, {name}", other["difference"])
         check.add(part, **row)
     if code is None:
         part.notes.append(f"{workload}, graph={graph}: cut")
@@ -377,9 +380,9 @@ def bench(check: Check, part: Part, workload: str, graph: str, *, most: float) -
 
 
 def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, str]:
-    """Exit code of Python with some words, and its last line of errors.
+    """Run Python with these arguments; returns its exit code and the last line of its errors.
 
-    When time is up it is asked to end, so that the bench writes what it has, and the code is None.
+    At the limit it is interrupted, so that the bench writes its results, and the code is None.
     """
     limit = min(limit, signal.getitimer(signal.ITIMER_REAL)[0] - GRACE)
     if limit <= 0.0:
@@ -398,7 +401,7 @@ def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, s
         with suppress(subprocess.TimeoutExpired):
             child.wait(GRACE - 2.0)
     finally:
-        # With all that it has started.
+        # The whole group: compilers are processes of their own.
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()
@@ -407,7 +410,7 @@ def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, s
 
 
 def resnet12(check: Check, part: Part) -> None:
-    """A ProtoNet's training step with ResNet-12 at 84x84: share of the peak of products, memory."""
+    """ProtoNet with ResNet-12 at 84x84: share of the matrix-multiply peak, and memory."""
     (workload,) = select(["protonet-resnet12"])
     workload = replace(workload, filters=4) if check.rehearses else workload
     try:
@@ -415,89 +418,21 @@ def resnet12(check: Check, part: Part) -> None:
             set_tf32(tf32)
             top = peak(check.device, torch.bfloat16 if precision == "mixed" else torch.float32)
             for tasks in (1,) if check.rehearses else (1, 8):
-                variant = Variant(graph="none", precision=precision)
-                row = step_figures(check, replace(workload, tasks=tasks), variant, top)
-                check.add(part, precision=precision, tf32=tf32, tasks=tasks, **row)
+                here = replace(workload, tasks=tasks)
+                how = Variant(graph="none", precision=precision)
+                steps = {"ours": our_step(here, how, check.device)[0]}
+                times = interleave(steps, 0.1 if check.rehearses else 2.0, check.device)["ours"]
+                rate = (operations(here) or 0) / times.median
+                row = {"precision": precision, "tf32": tf32, "tasks": tasks}
+                row |= {"ms": 1e3 * times.median, "TFLOP/s": rate / 1e12, "of peak": rate / top}
+                memory = memory_of_step(how, here, check.device)
+                check.add(part, **row, **{"peak, TFLOP/s": top / 1e12, "MiB": memory})
     finally:
         set_tf32(TF32[0])
 
 
-def step_figures(
-    check: Check, workload: Workload, variant: Variant, top: float
-) -> dict[str, float | None]:
-    """Time, operations a second, their share of the machine's peak, and memory of a step."""
-    step, _ = our_step(workload, variant, check.device)
-    seconds = 0.1 if check.rehearses else 2.0
-    median = interleave({"ours": step}, seconds, check.device)["ours"].median
-    rate = (operations(workload) or 0) / median
-    figures = {"ms": 1e3 * median, "TFLOP/s": rate / 1e12, "peak TFLOP/s": top / 1e12}
-    return {
-        **figures,
-        "of peak": rate / top,
-        "MiB": memory_of_step(variant, workload, check.device),
-    }
-
-
-def captured_steps(check: Check, part: Part) -> None:
-    """No part of metarun yet: replayed steps captured as CUDA graphs, against replays as they are.
-
-    What this would bring decides whether `graph=replay` is to do so on a GPU.
-    """
-    if check.rehearses:
-        part.notes.append("not run: no GPU")
-        return
-    for workload in select(["sinusoid", "conv4-1", "protonet"]):
-        steps, losses = {}, []
-        for name, graphs in (("replayed", graph_replay.Graphs()), ("captured", Captured())):
-            algorithm = algorithm_of(workload, Variant(), check.device)
-            algorithm.engine = Engine("vmap", graph="replay", graphs=graphs)
-            batch = batch_of(workload, check.device, torch.float32)
-            steps[name] = partial(algorithm.update, batch, Progress(0, 1))
-            losses.append(float(steps[name]()["loss"]))
-        times = interleave(steps, 1.0, check.device)
-        milliseconds = {f"{name}, ms": 1e3 * own.median for name, own in times.items()}
-        check.add(part, workload=workload.name, **milliseconds, loss_apart=losses[1] - losses[0])
-
-
-class Captured(graph_replay.Graphs):
-    """Graphs whose replays are captured as one CUDA graph each."""
-
-    def find(self, kind: Any, key: Any, function: Any, args: Any) -> Callable[..., Any] | None:
-        known = set(self._made)
-        graph = super().find(kind, key, function, args)
-        for new in self._made.keys() - known:
-            graph = self._made[new] = graph and captured(graph, args)
-        return graph
-
-
-def captured(graph: Callable[..., Any], args: Sequence[Sequence[Tensor]]) -> Callable[..., Any]:
-    """A replay that reads its arguments in one place and leaves its results in another."""
-    places = [[tensor.detach().clone() for tensor in tensors] for tensors in args]
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        # Libraries choose their algorithms and take their memory before.
-        for _ in range(3):
-            graph(*places)
-    torch.cuda.current_stream().wait_stream(aside)
-    whole = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(whole):
-        results = graph(*places)
-
-    def run(*values: Sequence[Tensor]) -> Any:
-        for place, tensor in zip(chain(*places), chain(*values), strict=True):
-            place.copy_(tensor)
-        whole.replay()
-        return pytree.tree_map(torch.clone, results)
-
-    return run
-
-
-# Several processes.
-
-
 def processes(check: Check, part: Part) -> None:
-    """Two processes, one GPU each, against one: parameters after four steps in float64."""
+    """Two processes with a GPU each against one: parameters after four steps, in float64."""
     if not check.rehearses and torch.cuda.device_count() < 2:
         part.notes.append("not run: one GPU")
         return
@@ -530,27 +465,28 @@ PARTS: dict[str, tuple[Callable[[Check, Part], None], float]] = {
     "speed": (speed, 200),
     "resnet12": (resnet12, 60),
     "processes": (processes, 90),
-    "captured": (captured_steps, 45),
-    # Last, since compilers take as long as there is.
+    # Last, with the time that is left: it mostly compiles.
     "compile": (compiled, 600),
 }
-"""What is run, in this order, with the most seconds of ten minutes that each may take."""
+"""The parts in the order of running, each with its time budget in seconds for ten minutes."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Checks on a GPU; tests/gpu/README.md says more.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the report")
-    parser.add_argument("--device", default="cuda", help="cpu rehearses (default cuda)")
-    parser.add_argument("--minutes", type=float, default=9.5, help="for all (default 9.5)")
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, apart by commas")
-    parser.add_argument("--learners", default="", help="only these, apart by commas")
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 or cpu (default cuda)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="total time (default 9)")
+    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts")
+    parser.add_argument("--learners", default="", help="comma-separated learners to compare")
     args = parser.parse_args()
     names, learners = ([w for w in text.split(",") if w] for text in (args.only, args.learners))
     for name in names:
         if name not in PARTS:
             parser.error(f"--only {name}: expected some of {', '.join(PARTS)}")
     if args.device != "cpu" and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: no GPU is available here; cpu rehearses")
+        parser.error(
+            f"--device {args.device}: no GPU is available here: use --device cpu to rehearse"
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGALRM, ring)
     check = Check(args.output, args.device, args.minutes, learners)
