@@ -412,11 +412,12 @@ def finished(words: list[str], folder: str, limit: float) -> tuple[int | None, s
 def resnet12(check: Check, part: Part) -> None:
     """ProtoNet with ResNet-12 at 84x84: share of the matrix-multiply peak, and memory."""
     (workload,) = select(["protonet-resnet12"])
-    workload = replace(workload, filters=4) if check.rehearses else workload
+    workload = replace(workload, filters=4, image=28) if check.rehearses else workload
     try:
         for tf32, precision in (("none", "float32"), ("all", "float32"), ("all", "mixed")):
             set_tf32(tf32)
-            top = peak(check.device, torch.bfloat16 if precision == "mixed" else torch.float32)
+            dtype = torch.bfloat16 if precision == "mixed" else torch.float32
+            top = peak(check.device, dtype, most=256 if check.rehearses else None)
             for tasks in (1,) if check.rehearses else (1, 8):
                 here = replace(workload, tasks=tasks)
                 how = Variant(graph="none", precision=precision)
@@ -432,29 +433,31 @@ def resnet12(check: Check, part: Part) -> None:
 
 
 def processes(check: Check, part: Part) -> None:
-    """Two processes with a GPU each against one: parameters after four steps, in float64."""
-    if not check.rehearses and torch.cuda.device_count() < 2:
-        part.notes.append("not run: one GPU")
-        return
-    words = [word for word in SMALL_RUN if not word.startswith("device=")]
-    words += [f"device={check.device.type}", "train.steps=4", "optim=sgd", "optim.lr=0.1"]
+    """Runs of four steps in float64 against one on the CPU: their parameters at the end."""
     two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    runs: dict[str, tuple[list[str], str]] = {"cpu": ([], "cpu")}
+    runs["one process"] = [], check.device.type
+    if check.rehearses or torch.cuda.device_count() > 1:
+        runs["two processes"] = two, check.device.type
+    else:
+        part.notes.append("two processes over NCCL: not run: one GPU")
     learned: dict[str, Tensors] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, launch in (("one", []), ("two", two)):
-            run = f"outputs/x/{name}"
-            command = [*launch, "-m", "metarun", *words, f"hydra.run.dir={run}"]
+        for name, (launch, device) in runs.items():
+            made = Path(folder) / "outputs/x" / name.replace(" ", "-")
+            words = [word for word in SMALL_RUN if not word.startswith("device=")]
+            words += [f"device={device}", "train.steps=4", "optim=sgd", "optim.lr=0.1"]
+            command = [*launch, "-m", "metarun", *words, f"hydra.run.dir={made}"]
             code, errors = finished(command, folder, 120)
             if code != 0:
                 part.failures.append(f"{name}: {errors}")
-                return
-            made = Path(folder) / run
+                continue
             saved = read_checkpoint(made / "checkpoints/last.pt")["state"]
             learned[name] = {n: v for n, v in saved.items() if isinstance(v, Tensor)}
             number = json.loads((made / "environment.json").read_text())["processes"]
-    gap = difference(learned["two"], learned["one"])
-    check.add(part, processes=number, parameters=gap)
-    part.hold("the parameters of two processes", gap if number == 2 else float("nan"))
+            gap = difference(learned[name], learned["cpu"])
+            check.add(part, run=name, processes=number, parameters=gap)
+            part.hold(name, gap if number == 1 + (launch == two) else float("nan"))
 
 
 PARTS: dict[str, tuple[Callable[[Check, Part], None], float]] = {
