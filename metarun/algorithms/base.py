@@ -90,7 +90,7 @@ class Algorithm(nn.Module, ABC):
         if spec.kind not in self.kinds:
             raise ValueError(
                 f"{name} learns {' and '.join(self.kinds)}, but the data set has {spec.kind} "
-                "tasks: choose another algo (`metarun list`)"
+                "tasks: choose another algo=… or data=… (`metarun list algo data`)"
             )
         if self.learns_online and spec.streams is None:
             raise ValueError(

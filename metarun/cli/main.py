@@ -127,9 +127,7 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
     args = _parse(argv)
     for word in args.overrides:
         if "=" not in word and not word.startswith("~"):
-            found = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
-            hint = f": did you mean `metarun {found[0]}`?" if found else "; see `metarun --help`"
-            raise ValueError(f"{word!r} is neither a subcommand nor KEY=VALUE{hint}")
+            raise ValueError(f"{word!r} is neither a subcommand nor KEY=VALUE{_hint(word)}")
     if args.hydra_help or args.shell_completion:
         return _hand_over(args, _never)
     if args.help:
@@ -140,6 +138,16 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
     code = _application(args, argv)
     distributed.stop()
     return code
+
+
+def _hint(word: str) -> str:
+    """What was probably meant by a word that is no KEY=VALUE."""
+    if word in SUBCOMMANDS:
+        return f": type the subcommand first, as in `metarun {word} …`"
+    if word in ("resume", "test"):
+        return f": type {word}=RUN, with the folder of a run"
+    found = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
+    return f": did you mean `metarun {found[0]}`?" if found else "; see `metarun --help`"
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -170,6 +170,8 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["-m", "algo=maml", "seed=1,x"], ["seed=x: expected a whole number"]),
         (["-m", "experiment=glob(nothing*)"], ["selects nothing"]),
         (["lsit"], ["did you mean `metarun list`?"]),
+        (["algo=maml", "list"], ["type the subcommand first, as in `metarun list …`"]),
+        (["resume", "outputs"], ["type resume=RUN, with the folder of a run"]),
         (["--mutlirun"], ["did you mean --multirun?"]),
         (["--cfg", "jbo"], ["'jbo'"]),
         (["--cfg", "job", "shto=3"], ["did you mean shot?"]),
