@@ -49,7 +49,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     for word in words:
         if word not in GROUPS:
-            raise ValueError(f"metarun list {word}: expected {' or '.join(GROUPS)}")
+            raise ValueError(f"list {word}: unknown group, expected one of {', '.join(GROUPS)}")
     for group in words or GROUPS:
         _show_group(folders, group)
     return 0
@@ -59,7 +59,7 @@ def _path(folders: Sequence[Path], group: str, name: str) -> Path:
     path = find(folders, group, name)
     if path is None:
         hint = nearest(name, entries(folders, group)) or f" (`metarun list {group}`)"
-        raise ValueError(f"metarun list {group} {name}: there is no {group}={name}{hint}")
+        raise ValueError(f"list {group} {name}: there is no {group}={name}{hint}")
     return path
 
 

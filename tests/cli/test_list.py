@@ -46,9 +46,7 @@ def test_every_group_has_choices_to_show(
 def test_an_unknown_choice_is_one_line_with_the_nearest(metarun: Command) -> None:
     answer = metarun("list", "algo", "malm")
     assert answer.code == 2
-    assert (
-        answer.err == "error: metarun list algo malm: there is no algo=malm: did you mean maml?\n"
-    )
+    assert answer.err == "error: list algo malm: there is no algo=malm: did you mean maml?\n"
 
 
 def test_the_command_to_try_can_be_composed(metarun: Command, tmp_path: Path) -> None:

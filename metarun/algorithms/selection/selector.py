@@ -373,8 +373,16 @@ def _mixed(scores: Tensor, answers: Tensor) -> Tensor:
 
 
 def _picked(scores: Tensor, answers: Tensor) -> Tensor:
-    """Return those of the answers (T, B, Q, D) that have the greatest score (T, B), (T, Q, D)."""
-    return answers[torch.arange(len(answers), device=answers.device), scores.argmax(1)]
+    """Return those of the answers (T, B, Q, D) that have the greatest score (T, B), (T, Q, D).
+
+    Of scores that are equal but for rounding the first wins, so that the choice does not depend
+    on how many tasks are answered together.
+    """
+    best = scores.amax(1, keepdim=True)
+    tied = scores >= best - 100 * torch.finfo(scores.dtype).eps * best.abs()
+    numbers = torch.arange(scores.shape[1], device=scores.device)
+    first = torch.where(tied, numbers, scores.shape[1] - 1).amin(1)
+    return answers[torch.arange(len(answers), device=answers.device), first]
 
 
 def _losses(kind: str, answers: Tensor, targets: Tensor) -> Tensor:

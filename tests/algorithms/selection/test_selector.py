@@ -17,7 +17,7 @@ from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.algorithms.selection import portfolio
 from metarun.algorithms.selection.portfolio import study
-from metarun.algorithms.selection.selector import Selector, task_features
+from metarun.algorithms.selection.selector import Selector, _picked, task_features
 from metarun.core.types import SPLITS, EpisodeSize, LearnedState, Progress, TaskBatch, TaskSpec
 from metarun.evaluation.episodes import evaluate
 from tests.helpers import TINY_BACKBONES, image_batch, image_spec, linear_backbone, make
@@ -488,3 +488,12 @@ def test_regressions_are_chosen_among_too() -> None:
         assert list(found.strategies)[:4] == ["mean", "knn", "ridge", "tree"]
         error = {n: float((o - batch.query_y).square().mean()) for n, o in found.strategies.items()}
         assert error["ridge"] < error["mean"]
+
+
+def test_of_scores_that_differ_by_rounding_the_first_is_picked() -> None:
+    answers = torch.arange(4.0).view(1, 4, 1, 1).expand(3, 4, 1, 1)
+    scores = torch.tensor([[0.1, 0.3, 0.3, 0.2], [0.3, 0.1, 0.4, 0.4], [-2.0, -1.0, -3.0, -1.0]])
+    for nudge in (0.0, 1.0):
+        near = scores * (1.0 + nudge * torch.tensor([0.0, 0.0, 0.0, 2e-7]))
+        near[0, 2] *= 1.0 + nudge * 2e-7
+        assert _picked(near, answers).flatten().tolist() == [1.0, 2.0, 1.0]
