@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from metarun.cli.parser import Parser
+from metarun.core.console import table_console
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
-
-_NARROWEST, _WIDEST = 40, 100
 
 
 def run(argv: Sequence[str]) -> int:
@@ -76,8 +73,7 @@ def _list(root: str | None, *, verify: bool) -> int:
     for entry in registry.DATASETS.values():
         table.add_row(entry.name, entry.line)
         table.add_row("", _state(entry, base, root, verify=verify))
-    columns = shutil.get_terminal_size((80, 24)).columns
-    Console(width=max(_NARROWEST, min(_WIDEST, columns)), highlight=False).print(table)
+    table_console().print(table)
     return 0
 
 

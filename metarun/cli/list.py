@@ -6,13 +6,12 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from metarun.cli.parser import Parser
 from metarun.config.catalogue import GROUPS, conf_dir, entries, find, header, keys, recipes
 from metarun.config.suggestions import nearest
-from metarun.core.console import INDENT, WIDEST, columns
+from metarun.core.console import INDENT, table_console
 
 EXAMPLES = {
     "algo": "algo={name} data={recipe}",
@@ -63,15 +62,11 @@ def _path(folders: Sequence[Path], group: str, name: str) -> Path:
     return path
 
 
-def _console() -> Console:
-    return Console(width=min(WIDEST, columns()), highlight=False)
-
-
 def _show_group(folders: Sequence[Path], group: str) -> None:
     found = entries(folders, group)
     if not found:
         return
-    console = _console()
+    console = table_console()
     console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
     for line in _lines(found, console.width):
         console.print(line, soft_wrap=True)
@@ -80,7 +75,7 @@ def _show_group(folders: Sequence[Path], group: str) -> None:
 
 def _show_choice(folders: Sequence[Path], path: Path) -> None:
     """The description of a choice, its keys with their defaults, and a command to try."""
-    console = _console()
+    console = table_console()
     group, name = path.parent.name, path.stem
 
     def show(text: str, indent: int = 0) -> None:

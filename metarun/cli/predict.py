@@ -12,7 +12,6 @@ import csv
 import io
 import itertools
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,12 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 from rich.cells import cell_len
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from metarun.cli.parser import Parser
-from metarun.core.console import Screen, warnings_held
+from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import write_new
 from metarun.data.storage.image_files import SUFFIXES
@@ -43,7 +41,6 @@ DEFAULT_CSV = "predictions.csv"
 _AT_ONCE = 250
 _ROWS_ON_A_TERMINAL = 30
 _NAMED = 3
-_NARROWEST, _WIDEST = 40, 100
 _FOR_SECOND_BEST = 60
 _PERCENT = len("100.0 %")
 _GAP = 2
@@ -394,8 +391,7 @@ def _show(
     place: Path,
 ) -> None:
     names, classes = folder.configuration()["names"], support.classes
-    columns = shutil.get_terminal_size((80, 24)).columns
-    console = Console(width=max(_NARROWEST, min(_WIDEST, columns)), highlight=False)
+    console = table_console()
     many = len(query.files)
     # Not `console.is_terminal`, which environment variables for colored logs turn on.
     shown = min(many, _ROWS_ON_A_TERMINAL) if sys.stdout.isatty() else many

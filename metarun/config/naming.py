@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-HOW_IT_RUNS = (
-    "device", "engine", "tasks_per_chunk", "threads", "graph", "debug", "sweep", "published",
-    "paper", "hydra", "logger",
-)  # fmt: skip
+HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
+"""Root keys that set where and how the tasks of a batch are computed."""
+
+HOW_IT_RUNS = (*HOW_TASKS_RUN, "debug", "sweep", "published", "paper", "hydra", "logger")
 """Root keys that do not change the results of a run and are left out of its hash."""
 
 
@@ -56,6 +56,3 @@ def job_name(words: Sequence[str], config: Mapping[str, Any]) -> str:
 def root_of(word: str) -> str:
     """Return the first component of the key of `KEY=VALUE`."""
     return re.split(r"[.=/@]", word.lstrip("+~"))[0]
-
-
-HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")

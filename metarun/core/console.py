@@ -264,6 +264,11 @@ def columns() -> int:
     return max(NARROWEST, shutil.get_terminal_size((FULL_WIDTH, 24)).columns)
 
 
+def table_console() -> Console:
+    """Return a console of the terminal's width, within `NARROWEST` and `WIDEST`."""
+    return Console(width=min(WIDEST, columns()), highlight=False)
+
+
 def stacked(text: str, width: int) -> str:
     """Return a two-column text with the second column below the first, for a narrow terminal."""
     paragraphs: list[tuple[str, str]] = []

@@ -15,14 +15,13 @@ from metarun.algorithms.base import Algorithm
 from metarun.core import distributed
 from metarun.core.console import Screen, summary
 from metarun.core.errors import Interrupted
-from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings
 from metarun.core.types import EpisodeSource, Record
 from metarun.evaluation.episodes import evaluate
 from metarun.evaluation.measures import EpisodeMetrics
 from metarun.evaluation.stream_rollouts import SplitRollouts
 from metarun.runs.folder import RunFolder
-from metarun.training.results import about, stream_figures, test_record, write_samples, write_test
+from metarun.training.results import about, stream_figures, test_record, write_results
 from metarun.training.signals import Signals, StopRequestedError, ticker
 from metarun.training.state import load_parameters
 
@@ -68,17 +67,14 @@ def meta_test(
         if not distributed.is_main():
             return {}
         figures = stream_figures(measured, source.spec, evaluation)
-        results: Record = {
+        record: Record = {
             **about(algorithm, source, run_info),
             **test_record(measured, source.spec, figures),
             "parameters_from": kind,
             "parameters_step": checkpoint["step"],
             "seconds": time.perf_counter() - began,
         }
-        results = finite(results)
-        write_test(folder, source, measured, figures)
-        RunFolder(folder).write_json("results.json", results)
-        write_samples(folder, algorithm, source)
+        results = write_results(RunFolder(folder), record, algorithm, source, measured, figures)
         _log.info("%s", summary(results, str(folder)))
         return results
 

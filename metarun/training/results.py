@@ -16,11 +16,13 @@ import numpy as np
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment
 from metarun.core.files import write_atomically
+from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings
 from metarun.core.statistics import Floats, interval
 from metarun.core.types import EpisodeSource, Record, TaskSpec
 from metarun.evaluation import continual_metrics, task_clusters
 from metarun.evaluation.measures import EpisodeMetrics
+from metarun.runs.folder import RESULTS, RunFolder
 from metarun.runs.formats import FORMAT
 
 _SAMPLED_TASKS = 8
@@ -134,7 +136,32 @@ def _interval_record(values: Floats) -> Record:
     return {"mean": mean, "ci95": ci95}
 
 
-def write_test(
+def write_results(
+    run: RunFolder,
+    record: Record,
+    algorithm: Algorithm,
+    source: EpisodeSource,
+    measured: EpisodeMetrics,
+    figures: Mapping[str, Floats],
+) -> Record:
+    """Write all files of a meta-test and return the content of its `results.json`.
+
+    Args:
+        run: Folder of the run or of the test.
+        record: Entries of `results.json`; numbers that are not finite become None.
+        algorithm: The learner that was tested.
+        source: The data set.
+        measured: Its metrics on the test episodes.
+        figures: As `stream_figures` returns them.
+    """
+    results: Record = finite(record)
+    _write_episodes(run.path, source, measured, figures)
+    run.write_json(RESULTS, results)
+    _write_samples(run.path, algorithm, source)
+    return results
+
+
+def _write_episodes(
     folder: Path, source: EpisodeSource, measured: EpisodeMetrics, figures: Mapping[str, Floats]
 ) -> None:
     """Write the measurements of every test episode to `episodes.npz`, and curves of streams."""
@@ -164,7 +191,7 @@ def write_test(
         write_atomically(folder / "stream.csv", table.encode())
 
 
-def write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
+def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
     """Write the rows that a generative algorithm makes for the first test tasks, with support."""
     if not algorithm.generates:
         return

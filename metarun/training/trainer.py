@@ -23,7 +23,6 @@ from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment, seeding
 from metarun.core.console import BAR_SHOWS_IT, Bar, Screen, duration, figure, number, summary
 from metarun.core.files import check_space
-from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSource, Progress, Record, Share
 from metarun.evaluation.measures import EpisodeMetrics
@@ -32,7 +31,7 @@ from metarun.trackers.base import RATE, Trackers
 from metarun.training.changes import note_changes
 from metarun.training.failures import outcome
 from metarun.training.meta_test import measure_test, test_rollouts
-from metarun.training.results import about, stream_figures, test_record, write_samples, write_test
+from metarun.training.results import about, stream_figures, test_record, write_results
 from metarun.training.signals import Signals, StopRequestedError, ticker
 from metarun.training.state import check_same_parameters, load_parameters, required_bytes
 from metarun.training.validation import is_better, validate
@@ -397,7 +396,7 @@ class _Loop:
         if not distributed.is_main():
             return {}
         figures = stream_figures(measured, self.source.spec, self.evaluation)
-        results: Record = {
+        record: Record = {
             **about(self.algorithm, self.source, self.run_info),
             **test_record(measured, self.source.spec, figures),
             "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
@@ -411,10 +410,7 @@ class _Loop:
             * self.settings.tasks_per_step
             / max(self.train_seconds, 1e-9),
         }
-        results = finite(results)
-        write_test(self.run.path, self.source, measured, figures)
-        self.run.write_json("results.json", results)
-        write_samples(self.run.path, self.algorithm, self.source)
+        results = write_results(self.run, record, self.algorithm, self.source, measured, figures)
         self.run.set_status("finished", step=self.step, steps=self.settings.steps)
         _log.info("%s", summary(results, str(self.run.path)))
         return results

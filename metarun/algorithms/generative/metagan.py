@@ -8,6 +8,7 @@ C H W' channels, height and width of an image.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from itertools import pairwise
@@ -93,7 +94,9 @@ class MetaGAN(Algorithm):
     ) -> None:
         self.accepts_any_way = learner.accepts_any_way
         self.label_equivariant = learner.label_equivariant
-        super().__init__(**{key: common[key] for key in _INJECTED if key in common})
+        # What every algorithm is given; the rest are options of the learner.
+        given = inspect.signature(Algorithm.__init__).parameters
+        super().__init__(**{key: value for key, value in common.items() if key in given})
         made: Any = learner(**common)
         if not _suits(made):
             raise ValueError(
@@ -248,10 +251,6 @@ class MetaGAN(Algorithm):
         latent = seeding.normal(keys, 0, (count, self.latent), dtype=self.dtype)
         made: Tensor = self.generator(support_x, latent)
         return made
-
-
-_INJECTED = ("spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed")
-"""Arguments that every algorithm receives in addition to its own options."""
 
 
 def _suits(learner: Algorithm) -> bool:
