@@ -26,6 +26,10 @@ TINY_BACKBONES: dict[str, Any] = {
     # Its first block has as many filters as a patch has values, and is computed from patches.
     "conv4 of patches": partial(Conv4, filters=[9, 3], blocks=2),
     "conv4 stride": partial(Conv4, filters=3, blocks=2, downsample="stride", pool="mean"),
+    "conv4 as in MAML++": partial(
+        Conv4, filters=3, blocks=2, activation="leaky_relu", init="xavier_uniform"
+    ),
+    "conv4 rounding up": partial(Conv4, filters=3, blocks=2, downsample="max_pool_ceil"),
     "conv4 instance norm": partial(Conv4, filters=3, blocks=2, norm="instance"),
     "resnet12": partial(ResNet12, widths=[2, 3], drop_rate=0.2, block_size=3),
 }

@@ -1,4 +1,4 @@
-"""Conv4: four blocks of 3x3 convolution, normalization, ReLU and downsampling by 2.
+"""Conv4: four blocks of 3x3 convolution, normalization, activation and downsampling by 2.
 
 With max-pooling it is the backbone of Vinyals et al. 2016 and Snell et al. 2017. With stride-2
 convolutions it is that of MAML's Omniglot experiments (Finn et al. 2017, section 5.2).
@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.modulation import FiLM
-from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, Unchanged, many_rows
-from metarun.backbones.network import Network
+from metarun.backbones.layers.normalization import (
+    BatchNorm,
+    InstanceNorm,
+    Pooling,
+    Unchanged,
+    halved,
+    halved_ceil,
+    many_rows,
+)
+from metarun.backbones.network import Network, check_choice, check_norm_eps
 
-Downsample = Literal["max_pool", "stride"]
+Downsample = Literal["max_pool", "max_pool_ceil", "stride"]
 Pool = Literal["flatten", "mean"]
 Norm = Literal["batch", "instance", "none"]
+Activation = Literal["relu", "leaky_relu"]
+Init = Literal["torch", "xavier_uniform"]
 
 
 class Conv4(Network):
@@ -31,7 +41,8 @@ class Conv4(Network):
         output_dim: Number of outputs of the head; None omits the head and returns the features.
         filters: Number of channels of every block (the papers use 32 and 64), or one per block.
         blocks: Number of blocks.
-        downsample: `max_pool` halves the image and rounds down, `stride` rounds up.
+        downsample: `max_pool` halves the image and rounds down, `max_pool_ceil` and `stride` round
+            up. `max_pool_ceil` is TensorFlow's padding `same`, as in Reptile's code.
         strides: Stride of each block's convolution, which replaces the halving of every block.
             Javed & White (2019) use six blocks with strides 2, 1, 2, 1, 2, 2.
         padding: Padding of each convolution, in pixels.
@@ -39,8 +50,15 @@ class Conv4(Network):
             does on Omniglot.
         norm: `batch`, `instance` or `none`. With instance norm the output for an image does not
             depend on the other rows, as online learners require.
+        norm_eps: Constant that the normalization adds to the variance: 1e-5 in torch, 1e-3 in
+            TensorFlow.
+        activation: `relu`, or `leaky_relu` of slope 0.01, as in the code of MAML++.
+        init: Initialization of the weights. `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+            `xavier_uniform` draws U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) and has biases 0
+            (Glorot & Bengio 2010), as in the code of MAML++ and TensorFlow's layers.
         context_dim: Size of `ForwardContext.context`; 0 for none. A FiLM layer uses it to scale
-            and shift the maps of the penultimate block, before ReLU (Zintgraf et al. 2019).
+            and shift the maps of the penultimate block, before the activation (Zintgraf et al.
+            2019).
         maps: Whether to return feature maps (N, C, H, W), as relation networks need. Only the
             first two blocks then downsample, without padding (Sung et al. 2018). Set by the
             algorithm.
@@ -61,14 +79,16 @@ class Conv4(Network):
         padding: int = 1,
         pool: Pool = "flatten",
         norm: Norm = "batch",
+        norm_eps: float = 1e-5,
+        activation: Activation = "relu",
+        init: Init = "torch",
         context_dim: int = 0,
         maps: bool = False,
     ) -> None:
         halving = min(blocks, 2) if maps else blocks
-        pooled = halving if downsample == "max_pool" and strides is None else 0
+        pooled = halving if downsample != "stride" and strides is None else 0
         check_image(input_shape, pooled, "conv4")
-        if downsample not in ("max_pool", "stride"):
-            raise ValueError(f"backbone.downsample={downsample}: expected max_pool or stride")
+        check_choice("downsample", downsample, Downsample)
         if padding < 0:
             raise ValueError(f"backbone.padding={padding}: expected 0 or more")
         steps = _strides(strides, blocks, halving if downsample == "stride" else 0)
@@ -82,17 +102,36 @@ class Conv4(Network):
                 f"backbone.filters={filters} does not match backbone.blocks={blocks}: give one "
                 "number for all blocks, or one for each"
             )
-        if pool not in ("flatten", "mean"):
-            raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
-        if norm not in ("batch", "instance", "none"):
-            raise ValueError(f"backbone.norm={norm}: expected batch, instance or none")
+        check_choice("pool", pool, Pool)
+        check_choice("norm", norm, Norm)
+        check_choice("activation", activation, Activation)
+        check_choice("init", init, Init)
+        check_norm_eps(norm_eps)
         if maps:
             _check_maps(input_shape, pool)
         paddings = [0 if maps and i < halving else padding for i in range(blocks)]
         _check_size(input_shape, steps, paddings)
         channels = [input_shape[0], *widths]
-        body = _Blocks(channels, steps, paddings, pooled, pool, norm, maps, context_dim)
+        norms = [_norm(norm, width, f"norms.{i}", norm_eps) for i, width in enumerate(widths)]
+        body = _Blocks(
+            channels,
+            steps,
+            paddings,
+            norms,
+            num_pooled=pooled,
+            ceil=downsample == "max_pool_ceil",
+            mean=pool == "mean",
+            leaky=activation == "leaky_relu",
+            maps=maps,
+            context_dim=context_dim,
+        )
         super().__init__(body, input_shape, output_dim)
+        if init == "xavier_uniform":
+            for module in self.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    assert module.bias is not None
+                    nn.init.zeros_(module.bias)
 
 
 class _Blocks(nn.Module):
@@ -101,9 +140,12 @@ class _Blocks(nn.Module):
         channels: Sequence[int],
         strides: Sequence[int],
         paddings: Sequence[int],
+        norms: Sequence[nn.Module],
+        *,
         num_pooled: int,
-        pool: str,
-        norm: str,
+        ceil: bool,
+        mean: bool,
+        leaky: bool,
         maps: bool,
         context_dim: int,
     ) -> None:
@@ -121,24 +163,25 @@ class _Blocks(nn.Module):
             )
             for i in range(blocks)
         )
-        self.norms = nn.ModuleList(
-            _norm(norm, width, f"norms.{i}") for i, width in enumerate(channels[1:])
-        )
+        self.norms = nn.ModuleList(norms)
         self.film_block = max(blocks - 2, 0)
         self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
         self.num_pooled = num_pooled
-        self.mean = pool == "mean"
+        self.pool: Pooling = halved_ceil if ceil else halved
+        self.mean = mean
+        self.activation = nn.functional.leaky_relu if leaky else torch.relu
         self.maps = maps
         self.native = False
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         x = self._laid_out(x)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            # Pooling before ReLU gives the same result and leaves ReLU a quarter of the work.
-            x = conv_and_norm(conv, norm, x, ctx, pool=i < self.num_pooled)
+            # Pooling before the activation gives the same result for a quarter of the work.
+            pool = self.pool if i < self.num_pooled else None
+            x = conv_and_norm(conv, norm, x, ctx, pool=pool)
             if self.film is not None and i == self.film_block:
                 x = self.film(x, ctx)
-            x = torch.relu(x)
+            x = self.activation(x)
         if self.maps:
             return x
         return x.mean((2, 3)) if self.mean else x.flatten(1)
@@ -153,10 +196,10 @@ class _Blocks(nn.Module):
         return x.reshape(len(x), *x.shape[2:], 1).permute(0, 3, 1, 2)
 
 
-def _norm(kind: str, width: int, name: str) -> nn.Module:
+def _norm(kind: str, width: int, name: str, eps: float) -> nn.Module:
     if kind == "batch":
-        return BatchNorm(width, name)
-    return InstanceNorm(width) if kind == "instance" else Unchanged()
+        return BatchNorm(width, name, eps)
+    return InstanceNorm(width, eps) if kind == "instance" else Unchanged()
 
 
 def _strides(strides: Sequence[int] | None, blocks: int, halving: int) -> list[int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.modulation import task_context
 from metarun.backbones.layers.normalization import BatchNorm
-from metarun.backbones.network import Network
+from metarun.backbones.network import Network, check_choice, check_norm_eps
 
 Activation = Literal["relu", "tanh"]
 Init = Literal["torch", "truncated_normal", "kaiming_normal"]
@@ -31,6 +31,7 @@ class MLP(Network):
         hidden: Widths of the hidden layers.
         activation: `relu` or `tanh`.
         batch_norm: Whether to normalize before each activation.
+        norm_eps: Constant that batch norm adds to the variance: 1e-5 in torch, 1e-3 in TensorFlow.
         init: Initialization of the weights. `torch` draws U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
             `truncated_normal` has standard deviation 0.01, truncated at two of them, and biases
             0, as in the MAML code. `kaiming_normal` is N(0, 2 / fan_in) with biases 0, which
@@ -51,16 +52,26 @@ class MLP(Network):
         hidden: Sequence[int] = (40, 40),
         activation: Activation = "relu",
         batch_norm: bool = False,
+        norm_eps: float = 1e-5,
         init: Init = "torch",
         context_dim: int = 0,
     ) -> None:
-        _check(hidden, activation, init)
+        if not hidden or min(hidden) < 1:
+            raise ValueError(
+                f"backbone.hidden={list(hidden)}: expected one or more positive widths"
+            )
+        check_choice("activation", activation, Activation)
+        check_choice("init", init, Init)
+        check_norm_eps(norm_eps)
         if batch_norm and context_dim:
             raise ValueError(
                 "backbone.batch_norm=true cancels the context, which adds the same to every row: "
                 "set backbone.batch_norm=false, or use backbone=conv4 on images"
             )
-        body = _Dense(math.prod(input_shape), hidden, activation, batch_norm, context_dim)
+        norms = [
+            BatchNorm(width, f"norms.{i}", norm_eps) for i, width in enumerate(hidden) if batch_norm
+        ]
+        body = _Dense(math.prod(input_shape), hidden, activation, norms, context_dim)
         super().__init__(body, input_shape, output_dim)
         if init != "torch":
             for module in self.modules():
@@ -95,7 +106,7 @@ class _Dense(nn.Module):
         input_dim: int,
         hidden: Sequence[int],
         activation: str,
-        batch_norm: bool,
+        norms: Sequence[nn.Module],
         context_dim: int,
     ) -> None:
         super().__init__()
@@ -104,9 +115,7 @@ class _Dense(nn.Module):
         self.linears = nn.ModuleList(
             nn.Linear(before, after) for before, after in zip(widths, hidden, strict=False)
         )
-        self.norms = nn.ModuleList(
-            BatchNorm(width, f"norms.{i}") for i, width in enumerate(hidden) if batch_norm
-        )
+        self.norms = nn.ModuleList(norms)
         self.activation = torch.tanh if activation == "tanh" else torch.relu
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
@@ -120,12 +129,3 @@ class _Dense(nn.Module):
                 x = self.norms[i](x, ctx)
             x = self.activation(x)
         return x
-
-
-def _check(hidden: Sequence[int], activation: str, init: str) -> None:
-    if not hidden or min(hidden) < 1:
-        raise ValueError(f"backbone.hidden={list(hidden)}: expected one or more positive widths")
-    if activation not in ("relu", "tanh"):
-        raise ValueError(f"backbone.activation={activation}: expected relu or tanh")
-    if init not in get_args(Init):
-        raise ValueError(f"backbone.init={init}: expected {', '.join(get_args(Init))}")

@@ -8,6 +8,9 @@ Shapes: N rows, F features.
 
 from __future__ import annotations
 
+import math
+from typing import Any, get_args
+
 import torch
 from torch import Tensor, nn
 
@@ -69,6 +72,27 @@ def set_mixed(module: nn.Module) -> int:
     for network in found:
         network.mixed = True
     return len(found)
+
+
+def check_choice(key: str, value: str, choices: Any) -> None:
+    """Check that a setting is one of the values of a `Literal`.
+
+    Raises:
+        ValueError: It is not; the message names the key and every choice.
+    """
+    *others, last = get_args(choices)
+    if value not in (*others, last):
+        raise ValueError(f"backbone.{key}={value}: expected {', '.join(others)} or {last}")
+
+
+def check_norm_eps(eps: float) -> None:
+    """Check that the constant of normalization layers is positive.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if not 0.0 < eps < math.inf:
+        raise ValueError(f"backbone.norm_eps={eps}: expected a positive number")
 
 
 def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:

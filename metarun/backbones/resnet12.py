@@ -11,7 +11,7 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.dropout import drop_blocks
 from metarun.backbones.layers.normalization import BatchNorm
-from metarun.backbones.network import Network
+from metarun.backbones.network import Network, check_norm_eps
 
 _SLOPE = 0.1
 
@@ -31,6 +31,7 @@ class ResNet12(Network):
         drop_rate: Share of activations to drop, in [0, 1).
         block_size: Side of DropBlock's squares.
         mean_pool: Whether to average over positions instead of flattening.
+        norm_eps: Constant that batch norm adds to the variance: 1e-5 in torch, 1e-3 in TensorFlow.
 
     Raises:
         ValueError: The input is not an image or is too small, or a number is out of range.
@@ -45,6 +46,7 @@ class ResNet12(Network):
         drop_rate: float = 0.1,
         block_size: int = 5,
         mean_pool: bool = True,
+        norm_eps: float = 1e-5,
     ) -> None:
         check_image(input_shape, len(widths), "resnet12")
         if not widths or min(widths) < 1:
@@ -53,7 +55,8 @@ class ResNet12(Network):
             raise ValueError(f"backbone.drop_rate={drop_rate}: expected a number in [0, 1)")
         if block_size < 1:
             raise ValueError(f"backbone.block_size={block_size}: expected 1 or more")
-        body = _Residual(input_shape[0], widths, drop_rate, block_size, mean_pool)
+        check_norm_eps(norm_eps)
+        body = _Residual(input_shape[0], widths, drop_rate, block_size, mean_pool, norm_eps)
         super().__init__(body, input_shape, output_dim)
 
 
@@ -65,11 +68,14 @@ class _Residual(nn.Module):
         drop_rate: float,
         block_size: int,
         mean_pool: bool,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         before = [channels, *widths]
         self.blocks = nn.ModuleList(
-            _Block(before[i], width, i, drop_rate, block_size if i >= len(widths) - 2 else 1)
+            _Block(
+                before[i], width, i, drop_rate, block_size if i >= len(widths) - 2 else 1, norm_eps
+            )
             for i, width in enumerate(widths)
         )
         self.mean_pool = mean_pool
@@ -87,14 +93,22 @@ class _Residual(nn.Module):
 
 class _Block(nn.Module):
     def __init__(
-        self, channels: int, width: int, index: int, drop_rate: float, block_size: int
+        self,
+        channels: int,
+        width: int,
+        index: int,
+        drop_rate: float,
+        block_size: int,
+        norm_eps: float,
     ) -> None:
         super().__init__()
         ins = (channels, width, width)
         self.convs = nn.ModuleList(nn.Conv2d(c, width, 3, padding=1, bias=False) for c in ins)
-        self.norms = nn.ModuleList(BatchNorm(width, f"blocks.{index}.{i}") for i in range(3))
+        self.norms = nn.ModuleList(
+            BatchNorm(width, f"blocks.{index}.{i}", norm_eps) for i in range(3)
+        )
         self.shortcut = nn.Conv2d(channels, width, 1, bias=False)
-        self.shortcut_norm = BatchNorm(width, f"blocks.{index}.shortcut")
+        self.shortcut_norm = BatchNorm(width, f"blocks.{index}.shortcut", norm_eps)
         self.index = index
         self.drop_rate = drop_rate
         self.block_size = block_size

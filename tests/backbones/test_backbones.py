@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.layers.context import ForwardContext
-from metarun.backbones.layers.normalization import has_batch_norm
+from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, has_batch_norm
 from metarun.backbones.mlp import MLP, Flat
 from metarun.backbones.network import Network, set_mixed
 from metarun.backbones.resnet12 import ResNet12
@@ -39,6 +42,58 @@ def test_conv4_64_has_the_published_number_of_parameters_and_features() -> None:
 
 def test_conv4_features_of_an_84_pixel_photograph_are_800_for_32_filters() -> None:
     assert Conv4((3, 84, 84), 5, filters=32).feature_dim == 800
+
+
+def test_an_84_pixel_photograph_is_halved_up_to_6_pixels_as_in_reptiles_code() -> None:
+    net = Conv4((3, 84, 84), 5, filters=32, downsample="max_pool_ceil")
+    assert net.feature_dim == 32 * 6 * 6
+
+
+def test_rounding_up_pools_an_odd_last_row_and_column_by_itself() -> None:
+    net = Conv4((1, 5, 5), None, filters=1, blocks=1, norm="none", downsample="max_pool_ceil")
+    with torch.no_grad():
+        net.body.convs[0].weight.zero_()[0, 0, 1, 1] = 1.0
+        net.body.convs[0].bias.zero_()
+    pixels = torch.arange(25.0).view(1, 1, 5, 5)
+    assert net(pixels).tolist() == [[6, 8, 9, 16, 18, 19, 21, 23, 24]]
+
+
+def constants(net: Network) -> set[float]:
+    return {part.eps for part in net.modules() if isinstance(part, BatchNorm | InstanceNorm)}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Conv4, (1, 16, 16), 2, filters=4),
+        partial(Conv4, (1, 16, 16), 2, filters=4, norm="instance"),
+        partial(MLP, (1, 16, 16), 2, batch_norm=True),
+        partial(ResNet12, (1, 16, 16), 2, widths=[2, 3]),
+    ],
+)
+def test_every_normalization_of_a_network_adds_the_given_constant(make: Any) -> None:
+    assert constants(make()) == {1e-5}
+    assert constants(make(norm_eps=1e-3)) == {1e-3}
+    with pytest.raises(ValueError, match=r"backbone\.norm_eps=0\.0: expected a positive number"):
+        make(norm_eps=0.0)
+
+
+def test_a_block_of_maml_plus_plus_is_leaky_relu_after_batch_norm() -> None:
+    net = Conv4((2, 9, 9), None, filters=3, blocks=1, activation="leaky_relu").double()
+    x = torch.randn(4, 2, 9, 9).double()
+    normed = nn.functional.batch_norm(net.body.convs[0](x), None, None, training=True)
+    expected = nn.functional.max_pool2d(torch.where(normed > 0, normed, 0.01 * normed), 2)
+    torch.testing.assert_close(net(x), expected.flatten(1))
+
+
+def test_xavier_uniform_weights_fill_their_range_and_biases_are_zero() -> None:
+    net = Conv4((3, 28, 28), 5, filters=16, init="xavier_uniform")
+    fans = {"body.convs.0": 9 * (3 + 16), "body.convs.1": 9 * (16 + 16), "head": 16 + 5}
+    for name, fan in fans.items():
+        layer = net.get_submodule(name)
+        assert layer.weight.abs().max() <= (6 / fan) ** 0.5
+        assert layer.weight.abs().max() > 0.8 * (6 / fan) ** 0.5
+        assert (layer.bias == 0).all()
 
 
 def test_blocks_of_different_widths_are_counted_by_hand() -> None:
@@ -139,6 +194,9 @@ def test_truncated_normal_weights_are_within_two_deviations_and_biases_zero() ->
         (lambda: MLP((1,), 1, hidden=[]), "backbone.hidden"),
         (lambda: MLP((1,), 1, batch_norm=True, context_dim=2), "batch_norm=false"),
         (lambda: MLP((1,), 1, activation="swish"), "relu or tanh"),  # type: ignore[arg-type]
+        (lambda: MLP((1,), 1, init="he"), "torch, truncated_normal or kaiming"),  # type: ignore[arg-type]
+        (lambda: Conv4((1, 28, 28), 5, activation="tanh"), "relu or leaky_relu"),  # type: ignore[arg-type]
+        (lambda: Conv4((1, 28, 28), 5, init="he"), "torch or xavier_uniform"),  # type: ignore[arg-type]
         (lambda: ResNet12((1, 28, 28), 5, drop_rate=1.0), "drop_rate=1.0"),
     ],
 )

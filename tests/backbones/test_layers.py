@@ -16,7 +16,7 @@ from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.convolution import conv2d_for_double_backward
 from metarun.backbones.layers.dropout import drop_blocks
 from metarun.backbones.layers.modulation import FiLM
-from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm
+from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, halved, halved_ceil
 
 
 @pytest.fixture
@@ -68,7 +68,9 @@ def test_what_is_pooled_before_it_is_normalized_is_as_if_it_were_pooled_after(
         norm.running_mean.copy_(torch.tensor([0.2, -0.1, 0.0, 0.5]))
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
     expected = nn.functional.max_pool2d(norm(images, ctx), 2)
-    torch.testing.assert_close(norm.pooled(images * sign.view(-1, 1, 1), ctx, sign), expected)
+    torch.testing.assert_close(
+        norm.pooled(images * sign.view(-1, 1, 1), ctx, sign, halved), expected
+    )
 
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -77,6 +79,9 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "of pixels": {"in_channels": 3, "out_channels": 4, "kernel_size": 1, "bias": False},
     "of maps": {"in_channels": 5, "out_channels": 4, "kernel_size": 3, "padding": 1},
 }
+
+
+POOLINGS = {"none": None, "floor": halved, "ceil": halved_ceil}
 
 
 def own_tensors(name: str) -> tuple[nn.Conv2d, BatchNorm, list[Tensor]]:
@@ -96,19 +101,22 @@ def pulled_twice(outputs: Tensor, own: list[Tensor]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("native", [False, True])
-@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("eps", [1e-5, 1e-1])
+@pytest.mark.parametrize("pool", POOLINGS)
 @pytest.mark.parametrize(
     "ctx", [{}, {"double_backward": True}, {"rows": 7}, {"running": True}], ids=str
 )
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
-    name: str, ctx: dict[str, Any], pool: bool, native: bool
+    name: str, ctx: dict[str, Any], pool: str, eps: float, native: bool
 ) -> None:
     conv, norm, own = own_tensors(name)
-    norm.native = native
+    norm.native, norm.eps = native, eps
     x = torch.randn(17, conv.in_channels, 8, 7).double()
     moments: dict[str, tuple[Tensor, Tensor]] = {}
-    found = conv_and_norm(conv, norm, x, ForwardContext(**ctx, moments=moments), pool=pool)
+    found = conv_and_norm(
+        conv, norm, x, ForwardContext(**ctx, moments=moments), pool=POOLINGS[pool]
+    )
 
     maps = conv(x)
     seen = maps[: ctx.get("rows", 17)]
@@ -118,9 +126,10 @@ def test_a_convolution_and_its_norm_are_those_of_torch_to_second_order(
     else:
         torch.testing.assert_close(moments["norm"][0], mean)
         torch.testing.assert_close(moments["norm"][1], seen.var((0, 2, 3)))
-    scale = norm.weight / (var + norm.eps).sqrt()
+    scale = norm.weight / (var + eps).sqrt()
     expected = ((maps.movedim(1, 3) - mean) * scale + norm.bias).movedim(3, 1)
-    expected = nn.functional.max_pool2d(expected, 2) if pool else expected
+    if pool != "none":
+        expected = nn.functional.max_pool2d(expected, 2, ceil_mode=pool == "ceil")
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(pulled_twice(found, own), pulled_twice(expected, own))
 

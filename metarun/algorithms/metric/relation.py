@@ -16,7 +16,7 @@ from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
-from metarun.backbones.layers.normalization import BatchNorm
+from metarun.backbones.layers.normalization import BatchNorm, halved
 
 
 class RelationNet(EpisodicLearner):
@@ -155,7 +155,7 @@ class _Comparison(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = torch.relu(conv_and_norm(conv, norm, x, ctx, pool=True))
+            x = torch.relu(conv_and_norm(conv, norm, x, ctx, pool=halved))
         scores: Tensor = self.score(torch.relu(self.hidden(x.flatten(1))))
         return scores
 

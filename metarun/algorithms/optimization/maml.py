@@ -31,6 +31,7 @@ from metarun.algorithms.functional import (
 )
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.normalization import norm_parameters
 from metarun.core.types import Metrics, Progress, TaskBatch
 from metarun.execution.engine import TwoStageTask
 
@@ -46,7 +47,7 @@ class MAML(AdaptingLearner):
 
     The official code's inner classification loss is a sum over the W classes; here it is a mean
     over rows. A rate alpha of the code is therefore alpha * W here (Omniglot 5-way: 0.4 there,
-    2.0 here).
+    2.0 here). Its batch norm is outside the inner loop: `adapt_norm=false`.
 
     Args:
         inner_lr: Inner learning rate. A range [low, high] initializes each learned rate from
@@ -56,6 +57,8 @@ class MAML(AdaptingLearner):
             None (never) is FOMAML, a number in between is the annealing of MAML++.
         adapt: Parameters of the inner loop: `all`, those of the `head` (ANIL), or those of the
             `body` (BOIL: the head learns in the outer loop only).
+        adapt_norm: Whether the inner loop adapts scale and shift of normalization layers, too. In
+            the official code they learn in the outer loop only.
         rates: Kind of inner rates: `fixed`, one learned rate per `tensor`, or one learned rate
             per `element` (Meta-SGD).
         inner_clip: Bound that clamps each inner gradient element to [-inner_clip, inner_clip];
@@ -82,6 +85,7 @@ class MAML(AdaptingLearner):
         inner_steps: int = 1,
         second_order_from: int | None = 0,
         adapt: Adapted = "all",
+        adapt_norm: bool = True,
         rates: Rates = "fixed",
         inner_clip: float | None = None,
         recompute: bool = False,
@@ -95,10 +99,11 @@ class MAML(AdaptingLearner):
         self.inner_clip = inner_clip
         self.recompute = recompute
         self.net = self.build_network(self.spec.output_dim)
+        kept = set() if adapt_norm else norm_parameters(self.net)
         self.adapted = [
             name
             for name, _ in self.net.named_parameters()
-            if adapt == "all" or name.startswith(f"{adapt}.")
+            if (adapt == "all" or name.startswith(f"{adapt}.")) and name not in kept
         ]
         self.inner_lr = low
         self.rates = nn.ParameterDict()

@@ -60,8 +60,9 @@ class MAMLpp(AdaptingLearner):
         per_step_rates: Whether the inner rates are learned, for each tensor and step (LSLR).
         per_step_statistics: Whether batch norm keeps running statistics for each step (BNRS).
         per_step_affine: Whether batch norm learns scale and shift for each step (BNWB).
-        adapt_norm: Whether the inner loop adapts scale and shift of batch norm, as in MAML. The
-            code's configurations do not (`enable_inner_loop_optimizable_bn_params`).
+        adapt_norm: Whether the inner loop adapts scale and shift of normalization layers, too. The
+            code's configurations do not (`enable_inner_loop_optimizable_bn_params`), nor does the
+            code of MAML.
         **common: Arguments of `Algorithm`.
 
     Raises:

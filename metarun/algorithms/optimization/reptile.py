@@ -22,6 +22,7 @@ from metarun.core.types import Metrics, Progress, TaskBatch
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 Inner = Literal["adam", "sgd"]
+InnerLoss = Literal["mean", "sum"]
 
 
 class Reptile(AdaptingLearner):
@@ -38,12 +39,19 @@ class Reptile(AdaptingLearner):
     The code's non-transductive evaluation takes the batch statistics of the support rows and one
     query row; `bn=support` leaves that row out.
 
+    The code adds up the loss over the rows of a mini-batch (`inner_loss=sum`). With SGD this is a
+    rate B times as large. Adam's steps do not depend on the scale of the loss, unless it changes:
+    evaluation starts from the moments of training, so that its first steps are about
+    eval_inner_batch / inner_batch times as long.
+
     Args:
         inner_lr: Inner learning rate.
         inner_steps: Number of mini-batches per task in training.
         inner_batch: Rows of a mini-batch in training, B; None takes all rows.
         eval_inner_batch: Rows of a mini-batch at evaluation; None takes all rows.
-        inner_optimizer: Optimizer of the inner loop, `adam` with beta1 = 0 or `sgd`.
+        inner_optimizer: Optimizer of the inner loop, `adam` with beta1 = 0 or `sgd`. The paper's
+            tables are from `adam`, its comparison of sums of gradients (section 6.2) from `sgd`.
+        inner_loss: Inner loss over the rows of a mini-batch, `mean`, or `sum` as in the code.
         carry_moments: Whether Adam's moments are kept from task to task, as in the code; otherwise
             they are zero at the start of each task.
         **common: Arguments of `Algorithm`.
@@ -62,6 +70,7 @@ class Reptile(AdaptingLearner):
         inner_batch: int | None = 10,
         eval_inner_batch: int | None = 5,
         inner_optimizer: Inner = "adam",
+        inner_loss: InnerLoss = "mean",
         carry_moments: bool = True,
         **common: Any,
     ) -> None:
@@ -73,11 +82,14 @@ class Reptile(AdaptingLearner):
                 raise ValueError(f"algo.{name}={size}: expected 1 or more, or null for all rows")
         if inner_optimizer not in ("adam", "sgd"):
             raise ValueError(f"algo.inner_optimizer={inner_optimizer}: expected adam or sgd")
+        if inner_loss not in ("mean", "sum"):
+            raise ValueError(f"algo.inner_loss={inner_loss}: expected mean or sum")
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch
         self.eval_inner_batch = eval_inner_batch
         self.inner_optimizer = inner_optimizer
+        self.inner_loss = inner_loss
         self.carry_moments = carry_moments
         self.order_free = eval_inner_batch is None
         self.net = self.build_network(self.spec.output_dim)
@@ -158,7 +170,8 @@ class Reptile(AdaptingLearner):
         """Return the weights and Adam's state after one mini-batch of inner training."""
 
         def loss(params: Params) -> Tensor:
-            return self.loss(forward(net, params, x, ForwardContext()), y)
+            mean = self.loss(forward(net, params, x, ForwardContext()), y)
+            return mean * len(x) if self.inner_loss == "sum" else mean
 
         grads = gradient(loss, weights, first_order=True)
         if self.inner_optimizer == "sgd":

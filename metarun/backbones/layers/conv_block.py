@@ -14,8 +14,8 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.convolution import conv2d_for_double_backward
 from metarun.backbones.layers.normalization import (
     BatchNorm,
+    Pooling,
     as_channels,
-    halved,
     many_rows,
     unchanged,
 )
@@ -24,9 +24,14 @@ _IMAGE_CHANNELS = 4
 
 
 def conv_and_norm(
-    conv: nn.Module, norm: nn.Module, x: Tensor, ctx: ForwardContext, *, pool: bool = False
+    conv: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    ctx: ForwardContext,
+    *,
+    pool: Pooling | None = None,
 ) -> Tensor:
-    """Convolve and normalize (N, C, H, W) images, optionally followed by 2x2 max-pooling.
+    """Convolve and normalize (N, C, H, W) images, optionally followed by max-pooling.
 
     Scaling and shifting a map commute with pooling up to a sign; after it they cost a quarter.
     The modules themselves are called only if they have forward hooks.
@@ -36,10 +41,10 @@ def conv_and_norm(
         norm: Normalization layer.
         x: (N, C, H, W) images.
         ctx: Options of the forward pass.
-        pool: Whether to apply 2x2 max-pooling.
+        pool: Max-pooling of (N, C, H, W) maps; None has none.
     """
     assert isinstance(conv, nn.Conv2d)
-    pooled = halved if pool else unchanged
+    pooled = pool or unchanged
     if not isinstance(norm, BatchNorm) or conv._forward_hooks or norm._forward_hooks:
         return pooled(norm(conv(x), ctx))
     double_backward = norm.native and ctx.double_backward and many_rows(x)
@@ -47,7 +52,7 @@ def conv_and_norm(
     if _has_small_patches(conv) and not ctx.running:
         maps, shift = norm.of_patches(conv, x, ctx)
         return pooled(maps) + as_channels(shift, maps)
-    if not pool or norm.fuses(x, ctx):
+    if pool is None or norm.fuses(x, ctx):
         maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
         return pooled(norm(maps, ctx))
     # max(s x + b) = |s| max(sign(s) x) + b. The signs are multiplied into the convolution's
@@ -56,7 +61,7 @@ def conv_and_norm(
     bias = None if conv.bias is None else conv.bias * sign
     weight = conv.weight * sign.view(-1, 1, 1, 1)
     maps = convolve(x, weight, bias, conv.stride, conv.padding)
-    return norm.pooled(maps, ctx, sign)
+    return norm.pooled(maps, ctx, sign, pool)
 
 
 def _has_small_patches(conv: nn.Conv2d) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from metarun.backbones.layers.context import ForwardContext
 
+Pooling = Callable[[Tensor], Tensor]
+
 
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe & Szegedy 2015) with statistics chosen by the forward context.
@@ -49,15 +51,16 @@ class BatchNorm(nn.Module):
             return self._fused(x, ctx)
         return self._normalized(x, ctx, None, unchanged)
 
-    def pooled(self, x: Tensor, ctx: ForwardContext, sign: Tensor) -> Tensor:
-        """Max-pool images by two, then normalize; equal to normalizing before pooling.
+    def pooled(self, x: Tensor, ctx: ForwardContext, sign: Tensor, pool: Pooling) -> Tensor:
+        """Max-pool images, then normalize; equal to normalizing before pooling.
 
         Args:
             x: (N, C, H, W) maps, each channel multiplied by its sign.
             ctx: Options of the forward pass.
             sign: (C,) sign of each channel's weight, 1 or -1.
+            pool: Max-pooling of (N, C, H, W) maps.
         """
-        return self._normalized(x, ctx, sign, halved)
+        return self._normalized(x, ctx, sign, pool)
 
     def fuses(self, x: Tensor, ctx: ForwardContext) -> bool:
         """Return whether a pass uses torch's fused operator.
@@ -116,7 +119,7 @@ class BatchNorm(nn.Module):
         x: Tensor,
         ctx: ForwardContext,
         sign: Tensor | None,
-        thin: Callable[[Tensor], Tensor],
+        thin: Pooling,
     ) -> Tensor:
         # Mixed precision: sums are taken in float32, as in torch's own operator.
         wide = x.to(self.running_mean.dtype)
@@ -241,8 +244,13 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[i
 
 
 def halved(x: Tensor) -> Tensor:
-    """Apply 2x2 max-pooling."""
+    """Apply 2x2 max-pooling; an odd last row or column is left out."""
     return nn.functional.max_pool2d(x, 2)
+
+
+def halved_ceil(x: Tensor) -> Tensor:
+    """Apply 2x2 max-pooling; an odd last row or column is pooled by itself."""
+    return nn.functional.max_pool2d(x, 2, ceil_mode=True)
 
 
 def unchanged(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from metarun.algorithms.optimization.maml import MAML
 from metarun.core.types import Progress, TaskBatch, TaskSpec
@@ -216,6 +217,34 @@ def test_anil_adapts_the_head_alone() -> None:
     expected = query @ (weight - 0.5 * grads[0]).T + bias - 0.5 * grads[1]
     outputs = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     torch.testing.assert_close(outputs[0], expected)
+
+
+@pytest.mark.parametrize("backbone", ["conv4 max-pool", "conv4 instance norm"])
+def test_without_adapt_norm_the_inner_loop_leaves_norms_alone_and_the_outer_loop_learns_them(
+    backbone: str,
+) -> None:
+    spec = image_spec()
+    batch = image_batch(spec)
+    options: dict[str, Any] = {"inner_lr": 0.3, "inner_steps": 2}
+    algorithm = make(MAML, spec, TINY_BACKBONES[backbone], adapt_norm=False, **options)
+    leaves = dict(algorithm.net.named_parameters())
+    learned = {n: p for n, p in leaves.items() if ".norms." not in n}
+    assert len(leaves) - len(learned) == 4
+    losses = []
+    for i in range(batch.num_tasks):
+        weights = dict(learned)
+        for _ in range(2):
+            outputs = functional_call(algorithm.net, leaves | weights, (batch.support_x[i],))
+            loss = nn.functional.cross_entropy(outputs, batch.support_y[i])
+            grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+            weights = {n: p - 0.3 * g for (n, p), g in zip(weights.items(), grads, strict=True)}
+        outputs = functional_call(algorithm.net, leaves | weights, (batch.query_x[i],))
+        losses.append(nn.functional.cross_entropy(outputs, batch.query_y[i]))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(leaves.values()))
+    gradient = moved(algorithm, batch)
+    for name, value in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(gradient[f"net.{name}"], value, rtol=1e-9, atol=1e-11)
+        assert ".norms." not in name or (value != 0).any()
 
 
 def test_boil_adapts_the_body_alone_and_learns_the_head_in_the_outer_loop() -> None:

@@ -54,13 +54,15 @@ def trained(kind: Any, backbone: Any, regression: bool, **options: Any) -> Any:
 
 @pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
 @pytest.mark.parametrize("second_order_from", [0, 1, None])
+@pytest.mark.parametrize("adapt_norm", [True, False])
 @pytest.mark.parametrize("backbone", ["mlp with batch norm", "conv4 max-pool", "resnet12"])
 def test_with_every_switch_off_it_is_maml_bit_for_bit(
-    backbone: str, second_order_from: int | None, engine: str
+    backbone: str, adapt_norm: bool, second_order_from: int | None, engine: str
 ) -> None:
     options = {**INNER, "second_order_from": second_order_from, "engine": engine}
+    options["adapt_norm"] = adapt_norm
     maml = trained(MAML, TINY_BACKBONES[backbone], False, **options)
-    ours = trained(MAMLpp, TINY_BACKBONES[backbone], False, **options, **OFF)
+    ours = trained(MAMLpp, TINY_BACKBONES[backbone], False, **{**OFF, **options})
     expected = dict(maml.net.state_dict())
     assert expected.keys() == ours.net.state_dict().keys()
     assert all(torch.equal(value, expected[name]) for name, value in ours.net.state_dict().items())

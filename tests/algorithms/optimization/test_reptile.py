@@ -50,6 +50,39 @@ def test_with_outer_rate_1_it_lands_on_the_mean_of_the_adapted_weights() -> None
     torch.testing.assert_close(stacked(algorithm), torch.stack(ends).mean(0))
 
 
+def test_a_sum_over_the_rows_of_a_mini_batch_is_a_rate_of_sgd_as_many_times_as_large() -> None:
+    spec = regression_spec()
+    batch = regression_batch(spec)
+    sgd: dict[str, Any] = {"inner_optimizer": "sgd", "inner_batch": 4}
+    summed = make(Reptile, spec, linear_backbone, inner_lr=0.01, inner_loss="sum", **sgd)
+    averaged = make(Reptile, spec, linear_backbone, inner_lr=0.04, **sgd)
+    for algorithm in (summed, averaged):
+        algorithm.update(batch, Progress(0, 10))
+    torch.testing.assert_close(stacked(summed), stacked(averaged))
+
+
+def test_with_adam_a_sum_changes_the_steps_of_evaluation_alone() -> None:
+    """Training keeps second moments of sums over 4 rows; evaluation steps on sums over 2."""
+    spec = regression_spec()
+    batch = regression_batch(spec)
+    options: dict[str, Any] = {"inner_batch": 4, "eval_inner_batch": 2, "inner_lr": 0.01}
+    pair = [make(Reptile, spec, linear_backbone, inner_loss=k, **options) for k in ("mean", "sum")]
+    for algorithm in pair:
+        algorithm.update(batch, Progress(0, 10))
+    torch.testing.assert_close(stacked(pair[0]), stacked(pair[1]))
+    kept = [dict(a.named_buffers())["second_moment/head/weight"] for a in pair]
+    torch.testing.assert_close(kept[1], 16 * kept[0])
+    rows = (batch.support_x[0], batch.support_y[0])
+    steps = []
+    for algorithm in pair:
+        theta = dict(algorithm.net.named_parameters())
+        start, end = algorithm.path(algorithm.net, theta, *rows, 1)
+        steps.append(end["head.weight"] - start["head.weight"])
+    ratio = steps[1] / steps[0]
+    # It would be 2 / 4, were the step's own gradient not a part of the moments it is divided by.
+    assert ((ratio >= 0.5) & (ratio < 0.9)).all()
+
+
 def naive_adam(algorithm: Any, batch: TaskBatch, carry: bool) -> Tensor:
     """Return the mean weights after Adam with beta1 = 0, with moments kept or reset per task."""
     x = torch.cat([batch.support_x, batch.query_x], 1)
@@ -139,6 +172,7 @@ def test_the_engines_agree_on_predictions(engine: str) -> None:
         ({"inner_lr": 0.0}, "algo.inner_lr=0.0"),
         ({"inner_steps": 0}, "algo.inner_steps=0"),
         ({"inner_batch": 0}, "algo.inner_batch=0"),
+        ({"inner_loss": "most"}, "algo.inner_loss=most: expected mean or sum"),
         ({"inner_optimizer": "rmsprop"}, "adam or sgd"),
     ],
 )
