@@ -39,7 +39,9 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             check_space(job.folder, required_bytes(experiment.algorithm))
     if not distributed.is_main():
         return
-    for pair in dict.fromkeys(_pair(job) for job in jobs if not job.has_recipe):
+    # An experiment is itself a recipe.
+    untuned = (j for j in jobs if not j.has_recipe and "experiment" not in j.config["names"])
+    for pair in dict.fromkeys(_pair(job) for job in untuned):
         print(
             f"note: there is no recipe for {pair}: default values are used, which are not tuned "
             "for this pair",

@@ -367,6 +367,17 @@ def test_a_pair_without_a_recipe_says_so_once(metarun: Command, tmp_path: Path) 
     assert answer.err.count("note: there is no recipe") == 1
 
 
+def test_an_experiment_is_itself_the_recipe(metarun: Command, tmp_path: Path) -> None:
+    words = own(tmp_path)
+    (tmp_path / "conf/experiment").mkdir()
+    (tmp_path / "conf/experiment/ours.yaml").write_text(
+        "# @package _global_\n# Ours\ndefaults:\n  - override /algo: mine\n  - _self_\n"
+    )
+    answer = metarun(*words, "experiment=ours", *TINY)
+    assert answer.code == 0, answer.err
+    assert "no recipe" not in answer.err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
     number: signal.Signals, tmp_path: Path

@@ -25,8 +25,7 @@ class ANML(TrajectoryLearner):
     is learned by the meta-loss only. Along a stream only the head changes. See
     `TrajectoryLearner`.
 
-    The official code uses the rows of the trajectory again in the meta-loss; here those rows are
-    held out. It also normalizes by the statistics of each batch, which along a trajectory is one
+    The official code normalizes by the statistics of each batch, which along a trajectory is one
     image: use `backbone.norm=instance`.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from metarun.algorithms.continual.trajectory import TrajectoryLearner
 
@@ -12,8 +12,16 @@ class OML(TrajectoryLearner):
 
     The representation network (the backbone's body) is constant along a trajectory. The
     prediction network (the head) takes a gradient step on each step of the trajectory. Its
-    initialization is learned with the representation (Javed & White 2019, eq. 3). See
-    `TrajectoryLearner`.
+    initialization is learned with the representation (Javed & White 2019, eq. 3). The default is
+    the corrected code, with gradients of second order; see `TrajectoryLearner`.
+
+    Args:
+        second_order_from: Update from which inner gradients are differentiated; None never does,
+            as in the code before July 2020, from which the published figures are.
+        **common: Arguments of `TrajectoryLearner`, `WeightLearner` and `Algorithm`.
     """
 
     inside: ClassVar[tuple[str, ...]] = ("head.",)
+
+    def __init__(self, *, second_order_from: int | None = 0, **common: Any) -> None:
+        super().__init__(second_order_from=second_order_from, **common)

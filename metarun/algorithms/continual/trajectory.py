@@ -30,12 +30,17 @@ class TrajectoryLearner(WeightLearner):
     """Learns an initialization and a representation for gradient steps along trajectories.
 
     The meta-loss is the loss of the query rows after the last step of a trajectory. Query rows
-    are held-out rows of the trajectory's tasks and, with `data.remember`, random rows of all
-    training classes (Javed & White 2019, Algorithm 2; Beaulieu et al. 2020, section 3).
+    are held-out rows of the trajectory's tasks (`train.query`) and, with `data.remember`, random
+    rows of all training classes (Javed & White 2019, Algorithm 2; Beaulieu et al. 2020, section 3).
+    With `reset`, the last layer's rows of a trajectory's classes are newly initialized before it,
+    as in both codes, so that classes cannot be memorized.
 
-    Inner gradients are constants, as in the official codes, unless `second_order_from` is set;
-    the papers differentiate them. With `reset`, the last layer's rows of a trajectory's classes
-    are newly initialized before it, as in both codes, so that classes cannot be memorized.
+    The official codes have two forms. The papers' equations differentiate the inner gradients, and
+    so does OML's code since July 2020, with `second_order_from=0` here. Its meta-loss has held-out
+    rows. Before, its inner gradients were constants, which the authors call a bug (issue 15 of
+    khurramjaved96/mrcl), and so are those of ANML's code (`second_order_from=null`). Their
+    meta-loss has the trajectory's own rows (`trajectory_in_meta_loss=true` and `train.query=0`).
+    The published figures precede the correction.
 
     Along a stream only the head changes. A subclass names the parameters that change along a
     training trajectory.
@@ -43,6 +48,7 @@ class TrajectoryLearner(WeightLearner):
     Args:
         inner_lr: Learning rate along a training trajectory.
         second_order_from: Update from which inner gradients are differentiated; None never does.
+        trajectory_in_meta_loss: Whether the meta-loss has the rows of the trajectory, too.
         **common: Arguments of `WeightLearner` and `Algorithm`.
 
     Raises:
@@ -58,6 +64,7 @@ class TrajectoryLearner(WeightLearner):
         *,
         inner_lr: float = 0.003,
         second_order_from: int | None = None,
+        trajectory_in_meta_loss: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -67,6 +74,7 @@ class TrajectoryLearner(WeightLearner):
             raise ValueError(f"{name} changes only the head along a stream: use algo.adapt=head")
         self.inner_lr = inner_lr
         self.second_order_from = second_order_from
+        self.trajectory_in_meta_loss = trajectory_in_meta_loss
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -76,6 +84,10 @@ class TrajectoryLearner(WeightLearner):
         if self.reset:
             # The reset depends on the labels of all trajectories of the update.
             self._forget(gather_rows(batch.support_y, progress.share))
+        query_x, query_y = batch.query_x, batch.query_y
+        if self.trajectory_in_meta_loss:
+            query_x = torch.cat([query_x, batch.support_x], 1)
+            query_y = torch.cat([query_y, batch.support_y], 1)
 
         def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y = parts
@@ -84,12 +96,12 @@ class TrajectoryLearner(WeightLearner):
             loss = self.loss(outputs, query_y)
             return loss, (loss, outputs)
 
-        parts = (batch.support_x, batch.support_y, batch.query_x, batch.query_y)
+        parts = (batch.support_x, batch.support_y, query_x, query_y)
         grads, (losses, outputs) = self.resolved_engine().gradients(
             task, self.net, own_parameters(self.net), parts
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        score = task_metric(self.spec, outputs, batch.query_y)
+        score = task_metric(self.spec, outputs, query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
     def _roll_out(

@@ -23,7 +23,9 @@ class SNAIL(SequenceLearner):
     The network is that of section 5.1 and figure 3: attention (keys 64, values 32), a block of
     temporal convolutions, attention (256, 128), another block, attention (512, 256), and a linear
     layer. A block has ceil(log2 T) dense blocks of dilations 2, 4, 8, …, where T is the length of
-    a training sequence with its query (section 3; the replication has the natural logarithm).
+    a training sequence with its query (section 3), as in the replication. The replication's
+    softmax runs over the rows that ask; here each row has weights over the rows before it that sum
+    to 1, as in the paper.
 
     Labeled rows enter with their labels; a row to predict enters without one. The paper predicts
     only the last row, `loss_of=query`. With `loss_of=sequence` every row is predicted as if the

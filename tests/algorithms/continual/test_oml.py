@@ -93,11 +93,35 @@ def test_the_meta_gradient_is_that_of_an_ordinary_loop(engine: str, second_order
 
 
 def test_the_orders_differ() -> None:
-    first = moved(make(OML, spec(), TINY, inner_lr=0.1, adapt="head"), batch())
-    second = moved(
-        make(OML, spec(), TINY, inner_lr=0.1, adapt="head", second_order_from=0), batch()
+    first, second, default = (
+        moved(make(OML, spec(), TINY, inner_lr=0.1, adapt="head", **order), batch())
+        for order in ({"second_order_from": None}, {"second_order_from": 0}, {})
     )
     assert any(not torch.allclose(first[name], second[name]) for name in first)
+    # The default is the corrected code.
+    assert all(torch.equal(second[name], default[name]) for name in second)
+
+
+@pytest.mark.parametrize("held_out", [0, 8])
+def test_the_meta_loss_may_have_the_rows_of_the_trajectory_too(held_out: int) -> None:
+    tasks = batch()
+    tasks = TaskBatch(
+        tasks.support_x[:, :6],
+        tasks.support_y[:, :6],
+        tasks.query_x[:, :held_out],
+        tasks.query_y[:, :held_out],
+    )
+    options = {"inner_lr": 0.1, "adapt": "head", "head": [4], "trajectory_in_meta_loss": True}
+    algorithm = make(OML, spec(), TINY, second_order_from=None, **options)
+    both = [
+        torch.cat(pair, 1)
+        for pair in ((tasks.query_x, tasks.support_x), (tasks.query_y, tasks.support_y))
+    ]
+    seen = TaskBatch(tasks.support_x, tasks.support_y, *both)
+    expected = naive(algorithm, seen, 0.1, second_order=False)
+    found = moved(algorithm, tasks)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad)
 
 
 def test_with_nothing_to_learn_from_a_trajectory_it_is_ordinary_training() -> None:
