@@ -42,6 +42,14 @@ CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 # Experiments that are not from a paper.
 OWN = {"quick_start", "omniglot_small_best", "iris"}
+# Cells after the code of Finn et al. 2017.
+AFTER_MAML = (
+    "finn2017",
+    "raghu2020",
+    "li2017",
+    "zhang2018_omniglot_maml",
+    "zhang2018_miniimagenet_maml",
+)
 PAPERS = sorted(path.stem for path in (CONF / "paper").glob("*.yaml"))
 
 # Twenty in each split, the largest number of ways; 60 training classes are 15 in 4 rotations.
@@ -134,6 +142,28 @@ def test_an_experiment_can_be_made(name: str) -> None:
         assert settings.published is not None
         assert settings.published.steps == settings.train.steps
         assert settings.published.cells
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in EXPERIMENTS if "miniimagenet" in n and n.startswith(AFTER_MAML)]
+)
+def test_the_bound_of_mamls_outer_gradient_is_that_of_its_code_for_a_mean(name: str) -> None:
+    """MAML's code clips to 10 the gradient of a sum over query rows, divided by the shots."""
+    config = composed(name)
+    scale = config["way"] * config["train"]["query"] / config["shot"]
+    assert config["optim"]["clip_value"] == pytest.approx(10 / scale, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_a_cell_after_tensorflow_code_has_its_batch_norm(name: str) -> None:
+    config = composed(name)
+    after = (*AFTER_MAML, "nichol2018", "ravi2017")
+    normed = config["data"]["_target_"].endswith(("Omniglot", "MiniImageNet"))
+    if "norm_eps" in config["backbone"]:
+        expected = 1e-3 if normed and name.startswith(after) else 1e-5
+        assert config["backbone"]["norm_eps"] == expected
+    if name.startswith((*AFTER_MAML, "nichol2018")) and normed and "adapt_norm" in config["algo"]:
+        assert not config["algo"]["adapt_norm"]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
