@@ -127,11 +127,9 @@ class Conv4(Network):
         )
         super().__init__(body, input_shape, output_dim)
         if init == "xavier_uniform":
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    assert module.bias is not None
-                    nn.init.zeros_(module.bias)
+            for layer in (*body.convs, *([] if self.head is None else [self.head])):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
 
 class _Blocks(nn.Module):

@@ -38,7 +38,7 @@ class TrajectoryLearner(WeightLearner):
     The official codes have two forms. The papers' equations differentiate the inner gradients, and
     so does OML's code since July 2020, with `second_order_from=0` here. Its meta-loss has held-out
     rows. Before, its inner gradients were constants, which the authors call a bug (issue 15 of
-    khurramjaved96/mrcl), and so are those of ANML's code (`second_order_from=null`). Their
+    khurramjaved96/mrcl), and so are those of ANML's code (`second_order_from=null`). There, the
     meta-loss has the trajectory's own rows (`trajectory_in_meta_loss=true` and `train.query=0`).
     The published figures precede the correction.
 

@@ -41,8 +41,8 @@ class Reptile(AdaptingLearner):
 
     The code adds up the loss over the rows of a mini-batch (`inner_loss=sum`). With SGD this is a
     rate B times as large. Adam's steps do not depend on the scale of the loss, unless it changes:
-    evaluation starts from the moments of training, so that its first steps are about
-    eval_inner_batch / inner_batch times as long.
+    evaluation starts from the moments of training, so that its steps are about
+    eval_inner_batch / inner_batch times as long as with a mean.
 
     Args:
         inner_lr: Inner learning rate.
