@@ -104,7 +104,7 @@ def test_a_published_cell_stands_beside_what_was_reached(runs: Path) -> None:
     assert main(["report", str(folder)]) == 0
     source = (folder / "report.html").read_text(encoding="utf-8")
     assert "Published against measured" in source
-    assert "rehearsal of" in source
+    assert "(partial)" in source
 
 
 def test_a_later_test_is_listed(runs: Path) -> None:
