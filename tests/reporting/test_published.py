@@ -14,7 +14,8 @@ import pytest
 from scipy import stats
 
 from metarun.config.catalogue import conf_dir
-from metarun.reporting.published import group, read_runs
+from metarun.config.composition import composer
+from metarun.reporting.published import Group, Run, group, published_lines, read_runs
 from metarun.reporting.references import read_reference
 from metarun.reporting.results import figure_of, paired
 from metarun.reporting.tables import Figure, table
@@ -188,3 +189,12 @@ def test_a_damaged_run_is_named_and_hides_no_other(metarun: Command, tmp_path: P
         assert f"{results.parent.name} is damaged: results.json" in answer.err
         assert "remove the folder" in answer.err
         assert "algo=maml" in answer.out.split("meta-test")[1]
+
+
+def test_a_learner_without_training_steps_has_a_word() -> None:
+    with composer() as compose:
+        config = compose.job(["experiment=javed2019_omniglot_online_1class"]).config
+    one = result([0.04, 0.05], steps=0, seconds=1.0)
+    run = Run(Path("run"), config, (), one, {"state": "finished", "time": ""})
+    (line,) = published_lines(Group((run,), config, ""))
+    assert (str(line["ours"]), line["steps"]) == ("4.50 ± 6.35 (reproduced)", "0 of 0")

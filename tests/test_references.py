@@ -1,0 +1,117 @@
+"""Tests of references.py: the queue of trainings, and references from finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from metarun.config.catalogue import conf_dir
+from metarun.core.settings import Reference
+from metarun.reporting.published import group, read_runs
+from tests import references
+from tests.conftest import Command
+from tests.references import Runner, Training, collect, differences, reference_of
+
+CELL = "zintgraf2019_sinusoid_2context"
+
+
+@pytest.fixture
+def runs(metarun: Command, tmp_path: Path) -> Path:
+    """One update of a published cell with two seeds."""
+    words = [f"experiment={CELL}", "seed=0,1", "train.steps=1", "threads=1"]
+    assert metarun("-m", *words, "hydra.sweep.dir=runs").code == 0
+    return tmp_path / "runs"
+
+
+def test_finished_runs_give_a_reference(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: dict[str, Reference] = {}
+    monkeypatch.setattr(references, "write", written.__setitem__)
+    collect(runs, "abcdefg", "A processor")
+    (found,) = written.values()
+    assert list(written) == [CELL]
+    assert (found.episodes, found.seeds, found.steps) == (1000, [0, 1], 1)
+    assert found.command == f"metarun -m experiment={CELL} seed=0,1 train.steps=1 threads=1"
+    assert found.processor == "A processor"
+    assert [cell.outcome for cell in found.cells] == ["partial"]
+    (measured,) = group(read_runs([runs]))
+    mean = sum(float(r.record["test"]["mean"]) for r in measured.results) / 2
+    assert found.cells[0].value == pytest.approx(mean, abs=5e-5)
+    assert found.cells[0].over_seeds is not None
+    # A note that stands in the file stays.
+    noted = "zintgraf2019_sinusoid_maml"
+    before = references.read_reference([conf_dir()], noted)
+    assert before is not None
+    assert before.note is not None
+    assert reference_of(noted, measured).note == before.note
+    capsys.readouterr()
+    # A run with another setting is not the recipe.
+    for path in runs.glob("*/overrides.yaml"):
+        path.write_text(path.read_text() + '- "algo.inner_lr=0.5"\n')
+    written.clear()
+    collect(runs, None, None)
+    assert not written
+    assert "left out, since it is not the recipe: algo.inner_lr=0.5" in capsys.readouterr().out
+
+
+def test_a_recipe_that_changed_since_is_noticed() -> None:
+    then = {"names": {}, "threads": 1, "train": {"steps": 3}, "algo": {"inner_lr": 0.1}}
+    now = {"names": {}, "threads": 2, "train": {"steps": 3}, "algo": {"inner_lr": 0.2, "new": 1}}
+    assert differences(then, now) == ["algo.inner_lr"]
+    assert differences({**now, "algo": {"inner_lr": 0.2}}, now) == []
+    # A learner without meta-training has stored 0 steps.
+    assert differences({**now, "train": {"steps": 0}}, now) == []
+
+
+class Recorded(Runner):
+    """A runner that calls nothing."""
+
+    def __init__(self, runs: Path, minutes: float | None = None) -> None:
+        super().__init__(runs, None, minutes)
+        self.calls: list[tuple[str, ...]] = []
+
+    def call(self, *words: str) -> str:
+        self.calls.append(words)
+        return "finished"
+
+
+def test_a_training_is_a_sweep_and_then_the_tests_that_it_serves(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runner = Recorded(runs)
+    assert runner.run([Training(CELL, [0, 1], ["other"], steps=1)]) == 0
+    sweep, *tests = runner.calls
+    assert sweep == (
+        "-m", f"experiment={CELL}", "seed=0,1", "threads=1", "train.steps=1",
+        f"hydra.sweep.dir={runs}",
+    )  # fmt: skip
+    assert [words[1] for words in tests] == ["experiment=other"] * 2
+    assert {Path(words[0].removeprefix("test=")) for words in tests} == set(runs.glob("exp*"))
+    assert capsys.readouterr().out.startswith(f"{CELL}, seed 0, 1: finished, ")
+
+
+def test_a_training_that_is_given_up_is_continued_where_it_stopped(runs: Path) -> None:
+    stopped = min(runs.glob("exp*"))
+    (stopped / "status.json").write_text('{"state": "interrupted", "step": 70}')
+    (stopped / "overrides.yaml").write_text(f"- experiment={CELL}\n- seed=0\n- threads=1\n")
+    for steps, expected in ((100, 100), (50, 70)):
+        runner = Recorded(runs)
+        assert runner.make(Training(CELL, [0, 1], steps=steps)) == "finished"
+        resumed, sweep = runner.calls
+        assert resumed == (f"resume={stopped}", f"train.steps={expected}")
+        assert "seed=1" in sweep
+
+
+def test_nothing_starts_after_the_time(tmp_path: Path) -> None:
+    runner = Recorded(tmp_path / "runs", minutes=0.0)
+    assert runner.run([Training(CELL)]) == 1
+    assert runner.calls == []
+
+
+def test_a_call_that_is_out_of_time_is_saved(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, None, 0.0)
+    words = [f"experiment={CELL}", f"hydra.run.dir={tmp_path / 'run'}"]
+    assert runner.call(*words) == "stopped, the time is over"
+    assert f"$ metarun experiment={CELL}" in (tmp_path / "references.log").read_text()
