@@ -491,21 +491,24 @@ def _title(paper: Path) -> str:
 
 def _measured(paper: Path, cells: Sequence[Cell]) -> str:
     """Return the section of a paper with at least one reference."""
-    heads = ["`experiment=`", "method", "setting", "published", "reference", "steps", "outcome"]
+    heads = ["`experiment=`", "method", "setting", "published", "reference", "outcome", "steps"]
+    heads += ["minutes"]
     rows = [markdown_row(heads), markdown_row(["---"] * len(heads))]
     before = ""
     for cell in cells:
         name = "" if cell.experiment == before else f"`{cell.experiment}`"
         method = cell.published.row if name else ""
         before = cell.experiment
-        steps = ""
+        steps = minutes = ""
         if cell.reference is not None and name:
             steps = f"{cell.reference.steps:,} of {cell.published.steps:,}"
+            minutes = f"{cell.reference.minutes or '–'}"
         ours = NOT_RUN if cell.ours is None else _without_mark(cell.ours)
         outcome = "" if cell.ours is None else cell.outcome.partition(": ")[0]
         if cell.ours is not None and cell.unverified:
             outcome += "*"
-        rows.append(markdown_row([name, method, cell.setting, cell.printed, ours, steps, outcome]))
+        texts = [name, method, cell.setting, cell.printed, ours, outcome, steps, minutes]
+        rows.append(markdown_row(texts))
     notes = [*_facts(cells), *_notes(cells)]
     return "\n\n".join([f"### `paper={paper.stem}`", f"{_title(paper)}.", "\n".join(rows), *notes])
 
@@ -538,10 +541,7 @@ def _fact(reference: Reference) -> str:
             f"a meta-test of the runs of `{reference.trained_as}`, whose checkpoint was "
             "chosen in their setting"
         )
-    if reference.minutes is None:
-        parts.append("time and processor were not recorded")
-    else:
-        parts.append(f"{reference.minutes:g} min for a run ({reference.processor})")
+    parts.append(reference.processor or "time and processor were not recorded")
     if reference.version is not None:
         parts.append(f"metarun {reference.version}")
     return "; ".join(parts)

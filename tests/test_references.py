@@ -9,6 +9,7 @@ import pytest
 from metarun.config.catalogue import conf_dir
 from metarun.core.settings import Reference
 from metarun.reporting.published import group, read_runs
+from metarun.reporting.references import read_reference
 from tests import references
 from tests.conftest import Command
 from tests.references import Runner, Training, collect, differences, reference_of
@@ -42,7 +43,7 @@ def test_finished_runs_give_a_reference(
     assert found.cells[0].over_seeds is not None
     # A note that stands in the file stays.
     noted = "zintgraf2019_sinusoid_maml"
-    before = references.read_reference([conf_dir()], noted)
+    before = read_reference([conf_dir()], noted)
     assert before is not None
     assert before.note is not None
     assert reference_of(noted, measured).note == before.note
@@ -115,3 +116,26 @@ def test_a_call_that_is_out_of_time_is_saved(tmp_path: Path) -> None:
     words = [f"experiment={CELL}", f"hydra.run.dir={tmp_path / 'run'}"]
     assert runner.call(*words) == "stopped, the time is over"
     assert f"$ metarun experiment={CELL}" in (tmp_path / "references.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_cell_is_measured_again(metarun: Command, tmp_path: Path) -> None:
+    """The cheapest cell on data that ship, with its recipe and one of the reference's seeds.
+
+    The interval over n seeds is t s / sqrt(n). A further seed differs from the mean of the n by
+    less than t s sqrt(1 + 1/n) with a probability of 95 %, which is sqrt(n + 1) times as much.
+    All seeds meet the same test tasks, so that the interval over tasks does not matter.
+    """
+    name = "finn2017_sinusoid_multitask_5shot"
+    reference = read_reference([conf_dir()], name)
+    assert reference is not None
+    words = [f"experiment={name}", f"seed={reference.seeds[0]}", "threads=1"]
+    assert metarun(*words, "hydra.run.dir=run").code == 0
+    (measured,) = group(read_runs([tmp_path / "run"]))
+    again = reference_of(name, measured)
+    assert again.episodes == reference.episodes
+    for cell, before in zip(again.cells, reference.cells, strict=True):
+        assert before.over_seeds is not None
+        rounding = 0.01
+        width = (len(reference.seeds) + 1) ** 0.5 * before.over_seeds + rounding
+        assert cell.value == pytest.approx(before.value, abs=width)

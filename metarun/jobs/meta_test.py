@@ -127,8 +127,13 @@ def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | 
     """Return the configuration of a run with the evaluation of another experiment.
 
     Raises:
-        ValueError: There is no such experiment, or it would have trained differently.
+        ValueError: The run is not finished, there is no such experiment, or it would have trained
+            differently.
     """
+    if run.status().get("state") != "finished":
+        raise ValueError(
+            f"experiment={name}: the run is not finished: type resume={run.path} first"
+        )
     with composer(config_dir) as compose:
         # A key that is newer than the run has the value that the run would have today.
         today = compose.job(_words_about_results(run)).config

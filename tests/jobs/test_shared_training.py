@@ -105,3 +105,11 @@ def test_an_experiment_that_trains_differently_is_refused(
     assert answer.err.count("\n") == 1
     assert message in answer.err
     assert not (run / "tests").exists()
+
+
+def test_a_run_that_is_not_finished_serves_no_experiment(metarun: Command, trained: Path) -> None:
+    run = min(trained.glob("*seed=*"))
+    (run / "status.json").write_text('{"state": "interrupted", "step": 1}')
+    answer = metarun("--config-dir", "mine", f"test={run}", f"experiment={OTHER}")
+    assert answer.code == 2
+    assert "the run is not finished: type resume=" in answer.err
