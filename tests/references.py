@@ -159,16 +159,10 @@ class Runner:
 
     def make(self, training: Training) -> str:
         """Train and test one entry; returns how it ended."""
-        state = "finished"
-        seeds = list(training.seeds)
+        state, seeds = "finished", list(training.seeds)
         if training.steps is not None:
-            for run in self.begun(training):
-                step = max(training.steps, int(run.status.get("step") or 0))
-                state = self.call(f"resume={run.path}", f"train.steps={step}")
-                seeds.remove(run.config["seed"])
-                if state != "finished":
-                    return state
-        if seeds:
+            state, seeds = self.give_up(training, training.steps)
+        if seeds and state == "finished":
             state = self.call("-m", *training.words(seeds), f"hydra.sweep.dir={self.runs}")
         for run in self.finished(training):
             tested = {shared.config["names"]["experiment"] for shared in with_shared([run])}
@@ -176,6 +170,24 @@ class Runner:
                 if other not in tested and state == "finished":
                     state = self.call(f"test={run.path}", f"experiment={other}")
         return state
+
+    def give_up(self, training: Training, steps: int) -> tuple[str, list[int]]:
+        """Continue stopped runs up to a number of steps and test them.
+
+        Returns:
+            How it ended, and the seeds without a run.
+        """
+        seeds = set(training.seeds) - {run.config["seed"] for run in self.finished(training)}
+        for run in self.found(training):
+            if run.result is None and run.config["seed"] in seeds:
+                seeds.remove(run.config["seed"])
+                step = max(steps, int(run.status.get("step") or 0))
+                typed = list(run.typed) != _not_steps(run.typed)
+                more = [] if typed else [f"train.steps={step}"]
+                state = self.call(f"resume={run.path}", *more)
+                if state != "finished":
+                    return state, []
+        return "finished", sorted(seeds)
 
     def found(self, training: Training) -> Iterator[Run]:
         """The runs of an experiment and its seeds, with any number of steps."""
@@ -187,13 +199,12 @@ class Runner:
                 yield run
 
     def finished(self, training: Training) -> list[Run]:
-        """The finished runs of an entry."""
-        return [run for run in self.found(training) if run.result is not None]
-
-    def begun(self, training: Training) -> list[Run]:
-        """The unfinished runs that were to make all steps of the recipe."""
-        runs = [run for run in self.found(training) if run.result is None]
-        return [run for run in runs if _not_steps(run.typed) == list(run.typed)]
+        """The finished runs of an entry: rehearsals with fewer steps are none."""
+        published = read_published([conf_dir()], training.experiment)
+        assert published is not None
+        fewest = published.steps if training.steps is None else training.steps
+        runs = [(run, run.result) for run in self.found(training)]
+        return [run for run, result in runs if result and result.record["steps"] >= fewest]
 
     def call(self, *words: str) -> str:
         """Call metarun, at most for the time that is left; returns how it ended."""

@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 from metarun.config.catalogue import conf_dir
+from metarun.config.composition import composer
 from metarun.core.settings import Reference
+from metarun.jobs.meta_test import training_keys
 from metarun.reporting.published import group, read_runs
 from metarun.reporting.references import read_reference
 from tests import references
 from tests.conftest import Command
-from tests.references import Runner, Training, collect, differences, reference_of
+from tests.references import Runner, Training, collect, differences, queue, reference_of
 
 CELL = "zintgraf2019_sinusoid_2context"
 
@@ -66,6 +68,15 @@ def test_a_recipe_that_changed_since_is_noticed() -> None:
     assert differences({**now, "train": {"steps": 0}}, now) == []
 
 
+def test_what_the_queue_shares_trains_alike() -> None:
+    with composer() as compose:
+        for training in (training for training in queue() if training.also):
+            names = (training.experiment, *training.also)
+            one, *others = (compose.job([f"experiment={name}"]).config for name in names)
+            for other in others:
+                assert training_keys(other) == training_keys(one), other["names"]
+
+
 class Recorded(Runner):
     """A runner that calls nothing."""
 
@@ -83,14 +94,14 @@ def test_a_training_is_a_sweep_and_then_the_tests_that_it_serves(
 ) -> None:
     runner = Recorded(runs)
     assert runner.run([Training(CELL, [0, 1], ["other"], steps=1)]) == 0
-    sweep, *tests = runner.calls
-    assert sweep == (
-        "-m", f"experiment={CELL}", "seed=0,1", "threads=1", "train.steps=1",
-        f"hydra.sweep.dir={runs}",
-    )  # fmt: skip
+    # Both runs are finished after one step.
+    tests = runner.calls
     assert [words[1] for words in tests] == ["experiment=other"] * 2
     assert {Path(words[0].removeprefix("test=")) for words in tests} == set(runs.glob("exp*"))
     assert capsys.readouterr().out.startswith(f"{CELL}, seed 0, 1: finished, ")
+    assert Training(CELL, [0, 1], steps=1).words([0, 1]) == [
+        f"experiment={CELL}", "seed=0,1", "threads=1", "train.steps=1",
+    ]  # fmt: skip
 
 
 def test_a_training_that_is_given_up_is_continued_where_it_stopped(runs: Path) -> None:
@@ -103,6 +114,18 @@ def test_a_training_that_is_given_up_is_continued_where_it_stopped(runs: Path) -
         resumed, sweep = runner.calls
         assert resumed == (f"resume={stopped}", f"train.steps={expected}")
         assert "seed=1" in sweep
+    # Another stop while it is continued.
+    with (stopped / "overrides.yaml").open("a") as file:
+        file.write("- train.steps=100\n")
+    runner = Recorded(runs)
+    runner.make(Training(CELL, [0], steps=100))
+    assert runner.calls == [(f"resume={stopped}",)]
+
+
+def test_a_rehearsal_serves_no_cell(runs: Path) -> None:
+    runner = Recorded(runs)
+    runner.make(Training(CELL, [0, 1], ["other"]))
+    assert [words[0] for words in runner.calls] == ["-m"]
 
 
 def test_nothing_starts_after_the_time(tmp_path: Path) -> None:

@@ -138,10 +138,10 @@ def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | 
         # A key that is newer than the run has the value that the run would have today.
         today = compose.job(_words_about_results(run)).config
         other = compose.job(_words_of_experiment(run, [f"experiment={name}"])).config
-    trained = {**_training_keys(today), **_training_keys(stored)}
+    trained = {**training_keys(today), **training_keys(stored)}
     # A learner without meta-training has stored 0 steps, which no override has set.
     trained["train.steps"] = trained["train.steps"] or today["train"]["steps"]
-    wanted = _training_keys(other)
+    wanted = training_keys(other)
     differ = [
         f"{key} is {wanted.get(key, 'absent')} there and {trained.get(key, 'absent')} in the run"
         for key in sorted(trained.keys() | wanted.keys())
@@ -157,7 +157,7 @@ def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | 
     return {**other, **how}
 
 
-def _training_keys(config: Config) -> Config:
+def training_keys(config: Config) -> Config:
     """Return what training depends on, by dotted key, except how it is executed."""
     ignored = (*EVALUATION_ONLY, *HOW_IT_RUNS, "names", "resume", "test")
     return {key: value for key, value in flat(config).items() if not _is_below(key, ignored)}
