@@ -86,8 +86,10 @@ def _measured(folders: Sequence[Path], name: str) -> str:
     published = read_published(folders, name)
     if published is None:
         return ""
-    unverified = any(is_unverified(published, cell) for cell in published.cells)
-    parts = [" (unverified)"] if unverified else []
+    unverified = [is_unverified(published, cell) for cell in published.cells]
+    parts = []
+    if any(unverified):
+        parts.append(" (unverified)" if all(unverified) else " (partly unverified)")
     figures = [f for f in reference_figures(read_reference(folders, name), published) if f]
     if figures:
         values = " / ".join(f"{figure.mean:.{figure.places}f}" for figure in figures)

@@ -276,7 +276,7 @@ def at_the_end(run: Path, folder: Path, config_dir: str | None) -> str:
     assert published is not None
     heads = {"task": "task", "published": "published", "reference": "reference", "ours": "this run"}
     lines: list[Line] = [
-        {shown: line[head] for head, shown in heads.items()}
+        {column: line[head] for head, column in heads.items()}
         for line in published_lines(Group((found,), found.config, ""), config_dir)
     ]
     title = f"{found.config['names']['experiment']}: {published.paper}, {published.table}"

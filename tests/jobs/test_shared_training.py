@@ -72,6 +72,10 @@ def test_a_finished_run_is_tested_in_the_setting_of_another_experiment(
         "train.tasks_per_step=2"
     )
     assert rows[TRAINED]["seeds"] == "2"
+    # The report of one run has both rows.
+    assert metarun("report", str(run), "--config-dir", "mine").code == 0
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert f"trained and chosen on meta-val as {TRAINED}" in text
 
 
 def test_the_same_parameters_are_tested(metarun: Command, trained: Path) -> None:
