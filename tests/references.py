@@ -1,7 +1,7 @@
 """Measure the published cells, and keep what was measured beside the published values.
 
     python tests/references.py run RUNS [--core N] [--minutes M]
-    python tests/references.py collect RUNS [--commit HASH] [--processor TEXT]
+    python tests/references.py collect RUNS [--commit HASH] [--processor TEXT] [--replace]
     python tests/references.py page
 
 `run` goes through the queue in references.yaml. Every training is a sweep over its seeds in the
@@ -10,8 +10,9 @@ Finished runs are skipped and stopped ones continue, so the same command again g
 kill, and after the M minutes.
 
 `collect` writes the block `reference:` of every experiment that has finished runs in RUNS, and
-leaves all else in its file as it is, an existing `note` included. `page` writes
-conf/paper/README.md from these blocks.
+leaves all else in its file as it is, an existing `note` included. A reference of more steps or more
+seeds is kept, unless the recipe has changed since: `--replace`. `page` writes conf/paper/README.md
+from these blocks.
 
 A recipe is frozen before its test split is opened, and the split is opened once. A training that
 is too long for this machine is therefore tested only when it is given up, by an explicit `steps:`
@@ -81,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
     collector.add_argument("runs", type=Path, metavar="RUNS", help="folder of the runs")
     collector.add_argument("--commit", help="of the runs, if they have not recorded it")
     collector.add_argument("--processor", help="of the runs; default: this machine's, if it is")
+    collector.add_argument("--replace", action="store_true", help="also references of more seeds")
     commands.add_parser("page", help=f"write {PAGE.relative_to(conf_dir().parent)}")
     args = parser.parse_args(argv)
     # As Ctrl-C does, so that the run at work is saved.
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     if args.command == "run":
         return Runner(args.runs, args.core, args.minutes).run(queue())
     if args.command == "collect":
-        collect(args.runs, args.commit, args.processor)
+        collect(args.runs, args.commit, args.processor, replace=args.replace)
     else:
         PAGE.write_text(page(), encoding="utf-8")
         print(PAGE)
@@ -237,7 +239,9 @@ def _not_steps(words: Sequence[str]) -> list[str]:
 # From finished runs to references.
 
 
-def collect(runs: Path, commit: str | None, processor: str | None) -> None:
+def collect(
+    runs: Path, commit: str | None, processor: str | None, *, replace: bool = False
+) -> None:
     """Write the reference of every experiment that has finished runs, and print what changed."""
     candidates: dict[str, list[Group]] = {}
     with composer() as compose:
@@ -255,7 +259,18 @@ def collect(runs: Path, commit: str | None, processor: str | None) -> None:
                 candidates.setdefault(name, []).append(found)
     for name, groups in sorted(candidates.items()):
         best = max(groups, key=_preference)
-        write(name, reference_of(name, best, commit, processor))
+        new, before = (
+            reference_of(name, best, commit, processor),
+            read_reference([conf_dir()], name),
+        )
+        if before is None or replace or _extent(new) >= _extent(before):
+            write(name, new)
+        else:
+            print(f"{name}: kept, since its reference has more steps or seeds")
+
+
+def _extent(reference: Reference) -> tuple[int, int]:
+    return reference.steps, len(reference.seeds)
 
 
 def _preference(found: Group) -> tuple[int, int, bool]:

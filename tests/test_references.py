@@ -32,7 +32,11 @@ def test_finished_runs_give_a_reference(
 ) -> None:
     written: dict[str, Reference] = {}
     monkeypatch.setattr(references, "write", written.__setitem__)
-    collect(runs, "abcdefg", "A processor")
+    # One update does not replace a reference of the whole recipe.
+    collect(runs, None, None)
+    assert not written
+    assert f"{CELL}: kept" in capsys.readouterr().out
+    collect(runs, "abcdefg", "A processor", replace=True)
     (found,) = written.values()
     assert list(written) == [CELL]
     assert (found.episodes, found.seeds, found.steps) == (1000, [0, 1], 1)
@@ -54,7 +58,7 @@ def test_finished_runs_give_a_reference(
     for path in runs.glob("*/overrides.yaml"):
         path.write_text(path.read_text() + '- "algo.inner_lr=0.5"\n')
     written.clear()
-    collect(runs, None, None)
+    collect(runs, None, None, replace=True)
     assert not written
     assert "left out, since it is not the recipe: algo.inner_lr=0.5" in capsys.readouterr().out
 
