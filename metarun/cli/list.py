@@ -12,6 +12,12 @@ from metarun.cli.parser import Parser
 from metarun.config.catalogue import GROUPS, conf_dir, entries, find, header, keys, recipes
 from metarun.config.suggestions import nearest
 from metarun.core.console import INDENT, table_console
+from metarun.reporting.references import (
+    is_unverified,
+    read_published,
+    read_reference,
+    reference_figures,
+)
 
 EXAMPLES = {
     "algo": "algo={name} data={recipe}",
@@ -68,9 +74,28 @@ def _show_group(folders: Sequence[Path], group: str) -> None:
         return
     console = table_console()
     console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
+    if group == "experiment":
+        found = {name: f"{text}{_measured(folders, name)}" for name, text in found.items()}
     for line in _lines(found, console.width):
         console.print(line, soft_wrap=True)
     console.print()
+
+
+def _measured(folders: Sequence[Path], name: str) -> str:
+    """What a description lacks: whether its published values are unverified, and our reference."""
+    published = read_published(folders, name)
+    if published is None:
+        return ""
+    unverified = [is_unverified(published, cell) for cell in published.cells]
+    parts = []
+    if any(unverified):
+        parts.append(" (unverified)" if all(unverified) else " (partly unverified)")
+    figures = [f for f in reference_figures(read_reference(folders, name), published) if f]
+    if figures:
+        values = " / ".join(f"{figure.mean:.{figure.places}f}" for figure in figures)
+        words = ", ".join(dict.fromkeys(figure.mark for figure in figures))
+        parts.append(f"; here {values} ({words})")
+    return "".join(parts)
 
 
 def _show_choice(folders: Sequence[Path], path: Path) -> None:

@@ -256,7 +256,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     if not distributed.is_main():
         return train_without_folder(jobs[0].config)
     if method is None:
-        task = HydraTask()
+        task = HydraTask(args.config_dir)
         code = _hand_over(args, task)
         return code or task.code
     from metarun.jobs.sweep import check_direction, run

@@ -96,7 +96,7 @@ def _page(runs: Sequence[Run], config_dir: str | None) -> Page:
         # A run whose results are unreadable may still have learning curves.
         broken = runs[0].status["state"] == DAMAGED
         why = f"Its files are damaged: {runs[0].status['why']}." if broken else ""
-        return single_run.page(RunFiles.read(runs[0].path), why)
+        return single_run.page(RunFiles.read(runs[0].path), why, config_dir)
     whole = [run for run in runs if run.status["state"] != DAMAGED]
     if not whole:
         raise ValueError(f"{runs[0].path.parent}: the files of all runs in it are damaged")

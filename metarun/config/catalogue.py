@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -76,6 +77,47 @@ def header(path: Path) -> list[str]:
         if not _PACKAGE.match(line):
             lines.append(line.removeprefix("#").removeprefix(" ").rstrip())
     return lines
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The content of a YAML file as it stands; empty if it is no mapping."""
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}
+
+
+def experiment(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    """An experiment's own values and those of the experiments that it builds on, not composed.
+
+    The names of its groups are under `names`, and the size of its tasks is that of its data set
+    if it sets none. What was measured for the experiments that it builds on is left out.
+    """
+    values = _experiment(folders, name)
+    data = find(folders, "data", str(values["names"].get("data")))
+    sizes = {} if data is None else load(data)
+    return {key: sizes[key] for key in ("way", "shot") if key in sizes} | values
+
+
+def _experiment(folders: Sequence[Path], name: str) -> dict[str, Any]:
+    path = find(folders, "experiment", name)
+    content = {} if path is None else load(path)
+    values: dict[str, Any] = {"names": {}}
+    for item in content.pop("defaults", ()):
+        if isinstance(item, str) and item != "_self_":
+            values = _merged(values, _experiment(folders, item))
+        elif isinstance(item, dict):
+            groups = {key.removeprefix("override /"): choice for key, choice in item.items()}
+            values = _merged(values, {"names": groups})
+    values.pop("reference", None)
+    return _merged(values, content)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged; any other value of `over` takes precedence."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def method_name(algo: str) -> str:

@@ -56,7 +56,7 @@ def check_config(config: Mapping[str, Any]) -> Settings:
     Raises:
         ValueError: A key is unknown or missing, or its value is invalid.
     """
-    settings: Settings = _structure("", config, Settings)
+    settings: Settings = structured("", config, Settings)
     for key, (least, greatest) in _BOUNDS.items():
         value = functools.reduce(getattr, key.split("."), cast("Any", settings))
         if value is not None and not least <= value <= greatest:
@@ -167,7 +167,7 @@ def describe_type(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))
 
 
-def _structure(prefix: str, config: Any, kind: Any) -> Any:
+def structured(prefix: str, config: Any, kind: Any) -> Any:
     """Build a dataclass from a dictionary, recursively.
 
     Args:
@@ -206,5 +206,5 @@ def _typed(key: str, value: Any, hint: Any) -> Any:
         return convert(key, value, hint)
     if typing.get_origin(hint) is list:
         items = convert(key, value, list[Any])
-        return [_structure(f"{key}[{i}]", item, options[0]) for i, item in enumerate(items)]
-    return _structure(key, value, options[0])
+        return [structured(f"{key}[{i}]", item, options[0]) for i, item in enumerate(items)]
+    return structured(key, value, options[0])

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import file_config_source
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import ConfigDefault
@@ -24,7 +26,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
@@ -79,8 +83,24 @@ class Job:
     may_be_there: bool = False
 
 
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's reader of YAML files, without the `reference` of an experiment.
+
+    What we measured is part of no configuration: other experiments that build on the file must
+    not inherit it, and the hash of a run must not change with it.
+    """
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        loaded = super().load_config(config_path)
+        if config_path.startswith("experiment/") and isinstance(loaded.config, DictConfig):
+            loaded.config.pop("reference", None)
+        return loaded
+
+
 def register_resolvers() -> None:
-    """Register the OmegaConf resolvers that the files in conf/ use."""
+    """Register what the files in conf/ need: resolvers of OmegaConf, and how Hydra reads files."""
+    Plugins.instance()  # Registers Hydra's own readers of files first.
+    SourcesRegistry.instance().types["file"] = FileConfigSource
     # Cached, so that a folder keeps its name when it is resolved again.
     OmegaConf.register_new_resolver(
         "metarun_unique", lambda: secrets.token_hex(3), replace=True, use_cache=True

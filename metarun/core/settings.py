@@ -1,4 +1,7 @@
-"""Typed nodes of the configuration: train, eval, sweep, published. Plain data, without torch."""
+"""Typed nodes of the configuration: train, eval, sweep, published. Plain data, without torch.
+
+`Reference` is in the files of experiments too, but belongs to no configuration of a run.
+"""
 
 from __future__ import annotations
 
@@ -119,3 +122,54 @@ class Published:
     steps: int
     confidence: Literal["verified", "unverified"]
     source: str
+
+
+Outcome = Literal["reproduced", "above", "below", "reached", "partial"]
+"""How a measured value compares with a published one, see `reporting.references.outcome_of`."""
+
+
+@dataclass
+class ReferenceCell:
+    """Our value for one published cell; an accuracy is in percent.
+
+    Attributes:
+        value: Mean over test episodes, which are averaged over the seeds first.
+        ci95: Half-width of the 95 % interval over episodes.
+        outcome: How it compares with the published value.
+        over_seeds: Half-width of the 95 % interval over seeds; None for a single seed.
+    """
+
+    value: float
+    ci95: float
+    outcome: Outcome
+    over_seeds: float | None = None
+
+
+@dataclass
+class Reference:
+    """What we measured for an experiment.
+
+    Attributes:
+        cells: One for each cell of `published`, in the same order.
+        episodes: Number of test episodes.
+        seeds: Seeds of the runs.
+        steps: Number of meta-updates made, out of `published.steps`.
+        command: Command that repeats the runs.
+        minutes: Mean time of a run; None if it was not recorded.
+        processor: Processor, and number of threads; None if it was not recorded.
+        version: Version and commit of metarun; None if it was not recorded.
+        trained_as: Experiment whose runs were meta-tested in the setting of this one; None for
+            runs of its own.
+        note: What was looked into where the value is not reproduced, or other replications.
+    """
+
+    cells: list[ReferenceCell]
+    episodes: int
+    seeds: list[int]
+    steps: int
+    command: str
+    minutes: float | None = None
+    processor: str | None = None
+    version: str | None = None
+    trained_as: str | None = None
+    note: str | None = None

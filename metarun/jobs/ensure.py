@@ -57,13 +57,13 @@ def ensure_finished(
     try:
         _clear_false_start(folder)
         if not _begun(folder):
-            train(config, folder, overrides, screen)
+            train(config, folder, overrides, screen, config_dir)
             return Outcome("finished")
         run = RunFolder.open(folder)
         experiment = continuation(run, [], config_dir)
         if experiment is None:
             return Outcome("kept")
-        train_experiment(run, experiment, screen)
+        train_experiment(run, experiment, screen, config_dir)
         return Outcome("finished")
     except Interrupted as stop:
         return Outcome("interrupted", str(stop), stop.signum)

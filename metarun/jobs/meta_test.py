@@ -1,4 +1,8 @@
-"""`test=RUN`: meta-test a run, on its own data or other data, also in another setting."""
+"""`test=RUN`: meta-test a run, on its own data or other data, also in another setting.
+
+`test=RUN experiment=OTHER` tests it in the setting of another experiment, which then needs no
+training of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +12,37 @@ from typing import Any, cast
 
 from metarun.config.build import Experiment, build_experiment
 from metarun.config.checks import check_config
-from metarun.config.composition import Composer, composer
-from metarun.config.naming import HOW_TASKS_RUN, slug
+from metarun.config.composition import Composer, composer, to_yaml
+from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of, slug
 from metarun.config.overrides import parse_value, refuse_change, with_values
 from metarun.config.schema import Config
 from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
+from metarun.core.files import write_atomically
+from metarun.core.nested import flat
 from metarun.jobs.checks import check_data
-from metarun.jobs.train import exit_code_of
+from metarun.jobs.train import exit_code_of, tell_published
 from metarun.reporting.run_figures import draw_figures
 from metarun.runs.folder import RunFolder
 
 TESTABLE = ("way", "shot", "query", "bn", *HOW_TASKS_RUN, "debug")
 """Keys that may change in a meta-test, in addition to `data`, `data.…` and `eval.…`."""
+
+EVALUATION_ONLY = (
+    "way",
+    "shot",
+    "query",
+    "bn",
+    "eval",
+    "data.rotations_eval",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+)
+"""Keys without influence on the parameters after any step of training, with all keys below them.
+
+`eval` and `train.eval_every` do influence at which step meta-val selects the checkpoint.
+"""
 
 
 def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
@@ -40,6 +62,7 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     from metarun.training.meta_test import meta_test
 
     folder = distributed.on_main(lambda: run.test_folder(slug(words, 80) or "same"))
+    named = _words_of_experiment(run, words)
 
     def work() -> None:
         meta_test(
@@ -51,8 +74,16 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
             experiment.run_info,
             main_screen(),
         )
-        if distributed.is_main():
-            draw_figures(folder)
+        if not distributed.is_main():
+            return
+        draw_figures(folder)
+        if named:
+            listed = to_yaml([*named, *(word for word in words if word not in named)])
+            write_atomically(folder / "config.yaml", to_yaml(experiment.record).encode())
+            write_atomically(folder / "overrides.yaml", listed.encode())
+            screen = main_screen()
+            with screen.attached():
+                tell_published(run.path, folder, config_dir)
 
     return exit_code_of(work, debug=bool(experiment.record["debug"]))
 
@@ -61,28 +92,96 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
     """Build the components of a run for a meta-test."""
     stored = run.configuration()
     typed = dict(map(parse_value, words))
-    name = typed.pop("data", None)
+    other, name = typed.pop("experiment", None), typed.pop("data", None)
+    if other is not None and name is not None:
+        raise ValueError("experiment= and data= exclude each other in a meta-test: type one")
     for key in typed:
         if key not in TESTABLE and not key.startswith(("data.", "eval.")):
-            refuse_change(key, stored, f"a meta-test: only data, eval.…, {', '.join(TESTABLE)} can")
+            rule = f"a meta-test: only experiment, data, eval.…, {', '.join(TESTABLE)} can"
+            refuse_change(key, stored, rule)
     config = copy.deepcopy(stored)
+    if other is not None:
+        config = _in_setting_of(other, run, stored, config_dir)
     if name is not None:
         with composer(config_dir) as compose:
             config["data"] = _data_node(compose, name)
         config["names"]["data"] = name
     config = with_values(config, typed)
     # Nothing is trained: the training sizes must not fail the checks of the test's data.
-    config["train"] |= {key: config[key] for key in ("way", "shot", "query")}
+    sizes = {key: config["train"][key] for key in ("way", "shot", "query")}
+    config["train"] |= {key: config[key] for key in sizes}
     settings = check_config(config)
     check_data(config)
     with warnings_held():
         experiment = build_experiment(config)
+    experiment.record["train"] |= sizes
     if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
         learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"
         raise ValueError(
             f"way={settings.way}: the run has a fixed head for {learned}: train a new run instead"
         )
     return experiment
+
+
+def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | None) -> Config:
+    """Return the configuration of a run with the evaluation of another experiment.
+
+    Raises:
+        ValueError: The run is not finished, there is no such experiment, or it would have trained
+            differently.
+    """
+    if run.status().get("state") != "finished":
+        raise ValueError(
+            f"experiment={name}: the run is not finished: type resume={run.path} first"
+        )
+    with composer(config_dir) as compose:
+        # A key that is newer than the run has the value that the run would have today.
+        today = compose.job(_words_about_results(run)).config
+        other = compose.job(_words_of_experiment(run, [f"experiment={name}"])).config
+    trained = {**training_keys(today), **training_keys(stored)}
+    # A learner without meta-training has stored 0 steps, which no override has set.
+    trained["train.steps"] = trained["train.steps"] or today["train"]["steps"]
+    wanted = training_keys(other)
+    differ = [
+        f"{key} is {wanted.get(key, 'absent')} there and {trained.get(key, 'absent')} in the run"
+        for key in sorted(trained.keys() | wanted.keys())
+        if trained.get(key) != wanted.get(key)
+    ]
+    if differ:
+        more = f", and {len(differ) - 2} more" if len(differ) > 2 else ""
+        raise ValueError(
+            f"experiment={name} trains differently from this run: {', '.join(differ[:2])}{more}; "
+            "train a run of its own"
+        )
+    how = {key: stored[key] for key in HOW_IT_RUNS if key in stored and key != "published"}
+    return {**other, **how}
+
+
+def training_keys(config: Config) -> Config:
+    """Return what training depends on, by dotted key, except how it is executed."""
+    ignored = (*EVALUATION_ONLY, *HOW_IT_RUNS, "names", "resume", "test")
+    return {key: value for key, value in flat(config).items() if not _is_below(key, ignored)}
+
+
+def _is_below(key: str, others: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{other}.") for other in others)
+
+
+def _words_about_results(run: RunFolder) -> list[str]:
+    return [word for word in run.overrides() if root_of(word) not in HOW_IT_RUNS]
+
+
+def _words_of_experiment(run: RunFolder, words: Sequence[str]) -> list[str]:
+    """Return the overrides of an experiment that was trained like a run; empty without one.
+
+    The run's own overrides of training apply to it, such as a smaller `train.steps`.
+    """
+    named = [word for word in words if word.startswith("experiment=")]
+    if not named:
+        return []
+    apart = ("experiment", *EVALUATION_ONLY)
+    keys = {word: word.partition("=")[0] for word in _words_about_results(run)}
+    return [*named, *(word for word, key in keys.items() if not _is_below(key, apart))]
 
 
 def _data_node(compose: Composer, name: Any) -> Config:

@@ -63,7 +63,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
         )
         return EXIT_OK
     return exit_code_of(
-        lambda: train_experiment(_ours(run), experiment, main_screen()),
+        lambda: train_experiment(_ours(run), experiment, main_screen(), config_dir),
         debug=bool(experiment.record["debug"]),
     )
 

@@ -5,6 +5,7 @@ Read `train` first; it calls the trainer in `training/trainer.py`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from metarun.core.errors import (
     RunError,
     describe_error,
 )
+from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
 from metarun.runs.folder import NullRunFolder, RunFolder
 
@@ -32,7 +34,16 @@ if TYPE_CHECKING:
     from metarun.config.build import Experiment
 
 
-def train(config: Config, folder: Path, overrides: Sequence[str], screen: Screen) -> None:
+_log = logging.getLogger(__name__)
+
+
+def train(
+    config: Config,
+    folder: Path,
+    overrides: Sequence[str],
+    screen: Screen,
+    config_dir: str | None = None,
+) -> None:
     """Build the components of a run and train it in a new folder.
 
     Args:
@@ -40,13 +51,16 @@ def train(config: Config, folder: Path, overrides: Sequence[str], screen: Screen
         folder: Folder of the run, which does not exist yet or is empty.
         overrides: Overrides of the run, stored for a later `resume=`.
         screen: Screen for the progress.
+        config_dir: Folder of the user's YAML files.
     """
     experiment = build_experiment(config)
     run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
-    train_experiment(run, experiment, screen)
+    train_experiment(run, experiment, screen, config_dir)
 
 
-def train_experiment(run: RunFolder, experiment: Experiment, screen: Screen) -> None:
+def train_experiment(
+    run: RunFolder, experiment: Experiment, screen: Screen, config_dir: str | None = None
+) -> None:
     """Train, validate and test a run, starting from the checkpoint in its folder if any."""
     from metarun.trackers.base import Trackers
     from metarun.training import trainer
@@ -72,6 +86,17 @@ def train_experiment(run: RunFolder, experiment: Experiment, screen: Screen) -> 
         if trackers.alive:
             draw_curves(run.path)
         trackers.finish(results, sorted((run.path / "figures").glob("*.*")))
+    if record.get("published"):
+        with screen.attached(), run.logging():
+            tell_published(run.path, run.path, config_dir)
+
+
+def tell_published(run: Path, folder: Path, config_dir: str | None) -> None:
+    """Show a result with the published one and our reference, see `published.at_the_end`."""
+    try:
+        _log.info("%s", published.at_the_end(run, folder, config_dir))
+    except (ValueError, OSError) as error:  # The run itself is complete.
+        _log.warning("not compared with published values: %s", describe_error(error))
 
 
 def train_without_folder(config: Config) -> int:
@@ -89,14 +114,16 @@ class HydraTask:
         code: Exit code of the run, once it has ended.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config_dir: str | None = None) -> None:
         self.code = EXIT_OK
+        self._config_dir = config_dir
 
     def __call__(self, cfg: DictConfig) -> None:
         """Train a run in the folder that Hydra has created."""
         config, folder, overrides = from_hydra(cfg)
         self.code = exit_code_of(
-            lambda: train(config, folder, overrides, Screen()), debug=bool(config["debug"])
+            lambda: train(config, folder, overrides, Screen(), self._config_dir),
+            debug=bool(config["debug"]),
         )
 
 

@@ -1,30 +1,45 @@
 """`metarun table`: published results compared with measured results.
 
-Each row shows a published figure next to the runs of its experiment, averaged over seeds. Runs
-without a published figure are listed by their command-line overrides.
+Each row shows a published figure, our reference, and the runs of its experiment, averaged over
+seeds. Runs without a published figure are listed by their command-line overrides.
 """
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
 
-from metarun.config.catalogue import conf_dir
 from metarun.config.checks import check_config
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS, digest, root_of
 from metarun.config.schema import Config
 from metarun.core.console import duration
+from metarun.core.errors import one_line
 from metarun.core.settings import Published, PublishedCell
-from metarun.reporting.results import Result, figure_of, paired, read_result
-from metarun.reporting.tables import Figure, Line, Style, shown, tables
+from metarun.reporting.references import (
+    NOT_RUN,
+    decimals,
+    folders_of,
+    is_accuracy,
+    outcome_of,
+    published_figure,
+    read_reference,
+    reference_figures,
+    words_of,
+)
+from metarun.reporting.results import Result, figure_of, paired, read_figures, read_result
+from metarun.reporting.tables import Figure, Line, Style, shown, table, tables
 from metarun.runs.folder import RunFolder
+
+_log = logging.getLogger(__name__)
 
 DAMAGED = "damaged"
 """State of a run whose files cannot be read."""
@@ -40,6 +55,8 @@ class Run:
         words: Command-line overrides of the run.
         result: Result of the run; None until it is finished.
         status: Contents of `status.json`.
+        trained_as: For a meta-test of a run in the setting of another experiment, the name of
+            the run; else None.
     """
 
     path: Path
@@ -47,6 +64,7 @@ class Run:
     words: tuple[str, ...]
     result: Result | None
     status: Mapping[str, Any]
+    trained_as: str | None = None
 
     @property
     def typed(self) -> tuple[str, ...]:
@@ -73,6 +91,11 @@ class Group:
     def experiment(self) -> str | None:
         """The value of `experiment`; None without one."""
         return _experiment(self.config)
+
+    @property
+    def trained_as(self) -> str | None:
+        """Name of the runs that were meta-tested in the setting of this experiment, if any."""
+        return self.runs[0].trained_as if self.runs else None
 
     @property
     def results(self) -> list[Result]:
@@ -120,6 +143,38 @@ def _read(folder: Path) -> Run:
         return Run(folder, {}, (), None, {"state": DAMAGED, "why": why})
 
 
+def with_shared(runs: Iterable[Run]) -> Iterator[Run]:
+    """Yield each run, followed by its meta-tests in the settings of other experiments."""
+    for run in runs:
+        yield run
+        if run.result is not None:
+            yield from _shared(run, run.result)
+
+
+def _shared(run: Run, trained: Result) -> Iterator[Run]:
+    """Yield the finished meta-tests `test=RUN experiment=OTHER` of a run."""
+    for results in sorted((run.path / "tests").glob("*/results.json")):
+        folder = RunFolder(results.parent)
+        # Other meta-tests have no file of overrides.
+        if not folder.has("overrides.yaml"):
+            continue
+        try:
+            result, config = read_figures(folder), folder.configuration()
+        except Exception as error:  # As in `_read`: many classes of errors.
+            _log.warning("%s is damaged and left out: %s", results.parent, one_line(error))
+            continue
+        of_training = {key: trained.record.get(key) for key in ("val", "steps", "seconds")}
+        time = datetime.fromtimestamp(results.stat().st_mtime).isoformat(timespec="seconds")
+        yield Run(
+            results.parent,
+            config,
+            tuple(folder.overrides()),
+            replace(result, record={**result.record, **of_training}),
+            {"state": "finished", "time": time},
+            trained_as=_name(run.config),
+        )
+
+
 def report(
     runs: Iterable[Run],
     style: Style = "terminal",
@@ -135,7 +190,7 @@ def report(
         paper: Name of a paper's table to show in full, including cells that were not run.
     """
     runs = list(runs)
-    written = tables(style, parts(group(runs), config_dir, paper))
+    written = tables(style, parts(group(with_shared(runs)), config_dir, paper))
     unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
     if unfinished and style in ("terminal", "markdown"):
         named = "".join(f"  {_stand(run)}\n" for run in unfinished)
@@ -153,7 +208,7 @@ def parts(
     made: list[tuple[str, list[Line]]] = []
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
         rows = _rows(names, cells, config_dir)
-        lines = [line for g in rows for line in published_lines(g)]
+        lines = [line for g in rows for line in published_lines(g, config_dir)]
         made += [(title, lines), *_pairs(rows)]
     if own:
         made += [("runs", [own_line(g) for g in own]), *_pairs(own)]
@@ -173,7 +228,8 @@ def group(runs: Iterable[Run]) -> list[Group]:
     found: dict[str, list[Run]] = {}
     for run in runs:
         if run.result is not None:
-            name = f"{_experiment(run.config)} {digest({**run.config, 'seed': None})}"
+            name = f"{_experiment(run.config)} {run.trained_as}"
+            name += f" {digest({**run.config, 'seed': None})}"
             found.setdefault(name, []).append(run)
     return [
         Group(tuple(_seeds(together)), together[0].config, _name(together[0].config))
@@ -196,26 +252,52 @@ def _seeds(runs: Sequence[Run]) -> list[Run]:
     return [newest[seed] for seed in sorted(newest)]
 
 
-def published_lines(group: Group) -> list[Line]:
+def published_lines(group: Group, config_dir: str | None = None) -> list[Line]:
     """Return a line for each published figure of an experiment."""
     published = check_config(group.config).published
     assert published is not None
-    return [_published_line(group, published, cell) for cell in published.cells]
+    reference = read_reference(folders_of(config_dir), str(group.experiment))
+    return [
+        _published_line(group, published, cell, ours)
+        for cell, ours in zip(published.cells, reference_figures(reference, published), strict=True)
+    ]
 
 
-def _published_line(group: Group, published: Published, cell: PublishedCell) -> Line:
-    places = max(2, len(repr(cell.value).partition(".")[2]))
-    printed = Figure(cell.value, cell.ci95, places=places, mark=_marks(published, cell))
+def at_the_end(run: Path, folder: Path, config_dir: str | None) -> str:
+    """Return the table that ends a run of an experiment: published, our reference, and this run.
+
+    Args:
+        run: Folder of the run.
+        folder: The same, or that of its meta-test in the setting of an experiment.
+        config_dir: Folder of the user's YAML files.
+    """
+    (found,) = (r for r in with_shared(read_runs([run])) if r.path == folder)
+    published = check_config(found.config).published
+    assert published is not None
+    heads = {"task": "task", "published": "published", "reference": "reference", "ours": "this run"}
+    lines: list[Line] = [
+        {column: line[head] for head, column in heads.items()}
+        for line in published_lines(Group((found,), found.config, ""), config_dir)
+    ]
+    title = f"{found.config['names']['experiment']}: {published.paper}, {published.table}"
+    return table("terminal", title, lines).rstrip()
+
+
+def _published_line(
+    group: Group, published: Published, cell: PublishedCell, reference: Figure | None
+) -> Line:
+    accuracy = is_accuracy(group.config)
+    printed = published_figure(published, cell, accuracy=accuracy)
     line: dict[str, str | Figure] = {
         "experiment": str(group.experiment),
         "method": published.row,
-        "task": _task(group.config, cell),
+        "task": task(group.config, cell),
         "published": printed,
-        "ours": "not run",
-        "seeds": "0",
-        "episodes": "",
+        "reference": reference or NOT_RUN,
+        "ours": NOT_RUN,
         "difference": "",
-        "intervals meet": "",
+        "seeds": "",
+        "episodes": "",
         "batch norm": "",
         "split": _split(group.config),
         "steps": f"0 of {published.steps:,}",
@@ -225,40 +307,35 @@ def _published_line(group: Group, published: Published, cell: PublishedCell) -> 
     if not group.runs:
         return line
     record = group.results[0].record
+    steps = int(record["steps"])
     line |= {
         "seeds": str(len(group.runs)),
         "batch norm": str(record["bn_statistics"]),
-        "steps": f"{record['steps']:,} of {published.steps:,}",
+        "steps": f"{steps:,} of {published.steps:,}",
         "time": _time(group),
-        "note": _note(group, published),
+        "note": _note(group),
     }
     try:
         ours = figure_of(group.results, cell.inner_steps, cell.presentation)
-        ours = replace(ours, places=places)
     except LookupError as error:
         return line | {"ours": str(error)}
+    outcome = outcome_of(ours, cell, steps, published.steps, accuracy=accuracy)
+    # The steps have a column of their own.
+    mark = words_of(outcome, steps, published.steps).partition(": ")[0]
     return line | {
-        "ours": ours,
+        "ours": replace(ours, places=decimals(cell.value), mark=mark),
         "episodes": str(ours.episodes),
-        "difference": f"{ours.mean - cell.value:+.{places}f}",
-        "intervals meet": "yes" if ours.meets(printed) else "no",
+        "difference": f"{ours.mean - cell.value:+.{decimals(cell.value)}f}",
     }
 
 
-def _marks(published: Published, cell: PublishedCell) -> str:
-    marks = [] if cell.spread is None else [f"± {cell.spread:g} over runs"]
-    unverified = cell.unverified or published.confidence == "unverified"
-    return ", ".join([*marks, "unverified"] if unverified else marks)
-
-
-def _note(group: Group, published: Published) -> str:
+def _note(group: Group) -> str:
     """Describe how runs differ from the recipe of their experiment."""
-    steps = int(group.results[0].record["steps"])
-    share = steps / published.steps
-    part = f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
-    notes = [f"rehearsal of {part}"] if share < 1.0 else []
     changed = [word for word in group.runs[0].typed if not word.startswith("train.steps=")]
-    return "; ".join([*notes, f"changed: {' '.join(changed)}"] if changed else notes)
+    notes = [f"changed: {' '.join(changed)}"] if changed else []
+    if group.trained_as is not None:
+        notes.insert(0, f"trained and chosen on meta-val as {group.trained_as}")
+    return "; ".join(notes)
 
 
 def own_line(group: Group) -> Line:
@@ -266,7 +343,7 @@ def own_line(group: Group) -> Line:
     record, measured, val = group.results[0].record, figure_of(group.results), val_of(group)
     return {
         "run": group.label,
-        "task": _task(group.config),
+        "task": task(group.config),
         "meta-val": "–" if val is None else shown(val, accuracy=record["metric"] == "accuracy"),
         "meta-test": measured,
         "seeds": str(measured.seeds),
@@ -359,8 +436,7 @@ def _papers(
 
 
 def _paper_files(config_dir: str | None) -> dict[str, Path]:
-    folders = [conf_dir(), *([Path(config_dir)] if config_dir else [])]
-    paths = [path for folder in folders for path in (folder / "paper").glob("*.yaml")]
+    paths = [p for folder in folders_of(config_dir) for p in (folder / "paper").glob("*.yaml")]
     return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
@@ -380,7 +456,8 @@ def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None)
     return rows
 
 
-def _task(config: Config, cell: PublishedCell | None = None) -> str:
+def task(config: Mapping[str, Any], cell: PublishedCell | None = None) -> str:
+    """Describe the size of the tasks, and the point at which a published value was measured."""
     size = f"{config['shot']} points"
     if config["way"] > 1:
         size = f"{config['way']}-way {config['shot']}-shot"

@@ -61,6 +61,15 @@ def read_result(run: RunFolder) -> Result | None:
     """
     if not run.has("results.json") or run.status().get("state") != "finished":
         return None
+    return read_figures(run)
+
+
+def read_figures(run: RunFolder) -> Result:
+    """Return the result in a folder of a finished run or meta-test.
+
+    Raises:
+        ValueError: A file of the folder is damaged.
+    """
     record = run.read_results()
     prefix = continual_metrics.FIGURE
     wanted = (record["metric"], "curve", "presentations", "incoming_loss", *EXTRA_METRICS)

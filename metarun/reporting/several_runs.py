@@ -35,7 +35,8 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     groups = published.group(runs)
     clusters = _clusters(groups)
     named = _by_name(entry for members in clusters.values() for entry in members)
-    tables = [table(title, lines, named) for title, lines in published.parts(groups, config_dir)]
+    in_tables = published.group(published.with_shared(runs))
+    tables = [table(title, lines, named) for title, lines in published.parts(in_tables, config_dir)]
     unfinished = [run for run in runs if run.result is None]
     facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
     sections = [
@@ -48,7 +49,7 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     note = ""
     if clusters:
         title, members = next(iter(clusters.items()))
-        about, own, note = _best(members, title)
+        about, own, note = _best(members, title, config_dir)
         facts += own
         sections += about
     return Page(_heading(runs), facts, sections, note)
@@ -77,13 +78,15 @@ def _panels(members: Sequence[Entry], number: int) -> list[Panel]:
     return [replace(panel, name=f"{panel.name}-{number + 1}") for panel in panels]
 
 
-def _best(members: Sequence[Entry], title: str) -> tuple[list[Section], list[tuple[str, str]], str]:
+def _best(
+    members: Sequence[Entry], title: str, config_dir: str | None
+) -> tuple[list[Section], list[tuple[str, str]], str]:
     """Return the sections and facts of the run that meta-val selects, and a note of gaps."""
     entry = next((entry for entry in members if entry.best), None)
     if entry is None:
         return [], [(f"best, {title}", "no meta-val figure to select by")], ""
     chosen = _chosen_seed(entry)
-    own, note = single_run.sections(chosen)
+    own, note = single_run.sections(chosen, config_dir=config_dir)
     about = Section(
         "best",
         "The best run",

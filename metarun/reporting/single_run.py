@@ -54,7 +54,7 @@ class _Notes:
         return " ".join(self._texts)
 
 
-def page(files: RunFiles, note: str = "") -> Page:
+def page(files: RunFiles, note: str = "", config_dir: str | None = None) -> Page:
     """Return the page of one finished or unfinished run."""
     stands = ""
     if files.status["state"] != "finished":
@@ -67,7 +67,7 @@ def page(files: RunFiles, note: str = "") -> Page:
         # A killed process leaves its status at "running".
         killed = ", or was killed since" if files.status["state"] == "running" else ""
         stands = f"The run is {files.status['state']}{at}{killed}{why}."
-    parts, missing = sections(files, " ".join(filter(None, [stands, note])))
+    parts, missing = sections(files, " ".join(filter(None, [stands, note])), config_dir)
     return Page(title(files), facts(files), [reproduce(files), *parts], missing)
 
 
@@ -166,13 +166,17 @@ def _config_dir(command: Sequence[str]) -> list[str]:
     return []
 
 
-def sections(files: RunFiles, note: str = "") -> tuple[list[Section], str]:
+def sections(
+    files: RunFiles, note: str = "", config_dir: str | None = None
+) -> tuple[list[Section], str]:
     """Return the sections about one run, and the reasons why some are missing."""
     notes = _Notes(note)
     learned = _learned(files, notes)
     own = [panel for source in _OWN for panel in source.panels(files)]
     parts = [
-        Section("reached", "Learning and meta-test", panels=own, tables=_published(files)),
+        Section(
+            "reached", "Learning and meta-test", panels=own, tables=_published(files, config_dir)
+        ),
         *_looked_at(files, learned, notes),
         Section("samples", "Generated samples", panels=samples.panels(files)),
         Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),
@@ -223,13 +227,13 @@ def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
     return Learned(algorithm, experiment.source, files.color, views)
 
 
-def _published(files: RunFiles) -> list[Table]:
-    if not files.config.get("published") or files.results is None:
-        return []
+def _published(files: RunFiles, config_dir: str | None) -> list[Table]:
+    """Return the published values of the experiments that a run and its meta-tests belong to."""
     lines = [
         line
-        for group in published.group(published.read_runs([files.path]))
-        for line in published.published_lines(group)
+        for group in published.group(published.with_shared(published.read_runs([files.path])))
+        if group.config.get("published")
+        for line in published.published_lines(group, config_dir)
     ]
     return [table("Published against measured", lines)] if lines else []
 

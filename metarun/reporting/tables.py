@@ -39,7 +39,7 @@ class Figure:
     mark: str = ""
 
     def __str__(self) -> str:
-        """Format as `93.4 ± 0.5`, followed by `(± 0.7 over 3 seeds)` with several seeds.
+        """Format as `93.4 ± 0.5`, followed by `(± 0.7 over 3 seeds, mark)` with several seeds.
 
         A run that diverged is shown as `not finite`.
         """
@@ -48,9 +48,10 @@ class Figure:
         text = self._number(self.mean)
         if self.ci95 is not None and not math.isnan(self.ci95):
             text += f" ± {self._number(self.ci95)}"
+        remarks = [self.mark] if self.mark else []
         if self.seeds_ci95 is not None:
-            text += f" (± {self._number(self.seeds_ci95)} over {self.seeds} seeds)"
-        return f"{text} ({self.mark})" if self.mark else text
+            remarks.insert(0, f"± {self._number(self.seeds_ci95)} over {self.seeds} seeds")
+        return f"{text} ({', '.join(remarks)})" if remarks else text
 
     def meets(self, other: Figure) -> bool:
         """Return whether the intervals overlap; a figure without an interval is a point."""
@@ -104,7 +105,12 @@ def table(style: Style, title: str, lines: Sequence[Line]) -> str:
     if style == "markdown":
         body = [markdown_row(heads), markdown_row(["---"] * len(heads)), *map(markdown_row, cells)]
         return "\n".join([f"**{title}**", "", *body, ""])
-    return _latex(title, heads, cells) if style == "latex" else _terminal(title, heads, cells)
+    if style == "latex":
+        return _latex(title, heads, cells)
+    plain = [
+        n for n, head in enumerate(heads) if all(isinstance(line[head], str) for line in lines)
+    ]
+    return _terminal(title, heads, cells, plain)
 
 
 def _csv(lines: Sequence[Line]) -> str:
@@ -149,14 +155,24 @@ def _escaped(text: str) -> str:
     return marked.replace("±", r"$\pm$").replace("–", "--")
 
 
-def _terminal(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns without the empty ones; figures are never truncated or wrapped."""
-    kept = [column for column in range(len(heads)) if any(row[column] for row in cells)]
+def _terminal(
+    title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], plain: Sequence[int]
+) -> str:
+    """Return aligned columns; figures are never truncated or wrapped.
+
+    Empty columns are left out. The text that all rows of a longer table share is given once,
+    below the title. `plain` are the columns without figures.
+    """
+    found = [{row[column] for row in cells} - {""} for column in range(len(heads))]
+    common = [n for n in plain if n > 0 and len(cells) > 2 and len(found[n]) == 1]
+    kept = [column for column in range(len(heads)) if found[column] and column not in common]
     rows = [[row[column] for column in kept] for row in (heads, *cells)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     rule = "─" * max(map(len, lines))
-    return "\n".join([title, rule, lines[0], rule, *lines[1:], rule, ""])
+    shared = [f"{heads[column]}: {min(found[column])}" for column in common]
+    above = [title, "; ".join(shared)] if shared else [title]
+    return "\n".join([*above, rule, lines[0], rule, *lines[1:], rule, ""])
 
 
 def shown(value: float, *, accuracy: bool) -> Figure:

@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from metarun.reporting.published import group, read_runs
+from metarun.config.catalogue import conf_dir
+from metarun.config.composition import composer
+from metarun.reporting.published import Group, Run, group, published_lines, read_runs
+from metarun.reporting.references import read_reference
 from metarun.reporting.results import figure_of, paired
 from metarun.reporting.tables import Figure, table
 from tests.conftest import Command
@@ -82,8 +85,11 @@ def test_latex_escapes_what_means_something_to_it() -> None:
 def test_a_paper_is_held_against_what_was_run(metarun: Command, tmp_path: Path) -> None:
     answer = metarun("-m", f"experiment={CELL}", "seed=0,1", *SMALL)
     assert answer.code == 0, answer.err
-    # The output of the sweep ends with the table.
-    assert CELL in answer.out.split("runs are finished")[1]
+    each, table = answer.out.split("runs are finished")
+    # Each run ends with the published value, and the sweep with the table.
+    assert each.count(f"{CELL}: Zintgraf et al. 2019, Table 1\n") == 2
+    assert each.count("0.21 ± 0.02 (unverified)") == 2
+    assert CELL in table
     answer = metarun("table", "outputs/sweeps", "--format", "csv")
     found = cells(rows_of(answer.out))
     ours = found[CELL]
@@ -96,10 +102,11 @@ def test_a_paper_is_held_against_what_was_run(metarun: Command, tmp_path: Path) 
     assert (ours["published"], ours["published ci95"]) == ("0.21", "0.02")
     assert ours["published mark"] == "unverified"
     assert float(ours["difference"]) == pytest.approx(float(ours["ours"]) - 0.21, abs=0.01)
-    apart = abs(float(ours["ours"]) - 0.21) - 0.02
-    assert (ours["intervals meet"] == "yes") == (apart <= float(ours["ours ci95"]))
-    assert ours["steps"] == "2 of 50,000"
-    assert "rehearsal" in ours["note"]
+    assert (ours["ours mark"], ours["steps"]) == ("partial", "2 of 50,000")
+    reference = read_reference([conf_dir()], CELL)
+    assert reference is not None
+    assert float(ours["reference"]) == reference.cells[0].value
+    assert ours["reference mark"] == reference.cells[0].outcome
     assert "changed: " in ours["note"]
     assert "eval.episodes=6" in ours["note"]
     assert (ours["seeds"], ours["episodes"]) == ("2", "6")
@@ -182,3 +189,12 @@ def test_a_damaged_run_is_named_and_hides_no_other(metarun: Command, tmp_path: P
         assert f"{results.parent.name} is damaged: results.json" in answer.err
         assert "remove the folder" in answer.err
         assert "algo=maml" in answer.out.split("meta-test")[1]
+
+
+def test_a_learner_without_training_steps_has_a_word() -> None:
+    with composer() as compose:
+        config = compose.job(["experiment=javed2019_omniglot_online_1class"]).config
+    one = result([0.04, 0.05], steps=0, seconds=1.0)
+    run = Run(Path("run"), config, (), one, {"state": "finished", "time": ""})
+    (line,) = published_lines(Group((run,), config, ""))
+    assert (str(line["ours"]), line["steps"]) == ("4.50 ± 6.35 (reproduced)", "0 of 0")

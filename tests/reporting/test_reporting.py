@@ -104,7 +104,9 @@ def test_a_published_cell_stands_beside_what_was_reached(runs: Path) -> None:
     assert main(["report", str(folder)]) == 0
     source = (folder / "report.html").read_text(encoding="utf-8")
     assert "Published against measured" in source
-    assert "rehearsal of" in source
+    # Twelve episodes have so wide an interval that it holds the published value.
+    assert "reached at 4 of 70,000 steps" in source
+    assert "over 3 seeds, reproduced)" in source
 
 
 def test_a_later_test_is_listed(runs: Path) -> None:
