@@ -61,8 +61,9 @@ def outcome_of(
 
     It is reproduced if the difference is within the joint interval of both and half of the last
     printed digit: sqrt(a^2 + b^2) + d. Here b is the published interval, 0 if none is printed, and
-    a is ours over seeds if there are three or more, else ours over episodes. Differences of
-    accuracies of up to half a point count as reproduced, too, and d is 0.05 for all of them.
+    a is ours over episodes, or ours over seeds if there are three or more and it is wider: seeds
+    share their test episodes, whose choice alone moves a mean. Differences of accuracies of up to
+    half a point count as reproduced, too, and d is 0.05 for all of them.
 
     Args:
         ours: The measured value; an accuracy is in percent.
@@ -71,9 +72,8 @@ def outcome_of(
         of_steps: Number of meta-updates of the recipe.
         accuracy: Whether the value is an accuracy. If not, it is an error, and lower is better.
     """
-    over_seeds = ours.seeds >= _FEWEST_SEEDS and ours.seeds_ci95 is not None
-    widths = [ours.seeds_ci95 if over_seeds else ours.ci95, cell.ci95]
-    joint = math.hypot(*(w for w in widths if w is not None and not math.isnan(w)))
+    over_seeds = ours.seeds_ci95 if ours.seeds >= _FEWEST_SEEDS else None
+    joint = math.hypot(max(_width(ours.ci95), _width(over_seeds)), _width(cell.ci95))
     tolerance = joint + 0.5 * 10.0 ** -decimals(cell.value)
     if accuracy:
         tolerance = max(_POINTS, joint + 0.05)
@@ -85,6 +85,11 @@ def outcome_of(
     if abs(better) <= tolerance:
         return "reproduced"
     return "above" if better > 0 else "below"
+
+
+def _width(ci95: float | None) -> float:
+    """Return an interval, 0 for a missing one."""
+    return 0.0 if ci95 is None or math.isnan(ci95) else ci95
 
 
 def decimals(value: float, fewest: int = 2) -> int:
