@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
-from metarun.algorithms.outer_optimizer import check_positive
+from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gather_rows, local_size
@@ -131,7 +131,7 @@ class Selector(Algorithm):
             )
         self.net = nn.Identity() if features is None else self._trained(features)
         size = _PERFORMANCES + len(self.learners) * (1 + _TASK_FEATURES) + 1
-        # Mean products of the inputs of the residual and its target (the last), over training tasks.
+        # Mean products of the residual's inputs and its target (the last) over training tasks.
         self.register_buffer("moments", torch.zeros(size, size))
         self.register_buffer("tasks", torch.zeros((), dtype=torch.int64))
 
@@ -142,14 +142,17 @@ class Selector(Algorithm):
         evidence = self.evidence(held_out, rows, support_y)
         reached = self._correct_and_losses(answers.double(), query_y, support_y)[0]
         target = _contrast(reached.clamp(-_WORST, _WORST).mean(2)) - evidence[..., 0]
-        loss = (self.residual(evidence) - target).square().mean()
-        mixed = self._answer(self.scores(held_out, rows, support_y), held_out, answers, support_y)
-        score = task_metric(self.spec, mixed, query_y).mean()
+        residual = self.residual(evidence)
+        scores = self.validated(held_out, support_y) + residual
+        mixed = self._answer(scores, held_out, answers, support_y)
         seen = gather_rows(torch.cat([evidence, target[..., None]], 2), progress.share)
+        products = torch.einsum("tbi,tbj->ij", seen, seen) / (len(seen) * len(self.learners))
+        if not torch.isfinite(products).all():
+            raise NonFiniteError("the mean product of inputs and targets", float(products.sum()))
         self.tasks += len(seen)
-        products = torch.einsum("tbi,tbj->ij", seen, seen) / (seen.shape[0] * seen.shape[1])
         self.moments.lerp_(products.to(self.moments), len(seen) / int(self.tasks))
-        return {"loss": loss, self.spec.metric: score}
+        score = task_metric(self.spec, mixed, query_y).mean()
+        return {"loss": (residual - target).square().mean(), self.spec.metric: score}
 
     @torch.no_grad()
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
@@ -159,28 +162,25 @@ class Selector(Algorithm):
         `committee`, the mean of all.
         """
         held_out, answers, rows = self.studied(support_x, support_y, query_x)
-        scores = self.scores(held_out, rows, support_y)
+        validated = self.validated(held_out, support_y)
+        scores = validated + self.residual(self.evidence(held_out, rows, support_y))
         mixed = self._answer(scores, held_out, answers, support_y)
         strategies = {name: answers[:, number] for number, name in enumerate(self.learners)}
         alternatives = {
             "committee": answers.mean(1),
-            "cv_winner": _picked(self.validated(held_out, support_y), answers),
+            "cv_winner": _picked(validated, answers),
         }
         outputs = mixed.log() if self.spec.kind == "classification" else mixed
         return Prediction(
             outputs, embedding=scores, strategies=strategies, alternatives=alternatives
         )
 
-    def scores(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """Return the scores (T, B) of the base-learners; for the arguments see `evidence`."""
-        residual = self.residual(self.evidence(held_out, rows, labels))
-        return self.validated(held_out, labels) + residual
-
     def residual(self, evidence: Tensor) -> Tensor:
         """Return trust times residual (T, B), given the result of `evidence`.
 
-        Bayesian linear regression (Bishop 2006, section 3.3), with variances in units of the noise.
-        Inputs are divided by their root mean square in training, so that one prior suits all.
+        The residual is the mean of a Bayesian linear regression (Bishop 2006, section 3.3), whose
+        variances are in units of the noise. One prior suits all inputs, since they are divided by
+        their root mean square in training.
         """
         moments, tasks = self.moments.double(), int(self.tasks)
         scale = moments.diagonal()[:-1].sqrt()
@@ -193,7 +193,8 @@ class Selector(Algorithm):
         flat = evidence / scale
         variance = ((flat @ covariance) * flat).sum(2).mean(1)
         trust = ((covariance * inputs).sum() / variance).clamp(max=1.0)
-        return trust[:, None] * (flat @ weights)
+        residual: Tensor = trust[:, None] * (flat @ weights)
+        return residual
 
     def evidence(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """Return the inputs (T, B, K) of the residual, as differences from the mean of all.

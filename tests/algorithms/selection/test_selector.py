@@ -290,7 +290,7 @@ def test_untrained_it_is_cross_validation(kind: str, choice: str) -> None:
     batch = table_batch(tasks=6) if classify else value_batch(tasks=6)
     algorithm = selector(TABLE if classify else VALUES, learners=None, choice=choice)
     rows = (batch.support_x, batch.support_y, batch.query_x)
-    held_out, answers, seen = algorithm.studied(*rows)
+    held_out, answers, _ = algorithm.studied(*rows)
     found = algorithm.predict(*rows)
     scores = algorithm.validated(held_out, batch.support_y)
     assert torch.equal(found.embedding, scores)
@@ -318,9 +318,7 @@ def test_the_residual_is_a_ridge_regression_on_all_tasks_weighed_by_its_variance
     for seed, tasks in ((0, 3), (1, 7)):
         batch = table_batch(tasks=tasks, seed=seed)
         algorithm.update(batch, Progress(seed, 2))
-        held_out, answers, rows = algorithm.studied(
-            batch.support_x, batch.support_y, batch.query_x
-        )
+        held_out, answers, rows = algorithm.studied(batch.support_x, batch.support_y, batch.query_x)
         evidence = algorithm.evidence(held_out, rows, batch.support_y).numpy()
         gained = (answers.argmax(3) == batch.query_y[:, None]).double().mean(2).numpy()
         validated = (held_out.argmax(3) == batch.support_y[:, None]).double().mean(2).numpy()
