@@ -50,7 +50,7 @@ class Selector(Algorithm):
     rows, features, share of variance between classes (or correlation with the target),
     correlation of features, skewness and kurtosis. The trust is the variance of the residual,
     averaged over the training tasks, divided by its variance for this task; at most 1. Without
-    training, and far from the training tasks, the selector is cross-validation.
+    training the selector is cross-validation, and far from the training tasks it approaches it.
 
     With `choice=pick` the base-learner with the greatest score is trained on the whole support
     and predicts. With `choice=weigh` all of them predict, with weights given by the softmax of
