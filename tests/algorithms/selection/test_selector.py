@@ -294,6 +294,7 @@ def test_untrained_it_is_cross_validation(kind: str, choice: str) -> None:
     found = algorithm.predict(*rows)
     scores = algorithm.validated(held_out, batch.support_y)
     assert torch.equal(found.embedding, scores)
+    torch.testing.assert_close(found.alternatives["committee"], answers.mean(1))
     if choice == "pick":
         expected = found.alternatives["cv_winner"]
         assert torch.equal(found.outputs, expected.log() if classify else expected)
