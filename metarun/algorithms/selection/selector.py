@@ -1,9 +1,10 @@
 """A meta-learner that selects a base-learner for each task.
 
 Algorithm selection by features of the problem (Rice 1976). The main features are the
-cross-validation results of the base-learners ("landmarks", Pfahringer et al. 2000), which an LSTM
-reads as a sequence. Shapes: T tasks, S support rows, Q query rows, R rows, F features of a row, W
-ways, D outputs, B base-learners, K features of a task.
+cross-validation results of the base-learners ("landmarks", Pfahringer et al. 2000). Their
+cross-validation scores are the prior mean of the selector; it learns a residual. Shapes: T tasks,
+S support rows, Q query rows, R rows, F features of a row, W ways, D outputs, B base-learners, K
+inputs of the residual.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gather_rows, local_size
@@ -27,42 +29,46 @@ Choice = Literal["pick", "weigh"]
 
 _PERFORMANCES = 5
 _TASK_FEATURES = 7
-_UNIT = 0.1
-"""Unit of the scores, in accuracy or mean squared error."""
-_LEAST_VARIANCE = 0.01
 _MOST_KEPT = 2**29
 """Largest size in bytes of the predictions that are kept in memory."""
 _WORST = 5.0
-"""Largest loss of a row in the input of the meta-learner."""
+"""Largest loss of a row in the inputs and targets of the residual."""
 
 
 class Selector(Algorithm):
     """Runs every base-learner of a portfolio on a task's support, and chooses among them.
 
-    Each base-learner is cross-validated on the support. An LSTM reads their results one after
-    another: score, its distance from the mean score in standard errors, loss, standard deviation
-    of the loss, and agreement with the others. Each step also has features of the task: rows,
-    features, share of variance between classes (or correlation with the target), correlation of
-    features, skewness and kurtosis. The last state of the LSTM gives each base-learner a score.
+    Each base-learner is cross-validated on the support. Its score is
 
-    With `choice=pick` the scores predict, by least squares, how much better each base-learner is
-    on the query rows than the average of all. The best one is trained on the whole support and
-    predicts. With `choice=weigh` all of them predict, with weights given by the softmax of the
-    scores; the loss is that of the weighted prediction.
+        cross-validation score + trust(task) * residual(base-learner, task).
+
+    The residual predicts how much more a base-learner gains on the query rows, compared with the
+    average of all, than cross-validation says. It is a Bayesian linear regression with zero mean,
+    fitted in closed form to all training tasks. Its inputs are results of the cross-validation
+    (score, loss, standard deviation of the loss, squared error, squared distance from the mean
+    prediction of all) and, with weights of their own for each base-learner, features of the task:
+    rows, features, share of variance between classes (or correlation with the target),
+    correlation of features, skewness and kurtosis. The trust is the variance of the residual,
+    averaged over the training tasks, divided by its variance for this task; at most 1. Without
+    training the selector is cross-validation, and far from the training tasks it approaches it.
+
+    With `choice=pick` the base-learner with the greatest score is trained on the whole support
+    and predicts. With `choice=weigh` all of them predict, with weights given by the softmax of
+    the scores in standard errors of the cross-validation.
 
     The predictions of the base-learners are cached, so each task is computed once. They depend on
-    no learned parameter.
+    nothing that is learned. The outer optimizer is unused.
 
     Base-learners use the rows as they are. With `features=RUN` they use features of images from
     the network of a finished run, with the run's backbone and its running statistics.
 
     Args:
-        learners: Names of the base-learners, in the order in which the LSTM reads them; None
-            takes all for the kind of task. Classification: `centroid`, `knn`, `ridge`,
-            `logistic`, `bayes`, `tree`, `mlp_RATE`; regression: `mean`, `knn`, `ridge`, `tree`,
-            `mlp_RATE`.
+        learners: Names of the base-learners; None takes all for the kind of task. Of equal scores
+            the first wins. Classification: `centroid`, `knn`, `ridge`, `logistic`, `bayes`,
+            `tree`, `mlp_RATE`; regression: `mean`, `knn`, `ridge`, `tree`, `mlp_RATE`.
         choice: Use of the scores: `pick` or `weigh`.
-        hidden: Units of the LSTM.
+        prior: Weight of the prior of the residual, in training tasks: after so many, the weight
+            of an input that varies alone is half of its least-squares value.
         folds: Folds of the cross-validation, at most the rows of the smallest class.
         processes: Processes that run base-learners; None is one for each core.
         cache: Folder that keeps predictions between runs; None keeps them in memory only.
@@ -79,15 +85,15 @@ class Selector(Algorithm):
     accepts_any_way: bool = True
     label_equivariant: bool = True
 
-    evidence_mean: Tensor
-    evidence_variance: Tensor
+    moments: Tensor
+    tasks: Tensor
 
     def __init__(
         self,
         *,
         learners: Sequence[str] | None = None,
         choice: Choice = "pick",
-        hidden: int = 32,
+        prior: float = 30.0,
         folds: int = 5,
         processes: int | None = None,
         cache: str | None = None,
@@ -103,11 +109,12 @@ class Selector(Algorithm):
 
         if choice not in ("pick", "weigh"):
             raise ValueError(f"algo.choice={choice}: expected pick or weigh")
-        positive("hidden", hidden)
+        check_positive("algo.prior", prior)
         if folds < 2:
             raise ValueError(f"algo.folds={folds}: expected 2 or more")
         self.learners = _checked(self.spec.kind, learners)
         self.choice: Choice = choice
+        self.prior = prior
         self.folds = folds
         if processes is not None:
             positive("processes", processes)
@@ -123,39 +130,29 @@ class Selector(Algorithm):
                 f"bn={self.bn}: algo.features processes rows separately: use bn=running"
             )
         self.net = nn.Identity() if features is None else self._trained(features)
-        seen = _PERFORMANCES + _TASK_FEATURES + len(self.learners)
-        # Running mean and variance by which the inputs of the LSTM are standardized.
-        self.register_buffer("evidence_mean", torch.zeros(seen))
-        self.register_buffer("evidence_variance", torch.ones(seen))
-        self.lstm = nn.LSTM(seen, hidden, batch_first=True)
-        self.score = nn.Linear(hidden, len(self.learners))
-        # Equal scores at initialization.
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
-        self.optimizer = self._optim(self._learned())
+        size = _PERFORMANCES + len(self.learners) * (1 + _TASK_FEATURES) + 1
+        # Mean products of the residual's inputs and its target (the last) over training tasks.
+        self.register_buffer("moments", torch.zeros(size, size))
+        self.register_buffer("tasks", torch.zeros((), dtype=torch.int64))
 
+    @torch.no_grad()
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        held_out, answers, rows = self.studied(batch.support_x, batch.support_y, batch.query_x)
-        evidence = self.evidence(held_out, rows, batch.support_y)
-        scores = self.scores(evidence)
-        if self.choice == "weigh":
-            mixed = _mixed(scores, answers)
-            loss = _losses(self.spec.kind, mixed[:, None], batch.query_y).mean()
-        else:
-            mixed = _picked(scores, answers)
-            reached = task_metric(self.spec, answers, batch.query_y[:, None])
-            better = reached - reached.mean(1, keepdim=True)
-            better = better if self.spec.higher_is_better else -better
-            loss = (_UNIT * scores - better).square().mean()
-        score = task_metric(self.spec, mixed.detach(), batch.query_y).mean()
-        names, params = zip(*self._learned(), strict=True)
-        grads = torch.autograd.grad(loss, params)
-        self.optimizer.step(dict(zip(names, grads, strict=True)), progress)
-        evidence = gather_rows(evidence, progress.share)
-        nn.functional.batch_norm(
-            evidence.flatten(0, 1), self.evidence_mean, self.evidence_variance, training=True
-        )
-        return {"loss": loss.detach(), self.spec.metric: score}
+        support_y, query_y = batch.support_y, batch.query_y
+        held_out, answers, rows = self.studied(batch.support_x, support_y, batch.query_x)
+        evidence = self.evidence(held_out, rows, support_y)
+        reached = self._correct_and_losses(answers.double(), query_y, support_y)[0]
+        target = _contrast(reached.clamp(-_WORST, _WORST).mean(2)) - evidence[..., 0]
+        residual = self.residual(evidence)
+        scores = self.validated(held_out, support_y) + residual
+        mixed = self._answer(scores, held_out, answers, support_y)
+        seen = gather_rows(torch.cat([evidence, target[..., None]], 2), progress.share)
+        products = torch.einsum("tbi,tbj->ij", seen, seen) / (len(seen) * len(self.learners))
+        if not torch.isfinite(products).all():
+            raise NonFiniteError("the mean product of inputs and targets", float(products.sum()))
+        self.tasks += len(seen)
+        self.moments.lerp_(products.to(self.moments), len(seen) / int(self.tasks))
+        score = task_metric(self.spec, mixed, query_y).mean()
+        return {"loss": (residual - target).square().mean(), self.spec.metric: score}
 
     @torch.no_grad()
     def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
@@ -165,79 +162,103 @@ class Selector(Algorithm):
         `committee`, the mean of all.
         """
         held_out, answers, rows = self.studied(support_x, support_y, query_x)
-        scores = self.scores(self.evidence(held_out, rows, support_y))
-        mixed = (_mixed if self.choice == "weigh" else _picked)(scores, answers)
+        validated = self.validated(held_out, support_y)
+        scores = validated + self.residual(self.evidence(held_out, rows, support_y))
+        mixed = self._answer(scores, held_out, answers, support_y)
         strategies = {name: answers[:, number] for number, name in enumerate(self.learners)}
         alternatives = {
             "committee": answers.mean(1),
-            "cv_winner": _picked(self.validated(held_out, support_y), answers),
+            "cv_winner": _picked(validated, answers),
         }
         outputs = mixed.log() if self.spec.kind == "classification" else mixed
         return Prediction(
             outputs, embedding=scores, strategies=strategies, alternatives=alternatives
         )
 
-    def scores(self, evidence: Tensor) -> Tensor:
-        """Return the scores (T, B) of the base-learners, given the result of `evidence`."""
-        # A floor on the variance: an input that is constant in training, such as the number of
-        # rows, does not become huge if it varies at evaluation.
-        flat = nn.functional.batch_norm(
-            evidence.flatten(0, 1), self.evidence_mean, self.evidence_variance, eps=_LEAST_VARIANCE
-        )
-        steps, _ = self.lstm(flat.unflatten(0, evidence.shape[:2]))
-        scores: Tensor = self.score(steps[:, -1])
-        return scores
+    def residual(self, evidence: Tensor) -> Tensor:
+        """Return trust times residual (T, B), given the result of `evidence`.
+
+        The residual is the mean of a Bayesian linear regression (Bishop 2006, section 3.3), whose
+        variances are in units of the noise. One prior suits all inputs, since they are divided by
+        their root mean square in training.
+        """
+        moments, tasks = self.moments.double(), int(self.tasks)
+        scale = moments.diagonal()[:-1].sqrt()
+        # An input that has always been zero keeps its prior.
+        scale = torch.where(scale > 0.0, scale, 1.0)
+        inputs = moments[:-1, :-1] / scale / scale[:, None]
+        prior = self.prior * torch.eye(len(scale), dtype=inputs.dtype, device=inputs.device)
+        covariance = torch.linalg.inv(prior + tasks * inputs)
+        weights = covariance @ (tasks * moments[:-1, -1] / scale)
+        flat = evidence / scale
+        variance = ((flat @ covariance) * flat).sum(2).mean(1)
+        trust = ((covariance * inputs).sum() / variance).clamp(max=1.0)
+        residual: Tensor = trust[:, None] * (flat @ weights)
+        return residual
 
     def evidence(self, held_out: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
-        """Return the inputs (T, B, K) of the LSTM: results, task features, and a one-hot name.
+        """Return the inputs (T, B, K) of the residual, as differences from the mean of all.
+
+        They are the cross-validation results, and for each base-learner a constant and the
+        features of the task.
 
         Args:
             held_out: (T, B, S, D) out-of-fold predictions of the support rows.
             rows: (T, S, F) support rows.
             labels: (T, S) labels, or (T, S, D) values.
         """
-        performances = self.performances(held_out, labels)
-        batch, learners = performances.shape[:2]
-        task = task_features(self.spec.kind, rows, labels)[:, None].expand(-1, learners, -1)
-        names = torch.eye(learners, device=self.device).expand(batch, -1, -1)
-        return torch.cat([performances, task, names], 2).to(self.dtype)
+        task = task_features(self.spec.kind, rows, labels)
+        task = nn.functional.pad(task, (1, 0), value=1.0)
+        names = torch.eye(held_out.shape[1], dtype=task.dtype, device=task.device)
+        named = (names[:, :, None] * task[:, None, None]).flatten(2)
+        return _contrast(torch.cat([self.performances(held_out, labels), named], 2))
 
     def validated(self, held_out: Tensor, labels: Tensor) -> Tensor:
         """Return the cross-validation score (T, B): the metric, with ties broken by the loss."""
         # In float64: in float32 rounding would lose the small term of the loss.
-        right, losses = self._correct_and_losses(held_out.double(), labels)
+        right, losses = self._correct_and_losses(held_out.double(), labels, labels)
         return right.mean(2) - 1e-6 * losses.mean(2)
 
     def performances(self, held_out: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross-validation results (T, B, 5) of each base-learner; see the class."""
-        right, losses = (
-            part.clamp(-_WORST, _WORST) for part in self._correct_and_losses(held_out, labels)
-        )
-        score, loss = right.mean(2), losses.mean(2)
-        apart = right - right.mean(1, keepdim=True)
-        error = (apart.square().mean((1, 2)) / right.shape[2]).sqrt()
-        distance = (score - score.mean(1, keepdim=True)) / (error[:, None] + 1e-6)
-        evidence = [score, distance, loss, losses.std(2), self._agreement(held_out, labels)]
-        return torch.stack(evidence, 2)
+        """Return the cross-validation results (T, B, 5) of each base-learner; see the class.
 
-    def _correct_and_losses(self, held_out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return whether predictions are correct, and their losses, both (T, B, S).
-
-        A regression has minus the loss in place of correctness.
+        Squared error and distance are the two terms of the error of the mean prediction (Krogh and
+        Vedelsby 1995).
         """
-        losses = _losses(self.spec.kind, held_out, labels)
-        if self.spec.kind == "regression":
-            losses = losses / _variance(labels)[:, None]
-            return -losses, losses
-        return (held_out.argmax(3) == labels[:, None]).to(losses), losses
+        held_out = held_out.double()
+        right, losses = self._correct_and_losses(held_out, labels, labels)
+        classify = self.spec.kind == "classification"
+        goal = nn.functional.one_hot(labels, held_out.shape[3]) if classify else labels
+        unit = 1.0 if classify else _variance(labels)[..., None, None]
+        error, far = (
+            ((held_out - other).square() / unit).sum(3).clamp(max=_WORST)
+            for other in (goal[:, None], held_out.mean(1, keepdim=True))
+        )
+        right, losses = right.clamp(min=-_WORST), losses.clamp(max=_WORST)
+        means = [part.mean(2) for part in (right, losses, error, far)]
+        return torch.stack([*means, losses.std(2)], 2)
 
-    def _agreement(self, held_out: Tensor, labels: Tensor) -> Tensor:
-        """Return the agreement (T, B) of each base-learner's predictions with those of all."""
-        if self.spec.kind == "classification":
-            answer = held_out.argmax(3)
-            return (answer[:, :, None] == answer[:, None]).to(held_out).mean((2, 3))
-        far = (held_out[:, :, None] - held_out[:, None]).square().mean((3, 4))
-        return (-far / _variance(labels)[:, None]).exp().mean(2)
+    def _answer(self, scores: Tensor, held_out: Tensor, answers: Tensor, labels: Tensor) -> Tensor:
+        """Return the chosen or weighted (T, Q, D) of the answers (T, B, Q, D)."""
+        if self.choice == "pick":
+            return _picked(scores, answers)
+        right = self._correct_and_losses(held_out.double(), labels, labels)[0]
+        spread = _contrast(right.clamp(min=-_WORST)).square().mean((1, 2), keepdim=True)
+        error = (spread[..., 0] / right.shape[2]).sqrt()
+        return _mixed(scores / (error + 1e-6), answers)
+
+    def _correct_and_losses(
+        self, answers: Tensor, targets: Tensor, support_y: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return whether answers (T, B, R, D) are correct, and their losses, both (T, B, R).
+
+        A regression has minus the loss in place of correctness, in variances of `support_y`.
+        """
+        losses = _losses(self.spec.kind, answers, targets)
+        if self.spec.kind == "regression":
+            losses = losses / _variance(support_y)[:, None]
+            return -losses, losses
+        return (answers.argmax(3) == targets[:, None]).to(losses), losses
 
     def studied(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor
@@ -289,10 +310,6 @@ class Selector(Algorithm):
                 self.net, own_parameters(self.net), x.flatten(0, 1), ForwardContext(running=True)
             )
         return rows.reshape(*x.shape[:2], -1)
-
-    def _learned(self) -> list[tuple[str, nn.Parameter]]:
-        """Return the meta-learned parameters: all but those of the feature network."""
-        return [(n, p) for n, p in self.named_parameters() if not n.startswith("net.")]
 
     def _trained(self, learned: LearnedState) -> nn.Module:
         """Return the network of a finished run, without its head.
@@ -367,9 +384,14 @@ def _size(study: portfolio.Study) -> int:
     return study.held_out.nbytes + study.answers.nbytes
 
 
+def _contrast(values: Tensor) -> Tensor:
+    """Return (T, B, …) values as differences from their mean over the base-learners."""
+    return values - values.mean(1, keepdim=True)
+
+
 def _mixed(scores: Tensor, answers: Tensor) -> Tensor:
     """Return the mean (T, Q, D) of answers (T, B, Q, D), weighted by softmax of scores (T, B)."""
-    return (scores.softmax(1)[:, :, None, None] * answers).sum(1)
+    return (scores.softmax(1).to(answers)[:, :, None, None] * answers).sum(1)
 
 
 def _picked(scores: Tensor, answers: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""The selector: predictions of the base-learners, inputs of the LSTM, and the choice."""
+"""The selector: predictions of the base-learners, its residual, and the choice."""
 
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from scipy import stats
 from torch import nn
 
 from metarun.algorithms.metric.protonet import ProtoNet
-from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.algorithms.selection import portfolio
 from metarun.algorithms.selection.portfolio import study
 from metarun.algorithms.selection.selector import Selector, _picked, task_features
@@ -245,49 +243,174 @@ def test_features_of_a_task_are_those_of_scipy(batch: TaskBatch) -> None:
         np.testing.assert_allclose(found[task], expected, atol=1e-10)
 
 
-def test_what_it_is_told_of_a_learner_is_how_it_did() -> None:
-    batch = table_batch()
-    algorithm = selector()
-    held_out, _, _ = algorithm.studied(batch.support_x, batch.support_y, batch.query_x)
-    evidence = algorithm.performances(held_out, batch.support_y).numpy()
+def expected_results(held_out: Any, y: Any, ways: int | None) -> Any:
+    """Return the results (B, 5) of out-of-fold predictions (B, S, D) of one task, one by one."""
+    mean = held_out.mean(0)
+    results = []
+    for answers in held_out:
+        if ways is None:
+            unit = y.var()
+            losses = ((answers - y) ** 2).mean(1) / unit
+            right, error = -losses, losses
+        else:
+            unit = 1.0
+            losses = -np.log(answers[np.arange(len(y)), y])
+            right = (answers.argmax(1) == y).astype(float)
+            error = ((answers - np.eye(ways)[y]) ** 2).sum(1)
+        far = ((answers - mean) ** 2).sum(1) / unit
+        losses, error, far = (np.minimum(part, 5.0) for part in (losses, error, far))
+        right = np.maximum(right, -5.0)
+        results.append([right.mean(), losses.mean(), error.mean(), far.mean(), losses.std(ddof=1)])
+    return np.array(results)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_what_it_is_told_of_a_learner_is_how_it_did(kind: str) -> None:
+    classify = kind == "classification"
+    batch = table_batch() if classify else value_batch()
+    algorithm = selector(TABLE if classify else VALUES, learners=["knn", "ridge", "mlp_0.1"])
+    held_out, _, rows = algorithm.studied(batch.support_x, batch.support_y, batch.query_x)
+    performances = algorithm.performances(held_out, batch.support_y).numpy()
+    evidence = algorithm.evidence(held_out, rows, batch.support_y).numpy()
+    features = task_features(kind, rows, batch.support_y).numpy()
+    assert evidence.shape == (3, 3, 5 + 3 * 8)
     for task in range(3):
         y = batch.support_y[task].numpy()
-        answers = held_out[task].numpy()
-        right = (answers.argmax(2) == y).astype(float)
-        losses = np.minimum(-np.log(answers[:, np.arange(12), y]), 5.0)
-        for one in range(3):
-            apart = right - right.mean(0)
-            error = np.sqrt((apart**2).mean() / 12)
-            agree = np.mean(
-                [(answers[one].argmax(1) == other.argmax(1)).mean() for other in answers]
-            )
-            expected = [
-                right[one].mean(),
-                (right[one].mean() - right.mean()) / (error + 1e-6),
-                losses[one].mean(),
-                losses[one].std(ddof=1),
-                agree,
-            ]
-            np.testing.assert_allclose(evidence[task, one], expected, atol=1e-9)
+        expected = expected_results(held_out[task].numpy(), y, 2 if classify else None)
+        np.testing.assert_allclose(performances[task], expected, atol=1e-9)
+        np.testing.assert_allclose(evidence[task, :, :5], expected - expected.mean(0), atol=1e-9)
+        named = np.kron(np.eye(3) - 1 / 3, [1.0, *features[task]])
+        np.testing.assert_allclose(evidence[task, :, 5:], named, atol=1e-9)
 
 
-def test_it_picks_the_greatest_score_and_weighs_by_their_softmax() -> None:
-    batch = table_batch()
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+@pytest.mark.parametrize("choice", ["pick", "weigh"])
+def test_untrained_it_is_cross_validation(kind: str, choice: str) -> None:
+    classify = kind == "classification"
+    batch = table_batch(tasks=6) if classify else value_batch(tasks=6)
+    algorithm = selector(TABLE if classify else VALUES, learners=None, choice=choice)
     rows = (batch.support_x, batch.support_y, batch.query_x)
-    for choice in ("pick", "weigh"):
-        algorithm = selector(choice=choice)
-        nn.init.normal_(algorithm.score.bias)
-        found = algorithm.predict(*rows)
-        study_of = [found.strategies[name] for name in FEW]
-        scores = found.embedding
-        assert torch.allclose(scores, algorithm.score.bias.expand(3, -1))
-        if choice == "pick":
-            expected = study_of[int(scores[0].argmax())]
+    held_out, answers, _ = algorithm.studied(*rows)
+    found = algorithm.predict(*rows)
+    scores = algorithm.validated(held_out, batch.support_y)
+    assert torch.equal(found.embedding, scores)
+    torch.testing.assert_close(found.alternatives["committee"], answers.mean(1))
+    if choice == "pick":
+        expected = found.alternatives["cv_winner"]
+        assert torch.equal(found.outputs, expected.log() if classify else expected)
+    else:
+        y = batch.support_y.numpy()
+        own = held_out.numpy()
+        if classify:
+            right = (own.argmax(3) == y[:, None]).astype(float)
         else:
-            weights = scores[0].softmax(0)
-            expected = sum(weight * own for weight, own in zip(weights, study_of, strict=True))
-        torch.testing.assert_close(found.outputs.exp(), expected)
-        torch.testing.assert_close(found.alternatives["committee"], torch.stack(study_of).mean(0))
+            right = -((own - y[:, None]) ** 2).mean(3) / y.var((1, 2))[:, None, None]
+        right = np.maximum(right, -5.0)
+        apart = right - right.mean(1, keepdims=True)
+        error = np.sqrt((apart**2).mean((1, 2)) / right.shape[2])
+        weights = (scores / torch.tensor(error + 1e-6)[:, None]).softmax(1)
+        expected = (weights[:, :, None, None] * answers).sum(1)
+        torch.testing.assert_close(found.outputs.exp() if classify else found.outputs, expected)
+
+
+def test_the_residual_is_a_ridge_regression_on_all_tasks_weighed_by_its_variance() -> None:
+    algorithm = selector(prior=5.0)
+    inputs, targets = [], []
+    for seed, tasks in ((0, 3), (1, 7)):
+        batch = table_batch(tasks=tasks, seed=seed)
+        algorithm.update(batch, Progress(seed, 2))
+        held_out, answers, rows = algorithm.studied(batch.support_x, batch.support_y, batch.query_x)
+        evidence = algorithm.evidence(held_out, rows, batch.support_y).numpy()
+        gained = (answers.argmax(3) == batch.query_y[:, None]).double().mean(2).numpy()
+        validated = (held_out.argmax(3) == batch.support_y[:, None]).double().mean(2).numpy()
+        residual = gained - validated
+        inputs += list(evidence)
+        targets += list(residual - residual.mean(1, keepdims=True))
+    x, y = np.concatenate(inputs), np.concatenate(targets)
+    scale = np.sqrt((x**2).mean(0))
+    x = x / scale
+    # A task weighs 1, so each of its three rows weighs a third.
+    inverse = np.linalg.inv(x.T @ x / 3 + 5.0 * np.eye(x.shape[1]))
+    weights = inverse @ x.T @ y / 3
+    usual = np.mean([row @ inverse @ row for row in x])
+    new = table_batch(tasks=5, seed=9)
+    held_out, _, rows = algorithm.studied(new.support_x, new.support_y, new.query_x)
+    evidence = algorithm.evidence(held_out, rows, new.support_y)
+    found = algorithm.residual(evidence).numpy()
+    for task, own in enumerate(evidence.numpy() / scale):
+        variance = np.mean([row @ inverse @ row for row in own])
+        np.testing.assert_allclose(found[task], min(1.0, usual / variance) * (own @ weights))
+    assert np.abs(found).max() > 1e-3
+    scores = algorithm.predict(new.support_x, new.support_y, new.query_x).embedding
+    validated = algorithm.validated(held_out, new.support_y)
+    np.testing.assert_allclose(scores - validated, found, atol=1e-12)
+
+
+def twins(tasks: int, seed: int) -> TaskBatch:
+    """Return noisy tasks whose support rows come in pairs, one of which is in another fold.
+
+    To cross-validation a tree seems perfect: it has learned the twin's label.
+    """
+    draw = torch.Generator().manual_seed(seed)
+
+    def part(per_class: int) -> tuple[Any, Any]:
+        y = torch.arange(2).repeat(per_class).expand(tasks, -1)
+        x = torch.randn(tasks, 2 * per_class, 3, generator=draw, dtype=torch.float64)
+        return x + 0.8 * y[..., None], y
+
+    x, y = part(8)
+    return TaskBatch(torch.cat([x, x], 1), torch.cat([y, y], 1), *part(20))
+
+
+def test_it_learns_where_cross_validation_is_wrong() -> None:
+    algorithm = selector(learners=["tree", "centroid"], folds=4)
+    for step in range(3):
+        algorithm.update(twins(20, step), Progress(step, 3))
+    new = twins(60, 9)
+    found = algorithm.predict(new.support_x, new.support_y, new.query_x)
+
+    def right(probabilities: Any) -> Any:
+        return (probabilities.argmax(2) == new.query_y).double().mean(1)
+
+    gain = right(found.outputs) - right(found.alternatives["cv_winner"])
+    assert gain.mean() > 4.0 * gain.std() / 60**0.5 > 0.0
+    # A strong prior keeps it at cross-validation.
+    algorithm.prior = 1e18
+    kept = algorithm.predict(new.support_x, new.support_y, new.query_x)
+    assert torch.equal(kept.outputs, kept.alternatives["cv_winner"].log())
+
+
+def test_far_from_its_training_it_is_cross_validation() -> None:
+    algorithm = selector(learners=["tree", "centroid"], folds=4)
+    for step in range(3):
+        algorithm.update(twins(20, step), Progress(step, 3))
+    new = twins(30, 9)
+    held_out, _, rows = algorithm.studied(new.support_x, new.support_y, new.query_x)
+    evidence = algorithm.evidence(held_out, rows, new.support_y)
+    near = algorithm.residual(evidence).abs().amax()
+    for times in (100.0, 1000.0):
+        # The residual itself grows with the distance, the trust falls with its square.
+        assert algorithm.residual(times * evidence).abs().amax() < 10.0 * near / times
+    # Tasks of another size, whose columns are equal and skewed.
+    draw = torch.Generator().manual_seed(5)
+    y = torch.arange(2).repeat(4).expand(30, -1)
+    x = torch.randn(30, 8, 1, generator=draw, dtype=torch.float64).mul(2.0).exp()
+    held_out, _, rows = algorithm.studied(x.expand(-1, -1, 3), y, x.expand(-1, -1, 3))
+    evidence = algorithm.evidence(held_out, rows, y)
+    assert algorithm.residual(evidence).abs().amax() < near / 10.0
+    found = algorithm.predict(x.expand(-1, -1, 3), y, x.expand(-1, -1, 3))
+    assert torch.equal(found.outputs, found.alternatives["cv_winner"].log())
+
+
+def test_single_precision_learns_the_same_residual() -> None:
+    double, single = selector(), selector().float()
+    for step in range(4):
+        batch = table_batch(tasks=5, seed=step)
+        for algorithm in (double, single):
+            algorithm.update(batch, Progress(step, 4))
+    rows = (batch.support_x, batch.support_y, batch.query_x)
+    one, other = (algorithm.predict(*rows).embedding for algorithm in (double, single))
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0.0)
 
 
 def test_the_winner_of_cross_validation_has_the_most_right_out_of_fold() -> None:
@@ -328,22 +451,6 @@ def test_cross_validation_of_values_counts_every_error_in_full() -> None:
     assert algorithm.performances(held_out, labels)[0, 0].abs().max() < 10.0
 
 
-def test_what_never_varies_in_training_does_not_blow_up_elsewhere() -> None:
-    algorithm = selector(optim=partial(OuterOptimizer, method="adam", lr=0.01))
-    for step in range(100):
-        algorithm.update(table_batch(seed=step % 3), Progress(step, 100))
-    few = table_batch(shot=3)
-    held_out, _, rows = algorithm.studied(few.support_x, few.support_y, few.query_x)
-    evidence = algorithm.evidence(held_out, rows, few.support_y)
-    scaled = (evidence - algorithm.evidence_mean) / (algorithm.evidence_variance + 0.01).sqrt()
-    # The number of rows, log(6) / 3 for log(12) / 3.
-    assert algorithm.evidence_variance[5] < 1e-4
-    assert scaled[..., 5].abs().max() < 3.0
-    assert torch.equal(algorithm.scores(evidence), algorithm.predict(
-        few.support_x, few.support_y, few.query_x
-    ).embedding)  # fmt: skip
-
-
 class TwoKinds:
     """Tasks of two kinds: classes separated by a line, or by whether two signs agree."""
 
@@ -375,10 +482,9 @@ class TwoKinds:
 @pytest.mark.parametrize("choice", ["pick", "weigh"])
 def test_it_learns_which_learner_suits_which_tasks(choice: str) -> None:
     source = TwoKinds()
-    adam = partial(OuterOptimizer, method="adam", lr=0.01)
-    algorithm = selector(learners=["ridge", "tree"], choice=choice, optim=adam)
-    for step in range(60):
-        algorithm.update(source.batch("train", 16 * (step % 6), 16), Progress(step, 60))
+    algorithm = selector(learners=["ridge", "tree"], choice=choice)
+    for step in range(6):
+        algorithm.update(source.batch("train", 16 * step, 16), Progress(step, 6))
     measured = evaluate(algorithm, source, "test", 100, 25)  # type: ignore[arg-type]
     for name in ("ridge", "tree"):
         gain = measured.values - measured.strategies[name]
@@ -464,7 +570,7 @@ def replace_shape(spec: TaskSpec) -> TaskSpec:
         ({"choice": "vote"}, "algo.choice=vote"),
         ({"folds": 1}, "algo.folds=1"),
         ({"processes": 0}, "algo.processes=0"),
-        ({"hidden": 0}, "algo.hidden=0"),
+        ({"prior": 0.0}, "algo.prior=0.0"),
     ],
 )
 def test_what_is_wrong_is_said(options: dict[str, Any], message: str) -> None:
