@@ -256,6 +256,19 @@ class Algorithm(nn.Module, ABC):
             )
         return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=True)
 
+    def build_positions(self) -> nn.Module:
+        """Build a network whose outputs are its last feature maps at all positions, (N, C, H, W).
+
+        Raises:
+            ValueError: The backbone cannot leave out the pooling over positions.
+        """
+        if "pool" not in inspect.signature(self._backbone).parameters:
+            raise ValueError(
+                f"{type(self).__name__} compares the features of all positions, which this "
+                "backbone does not provide: use backbone=conv4"
+            )
+        return self._backbone(input_shape=self.spec.input_shape, output_dim=None, pool="none")
+
     def build_optimizer(self) -> OuterOptimizer:
         """Build the outer optimizer of all parameters registered so far."""
         return self._optim(list(self.named_parameters()))

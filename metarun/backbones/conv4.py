@@ -19,7 +19,7 @@ from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, Unch
 from metarun.backbones.network import Network
 
 Downsample = Literal["max_pool", "stride"]
-Pool = Literal["flatten", "mean"]
+Pool = Literal["flatten", "mean", "none"]
 Norm = Literal["batch", "instance", "none"]
 
 
@@ -36,7 +36,7 @@ class Conv4(Network):
             Javed & White (2019) use six blocks with strides 2, 1, 2, 1, 2, 2.
         padding: Padding of each convolution, in pixels.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
-            does on Omniglot.
+            does on Omniglot; `none` returns the maps (N, C, H, W).
         norm: `batch`, `instance` or `none`. With instance norm the output for an image does not
             depend on the other rows, as online learners require.
         context_dim: Size of `ForwardContext.context`; 0 for none. A FiLM layer uses it to scale
@@ -82,7 +82,7 @@ class Conv4(Network):
                 f"backbone.filters={filters} does not match backbone.blocks={blocks}: give one "
                 "number for all blocks, or one for each"
             )
-        if pool not in ("flatten", "mean"):
+        if pool not in ("flatten", "mean", "none"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
         if norm not in ("batch", "instance", "none"):
             raise ValueError(f"backbone.norm={norm}: expected batch, instance or none")
@@ -127,7 +127,7 @@ class _Blocks(nn.Module):
         self.film_block = max(blocks - 2, 0)
         self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
         self.num_pooled = num_pooled
-        self.mean = pool == "mean"
+        self.pool = pool
         self.maps = maps
         self.native = False
 
@@ -139,9 +139,9 @@ class _Blocks(nn.Module):
             if self.film is not None and i == self.film_block:
                 x = self.film(x, ctx)
             x = torch.relu(x)
-        if self.maps:
+        if self.maps or self.pool == "none":
             return x
-        return x.mean((2, 3)) if self.mean else x.flatten(1)
+        return x.mean((2, 3)) if self.pool == "mean" else x.flatten(1)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """Return images in the memory layout with vectorized pooling and batch norm on a CPU."""

@@ -30,6 +30,7 @@ from metarun.data.storage.image_files import picture
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
 Episodes = Literal["any", "within_alphabet"]
+Drawers = Literal["any", "apart"]
 
 _LOG = logging.getLogger(__name__)
 _NUM_ROTATIONS = 4
@@ -114,6 +115,9 @@ class ClassEpisodes:
         rotations_val: The same for val only, so that model selection has more classes; None
             takes `rotations_eval`.
         episodes: `any`, or `within_alphabet` to take a task's classes from one group.
+        drawers: `any` draws the images of each class by themselves. `apart` draws one person for
+            each shot and each query, the same for all classes of a task; no person draws both
+            support and query. Image k of every class of a group has to be by the same person.
         augmentation: Augmentation of training images.
         mean, std: Mean and standard deviation of each channel, in [0, 1] units; None leaves
             pixels in [0, 1].
@@ -139,6 +143,7 @@ class ClassEpisodes:
         rotations_eval: Rotations = "none",
         rotations_val: Rotations | None = None,
         episodes: Episodes = "any",
+        drawers: Drawers = "any",
         augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -150,6 +155,14 @@ class ClassEpisodes:
         if rotations_val is not None:
             _one_of("rotations_val", rotations_val, ("none", "classes", "per_task"))
         _one_of("episodes", episodes, ("any", "within_alphabet"))
+        _one_of("drawers", drawers, ("any", "apart"))
+        if drawers == "apart" and episodes == "any":
+            raise ValueError(
+                "data.drawers=apart needs classes of one alphabet, which the same people drew: "
+                "use data.episodes=within_alphabet"
+            )
+        if drawers == "apart":
+            assert all(len(set(table.counts)) == 1 for table in tables.values())
         self._name = name
         self._tables = dict(tables)
         self._rotations: dict[Split, Rotations] = {
@@ -158,6 +171,7 @@ class ClassEpisodes:
             "test": rotations_eval,
         }
         self._by_group = episodes == "within_alphabet"
+        self._drawers_apart = drawers == "apart"
         self._augmentation = augmentation or Augmentation()
         self._prepare_one = prepare
         self._can_drop = can_drop
@@ -276,6 +290,9 @@ class ClassEpisodes:
     ) -> Tensor:
         """Draw (T, W, num_rows) distinct images of each class, numbered within the class."""
         places = torch.arange(classes.shape[1], device=self.device)
+        if self._drawers_apart:
+            # Classes with the same key get images of the same numbers, and thus the same people.
+            places = torch.zeros_like(places)
         keys = seeding.fold(keys[:, None], places)
         picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
         # The last samples tend to have high numbers: shuffle before splitting off the query.
