@@ -16,10 +16,10 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.modulation import FiLM
 from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, Unchanged, many_rows
-from metarun.backbones.network import Network
+from metarun.backbones.network import Maps, Network
 
 Downsample = Literal["max_pool", "stride"]
-Pool = Literal["flatten", "mean", "none"]
+Pool = Literal["flatten", "mean"]
 Norm = Literal["batch", "instance", "none"]
 
 
@@ -36,14 +36,14 @@ class Conv4(Network):
             Javed & White (2019) use six blocks with strides 2, 1, 2, 1, 2, 2.
         padding: Padding of each convolution, in pixels.
         pool: `flatten` keeps every position; `mean` averages over positions, as MAML's code
-            does on Omniglot; `none` returns the maps (N, C, H, W).
+            does on Omniglot.
         norm: `batch`, `instance` or `none`. With instance norm the output for an image does not
             depend on the other rows, as online learners require.
         context_dim: Size of `ForwardContext.context`; 0 for none. A FiLM layer uses it to scale
             and shift the maps of the penultimate block, before ReLU (Zintgraf et al. 2019).
-        maps: Whether to return feature maps (N, C, H, W), as relation networks need. Only the
-            first two blocks then downsample, without padding (Sung et al. 2018). Set by the
-            algorithm.
+        maps: Feature maps to return, (N, C, H, W), in place of features: `last`, those of the last
+            block; or `early`, for which only the first two blocks downsample, without padding
+            (Sung et al. 2018). Set by the algorithm.
 
     Raises:
         ValueError: The input is not an image or is too small, or an option is invalid.
@@ -62,9 +62,10 @@ class Conv4(Network):
         pool: Pool = "flatten",
         norm: Norm = "batch",
         context_dim: int = 0,
-        maps: bool = False,
+        maps: Maps | None = None,
     ) -> None:
-        halving = min(blocks, 2) if maps else blocks
+        early = maps == "early"
+        halving = min(blocks, 2) if early else blocks
         pooled = halving if downsample == "max_pool" and strides is None else 0
         check_image(input_shape, pooled, "conv4")
         if downsample not in ("max_pool", "stride"):
@@ -82,16 +83,16 @@ class Conv4(Network):
                 f"backbone.filters={filters} does not match backbone.blocks={blocks}: give one "
                 "number for all blocks, or one for each"
             )
-        if pool not in ("flatten", "mean", "none"):
+        if pool not in ("flatten", "mean"):
             raise ValueError(f"backbone.pool={pool}: expected flatten or mean")
         if norm not in ("batch", "instance", "none"):
             raise ValueError(f"backbone.norm={norm}: expected batch, instance or none")
-        if maps:
+        if early:
             _check_maps(input_shape, pool)
-        paddings = [0 if maps and i < halving else padding for i in range(blocks)]
+        paddings = [0 if early and i < halving else padding for i in range(blocks)]
         _check_size(input_shape, steps, paddings)
         channels = [input_shape[0], *widths]
-        body = _Blocks(channels, steps, paddings, pooled, pool, norm, maps, context_dim)
+        body = _Blocks(channels, steps, paddings, pooled, pool, norm, maps is not None, context_dim)
         super().__init__(body, input_shape, output_dim)
 
 
@@ -127,7 +128,7 @@ class _Blocks(nn.Module):
         self.film_block = max(blocks - 2, 0)
         self.film = FiLM(context_dim, channels[self.film_block + 1]) if context_dim else None
         self.num_pooled = num_pooled
-        self.pool = pool
+        self.mean = pool == "mean"
         self.maps = maps
         self.native = False
 
@@ -139,9 +140,9 @@ class _Blocks(nn.Module):
             if self.film is not None and i == self.film_block:
                 x = self.film(x, ctx)
             x = torch.relu(x)
-        if self.maps or self.pool == "none":
+        if self.maps:
             return x
-        return x.mean((2, 3)) if self.pool == "mean" else x.flatten(1)
+        return x.mean((2, 3)) if self.mean else x.flatten(1)
 
     def _laid_out(self, x: Tensor) -> Tensor:
         """Return images in the memory layout with vectorized pooling and batch norm on a CPU."""
