@@ -29,7 +29,7 @@ from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import picture
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
-Episodes = Literal["any", "within_alphabet"]
+Episodes = Literal["any", "within_alphabet", "within_turned_alphabet"]
 Drawers = Literal["any", "apart"]
 
 _LOG = logging.getLogger(__name__)
@@ -114,7 +114,8 @@ class ClassEpisodes:
         rotations_eval: The same for val and test, without `mirrored`.
         rotations_val: The same for val only, so that model selection has more classes; None
             takes `rotations_eval`.
-        episodes: `any`, or `within_alphabet` to take a task's classes from one group.
+        episodes: `any`; `within_alphabet` takes a task's classes from one group, with its rotations;
+            `within_turned_alphabet` takes one rotation for all classes of such a task.
         drawers: `any` draws the images of each class by themselves. `apart` draws one person for
             each shot and each query, the same for all classes of a task; no person draws both
             support and query. Image k of every class of a group has to be by the same person.
@@ -154,7 +155,7 @@ class ClassEpisodes:
         _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
         if rotations_val is not None:
             _one_of("rotations_val", rotations_val, ("none", "classes", "per_task"))
-        _one_of("episodes", episodes, ("any", "within_alphabet"))
+        _one_of("episodes", episodes, ("any", "within_alphabet", "within_turned_alphabet"))
         _one_of("drawers", drawers, ("any", "apart"))
         if drawers == "apart" and episodes == "any":
             raise ValueError(
@@ -170,7 +171,8 @@ class ClassEpisodes:
             "val": rotations_eval if rotations_val is None else rotations_val,
             "test": rotations_eval,
         }
-        self._by_group = episodes == "within_alphabet"
+        self._by_group = episodes != "any"
+        self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
         self._augmentation = augmentation or Augmentation()
         self._prepare_one = prepare
@@ -268,10 +270,14 @@ class ClassEpisodes:
         way = self.sizes[split].way
         group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
         count = data.group_counts[group]
-        chosen = sample(keys, _SLOT_CLASSES, count * data.rotation_classes, way)
+        copies = self._copies_in_task(split)
+        chosen = sample(keys, _SLOT_CLASSES, count * copies, way)
         order = seeding.bits(keys, _SLOT_CLASS_ORDER, (way,)).argsort(dim=-1, stable=True)
         chosen = chosen.gather(-1, order)
         turns = chosen // count[:, None]
+        if self._turned_as_one:
+            turn = seeding.integers(keys, _SLOT_ROTATIONS, data.rotation_classes)
+            turns = turn[:, None].expand_as(chosen)
         return data.group_starts[group][:, None] + chosen % count[:, None], turns
 
     def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -383,15 +389,20 @@ class ClassEpisodes:
             )
         names = dict.fromkeys(table.groups)
         spans = [(table.groups.index(name), table.groups.count(name)) for name in names]
-        return [span for span in spans if self._copies(split) * span[1] >= way]
+        return [span for span in spans if self._copies_in_task(split) * span[1] >= way]
 
     def _copies(self, split: Split) -> int:
         """Return the number of classes that each class of the table becomes by rotations."""
         return _CLASSES_OF_ONE[self._rotations[split]]
 
+    def _copies_in_task(self, split: Split) -> int:
+        """Return the number of rotations of one class that a task can have."""
+        return 1 if self._turned_as_one else self._copies(split)
+
     def _most_classes(self, split: Split) -> int:
         """Return the largest number of classes that a task can have."""
-        return self._copies(split) * max(count for _, count in self._groups(split, 0))
+        copies = self._copies_in_task(split)
+        return copies * max(count for _, count in self._groups(split, 0))
 
     def _fit_val_way(self, typed: int | None) -> None:
         """Lower the way of val to its number of classes, unless the user set it."""

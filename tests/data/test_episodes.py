@@ -136,6 +136,29 @@ def test_rotations_as_classes_turn_every_image_of_a_class_alike() -> None:
     assert source.class_names("train")[8] == "train1/rot090"
 
 
+def test_an_alphabet_can_be_turned_as_one() -> None:
+    source = numbered(
+        groups=("a", "a", "a", "b", "b", "b", "b"),
+        rotations="mirrored",
+        episodes="within_turned_alphabet",
+        sizes=sizes(way=3),
+    )
+    ids = source.batch("train", 0, 400).class_ids
+    assert ids is not None
+    turns, classes = ids // 7, ids % 7
+    assert (turns == turns[:, :1]).all()
+    assert ((classes < 3) == (classes[:, :1] < 3)).all()
+    assert turns[:, 0].bincount(minlength=8).min() > 25
+    assert all(len(set(task)) == 3 for task in classes.tolist())
+    with pytest.raises(ValueError, match=r"train\.way=5 is more than the 4 classes in an alphabet"):
+        numbered(
+            groups=("a", "a", "a", "b", "b", "b", "b"),
+            rotations="classes",
+            episodes="within_turned_alphabet",
+            sizes=sizes(way=4, train=EpisodeSize(5, 1, 1)),
+        )
+
+
 def test_one_person_draws_the_support_of_a_task_and_another_the_query() -> None:
     source = numbered(
         (8,) * 7,

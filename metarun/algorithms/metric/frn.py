@@ -115,12 +115,11 @@ def reconstruction_errors(
     gram = support @ support.mT
     lam = penalty * (num_rows / depth) + 1e-6
     system = gram + lam * torch.eye(num_rows, dtype=gram.dtype, device=gram.device)
-    # |q - rho S'w|^2 = q q - 2 rho w (S q) + rho^2 w G w, with G = S S' and w = (G + lambda)^-1 S q:
-    # products of K r numbers in place of d.
-    inside = support @ query.flatten(0, 1).mT
-    weights = torch.linalg.solve_ex(system, inside).result
-    dots = (weights * inside).sum(1)
-    squares = (weights * (gram @ weights)).sum(1)
-    lengths = query.square().sum(-1).flatten()
-    distances = lengths - 2.0 * factor * dots + factor.square() * squares
+    # With G = S S^T, M = (G + lambda I)^-1 and p = S q, a query's feature q has the distance
+    # |q - rho S^T M p|^2 = q q - p (2 rho M - rho^2 M G M) p.
+    inverse = torch.linalg.inv_ex(system).inverse
+    kernel = 2.0 * factor * inverse - factor.square() * (inverse @ gram @ inverse)
+    products = support @ query.flatten(0, 1).mT
+    explained = (products * (kernel @ products)).sum(1)
+    distances = query.square().sum(-1).flatten() - explained
     return distances.unflatten(1, query.shape[:2]).mean(2).mT
