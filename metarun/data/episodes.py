@@ -171,7 +171,7 @@ class ClassEpisodes:
             "val": rotations_eval if rotations_val is None else rotations_val,
             "test": rotations_eval,
         }
-        self._by_group = episodes != "any"
+        self._episodes = episodes
         self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
         self._augmentation = augmentation or Augmentation()
@@ -380,11 +380,11 @@ class ClassEpisodes:
     def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
         """Return (first class, number of classes) of each group with enough classes."""
         table = self._tables[split]
-        if not self._by_group:
+        if self._episodes == "any":
             return [(0, len(table.counts))]
         if table.groups is None:
             raise ValueError(
-                f"data.episodes=within_alphabet needs alphabets, {self._name} has none: "
+                f"data.episodes={self._episodes} needs alphabets, {self._name} has none: "
                 "use data.episodes=any"
             )
         names = dict.fromkeys(table.groups)
@@ -429,7 +429,7 @@ class ClassEpisodes:
                 raise ValueError(f"{keys[field]}={value} is out of range: {low} or more is allowed")
         most = self._most_classes(split)
         if size.way > most:
-            where = "an alphabet of " if self._by_group else ""
+            where = "" if self._episodes == "any" else "an alphabet of "
             raise ValueError(
                 f"{keys['way']}={size.way} is more than the {most} classes in {where}"
                 f"{self._name}'s {split} split: set {keys['way']}={most} or less"
