@@ -114,7 +114,7 @@ class ClassEpisodes:
         rotations_eval: The same for val and test, without `mirrored`.
         rotations_val: The same for val only, so that model selection has more classes; None
             takes `rotations_eval`.
-        episodes: `any`; `within_alphabet` takes a task's classes from one group, with its rotations;
+        episodes: `any`; `within_alphabet` takes a task's classes from one group and its rotations;
             `within_turned_alphabet` takes one rotation for all classes of such a task.
         drawers: `any` draws the images of each class by themselves. `apart` draws one person for
             each shot and each query, the same for all classes of a task; no person draws both

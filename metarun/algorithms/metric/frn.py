@@ -29,13 +29,8 @@ class FRN(EpisodicLearner):
     As in the code, features are divided by the square root of d. The auxiliary loss that makes the
     supports of different classes orthogonal is left out.
 
-    With `mutual`, a query also reconstructs the class, since a part reconstructs badly what it is
-    part of. The two errors are added with learned weights, 1/2 each at first, as in the
-    bi-directional network of Wu et al. (2023), which reconstructs by attention.
-
     Args:
         scale: Initial value of gamma; 1 in the code.
-        mutual: Whether queries reconstruct classes, too.
         **common: Arguments of `Algorithm`.
 
     Raises:
@@ -48,11 +43,11 @@ class FRN(EpisodicLearner):
     label_equivariant: bool = True
     replays: ClassVar[bool] = True
 
-    def __init__(self, *, scale: float = 1.0, mutual: bool = False, **common: Any) -> None:
+    def __init__(self, *, scale: float = 1.0, **common: Any) -> None:
         super().__init__(**common)
         if not scale > 0:
             raise ValueError(f"algo.scale={scale}: expected a positive number")
-        self.net = _Reconstruction(self.build_maps("last"), scale, mutual)
+        self.net = _Reconstruction(self.build_maps("last"), scale)
         self.optimizer = self.build_optimizer()
 
     def answers(
@@ -75,13 +70,12 @@ class FRN(EpisodicLearner):
 class _Reconstruction(nn.Module):
     """The feature maps, and the learned numbers of the reconstruction."""
 
-    def __init__(self, features: nn.Module, scale: float, mutual: bool) -> None:
+    def __init__(self, features: nn.Module, scale: float) -> None:
         super().__init__()
         self.features = features
         self.alpha = nn.Parameter(torch.tensor(0.0))
         self.beta = nn.Parameter(torch.tensor(0.0))
         self.gamma = nn.Parameter(torch.tensor(float(scale)))
-        self.weights = nn.Parameter(torch.tensor([0.5, 0.5])) if mutual else None
 
     def forward(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, ctx: ForwardContext
@@ -91,12 +85,9 @@ class _Reconstruction(nn.Module):
         # Sorted by class, since every class has as many rows.
         order = support_y.argsort(stable=True)
         support = rows[: len(order)][order].unflatten(0, (ways, -1)).flatten(1, 2)
-        query = rows[len(order) :]
-        penalty, factor = self.alpha.exp(), self.beta.exp()
-        errors = reconstruction_errors(support, query, penalty, factor)
-        if self.weights is not None:
-            back = reconstruction_errors(query, support, penalty, factor).mT
-            errors = self.weights[0] * errors + self.weights[1] * back
+        errors = reconstruction_errors(
+            support, rows[len(order) :], self.alpha.exp(), self.beta.exp()
+        )
         return -self.gamma * errors
 
 
