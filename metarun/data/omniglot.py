@@ -107,8 +107,9 @@ class Omniglot(ClassEpisodes):
         root: Folder of the data sets; None is `$METARUN_DATA` or `~/.cache/metarun`.
         split: `vinyals` is the split of Vinyals et al. (2016): 1028 train, 172 val and 423 test
             characters. `background` is that of Lake et al. (2015): the evaluation set (659) is
-            the test split. The five alphabets of Vinyals's val split (172) are taken from the
-            background set for val, which leaves 792 for training.
+            the test split. Five whole alphabets of the background set, those of Vinyals's val
+            split (172), are held out for val: Armenian, Bengali, Early Aramaic, Hebrew and
+            Mkhedruli. That leaves 25 alphabets (792) for training.
         resize: Method of resizing, see `image_files.drawing`.
         image_size: Side of the images in pixels; the original drawings have 105.
         rotations: Rotations in training, see `ClassEpisodes`. The protocol of Vinyals and

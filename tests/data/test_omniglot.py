@@ -192,6 +192,9 @@ def test_the_background_split_tests_on_the_evaluation_set() -> None:
     for character in characters():
         counts[split_of(character, "background")] += 1
     assert counts == {"train": 792, "val": 172, "test": 659}
+    places = {(c.alphabet, split_of(c, "background")) for c in characters()}
+    assert len(places) == len({alphabet for alphabet, _ in places}) == 50
+    assert sum(split == "train" for _, split in places) == 25
 
 
 @pytest.fixture
