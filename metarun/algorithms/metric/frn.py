@@ -5,14 +5,16 @@ Shapes: S support rows, Q query rows, W ways, K shots, d channels, r positions o
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import forward
 from metarun.algorithms.common.episodic import EpisodicLearner
-from metarun.algorithms.functional import Params
+from metarun.algorithms.functional import Params, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 
 
@@ -29,8 +31,14 @@ class FRN(EpisodicLearner):
     As in the code, features are divided by the square root of d. The auxiliary loss that makes the
     supports of different classes orthogonal is left out.
 
+    With `all_pairs`, every row of a training task is both support and query, as in Laenen &
+    Bertinetto (2021): each set with one row of each class is the support of all other rows. A task
+    of W classes with n rows each has W n (n - 1) answers in its loss, in place of W (n - 1).
+
     Args:
         scale: Initial value of gamma; 1 in the code.
+        all_pairs: Whether all rows of a training task are support and query; needs one support row
+            of each class.
         **common: Arguments of `Algorithm`.
 
     Raises:
@@ -43,10 +51,16 @@ class FRN(EpisodicLearner):
     label_equivariant: bool = True
     replays: ClassVar[bool] = True
 
-    def __init__(self, *, scale: float = 1.0, **common: Any) -> None:
+    def __init__(self, *, scale: float = 1.0, all_pairs: bool = False, **common: Any) -> None:
         super().__init__(**common)
         if not scale > 0:
             raise ValueError(f"algo.scale={scale}: expected a positive number")
+        if all_pairs and self.spec.train_shot not in (1, None):
+            raise ValueError(
+                "algo.all_pairs=true needs one support row of each class, not "
+                f"{self.spec.train_shot}: use train.shot=1"
+            )
+        self.all_pairs = all_pairs
         self.net = _Reconstruction(self.build_maps("last"), scale)
         self.optimizer = self.build_optimizer()
 
@@ -60,15 +74,50 @@ class FRN(EpisodicLearner):
         ways: int,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Return the logits (Q, W) of one task's queries."""
-        logits: Tensor = torch.func.functional_call(
-            net, params, (support_x, support_y, query_x, ways, ctx)
-        )
-        return logits
+        features = self._features(net, params, torch.cat([support_x, query_x]), ctx)
+        support, query = features.split([len(support_x), len(query_x)])
+        # Sorted by class; every class has as many rows.
+        support = support[support_y.argsort(stable=True)].unflatten(0, (ways, -1))
+        return self._logits(params, support.flatten(1, 2), query)
+
+    def outputs_and_targets(
+        self,
+        net: nn.Module,
+        params: Params,
+        support_x: Tensor,
+        support_y: Tensor,
+        query_x: Tensor,
+        query_y: Tensor,
+        ctx: ForwardContext,
+    ) -> tuple[Tensor, Tensor]:
+        ways = self.spec.train_way
+        if not self.all_pairs:
+            rows = (support_x, support_y, query_x)
+            return self.answers(net, params, *rows, ways, ctx), query_y
+        features = self._features(net, params, torch.cat([support_x, query_x]), ctx)
+        order = torch.cat([support_y, query_y]).argsort(stable=True)
+        sets = features[order].unflatten(0, (ways, -1)).transpose(0, 1)
+        number = len(sets)
+        every = sets.flatten(0, 1)
+        logits = self._logits(params, every, every).view(number, ways, number, ways)
+        apart = [logits[i, :, j] for i, j in itertools.permutations(range(number), 2)]
+        targets = torch.arange(ways, device=query_y.device).repeat(len(apart))
+        return torch.cat(apart), targets
+
+    def _features(self, net: nn.Module, params: Params, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the features (N, r, d) of rows at the positions of their maps."""
+        assert isinstance(net, _Reconstruction)
+        maps = forward(net.features, strip_prefix("features.", params), x, ctx)
+        return maps.flatten(2).mT / math.sqrt(maps.shape[1])
+
+    def _logits(self, params: Params, support: Tensor, query: Tensor) -> Tensor:
+        """Return the logits (Q, W) of features (Q, r, d), given those of classes (W, K r, d)."""
+        penalty, factor = params["alpha"].exp(), params["beta"].exp()
+        return -params["gamma"] * reconstruction_errors(support, query, penalty, factor)
 
 
 class _Reconstruction(nn.Module):
-    """The feature maps, and the learned numbers of the reconstruction."""
+    """The network of the feature maps, and the learned numbers of the reconstruction."""
 
     def __init__(self, features: nn.Module, scale: float) -> None:
         super().__init__()
@@ -76,19 +125,6 @@ class _Reconstruction(nn.Module):
         self.alpha = nn.Parameter(torch.tensor(0.0))
         self.beta = nn.Parameter(torch.tensor(0.0))
         self.gamma = nn.Parameter(torch.tensor(float(scale)))
-
-    def forward(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, ctx: ForwardContext
-    ) -> Tensor:
-        maps = self.features(torch.cat([support_x, query_x]), ctx)
-        rows = maps.flatten(2).mT / math.sqrt(maps.shape[1])
-        # Sorted by class, since every class has as many rows.
-        order = support_y.argsort(stable=True)
-        support = rows[: len(order)][order].unflatten(0, (ways, -1)).flatten(1, 2)
-        errors = reconstruction_errors(
-            support, rows[len(order) :], self.alpha.exp(), self.beta.exp()
-        )
-        return -self.gamma * errors
 
 
 def reconstruction_errors(

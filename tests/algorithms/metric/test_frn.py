@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from metarun.algorithms.metric.frn import FRN, reconstruction_errors
 from metarun.backbones.conv4 import Conv4
+from metarun.backbones.layers.context import BATCH_STATISTICS as CTX
 from tests.helpers import TINY_BACKBONES, image_batch, image_spec, make, moved
 
 CONV = partial(Conv4, filters=[4, 5], blocks=2)
@@ -63,6 +65,28 @@ def test_a_class_is_the_features_of_all_positions_of_its_rows_in_any_order() -> 
         torch.testing.assert_close(found.outputs[0], -3.0 * errors, rtol=1e-4, atol=1e-6)
 
 
+def test_all_pairs_are_the_tasks_with_every_set_as_support() -> None:
+    spec = image_spec()
+    batch = image_batch(spec, tasks=1, shot=1, query=2)
+    one = make(FRN, spec, CONV, all_pairs=True)
+    x = torch.cat([batch.support_x[0], batch.query_x[0]])
+    y = torch.cat([batch.support_y[0], batch.query_y[0]])
+    net, params = one.net, dict(one.net.named_parameters())
+    outputs, targets = one.outputs_and_targets(net, params, x[:3], y[:3], x[3:], y[3:], CTX)
+    expected, labels = [], []
+    for first in (0, 3, 6):
+        support = torch.arange(first, first + 3)
+        others = [row for row in range(9) if row not in support]
+        # Batch norm normalizes all rows together, so they pass in one batch.
+        features = net.features(x).flatten(2).transpose(1, 2) / math.sqrt(5)
+        ones = torch.ones(2, dtype=torch.float64)
+        expected.append(-reconstruction_errors(features[support], features[others], *ones))
+        labels.append(y[others])
+    loss = torch.nn.functional.cross_entropy(torch.cat(expected), torch.cat(labels))
+    torch.testing.assert_close(torch.nn.functional.cross_entropy(outputs, targets), loss)
+    assert len(targets) == 3 * 3 * 2
+
+
 def test_its_gradients_are_those_of_finite_differences() -> None:
     inputs = (drawn(2, 3, 4), drawn(3, 2, 4), drawn(1)[0] + 0.5, drawn(2)[0] + 0.5)
     assert torch.autograd.gradcheck(
@@ -77,16 +101,21 @@ def test_the_penalty_the_factor_and_the_scale_are_learned() -> None:
 
 
 @pytest.mark.parametrize("engine", ["vmap", "threads"])
-def test_the_engines_agree(engine: str) -> None:
+@pytest.mark.parametrize("all_pairs", [True, False])
+def test_the_engines_agree(engine: str, all_pairs: bool) -> None:
     spec = image_spec()
-    batch = image_batch(spec, tasks=4)
-    expected = moved(make(FRN, spec, CONV), batch)
-    for name, value in moved(make(FRN, spec, CONV, engine=engine), batch).items():
+    batch = image_batch(spec, tasks=4, shot=1)
+    expected = moved(make(FRN, spec, CONV, all_pairs=all_pairs), batch)
+    found = moved(make(FRN, spec, CONV, engine=engine, all_pairs=all_pairs), batch)
+    for name, value in found.items():
         torch.testing.assert_close(value, expected[name])
 
 
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"algo\.scale=0: expected a positive number"):
         make(FRN, image_spec(), CONV, scale=0)
+    spec = replace(image_spec(), train_shot=2)
+    with pytest.raises(ValueError, match=r"all_pairs=true needs one support row .* train\.shot=1"):
+        make(FRN, spec, CONV, all_pairs=True)
     with pytest.raises(ValueError, match=r"FRN compares feature maps.*conv4"):
         make(FRN, image_spec(), TINY_BACKBONES["mlp"])
