@@ -149,4 +149,5 @@ def reconstruction_errors(
     products = support @ query.flatten(0, 1).mT
     explained = (products * (kernel @ products)).sum(1)
     distances = query.square().sum(-1).flatten() - explained
-    return distances.unflatten(1, query.shape[:2]).mean(2).mT
+    errors: Tensor = distances.unflatten(1, query.shape[:2]).mean(2)
+    return errors.mT
