@@ -345,6 +345,7 @@ def test_too_few_classes_in_val_lower_its_way_and_say_so(caplog: pytest.LogCaptu
         ({"rotations": "some"}, "data.rotations=some is unknown: choose none or classes"),
         ({"episodes": "within_alphabet"}, "needs alphabets, numbered has none"),
         ({"drawers": "apart"}, "drawers=apart needs classes of one alphabet.*within_alphabet"),
+        ({"episodes": "within_turned_alphabet", "rotations": "per_task"}, "turns all classes of a"),
         ({"drawers": "near"}, "data.drawers=near is unknown: choose any or apart"),
         ({"episodes": "within_alphabet", "groups": ("a", "a", "b", "b", "b", "c", "c"),
           "sizes": sizes(way=4)}, "train.way=4 is more than the 3 classes in an alphabet of"),

@@ -16,6 +16,7 @@ from metarun.algorithms.base import forward
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.types import Prediction
 
 
 class FRN(EpisodicLearner):
@@ -28,8 +29,8 @@ class FRN(EpisodicLearner):
     learns alpha, beta and gamma, which begin at 0, 0 and `scale`. Every class of a task needs the
     same number of support rows.
 
-    As in the code, features are divided by the square root of d. The auxiliary loss that makes the
-    supports of different classes orthogonal is left out.
+    Features are divided by the square root of d, as in the code for ResNet-12. The auxiliary loss
+    that makes the supports of different classes orthogonal is left out.
 
     With `all_pairs`, every row of a training task is both support and query, as in Laenen &
     Bertinetto (2021): each set with one row of each class is the support of all other rows. A task
@@ -63,6 +64,15 @@ class FRN(EpisodicLearner):
         self.all_pairs = all_pairs
         self.net = _Reconstruction(self.build_maps("last"), scale)
         self.optimizer = self.build_optimizer()
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        counts = nn.functional.one_hot(support_y).sum(1)
+        if (counts != counts[:, :1]).any():
+            raise ValueError(
+                "FRN needs the same number of support rows of each class: leave out the others, "
+                "or use another algo"
+            )
+        return super().predict(support_x, support_y, query_x)
 
     def answers(
         self,

@@ -114,6 +114,11 @@ def test_the_engines_agree(engine: str, all_pairs: bool) -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"algo\.scale=0: expected a positive number"):
         make(FRN, image_spec(), CONV, scale=0)
+    batch = image_batch(image_spec())
+    with pytest.raises(ValueError, match="FRN needs the same number of support rows of each class"):
+        make(FRN, image_spec(), CONV).predict(
+            batch.support_x[:, :5], batch.support_y[:, :5], batch.query_x
+        )
     spec = replace(image_spec(), train_shot=2)
     with pytest.raises(ValueError, match=r"all_pairs=true needs one support row .* train\.shot=1"):
         make(FRN, spec, CONV, all_pairs=True)
