@@ -17,6 +17,7 @@ from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.backbones.layers.context import BATCH_NORM_MODES, BatchNormMode, ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import has_batch_norm
+from metarun.backbones.network import Maps
 from metarun.core import seeding
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
 from metarun.execution.engine import Engine, TaskFunction
@@ -243,8 +244,11 @@ class Algorithm(nn.Module, ABC):
             )
         return self._backbone(**shape, context_dim=context_dim)
 
-    def build_maps(self) -> nn.Module:
+    def build_maps(self, maps: Maps) -> nn.Module:
         """Build a network whose outputs are feature maps, (N, C, H, W).
+
+        Args:
+            maps: Kind of the maps; see `Conv4`.
 
         Raises:
             ValueError: The backbone does not provide feature maps.
@@ -254,7 +258,7 @@ class Algorithm(nn.Module, ABC):
                 f"{type(self).__name__} compares feature maps, which this backbone does not "
                 "provide: use backbone=conv4"
             )
-        return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=True)
+        return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=maps)
 
     def build_optimizer(self) -> OuterOptimizer:
         """Build the outer optimizer of all parameters registered so far."""

@@ -24,7 +24,7 @@ from metarun.backbones.layers.normalization import (
     halved_ceil,
     many_rows,
 )
-from metarun.backbones.network import Network, check_choice, check_norm_eps
+from metarun.backbones.network import Maps, Network, check_choice, check_norm_eps
 
 Downsample = Literal["max_pool", "max_pool_ceil", "stride"]
 Pool = Literal["flatten", "mean"]
@@ -59,9 +59,9 @@ class Conv4(Network):
         context_dim: Size of `ForwardContext.context`; 0 for none. A FiLM layer uses it to scale
             and shift the maps of the penultimate block, before the activation (Zintgraf et al.
             2019).
-        maps: Whether to return feature maps (N, C, H, W), as relation networks need. Only the
-            first two blocks then downsample, without padding (Sung et al. 2018). Set by the
-            algorithm.
+        maps: Feature maps to return, (N, C, H, W), in place of features: `last`, those of the last
+            block; or `early`, for which only the first two blocks downsample, without padding
+            (Sung et al. 2018). Set by the algorithm.
 
     Raises:
         ValueError: The input is not an image or is too small, or an option is invalid.
@@ -83,9 +83,10 @@ class Conv4(Network):
         activation: Activation = "relu",
         init: Init = "torch",
         context_dim: int = 0,
-        maps: bool = False,
+        maps: Maps | None = None,
     ) -> None:
-        halving = min(blocks, 2) if maps else blocks
+        early = maps == "early"
+        halving = min(blocks, 2) if early else blocks
         pooled = halving if downsample != "stride" and strides is None else 0
         check_image(input_shape, pooled, "conv4")
         check_choice("downsample", downsample, Downsample)
@@ -107,9 +108,9 @@ class Conv4(Network):
         check_choice("activation", activation, Activation)
         check_choice("init", init, Init)
         check_norm_eps(norm_eps)
-        if maps:
+        if early:
             _check_maps(input_shape, pool)
-        paddings = [0 if maps and i < halving else padding for i in range(blocks)]
+        paddings = [0 if early and i < halving else padding for i in range(blocks)]
         _check_size(input_shape, steps, paddings)
         channels = [input_shape[0], *widths]
         norms = [_norm(norm, width, f"norms.{i}", norm_eps) for i, width in enumerate(widths)]
@@ -122,7 +123,7 @@ class Conv4(Network):
             ceil=downsample == "max_pool_ceil",
             mean=pool == "mean",
             leaky=activation == "leaky_relu",
-            maps=maps,
+            maps=maps is not None,
             context_dim=context_dim,
         )
         super().__init__(body, input_shape, output_dim)

@@ -9,13 +9,16 @@ Shapes: N rows, F features.
 from __future__ import annotations
 
 import math
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from metarun.backbones.layers.context import BATCH_STATISTICS, ForwardContext
 from metarun.backbones.layers.normalization import norm_parameters
+
+Maps = Literal["early", "last"]
+"""Feature maps that a backbone can return; see `Conv4`."""
 
 
 class Network(nn.Module):

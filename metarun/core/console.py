@@ -202,6 +202,11 @@ def summary(results: Mapping[str, Any], where: str) -> str:
     if "parameters_from" in results:
         note += f", parameters of step {results['parameters_step']} ({results['parameters_from']})"
     rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
+    if "queries" in results:
+        here = results["queries"]
+        bounds = f"binomial 95 %: {100 * here['low']:.2f} to {100 * here['high']:.2f} %"
+        note = f"{here['wrong']} of {here['number']} queries, {bounds}"
+        rows.append(("test error", f"{100 * here['error']:.2f} %", note))
     if "log_likelihood" in results:
         here, covered = results["log_likelihood"], results["coverage"]
         within = f"{figure('accuracy', covered['mean'], covered['ci95'])} within the 95 % band"

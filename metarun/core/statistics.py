@@ -10,6 +10,9 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
+NORMAL_95 = 1.959963984540054
+"""Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
+
 quiet = np.errstate(over="ignore", invalid="ignore")
 """Decorator for statistics of values that may have diverged: the result shows the overflow or NaN,
 so numpy's warning is not needed."""
@@ -28,6 +31,21 @@ def interval(values: npt.ArrayLike) -> tuple[float, float]:
     if count < 2:
         return mean, math.nan
     return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
+
+
+def wilson_interval(count: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a probability from a number of independent trials.
+
+    It is that of Wilson (1927): all p with |count / trials - p| <= z sqrt(p (1 - p) / trials).
+
+    >>> [round(bound, 4) for bound in wilson_interval(0, 400)]
+    [0.0, 0.0095]
+    """
+    square = NORMAL_95**2 / trials
+    share = count / trials
+    middle = (share + square / 2.0) / (1.0 + square)
+    half = math.sqrt(share * (1.0 - share) * square + square**2 / 4.0) / (1.0 + square)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 @lru_cache

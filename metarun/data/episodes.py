@@ -29,7 +29,8 @@ from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import picture
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
-Episodes = Literal["any", "within_alphabet"]
+Episodes = Literal["any", "within_alphabet", "within_turned_alphabet"]
+Drawers = Literal["any", "apart"]
 
 _LOG = logging.getLogger(__name__)
 _NUM_ROTATIONS = 4
@@ -113,7 +114,11 @@ class ClassEpisodes:
         rotations_eval: The same for val and test, without `mirrored`.
         rotations_val: The same for val only, so that model selection has more classes; None
             takes `rotations_eval`.
-        episodes: `any`, or `within_alphabet` to take a task's classes from one group.
+        episodes: `any`; `within_alphabet` takes a task's classes from one group and its rotations;
+            `within_turned_alphabet` takes one rotation for all classes of such a task.
+        drawers: `any` draws the images of each class by themselves. `apart` draws one person for
+            each shot and each query, the same for all classes of a task; no person draws both
+            support and query. Image k of every class of a group has to be by the same person.
         augmentation: Augmentation of training images.
         mean, std: Mean and standard deviation of each channel, in [0, 1] units; None leaves
             pixels in [0, 1].
@@ -139,6 +144,7 @@ class ClassEpisodes:
         rotations_eval: Rotations = "none",
         rotations_val: Rotations | None = None,
         episodes: Episodes = "any",
+        drawers: Drawers = "any",
         augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -149,7 +155,20 @@ class ClassEpisodes:
         _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
         if rotations_val is not None:
             _one_of("rotations_val", rotations_val, ("none", "classes", "per_task"))
-        _one_of("episodes", episodes, ("any", "within_alphabet"))
+        _one_of("episodes", episodes, ("any", "within_alphabet", "within_turned_alphabet"))
+        _one_of("drawers", drawers, ("any", "apart"))
+        if drawers == "apart" and episodes == "any":
+            raise ValueError(
+                "data.drawers=apart needs classes of one alphabet, which the same people drew: "
+                "use data.episodes=within_alphabet"
+            )
+        if drawers == "apart":
+            assert all(len(set(table.counts)) == 1 for table in tables.values())
+        if episodes == "within_turned_alphabet" and "per_task" in (rotations, rotations_eval):
+            raise ValueError(
+                "data.episodes=within_turned_alphabet turns all classes of a task alike, "
+                "rotations=per_task each by itself: use rotations=classes or mirrored"
+            )
         self._name = name
         self._tables = dict(tables)
         self._rotations: dict[Split, Rotations] = {
@@ -157,7 +176,9 @@ class ClassEpisodes:
             "val": rotations_eval if rotations_val is None else rotations_val,
             "test": rotations_eval,
         }
-        self._by_group = episodes == "within_alphabet"
+        self._episodes = episodes
+        self._turned_as_one = episodes == "within_turned_alphabet"
+        self._drawers_apart = drawers == "apart"
         self._augmentation = augmentation or Augmentation()
         self._prepare_one = prepare
         self._can_drop = can_drop
@@ -254,10 +275,14 @@ class ClassEpisodes:
         way = self.sizes[split].way
         group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
         count = data.group_counts[group]
-        chosen = sample(keys, _SLOT_CLASSES, count * data.rotation_classes, way)
+        copies = self._copies_in_task(split)
+        chosen = sample(keys, _SLOT_CLASSES, count * copies, way)
         order = seeding.bits(keys, _SLOT_CLASS_ORDER, (way,)).argsort(dim=-1, stable=True)
         chosen = chosen.gather(-1, order)
         turns = chosen // count[:, None]
+        if self._turned_as_one:
+            turn = seeding.integers(keys, _SLOT_ROTATIONS, data.rotation_classes)
+            turns = turn[:, None].expand_as(chosen)
         return data.group_starts[group][:, None] + chosen % count[:, None], turns
 
     def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,6 +301,9 @@ class ClassEpisodes:
     ) -> Tensor:
         """Draw (T, W, num_rows) distinct images of each class, numbered within the class."""
         places = torch.arange(classes.shape[1], device=self.device)
+        if self._drawers_apart:
+            # Classes with the same key get images of the same numbers, and thus the same people.
+            places = torch.zeros_like(places)
         keys = seeding.fold(keys[:, None], places)
         picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
         # The last samples tend to have high numbers: shuffle before splitting off the query.
@@ -357,24 +385,29 @@ class ClassEpisodes:
     def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
         """Return (first class, number of classes) of each group with enough classes."""
         table = self._tables[split]
-        if not self._by_group:
+        if self._episodes == "any":
             return [(0, len(table.counts))]
         if table.groups is None:
             raise ValueError(
-                f"data.episodes=within_alphabet needs alphabets, {self._name} has none: "
+                f"data.episodes={self._episodes} needs alphabets, {self._name} has none: "
                 "use data.episodes=any"
             )
         names = dict.fromkeys(table.groups)
         spans = [(table.groups.index(name), table.groups.count(name)) for name in names]
-        return [span for span in spans if self._copies(split) * span[1] >= way]
+        return [span for span in spans if self._copies_in_task(split) * span[1] >= way]
 
     def _copies(self, split: Split) -> int:
         """Return the number of classes that each class of the table becomes by rotations."""
         return _CLASSES_OF_ONE[self._rotations[split]]
 
+    def _copies_in_task(self, split: Split) -> int:
+        """Return the number of rotations of one class that a task can have."""
+        return 1 if self._turned_as_one else self._copies(split)
+
     def _most_classes(self, split: Split) -> int:
         """Return the largest number of classes that a task can have."""
-        return self._copies(split) * max(count for _, count in self._groups(split, 0))
+        copies = self._copies_in_task(split)
+        return copies * max(count for _, count in self._groups(split, 0))
 
     def _fit_val_way(self, typed: int | None) -> None:
         """Lower the way of val to its number of classes, unless the user set it."""
@@ -401,7 +434,7 @@ class ClassEpisodes:
                 raise ValueError(f"{keys[field]}={value} is out of range: {low} or more is allowed")
         most = self._most_classes(split)
         if size.way > most:
-            where = "an alphabet of " if self._by_group else ""
+            where = "" if self._episodes == "any" else "an alphabet of "
             raise ValueError(
                 f"{keys['way']}={size.way} is more than the {most} classes in {where}"
                 f"{self._name}'s {split} split: set {keys['way']}={most} or less"

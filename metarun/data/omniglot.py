@@ -16,11 +16,18 @@ import torch
 
 from metarun.core.types import EpisodeSize, Split
 from metarun.data.augmentation import Augmentation
-from metarun.data.episodes import ClassEpisodes, ClassTable, Episodes, Rotations
+from metarun.data.episodes import ClassEpisodes, ClassTable, Drawers, Episodes, Rotations
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels, open_store
 from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
-from metarun.data.storage.omniglot_files import FILES, NUM_DRAWINGS, Character, characters
+from metarun.data.storage.omniglot_files import (
+    FILES,
+    NUM_DRAWINGS,
+    ORIGINAL_SIDE,
+    Character,
+    characters,
+    resized,
+)
 
 _SMALL_ARCHIVES = ("images_background_small1", "images_background_small2")
 _SMALL_SPLITS: dict[Split, dict[str, str]] = {
@@ -41,7 +48,7 @@ class OmniglotSmall(ClassEpisodes):
     Args:
         resize: Method of resizing, see `image_files.drawing`.
         image_size: Side of the images in pixels; the original drawings have 105.
-        rotations, rotations_eval, rotations_val, episodes: See `ClassEpisodes`.
+        rotations, rotations_eval, rotations_val, episodes, drawers: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
@@ -54,6 +61,7 @@ class OmniglotSmall(ClassEpisodes):
         rotations_eval: Rotations = "none",
         rotations_val: Rotations | None = None,
         episodes: Episodes = "any",
+        drawers: Drawers = "any",
         affine_degrees: float = 0.0,
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
@@ -66,9 +74,7 @@ class OmniglotSmall(ClassEpisodes):
         dtype: torch.dtype = torch.float32,
         val_way: int | None = None,
     ) -> None:
-        _check_resize(resize)
-        if not 8 <= image_size <= 105:
-            raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
+        _check_images(resize, image_size)
         super().__init__(
             name="omniglot_small",
             tables=small_tables(resize, image_size),
@@ -82,6 +88,7 @@ class OmniglotSmall(ClassEpisodes):
             rotations_eval=rotations_eval,
             rotations_val=rotations_val,
             episodes=episodes,
+            drawers=drawers,
             augmentation=Augmentation(
                 affine_degrees=affine_degrees,
                 affine_translate=affine_translate,
@@ -100,12 +107,14 @@ class Omniglot(ClassEpisodes):
         root: Folder of the data sets; None is `$METARUN_DATA` or `~/.cache/metarun`.
         split: `vinyals` is the split of Vinyals et al. (2016): 1028 train, 172 val and 423 test
             characters. `background` is that of Lake et al. (2015): the evaluation set (659) is
-            the test split. The five alphabets of Vinyals's val split (172) are taken from the
-            background set for val, which leaves 792 for training.
+            the test split. Five whole alphabets of the background set, those of Vinyals's val
+            split (172), are held out for val: Armenian, Bengali, Early Aramaic, Hebrew and
+            Mkhedruli. That leaves 25 alphabets (792) for training.
         resize: Method of resizing, see `image_files.drawing`.
+        image_size: Side of the images in pixels; the original drawings have 105.
         rotations: Rotations in training, see `ClassEpisodes`. The protocol of Vinyals and
             ProtoNet has `classes` in every split, that of MAML has `per_task` in every split.
-        rotations_eval, episodes: See `ClassEpisodes`.
+        rotations_eval, episodes, drawers: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
@@ -115,9 +124,11 @@ class Omniglot(ClassEpisodes):
         root: str | None = None,
         split: Literal["vinyals", "background"] = "vinyals",
         resize: Resize = "paper",
+        image_size: int = DRAWING_SIZE,
         rotations: Rotations = "classes",
         rotations_eval: Rotations = "classes",
         episodes: Episodes = "any",
+        drawers: Drawers = "any",
         affine_degrees: float = 0.0,
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
@@ -130,12 +141,12 @@ class Omniglot(ClassEpisodes):
         dtype: torch.dtype = torch.float32,
         val_way: int | None = None,
     ) -> None:
-        _check_resize(resize)
+        _check_images(resize, image_size)
         if split not in ("vinyals", "background"):
             raise ValueError(f"data.split={split} is unknown: choose vinyals or background")
         super().__init__(
             name="omniglot",
-            tables=_full_tables(root, split, resize),
+            tables=_full_tables(root, split, resize, image_size),
             sizes=sizes,
             val_way=val_way,
             seed=seed,
@@ -145,6 +156,7 @@ class Omniglot(ClassEpisodes):
             rotations=rotations,
             rotations_eval=rotations_eval,
             episodes=episodes,
+            drawers=drawers,
             augmentation=Augmentation(
                 affine_degrees=affine_degrees,
                 affine_translate=affine_translate,
@@ -152,7 +164,7 @@ class Omniglot(ClassEpisodes):
                 affine_shear=affine_shear,
                 elastic=elastic,
             ),
-            prepare=lambda image: drawing(image, resize)[None],
+            prepare=lambda image: drawing(image, resize, image_size)[None],
         )
 
 
@@ -165,19 +177,21 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
     return "val" if character.vinyals == "val" else "train"
 
 
-def _check_resize(resize: str) -> None:
+def _check_images(resize: str, image_size: int) -> None:
     if resize not in ("paper", "antialias"):
         raise ValueError(f"data.resize={resize} is unknown: choose paper or antialias")
+    if not 8 <= image_size <= ORIGINAL_SIDE:
+        raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
 
 
 def _full_tables(
-    root: str | None, split: Literal["vinyals", "background"], resize: Resize
+    root: str | None, split: Literal["vinyals", "background"], resize: Resize, side: int
 ) -> dict[Split, ClassTable]:
     absent = registry.missing("omniglot", root)
     store = open_store(registry.resolve_root(root) / "omniglot")
     if absent is not None or store is None:
         raise ValueError(absent)
-    images = store.array(resize).reshape(-1, NUM_DRAWINGS, DRAWING_SIZE, DRAWING_SIZE)
+    images = resized(store, resize, side).reshape(-1, NUM_DRAWINGS, side, side)
     members: dict[Split, list[int]] = {"train": [], "val": [], "test": []}
     everyone = characters()
     for position, character in enumerate(everyone):

@@ -16,12 +16,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from metarun.algorithms.base import task_metric
-from metarun.core.statistics import Floats
+from metarun.core.statistics import NORMAL_95, Floats
 from metarun.core.types import Prediction, TaskBatch, TaskSpec
 from metarun.evaluation.task_clusters import Labels
-
-_TWO_SIDED_95 = 1.959963984540054
-"""Standard deviations on either side of the mean that contain 95 % of a normal distribution."""
 
 Digest = Any
 """A hashlib object; hashlib has no public type for it."""
@@ -95,7 +92,7 @@ def uncertainty_metrics(answer: Prediction, targets: Tensor) -> dict[str, Tensor
     mean, spread, targets = answer.outputs.double(), answer.spread.double(), targets.double()
     # Arguments are not validated: a diverged model gives a non-finite metric, not an exception.
     normal = Normal(mean, spread, validate_args=False)
-    covered = (targets - mean).abs() <= _TWO_SIDED_95 * spread
+    covered = (targets - mean).abs() <= NORMAL_95 * spread
     return {
         "log_likelihood": normal.log_prob(targets).mean((1, 2)),
         "coverage": covered.double().mean((1, 2)),

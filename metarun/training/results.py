@@ -18,10 +18,11 @@ from metarun.core import distributed, environment
 from metarun.core.files import write_atomically
 from metarun.core.nested import finite
 from metarun.core.settings import EvalSettings
-from metarun.core.statistics import Floats, interval
+from metarun.core.statistics import Floats, interval, wilson_interval
 from metarun.core.types import EpisodeSource, Record, TaskSpec
 from metarun.evaluation import continual_metrics, task_clusters
 from metarun.evaluation.measures import EpisodeMetrics
+from metarun.evaluation.task_clusters import Labels
 from metarun.runs.folder import RESULTS, RunFolder
 from metarun.runs.formats import FORMAT
 
@@ -60,6 +61,8 @@ def test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, 
         "episodes_hash": measured.digest,
         **{name: _interval_record(values) for name, values in measured.extra.items()},
     }
+    if measured.confusions is not None:
+        record["queries"] = _queries_record(measured.confusions)
     if measured.presentations is not None:
         record["presentations"] = [_interval_record(v) for v in measured.presentations.T]
     found = _families_record(measured)
@@ -71,6 +74,20 @@ def test_record(measured: EpisodeMetrics, spec: TaskSpec, figures: Mapping[str, 
         record["layout"] = asdict(spec.streams["test"])
         record["stream"] = {name: _interval_record(values) for name, values in figures.items()}
     return record
+
+
+def _queries_record(confusions: Labels) -> Record:
+    """Return the number of queries, of wrong answers, and the binomial interval of the error.
+
+    The interval takes queries for independent trials, which those of one task are not quite.
+
+    Args:
+        confusions: See `EpisodeMetrics.confusions`.
+    """
+    true, predicted, counts = confusions.T
+    total, wrong = int(counts.sum()), int(counts[true != predicted].sum())
+    low, high = wilson_interval(wrong, total)
+    return {"number": total, "wrong": wrong, "error": wrong / total, "low": low, "high": high}
 
 
 def _families_record(measured: EpisodeMetrics) -> Record | None:

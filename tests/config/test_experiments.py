@@ -59,7 +59,7 @@ CHARACTERS = (
         for split in SPLITS
         for number in range(1, 21)
     ),
-    *(Character("images_evaluation", "More", number, "test") for number in range(1, 6)),
+    *(Character("images_evaluation", "More", number, "test") for number in range(1, 21)),
 )
 # The largest number of images of one class in a task.
 PHOTOGRAPHS = 21

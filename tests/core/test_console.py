@@ -140,6 +140,14 @@ def test_a_single_step_is_one_step() -> None:
     assert "1 step, 1,234 tasks/s" in summary({**RESULTS, "steps": 1}, "outputs/a/b")
 
 
+def test_the_wrong_answers_are_counted_with_a_binomial_interval() -> None:
+    queries = {"number": 400, "wrong": 14, "error": 0.035, "low": 0.0209, "high": 0.0579}
+    assert (
+        "test error     3.50 %          14 of 400 queries, binomial 95 %: 2.09 to 5.79 %"
+        in summary({**RESULTS, "queries": queries}, "outputs/a/b")
+    )
+
+
 def test_the_table_says_what_was_reached_and_where_it_is() -> None:
     assert summary(RESULTS, "outputs/a/b").splitlines()[1:-1:1] == [
         "maml on omniglot_small, 5-way 1-shot, seed 7",

@@ -29,6 +29,9 @@ SOURCES = {
     "within groups": numbered(
         groups=("a", "a", "a", "b", "b", "b", "b"), episodes="within_alphabet", sizes=sizes(way=3)
     ),
+    "drawers apart": numbered(
+        (8,) * 4, groups=("a",) * 4, episodes="within_alphabet", drawers="apart", sizes=sizes(way=3)
+    ),
 }
 
 
@@ -131,6 +134,49 @@ def test_rotations_as_classes_turn_every_image_of_a_class_alike() -> None:
             upright = x.rot90(-(class_id // 7), dims=(-2, -1))
             assert identities(upright[0])[0] == class_id % 7
     assert source.class_names("train")[8] == "train1/rot090"
+
+
+def test_an_alphabet_can_be_turned_as_one() -> None:
+    source = numbered(
+        groups=("a", "a", "a", "b", "b", "b", "b"),
+        rotations="mirrored",
+        episodes="within_turned_alphabet",
+        sizes=sizes(way=3),
+    )
+    ids = source.batch("train", 0, 400).class_ids
+    assert ids is not None
+    turns, classes = ids // 7, ids % 7
+    assert (turns == turns[:, :1]).all()
+    assert ((classes < 3) == (classes[:, :1] < 3)).all()
+    assert turns[:, 0].bincount(minlength=8).min() > 25
+    assert all(len(set(task)) == 3 for task in classes.tolist())
+    with pytest.raises(ValueError, match=r"train\.way=5 is more than the 4 classes in an alphabet"):
+        numbered(
+            groups=("a", "a", "a", "b", "b", "b", "b"),
+            rotations="classes",
+            episodes="within_turned_alphabet",
+            sizes=sizes(way=4, train=EpisodeSize(5, 1, 1)),
+        )
+
+
+def test_one_person_draws_the_support_of_a_task_and_another_the_query() -> None:
+    source = numbered(
+        (8,) * 7,
+        groups=("a", "a", "a", "b", "b", "b", "b"),
+        episodes="within_alphabet",
+        drawers="apart",
+        sizes=sizes(way=3, shot=1, query=2),
+    )
+    for split in SPLITS:
+        batch = source.batch(split, 0, 300)
+        support = identities(batch.support_x[:, :, 0])[..., 1]
+        query = identities(batch.query_x[:, :, 0])[..., 1]
+        assert (support == support[:, :1]).all()
+        persons = query.sort(dim=1).values.unflatten(1, (2, 3))
+        assert (persons == persons[:, :, :1]).all()
+        assert (persons[:, 0, 0] < persons[:, 1, 0]).all()
+        assert not (query == support[:, :1]).any()
+        assert len(torch.stack([support[:, 0], persons[:, 0, 0]], 1).unique(dim=0)) > 30
 
 
 def test_mirrored_classes_are_the_mirror_images_of_the_turned_ones() -> None:
@@ -298,6 +344,9 @@ def test_too_few_classes_in_val_lower_its_way_and_say_so(caplog: pytest.LogCaptu
         ({"sizes": sizes(query=0, train=EpisodeSize(5, 1, 0))}, r"query=0 is out of range"),
         ({"rotations": "some"}, "data.rotations=some is unknown: choose none or classes"),
         ({"episodes": "within_alphabet"}, "needs alphabets, numbered has none"),
+        ({"drawers": "apart"}, "drawers=apart needs classes of one alphabet.*within_alphabet"),
+        ({"episodes": "within_turned_alphabet", "rotations": "per_task"}, "turns all classes of a"),
+        ({"drawers": "near"}, "data.drawers=near is unknown: choose any or apart"),
         ({"episodes": "within_alphabet", "groups": ("a", "a", "b", "b", "b", "c", "c"),
           "sizes": sizes(way=4)}, "train.way=4 is more than the 3 classes in an alphabet of"),
     ],

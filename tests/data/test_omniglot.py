@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -191,6 +192,9 @@ def test_the_background_split_tests_on_the_evaluation_set() -> None:
     for character in characters():
         counts[split_of(character, "background")] += 1
     assert counts == {"train": 792, "val": 172, "test": 659}
+    places = {(c.alphabet, split_of(c, "background")) for c in characters()}
+    assert len(places) == len({alphabet for alphabet, _ in places}) == 50
+    assert sum(split == "train" for _, split in places) == 25
 
 
 @pytest.fixture
@@ -248,6 +252,26 @@ def test_splits_and_pixels_of_an_imported_set_are_right(tiny: Path, tmp_path: Pa
         for row, data in zip(images, drawings, strict=True):
             image = Image.open(io.BytesIO(data))
             np.testing.assert_array_equal(row[0].numpy(), drawing(image, resize))
+
+
+def test_an_imported_set_has_its_drawings_in_any_size(tiny: Path, tmp_path: Path) -> None:
+    store = import_omniglot(tiny, tmp_path)
+    drawings = [data for _, path, data in omniglot_drawings() if path.startswith("Beta")]
+    for resize in ("paper", "antialias"):
+        source = full(tmp_path, resize=resize, image_size=40, rotations_eval="none")
+        images = source._tables["val"].images
+        assert images.shape == (40, 1, 40, 40)
+        for row, data in zip(images, drawings, strict=True):
+            image = Image.open(io.BytesIO(data))
+            np.testing.assert_array_equal(row[0].numpy(), drawing(image, resize, 40))
+        np.testing.assert_array_equal(source.prepare([image])[0, 0] * 255, images[-1, 0])
+    meta = store.folder / "meta.json"
+    content = json.loads(meta.read_text(encoding="utf-8"))
+    del content["files"]["originals"]
+    meta.write_text(json.dumps(content), encoding="utf-8")
+    assert full(tmp_path).spec.input_shape == (1, 28, 28)
+    with pytest.raises(ValueError, match=r"image_size=40 needs the original drawings.*delete"):
+        full(tmp_path, image_size=40)
 
 
 def test_the_full_set_counts_rotations_as_classes_unless_told_otherwise(

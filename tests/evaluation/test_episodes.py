@@ -13,11 +13,12 @@ import torch
 from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.algorithms.optimization.maml import MAML
 from metarun.backbones.conv4 import Conv4
-from metarun.core.statistics import interval, t_quantile
+from metarun.core.statistics import NORMAL_95, interval, t_quantile, wilson_interval
 from metarun.core.types import SPLITS, EpisodeSize, Prediction
 from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Linear
 from metarun.evaluation.episodes import evaluate
+from metarun.training.results import test_record as record_of
 from tests.helpers import linear_backbone, make
 
 
@@ -43,6 +44,17 @@ def learner(**options: object) -> MAML:
 )  # fmt: skip
 def test_the_quantile_is_that_of_the_tables(freedom: int, quantile: float) -> None:
     assert t_quantile(freedom) == pytest.approx(quantile, abs=2e-9)
+
+
+@pytest.mark.parametrize(("count", "trials"), [(0, 400), (17, 400), (380, 20000), (7, 7)])
+def test_the_binomial_interval_holds_what_the_normal_test_does_not_reject(
+    count: int, trials: int
+) -> None:
+    chances = np.linspace(0.0, 1.0, 200001)[1:-1]
+    spread = np.sqrt(chances * (1 - chances) / trials)
+    kept = chances[np.abs(count / trials - chances) <= NORMAL_95 * spread]
+    found = wilson_interval(count, trials)
+    assert found == pytest.approx((kept.min(), kept.max()), abs=2e-5)
 
 
 def test_the_interval_is_t_s_over_root_n() -> None:
@@ -161,6 +173,10 @@ def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
             naive[ids[label], ids[taken]] += 1
     assert {(own, taken): count for own, taken, count in found.tolist()} == naive
     assert max(found[:, :2].max(1)) < len(source.class_names("test"))
+    measured = evaluate(algorithm, source, "test", 7, 3)
+    queries = record_of(measured, source.spec, {})["queries"]
+    assert (queries["number"], queries["wrong"]) == (84, round(84 * (1 - measured.values.mean())))
+    assert (queries["low"], queries["high"]) == wilson_interval(queries["wrong"], 84)
 
 
 def test_functions_have_no_classes_to_confuse() -> None:

@@ -62,7 +62,7 @@ class RelationNet(EpisodicLearner):
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(f"algo.clip_norm={clip_norm}: expected a positive number, or null")
         self.clip_norm = clip_norm
-        embedding = self.build_maps()
+        embedding = self.build_maps("early")
         with torch.no_grad():
             shape = embedding(torch.zeros(2, *self.spec.input_shape)).shape[1:]
         self.net = _Relation(embedding, shape, hidden, padding)

@@ -10,17 +10,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from metarun.core.types import SPLITS, Split
-from metarun.data.storage.cache import Store, build_store, open_store
+from metarun.data.storage.cache import Pixels, Store, build_store, open_store
 from metarun.data.storage.download import download, file_hash, need_space
-from metarun.data.storage.image_files import DRAWING_SIZE, drawing, open_image
+from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
 
 FILES = Path(__file__).parents[1] / "files"
 NUM_DRAWINGS = 20
 PARTS = ("images_background", "images_evaluation")
-_ORIGINAL_SIZE = (105, 105)
+ORIGINAL_SIDE = 105
+_PACKED_BYTES = -(-(ORIGINAL_SIDE**2) // 8)
 _BYTES_NEEDED = 150_000_000
 
 
@@ -111,18 +114,23 @@ def import_omniglot(source: Path, root: Path) -> Store:
     shape = (len(everyone) * NUM_DRAWINGS, DRAWING_SIZE, DRAWING_SIZE)
     folder = root / "omniglot"
     with build_store(folder) as writer:
-        with writer.array("paper", shape) as paper, writer.array("antialias", shape) as smooth:
+        with (
+            writer.array("paper", shape) as paper,
+            writer.array("antialias", shape) as smooth,
+            writer.array("originals", (shape[0], _PACKED_BYTES)) as originals,
+        ):
             row = 0
             for character in tqdm(everyone, desc="omniglot", unit="character"):
                 for name, data in readers[character.part].drawings(character.name):
                     image = open_image(data, name)
-                    if image.size != _ORIGINAL_SIZE:
+                    if image.size != (ORIGINAL_SIDE, ORIGINAL_SIDE):
                         raise ValueError(
                             f"{name} is {image.width} x {image.height}, Omniglot's drawings are "
                             "105 x 105: import the original files"
                         )
                     paper[row] = drawing(image, "paper")
                     smooth[row] = drawing(image, "antialias")
+                    originals[row] = np.packbits(drawing(image, "paper", ORIGINAL_SIDE) > 0)
                     row += 1
         assert row == len(paper)
         writer.facts = {
@@ -135,6 +143,24 @@ def import_omniglot(source: Path, root: Path) -> Store:
     store = open_store(folder)
     assert store is not None
     return store
+
+
+def resized(store: Store, resize: Resize, side: int) -> Pixels:
+    """Return all drawings of a store with side x side pixels, (N, side, side).
+
+    Raises:
+        ValueError: An earlier version built the store, without the original drawings.
+    """
+    if side == DRAWING_SIZE:
+        return store.array(resize)
+    if "originals" not in store.files:
+        raise ValueError(
+            f"data.image_size={side} needs the original drawings, which {store.folder} does not "
+            f"hold: delete it and run `metarun data {store.folder.name}` again"
+        )
+    ink = np.unpackbits(store.array("originals"), axis=1, count=ORIGINAL_SIDE**2)
+    paper = (1 - ink).view(bool).reshape(-1, ORIGINAL_SIDE, ORIGINAL_SIDE)
+    return np.stack([drawing(Image.fromarray(one), resize, side) for one in paper])
 
 
 class _Reader(ABC):

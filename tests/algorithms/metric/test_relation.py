@@ -97,7 +97,7 @@ def test_a_double_loop_over_pairs_gives_the_same_loss_and_gradient(engine: str) 
 
 def test_the_maps_of_the_papers_images_are_theirs() -> None:
     for shape, side in (((1, 28, 28), 5), ((3, 84, 84), 19)):
-        net = Conv4(shape, None, maps=True)
+        net = Conv4(shape, None, maps="early")
         assert net(torch.zeros(2, *shape)).shape == (2, 64, side, side)
     for shape, padding, inputs in (((1, 28, 28), 1, 64), ((3, 84, 84), 0, 576)):
         spec = TaskSpec("classification", shape, 5, 5)
