@@ -164,7 +164,11 @@ class ClassEpisodes:
             )
         if drawers == "apart":
             assert all(len(set(table.counts)) == 1 for table in tables.values())
-        if episodes == "within_turned_alphabet" and "per_task" in (rotations, rotations_eval):
+        if episodes == "within_turned_alphabet" and "per_task" in (
+            rotations,
+            rotations_eval,
+            rotations_val,
+        ):
             raise ValueError(
                 "data.episodes=within_turned_alphabet turns all classes of a task alike, "
                 "rotations=per_task each by itself: use rotations=classes or mirrored"
