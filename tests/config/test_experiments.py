@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from metarun.config.build import build_experiment
-from metarun.config.catalogue import conf_dir
+from metarun.config.catalogue import conf_dir, experiment
 from metarun.config.checks import check_config
 from metarun.config.composition import composer, names_of, register_resolvers
 from metarun.core.console import Screen
@@ -128,6 +128,23 @@ def cut_down(config: Config) -> Config:
     if "head_epochs" in small["algo"]:
         small["algo"]["head_epochs"] = 1
     return {**small, "device": "cpu", "threads": 1}
+
+
+@pytest.mark.parametrize("name", sorted(set(EXPERIMENTS) - OWN))
+def test_a_published_cell_leaves_out_the_recipe_of_its_pair(name: str) -> None:
+    groups = experiment([CONF], name)["names"]
+    assert "recipe" in groups
+    assert groups["recipe"] is None
+
+
+def test_a_cell_without_the_recipe_of_its_pair_has_none_of_its_values() -> None:
+    with composer() as compose_jobs:
+        recipe = compose_jobs.job(["algo=maml", "data=omniglot"])
+        cell = compose_jobs.job(["experiment=finn2017_omniglot_5way_1shot"])
+    assert recipe.has_recipe
+    assert not cell.has_recipe
+    assert recipe.config["data"]["resize"] == "antialias"
+    assert cell.config["data"]["resize"] == "paper"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
