@@ -31,7 +31,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -542,7 +542,7 @@ def _measured(paper: Path, cells: Sequence[Cell]) -> str:
 
 
 def _without_mark(figure: Figure) -> str:
-    return str(Figure(**{**asdict(figure), "mark": ""}))
+    return str(replace(figure, mark=""))
 
 
 def _facts(cells: Sequence[Cell]) -> list[str]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.text import Text
 
 from metarun.cli.parser import Parser
-from metarun.config.catalogue import GROUPS, conf_dir, entries, find, header, keys, recipes
+from metarun.config.catalogue import GROUPS, entries, find, header, keys, recipes
 from metarun.config.suggestions import nearest
 from metarun.core.console import INDENT, table_console
 from metarun.reporting.references import (
+    folders_of,
     is_unverified,
     read_published,
     read_reference,
@@ -45,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
     if args.config_dir is not None and not args.config_dir.is_dir():
         raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
-    folders = [conf_dir()] + ([args.config_dir] if args.config_dir is not None else [])
+    folders = folders_of(args.config_dir)
     words = args.words
     if words and words[0] in GROUPS and any(word not in GROUPS for word in words[1:]):
         paths = [_path(folders, words[0], name) for name in words[1:]]
