@@ -75,6 +75,8 @@ def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experim
         "tasks_per_chunk": None,
         "threads": None,
         "graph": "auto",
+        # A user's measures are not needed, and their module may be missing.
+        "eval": {**config["eval"], "measures": []},
     }
     learned = folder.load_learned()
     if learned is None:
