@@ -31,10 +31,11 @@ from metarun.core.console import Screen
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSize, Metrics, Progress, Record, Split, TaskBatch
 from metarun.data.synthetic import Linear
+from metarun.runs import checkpoints, records
 from metarun.runs import folder as run_folder
 from metarun.runs.folder import RunFolder
 from metarun.trackers.base import Trackers
-from metarun.training import trainer
+from metarun.training import run_state, trainer
 from tests.helpers import make
 
 STEPS = 60
@@ -142,8 +143,8 @@ def same_state(one: Any, other: Any) -> bool:
 
 
 def kill_after(lines: int) -> None:
-    """Kill this process by SIGKILL after a number of executed lines of the two modules."""
-    files = {run_folder.__file__, trainer.__file__}
+    """Kill this process by SIGKILL after a number of executed lines of these modules."""
+    files = {module.__file__ for module in (run_folder, checkpoints, records, trainer, run_state)}
     left = lines
 
     def trace(frame: FrameType, event: str, _: object) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if algo in EVALUATED:
         measured = evaluate(algorithm, source, "test", EPISODES, 2, curve_steps=1)
-        found["measured"] = flattened(asdict(measured))
+        found["measured"] = {**measured.arrays, "hash": measured.digest}
     share = None
     first, count = 0, TASKS
     if distributed.size() > 1:
@@ -71,15 +70,6 @@ def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
     found["metrics"] = metrics
     found["state"] = tensors(algorithm.state_dict())
     return found
-
-
-def flattened(measured: dict[str, Any]) -> dict[str, Any]:
-    """Return the arrays and the hash of a measurement, by name."""
-    flat: dict[str, Any] = {}
-    for name, value in measured.items():
-        parts = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{name} {part}": array for part, array in parts.items() if array is not None}
-    return flat
 
 
 def tensors(state: Any) -> dict[str, Tensor]:

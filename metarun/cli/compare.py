@@ -36,6 +36,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--against", metavar="ALGO", help="on a stream: report regret relative to this algorithm"
     )
+    parser.add_argument(
+        "--columns",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,NAME",
+        help="measures to show as well, such as nll,ece",
+    )
     parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_intermixed_args(list(argv))
     for word in args.words:
@@ -44,5 +51,10 @@ def run(argv: Sequence[str]) -> int:
                 f"{word!r} is not KEY=VALUE: type it as in `metarun compare data=sinusoid`"
             )
     return compare(
-        args.words, args.dir, args.config_dir, against=args.against, table_only=args.table
+        args.words,
+        args.dir,
+        args.config_dir,
+        against=args.against,
+        table_only=args.table,
+        measures=args.columns,
     )

@@ -15,7 +15,7 @@ FORMATS = typing.get_args(Style)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run `metarun table PATH… [--format …] [--paper NAME]` and return the exit code.
+    """Run `metarun table PATH… [--format …] [--paper NAME] [--columns …]` and return the exit code.
 
     Raises:
         ValueError: No folder was given, or the folders contain no run.
@@ -32,6 +32,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--paper", help="print all cells of this paper's table, including those not run"
     )
+    parser.add_argument(
+        "--columns",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,NAME",
+        help="measures to show as well, such as nll,ece",
+    )
     parser.add_argument("--config-dir", help="folder with your own YAML files")
     args = parser.parse_args(list(argv))
     if not args.paths and args.paper is None:
@@ -43,5 +50,5 @@ def run(argv: Sequence[str]) -> int:
         raise ValueError(
             f"{args.paths[0]} contains no run: expected a run folder or a folder of runs"
         )
-    print(report(found, args.format, args.config_dir, args.paper), end="")
+    print(report(found, args.format, args.config_dir, args.paper, args.columns), end="")
     return EXIT_FAILED if tell_damaged(found) else EXIT_OK

@@ -65,6 +65,8 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     Raises:
         ValueError: The configuration is invalid, or its components do not fit together.
     """
+    from metarun.evaluation.measures import chosen
+
     settings = check_config(config)
     source = _source(settings)
     if source.spec.kind == "classification":
@@ -75,6 +77,16 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         raise ValueError(
             f"eval.views={settings.eval.views} needs images, but data={settings.names['data']} "
             "has none: use eval.views=1"
+        )
+    for path in settings.eval.measures:
+        locate("eval.measures", path)
+    chosen(settings.eval.measures)
+    if settings.eval.temperature == "val" and (
+        source.spec.kind != "classification" or source.spec.streams is not None
+    ):
+        raise ValueError(
+            f"eval.temperature=val needs episodes of classification, which "
+            f"data={settings.names['data']} has not: use eval.temperature=none"
         )
     proficiency = settings.eval.proficiency
     if proficiency is not None and source.spec.kind == "classification" and proficiency > 1.0:

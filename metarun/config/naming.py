@@ -15,6 +15,11 @@ HOW_IT_RUNS = (*HOW_TASKS_RUN, "debug", "sweep", "published", "paper", "hydra", 
 """Root keys that do not change the results of a run and are left out of its hash."""
 
 
+_NEWER = (("temperature", "none"), ("measures", []))
+"""Keys of `eval` that are newer than the hash; it leaves them out at their default, so that the
+runs of earlier sweeps are found."""
+
+
 def slug(words: Sequence[str], longest: int) -> str:
     """Join words into a name that is valid on any file system; possibly empty."""
     return re.sub(r"[^\w.=-]+", "_", ",".join(words)).strip("_.,")[:longest]
@@ -33,6 +38,8 @@ def digest(config: Mapping[str, Any]) -> str:
         config: A resolved configuration, including `names`.
     """
     hashed = {key: value for key, value in config.items() if key not in HOW_IT_RUNS}
+    if "eval" in hashed:
+        hashed["eval"] = {k: v for k, v in hashed["eval"].items() if (k, v) not in _NEWER}
     hashed["names"] = {key: config["names"][key] for key in ("algo", "data", "backbone")}
     text = json.dumps(hashed, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

@@ -8,7 +8,6 @@ terminal and kept elsewhere and in the log.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -29,6 +28,9 @@ from rich.progress import (
 )
 
 from metarun.core import distributed
+from metarun.core.measures import figure as figure
+from metarun.core.measures import number as number
+from metarun.core.results import Results, measures_of
 
 BAR_SHOWS_IT = {"bar_shows_it": True}
 FILE_ONLY = {"file_only": True}
@@ -153,28 +155,6 @@ class _Lines(logging.Handler):
         self._screen.show(record)
 
 
-def figure(metric: str, mean: float | None, ci95: float | None = None) -> str:
-    """Format a metric with its interval: `93.41 ± 0.52 %`, `0.4123 ± 0.0311`.
-
-    Args:
-        metric: Name of the metric; an accuracy is shown in percent.
-        mean: Value of the metric; None if it is not finite.
-        ci95: Half-width of the interval; None or NaN omits it.
-    """
-    if mean is None or math.isnan(mean):
-        return "not a number"
-    width = "" if ci95 is None or math.isnan(ci95) else " ± {}"
-    if metric == "accuracy":
-        return f"{100 * mean:.2f}{width.format(f'{100 * (ci95 or 0):.2f}')} %"
-    return f"{number(mean)}{width.format(number(ci95 or 0.0))}"
-
-
-def number(value: float) -> str:
-    """Format a number with four digits."""
-    fixed = value == 0.0 or 1e-3 <= abs(value) < 1e4
-    return f"{value:.4f}" if fixed else f"{value:.4g}"
-
-
 def duration(seconds: float) -> str:
     """Format a number of seconds: `41 s`, `12 min 05 s`, `3 h 20 min`."""
     whole = round(seconds)
@@ -185,7 +165,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-def summary(results: Mapping[str, Any], where: str) -> str:
+def summary(results: Results, where: str) -> str:
     """Return the table that is shown at the end of a run.
 
     Args:
@@ -203,30 +183,27 @@ def summary(results: Mapping[str, Any], where: str) -> str:
         note += f", parameters of step {results['parameters_step']} ({results['parameters_from']})"
     rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
     if "queries" in results:
-        here = results["queries"]
-        bounds = f"binomial 95 %: {100 * here['low']:.2f} to {100 * here['high']:.2f} %"
-        note = f"{here['wrong']} of {here['number']} queries, {bounds}"
-        rows.append(("test error", f"{100 * here['error']:.2f} %", note))
-    if "log_likelihood" in results:
-        here, covered = results["log_likelihood"], results["coverage"]
-        within = f"{figure('accuracy', covered['mean'], covered['ci95'])} within the 95 % band"
-        rows.append(
-            ("log-likelihood", figure("log_likelihood", here["mean"], here["ci95"]), within)
-        )
+        queries = results["queries"]
+        bounds = f"binomial 95 %: {100 * queries['low']:.2f} to {100 * queries['high']:.2f} %"
+        note = f"{queries['wrong']} of {queries['number']} queries, {bounds}"
+        rows.append(("test error", f"{100 * queries['error']:.2f} %", note))
+    for measure, here in measures_of(results):
+        if measure.by_default:
+            rows.append((measure.title, measure.text(here["mean"], here["ci95"]), ""))
     presentations = results.get("presentations", [])
-    for number in sorted({1, 2, 5, len(presentations)}):
-        if 1 <= number <= len(presentations):
-            here = presentations[number - 1]
-            row = (f"presentation {number}", figure(metric, here["mean"], here["ci95"]), "")
+    for at in sorted({1, 2, 5, len(presentations)}):
+        if 1 <= at <= len(presentations):
+            here = presentations[at - 1]
+            row = (f"presentation {at}", figure(metric, here["mean"], here["ci95"]), "")
             rows.append(row)
     if "families" in results:
         found = results["families"]
         rows.append(
             ("families found", f"ARI {found['adjusted_rand_index']:.2f}", f"by {found['by']}")
         )
-    for name, here in results.get("strategies", {}).items():
-        gain = figure(metric, here["gain"]["mean"], here["gain"]["ci95"])
-        row = (name, figure(metric, here["mean"], here["ci95"]), f"beaten by {gain}")
+    for name, strategy in results.get("strategies", {}).items():
+        gain = figure(metric, strategy["gain"]["mean"], strategy["gain"]["ci95"])
+        row = (name, figure(metric, strategy["mean"], strategy["ci95"]), f"beaten by {gain}")
         rows.append(row)
     note = ""
     if "tasks_per_second" in results:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
@@ -68,6 +69,16 @@ def to_json(record: Mapping[str, Any]) -> bytes:
     """Encode a record as indented JSON, with null for numbers that are not finite."""
     text = json.dumps(finite(record), indent=2, allow_nan=False, ensure_ascii=False)
     return f"{text}\n".encode()
+
+
+def to_npz(arrays: Mapping[str, Any]) -> bytes:
+    """Encode arrays by name as an `.npz` file."""
+    # numpy is imported late, since the command line often needs none.
+    import numpy as np
+
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
 
 
 def size_text(count: int) -> str:

@@ -51,6 +51,9 @@ class EvalSettings:
         seed: Seed of the val and test episodes, so that all runs are evaluated on the same ones.
         proficiency: Value of the metric from which on a task of a stream counts as learned. None
             omits the number of rows needed to reach it.
+        temperature: `val` divides the logits of a classifier by the temperature that minimizes
+            the negative log-likelihood on meta-val; `none` leaves them as they are.
+        measures: Dotted names of further measures of the meta-test.
     """
 
     episodes: int = 600
@@ -62,6 +65,8 @@ class EvalSettings:
     views: int = 1
     seed: int = 1
     proficiency: float | None = None
+    temperature: Literal["none", "val"] = "none"
+    measures: tuple[str, ...] = ()
 
 
 @dataclass

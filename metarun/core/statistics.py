@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +32,34 @@ def interval(values: npt.ArrayLike) -> tuple[float, float]:
     if count < 2:
         return mean, math.nan
     return mean, t_quantile(count - 1) * float(numbers.std(ddof=1)) / math.sqrt(count)
+
+
+def interval_record(values: npt.ArrayLike) -> dict[str, float]:
+    """Return the mean and the half-width of its interval as an entry of `results.json`."""
+    mean, ci95 = interval(values)
+    return {"mean": mean, "ci95": ci95}
+
+
+@quiet
+def pseudo_values(sums: Floats, statistic: Callable[[Floats], Floats]) -> Floats:
+    """Return N values whose mean is a statistic of pooled sums, and whose interval is its own.
+
+    They are the jackknife's pseudo-values n s - (n - 1) s_i, where s_i is the statistic without
+    episode i (Tukey 1958), shifted to the mean s. Episodes are independent and their rows need
+    not be. The pseudo-values of a mean over equally large episodes are the means of the episodes.
+
+    Args:
+        sums: (N, …) sums of each episode.
+        statistic: Function that maps pooled sums (…) to a value; it has to accept leading
+            dimensions.
+    """
+    count, total = len(sums), sums.sum(0)
+    whole = statistic(total)
+    if count < 2:
+        return np.full(count, whole)
+    values = count * whole - (count - 1) * statistic(total - sums)
+    shifted: Floats = values - values.mean() + whole
+    return shifted
 
 
 def wilson_interval(count: int, trials: int) -> tuple[float, float]:

@@ -7,7 +7,8 @@ stopped. Shapes: T rollouts, K steps, V visits to tasks, J tasks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,9 +17,18 @@ from torch import Tensor
 from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Step
-from metarun.core import seeding
-from metarun.core.types import EpisodeSource, Split, Stream, TaskBatch
-from metarun.evaluation.measures import EpisodeMetrics, add_to_digest, as_array
+from metarun.core import distributed, seeding
+from metarun.core.statistics import Floats, interval_record
+from metarun.core.types import EpisodeSource, Prediction, Record, Split, Stream, TaskBatch
+from metarun.evaluation import continual_metrics
+from metarun.evaluation.evaluation import (
+    Evaluated,
+    Tick,
+    add_to_digest,
+    base_record,
+    merged,
+)
+from metarun.evaluation.measures import BUILT_IN, Answers, Joined, MeasureEntry, as_array
 
 MEASURED = ("incoming", "incoming_loss", "current", "matrix")
 """Names of the measurements that are kept of a rollout; see `Rollouts.measured`."""
@@ -123,6 +133,12 @@ class Rollouts:
         """
         return self._kept["matrix"][-1].mean(-1)
 
+    @torch.no_grad()
+    def final_answers(self) -> Answers:
+        """Return the answers for all held-out rows at the end of the stream."""
+        outputs = self._outputs().flatten(1, 2)
+        return Answers(self._algorithm.spec, self._batch, Prediction(outputs))
+
     def untrained(self) -> Tensor:
         """Return the metric (T, J) of a newly initialized network on the held-out rows."""
         outputs = self._algorithm.untrained_answers(self._batch.query_x)
@@ -151,11 +167,16 @@ class Rollouts:
 
     def _row(self) -> Tensor:
         """Return the metric (T, J) on each task's held-out rows in the current state."""
+        return self._scores(self._outputs())
+
+    def _outputs(self) -> Tensor:
+        """Return the outputs (T, J, Q, …) for each task's held-out rows in the current state."""
         learner, num_tasks = self._algorithm, self._stream.num_tasks
         if self._stream.task_ids_known and learner.answers_depend_on_task:
-            return self._scores(learner.answers_of_tasks(self.state, self._held_x))
-        outputs = learner.answers(self.state, self._held_x.flatten(1, 2), None)
-        return self._scores(outputs.unflatten(1, (num_tasks, -1)))
+            return learner.answers_of_tasks(self.state, self._held_x)
+        rows = self._held_x.flatten(1, 2)
+        outputs: Tensor = learner.answers(self.state, rows, None).unflatten(1, (num_tasks, -1))
+        return outputs
 
     def _scores(self, outputs: Tensor) -> Tensor:
         return task_metric(self._algorithm.spec, outputs.double(), self._held_y)
@@ -165,8 +186,10 @@ class Rollouts:
         return torch.stack(losses)
 
 
-class SplitRollouts:
-    """The rollouts along all streams of a split, in batches; they can be saved and resumed.
+class StreamEvaluation:
+    """Rollouts along all streams of a split, in batches; they can be saved and resumed.
+
+    They run in the main process only, and all processes receive the results.
 
     Args:
         algorithm: Online learner.
@@ -175,9 +198,11 @@ class SplitRollouts:
         episodes: Number of rollouts.
         tasks_per_batch: Rollouts that run together.
         follow: Whether to measure along the stream, as in `Rollouts`.
+        proficiency: See `continual_metrics.summary`.
+        measures: What is measured on the held-out rows at the end of a stream.
 
     Attributes:
-        steps: Number of steps of all batches together.
+        size: Number of steps of all batches together.
     """
 
     def __init__(
@@ -189,6 +214,8 @@ class SplitRollouts:
         tasks_per_batch: int,
         *,
         follow: bool = True,
+        proficiency: float | None = None,
+        measures: Sequence[MeasureEntry] = BUILT_IN,
     ) -> None:
         assert isinstance(algorithm, OnlineLearner)
         assert source.spec.streams is not None
@@ -197,19 +224,33 @@ class SplitRollouts:
         self._split: Split = split
         self._stream = source.spec.streams[split]
         self._follow = follow
+        self._proficiency = proficiency
+        self._measures = {entry.shown.name: entry for entry in measures}
         self._starts = list(range(0, episodes, tasks_per_batch))
         self._sizes = [min(tasks_per_batch, episodes - start) for start in self._starts]
-        self.steps = len(self._starts) * self._stream.num_steps
+        self.size = len(self._starts) * self._stream.num_steps
         self._done: list[dict[str, Tensor]] = []
         self._rollouts: Rollouts | None = None
 
-    def run(self, tick: Callable[[int], None] | None = None) -> EpisodeMetrics:
-        """Run all rollouts to their end and return their metrics.
+    def run(self, tick: Tick | None = None) -> Evaluated:
+        """Run all rollouts to their end; see `Evaluation.run`. It counts steps."""
+        return distributed.on_main(lambda: self._run(tick))
 
-        Args:
-            tick: Function called after each step with the number of steps done. It may raise an
-                exception to stop; calling `run` again continues from there.
-        """
+    def state_dict(self) -> Record | None:
+        """Return everything that `load_state_dict` needs."""
+        return {
+            "done": self._done,
+            "rollouts": None if self._rollouts is None else self._rollouts.save(),
+        }
+
+    def load_state_dict(self, state: Record) -> None:
+        """Continue from the state of the same rollouts."""
+        self._done = list(state["done"])
+        if state["rollouts"] is not None:
+            self._rollouts = self._begin()
+            self._rollouts.restore(state["rollouts"])
+
+    def _run(self, tick: Tick | None) -> Evaluated:
         was_training = self._algorithm.training
         self._algorithm.eval()
         try:
@@ -225,36 +266,44 @@ class SplitRollouts:
                 while not rollouts.finished:
                     rollouts.advance()
                     look()
-                measured = rollouts.measured() if self._follow else {}
-                extra = {"untrained": rollouts.untrained()} if self._follow else {}
-                self._done.append({**measured, **extra, "final": rollouts.final()})
+                self._done.append({**self._along(rollouts), "final": rollouts.final()})
                 self._rollouts = None
         finally:
             self._algorithm.train(was_training)
-        stream_record = {
-            n: as_array(torch.cat([part[n] for part in self._done])) for n in self._done[0]
-        }
-        return EpisodeMetrics(
-            values=stream_record.pop("final"),
-            curve=None,
-            embeddings=None,
-            digest=self._digest(),
-            stream_record=stream_record if self._follow else None,
+        # A checkpoint of an older version may lack a measure.
+        names = [n for n in self._done[-1] if all(n in part for part in self._done)]
+        joined = {n: as_array(torch.cat([part[n] for part in self._done])) for n in names}
+        return self._evaluated(joined.pop("final"), joined)
+
+    def _along(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        """Return the measurements of rollouts that have ended."""
+        if not self._follow:
+            return {}
+        found = {**rollouts.measured(), "untrained": rollouts.untrained()}
+        answers = rollouts.final_answers()
+        for entry in self._measures.values():
+            found |= entry.of(answers)
+        return found
+
+    def _evaluated(self, values: Floats, joined: dict[str, Floats]) -> Evaluated:
+        spec, digest = self._source.spec, self._digest()
+        arrays: dict[str, Any] = {spec.metric: values, **joined}
+        records = [base_record(values, digest)]
+        if not self._follow:
+            return Evaluated(values, digest, arrays, records[0])
+        for name, entry in self._measures.items():
+            if name in joined:
+                summary = entry.summary(Joined(joined, values, self._source))
+                arrays |= summary.arrays
+                records.append(summary.record)
+        figures = continual_metrics.summary(
+            joined, self._stream, higher=spec.higher_is_better, proficiency=self._proficiency
         )
-
-    def save(self) -> dict[str, Any]:
-        """Return everything that `restore` needs."""
-        return {
-            "done": self._done,
-            "rollouts": None if self._rollouts is None else self._rollouts.save(),
-        }
-
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Continue from the saved state of the same rollouts."""
-        self._done = list(saved["done"])
-        if saved["rollouts"] is not None:
-            self._rollouts = self._begin()
-            self._rollouts.restore(saved["rollouts"])
+        arrays |= {f"{continual_metrics.FIGURE}{name}": own for name, own in figures.items()}
+        stream = {name: interval_record(own) for name, own in figures.items()}
+        records.append({"layout": asdict(self._stream), "stream": stream})
+        table = continual_metrics.curves(joined, self._stream)
+        return Evaluated(values, digest, arrays, merged(records), {"stream.csv": table.encode()})
 
     def _begin(self) -> Rollouts:
         batch = self._batch(len(self._done))

@@ -24,7 +24,7 @@ from metarun.config.schema import Config
 from metarun.core import seeding
 from metarun.core.types import EpisodeSource
 from metarun.evaluation.test_time_augmentation import predict
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import RESULTS, RunFolder
 from metarun.training.state import load_parameters
 
 Array = npt.NDArray[Any]
@@ -53,7 +53,8 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
     config = folder.configuration()
     config["bn"] = bn or ("support" if config["bn"] == "transductive" else config["bn"])
     experiment = restored(folder, config, device)
-    return Learner(experiment.algorithm, experiment.source, experiment.eval.views)
+    temperature = folder.read_results()["temperature"] if folder.has(RESULTS) else 1.0
+    return Learner(experiment.algorithm, experiment.source, experiment.eval.views, temperature)
 
 
 def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experiment:
@@ -74,6 +75,8 @@ def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experim
         "tasks_per_chunk": None,
         "threads": None,
         "graph": "auto",
+        # A user's measures are not needed, and their module may be missing.
+        "eval": {**config["eval"], "measures": []},
     }
     learned = folder.load_learned()
     if learned is None:
@@ -92,6 +95,7 @@ class Learner:
         algorithm: The meta-trained algorithm.
         source: The data set of the run, which determines how inputs are prepared.
         views: Number of views of each image over which predictions are averaged.
+        temperature: Divisor of the logits in `predict_proba`; see `eval.temperature`.
 
     Attributes:
         classes_: (W,) sorted labels of the task, in the order of the columns of
@@ -100,7 +104,14 @@ class Learner:
 
     classes_: Array
 
-    def __init__(self, algorithm: Algorithm, source: EpisodeSource, views: int = 1) -> None:
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        source: EpisodeSource,
+        views: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        self._temperature = temperature
         self._algorithm = algorithm.eval()
         self._views = views
         self._source = source
@@ -187,7 +198,8 @@ class Learner:
         """
         if self._spec.kind != "classification":
             raise ValueError("a regression has no class probabilities: use predict")
-        probabilities: Array = self._outputs(inputs).double().softmax(1).cpu().numpy()
+        logits = self._outputs(inputs).double() / self._temperature
+        probabilities: Array = logits.softmax(1).cpu().numpy()
         return probabilities
 
     def _outputs(self, inputs: Any) -> Tensor:

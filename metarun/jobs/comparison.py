@@ -35,6 +35,7 @@ def compare(
     *,
     against: str | None,
     table_only: bool,
+    measures: Sequence[str] = (),
 ) -> int:
     """Start the missing runs, print the table and write it; return the exit code.
 
@@ -44,6 +45,7 @@ def compare(
         config_dir: Folder of the user's YAML files.
         against: On a stream, the algorithm that regret is relative to.
         table_only: Whether to print the existing results only, without running or writing.
+        measures: Names of measures that have a column of their own.
 
     Raises:
         ValueError: An argument is invalid; no run has been started.
@@ -53,7 +55,7 @@ def compare(
     plan = [replace(job, folder=folder / folder_name(job)) for job in jobs]
     _check_against(against, plan)
     failed = [] if table_only else _run_missing(plan, config_dir)
-    table = _table(plan, against)
+    table = _table(plan, against, measures)
     print(f"\n{table}")
     if not table_only:
         path = folder / f"{_file_name(words, against)}.md"
@@ -183,7 +185,7 @@ def _on_streams(plan: Sequence[Job]) -> bool:
     return bool(getattr(target, "learns_online", False))
 
 
-def _table(plan: Sequence[Job], against: str | None) -> str:
+def _table(plan: Sequence[Job], against: str | None, measures: Sequence[str]) -> str:
     """Return a table with a row for each algorithm and a column for each setting.
 
     Seeds are pooled. Streams have many metrics, so each setting gets a table of its own.
@@ -200,14 +202,14 @@ def _table(plan: Sequence[Job], against: str | None) -> str:
         for name in names
     }
     if not _on_streams(plan):
-        return comparison(list(rows.values()), list(columns))
+        return comparison(list(rows.values()), list(columns), measures)
     parts: list[str] = []
     for number, column in enumerate(columns):
         here = {
             name: replace(row, cells=[row.cells[number]], failed=[row.failed[number]])
             for name, row in rows.items()
         }
-        table = stream_comparison(list(here.values()), here.get(against or ""))
+        table = stream_comparison(list(here.values()), here.get(against or ""), measures)
         parts.append(f"**{column}**\n\n{table}" if len(columns) > 1 else table)
     return "\n\n".join(parts)
 

@@ -25,7 +25,7 @@ from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
 from metarun.jobs.train import exit_code_of, train_experiment
-from metarun.runs.folder import NullRunFolder, RunFolder
+from metarun.runs.folder import NullRun, Run, RunFolder
 
 _log = logging.getLogger(__name__)
 
@@ -68,9 +68,9 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     )
 
 
-def _ours(run: RunFolder) -> RunFolder:
+def _ours(run: RunFolder) -> Run:
     """Return the folder in the main process and a null folder in all others."""
-    return run if distributed.is_main() else NullRunFolder()
+    return run if distributed.is_main() else NullRun()
 
 
 def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:

@@ -33,6 +33,7 @@ from metarun.config.composition import Job, register_resolvers
 from metarun.config.sweeps import SweepMethod
 from metarun.core.console import Screen, figure, number
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
+from metarun.core.results import Results, validation_of
 from metarun.jobs.ensure import Outcome, ensure_finished, is_finished
 from metarun.jobs.train import from_hydra
 from metarun.reporting import published
@@ -284,7 +285,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _results(folder: Path) -> Line | None:
+def _results(folder: Path) -> Results | None:
     """Return the results of a finished run; None for any other."""
     with suppress(OSError, ValueError):
         if is_finished(folder):
@@ -294,8 +295,8 @@ def _results(folder: Path) -> Line | None:
 
 def _val(folder: Path) -> float | None:
     """Return the metric on meta-val by which a finished run selected its checkpoint."""
-    mean = ((_results(folder) or {}).get("val") or {}).get("mean")
-    return None if mean is None or not math.isfinite(mean) else float(mean)
+    val = validation_of(_results(folder))
+    return None if val is None or not math.isfinite(val["mean"]) else val["mean"]
 
 
 def _leave_terminal() -> None:

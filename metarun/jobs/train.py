@@ -26,7 +26,7 @@ from metarun.core.errors import (
 )
 from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
-from metarun.runs.folder import NullRunFolder, RunFolder
+from metarun.runs.folder import NullRun, Run, RunFolder
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -59,7 +59,7 @@ def train(
 
 
 def train_experiment(
-    run: RunFolder, experiment: Experiment, screen: Screen, config_dir: str | None = None
+    run: Run, experiment: Experiment, screen: Screen, config_dir: str | None = None
 ) -> None:
     """Train, validate and test a run, starting from the checkpoint in its folder if any."""
     from metarun.trackers.base import Trackers
@@ -102,7 +102,7 @@ def tell_published(run: Path, folder: Path, config_dir: str | None) -> None:
 def train_without_folder(config: Config) -> int:
     """Train in a process other than the main one, without folder and screen; return exit code."""
     return exit_code_of(
-        lambda: train_experiment(NullRunFolder(), build_experiment(config), silent_screen()),
+        lambda: train_experiment(NullRun(), build_experiment(config), silent_screen()),
         debug=bool(config["debug"]),
     )
 

@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 
 from metarun.core.console import duration
+from metarun.core.measures import Measure
+from metarun.core.results import measures_of
 from metarun.core.statistics import Floats, quiet
 from metarun.evaluation import continual_metrics
-from metarun.reporting.results import EXTRA_METRICS, Result, figure_of, over_seeds
+from metarun.reporting.results import (
+    Result,
+    figure_of,
+    measure_figure,
+    measures_on_request,
+    over_seeds,
+)
 from metarun.reporting.tables import Table, render, shown
 
 
@@ -33,12 +41,16 @@ class Row:
     failed: Sequence[int] = ()
 
 
-def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
+def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[str] = ()) -> str:
     """Format rows as a Markdown table, sorted by the first column with the best on top.
 
     Args:
         rows: One row for each algorithm.
         columns: Names of the task sizes.
+        measures: Names of measures to show besides those that are shown by default.
+
+    Raises:
+        ValueError: No run has a measure of this name.
     """
     results = [result for row in rows for cell in row.cells for result in cell]
     regression = any(result.record["metric"] == "mse" for result in results)
@@ -46,8 +58,10 @@ def comparison(rows: Sequence[Row], columns: Sequence[str]) -> str:
     # The metric is known only from a finished run.
     named = [f"{name}: {title}" if results else name for name in columns]
     heads = ["`algo=`", "method", *named]
-    extra = [n for n in EXTRA_METRICS if any(n in result.extra for result in results)]
-    heads += [EXTRA_METRICS[name] for name in extra]
+    asked = measures_on_request(results, measures)
+    every = {m.name: m for result in results for m, _ in measures_of(result.record)}
+    extra = [m for m in every.values() if m.by_default or m in asked]
+    heads += [measure.head for measure in extra]
     heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
     counts = sorted({len(result.episodes) for result in results})
@@ -80,12 +94,18 @@ _NOT_METRICS = ("cumulative_loss", "rows_to")
 
 
 @quiet
-def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
+def stream_comparison(
+    rows: Sequence[Row], against: Row | None = None, measures: Sequence[str] = ()
+) -> str:
     """Format learners along the same streams as a Markdown table, best final figure first.
 
     Args:
         rows: One row for each algorithm, with a single cell that holds the runs of its seeds.
         against: Comparator for regret, run with the same seeds as the others.
+        measures: Names of measures to show.
+
+    Raises:
+        ValueError: No run has a measure of this name.
     """
     results = [result for row in rows for cell in row.cells for result in cell]
     if not results:
@@ -95,11 +115,13 @@ def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
     title = "MSE" if regression else "accuracy, %"
     heads = ["`algo=`", "method", f"{title}, at the end"]
     heads += [STREAM_HEADS[name] for name in shown_figures]
+    extra = measures_on_request(results, measures)
+    heads += [measure.head for measure in extra]
     if against is not None:
         heads += [f"regret against `{against.name}`", "grows as rows to the power"]
     heads += ["training", "parameters"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
-    lines = [_stream_cells(row, shown_figures, against) for row in ordered]
+    lines = [_stream_cells(row, shown_figures, extra, against) for row in ordered]
     counts = sorted({len(result.episodes) for result in results})
     seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
     note = (
@@ -109,17 +131,20 @@ def stream_comparison(rows: Sequence[Row], against: Row | None = None) -> str:
     return _markdown(heads, lines, note)
 
 
-def _stream_cells(row: Row, names: Sequence[str], against: Row | None) -> list[str]:
+def _stream_cells(
+    row: Row, names: Sequence[str], extra: Sequence[Measure], against: Row | None
+) -> list[str]:
     cell = row.cells[0]
     cells = [f"`{row.name}`", row.method, *_figures(row)]
     if not cell:
-        return [*cells, *[""] * (len(names) + (2 if against else 0) + 2)]
+        return [*cells, *[""] * (len(names) + len(extra) + (2 if against else 0) + 2)]
     percent = 100.0 if cell[0].record["metric"] == "accuracy" else 1.0
     for name in names:
         scale = 1.0 if name.startswith(_NOT_METRICS) else percent
         values = [scale * result.figures[name] for result in cell if name in result.figures]
         places = 1 if scale != 1.0 or name.startswith("rows_to") else None
         cells.append(str(over_seeds(values, places)) if values else "")
+    cells += [str(measure_figure(cell, measure)) for measure in extra]
     if against is not None:
         cells += _regret_cells(row, against)
     seconds = _mean([result.record["train_seconds"] for result in cell], duration)
@@ -160,7 +185,7 @@ def _regret_cells(row: Row, against: Row) -> list[str]:
     return [str(ends), str(replace(over_seeds([powers[growing]]), mark=mark))]
 
 
-def _cells(row: Row, extra: Sequence[str]) -> list[str]:
+def _cells(row: Row, extra: Sequence[Measure]) -> list[str]:
     results = [result for cell in row.cells for result in cell]
     figures = _figures(row)
     if not results:
@@ -171,7 +196,7 @@ def _cells(row: Row, extra: Sequence[str]) -> list[str]:
         f"`{row.name}`",
         row.method,
         *figures,
-        *(" / ".join(_extra(cell, name) for cell in row.cells) for name in extra),
+        *(" / ".join(str(measure_figure(cell, one)) for cell in row.cells) for one in extra),
         " / ".join(_untrained(cell) for cell in row.cells),
         f"{record['steps'] * record['tasks_per_step']:,}",
         " / ".join(seconds),
@@ -190,13 +215,6 @@ def _figures(row: Row) -> list[str]:
             mark = f"{failed} failed" if failed else ""
             shown_figures.append(str(replace(figure_of(cell), mark=mark)))
     return shown_figures
-
-
-def _extra(cell: Sequence[Result], name: str) -> str:
-    """Format an additional figure over the seeds that have it; coverage is in percent."""
-    scale, places = (100.0, 1) if name == "coverage" else (1.0, 2)
-    values = [scale * result.extra[name] for result in cell if name in result.extra]
-    return str(over_seeds(values, places)) if values else "–"
 
 
 def _untrained(cell: Sequence[Result]) -> str:

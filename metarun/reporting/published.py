@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -23,6 +23,8 @@ from metarun.config.naming import HOW_IT_RUNS, digest, root_of
 from metarun.config.schema import Config
 from metarun.core.console import duration
 from metarun.core.errors import one_line
+from metarun.core.measures import Measure
+from metarun.core.results import Results, validation_of
 from metarun.core.settings import Published, PublishedCell
 from metarun.reporting.references import (
     NOT_RUN,
@@ -35,7 +37,15 @@ from metarun.reporting.references import (
     reference_figures,
     words_of,
 )
-from metarun.reporting.results import Result, figure_of, paired, read_figures, read_result
+from metarun.reporting.results import (
+    Result,
+    figure_of,
+    measure_figure,
+    measures_on_request,
+    paired,
+    read_figures,
+    read_result,
+)
 from metarun.reporting.tables import Figure, Line, Style, Table, render, shown
 from metarun.runs.folder import RunFolder
 
@@ -169,7 +179,7 @@ def _shared(run: Run, trained: Result) -> Iterator[Run]:
             results.parent,
             config,
             tuple(folder.overrides()),
-            replace(result, record={**result.record, **of_training}),
+            replace(result, record=cast("Results", {**result.record, **of_training})),
             {"state": "finished", "time": time},
             trained_as=_name(run.config),
         )
@@ -180,6 +190,7 @@ def report(
     style: Style = "terminal",
     config_dir: str | None = None,
     paper: str | None = None,
+    measures: Sequence[str] = (),
 ) -> str:
     """Return all tables that the runs belong to, as text.
 
@@ -188,9 +199,13 @@ def report(
         style: Output format.
         config_dir: Folder of the user's YAML files.
         paper: Name of a paper's table to show in full, including cells that were not run.
+        measures: Names of measures that have a column of their own.
+
+    Raises:
+        ValueError: No run has a measure of this name.
     """
     runs = list(runs)
-    written = render(style, parts(group(with_shared(runs)), config_dir, paper))
+    written = render(style, parts(group(with_shared(runs)), config_dir, paper, measures))
     unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
     if unfinished and style in ("terminal", "markdown"):
         named = "".join(f"  {_stand(run)}\n" for run in unfinished)
@@ -199,19 +214,23 @@ def report(
 
 
 def parts(
-    groups: Sequence[Group], config_dir: str | None = None, paper: str | None = None
+    groups: Sequence[Group],
+    config_dir: str | None = None,
+    paper: str | None = None,
+    measures: Sequence[str] = (),
 ) -> list[Table]:
     """Return the tables that groups of runs belong to."""
     labeled = ranked(groups)
+    asked = measures_on_request([result for g in groups for result in g.results], measures)
     own = [g for g in labeled if not g.config.get("published")]
     cells = [g for g in groups if g.config.get("published")]
     made: list[Table] = []
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
         rows = _rows(names, cells, config_dir)
-        lines = [line for g in rows for line in published_lines(g, config_dir)]
+        lines = [line for g in rows for line in published_lines(g, config_dir, asked)]
         made += [Table(title, lines), *_pairs(rows)]
     if own:
-        made += [Table("runs", [own_line(g) for g in own]), *_pairs(own)]
+        made += [Table("runs", [own_line(g, asked) for g in own]), *_pairs(own)]
     return made
 
 
@@ -252,13 +271,15 @@ def _seeds(runs: Sequence[Run]) -> list[Run]:
     return [newest[seed] for seed in sorted(newest)]
 
 
-def published_lines(group: Group, config_dir: str | None = None) -> list[Line]:
+def published_lines(
+    group: Group, config_dir: str | None = None, measures: Sequence[Measure] = ()
+) -> list[Line]:
     """Return a line for each published figure of an experiment."""
     published = check_config(group.config).published
     assert published is not None
     reference = read_reference(folders_of(config_dir), str(group.experiment))
     return [
-        _published_line(group, published, cell, ours)
+        _published_line(group, published, cell, ours, measures)
         for cell, ours in zip(published.cells, reference_figures(reference, published), strict=True)
     ]
 
@@ -284,7 +305,11 @@ def at_the_end(run: Path, folder: Path, config_dir: str | None) -> str:
 
 
 def _published_line(
-    group: Group, published: Published, cell: PublishedCell, reference: Figure | None
+    group: Group,
+    published: Published,
+    cell: PublishedCell,
+    reference: Figure | None,
+    measures: Sequence[Measure],
 ) -> Line:
     accuracy = is_accuracy(group.config)
     printed = published_figure(published, cell, accuracy=accuracy)
@@ -296,6 +321,7 @@ def _published_line(
         "reference": reference or NOT_RUN,
         "ours": NOT_RUN,
         "difference": "",
+        **{measure.head: measure_figure(group.results, measure) for measure in measures},
         "seeds": "",
         "episodes": "",
         "batch norm": "",
@@ -338,7 +364,7 @@ def _note(group: Group) -> str:
     return "; ".join(notes)
 
 
-def own_line(group: Group) -> Line:
+def own_line(group: Group, measures: Sequence[Measure] = ()) -> Line:
     """Return the line of runs without a published figure."""
     record, measured, val = group.results[0].record, figure_of(group.results), val_of(group)
     return {
@@ -346,6 +372,7 @@ def own_line(group: Group) -> Line:
         "task": task(group.config),
         "meta-val": "–" if val is None else shown(val, accuracy=record["metric"] == "accuracy"),
         "meta-test": measured,
+        **{measure.head: measure_figure(group.results, measure) for measure in measures},
         "seeds": str(measured.seeds),
         "episodes": str(measured.episodes),
         "batch norm": str(record["bn_statistics"]),
@@ -361,8 +388,8 @@ def _time(group: Group) -> str:
 
 def val_of(group: Group) -> float | None:
     """Return the mean over seeds of the best figure on meta-val; None if one lacks it."""
-    found = [(result.record.get("val") or {}).get("mean") for result in group.results]
-    means = [float(mean) for mean in found if mean is not None]
+    found = [validation_of(result.record) for result in group.results]
+    means = [val["mean"] for val in found if val is not None]
     return float(np.mean(means)) if len(means) == len(found) else None
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from metarun.core.measures import Measure
+from metarun.core.results import Results, measures_of
 from metarun.core.statistics import Floats, interval
 from metarun.evaluation import continual_metrics
 from metarun.reporting.tables import Figure
@@ -21,9 +23,6 @@ if TYPE_CHECKING:
 
 UNTRAINED = "untrained.json"
 """File with the figure of a run's learner before training, on the same test episodes."""
-
-EXTRA_METRICS = {"log_likelihood": "log-likelihood", "coverage": "within the 95 % band, %"}
-"""Additional figures of a record, with their heads in a table."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,18 @@ class Result:
         curve: (P, N) metric after 0 … P - 1 inner steps; None if not measured.
         presentations: (N, K) metric at each presentation of a class; None without any.
         untrained: Mean metric of the initial parameters; None if not measured.
-        extra: Available entries of `EXTRA_METRICS`, (N,) each.
+        measures: Measures of the record by name, (N,) each.
         figures: On a stream, the figures of `continual_metrics.summary`, (N,) each.
         losses: On a stream, (N, K) loss of each step before learning from it.
         stream: Layout of the stream; None for other tasks.
     """
 
-    record: Mapping[str, Any]
+    record: Results
     episodes: Floats
     untrained: float | None
     curve: Floats | None = None
     presentations: Floats | None = None
-    extra: Mapping[str, Floats] = field(default_factory=dict)
+    measures: Mapping[str, Floats] = field(default_factory=dict)
     figures: Mapping[str, Floats] = field(default_factory=dict)
     losses: Floats | None = None
     stream: Stream | None = None
@@ -72,7 +71,8 @@ def read_figures(run: RunFolder) -> Result:
     """
     record = run.read_results()
     prefix = continual_metrics.FIGURE
-    wanted = (record["metric"], "curve", "presentations", "incoming_loss", *EXTRA_METRICS)
+    measures = record["measures"]
+    wanted = (record["metric"], "curve", "presentations", "incoming_loss", *measures)
     with np.load(run.path / "episodes.npz") as file:
         # The other arrays of a stream are large, and only its figures read them.
         names = [name for name in file if name in wanted or name.startswith(prefix)]
@@ -84,14 +84,14 @@ def read_figures(run: RunFolder) -> Result:
         untrained,
         arrays.get("curve"),
         arrays.get("presentations"),
-        {name: arrays[name] for name in EXTRA_METRICS if name in arrays},
+        {name: arrays[name] for name in measures},
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
         _layout(record),
     )
 
 
-def _layout(record: Mapping[str, Any]) -> Stream | None:
+def _layout(record: Results) -> Stream | None:
     """Return the layout of a run's stream; torch is imported only for streams."""
     if "layout" not in record:
         return None
@@ -115,6 +115,27 @@ def figure_of(
     """
     values = [_values(result, inner_steps, presentation) for result in results]
     return over_seeds(values, _places(results))
+
+
+def measures_on_request(results: Sequence[Result], names: Sequence[str]) -> list[Measure]:
+    """Return the descriptions of the measures that a user names as columns of a table.
+
+    Raises:
+        ValueError: No result has a measure of a name.
+    """
+    known = {m.name: m for result in results for m, _ in measures_of(result.record)}
+    for name in names:
+        if name not in known:
+            listed = f"expected {', '.join(known)}" if known else "these runs have no measures"
+            raise ValueError(f"--columns {name}: {listed}")
+    return [known[name] for name in names]
+
+
+def measure_figure(results: Sequence[Result], measure: Measure) -> str | Figure:
+    """Return a measure over the seeds that have it; a dash if none has it."""
+    found = [result.measures.get(measure.name) for result in results]
+    values = [measure.scale * own for own in found if own is not None]
+    return over_seeds(values, measure.places) if values else "–"
 
 
 def paired(better: Sequence[Result], worse: Sequence[Result]) -> Figure:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from metarun.core.results import Results
 from metarun.core.statistics import Floats
 from metarun.core.types import Record
 from metarun.reporting.figures.drawing import colors
@@ -55,7 +56,7 @@ class RunFiles:
         return cls(path, config, (), {"state": "finished"}, colors([algo])[algo][0])
 
     @cached_property
-    def results(self) -> Record | None:
+    def results(self) -> Results | None:
         """Contents of `results.json`; None if it is missing."""
         run = RunFolder(self.path)
         return run.read_results() if run.has("results.json") else None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from metarun.core.results import validation_of
 from metarun.core.types import Record
 from metarun.reporting import published, single_run
 from metarun.reporting.figures import comparison
@@ -96,15 +97,16 @@ def _best(
     facts = [(f"best on meta-val, {title}", entry.label)]
     facts += [
         (f"its {name}, seed {chosen.config['seed']}", value)
-        for name, value in single_run.reached(chosen.results or {})
+        for name, value in (single_run.reached(chosen.results) if chosen.results else [])
     ]
     return [about, *(replace(part, title=f"Best: {part.title}") for part in own)], facts, note
 
 
 def _chosen_seed(entry: Entry) -> RunFiles:
     def figure(run: RunFiles) -> float:
-        mean = float(((run.results or {}).get("val") or {})["mean"])
-        return -mean if run.metric == "accuracy" else mean
+        val = validation_of(run.results)
+        assert val is not None
+        return -val["mean"] if run.metric == "accuracy" else val["mean"]
 
     return min(entry.runs, key=figure)
 

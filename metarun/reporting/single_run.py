@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from metarun.core.console import duration, warnings_held
 from metarun.core.console import figure as shown
 from metarun.core.errors import describe_error
+from metarun.core.results import Results, measures_of
 from metarun.reporting import published
 from metarun.reporting.comparison_tables import STREAM_HEADS
 from metarun.reporting.figures import classes, curves, presentations, samples, strategies, streams
@@ -18,6 +19,7 @@ from metarun.reporting.page import Code, Page, Section
 from metarun.reporting.run_files import RunFiles
 from metarun.reporting.tables import Figure, Line, Table
 from metarun.runs.folder import RunFolder
+from metarun.runs.openings import openings
 
 if TYPE_CHECKING:
     from metarun.reporting.figures.tasks import Learned
@@ -72,11 +74,11 @@ def page(files: RunFiles, note: str = "", config_dir: str | None = None) -> Page
 
 def title(files: RunFiles) -> str:
     """Return one line that names the experiment, algorithm, data, task and seed."""
-    results = files.results or {}
+    results = files.results
     size = f"{files.config['shot']} points"
-    if "layout" in results:
+    if results is not None and "layout" in results:
         size = f"{max(results['layout']['visits']) + 1} tasks"
-    elif results.get("kind") == "classification" or int(files.config["way"]) > 1:
+    elif (results and results["kind"] == "classification") or int(files.config["way"]) > 1:
         size = f"{files.config['way']}-way {files.config['shot']}-shot"
     names = files.config["names"]
     named = f"{names['experiment']}: " if names.get("experiment") else ""
@@ -95,7 +97,12 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
     rate = results.get("tasks_per_second")
     return [
         *reached(results),
-        *_uncertainty(results),
+        *(
+            (measure.title, measure.text(value["mean"], value["ci95"]))
+            for measure, value in measures_of(results)
+            if measure.by_default
+        ),
+        ("meta-tests on its test split", str(openings(files.path))),
         ("batch norm at test", str(results["bn_statistics"])),
         ("parameters", f"{results['parameters']:,}"),
         ("time", duration(results["seconds"]) + (f", {rate:,.0f} tasks/s" if rate else "")),
@@ -104,7 +111,7 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
     ]
 
 
-def reached(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+def reached(results: Results) -> list[tuple[str, str]]:
     """Return the figures of meta-test and of the best step on meta-val."""
     metric, test, val = results["metric"], results["test"], results.get("val")
     figure = shown(metric, test["mean"], test["ci95"])
@@ -113,16 +120,6 @@ def reached(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         figure = shown(metric, val["mean"], val["ci95"])
         found.append((f"meta-val {metric}", f"{figure}, step {val['step']} of {results['steps']}"))
     return found
-
-
-def _uncertainty(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if "log_likelihood" not in results:
-        return []
-    likely, covered = results["log_likelihood"], results["coverage"]
-    return [
-        ("log-likelihood", shown("log_likelihood", likely["mean"], likely["ci95"])),
-        ("within the 95 % band", shown("accuracy", covered["mean"], covered["ci95"])),
-    ]
 
 
 def reproduce(files: RunFiles) -> Section:
@@ -174,7 +171,10 @@ def sections(
     own = [panel for source in _OWN for panel in source.panels(files)]
     parts = [
         Section(
-            "reached", "Learning and meta-test", panels=own, tables=_published(files, config_dir)
+            "reached",
+            "Learning and meta-test",
+            panels=own,
+            tables=[*_published(files, config_dir), *_measures(files)],
         ),
         *_looked_at(files, learned, notes),
         Section("samples", "Generated samples", panels=samples.panels(files)),
@@ -235,6 +235,29 @@ def _published(files: RunFiles, config_dir: str | None) -> list[Table]:
         for line in published.published_lines(group, config_dir)
     ]
     return [Table("Published against measured", lines)] if lines else []
+
+
+def _measures(files: RunFiles) -> list[Table]:
+    """Return the table of the measures of the meta-test."""
+    results = files.results
+    if results is None:
+        return []
+    lines: list[Line] = [
+        {
+            "measure": measure.head,
+            "mean ± 95 % interval": Figure(
+                measure.scale * (math.nan if value["mean"] is None else value["mean"]),
+                None if value["ci95"] is None else measure.scale * value["ci95"],
+                places=measure.places,
+            ),
+            "better": measure.better or "",
+            "definition": measure.about,
+        }
+        for measure, value in measures_of(results)
+    ]
+    temperature = results["temperature"]
+    text = f"Logits are divided by {temperature:.4g}, fitted on meta-val." * (temperature != 1.0)
+    return [table("Measures of the meta-test", lines, text=text)] if lines else []
 
 
 def _stream(files: RunFiles) -> list[Table]:

@@ -1,14 +1,97 @@
-"""Reading and writing of checkpoints with torch, without executing code from a file."""
+"""The checkpoints of a run, and their files, which are read without executing code from them.
+
+Torch is imported with the first checkpoint, so that the command line can read a configuration
+without delay.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Literal
 
+from metarun.core.files import prepared_file, write_atomically
 from metarun.core.types import Record
 from metarun.runs.formats import FORMAT, check_format
+
+_log = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The last checkpoint of a run, the one before it, and the best on meta-val.
+
+    Attributes:
+        path: Path of the run's folder.
+    """
+
+    path: Path
+
+    def save_last(self, checkpoint: Record) -> None:
+        """Write `last.pt`; the previous checkpoint is kept as `previous.pt`."""
+        folder = self._folder
+        data = serialized(checkpoint)
+        with prepared_file(folder / "last.pt", data) as temporary:
+            if (folder / "last.pt").exists():
+                (folder / "last.pt").replace(folder / "previous.pt")
+            temporary.replace(folder / "last.pt")
+
+    def load_last(self) -> Record | None:
+        """Return the newest intact checkpoint; None if none was written.
+
+        Raises:
+            ValueError: All checkpoints are damaged.
+        """
+        folder = self._folder
+        damaged: list[str] = []
+        for name in ("last.pt", "previous.pt"):
+            if (folder / name).exists():
+                try:
+                    checkpoint = read_checkpoint(folder / name)
+                except ValueError as error:
+                    damaged.append(str(error))
+                    continue
+                for text in damaged:
+                    _log.warning("%s: continuing from %s", text, name)
+                return checkpoint
+        if damaged:
+            raise ValueError(f"{damaged[0]}, and there is no other checkpoint: start a new run")
+        return None
+
+    def save_best(self, checkpoint: Record) -> None:
+        """Write `best.pt`."""
+        write_atomically(self._folder / "best.pt", serialized(checkpoint))
+
+    def drop_best(self) -> None:
+        """Remove `best.pt`, which may be newer than the step from which a run resumes."""
+        (self._folder / "best.pt").unlink(missing_ok=True)
+
+    def load_learned(self) -> tuple[Literal["best", "last"], Record] | None:
+        """Load the parameters with the best result on meta-val, or the last ones without it.
+
+        Returns:
+            `best` or `last`, and a record with `algo`, `data`, `step` and `state`; None if the
+            run has no checkpoint yet.
+
+        Raises:
+            ValueError: All checkpoints are damaged.
+        """
+        best = self._folder / "best.pt"
+        if best.exists():
+            try:
+                return "best", read_checkpoint(best)
+            except ValueError as error:
+                _log.warning("%s: its copy in last.pt is used", error)
+        last = self.load_last()
+        if last is None:
+            return None
+        return ("last", last) if last["best"] is None else ("best", last["best"])
+
+    @property
+    def _folder(self) -> Path:
+        return self.path / "checkpoints"
 
 
 def read_checkpoint(path: Path) -> Record:

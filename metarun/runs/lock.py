@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -16,6 +18,41 @@ except ImportError:  # not available on Windows
 
 class InUse(ValueError):  # noqa: N818 - names the state of the folder
     """The folder belongs to another run, or another process uses it."""
+
+
+class Lock:
+    """The lock of a run's folder.
+
+    Attributes:
+        path: Path of the folder.
+    """
+
+    path: Path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder against other processes; the lock of an ended process is taken over.
+
+        Raises:
+            InUse: Another process uses the folder.
+        """
+        path = self.path / "lock"
+        file = locked_file(path)
+        try:
+            self._sweep()
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            file.flush()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
+
+    def _sweep(self) -> None:
+        """Remove temporary files of a process that was killed while writing."""
+        for folder in (self.path, self.path / "checkpoints"):
+            for temporary in folder.glob(".*.tmp"):
+                temporary.unlink(missing_ok=True)
 
 
 def locked_file(path: Path) -> IO[str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from metarun.core.errors import Interrupted
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import Run
 
 State = Literal["finished", "failed", "interrupted"]
 Values = Mapping[str, float]
@@ -123,14 +123,14 @@ class Trackers:
         self._config = dict(config or {})
         self._run_info = dict(run_info or {})
         self._held: dict[str, Mapping[str, int]] = {}
-        self._run: RunFolder | None = None
+        self._run: Run | None = None
 
     @property
     def alive(self) -> bool:
         """Whether any tracker is in use."""
         return bool(self._alive)
 
-    def begin(self, run: RunFolder, step: int, metric: str) -> None:
+    def begin(self, run: Run, step: int, metric: str) -> None:
         """Open every tracker and send it the lines of the run's folder that it does not hold."""
         if not self._alive:
             return
@@ -254,6 +254,7 @@ def final(results: Mapping[str, Any]) -> dict[str, float]:
     for key, value in results.items():
         if key not in ("test", "val") and isinstance(value, Mapping) and "mean" in value:
             intervals[f"test/{key}"] = value
+    intervals |= {f"test/{key}": value for key, value in results.get("measures", {}).items()}
     intervals |= {f"stream/{key}": value for key, value in results.get("stream", {}).items()}
     found: dict[str, float] = {}
     for name, value in intervals.items():
@@ -271,14 +272,14 @@ def pictures(paths: Sequence[Path]) -> list[Path]:
     return [path for path in paths if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
 
 
-def _identity(run: RunFolder) -> dict[str, Any]:
+def _identity(run: Run) -> dict[str, Any]:
     """Return the record of the run's id; a new id is on the disk before a back end uses it."""
     if not run.has(_FILE):
         run.write_json(_FILE, {"id": secrets.token_hex(4), "trackers": {}})
     return run.read_json(_FILE)
 
 
-def _written(run: RunFolder) -> Iterator[Line]:
+def _written(run: Run) -> Iterator[Line]:
     """Yield the lines of metrics in a run's folder, in order; values that were null are NaN."""
     rates = {line["step"]: line["tasks_per_second"] for line in run.read_lines("timing.jsonl")}
     for line in run.read_lines("metrics.jsonl"):

@@ -7,13 +7,13 @@ from typing import Any, cast
 
 from metarun.core.nested import finite
 from metarun.core.types import Record
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import Run
 
 _COMPARED = ("data_fingerprint", "versions", "device", "engine", "torch_threads", "processes")
 _log = logging.getLogger(__name__)
 
 
-def note_changes(run: RunFolder, step: int, here: Record) -> None:
+def note_changes(run: Run, step: int, here: Record) -> None:
     """Warn if the environment has changed, and add the current one to `environment.json`.
 
     Args:

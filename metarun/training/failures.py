@@ -16,7 +16,7 @@ from metarun.core.console import FILE_ONLY
 from metarun.core.distributed import ProcessLost
 from metarun.core.errors import Interrupted, RunError
 from metarun.core.files import DISK_FULL
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import Run, RunFolder
 from metarun.training.signals import Signals, StopRequestedError
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Standing(Protocol):
 
 
 @contextmanager
-def outcome(run: RunFolder, signals: Signals, at: Standing) -> Iterator[None]:
+def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
     """Write the status of a run if the block ends early, and raise an error of one line.
 
     Raises:
@@ -69,7 +69,7 @@ def outcome(run: RunFolder, signals: Signals, at: Standing) -> Iterator[None]:
         raise
 
 
-def _advice(error: Exception, run: RunFolder) -> tuple[str, str] | None:
+def _advice(error: Exception, run: Run) -> tuple[str, str] | None:
     """Return the cause and the remedy of an error that a user can fix; None for others."""
     go_on = f"`metarun resume={run.path}`"
     if isinstance(error, ProcessLost):
@@ -92,7 +92,7 @@ def _advice(error: Exception, run: RunFolder) -> tuple[str, str] | None:
     return None
 
 
-def _known_to_processes(error: RunError, cause: Exception, run: RunFolder) -> Exception:
+def _known_to_processes(error: RunError, cause: Exception, run: Run) -> Exception:
     """Return the error, marked if every process has it: then only the main process reports it."""
     if isinstance(cause, NonFiniteError):
         # Gradients are averaged, so every process has the error.
@@ -107,7 +107,7 @@ def _known_to_processes(error: RunError, cause: Exception, run: RunFolder) -> Ex
     return error if killed else distributed.mark_reported(error)
 
 
-def _fail(run: RunFolder, at: Standing, why: str) -> None:
+def _fail(run: Run, at: Standing, why: str) -> None:
     _log.info("failed: %s", why, extra=FILE_ONLY, exc_info=True)
     try:
         run.set_status("failed", step=at.saved, why=why)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -15,13 +16,16 @@ from metarun.algorithms.base import Algorithm
 from metarun.core import distributed
 from metarun.core.console import Screen, summary
 from metarun.core.errors import Interrupted
+from metarun.core.results import Results
 from metarun.core.settings import EvalSettings
 from metarun.core.types import EpisodeSource, Record
-from metarun.evaluation.episodes import evaluate
-from metarun.evaluation.measures import EpisodeMetrics
-from metarun.evaluation.stream_rollouts import SplitRollouts
+from metarun.evaluation.calibration import fit_temperature
+from metarun.evaluation.evaluation import Evaluated
+from metarun.evaluation.on_split import meta_test as evaluation_of
+from metarun.evaluation.samples import generated_samples
 from metarun.runs.folder import RunFolder
-from metarun.training.results import about, stream_figures, test_record, write_results
+from metarun.runs.openings import openings_with
+from metarun.training.results import about, write_results
 from metarun.training.signals import Signals, StopRequestedError, ticker
 from metarun.training.state import load_parameters
 
@@ -36,7 +40,7 @@ def meta_test(
     folder: Path,
     run_info: Mapping[str, Any],
     screen: Screen,
-) -> Record:
+) -> Results:
     """Meta-test the learned parameters of a run, on its own data or on others.
 
     Args:
@@ -61,20 +65,20 @@ def meta_test(
         with distributed.agreed():
             load_parameters(algorithm, checkpoint, run_info, run.path)
         try:
-            measured = measure_test(algorithm, source, evaluation, screen, signals)
+            evaluated = measure_test(algorithm, source, evaluation, screen, signals)
         except StopRequestedError as stop:
             raise Interrupted(stop.signum, "the meta-test was stopped: start it again") from None
         if not distributed.is_main():
-            return {}
-        figures = stream_figures(measured, source.spec, evaluation)
+            return cast("Results", {})
         record: Record = {
             **about(algorithm, source, run_info),
-            **test_record(measured, source.spec, figures),
+            **evaluated.record,
             "parameters_from": kind,
             "parameters_step": checkpoint["step"],
+            "test_openings": openings_with(run, source.fingerprint()),
             "seconds": time.perf_counter() - began,
         }
-        results = write_results(RunFolder(folder), record, algorithm, source, measured, figures)
+        results = write_results(RunFolder(folder), record, evaluated)
         _log.info("%s", summary(results, str(folder)))
         return results
 
@@ -101,46 +105,65 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
 def measure_test(
     algorithm: Algorithm,
     source: EpisodeSource,
-    evaluation: EvalSettings,
+    settings: EvalSettings,
     screen: Screen,
     signals: Signals,
-) -> EpisodeMetrics:
-    """Return the metrics of an algorithm on the test split, with a progress bar.
+    resume: Record | None = None,
+    save: Callable[[Record], None] | None = None,
+    save_every: int = 0,
+) -> Evaluated:
+    """Return the results of an algorithm on the test split, with a progress bar.
 
     It warns of episodes whose metric is not finite.
+
+    Args:
+        algorithm: The trained learner.
+        source: The data set.
+        settings: Settings of the test.
+        screen: Console that shows the progress.
+        signals: Signals that stop the test.
+        resume: State of the same test, which then continues.
+        save: Function that saves the state of the test, if the test can continue from one.
+        save_every: Units of the test, such as steps of a stream, between two calls of `save`; with
+            0, only a signal calls it.
     """
-    if source.spec.streams is not None:
-        rollouts = test_rollouts(algorithm, source, evaluation)
+    temperature = 1.0
+    if settings.temperature == "val":
+        with screen.bar("temperature", settings.val_episodes) as bar:
+            temperature = fit_temperature(algorithm, source, settings, ticker(bar, signals))
+    evaluation = evaluation_of(algorithm, source, settings, temperature)
+    if resume is not None:
+        evaluation.load_state_dict(resume)
+    saved = 0
 
-        def roll_out() -> EpisodeMetrics:
-            with screen.bar("test", rollouts.steps) as bar:
-                return rollouts.run(ticker(bar, signals))
+    def keep() -> None:
+        state = evaluation.state_dict()
+        if save is not None and state is not None:
+            save(state)
 
-        return distributed.on_main(roll_out)
-    with screen.bar("test", evaluation.episodes) as bar:
-        measured = evaluate(
-            algorithm,
-            source,
-            "test",
-            evaluation.episodes,
-            evaluation.tasks_per_batch,
-            views=evaluation.views,
-            curve_steps=evaluation.curve_steps,
-            tick=ticker(bar, signals),
-        )
-    num_bad = int(np.count_nonzero(~np.isfinite(measured.values)))
-    if num_bad:
+    with screen.bar("test", evaluation.size) as bar:
+        tick = ticker(bar, signals)
+
+        def noted(done: int) -> None:
+            nonlocal saved
+            if save_every and done % save_every == 0 and done != saved:
+                saved = done
+                keep()
+            tick(done)
+
+        try:
+            evaluated = evaluation.run(noted)
+        except StopRequestedError:
+            keep()
+            raise
+    num_bad = int(np.count_nonzero(~np.isfinite(evaluated.values)))
+    if num_bad and source.spec.streams is None:
         _log.warning(
             "%d of %d test episodes have no finite %s: try fewer eval.inner_steps",
             num_bad,
-            evaluation.episodes,
+            settings.episodes,
             source.spec.metric,
         )
-    return measured
-
-
-def test_rollouts(
-    algorithm: Algorithm, source: EpisodeSource, evaluation: EvalSettings
-) -> SplitRollouts:
-    """Return the rollouts along the test streams, not yet started."""
-    return SplitRollouts(algorithm, source, "test", evaluation.episodes, evaluation.tasks_per_batch)
+    record = {**evaluated.record, "temperature": temperature}
+    files = {**evaluated.files, **generated_samples(algorithm, source)}
+    return replace(evaluated, record=record, files=files)

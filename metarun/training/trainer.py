@@ -14,27 +14,26 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, Literal, cast
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment, seeding
 from metarun.core.console import BAR_SHOWS_IT, Bar, Screen, duration, figure, number, summary
 from metarun.core.files import check_space
+from metarun.core.results import Results
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSource, Progress, Record, Share
-from metarun.evaluation.measures import EpisodeMetrics
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import Run
+from metarun.runs.openings import openings_after_training
 from metarun.trackers.base import RATE, Trackers
 from metarun.training.changes import note_changes
 from metarun.training.failures import outcome
-from metarun.training.meta_test import measure_test, test_rollouts
-from metarun.training.results import about, stream_figures, test_record, write_results
-from metarun.training.signals import Signals, StopRequestedError, ticker
+from metarun.training.meta_test import measure_test
+from metarun.training.results import about, write_results
+from metarun.training.run_state import RunState
+from metarun.training.signals import Signals, StopRequestedError
 from metarun.training.state import check_same_parameters, load_parameters, required_bytes
-from metarun.training.validation import is_better, validate
+from metarun.training.validation import validate
 
 _log = logging.getLogger(__name__)
 
@@ -44,12 +43,12 @@ def train(
     source: EpisodeSource,
     train: TrainSettings,
     evaluation: EvalSettings,
-    run: RunFolder,
+    run: Run,
     run_info: Mapping[str, Any],
     screen: Screen,
     seed: int,
     trackers: Trackers | None = None,
-) -> Record:
+) -> Results:
     """Start a run, or continue the one in the folder, and return the content of `results.json`.
 
     Args:
@@ -85,26 +84,14 @@ def train(
         )
         run.path = distributed.on_main(lambda: run.path)
         loop.restore()
-        with outcome(run, signals, loop):
+        with outcome(run, signals, loop.state):
             loop.begin()
             loop.train()
             return loop.finish()
 
 
 class _Loop:
-    """The state of a run.
-
-    Attributes:
-        step: Number of updates done.
-        saved: Step of the last checkpoint; None before the first.
-        validated: Step of the last evaluation on meta-val, 0 before the first; -1 if there are no
-            training steps, so that one evaluation still takes place.
-        best: Step, mean, interval and state of the best evaluation on meta-val.
-        trained: State at the end of training; None until the best parameters replace it.
-        rollouts_state: State of the rollouts along the test streams; None before they begin.
-        sums, count: Sums of the metrics since the last line, on the device, and the number of
-            updates.
-    """
+    """The loop of a run; `state` holds all that changes from step to step."""
 
     def __init__(
         self,
@@ -112,7 +99,7 @@ class _Loop:
         source: EpisodeSource,
         train: TrainSettings,
         evaluation: EvalSettings,
-        run: RunFolder,
+        run: Run,
         run_info: Mapping[str, Any],
         screen: Screen,
         seed: int,
@@ -131,22 +118,12 @@ class _Loop:
         self.trackers = trackers
         self.metric = source.spec.metric
         self.share: Share | None = None
-        self.share_size = train.tasks_per_step
         if distributed.size() > 1:
             self.share = Share.of(train.tasks_per_step, distributed.rank(), distributed.size())
-            self.share_size = self.share.count
-        self.step = 0
-        self.saved: int | None = None
-        self.validated = 0 if train.steps else -1
-        self.best: Record | None = None
-        self.trained: Record | None = None
-        self.rollouts_state: Record | None = None
-        self.sums: dict[str, Tensor] = {}
-        self.count = 0
-        self.seconds_before = 0.0
-        self.train_seconds = 0.0
-        self.window_seconds = 0.0
-        self.began = time.perf_counter()
+        self.state = RunState(
+            share=self.share.count if self.share else train.tasks_per_step,
+            validated=0 if train.steps else -1,
+        )
 
     # Start and resume.
 
@@ -161,17 +138,10 @@ class _Loop:
             return
         with distributed.agreed():
             load_parameters(self.algorithm, checkpoint, self.run_info, self.run.path)
-        device = self.algorithm.device
-        self.step = self.saved = checkpoint["step"]
-        self.validated = checkpoint["validated"]
-        self.best = checkpoint["best"]
-        self.sums = {name: value.to(device) for name, value in checkpoint["sums"].items()}
-        self.count = checkpoint["count"]
-        self.seconds_before = checkpoint["seconds"]
-        self.train_seconds = checkpoint["train_seconds"]
-        self.window_seconds = checkpoint["window_seconds"]
-        over = self.step == self.settings.steps
-        self.rollouts_state = checkpoint.get("rollouts") if over else None
+        self.state.load_state_dict(checkpoint, self.algorithm.device)
+        if self.state.step < self.settings.steps:
+            # The run goes on beyond its former end, and with it the meta-test.
+            self.state.test = None
         self.run.cut(checkpoint["lengths"])
 
     def _last(self) -> Record | None:
@@ -195,147 +165,107 @@ class _Loop:
         """
         if distributed.is_main():
             check_space(self.run.path, required_bytes(self.algorithm))
-        device = str(self.algorithm.device)
         here = {
-            **environment.describe(device),
+            **environment.describe(str(self.algorithm.device)),
             "engine": self.algorithm.resolved_engine().describe(),
             "data_fingerprint": self.source.fingerprint(),
         }
-        if self.saved is None:
+        state = self.state
+        if state.saved is None:
             self.run.cut({})
             self.run.write_json("environment.json", here)
             self.save()
         else:
-            note_changes(self.run, self.step, here)
-            _log.info("continuing %s from step %d", self.run.path, self.step)
-        if self.best is None:
+            note_changes(self.run, state.step, here)
+            _log.info("continuing %s from step %d", self.run.path, state.step)
+        if state.best is None:
             self.run.drop_best()
         else:
-            self.run.save_best(self.best)
-        self.run.set_status("running", step=self.step, steps=self.settings.steps)
+            self.run.save_best(state.best)
+        self._set_status("running")
         opening = time.perf_counter()
-        self.trackers.begin(self.run, self.step, self.metric)
+        self.trackers.begin(self.run, state.step, self.metric)
         # Not counted as time of the run: MLflow takes seconds to create its first database.
-        self.began += time.perf_counter() - opening
+        state.began += time.perf_counter() - opening
 
     # Meta-training.
 
     def train(self) -> None:
         """Make the remaining updates, with validation, checkpoints and log lines between them."""
-        total = self.settings.steps
+        state, total = self.state, self.settings.steps
         try:
-            with self.screen.bar("train", total, self.step) as bar:
+            with self.screen.bar("train", total, state.step) as bar:
                 while True:
-                    self._validate_if_due()
-                    if self._due(self.settings.checkpoint_every) and self.saved != self.step:
+                    if state.step != state.validated and self._due(self.settings.eval_every):
+                        self._validate()
+                    if state.step != state.saved and self._due(self.settings.checkpoint_every):
                         self.save()
-                    if self.step >= total:
+                    if state.step >= total:
                         break
                     self.signals.check()
                     began = time.perf_counter()
                     self._update()
-                    line = self._line() if self._due(self.settings.log_every) else None
-                    self.window_seconds += time.perf_counter() - began
+                    line = state.means() if self._due(self.settings.log_every) else None
+                    state.window_seconds += time.perf_counter() - began
                     if line is not None:
                         self._write(line, bar)
-                    bar.to(self.step)
+                    bar.to(state.step)
         except StopRequestedError:
             self.save()
             raise
 
     def _due(self, every: int) -> bool:
         """Return whether this step is a multiple of `every`, or the last step."""
-        return self.step == self.settings.steps or (every > 0 and self.step % every == 0)
+        step = self.state.step
+        return step == self.settings.steps or (every > 0 and step % every == 0)
 
     def _update(self) -> None:
+        step, total = self.state.step, self.settings.steps
         # Seeded by the step, so that algorithms that use torch's generator resume exactly.
-        seeding.seed_torch(seeding.key("update", self.seed, self.step))
-        progress = Progress(self.step, self.settings.steps, self.share)
+        seeding.seed_torch(seeding.key("update", self.seed, step))
+        progress = Progress(step, total, self.share)
         first = progress.first_task(self.settings.tasks_per_step)
-        batch = self.source.batch("train", first, self.share_size)
-        metrics = self.algorithm.update(batch, progress)
-        for name, value in metrics.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
-        self.step += 1
+        batch = self.source.batch("train", first, self.state.share)
+        self.state.add(self.algorithm.update(batch, progress))
 
-    def _average(self) -> None:
-        """Average the sums of the metrics over the processes."""
-        if self.sums:
-            self.sums = distributed.mean(self.sums, self.share_size)
-
-    def _line(self) -> dict[str, float]:
-        """Return the means of the metrics since the last line.
-
-        Only this call waits for the device.
-        """
-        self._average()
-        values = torch.stack(list(self.sums.values())) / self.count
-        return dict(zip(self.sums, values.tolist(), strict=True))
-
-    def _write(self, line: dict[str, float], bar: Bar) -> None:
-        rate = self.count * self.settings.tasks_per_step / max(self.window_seconds, 1e-9)
-        left = (self.settings.steps - self.step) * self.window_seconds / self.count
-        self.train_seconds += self.window_seconds
-        self.sums, self.count, self.window_seconds = {}, 0, 0.0
+    def _write(self, line: Mapping[str, float], bar: Bar) -> None:
+        state, total = self.state, self.settings.steps
+        rate = state.count * self.settings.tasks_per_step / max(state.window_seconds, 1e-9)
+        left = (total - state.step) * state.window_seconds / state.count
+        state.begin_line()
         named = {f"train/{name}": value for name, value in line.items()}
-        self.run.append("metrics.jsonl", {"step": self.step, **named})
-        self.run.append(
-            "timing.jsonl",
-            {"step": self.step, "seconds": self._seconds(), "tasks_per_second": rate},
-        )
-        self.trackers.metrics(self.step, {**named, RATE: rate})
+        timing = {"seconds": state.seconds, "tasks_per_second": rate}
+        self.run.append("metrics.jsonl", {"step": state.step, **named})
+        self.run.append("timing.jsonl", {"step": state.step, **timing})
+        self.trackers.metrics(state.step, {**named, RATE: rate})
         values = "  ".join(
             f"{name} {figure(name, value) if name == self.metric else number(value)}"
             for name, value in line.items()
         )
         text = f"{values}  {rate:,.0f} tasks/s"
-        bar.to(self.step, text)
-        _log.info(
-            "step %d/%d  %s  %s left",
-            self.step,
-            self.settings.steps,
-            text,
-            duration(left),
-            extra=BAR_SHOWS_IT,
-        )
+        bar.to(state.step, text)
+        until = f"{duration(left)} left"
+        _log.info("step %d/%d  %s  %s", state.step, total, text, until, extra=BAR_SHOWS_IT)
 
-    # Meta-validation.
-
-    def _validate_if_due(self) -> None:
-        if self.step == self.validated or not self._due(self.settings.eval_every):
-            return
-        num_episodes = self.evaluation.val_episodes
+    def _validate(self) -> None:
+        state = self.state
         found = validate(self.algorithm, self.source, self.evaluation, self.screen, self.signals)
-        option, mean, ci95 = found.option, found.mean, found.ci95
-        named = {f"val/{self.metric}": mean, f"val/{self.metric}_ci95": ci95}
-        named |= {f"val/{name}": value for name, value in option.items()}
-        self.run.append("metrics.jsonl", {"step": self.step, **named})
-        self.trackers.metrics(self.step, named)
-        self.validated = self.step
-        before = None if self.best is None else self.best["mean"]
-        better = is_better(mean, before, higher=self.source.spec.higher_is_better)
-        _log.info(
-            "step %d/%d  val %s %s (%d episodes%s)%s",
-            self.step,
-            self.settings.steps,
-            self.metric,
-            figure(self.metric, mean, ci95),
-            num_episodes,
-            "".join(f", {name} {value:g}" for name, value in option.items()),
-            ", the best so far" if better else "",
-        )
+        self.run.append("metrics.jsonl", {"step": state.step, **found.line()})
+        self.trackers.metrics(state.step, found.line())
+        state.validated = state.step
+        better = found.better_than(None if state.best is None else state.best["mean"])
+        mark = ", the best so far" if better else ""
+        _log.info("step %d/%d  %s%s", state.step, self.settings.steps, found, mark)
         if better:
-            self.best = {
+            state.best = {
                 **self._names(),
-                "step": self.step,
-                "mean": mean,
-                "ci95": ci95,
-                "episodes": num_episodes,
+                "step": state.step,
+                "mean": found.mean,
+                "ci95": found.ci95,
+                "episodes": found.episodes,
                 "state": copy.deepcopy(self.algorithm.state_dict()),
             }
-            self.run.save_best(self.best)
+            self.run.save_best(state.best)
 
     # Checkpoints.
 
@@ -344,98 +274,69 @@ class _Loop:
 
         It includes the best parameters: the state of the run depends on no other file.
         """
-        self._average()
-        check_same_parameters(self.algorithm, self.step, self.run_info)
+        state = self.state
+        stored = state.state_dict()
+        check_same_parameters(self.algorithm, state.step, self.run_info)
         self.run.save_last(
             {
                 **self._names(),
-                "step": self.step,
-                "validated": self.validated,
-                "best": self.best,
-                "sums": self.sums,
-                "count": self.count,
-                "seconds": self._seconds(),
-                "train_seconds": self.train_seconds,
-                "window_seconds": self.window_seconds,
+                **stored,
                 "lengths": self.run.lengths(),
-                "state": self.trained or self.algorithm.state_dict(),
-                "rollouts": self.rollouts_state,
+                "state": state.trained or self.algorithm.state_dict(),
             }
         )
-        self.saved = self.step
-        self.run.set_status("running", step=self.step, steps=self.settings.steps)
+        state.saved = state.step
+        self._set_status("running")
+
+    def _save_test(self, test: Record) -> None:
+        self.state.test = test
+        self.save()
+
+    def _set_status(self, status: Literal["running", "finished"]) -> None:
+        self.run.set_status(status, step=self.state.step, steps=self.settings.steps)
 
     def _names(self) -> Record:
         return {"algo": self.run_info.get("algo"), "data": self.run_info.get("data")}
 
-    def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self.began
-
     # Meta-test.
 
-    def finish(self) -> Record:
+    def finish(self) -> Results:
         """Evaluate on the test split, for the first and only time, and write the results."""
-        chosen = self.best
-        if self.source.spec.streams is not None:
-            # A checkpoint during the test rollouts has to hold the state at the end of training.
-            self.trained = copy.deepcopy(self.algorithm.state_dict())
+        state, chosen = self.state, self.state.best
         if chosen is not None:
+            # A checkpoint during the meta-test has to hold the state at the end of training.
+            state.trained = copy.deepcopy(self.algorithm.state_dict())
             self.algorithm.load_state_dict(chosen["state"])
-        _log.info(
-            "testing on %d episodes with the parameters of step %d",
-            self.evaluation.episodes,
-            chosen["step"] if chosen else self.step,
-            extra=BAR_SHOWS_IT,
+        step = chosen["step"] if chosen else state.step
+        text = "testing on %d episodes with the parameters of step %d"
+        _log.info(text, self.evaluation.episodes, step, extra=BAR_SHOWS_IT)
+        evaluated = measure_test(
+            self.algorithm,
+            self.source,
+            self.evaluation,
+            self.screen,
+            self.signals,
+            resume=state.test,
+            save=self._save_test,
+            save_every=self.settings.checkpoint_every,
         )
-        if self.source.spec.streams is None:
-            measured = measure_test(
-                self.algorithm, self.source, self.evaluation, self.screen, self.signals
-            )
-        else:
-            measured = distributed.on_main(self._test_on_stream)
         if not distributed.is_main():
-            return {}
-        figures = stream_figures(measured, self.source.spec, self.evaluation)
+            return cast("Results", {})
+        trained = state.step * self.settings.tasks_per_step
         record: Record = {
             **about(self.algorithm, self.source, self.run_info),
-            **test_record(measured, self.source.spec, figures),
+            **evaluated.record,
             "val": chosen and {key: chosen[key] for key in ("mean", "ci95", "episodes", "step")},
             "parameters_from": "best" if chosen else "last",
-            "parameters_step": chosen["step"] if chosen else self.step,
-            "steps": self.step,
+            "parameters_step": step,
+            "test_openings": openings_after_training(self.run, state.step),
+            "steps": state.step,
             "tasks_per_step": self.settings.tasks_per_step,
-            "seconds": self._seconds(),
-            "train_seconds": self.train_seconds,
-            "tasks_per_second": self.step
-            * self.settings.tasks_per_step
-            / max(self.train_seconds, 1e-9),
+            "seconds": state.seconds,
+            "train_seconds": state.train_seconds,
+            "tasks_per_second": trained / max(state.train_seconds, 1e-9),
         }
-        results = write_results(self.run, record, self.algorithm, self.source, measured, figures)
-        self.run.set_status("finished", step=self.step, steps=self.settings.steps)
+        results = write_results(self.run, record, evaluated)
+        self._set_status("finished")
         _log.info("%s", summary(results, str(self.run.path)))
         return results
-
-    def _test_on_stream(self) -> EpisodeMetrics:
-        """Run the rollouts along the test streams, from the saved state if there is one."""
-        rollouts = test_rollouts(self.algorithm, self.source, self.evaluation)
-        if self.rollouts_state is not None:
-            rollouts.restore(self.rollouts_state)
-        with self.screen.bar("test", rollouts.steps) as bar:
-            tick = ticker(bar, self.signals)
-
-            every, kept = self.settings.checkpoint_every, 0
-
-            def keep(done: int) -> None:
-                nonlocal kept
-                if every and done % every == 0 and done != kept:
-                    kept = done
-                    self.rollouts_state = rollouts.save()
-                    self.save()
-                tick(done)
-
-            try:
-                return rollouts.run(keep)
-            except StopRequestedError:
-                self.rollouts_state = rollouts.save()
-                self.save()
-                raise

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metarun.algorithms.base import Algorithm
-from metarun.core.console import Screen
+from metarun.core.console import Screen, figure
 from metarun.core.settings import EvalSettings
 from metarun.core.statistics import interval
 from metarun.core.types import EpisodeSource
-from metarun.evaluation.episodes import evaluate
+from metarun.evaluation.on_split import meta_validation
 from metarun.training.signals import Signals, ticker
 
 
@@ -20,13 +20,35 @@ class Validated:
     """The result of a meta-validation.
 
     Attributes:
+        metric: Name of the metric.
         option: Values of the best option by name; empty if the algorithm has no options.
         mean, ci95: Mean metric and the half-width of its 95 % interval over episodes.
+        episodes: Number of episodes.
+        higher_is_better: Whether a higher mean is better.
     """
 
+    metric: str
     option: Mapping[str, float]
     mean: float
     ci95: float
+    episodes: int
+    higher_is_better: bool
+
+    def line(self) -> dict[str, float]:
+        """Return the metrics of a line of `metrics.jsonl`."""
+        named = {self.metric: self.mean, f"{self.metric}_ci95": self.ci95, **self.option}
+        return {f"val/{name}": value for name, value in named.items()}
+
+    def better_than(self, before: float | None) -> bool:
+        """Return whether the mean is finite and better than a previous one, if there is one."""
+        if before is None or not math.isfinite(self.mean) or not math.isfinite(before):
+            return math.isfinite(self.mean)
+        return self.mean > before if self.higher_is_better else self.mean < before
+
+    def __str__(self) -> str:
+        options = "".join(f", {name} {value:g}" for name, value in self.option.items())
+        value = figure(self.metric, self.mean, self.ci95)
+        return f"val {self.metric} {value} ({self.episodes} episodes{options})"
 
 
 def validate(
@@ -37,28 +59,18 @@ def validate(
     signals: Signals,
 ) -> Validated:
     """Evaluate an algorithm on meta-val with each of its options, and set the best one."""
+    spec = source.spec
     best: Validated | None = None
     for option in algorithm.options or [{}]:
         algorithm.choose(option)
-        with screen.bar("val", evaluation.val_episodes) as bar:
-            measured = evaluate(
-                algorithm,
-                source,
-                "val",
-                evaluation.val_episodes,
-                evaluation.tasks_per_batch,
-                tick=ticker(bar, signals),
-            )
-        mean, ci95 = interval(measured.values)
-        if best is None or is_better(mean, best.mean, higher=source.spec.higher_is_better):
-            best = Validated(option, mean, ci95)
+        here = meta_validation(algorithm, source, evaluation)
+        with screen.bar("val", here.size) as bar:
+            mean, ci95 = interval(here.run(ticker(bar, signals)).values)
+        found = Validated(
+            spec.metric, option, mean, ci95, evaluation.val_episodes, spec.higher_is_better
+        )
+        if best is None or found.better_than(best.mean):
+            best = found
     assert best is not None
     algorithm.choose(best.option)
     return best
-
-
-def is_better(mean: float, before: float | None, *, higher: bool) -> bool:
-    """Return whether a mean is finite and better than the previous one, if there is one."""
-    if before is None or not math.isfinite(mean) or not math.isfinite(before):
-        return math.isfinite(mean)
-    return mean > before if higher else mean < before

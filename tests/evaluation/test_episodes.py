@@ -18,7 +18,6 @@ from metarun.core.types import SPLITS, EpisodeSize, Prediction
 from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Linear
 from metarun.evaluation.episodes import evaluate
-from metarun.training.results import test_record as record_of
 from tests.helpers import linear_backbone, make
 
 
@@ -84,9 +83,7 @@ def test_neither_figures_nor_hash_depend_on_how_the_episodes_are_cut() -> None:
     whole = evaluate(algorithm, source, "test", 7, 100, curve_steps=2)
     cut = evaluate(algorithm, source, "test", 7, 3, curve_steps=2)
     np.testing.assert_allclose(whole.values, cut.values, rtol=1e-12)
-    assert whole.curve is not None
-    assert cut.curve is not None
-    np.testing.assert_allclose(whole.curve, cut.curve, rtol=1e-12)
+    np.testing.assert_allclose(whole.arrays["curve"], cut.arrays["curve"], rtol=1e-12)
     assert whole.digest == cut.digest
 
 
@@ -101,10 +98,9 @@ def test_embeddings_are_collected_over_the_episodes_where_there_are_any() -> Non
     source = linear_tasks()
     batch = source.batch("test", 0, 7)
     expected = torch.cat([batch.support_x, batch.support_y], 2).mean(1)
-    kept = evaluate(make(Mean, source.spec, linear_backbone), source, "test", 7, 3).embeddings
-    assert kept is not None
-    np.testing.assert_array_equal(kept, expected.numpy())
-    assert evaluate(learner(), source, "test", 7, 3).embeddings is None
+    kept = evaluate(make(Mean, source.spec, linear_backbone), source, "test", 7, 3)
+    np.testing.assert_array_equal(kept.arrays["embeddings"], expected.numpy())
+    assert "embeddings" not in evaluate(learner(), source, "test", 7, 3).arrays
 
 
 def test_other_episodes_have_another_hash() -> None:
@@ -119,8 +115,7 @@ def test_other_episodes_have_another_hash() -> None:
 
 def test_each_point_of_the_curve_is_an_evaluation_with_as_many_steps() -> None:
     source = linear_tasks()
-    curve = evaluate(learner(), source, "test", 5, 5, curve_steps=3).curve
-    assert curve is not None
+    curve = evaluate(learner(), source, "test", 5, 5, curve_steps=3).arrays["curve"]
     assert curve.shape == (4, 5)
     for steps in range(4):
         direct = evaluate(learner(eval_inner_steps=steps), source, "test", 5, 5)
@@ -158,8 +153,7 @@ def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
         dtype=torch.float64,
     )  # fmt: skip
     algorithm = make(ProtoNet, source.spec, partial(Conv4, filters=2))
-    found = evaluate(algorithm, source, "test", 7, 3).confusions
-    assert found is not None
+    found = evaluate(algorithm, source, "test", 7, 3).arrays["confusions"]
     naive: Counter[tuple[int, int]] = Counter()
     for index in range(7):
         batch = source.batch("test", index, 1)
@@ -174,10 +168,10 @@ def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
     assert {(own, taken): count for own, taken, count in found.tolist()} == naive
     assert max(found[:, :2].max(1)) < len(source.class_names("test"))
     measured = evaluate(algorithm, source, "test", 7, 3)
-    queries = record_of(measured, source.spec, {})["queries"]
+    queries = measured.record["queries"]
     assert (queries["number"], queries["wrong"]) == (84, round(84 * (1 - measured.values.mean())))
     assert (queries["low"], queries["high"]) == wilson_interval(queries["wrong"], 84)
 
 
 def test_functions_have_no_classes_to_confuse() -> None:
-    assert evaluate(learner(), linear_tasks(), "test", 2, 2).confusions is None
+    assert "confusions" not in evaluate(learner(), linear_tasks(), "test", 2, 2).arrays

@@ -11,6 +11,7 @@ from PIL import Image
 
 from metarun.cli.main import main
 from metarun.core.console import figure, summary
+from metarun.core.results import completed
 from metarun.reporting import run_figures
 
 TINY = [
@@ -108,7 +109,7 @@ def test_a_regression_that_diverged_is_summed_up_and_drawn(tmp_path: Path) -> No
         "test": {**nothing, "episodes": 6}, "log_likelihood": nothing, "coverage": nothing,
         "presentations": [nothing, nothing],
     }  # fmt: skip
-    assert "log-likelihood" in summary(results, "here")
+    assert "log-likelihood" in summary(completed(results), "here")
     (tmp_path / "results.json").write_text(json.dumps(results))
     run_figures.draw_figures(tmp_path)
     assert (tmp_path / "figures" / "presentations.csv").exists()

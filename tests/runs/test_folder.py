@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from metarun.core.files import check_space, write_atomically
-from metarun.runs import folder, lock
+from metarun.runs import lock
 from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
 from metarun.runs.formats import FORMAT
@@ -71,7 +71,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_atomically(tmp_path / "file", b"old")
-    monkeypatch.setattr(folder.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         write_atomically(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -85,7 +85,7 @@ def full_disk(_: int) -> None:
 def test_the_status_is_written_on_a_full_disk(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(folder.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     run.set_status("failed", why="no space")
     assert run.status()["why"] == "no space"
 

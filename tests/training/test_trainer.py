@@ -28,7 +28,6 @@ from metarun.core.settings import EvalSettings
 from metarun.core.statistics import interval
 from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
 from metarun.evaluation.episodes import evaluate
-from metarun.runs import folder
 from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
 from metarun.training import trainer
@@ -323,10 +322,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
     def full(_: int) -> None:
         raise OSError(code, os.strerror(code))
 
-    source = raising(33, lambda: monkeypatch.setattr(folder.os, "fsync", full))
+    source = raising(33, lambda: monkeypatch.setattr(os, "fsync", full))
     with pytest.raises(RunError, match=r"step 36: no space is left .* step 27 is saved: free some"):
         go(tmp_path, source)
-    monkeypatch.setattr(folder.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     assert RunFolder.open(tmp_path).status()["state"] == "failed"
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
         "best.pt", "last.pt", "previous.pt",

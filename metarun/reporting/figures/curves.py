@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from metarun.core.console import figure as shown
+from metarun.core.results import CurvePoint, validation_of
 from metarun.core.statistics import Floats, interval
 from metarun.reporting.figures.drawing import INK, MUTED, SIZE, Panel, Series, band, error_axis
 from metarun.reporting.run_files import RunFiles
@@ -67,7 +68,7 @@ def learning(run: RunFiles) -> Panel | None:
         columns["ci95"] += list(map(float, w))
     shown_series = {key: line[0] for key, line in lines.items()}
     summary = ""
-    best = (run.results or {}).get("val")
+    best = validation_of(run.results)
     if best:
         axes.plot(best["step"], scale * best["mean"], "D", color=INK, markersize=6, gid="best")
         shown_series["best"] = Series(f"best, step {best['step']}", INK, marker="D")
@@ -119,11 +120,12 @@ def loss(run: RunFiles) -> Panel | None:
 def adaptation(run: RunFiles) -> Panel | None:
     """Return a figure of the metric after each inner step; None without inner steps."""
     results = run.results
-    if results is None or not results.get("curve") or len(results["curve"]) < 2:
+    curve = None if results is None else results["curve"]
+    if results is None or curve is None or len(curve) < 2:
         return None
     metric = str(results["metric"])
     scale, label = unit(metric)
-    steps, mean, width = _columns(results["curve"])
+    steps, mean, width = _columns(curve)
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
     axes.plot(steps, scale * mean, "o-", color=run.color, linewidth=1.4, markersize=3)
@@ -161,7 +163,7 @@ def adaptation(run: RunFiles) -> Panel | None:
     )
 
 
-def _columns(curve: Sequence[Mapping[str, float | None]]) -> tuple[Floats, Floats, Floats]:
+def _columns(curve: Sequence[CurvePoint]) -> tuple[Floats, Floats, Floats]:
     """Return the steps, means and half-widths of an adaptation curve."""
     steps, mean, width = (
         np.array([point[name] for point in curve], dtype=np.float64)

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from metarun.core.results import Results
 from metarun.core.statistics import Floats, quiet
 from metarun.core.types import Stream
 from metarun.evaluation import continual_metrics
@@ -105,7 +106,7 @@ def together(
         return _panels(curves, about, f"along {about['data']}", looks), columns
 
 
-def _matrix(matrix: Floats, results: dict[str, Any], heading: str) -> Figure:
+def _matrix(matrix: Floats, results: Results, heading: str) -> Figure:
     """Draw a heat map with a column for each task, a row before the first visit and after each."""
     scale, label = unit(str(results["metric"]))
     figure = Figure(figsize=(SIZE[0], 4.0))
@@ -134,7 +135,7 @@ def _stream_record(run: Path) -> dict[str, Floats]:
 
 def _panels(
     curves: Mapping[str, list[dict[str, str]]],
-    results: Mapping[str, Any],
+    results: Results,
     heading: str,
     looks: Mapping[str, tuple[str, str]],
 ) -> Figure:

@@ -73,7 +73,7 @@ def _hue(run: RunFiles, learned: Learned | None, tasks: int) -> tuple[Floats, st
 
 def _families(run: RunFiles) -> list[Panel]:
     """Return a heat map of the tasks of each family in each group."""
-    found = (run.results or {}).get("families")
+    found = None if run.results is None else run.results.get("families")
     if not found:
         return []
     counts = np.array(found["counts"])

@@ -17,8 +17,8 @@ from metarun.config.build import Experiment
 from metarun.config.build import build_experiment as build_experiment
 from metarun.config.composition import composer
 from metarun.core.types import Progress, TaskBatch
+from metarun.evaluation.details import by_presentation
 from metarun.evaluation.episodes import evaluate
-from metarun.evaluation.measures import by_presentation
 
 SMALL = [
     "data=omniglot_small", "backbone.filters=4", "way=3", "shot=4", "query=2",
@@ -163,15 +163,14 @@ def test_presentations_are_counted_by_hand() -> None:
 def test_an_evaluation_has_them_for_every_episode() -> None:
     made = build("algo=mann", *MEMORY)
     measured = evaluate(made.algorithm, made.source, "test", 5, 2)
-    assert measured.presentations is not None
-    assert measured.presentations.shape == (5, 4)
+    assert measured.arrays["presentations"].shape == (5, 4)
     batch = made.source.batch("test", 0, 5)
     answer = made.algorithm.eval().predict(batch.support_x, batch.support_y, batch.query_x)
     assert answer.sequence is not None
     right = (answer.sequence.argmax(2) == batch.support_y).double().mean(1)
-    np.testing.assert_allclose(measured.presentations.mean(1), right.numpy())
+    np.testing.assert_allclose(measured.arrays["presentations"].mean(1), right.numpy())
     config = build("algo=protonet")
-    assert evaluate(config.algorithm, config.source, "test", 2, 2).presentations is None
+    assert "presentations" not in evaluate(config.algorithm, config.source, "test", 2, 2).arrays
 
 
 # MANN.

@@ -23,9 +23,10 @@ from metarun.backbones.mlp import MLP
 from metarun.config.build import Experiment
 from metarun.config.build import build_experiment as build_experiment
 from metarun.config.composition import composer
-from metarun.core.types import Prediction, Progress
+from metarun.core.types import Prediction, Progress, TaskBatch, TaskSpec
 from metarun.evaluation.episodes import evaluate
-from metarun.evaluation.measures import uncertainty_metrics
+from metarun.evaluation.measures import Answers, coverage
+from metarun.evaluation.measures import log_likelihood as density_measure
 
 SMALL = [
     "data=gp", "shot=6", "query=4", "backbone.hidden=[8,8]", "precision=float64", "device=cpu",
@@ -323,17 +324,17 @@ def test_the_exact_posterior_is_the_closed_form() -> None:
 def test_the_exact_process_is_as_sure_as_it_may_be_on_its_own_curves() -> None:
     made = build("algo=gp_exact", "query=20")
     measured = evaluate(made.algorithm, made.source, "test", 100, 50)
-    covered = measured.extra["coverage"]
+    covered = measured.arrays["coverage"]
     assert abs(covered.mean() - 0.95) < 3 * covered.std() / 10
     batch = made.source.batch("test", 0, 100)
     answer = made.algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
     assert answer.spread is not None
     # Neither smaller nor larger spreads have a better log-likelihood.
     for factor in (0.7, 1.4):
-        other = uncertainty_metrics(
-            Prediction(answer.outputs, spread=factor * answer.spread), batch.query_y
-        )
-        assert float(other["log_likelihood"].mean()) < measured.extra["log_likelihood"].mean()
+        other = Prediction(answer.outputs, spread=factor * answer.spread)
+        values = density_measure(Answers(made.source.spec, batch, other))
+        assert values is not None
+        assert float(values.mean()) < measured.arrays["log_likelihood"].mean()
 
 
 def test_a_range_of_lengthscales_is_fitted() -> None:
@@ -342,7 +343,7 @@ def test_a_range_of_lengthscales_is_fitted() -> None:
     assert made.algorithm.lengthscale == (0.2, 0.8)
     wrong = build("algo=gp_exact", "data.lengthscale=[0.2,0.8]", "algo.lengthscale=0.2", "shot=20")
     fitted, fixed = (
-        evaluate(m.algorithm, m.source, "test", 30, 30).extra["log_likelihood"].mean()
+        evaluate(m.algorithm, m.source, "test", 30, 30).arrays["log_likelihood"].mean()
         for m in (made, wrong)
     )
     assert fitted > fixed
@@ -355,7 +356,9 @@ def test_sureness_is_counted_by_hand() -> None:
     means = torch.tensor([[[0.0], [1.0], [2.0], [0.0]]])
     spread = torch.tensor([[[1.0], [0.5], [2.0], [0.1]]])
     targets = torch.tensor([[[1.9], [2.0], [2.0], [0.2]]])
-    figures = uncertainty_metrics(Prediction(means, spread=spread), targets)
+    batch = TaskBatch(targets, targets, targets, targets)
+    answers = Answers(TaskSpec("regression", (1,), 1, 1), batch, Prediction(means, spread=spread))
+    figures = {**density_measure.of(answers), **coverage.of(answers)}
     normals = stats.norm([0.0, 1.0, 2.0, 0.0], [1.0, 0.5, 2.0, 0.1])
     density = normals.logpdf([1.9, 2.0, 2.0, 0.2]).mean()
     assert float(figures["log_likelihood"]) == pytest.approx(density, rel=1e-6)

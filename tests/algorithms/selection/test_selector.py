@@ -487,11 +487,10 @@ def test_it_learns_which_learner_suits_which_tasks(choice: str) -> None:
         algorithm.update(source.batch("train", 16 * step, 16), Progress(step, 6))
     measured = evaluate(algorithm, source, "test", 100, 25)  # type: ignore[arg-type]
     for name in ("ridge", "tree"):
-        gain = measured.values - measured.strategies[name]
+        gain = measured.values - measured.arrays[f"strategy_{name}"]
         assert gain.mean() > 3.0 * gain.std() / 10.0, name
     # Each kind of task has its own base-learner.
-    assert measured.embeddings is not None
-    ridge = measured.embeddings[:, 0] - measured.embeddings[:, 1]
+    ridge = measured.arrays["embeddings"][:, 0] - measured.arrays["embeddings"][:, 1]
     assert ((ridge > np.median(ridge)) == (np.arange(100) % 2 == 0)).mean() > 0.85
 
 

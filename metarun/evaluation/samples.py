@@ -1,0 +1,22 @@
+"""Rows that a generative algorithm makes for test tasks."""
+
+from __future__ import annotations
+
+from metarun.algorithms.base import Algorithm
+from metarun.core.files import to_npz
+from metarun.core.types import EpisodeSource
+
+_TASKS = 8
+_ROWS = 10
+"""Rows generated for each of these tasks, and the largest number of support rows shown."""
+
+
+def generated_samples(algorithm: Algorithm, source: EpisodeSource) -> dict[str, bytes]:
+    """Return `samples.npz` with rows for the first test tasks and their support; empty if none."""
+    if not algorithm.generates:
+        return {}
+    support = source.batch("test", 0, _TASKS).support_x
+    made = algorithm.generated(support, _ROWS)
+    # Evenly spaced, so that the rows are of many classes.
+    shown = support[:, :: -(-support.shape[1] // _ROWS)]
+    return {"samples.npz": to_npz({"support": shown.cpu().numpy(), "made": made.cpu().numpy()})}

@@ -1,0 +1,194 @@
+"""The records of a run: its configuration, status, results, and the logs that grow line by line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from metarun.core.files import DISK_FULL, to_json, write_atomically
+from metarun.core.nested import finite
+from metarun.core.results import Results, completed
+from metarun.core.types import Record
+from metarun.runs.formats import check_format
+
+State = Literal["running", "finished", "failed", "interrupted"]
+RESULTS = "results.json"
+_GROWING = ("metrics.jsonl", "timing.jsonl")
+
+
+class Records:
+    """The records in a folder; those that do not grow are replaced atomically.
+
+    Attributes:
+        path: Path of the folder.
+    """
+
+    path: Path
+
+    # Configuration.
+
+    def config_text(self) -> str:
+        """Return the resolved configuration as YAML."""
+        return self._file("config.yaml").read_text(encoding="utf-8")
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the resolved configuration.
+
+        Raises:
+            ValueError: The file is not valid YAML, or not the configuration of a run.
+        """
+        from omegaconf import OmegaConf
+
+        try:
+            stored = OmegaConf.to_container(OmegaConf.create(self.config_text()), resolve=True)
+        # YAML raises several classes of errors, with messages of several lines.
+        except Exception as error:
+            why = " ".join(str(error).split())
+            raise ValueError(f"{self._file('config.yaml')} is damaged: {why}") from error
+        if not isinstance(stored, dict) or "names" not in stored:
+            raise ValueError(
+                f"{self._file('config.yaml')} is damaged: it is not a run's configuration"
+            )
+        return cast("dict[str, Any]", stored)
+
+    def overrides(self) -> list[str]:
+        """Return the overrides of the command that started the run."""
+        from omegaconf import OmegaConf
+
+        path = self._file("overrides.yaml")
+        loaded = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
+        if not isinstance(loaded, list):
+            raise ValueError(f"{path}: expected a list of overrides")
+        return [str(override) for override in loaded]
+
+    # Status.
+
+    def status(self) -> Record:
+        """Return `state`, `step`, `time` and, for a failed run, `why`.
+
+        The state is `running`, `finished`, `failed` or `interrupted`.
+        """
+        return self.read_json("status.json")
+
+    def set_status(self, state: State, **facts: Any) -> None:
+        """Write the status; on a full disk the file is overwritten in place."""
+        record = {"state": state, **facts, "time": datetime.now().isoformat(timespec="seconds")}
+        data = to_json(record)
+        try:
+            write_atomically(self._file("status.json"), data)
+        except OSError as error:
+            if error.errno not in DISK_FULL or not self._file("status.json").exists():
+                raise
+            with self._file("status.json").open("r+b") as file:
+                file.write(data)
+                file.truncate()
+
+    # Files that are written as a whole.
+
+    def has(self, name: str) -> bool:
+        """Return whether a file exists."""
+        return self._file(name).exists()
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file."""
+        write_atomically(self._file(name), data)
+
+    def write_json(self, name: str, record: Mapping[str, Any]) -> None:
+        """Write a record; numbers that are not finite become null."""
+        self.write_bytes(name, to_json(record))
+
+    def read_json(self, name: str) -> Record:
+        """Read a record.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        path = self._file(name)
+        try:
+            record: Record = json.loads(path.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return record
+
+    def read_results(self) -> Results:
+        """Read `results.json`, the record of a finished run or meta-test, also of older versions.
+
+        Raises:
+            ValueError: The file is damaged, or has another format.
+        """
+        record = self.read_json(RESULTS)
+        check_format(self._file(RESULTS), record)
+        return completed(record)
+
+    # Logs that grow.
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append a line to `metrics.jsonl` or `timing.jsonl`."""
+        line = json.dumps(finite(record), allow_nan=False) + "\n"
+        with self._file(name).open("ab") as file:
+            file.write(line.encode())
+
+    def read_lines(self, name: str) -> list[Record]:
+        """Return the complete lines of a growing file; an empty list if it does not exist."""
+        if not self.has(name):
+            return []
+        lines: list[Record] = []
+        for text in self._file(name).read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+        return lines
+
+    def lengths(self) -> dict[str, int]:
+        """Sync the growing files to disk and return their lengths in bytes."""
+        lengths: dict[str, int] = {}
+        for name in _GROWING:
+            with self._file(name).open("ab") as file:
+                os.fsync(file.fileno())
+                lengths[name] = file.tell()
+        return lengths
+
+    def cut(self, lengths: Mapping[str, int]) -> None:
+        """Truncate the growing files to the lengths in a checkpoint, with any partial line."""
+        for name in _GROWING:
+            path = self._file(name)
+            length = lengths.get(name, 0)
+            if path.exists() and path.stat().st_size > length:
+                os.truncate(path, length)
+
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[None]:
+        """Write the log records of the program to `metarun.log`."""
+        handler = _LogFile(self._file("metarun.log"), encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger = logging.getLogger("metarun")
+        level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            # The last lines may not fit on a full disk, which is already reported by then.
+            with contextlib.suppress(OSError):
+                handler.close()
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
+
+
+class _LogFile(logging.FileHandler):
+    """Log handler that ignores disk errors instead of printing a traceback for every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
