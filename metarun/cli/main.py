@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import metarun
 from metarun.config.checks import check_config
+from metarun.config.search_path import as_config_dir
 from metarun.core import distributed
 from metarun.core.errors import (
     EXIT_BAD_INPUT,
@@ -60,7 +61,8 @@ Groups and their values:
 Options:
   -m, --multirun         run every combination of comma-separated values
   --cfg job [--resolve]  print the configuration and exit
-  --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine)
+  --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine);
+                         hydra.searchpath=[file://A,pkg://B] adds several
   --info [WHAT]          print how the configuration is composed
   --hydra-help           Hydra's own options, such as --shell-completion
   --version, --help      print the version or this text and exit
@@ -114,6 +116,7 @@ def _hush() -> None:
 
 def _dispatch(argv: list[str], place: distributed.Place) -> int:
     """Run a subcommand, print what an option requests, or start the application."""
+    typed, argv = argv, as_config_dir(argv)
     if argv and argv[0] in SUBCOMMANDS:
         if place.size > 1:
             raise ValueError(f"`metarun {argv[0]}` runs in one process: start it without torchrun")
@@ -132,9 +135,9 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
     if args.help:
         return _help(args)
     if place.size == 1 or args.cfg is not None or args.info is not None:
-        return _application(args, argv)
+        return _application(args, typed)
     distributed.start(place)
-    code = _application(args, argv)
+    code = _application(args, typed)
     distributed.stop()
     return code
 

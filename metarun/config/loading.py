@@ -35,6 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from metarun.config.catalogue import conf_dir
 from metarun.config.naming import job_name
 from metarun.config.schema import Config
+from metarun.config.search_path import own_folders, refuse_shipped_names
 from metarun.core.nested import flat
 
 HYDRA_VERSION_BASE = "1.3"
@@ -168,7 +169,7 @@ def names_of(choices: Config, config: Config) -> dict[str, str]:
 
 @contextmanager
 def opened(config_dir: str | None = None, conf: str | None = None) -> Iterator[Hydra]:
-    """Open Hydra on the shipped configurations and those of the user's folder `config_dir`.
+    """Open Hydra on the shipped configurations and those of the user's folders `config_dir`.
 
     Raises:
         ValueError: A folder does not exist, or a user's file has the name of a shipped one.
@@ -176,15 +177,15 @@ def opened(config_dir: str | None = None, conf: str | None = None) -> Iterator[H
     shipped = Path(conf).resolve() if conf else conf_dir()
     if not shipped.is_dir():
         raise ValueError(f"--config-path {conf}: there is no such folder; check the path")
-    if config_dir is not None:
-        _check_config_dir(config_dir, shipped)
+    folders = own_folders(config_dir)
+    refuse_shipped_names(folders, shipped)
     register_resolvers()
     setbase(HYDRA_VERSION_BASE)
     search_path = create_config_search_path(str(shipped))
-    if config_dir is not None:
+    for folder in folders:
         search_path.prepend(
             provider="command-line",
-            path=f"file://{Path(config_dir).resolve()}",
+            path=f"file://{folder.resolve()}",
             anchor=SearchPathQuery(provider="schema"),
         )
     instance = GlobalHydra.instance()
@@ -195,18 +196,3 @@ def opened(config_dir: str | None = None, conf: str | None = None) -> Iterator[H
         yield hydra
     finally:
         instance.clear()
-
-
-def _check_config_dir(config_dir: str, shipped: Path) -> None:
-    folder = Path(config_dir).resolve()
-    if not folder.is_dir():
-        raise ValueError(f"--config-dir {config_dir}: there is no such folder; check the path")
-    if folder == shipped:
-        return
-    for path in sorted(folder.rglob("*.yaml")):
-        name = path.relative_to(folder)
-        if (shipped / name).exists():
-            raise ValueError(
-                f"{Path(config_dir) / name} has the name of a shipped file, which would take "
-                "precedence: rename it"
-            )
