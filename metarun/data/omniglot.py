@@ -16,7 +16,14 @@ import torch
 
 from metarun.core.types import EpisodeSize, Split
 from metarun.data.augmentation import Augmentation
-from metarun.data.episodes import ClassEpisodes, ClassTable, Drawers, Episodes, Rotations
+from metarun.data.episodes import (
+    ClassEpisodes,
+    ClassTable,
+    Drawers,
+    Episodes,
+    EvalRotations,
+    Rotations,
+)
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels, open_store
 from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
@@ -58,8 +65,8 @@ class OmniglotSmall(ClassEpisodes):
         resize: Resize = "paper",
         image_size: int = DRAWING_SIZE,
         rotations: Rotations = "none",
-        rotations_eval: Rotations = "none",
-        rotations_val: Rotations | None = None,
+        rotations_eval: EvalRotations = "none",
+        rotations_val: EvalRotations | None = None,
         episodes: Episodes = "any",
         drawers: Drawers = "any",
         affine_degrees: float = 0.0,
@@ -74,7 +81,7 @@ class OmniglotSmall(ClassEpisodes):
         dtype: torch.dtype = torch.float32,
         val_way: int | None = None,
     ) -> None:
-        _check_images(resize, image_size)
+        _check_size(image_size)
         super().__init__(
             name="omniglot_small",
             tables=small_tables(resize, image_size),
@@ -126,7 +133,7 @@ class Omniglot(ClassEpisodes):
         resize: Resize = "paper",
         image_size: int = DRAWING_SIZE,
         rotations: Rotations = "classes",
-        rotations_eval: Rotations = "classes",
+        rotations_eval: EvalRotations = "classes",
         episodes: Episodes = "any",
         drawers: Drawers = "any",
         affine_degrees: float = 0.0,
@@ -141,9 +148,7 @@ class Omniglot(ClassEpisodes):
         dtype: torch.dtype = torch.float32,
         val_way: int | None = None,
     ) -> None:
-        _check_images(resize, image_size)
-        if split not in ("vinyals", "background"):
-            raise ValueError(f"data.split={split} is unknown: choose vinyals or background")
+        _check_size(image_size)
         super().__init__(
             name="omniglot",
             tables=_full_tables(root, split, resize, image_size),
@@ -177,9 +182,7 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
     return "val" if character.vinyals == "val" else "train"
 
 
-def _check_images(resize: str, image_size: int) -> None:
-    if resize not in ("paper", "antialias"):
-        raise ValueError(f"data.resize={resize} is unknown: choose paper or antialias")
+def _check_size(image_size: int) -> None:
     if not 8 <= image_size <= ORIGINAL_SIDE:
         raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
 
