@@ -83,10 +83,6 @@ class OuterOptimizer(nn.Module):
         for name, value in (("min_lr", min_lr), ("weight_decay", weight_decay)):
             if value < 0:
                 raise ValueError(f"optim.{name}={value}: expected 0 or more")
-        if schedule not in ("constant", "linear", "cosine", "step"):
-            raise ValueError(
-                f"optim.schedule={schedule}: expected constant, linear, cosine or step"
-            )
         # A plain dict: registered parameters would appear twice in the owner's `parameters()`.
         self.targets = dict(parameters)
         values = list(self.targets.values())
@@ -99,12 +95,10 @@ class OuterOptimizer(nn.Module):
                 weight_decay=weight_decay,
                 fused=True,
             )
-        elif method == "sgd":
+        else:
             self.optimizer = torch.optim.SGD(
                 values, lr=lr, momentum=momentum, weight_decay=weight_decay
             )
-        else:
-            raise ValueError(f"optim.method={method}: expected adam or sgd")
         self.lr = lr
         self.schedule = schedule
         self.min_lr = min_lr

@@ -24,7 +24,7 @@ from metarun.backbones.layers.normalization import (
     halved_ceil,
     many_rows,
 )
-from metarun.backbones.network import Maps, Network, check_choice, check_norm_eps
+from metarun.backbones.network import Maps, Network, check_norm_eps
 
 Downsample = Literal["max_pool", "max_pool_ceil", "stride"]
 Pool = Literal["flatten", "mean"]
@@ -89,7 +89,6 @@ class Conv4(Network):
         halving = min(blocks, 2) if early else blocks
         pooled = halving if downsample != "stride" and strides is None else 0
         check_image(input_shape, pooled, "conv4")
-        check_choice("downsample", downsample, Downsample)
         if padding < 0:
             raise ValueError(f"backbone.padding={padding}: expected 0 or more")
         steps = _strides(strides, blocks, halving if downsample == "stride" else 0)
@@ -103,10 +102,6 @@ class Conv4(Network):
                 f"backbone.filters={filters} does not match backbone.blocks={blocks}: give one "
                 "number for all blocks, or one for each"
             )
-        check_choice("pool", pool, Pool)
-        check_choice("norm", norm, Norm)
-        check_choice("activation", activation, Activation)
-        check_choice("init", init, Init)
         check_norm_eps(norm_eps)
         if early:
             _check_maps(input_shape, pool)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.modulation import task_context
 from metarun.backbones.layers.normalization import BatchNorm
-from metarun.backbones.network import Network, check_choice, check_norm_eps
+from metarun.backbones.network import Network, check_norm_eps
 
 Activation = Literal["relu", "tanh"]
 Init = Literal["torch", "truncated_normal", "kaiming_normal"]
@@ -60,8 +60,6 @@ class MLP(Network):
             raise ValueError(
                 f"backbone.hidden={list(hidden)}: expected one or more positive widths"
             )
-        check_choice("activation", activation, Activation)
-        check_choice("init", init, Init)
         check_norm_eps(norm_eps)
         if batch_norm and context_dim:
             raise ValueError(

@@ -9,7 +9,7 @@ Shapes: N rows, F features.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,17 +75,6 @@ def set_mixed(module: nn.Module) -> int:
     for network in found:
         network.mixed = True
     return len(found)
-
-
-def check_choice(key: str, value: str, choices: Any) -> None:
-    """Check that a setting is one of the values of a `Literal`.
-
-    Raises:
-        ValueError: It is not; the message names the key and every choice.
-    """
-    *others, last = get_args(choices)
-    if value not in (*others, last):
-        raise ValueError(f"backbone.{key}={value}: expected {', '.join(others)} or {last}")
 
 
 def check_norm_eps(eps: float) -> None:

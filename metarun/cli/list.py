@@ -10,6 +10,7 @@ from rich.text import Text
 
 from metarun.cli.parser import Parser
 from metarun.config.catalogue import GROUPS, entries, find, header, keys, recipes
+from metarun.config.search_path import refuse_shipped_names
 from metarun.config.suggestions import nearest
 from metarun.core.console import INDENT, table_console
 from metarun.reporting.references import (
@@ -42,11 +43,10 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "words", nargs="*", metavar="GROUP [NAME]", help=f"GROUP is one of {', '.join(GROUPS)}"
     )
-    parser.add_argument("--config-dir", "-cd", type=Path, help="list your own YAML files, too")
+    parser.add_argument("--config-dir", "-cd", help="list your own YAML files, too")
     args = parser.parse_args(list(argv))
-    if args.config_dir is not None and not args.config_dir.is_dir():
-        raise ValueError(f"--config-dir {args.config_dir}: there is no such folder")
     folders = folders_of(args.config_dir)
+    refuse_shipped_names(folders[1:], folders[0])
     words = args.words
     if words and words[0] in GROUPS and any(word not in GROUPS for word in words[1:]):
         paths = [_path(folders, words[0], name) for name in words[1:]]

@@ -15,11 +15,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import metarun
-from metarun.config.catalogue import conf_dir
 from metarun.config.checks import check_config
+from metarun.config.search_path import as_config_dir
 from metarun.core import distributed
 from metarun.core.errors import (
     EXIT_BAD_INPUT,
@@ -61,7 +61,8 @@ Groups and their values:
 Options:
   -m, --multirun         run every combination of comma-separated values
   --cfg job [--resolve]  print the configuration and exit
-  --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine)
+  --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine);
+                         hydra.searchpath=[file://A,pkg://B] adds several
   --info [WHAT]          print how the configuration is composed
   --hydra-help           Hydra's own options, such as --shell-completion
   --version, --help      print the version or this text and exit
@@ -115,6 +116,7 @@ def _hush() -> None:
 
 def _dispatch(argv: list[str], place: distributed.Place) -> int:
     """Run a subcommand, print what an option requests, or start the application."""
+    typed, argv = argv, as_config_dir(argv)
     if argv and argv[0] in SUBCOMMANDS:
         if place.size > 1:
             raise ValueError(f"`metarun {argv[0]}` runs in one process: start it without torchrun")
@@ -133,9 +135,9 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
     if args.help:
         return _help(args)
     if place.size == 1 or args.cfg is not None or args.info is not None:
-        return _application(args, argv)
+        return _application(args, typed)
     distributed.start(place)
-    code = _application(args, argv)
+    code = _application(args, typed)
     distributed.stop()
     return code
 
@@ -167,6 +169,10 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.experimental_rerun:
         raise ValueError("--experimental-rerun is not supported: type resume=RUN instead")
+    if args.resolve and args.cfg is None:
+        raise ValueError("--resolve needs --cfg: type --cfg job --resolve")
+    if args.multirun and (args.cfg is not None or args.info is not None):
+        raise ValueError("--cfg and --info describe one run: type them without -m")
     return args
 
 
@@ -262,7 +268,9 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     from metarun.jobs.sweep import check_direction, run
 
     check_direction(method, jobs[0])
-    return run(jobs, method, typed, args.config_dir, lambda task: _hand_over(args, task))
+    return run(
+        jobs, method, typed, args.config_dir, lambda task: _hand_over(args, task, sweep=True)
+    )
 
 
 def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -290,33 +298,27 @@ def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     return folders, words
 
 
-def _hand_over(args: argparse.Namespace, task: Callable[[Any], None]) -> int:
-    """Start Hydra with its options before the overrides; return the exit code."""
-    import hydra
+def _hand_over(args: argparse.Namespace, task: Callable[[Any], Any], *, sweep: bool = False) -> int:
+    """Let Hydra print what an option requests, or start the task; return the exit code."""
+    from hydra._internal.utils import get_args_parser
 
-    from metarun.config.composition import HYDRA_VERSION_BASE, register_resolvers
+    from metarun.config.loading import opened
 
-    register_resolvers()
-    flags: list[str] = []
-    for name in ("config_name", "config_dir", "cfg", "package", "info"):
-        value = getattr(args, name)
-        if value is not None:
-            flags += [f"--{name.replace('_', '-')}", value]
-    for name in ("hydra_help", "resolve", "run", "multirun", "shell_completion"):
-        if getattr(args, name):
-            flags.append(f"--{name.replace('_', '-')}")
-    conf = Path(args.config_path).resolve() if args.config_path else conf_dir()
-    typed = sys.argv
-    sys.argv = [typed[0], *flags, *args.overrides]
+    name, words = args.config_name or "config", args.overrides
     try:
-        application = hydra.main(
-            version_base=HYDRA_VERSION_BASE, config_path=str(conf), config_name="config"
-        )(task)
-        cast("Callable[[], None]", application)()
+        with opened(args.config_dir, args.config_path) as hydra:
+            if args.hydra_help:
+                hydra.hydra_help(name, get_args_parser(), args)
+            elif args.shell_completion:
+                hydra.shell_completion(name, words)
+            elif args.cfg is not None:
+                hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)
+            elif args.info is not None:
+                hydra.show_info(args.info, name, words)
+            else:
+                (hydra.multirun if sweep else hydra.run)(name, task, words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
-    finally:
-        sys.argv = typed
     return EXIT_OK
 
 

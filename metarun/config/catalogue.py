@@ -124,9 +124,10 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def method_name(algo: str) -> str:
+def method_name(folders: Sequence[Path], algo: str) -> str:
     """The name and the paper of an algorithm, which open its description."""
-    return description(conf_dir() / "algo" / f"{algo}.yaml").partition(":")[0]
+    path = find(folders, "algo", algo)
+    return "" if path is None else description(path).partition(":")[0]
 
 
 def recipes(folders: Sequence[Path], group: str, name: str) -> list[str]:

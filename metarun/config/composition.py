@@ -6,7 +6,6 @@ sometimes (`+key`) not at all. Every override is looked up here first. No torch 
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,22 +14,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins import file_config_source
 from hydra._internal.hydra import Hydra
-from hydra._internal.sources_registry import SourcesRegistry
-from hydra._internal.utils import create_config_search_path
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import ConfigDefault
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
-from hydra.version import setbase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
@@ -38,15 +29,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from metarun.config.catalogue import conf_dir
-from metarun.config.naming import hashed_slug, job_name
+from metarun.config.loading import left_out, names_of, opened, plain, target_in
+from metarun.config.naming import hashed_slug
 from metarun.config.overrides import check_added, has_key, leaves, read_words, text_of
 from metarun.config.schema import NODES, Config
 from metarun.config.suggestions import nearest, unknown_key
 from metarun.config.sweeps import SweepMethod, corners, product
 from metarun.core.errors import one_line
-
-HYDRA_VERSION_BASE = "1.3"
 
 _EXTRAS = {
     "joblib": "joblib",
@@ -72,6 +61,7 @@ class Job:
         config: Resolved configuration.
         folder: Folder that the run will create.
         has_recipe: Whether the pair of algorithm and data set has a recipe.
+        left_out: What the recipe says of other backbones, a line for each.
         may_be_there: Whether the folder may already exist, since a hash of what the run
             computes is part of its name.
     """
@@ -80,47 +70,8 @@ class Job:
     config: Config
     folder: Path
     has_recipe: bool
+    left_out: list[str]
     may_be_there: bool = False
-
-
-class FileConfigSource(file_config_source.FileConfigSource):
-    """Hydra's reader of YAML files, without the `reference` of an experiment.
-
-    What we measured is part of no configuration: other experiments that build on the file must
-    not inherit it, and the hash of a run must not change with it.
-    """
-
-    def load_config(self, config_path: str) -> ConfigResult:
-        loaded = super().load_config(config_path)
-        if config_path.startswith("experiment/") and isinstance(loaded.config, DictConfig):
-            loaded.config.pop("reference", None)
-        return loaded
-
-
-def register_resolvers() -> None:
-    """Register what the files in conf/ need: resolvers of OmegaConf, and how Hydra reads files."""
-    Plugins.instance()  # Registers Hydra's own readers of files first.
-    SourcesRegistry.instance().types["file"] = FileConfigSource
-    # Cached, so that a folder keeps its name when it is resolved again.
-    OmegaConf.register_new_resolver(
-        "metarun_unique", lambda: secrets.token_hex(3), replace=True, use_cache=True
-    )
-    OmegaConf.register_new_resolver("metarun_job", _job_name, replace=True)
-
-
-def _job_name(*, _root_: DictConfig) -> str:
-    """Return the name of a sweep's run; `_root_` is its configuration with Hydra's node."""
-    config = _plain(_root_)
-    hydra = HydraConfig.get()
-    config["names"] = names_of(cast("dict[str, Any]", dict(hydra.runtime.choices)), config)
-    parser = OverridesParser.create()
-    words = [parser.parse_override(str(word)) for word in hydra.overrides.task]
-    return job_name([_as_hydra_writes(word) for word in words], config)
-
-
-def _as_hydra_writes(override: Override) -> str:
-    """Normalize an override as Hydra does in a sweep: `seed=1e3` becomes `seed=1000.0`."""
-    return f"{override.get_key_element()}={override.get_value_element_as_str()}"
 
 
 @contextmanager
@@ -132,27 +83,8 @@ def composer(
     Raises:
         ValueError: A folder does not exist, or a user's file has the name of a shipped one.
     """
-    shipped = Path(conf).resolve() if conf else conf_dir()
-    if not shipped.is_dir():
-        raise ValueError(f"--config-path {conf}: there is no such folder; check the path")
-    if config_dir is not None:
-        _check_config_dir(config_dir, shipped)
-    register_resolvers()
-    setbase(HYDRA_VERSION_BASE)
-    search_path = create_config_search_path(str(shipped))
-    if config_dir is not None:
-        search_path.prepend(
-            provider="command-line",
-            path=f"file://{Path(config_dir).resolve()}",
-            anchor=SearchPathQuery(provider="schema"),
-        )
-    instance = GlobalHydra.instance()
-    instance.clear()
-    hydra = Hydra.create_main_hydra2(task_name="metarun", config_search_path=search_path)
-    try:
+    with opened(config_dir, conf) as hydra:
         yield Composer(hydra, config_name or "config")
-    finally:
-        instance.clear()
 
 
 class Composer:
@@ -197,10 +129,9 @@ class Composer:
         except Exception:  # A user's file may be invalid: composing it explains the error.
             found = None
         if found is not None:
-            for key in ("_target_", f"{group}._target_"):
-                target = OmegaConf.select(found.config, key)
-                if target is not None:
-                    return str(target)
+            target = target_in(found, group)
+            if target is not None:
+                return target
             for default in found.defaults_list or ():
                 if isinstance(default, ConfigDefault) and not default.is_self():
                     return self.target(group, str(default.path))
@@ -346,7 +277,12 @@ class Composer:
         config, folder = _resolve(cfg, "sweep" if sweep else "run")
         config["names"] = names_of(choices, config)
         recipes = self.options("recipe") if "recipe" in self.groups else []
-        return Job(list(overrides), config, folder, choices.get("recipe") in recipes, sweep)
+        has_recipe = choices.get("recipe") in recipes
+        others: list[str] = []
+        if has_recipe:
+            recipe = self._repository.load_config(f"recipe/{choices['recipe']}")
+            others = left_out(recipe, config["names"]["backbone"])
+        return Job(list(overrides), config, folder, has_recipe, others, sweep)
 
     def _check_words(self, overrides: Sequence[str]) -> Config:
         """Check every group and key; return the configuration composed from the groups alone."""
@@ -470,21 +406,6 @@ def _check_plugin(group: str, value: str) -> None:
         )
 
 
-def _check_config_dir(config_dir: str, shipped: Path) -> None:
-    folder = Path(config_dir).resolve()
-    if not folder.is_dir():
-        raise ValueError(f"--config-dir {config_dir}: there is no such folder; check the path")
-    if folder == shipped:
-        return
-    for path in sorted(folder.rglob("*.yaml")):
-        name = path.relative_to(folder)
-        if (shipped / name).exists():
-            raise ValueError(
-                f"{Path(config_dir) / name} has the name of a shipped file, which would take "
-                "precedence: rename it"
-            )
-
-
 def _structure(cfg: DictConfig) -> Config:
     return cast("Config", OmegaConf.to_container(cfg, resolve=False))
 
@@ -499,7 +420,7 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Pa
     before = holder.cfg
     holder.set_config(cfg)
     try:
-        config = _plain(cfg)
+        config = plain(cfg)
         folder = Path(str(cfg.hydra[mode].dir))
         return config, folder / str(cfg.hydra.sweep.subdir) if mode == "sweep" else folder
     except MissingMandatoryValue as error:
@@ -512,24 +433,6 @@ def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Pa
         raise ValueError("a value refers to itself through ${…}: remove the cycle") from error
     finally:
         holder.cfg = before
-
-
-def _plain(cfg: DictConfig) -> Config:
-    """Return a configuration as plain, resolved values, without Hydra's node."""
-    task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    return cast("Config", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
-
-
-def names_of(choices: Config, config: Config) -> dict[str, str]:
-    """Return the chosen names of a run's components, with `for_<data>` replaced by the network."""
-    names = {node: str(choices[node]) for node in ("algo", "data")}
-    backbone = str(choices.get("backbone"))
-    if backbone.startswith("for_"):
-        backbone = str(config["backbone"].get("_target_")).rpartition(".")[2].lower()
-    names["backbone"] = backbone
-    if choices.get("experiment"):
-        names["experiment"] = str(choices["experiment"])
-    return names
 
 
 def _explain(error: BaseException) -> str:

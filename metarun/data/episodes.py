@@ -29,6 +29,7 @@ from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import picture
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
+EvalRotations = Literal["none", "classes", "per_task"]
 Episodes = Literal["any", "within_alphabet", "within_turned_alphabet"]
 Drawers = Literal["any", "apart"]
 
@@ -142,8 +143,8 @@ class ClassEpisodes:
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         rotations: Rotations = "none",
-        rotations_eval: Rotations = "none",
-        rotations_val: Rotations | None = None,
+        rotations_eval: EvalRotations = "none",
+        rotations_val: EvalRotations | None = None,
         episodes: Episodes = "any",
         drawers: Drawers = "any",
         affine_degrees: float = 0.0,
@@ -159,12 +160,6 @@ class ClassEpisodes:
         prepare: Callable[[Image.Image], Pixels],
         can_drop: bool = False,
     ) -> None:
-        _one_of("rotations", rotations, ("none", "classes", "mirrored", "per_task"))
-        _one_of("rotations_eval", rotations_eval, ("none", "classes", "per_task"))
-        if rotations_val is not None:
-            _one_of("rotations_val", rotations_val, ("none", "classes", "per_task"))
-        _one_of("episodes", episodes, ("any", "within_alphabet", "within_turned_alphabet"))
-        _one_of("drawers", drawers, ("any", "apart"))
         if drawers == "apart" and episodes == "any":
             raise ValueError(
                 "data.drawers=apart needs classes of one alphabet, which the same people drew: "
@@ -500,8 +495,3 @@ def sample(keys: Tensor, slot: int, counts: Tensor, num: int) -> Tensor:
         seen = (chosen[..., :place] == drawn[..., None]).any(dim=-1)
         chosen[..., place] = torch.where(seen, top, drawn)
     return chosen
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"data.{name}={value} is unknown: choose {' or '.join(allowed)}")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from metarun.core.types import Split
-from metarun.data.episodes import ClassEpisodes, ClassTable, Rotations
+from metarun.data.episodes import ClassEpisodes, ClassTable, EvalRotations, Rotations
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels, open_store
 from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
@@ -57,7 +57,7 @@ class OmniglotSmall(ClassEpisodes):
         image_size: int = DRAWING_SIZE,
         **common: Any,
     ) -> None:
-        _check_images(resize, image_size)
+        _check_size(image_size)
         super().__init__(
             name="omniglot_small",
             tables=small_tables(resize, image_size),
@@ -92,12 +92,10 @@ class Omniglot(ClassEpisodes):
         resize: Resize = "paper",
         image_size: int = DRAWING_SIZE,
         rotations: Rotations = "classes",
-        rotations_eval: Rotations = "classes",
+        rotations_eval: EvalRotations = "classes",
         **common: Any,
     ) -> None:
-        _check_images(resize, image_size)
-        if split not in ("vinyals", "background"):
-            raise ValueError(f"data.split={split} is unknown: choose vinyals or background")
+        _check_size(image_size)
         super().__init__(
             name="omniglot",
             tables=_full_tables(root, split, resize, image_size),
@@ -117,9 +115,7 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
     return "val" if character.vinyals == "val" else "train"
 
 
-def _check_images(resize: str, image_size: int) -> None:
-    if resize not in ("paper", "antialias"):
-        raise ValueError(f"data.resize={resize} is unknown: choose paper or antialias")
+def _check_size(image_size: int) -> None:
     if not 8 <= image_size <= ORIGINAL_SIDE:
         raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
 

@@ -67,8 +67,6 @@ class FunctionStream(Formulas):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if order not in ORDERS:
-            raise ValueError(f"data.order={order}: expected {', '.join(ORDERS)}")
         for name, value in (("tasks", tasks), ("rows", rows), ("visits", visits)):
             if value < 1:
                 raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")

@@ -71,8 +71,6 @@ class TransformedStream(ClassEpisodes):
         task_ids_known: bool = True,
         **common: Any,
     ) -> None:
-        if source not in ("digits", "omniglot_small"):
-            raise ValueError(f"data.source={source}: expected digits or omniglot_small")
         for name, value in (("tasks", tasks), ("pool", pool), ("rows", rows)):
             if value < 1:
                 raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
-    """Check that all jobs can run, and print which pairs have no recipe; write nothing to disk.
+    """Check that all jobs can run, and print what recipes leave out; write nothing to disk.
 
     Raises:
         ValueError: A job cannot run.
@@ -39,6 +39,8 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             check_space(job.folder, required_bytes(experiment.algorithm))
     if not distributed.is_main():
         return
+    for line in dict.fromkeys(line for job in jobs for line in job.left_out):
+        print(f"note: {line}", file=sys.stderr)
     # An experiment is itself a recipe.
     untuned = (j for j in jobs if not j.has_recipe and "experiment" not in j.config["names"])
     for pair in dict.fromkeys(_pair(job) for job in untuned):

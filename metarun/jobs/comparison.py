@@ -24,6 +24,7 @@ from metarun.core.statistics import interval
 from metarun.jobs.checks import check_jobs
 from metarun.jobs.ensure import ensure_finished
 from metarun.reporting.comparison_tables import Row, comparison, stream_comparison
+from metarun.reporting.references import folders_of
 from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
 
@@ -55,7 +56,7 @@ def compare(
     plan = [replace(job, folder=folder / folder_name(job)) for job in jobs]
     _check_against(against, plan)
     failed = [] if table_only else _run_missing(plan, config_dir)
-    table = _table(plan, against, measures)
+    table = _table(plan, against, measures, folders_of(config_dir))
     print(f"\n{table}")
     if not table_only:
         path = folder / f"{_file_name(words, against)}.md"
@@ -185,7 +186,9 @@ def _on_streams(plan: Sequence[Job]) -> bool:
     return bool(getattr(target, "learns_online", False))
 
 
-def _table(plan: Sequence[Job], against: str | None, measures: Sequence[str]) -> str:
+def _table(
+    plan: Sequence[Job], against: str | None, measures: Sequence[str], folders: Sequence[Path]
+) -> str:
     """Return a table with a row for each algorithm and a column for each setting.
 
     Seeds are pooled. Streams have many metrics, so each setting gets a table of its own.
@@ -195,7 +198,7 @@ def _table(plan: Sequence[Job], against: str | None, measures: Sequence[str]) ->
     rows = {
         name: Row(
             name,
-            method_name(name),
+            method_name(folders, name),
             [_results(jobs, name) for jobs in columns.values()],
             [_failed(jobs, name) for jobs in columns.values()],
         )

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from metarun.config.build import build_source
-from metarun.config.composition import Job, register_resolvers
+from metarun.config.composition import Job
+from metarun.config.loading import register_resolvers
 from metarun.config.sweeps import SweepMethod
 from metarun.core.console import Screen, figure, number
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
@@ -216,9 +217,6 @@ def check_direction(method: SweepMethod, job: Job) -> None:
 
 def _handed_over(hand_over: Callable[[Callable[[Any], Any]], int], worker: Worker) -> str:
     """Start Hydra; return an error that occurred outside the runs, or an empty string."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
-    # Otherwise Hydra prints a traceback and exits before the summary.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         with warnings.catch_warnings():
             # joblib replaces a process whose memory has grown, which is usual with torch.
@@ -229,11 +227,6 @@ def _handed_over(hand_over: Callable[[Callable[[Any], Any]], int], worker: Worke
     # A launcher or sweeper may raise any exception.
     except Exception as error:
         return f"Hydra's sweeper or launcher failed: {describe_error(error)}"
-    finally:
-        if before is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = before
     return "" if code == EXIT_OK else f"Hydra's sweeper or launcher failed with exit code {code}"
 
 

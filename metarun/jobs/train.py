@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from metarun.config.build import build_experiment, build_trackers
-from metarun.config.composition import names_of, to_yaml
+from metarun.config.composition import to_yaml
+from metarun.config.loading import names_of
 from metarun.config.schema import Config
 from metarun.core import distributed
 from metarun.core.console import Screen, silent_screen

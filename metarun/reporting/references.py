@@ -13,6 +13,7 @@ from typing import Any
 
 from metarun.config.catalogue import conf_dir, experiment, find, load
 from metarun.config.checks import structured
+from metarun.config.search_path import own_folders
 from metarun.core.settings import Outcome, Published, PublishedCell, Reference
 from metarun.reporting.tables import Figure
 
@@ -28,7 +29,7 @@ _FEWEST_SEEDS = 3
 
 def folders_of(config_dir: str | Path | None) -> list[Path]:
     """Return the folders of YAML files: the shipped one and the user's."""
-    return [conf_dir(), *([Path(config_dir)] if config_dir else [])]
+    return [conf_dir(), *own_folders(config_dir)]
 
 
 def read_reference(folders: Sequence[Path], name: str) -> Reference | None:

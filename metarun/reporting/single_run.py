@@ -153,13 +153,14 @@ def command(environment: Mapping[str, Any]) -> str:
 
 
 def _config_dir(command: Sequence[str]) -> list[str]:
-    """Return the `--config-dir` option of a command, if it has one."""
+    """Return the words of a command that name the user's folders of YAML files."""
+    words: list[str] = []
     for place, word in enumerate(command):
         if word in ("--config-dir", "-cd"):
-            return ["--config-dir", *command[place + 1 : place + 2]]
-        if word.startswith("--config-dir="):
-            return [word]
-    return []
+            words += ["--config-dir", *command[place + 1 : place + 2]]
+        elif word.startswith(("--config-dir=", "hydra.searchpath=")):
+            words.append(word)
+    return words
 
 
 def sections(
@@ -257,7 +258,7 @@ def _measures(files: RunFiles) -> list[Table]:
     ]
     temperature = results["temperature"]
     text = f"Logits are divided by {temperature:.4g}, fitted on meta-val." * (temperature != 1.0)
-    return [table("Measures of the meta-test", lines, text=text)] if lines else []
+    return [Table("Measures of the meta-test", lines, text=text)] if lines else []
 
 
 def _stream(files: RunFiles) -> list[Table]:

@@ -108,8 +108,6 @@ def test_a_restored_state_goes_on_bit_for_bit() -> None:
     [
         ({"lr": -1.0}, "optim.lr=-1.0"),
         ({"lr": math.nan}, "optim.lr=nan"),
-        ({"method": "lbfgs"}, "adam or sgd"),
-        ({"schedule": "warm"}, "optim.schedule=warm"),
         ({"clip_norm": 0.0}, "optim.clip_norm"),
     ],
 )

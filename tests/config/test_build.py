@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
 
-from metarun.config.build import Experiment, build_experiment, keywords, option_hints
+from metarun.config.build import (
+    Experiment,
+    _component,
+    build_experiment,
+    keywords,
+    option_hints,
+)
 from metarun.config.catalogue import conf_dir
 from metarun.config.checks import _BOUNDS, convert
 from metarun.config.composition import composer
@@ -52,10 +59,44 @@ COMPONENTS = [
 ]
 
 
+# Options whose value is any text.
+TEXTS = {"algo.cache", "data.root"}
+
+
+@cache
+def node_of(path: Path) -> dict[str, Any]:
+    """Return the node of a component, as its file composes it."""
+    group = path.parent.name
+    more = ["backbone=mlp"] if group == "data" else []
+    node: dict[str, Any] = config(f"{group}={path.stem}", "~recipe", *more)[group]
+    return node
+
+
+def words_of(hint: Any) -> tuple[str, ...]:
+    """Return the words of a `Literal`, which may be part of a union."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(word for part in get_args(hint) for word in words_of(part))
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: f"{p.parent.name}={p.stem}")
+def test_a_word_is_checked_by_the_type_of_its_option(path: Path) -> None:
+    group, node = path.parent.name, node_of(path)
+    hints = option_hints(group, node)
+    for key in set(node) - {"_target_", "_partial_"}:
+        assert hints[key] is not Any, f"{group}.{key} has no type that could be checked"
+        words = words_of(hints[key])
+        if isinstance(node[key], str) and get_origin(hints[key]) is not type:
+            assert node[key] in words or f"{group}.{key}" in TEXTS
+        if words:
+            with pytest.raises(ValueError, match=f"^{group}.{key}=nonsense: expected ") as caught:
+                _component(group, {**node, key: "nonsense"})
+            assert all(word in str(caught.value) for word in words)
+
+
 @pytest.mark.parametrize("path", COMPONENTS, ids=lambda p: f"{p.parent.name}={p.stem}")
 def test_the_keys_of_a_yaml_are_the_keywords_of_its_constructor(path: Path) -> None:
-    group = path.parent.name
-    node = config(f"{group}={path.stem}", *(["backbone=mlp"] if group == "data" else []))[group]
+    group, node = path.parent.name, node_of(path)
     keys = set(node) - {"_target_", "_partial_"}
     assert keys == set(option_hints(group, node)) - GIVEN[group]
 

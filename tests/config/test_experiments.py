@@ -18,14 +18,15 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from metarun.config.build import build_experiment
 from metarun.config.catalogue import conf_dir, experiment
 from metarun.config.checks import check_config
-from metarun.config.composition import composer, names_of, register_resolvers
+from metarun.config.composition import composer
+from metarun.config.loading import names_of, opened, plain
 from metarun.core.console import Screen
 from metarun.core.types import SPLITS
 from metarun.data import omniglot
@@ -101,13 +102,11 @@ def write_photographs(folder: Path) -> None:
 
 @cache
 def composed(name: str) -> Config:
-    """Compose an experiment by Hydra alone, since checking every override takes much longer."""
-    register_resolvers()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+    """Compose an experiment without checking its overrides, which takes much longer."""
+    with opened() as hydra:
+        cfg = hydra.compose_config("config", [f"experiment={name}"], RunMode.RUN)
     choices = cast("Config", OmegaConf.to_container(cfg.hydra.runtime.choices))
-    task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    config = cast("Config", OmegaConf.to_container(task, resolve=True, throw_on_missing=True))
+    config = plain(cfg)
     return {**config, "names": names_of(choices, config)}
 
 

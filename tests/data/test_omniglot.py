@@ -158,7 +158,6 @@ def test_val_alone_can_have_its_rotations_as_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resize": "big"}, "data.resize=big is unknown: choose paper or antialias"),
         ({"sizes": sizes(way=137)}, "train.way=137 is more than the 136 classes in omniglot_small"),
         ({"sizes": sizes(shot=10, query=15)}, r"has 20 images, 10\+15 are needed: lower"),
         ({"affine_scale": 2.0}, "data.affine_scale=2.0 is out of range"),

@@ -203,7 +203,6 @@ def test_the_alphabets_that_ship_stream_to_the_last_class() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: lines(order="up"), "data.order=up: expected once, returning, drifting"),
         (lambda: lines(tasks=0), "data.tasks=0 is out of range"),
         (lambda: lines(rows=4), "data.rows=4 does not divide the 6 rows of a visit"),
         (lambda: lines(functions=2), "data.functions=2 is fewer than data.tasks=3"),

@@ -136,7 +136,6 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"source": "letters"}, "data.source=letters: expected digits or omniglot_small"),
         ({"tasks": 0}, "data.tasks=0 is out of range"),
         ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57 is out of range: 56 or fewer"),
         ({"shot": 9}, "shot=9 is more than the 6 images of a class that the tasks share"),

@@ -84,8 +84,6 @@ class MultiTask(AdaptingLearner):
         if fit_steps < 0:
             raise ValueError(f"algo.fit_steps={fit_steps}: expected 0 or more")
         check_positive("algo.fit_lr", fit_lr)
-        if penalty not in ("none", "l2", "mean"):
-            raise ValueError(f"algo.penalty={penalty}: expected none, l2 or mean")
         if not 0.0 <= decay < math.inf:
             raise ValueError(f"algo.decay={decay}: expected 0 or more")
         self.fit_steps = fit_steps

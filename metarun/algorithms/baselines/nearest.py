@@ -38,8 +38,6 @@ class Nearest(Algorithm):
 
     def __init__(self, *, distance: Distance = "squared_euclidean", **common: Any) -> None:
         super().__init__(**common)
-        if distance not in ("squared_euclidean", "cosine"):
-            raise ValueError(f"algo.distance={distance}: expected squared_euclidean or cosine")
         if distance == "cosine" and math.prod(self.spec.input_shape) == 1:
             raise ValueError(
                 "algo.distance=cosine: the inputs are single numbers, whose cosine depends only on "

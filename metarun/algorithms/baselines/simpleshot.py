@@ -50,8 +50,6 @@ class SimpleShot(Pretrained):
         self, *, transform: Transform = "cl2", mean_momentum: float = 0.1, **common: Any
     ) -> None:
         super().__init__(**common)
-        if transform not in ("none", "l2", "cl2"):
-            raise ValueError(f"algo.transform={transform}: expected none, l2 or cl2")
         if not 0.0 < mean_momentum <= 1.0:
             raise ValueError(f"algo.mean_momentum={mean_momentum}: expected more than 0, at most 1")
         self.transform = transform

@@ -344,10 +344,6 @@ class WeightLearner(OnlineLearner):
     ) -> None:
         super().__init__(**common)
         rates = candidates("online_lr", online_lr)
-        if online_optim not in ("sgd", "adam"):
-            raise ValueError(f"algo.online_optim={online_optim}: expected sgd or adam")
-        if adapt not in ("all", "head"):
-            raise ValueError(f"algo.adapt={adapt}: expected all or head")
         self.rates = rates
         self.online_optim = online_optim
         self.adapt = adapt

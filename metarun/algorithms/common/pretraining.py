@@ -52,8 +52,6 @@ class Head:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "cosine"):
-            raise ValueError(f"algo.head={self.kind}: expected linear or cosine")
         if self.scale is not None and not self.scale > 0:
             raise ValueError(f"algo.scale={self.scale}: expected a positive number, or null")
 

@@ -88,8 +88,6 @@ class FTML(OnlineLearner):
     ) -> None:
         super().__init__(**common)
         meta_rates, inner_rates = candidates("meta_lr", meta_lr), candidates("inner_lr", inner_lr)
-        if objective not in ("meta", "joint", "none"):
-            raise ValueError(f"algo.objective={objective}: expected meta, joint or none")
         for name, value in (
             ("meta_updates", meta_updates),
             ("meta_tasks", meta_tasks),

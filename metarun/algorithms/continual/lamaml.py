@@ -69,10 +69,6 @@ class LaMAML(OnlineLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if rates not in ("learned", "fixed"):
-            raise ValueError(f"algo.rates={rates}: expected learned or fixed")
-        if step not in ("rates", "fixed"):
-            raise ValueError(f"algo.step={step}: expected rates or fixed")
         for name, value in (
             ("rates_start", rates_start),
             ("rates_lr", rates_lr),

@@ -111,8 +111,6 @@ class MetaGAN(Algorithm):
         check_positive("algo.generator_lr", generator_lr)
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"algo.weight={weight}: expected 0 or more")
-        if classes not in ("softmax", "own"):
-            raise ValueError(f"algo.classes={classes}: expected softmax or own")
         if len(self.spec.input_shape) != 3:
             raise ValueError(
                 f"{type(self).__name__} generates images, but an input of the data set has shape "

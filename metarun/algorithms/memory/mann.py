@@ -81,14 +81,6 @@ class MANN(SequenceLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        for name, word, allowed in (
-            ("access", access, ("lrua", "ntm", "none")),
-            ("gate", gate, ("learned", "emitted")),
-            ("written", written, ("keys", "vectors")),
-            ("strength", strength, ("none", "emitted")),
-        ):
-            if word not in allowed:
-                raise ValueError(f"algo.{name}={word}: expected {', '.join(allowed)}")
         for name, value in (
             ("controller", controller),
             ("locations", locations),

@@ -69,8 +69,6 @@ class SequenceLearner(EpisodicLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if loss_of not in ("sequence", "query"):
-            raise ValueError(f"algo.loss_of={loss_of}: expected sequence or query")
         if curriculum is not None:
             rows, first, last = curriculum
             if rows < 1 or not 0 <= first <= last:

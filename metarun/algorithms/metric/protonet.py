@@ -43,8 +43,6 @@ class ProtoNet(EpisodicLearner):
         self, *, distance: Distance = "squared_euclidean", scale: float = 1.0, **common: Any
     ) -> None:
         super().__init__(**common)
-        if distance not in ("squared_euclidean", "cosine"):
-            raise ValueError(f"algo.distance={distance}: expected squared_euclidean or cosine")
         if not scale > 0:
             raise ValueError(f"algo.scale={scale}: expected a positive number")
         self.distance = distance

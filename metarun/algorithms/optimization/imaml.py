@@ -90,8 +90,6 @@ class IMAML(AdaptingLearner):
                     f"algo.{name}={value}: expected less than 2 / algo.inner_lr={2 / inner_lr:g}: "
                     "larger values make the proximal step diverge"
                 )
-        if proximal not in ("after", "each_step"):
-            raise ValueError(f"algo.proximal={proximal}: expected after or each_step")
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.lam = lam

@@ -93,7 +93,7 @@ class MAML(AdaptingLearner):
     ) -> None:
         super().__init__(**common)
         low, high = _range(inner_lr)
-        _check(low, high, inner_steps, second_order_from, adapt, rates, inner_clip)
+        _check(low, high, inner_steps, second_order_from, rates, inner_clip)
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from
         self.inner_clip = inner_clip
@@ -264,7 +264,6 @@ def _check(
     high: float,
     inner_steps: int,
     second_order_from: int | None,
-    adapt: str,
     rates: str,
     inner_clip: float | None,
 ) -> None:
@@ -273,9 +272,5 @@ def _check(
     check_inner_loop(low, inner_steps, second_order_from)
     if low < high and rates == "fixed":
         raise ValueError("algo.inner_lr: a range needs learned rates: use algo.rates=element")
-    if adapt not in ("all", "head", "body"):
-        raise ValueError(f"algo.adapt={adapt}: expected all, head or body")
-    if rates not in ("fixed", "tensor", "element"):
-        raise ValueError(f"algo.rates={rates}: expected fixed, tensor or element")
     if inner_clip is not None and inner_clip <= 0:
         raise ValueError(f"algo.inner_clip={inner_clip}: expected a positive number, or null")

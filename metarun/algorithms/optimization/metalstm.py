@@ -90,8 +90,6 @@ class MetaLSTM(Algorithm):
         for name, span in (("forget_bias", forget_bias), ("rate_bias", rate_bias)):
             if len(span) != 2 or not -math.inf < span[0] <= span[1] < math.inf:
                 raise ValueError(f"algo.{name}={list(span)}: expected [low, high]")
-        if previous_gate not in ("logit", "gate"):
-            raise ValueError(f"algo.previous_gate={previous_gate}: expected logit or gate")
         if not 0.0 < bn_momentum <= 1.0:
             raise ValueError(f"algo.bn_momentum={bn_momentum}: expected a number in (0, 1]")
         self.inner_steps = inner_steps

@@ -67,8 +67,6 @@ class R2D2(EpisodicLearner):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if solver not in ("auto", "primal", "dual"):
-            raise ValueError(f"algo.solver={solver}: expected auto, primal or dual")
         check_positive("algo.init_lambda", init_lambda)
         if not (math.isfinite(init_scale) and init_scale):
             raise ValueError(f"algo.init_scale={init_scale}: expected a number other than 0")

@@ -80,10 +80,6 @@ class Reptile(AdaptingLearner):
         for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):
             if size is not None and size < 1:
                 raise ValueError(f"algo.{name}={size}: expected 1 or more, or null for all rows")
-        if inner_optimizer not in ("adam", "sgd"):
-            raise ValueError(f"algo.inner_optimizer={inner_optimizer}: expected adam or sgd")
-        if inner_loss not in ("mean", "sum"):
-            raise ValueError(f"algo.inner_loss={inner_loss}: expected mean or sum")
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch

@@ -120,10 +120,6 @@ class Mixture(Algorithm):
             check_positive(f"algo.{name}", value)
         if not 0.0 <= memory <= 1.0:
             raise ValueError(f"algo.memory={memory}: expected 0 to 1")
-        if assign not in ("soft", "hard"):
-            raise ValueError(f"algo.assign={assign}: expected soft or hard")
-        if prior not in ("uniform", "balanced", "learned", "crp"):
-            raise ValueError(f"algo.prior={prior}: expected uniform, balanced, learned or crp")
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from

@@ -92,12 +92,8 @@ class NeuralProcess(Algorithm):
         **common: Any,
     ) -> None:
         super().__init__(**common)
-        if deterministic not in ("mean", "attention", "none"):
-            raise ValueError(f"algo.deterministic={deterministic}: expected mean, attention, none")
         if deterministic == "none" and not latent:
             raise ValueError("algo.deterministic=none needs another path: use algo.latent=128")
-        if objective not in ("elbo", "likelihood"):
-            raise ValueError(f"algo.objective={objective}: expected elbo or likelihood")
         if objective == "likelihood" and not latent:
             raise ValueError("algo.objective=likelihood needs a latent path: use algo.latent=128")
         for name, value, least in (

@@ -107,8 +107,6 @@ class Selector(Algorithm):
             raise ValueError("algo=selector needs scikit-learn: pip install '.[sklearn]'") from None
         from joblib import Memory, cpu_count
 
-        if choice not in ("pick", "weigh"):
-            raise ValueError(f"algo.choice={choice}: expected pick or weigh")
         check_positive("algo.prior", prior)
         if folds < 2:
             raise ValueError(f"algo.folds={folds}: expected 2 or more")

@@ -227,7 +227,6 @@ def test_an_infinite_loss_changes_nothing() -> None:
     [
         ({"fit_steps": -1}, "algo.fit_steps=-1"),
         ({"fit_lr": 0.0}, "algo.fit_lr=0.0"),
-        ({"penalty": "l1"}, "none, l2 or mean"),
         ({"decay": -0.1}, "algo.decay=-0.1"),
         ({"inner_lr": 0.0}, "algo.inner_lr=0.0"),
         ({"inner_steps": -1}, "algo.inner_steps=-1"),

@@ -71,7 +71,6 @@ def test_the_mean_feature_is_part_of_the_state() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"transform": "l3"}, "algo.transform=l3"),
         ({"mean_momentum": 0.0}, "algo.mean_momentum=0.0"),
     ],
 )

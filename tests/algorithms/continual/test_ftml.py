@@ -196,7 +196,6 @@ def test_a_lifetime_that_was_stopped_goes_on_bit_for_bit() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"objective": "all"}, r"algo\.objective=all: expected meta, joint or none"),
         ({"meta_lr": [0.1, -1.0]}, r"algo\.meta_lr=\[0\.1, -1\.0\]: expected positive numbers"),
         ({"inner_steps": -1}, r"algo\.inner_steps=-1: expected 0 or more"),
         ({"memory": 0}, r"algo\.memory=0: expected 1 or more"),

@@ -135,8 +135,6 @@ def test_a_negative_rate_stands_still() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"rates": "some"}, r"algo\.rates=some: expected learned or fixed"),
-        ({"step": "none"}, r"algo\.step=none: expected rates or fixed"),
         ({"rates_lr": 0.0}, r"algo\.rates_lr=0\.0: expected a positive number"),
         ({"glances": 0}, r"algo\.glances=0: expected 1 or more"),
     ],

@@ -309,7 +309,6 @@ def test_predict_lives_through_a_stream_that_tells_nothing() -> None:
     [
         (Online, {"online_lr": 0.0}, r"algo\.online_lr=0\.0: expected positive numbers"),
         (Online, {"online_lr": []}, r"algo\.online_lr=\[\]: expected positive numbers"),
-        (Online, {"adapt": "tail"}, r"algo\.adapt=tail: expected all or head"),
         (Online, {"head": [0]}, r"algo\.head=\[0\]: expected positive widths"),
         (Online, {"updates": 0}, r"algo\.updates=0: expected 1 or more"),
         (ExperienceReplay, {"memory": 0}, r"algo\.memory=0: expected 1 or more"),

@@ -248,7 +248,6 @@ def test_neither_moves_if_the_gradient_of_one_is_not_finite() -> None:
         ({"generator_lr": math.inf}, "algo.generator_lr=inf: expected a positive number"),
         ({"weight": math.nan}, "algo.weight=nan: expected 0 or more"),
         ({"weight": -0.5}, "algo.weight=-0.5: expected 0 or more"),
-        ({"classes": "hinge"}, "algo.classes=hinge: expected softmax or own"),
         ({"latent": 0}, "algo.latent=0: expected 1 or more"),
     ],
 )

@@ -301,7 +301,6 @@ def test_running_statistics_are_gathered_on_the_query_rows() -> None:
         ({"cg_steps": -1}, "algo.cg_steps=-1"),
         ({"cg_damping": -0.1}, "algo.cg_damping=-0.1"),
         ({"lam_damping": float("inf")}, "algo.lam_damping=inf"),
-        ({"proximal": "never"}, "after or each_step"),
     ],
 )
 def test_bad_numbers_and_words_are_refused(options: dict[str, Any], words: str) -> None:

@@ -362,8 +362,6 @@ def test_chunks_of_tasks_do_not_change_the_gradient() -> None:
         ({"inner_lr": [0.1, 0.2]}, "algo.rates"),
         ({"inner_lr": [0.1]}, "low, high"),
         ({"inner_steps": -1}, "algo.inner_steps=-1"),
-        ({"adapt": "tail"}, "all, head or body"),
-        ({"rates": "layer"}, "fixed, tensor or element"),
         ({"bn": "batch"}, "bn=batch"),
         ({"eval_inner_steps": -1}, "eval.inner_steps"),
     ],

@@ -345,7 +345,6 @@ def test_its_outer_optimizer_clips_the_norm_as_the_code_does() -> None:
         ({"hidden_size": 0}, "algo.hidden_size=0"),
         ({"forget_bias": [5.0, 4.0]}, "algo.forget_bias"),
         ({"rate_bias": [-4.0]}, "low, high"),
-        ({"previous_gate": "value"}, "logit or gate"),
         ({"bn_momentum": 0.0}, "algo.bn_momentum=0.0"),
     ],
 )

@@ -165,7 +165,6 @@ def test_training_may_have_more_ways_than_testing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "lu"}, "algo.solver=lu: expected auto, primal or dual"),
         ({"init_lambda": 0.0}, "algo.init_lambda=0.0: expected a positive number"),
         ({"init_scale": 0.0}, "algo.init_scale=0.0: expected a number other than 0"),
     ],

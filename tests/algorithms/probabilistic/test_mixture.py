@@ -262,8 +262,6 @@ def test_support_rows_count_by_their_number() -> None:
         ({"anneal": 0.0}, "algo.anneal=0.0: expected a positive number"),
         ({"concentration": -1.0}, "algo.concentration=-1.0: expected a positive number"),
         ({"memory": 2.0}, "algo.memory=2.0: expected 0 to 1"),
-        ({"assign": "both"}, "algo.assign=both: expected soft or hard"),
-        ({"prior": "flat"}, "algo.prior=flat: expected uniform, balanced, learned or crp"),
         ({"inner_lr": 0.0}, "algo.inner_lr=0.0: expected a positive number"),
     ],
 )

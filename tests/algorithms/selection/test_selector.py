@@ -566,7 +566,6 @@ def replace_shape(spec: TaskSpec) -> TaskSpec:
         ({"learners": ["ridge", "mlp_fast"]}, "mlp_fast is not a base-learner for classification"),
         ({"learners": ["ridge"]}, "two or more names, each once"),
         ({"learners": ["ridge", "ridge"]}, "two or more names, each once"),
-        ({"choice": "vote"}, "algo.choice=vote"),
         ({"folds": 1}, "algo.folds=1"),
         ({"processes": 0}, "algo.processes=0"),
         ({"prior": 0.0}, "algo.prior=0.0"),

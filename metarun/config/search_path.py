@@ -1,0 +1,100 @@
+"""The user's folders of YAML files: `--config-dir`, and Hydra's `hydra.searchpath`.
+
+A `--config-dir` may name several folders, separated as in PATH. `hydra.searchpath` is turned into
+it before anything else reads the command line, so that both find the same files everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+KEY = "hydra.searchpath"
+OPTIONS = ("--config-dir", "-cd")
+
+
+def own_folders(config_dir: str | Path | None) -> list[Path]:
+    """Return the folders of a `--config-dir`.
+
+    Raises:
+        ValueError: One of them does not exist.
+    """
+    folders = [Path(name) for name in str(config_dir or "").split(os.pathsep) if name]
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"--config-dir {folder}: there is no such folder; check the path")
+    return folders
+
+
+def refuse_shipped_names(folders: Sequence[Path], shipped: Path) -> None:
+    """Check that no file of the user has the name of a shipped one, which would take precedence.
+
+    Raises:
+        ValueError: There is such a file.
+    """
+    for folder in folders:
+        if folder.resolve() == shipped:
+            continue
+        for path in sorted(folder.rglob("*.yaml")):
+            if (shipped / path.relative_to(folder)).exists():
+                raise ValueError(
+                    f"{path} has the name of a shipped file, which would take precedence: rename it"
+                )
+
+
+def as_config_dir(argv: Sequence[str]) -> list[str]:
+    """Return a command line with `--config-dir` in place of `hydra.searchpath=[…]`.
+
+    Raises:
+        ValueError: The value is no list, or one of its places does not exist.
+    """
+    if not any(word.startswith(f"{KEY}=") for word in argv):
+        return list(argv)
+    words: list[str] = []
+    folders: list[str] = []
+    given = iter(argv)
+    for word in given:
+        option, _, value = word.partition("=")
+        if option == KEY:
+            folders += _folders(word)
+        elif option in OPTIONS:
+            folders.append(value or next(given, ""))
+        else:
+            words.append(word)
+    return [*words, "--config-dir", os.pathsep.join(folders)] if folders else words
+
+
+def _folders(word: str) -> list[str]:
+    """Return the folders of an override `hydra.searchpath=[…]`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from metarun.config.overrides import read_words
+
+    places = read_words(OverridesParser.create(), [word])[0].value()
+    if not isinstance(places, list):
+        raise ValueError(f"{word}: expected a list, such as {KEY}=[file://my_conf]")
+    return [folder for place in places for folder in _folder(str(place))]
+
+
+def _folder(place: str) -> list[str]:
+    """Return the folder of a place, or the folders of a package."""
+    scheme, found, path = place.partition("://")
+    if not found or scheme == "file":
+        folder = path if found else place
+        if Path(folder).is_dir():
+            return [folder]
+        raise ValueError(f"{KEY}: there is no folder {folder}; check the path")
+    if scheme != "pkg":
+        raise ValueError(f"{KEY}: cannot read {place}: expected file://FOLDER or pkg://PACKAGE")
+    try:
+        spec = find_spec(path)
+    except (ImportError, ValueError):
+        spec = None
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    if not folders:
+        raise ValueError(
+            f"{KEY}: there is no package {path} in the current folder or among the installed ones"
+        )
+    return folders
