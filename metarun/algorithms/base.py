@@ -364,8 +364,8 @@ def positive(name: str, value: int) -> None:
 
 
 def own_parameters(net: nn.Module) -> dict[str, Tensor]:
-    """Return a network's parameters by name, as the engine expects them."""
-    return {name: param for name, param in net.named_parameters()}  # noqa: C416
+    """Return a network's parameters by name, without frozen ones, as the engine expects them."""
+    return {name: param for name, param in net.named_parameters() if param.requires_grad}
 
 
 def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, ctx: ForwardContext) -> Tensor:

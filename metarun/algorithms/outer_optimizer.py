@@ -35,7 +35,7 @@ class NonFiniteError(ArithmeticError):
 class OuterOptimizer(nn.Module):
     """An optimizer of named parameters, with a learning-rate schedule over the run.
 
-    Its state is part of the `state_dict` of the algorithm that owns it.
+    Frozen parameters, those with `requires_grad=False`, are left out. Its state is part of the `state_dict` of the algorithm that owns it.
 
     Args:
         parameters: Pairs of name and parameter, as from `named_parameters()`.
@@ -84,8 +84,11 @@ class OuterOptimizer(nn.Module):
             if value < 0:
                 raise ValueError(f"optim.{name}={value}: expected 0 or more")
         # A plain dict: registered parameters would appear twice in the owner's `parameters()`.
-        self.targets = dict(parameters)
+        given = dict(parameters)
+        self.targets = {name: param for name, param in given.items() if param.requires_grad}
         values = list(self.targets.values())
+        if given and not values:
+            raise ValueError("all parameters are frozen (requires_grad=False): nothing can learn")
         self.optimizer: torch.optim.Optimizer
         if method == "adam":
             self.optimizer = torch.optim.Adam(
@@ -221,7 +224,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def update_running_statistics(
-    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float | None = None
 ) -> None:
     """Move the running statistics of every batch norm toward the moments of a forward pass.
 
@@ -232,7 +235,7 @@ def update_running_statistics(
         net: Network of the forward pass.
         moments: (mean, variance) by buffer name, as collected by `ForwardContext.moments`, with a
             leading dimension of T tasks.
-        momentum: Weight of the new moments, as in `nn.BatchNorm2d`.
+        momentum: Weight of the new moments; None takes that of each layer.
     """
     if not moments:
         return

@@ -36,7 +36,7 @@ class Network(nn.Module):
         super().__init__()
         self.body = body
         self.mixed = False
-        self.feature_dim = measure_features(body, input_shape)
+        self.feature_dim = output_shape(body, input_shape, BATCH_STATISTICS)[0]
         self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext = BATCH_STATISTICS) -> Tensor:
@@ -87,8 +87,24 @@ def check_norm_eps(eps: float) -> None:
         raise ValueError(f"backbone.norm_eps={eps}: expected a positive number")
 
 
-def measure_features(body: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Return the number of features of a body, measured by a forward pass."""
+def output_shape(
+    body: nn.Module, input_shape: tuple[int, ...], *context: ForwardContext
+) -> tuple[int, ...]:
+    """Return the shape of a module's output for one input, by a pass in evaluation mode.
+
+    Args:
+        body: Module that maps a batch of inputs to a batch of outputs.
+        input_shape: Shape of one input.
+        context: Context of the pass, for a module that takes one.
+
+    Raises:
+        ValueError: The module does not return a tensor with one row for each input.
+    """
+    body.eval()
     with torch.no_grad():
-        features: Tensor = body(torch.zeros(2, *input_shape), BATCH_STATISTICS)
-    return features.shape[1]
+        outputs: Any = body(torch.zeros(2, *input_shape), *context)
+    body.train()
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or len(outputs) != 2:
+        found = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise ValueError(f"its output for 2 inputs is {found}: expected a tensor with 2 rows")
+    return tuple(outputs.shape[1:])

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import json
+import logging
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from metarun.algorithms.base import Algorithm
     from metarun.core.types import EpisodeSource
     from metarun.trackers.base import Tracker
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
 
     injected = {
         "spec": source.spec,
-        "backbone": _component("backbone", settings.backbone),
+        "backbone": _backbone(settings.backbone),
         "optim": _component("optim", settings.optim),
         "engine": Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
@@ -257,7 +260,47 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
             "precision=mixed needs a network (metarun.backbones.network.Network), but "
             f"algo={settings.names['algo']} has none: use precision=float32"
         )
+    _test_foreign(algorithm, settings)
     return algorithm
+
+
+def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the factory of the networks, from one of our classes or from any `nn.Module`."""
+    from metarun.backbones.adapter import AnyBackbone
+
+    make = _component("backbone", node)
+    ours = make.func.__module__.partition(".")[0] == __package__.partition(".")[0]
+    return make if ours else AnyBackbone(node["_target_"], make)
+
+
+_REASONS: dict[str, str | None] = {}
+"""Results of `reason_for_loop`, as the check before a run and the run build the same network."""
+
+
+def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
+    """Run tasks in a loop, and say why, if `torch.vmap` is wrong for a network that is not ours."""
+    from metarun.algorithms.base import Algorithm
+    from metarun.algorithms.common.episodic import EpisodicLearner
+    from metarun.execution.vmap_check import reason_for_loop
+
+    if (algorithm.engine.kind, algorithm.engine.graph) == ("loop", "none"):
+        return
+    for net in algorithm.modules():
+        shape = getattr(net, "foreign_input", None)
+        if shape is None:
+            continue
+        sizes = [list(parameter.shape) for parameter in net.parameters()]
+        adapts = not isinstance(algorithm, EpisodicLearner)
+        key = json.dumps([settings.backbone, shape, sizes, adapts])
+        if key not in _REASONS:
+            _REASONS[key] = reason_for_loop(net, shape, adapts=adapts)
+            if _REASONS[key] is not None:
+                name = settings.names["backbone"]
+                _log.warning("backbone=%s takes engine=loop: %s", name, _REASONS[key])
+        if _REASONS[key] is not None:
+            for part in algorithm.modules():
+                if isinstance(part, Algorithm):
+                    part.engine = replace(part.engine, kind="loop", graph="none")
 
 
 def _source_key(settings: Settings) -> str:
@@ -319,9 +362,14 @@ def _component(
                 f"{node['_target_']} does not take {key}: its constructor must accept **common "
                 "and pass it to super().__init__"
             )
+    # A user's constructor of a network may hand its **kwargs to any other one.
+    passes_on = name == "backbone" and takes_any_keyword(target)
     options: Config = {}
     for key, value in node.items():
         if key in ("_target_", "_partial_"):
+            continue
+        if key not in hints and passes_on:
+            options[key] = value
             continue
         if key not in hints or key in given:
             known = [f"{name}.{other}" for other in hints if other not in given]
@@ -398,19 +446,33 @@ def keywords(target: Callable[..., Any]) -> dict[str, Any]:
     The keywords behind `**common` are those of the base classes that it is passed to.
     """
     found: dict[str, Any] = {}
-    inits: list[Any] = [target]
-    if inspect.isclass(target):
-        inits = [c.__dict__["__init__"] for c in target.__mro__ if "__init__" in c.__dict__]
-    for init in inits:
+    for init in _initializers(target):
         try:
             hints = typing.get_type_hints(init)
         except Exception:  # Without the hint, the value of an option is not checked.
             hints = {}
-        parameters = inspect.signature(init).parameters.values()
-        for parameter in parameters:
+        for parameter in inspect.signature(init).parameters.values():
             if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD):
                 found.setdefault(parameter.name, hints.get(parameter.name, Any))
-        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            break
     found.pop("self", None)
     return found
+
+
+def takes_any_keyword(target: Callable[..., Any]) -> bool:
+    """Return whether a constructor hands unknown keywords to something that is not a base class."""
+    return _takes_more(_initializers(target)[-1])
+
+
+def _initializers(target: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Return a constructor, and those of the base classes that its `**common` is passed to."""
+    found: list[Any] = [target]
+    if inspect.isclass(target):
+        found = [c.__dict__["__init__"] for c in target.__mro__ if "__init__" in c.__dict__]
+    for number, init in enumerate(found):
+        if not _takes_more(init):
+            return found[: number + 1]
+    return found
+
+
+def _takes_more(init: Callable[..., Any]) -> bool:
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(init).parameters.values())

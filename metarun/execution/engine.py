@@ -252,7 +252,9 @@ class Engine:
         """Return the replay for each chunk, or None where `work` itself is to be called."""
         if key is None or self.graph == "none":
             return [None] * len(chunks)
-        named = dict(net.named_buffers())
+        # Frozen parameters are not among the leaves.
+        frozen = {name: p for name, p in net.named_parameters() if not p.requires_grad}
+        named = {**dict(net.named_buffers()), **frozen}
         buffers = tuple(named.values())
 
         def whole(

@@ -26,6 +26,7 @@ def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, An
         "transductive": algorithm.transductive,
         "bn_statistics": algorithm.bn_statistics,
         "parameters": sum(parameter.numel() for parameter in algorithm.parameters()),
+        "trainable_parameters": sum(p.numel() for p in algorithm.parameters() if p.requires_grad),
         "processes": distributed.size(),
         "data_fingerprint": source.fingerprint(),
         "versions": environment.versions(),

@@ -175,6 +175,7 @@ class _Loop:
             self.run.cut({})
             self.run.write_json("environment.json", here)
             self.save()
+            self._tell_frozen()
         else:
             note_changes(self.run, state.step, here)
             _log.info("continuing %s from step %d", self.run.path, state.step)
@@ -187,6 +188,14 @@ class _Loop:
         self.trackers.begin(self.run, state.step, self.metric)
         # Not counted as time of the run: MLflow takes seconds to create its first database.
         state.began += time.perf_counter() - opening
+
+    def _tell_frozen(self) -> None:
+        """Log how many parameters do not learn, if any."""
+        counts = [(p.numel(), p.requires_grad) for p in self.algorithm.parameters()]
+        frozen = sum(count for count, learns in counts if not learns)
+        if frozen:
+            total = sum(count for count, _ in counts)
+            _log.info("%s of %s parameters are frozen", f"{frozen:,}", f"{total:,}")
 
     # Meta-training.
 

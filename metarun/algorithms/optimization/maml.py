@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.common.adversarial import Answer, SupportTerm
 from metarun.algorithms.functional import (
@@ -102,13 +102,13 @@ class MAML(AdaptingLearner):
         kept = set() if adapt_norm else norm_parameters(self.net)
         self.adapted = [
             name
-            for name, _ in self.net.named_parameters()
+            for name in own_parameters(self.net)
             if (adapt == "all" or name.startswith(f"{adapt}.")) and name not in kept
         ]
         self.inner_lr = low
         self.rates = nn.ParameterDict()
         if rates != "fixed":
-            for name, param in self.net.named_parameters():
+            for name, param in own_parameters(self.net).items():
                 if name in self.adapted:
                     shape = param.shape if rates == "element" else ()
                     start = torch.empty(shape).uniform_(low, high) if low < high else low

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import (
     Params,
@@ -97,7 +97,7 @@ class MAMLpp(AdaptingLearner):
         self.per_step_statistics = per_step_statistics
         self.net = self.build_network(self.spec.output_dim)
         norms = norm_parameters(self.net)
-        self.adapted = [n for n, _ in self.net.named_parameters() if adapt_norm or n not in norms]
+        self.adapted = [n for n in own_parameters(self.net) if adapt_norm or n not in norms]
         self.stacked: set[str] = set()
         if per_step_affine:
             self._stack("weight", "bias")
@@ -246,7 +246,8 @@ class MAMLpp(AdaptingLearner):
                     value = getattr(module, key)
                     rows = value.detach().expand(self.inner_steps, -1).clone()
                     learned = isinstance(value, nn.Parameter)
-                    setattr(module, key, nn.Parameter(rows) if learned else rows)
+                    own = nn.Parameter(rows, value.requires_grad) if learned else rows
+                    setattr(module, key, own)
                     self.stacked.add(f"{prefix}.{key}")
 
 

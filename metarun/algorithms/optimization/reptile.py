@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive, task_metric
+from metarun.algorithms.base import forward, own_parameters, positive, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
 from metarun.algorithms.outer_optimizer import check_positive
@@ -90,7 +90,7 @@ class Reptile(AdaptingLearner):
         self.order_free = eval_inner_batch is None
         self.net = self.build_network(self.spec.output_dim)
         self.optimizer = self.build_optimizer()
-        for name, param in self.net.named_parameters():
+        for name, param in own_parameters(self.net).items():
             self.register_buffer(_buffer(name), torch.zeros_like(param))
         self.register_buffer("inner_count", torch.zeros(()))
 
@@ -100,7 +100,7 @@ class Reptile(AdaptingLearner):
         first = progress.first_task(batch.num_tasks)
         keys = seeding.task_keys(self.seed, "mini-batches", first, batch.num_tasks, x.device)
         order = mini_batches(keys, x.shape[1], self.inner_batch, self.inner_steps)
-        theta = {name: p.detach() for name, p in self.net.named_parameters()}
+        theta = {name: p.detach() for name, p in own_parameters(self.net).items()}
         state = self._stored_state()
         total = {name: torch.zeros_like(p) for name, p in theta.items()}
         losses, scores, seen = [], [], []
@@ -176,8 +176,7 @@ class Reptile(AdaptingLearner):
         return adam_step(weights, grads, state, lr=self.inner_lr, betas=self.betas)
 
     def _stored_state(self) -> AdamState:
-        names = [name for name, _ in self.net.named_parameters()]
-        second = {name: self.get_buffer(_buffer(name)) for name in names}
+        second = {name: self.get_buffer(_buffer(name)) for name in own_parameters(self.net)}
         # With beta1 = 0 the first moment is the gradient itself and holds no memory.
         first = {name: torch.zeros_like(moment) for name, moment in second.items()}
         return AdamState(first, second, self.get_buffer("inner_count"))

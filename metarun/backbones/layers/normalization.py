@@ -71,6 +71,10 @@ class BatchNorm(nn.Module):
         plain = ctx.double_backward or ctx.running or ctx.rows is not None
         return self.native and many_rows(x) and not plain
 
+    def next_momentum(self) -> float:
+        """Return the weight of an update's moments in the running statistics, as in torch."""
+        return 0.1
+
     def of_patches(self, conv: nn.Conv2d, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """Convolve and normalize images without computing statistics of the convolution's output.
 
@@ -274,21 +278,22 @@ def set_native(net: nn.Module) -> None:
 
 
 def move_running_statistics(
-    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float = 0.1
+    net: nn.Module, moments: dict[str, tuple[Tensor, Tensor]], momentum: float | None = None
 ) -> None:
     """Move running statistics towards the moments of one pass, without a task dimension.
 
     Args:
         net: Network whose statistics are updated in place.
         moments: Mean and variance of each batch norm, as collected by `ForwardContext.moments`.
-        momentum: Weight of the new moments.
+        momentum: Weight of the new moments; None takes that of each layer.
     """
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, BatchNorm) and module.name in moments:
                 mean, var = moments[module.name]
-                module.running_mean.lerp_(mean, momentum)
-                module.running_var.lerp_(var, momentum)
+                weight = module.next_momentum() if momentum is None else momentum
+                module.running_mean.lerp_(mean, weight)
+                module.running_var.lerp_(var, weight)
 
 
 def has_batch_norm(net: nn.Module) -> bool:
