@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from metarun.backbones.layers.normalization import set_native
 from metarun.core import distributed
-from metarun.execution.graph_replay import GRAPH_KINDS, GraphKind, Graphs
+from metarun.execution.graph_replay import GRAPH_KINDS, GraphKind, Graphs, Replay
+from metarun.execution.guards import unwatched
 
 Kind = Literal["auto", "vmap", "loop", "threads"]
 KINDS: tuple[Kind, ...] = ("auto", "vmap", "loop", "threads")
@@ -88,7 +89,7 @@ class Engine:
             one per core.
         native: Whether tasks outside vmap may use the operators of `set_native`. A function that
             calls vmap itself cannot use them.
-        graph: Whether and how functions with a `key` are replayed, see `Graphs.find`.
+        graph: Whether and how functions are replayed, see `Graphs.find`.
         graphs: Cache of the traced graphs.
 
     Raises:
@@ -141,7 +142,7 @@ class Engine:
         params: Params,
         rows: Tensors,
         *,
-        key: Hashable = None,
+        key: Hashable = None,  # noqa: ARG002
     ) -> tuple[Params, Any]:
         """Compute the gradient of the mean loss over T tasks.
 
@@ -180,8 +181,8 @@ class Engine:
         extras = []
         leaves = tuple(params.values())
         # The gradient of a chunk is its contribution to the mean over the whole batch.
-        kept = _kept(key, ("gradients", scale), function, names)
-        for grads, extra in self._run(function, backward, net, leaves, rows, kept):
+        site = "gradients", scale, tuple(names), _codes(function)
+        for grads, extra in self._run(function, backward, net, leaves, rows, site):
             total = _added(total, grads)
             extras.append(extra)
         assert total is not None
@@ -194,7 +195,7 @@ class Engine:
         params: Params,
         rows: Tensors,
         *,
-        key: Hashable = None,
+        key: Hashable = None,  # noqa: ARG002
     ) -> Any:
         """Return `function(net, params, *rows of one task)` stacked over tasks, without a graph.
 
@@ -211,8 +212,8 @@ class Engine:
                 return _call(function, nets, mode, here, chunk)
 
         leaves = tuple(params.values())
-        kept = _kept(key, ("map",), function, names)
-        return _concatenate(list(self._run(function, forward, net, leaves, rows, kept)))
+        site = "map", tuple(names), _codes(function)
+        return _concatenate(list(self._run(function, forward, net, leaves, rows, site)))
 
     def _run(
         self,
@@ -221,7 +222,7 @@ class Engine:
         net: nn.Module,
         leaves: Tensors,
         rows: Tensors,
-        key: Hashable,
+        site: Hashable,
     ) -> Iterator[Any]:
         """Yield the results of `work` on the chunks of the batch, in order."""
         num_tasks = rows[0].shape[0]
@@ -229,28 +230,29 @@ class Engine:
         size, mode = self._plan(function, rows, workers)
         chunks = list(_chunks(rows, size))
         workers = min(workers, len(chunks))
-        replays = self._replays(work, net, mode, leaves, chunks, key)
+        found = self._found(function, work, net, mode, leaves, chunks, site)
 
         def share(worker: int) -> Iterator[Any]:
             # functional_call swaps the parameters of the module that it runs. Each thread
             # therefore needs its own modules; their tensors are shared.
             nets = _Nets(net, native=self.native, own=workers > 1)
-            for chunk, replay in list(zip(chunks, replays, strict=True))[worker::workers]:
-                yield replay(chunk) if replay else work(nets, mode, leaves, chunk)
+            for chunk, run in list(zip(chunks, found, strict=True))[worker::workers]:
+                yield run(chunk) if run else work(nets, mode, leaves, chunk)
 
         yield from share(0) if workers == 1 else _over_threads(share, len(chunks), workers)
 
-    def _replays(
+    def _found(
         self,
+        function: TaskFunction,
         work: Work,
         net: nn.Module,
         mode: ChunkMode,
         leaves: Tensors,
         chunks: list[Tensors],
-        key: Hashable,
+        site: Hashable,
     ) -> list[Callable[[Tensors], Any] | None]:
-        """Return the replay for each chunk, or None where `work` itself is to be called."""
-        if key is None or self.graph == "none":
+        """Return what takes the place of `work` for each chunk, or None where nothing does."""
+        if self.graph == "none":
             return [None] * len(chunks)
         # Frozen parameters are not among the leaves.
         frozen = {name: p for name, p in net.named_parameters() if not p.requires_grad}
@@ -262,7 +264,8 @@ class Engine:
         ) -> Any:
             nets = _Nets(net, native=self.native, own=False)
             # Buffers are arguments, too, so that a replay reads their current values.
-            holder = _Holder(nets)
+            with unwatched():
+                holder = _Holder(nets)
             here = {
                 f"nets.{part}.{name}": buffer
                 for part in range(len(holder.nets))
@@ -272,15 +275,21 @@ class Engine:
                 holder, here, (lambda: work(nets, mode, leaves, chunk),)
             )
 
-        found: dict[int, Callable[..., Any] | None] = {}
-        for chunk in (chunks[0], chunks[-1]):
-            size = chunk[0].shape[0]
-            if size not in found:
-                found[size] = self.graphs.find(
-                    self.graph, (key, net, self.native, mode), whole, (leaves, buffers, chunk)
-                )
-        graphs = (found[chunk[0].shape[0]] for chunk in chunks)
-        return [graph and partial(graph, leaves, buffers) for graph in graphs]
+        site = site, self.native, mode
+        by_size = {}
+        # Chunks have the same size, except for the last one.
+        for chunk in {chunks[i][0].shape[0]: chunks[i] for i in (-1, 0)}.values():
+            by_size[chunk[0].shape[0]] = chunk, self.graphs.find(
+                self.graph, site, function, net, whole, (leaves, buffers, chunk)
+            )
+
+        def of(chunk: Tensors) -> Callable[[Tensors], Any] | None:
+            tried, found = by_size[chunk[0].shape[0]]
+            if isinstance(found, Replay):
+                return partial(found.function, leaves, buffers)
+            return (lambda _: found.result) if found is not None and chunk is tried else None
+
+        return [of(chunk) for chunk in chunks]
 
     def _plan(self, function: TaskFunction, rows: Tensors, workers: int) -> tuple[int, ChunkMode]:
         """Return the number of tasks of a chunk, and its mode."""
@@ -333,14 +342,12 @@ class _Holder(nn.Module):
         return work()
 
 
-def _kept(key: Hashable, work: Hashable, function: TaskFunction, names: list[str]) -> Hashable:
-    """Extend a key by the work, the function's code and the parameter names; None stays None."""
-    if key is None:
-        return None
-    stages = (
-        (function.adapt, function.predict) if isinstance(function, TwoStageTask) else (function,)
-    )
-    return key, work, tuple(stage.__code__ for stage in stages), tuple(names)
+def _codes(function: TaskFunction) -> Hashable:
+    """Return the code of a function, or of both of its stages."""
+    if isinstance(function, TwoStageTask):
+        return _codes(function.adapt), _codes(function.predict)
+    function = getattr(function, "__func__", function)
+    return getattr(function, "__code__", type(function))
 
 
 def _call(

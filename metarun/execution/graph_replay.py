@@ -3,7 +3,8 @@
 A meta-step consists of many small operators. Python, autograd and functorch take longer than the
 operators themselves, several times as long for small networks, and produce the same list of
 operators each time. `Graphs` traces a function once for each set of argument shapes and keeps the
-list, including gradients of any order. A replay calls only the operators.
+list, including gradients of any order. A replay calls only the operators, and only while all that
+the function reads besides its arguments is as it was (`guards`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from metarun.execution.guards import Executed, Guards, UnguardedError, watched
 
 GraphKind = Literal["auto", "none", "replay", "compile"]
 GRAPH_KINDS: tuple[GraphKind, ...] = ("auto", "none", "replay", "compile")
@@ -25,16 +32,35 @@ Function = Callable[..., Any]
 _PATIENCE = 200
 """Number of calls after which `auto` traces a function. Tracing takes as long as some hundred small
 calls, so it does not pay for short runs and single evaluations."""
+_SETTLED = 20
+"""Number of these calls for which all that the function reads has to be the same."""
+_MOST_TRACES = 16
+"""Number of replays of one function that differ in what it reads."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Operators of a function, which take its place while its guards hold."""
+
+    function: Function
+
+
+@dataclass(frozen=True)
+class Computed:
+    """Result of a call that was made to learn about the function."""
+
+    result: Any
 
 
 class Graphs:
     """Cache of the traced graphs of one engine."""
 
     def __init__(self) -> None:
-        self._calls: dict[Hashable, int] = {}
-        self._made: dict[Hashable, Function | None] = {}
+        # A network that is no longer used takes its counts along.
+        self._sites: WeakKeyDictionary[nn.Module, dict[Hashable, _Site]] = WeakKeyDictionary()
+        self._busy = False
 
     def __deepcopy__(self, _: dict[int, Any]) -> Graphs:
         return Graphs()
@@ -42,36 +68,150 @@ class Graphs:
     def __reduce__(self) -> tuple[type[Graphs], tuple[()]]:
         return Graphs, ()
 
-    def find(
-        self, kind: GraphKind, key: Hashable, function: Function, args: Sequence[Sequence[Tensor]]
-    ) -> Function | None:
-        """Return a replacement for `function`, or None if the function itself is to be called.
+    @property
+    def replays(self) -> list[Function]:
+        """All replays that were found."""
+        sites = (site for sites in self._sites.values() for site in sites.values())
+        return [trace.replay for site in sites for trace in site.traces if trace.replay]
 
-        A replay is used only if it equals the function bit for bit. A compiled replay agrees up
-        to rounding.
+    def find(
+        self,
+        kind: GraphKind,
+        key: Hashable,
+        task: Any,
+        net: nn.Module,
+        function: Function,
+        args: Sequence[Sequence[Tensor]],
+    ) -> Replay | Computed | None:
+        """Return a replay of `function`, the result of this call, or None.
+
+        Whether `function` can be replayed is found out in calls of it. Its result is then returned.
+        None means that `function` itself is to be called. A replay is used only if it equals the
+        function bit for bit. A compiled replay agrees up to rounding.
 
         Args:
-            kind: `auto` and `replay` replay the operators, `auto` from the 200th call on.
-                `compile` passes them to `torch.compile`, which fuses them.
-            key: Values on which the function depends in addition to its arguments.
+            kind: `auto` and `replay` replay the operators, `auto` from the 201st call on and
+                `replay` from the third. `compile` passes them to `torch.compile`, which fuses them.
+            key: Kind of the call. Calls with different keys are counted separately.
+            task: Function inside `function` that may depend on more than its arguments.
+            net: Network that the task reads. Its tensors are among the arguments.
             function: Function of lists of tensors that returns any nest of tensors. A function
                 that reads other tensors is never replayed.
             args: Arguments of this call. The last list is data. Equal operations on data alone are
                 computed once per replay.
         """
-        whole = (kind, key, tuple(tuple(map(_layout, tensors)) for tensors in args))
-        if whole in self._made:
-            return self._made[whole]
-        calls = self._calls[whole] = self._calls.get(whole, 0) + 1
-        if kind == "auto" and calls < _PATIENCE:
+        # Tensors inside another transformation or trace are not those of a replay.
+        if self._busy or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        del self._calls[whole]
-        graph = _followable(function, args)
-        made: Function | None = None
-        if graph is not None:
-            made = _compiled(graph, args) if kind == "compile" else _faithful(graph, function, args)
-        self._made[whole] = made
-        return made
+        layouts = tuple(tuple(map(_layout, tensors)) for tensors in args)
+        whole = (kind, key, layouts, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
+        sites = self._sites.setdefault(net, {})
+        if whole not in sites:
+            sites[whole] = _Site(kind)
+        self._busy = True
+        try:
+            return sites[whole].call(task, net, function, args)
+        finally:
+            self._busy = False
+
+
+class _Trace:
+    """Trace of a function for the values that its guards hold."""
+
+    def __init__(self, guards: Guards) -> None:
+        self.guards = guards
+        self.calls = 0
+        self.replay: Function | None = None
+
+
+class _Site:
+    """Calls of the same code with arguments of the same layouts.
+
+    One call finds the code that is executed, and later ones the values that it reads. After some
+    calls with the same values the function is traced.
+    """
+
+    def __init__(self, kind: GraphKind) -> None:
+        self._kind = kind
+        self._settled = _SETTLED if kind == "auto" else 1
+        self._watched_at = _PATIENCE - _SETTLED if kind == "auto" else 1
+        self._calls = 0
+        self._executed: Executed | None = None
+        self.traces: list[_Trace] = []
+
+    def call(
+        self, task: Any, net: nn.Module, function: Function, args: Sequence[Sequence[Tensor]]
+    ) -> Replay | Computed | None:
+        """See `Graphs.find`."""
+        self._calls += 1
+        if self._calls < self._watched_at:
+            return None
+        if self._executed is None:
+            result, self._executed = watched(lambda: function(*args))
+            self._log_refusal(self._executed)
+            return Computed(result)
+        if self._executed.refused:
+            return None
+        trace = self._trace_of(task, net, self._executed)
+        if trace is None:
+            return None
+        trace.calls += 1
+        if trace.calls != self._settled:
+            return trace.replay and Replay(trace.replay)
+        return Computed(self._follow(trace, self._executed, task, net, function, args))
+
+    def _trace_of(self, task: Any, net: nn.Module, executed: Executed) -> _Trace | None:
+        for position, trace in enumerate(self.traces):
+            if trace.guards.hold(task):
+                self.traces.insert(0, self.traces.pop(position))
+                return trace
+        if len(self.traces) == _MOST_TRACES:
+            return None
+        try:
+            self.traces.insert(0, _Trace(Guards(task, net, executed)))
+        except UnguardedError as error:
+            executed.refused = str(error)
+            self._log_refusal(executed)
+            self.traces.clear()
+            return None
+        if len(self.traces) == _MOST_TRACES:
+            _log.debug("replayed for %d sets of values and no others", _MOST_TRACES)
+        return self.traces[0]
+
+    def _follow(
+        self,
+        trace: _Trace,
+        executed: Executed,
+        task: Any,
+        net: nn.Module,
+        function: Function,
+        args: Sequence[Sequence[Tensor]],
+    ) -> Any:
+        """Call the function, look for a replay, and return the result."""
+        before = Guards(task, net, executed)
+        result, now = watched(lambda: function(*args))
+        if not executed.covers(now):
+            # Other code may read other values, which are to be found first.
+            executed.join(now)
+            self.traces.remove(trace)
+        elif not before.hold(task) or Guards(task, net, executed).versions != before.versions:
+            _log.debug("not replayed: it changes what it reads")
+        else:
+            trace.replay = _replay(self._kind, function, args, result)
+        return result
+
+    def _log_refusal(self, executed: Executed) -> None:
+        if executed.refused:
+            _log.debug("not replayed: %s", executed.refused)
+
+
+def _replay(
+    kind: GraphKind, function: Function, args: Sequence[Sequence[Tensor]], expected: Any
+) -> Function | None:
+    graph = _followable(function, args)
+    if graph is None:
+        return None
+    return _compiled(graph, args) if kind == "compile" else _faithful(graph, args, expected)
 
 
 def _layout(tensor: Tensor) -> Hashable:
@@ -88,9 +228,8 @@ def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> fx.Grap
 
 
 def _faithful(
-    graph: fx.GraphModule, function: Function, args: Sequence[Sequence[Tensor]]
+    graph: fx.GraphModule, args: Sequence[Sequence[Tensor]], expected: Any
 ) -> Function | None:
-    expected = function(*args)
     replay = _without_gradients(graph)
     try:
         found = replay(*args)
@@ -138,19 +277,48 @@ def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> fx.GraphM
     """Trace the operators of one call, from the arguments to the results.
 
     Raises:
-        ValueError: The function reads tensors that are not among its arguments.
+        ValueError: The function reads tensors that are not among its arguments, or the numbers in
+            a tensor.
     """
     flat = [[tensor.detach() for tensor in tensors] for tensors in args]
     with warnings.catch_warnings():
         # Gradients of non-leaf tensors are intended here.
         warnings.simplefilter("ignore")
-        module = make_fx(function, tracing_mode="fake")(*flat)
+        module = make_fx(_without_values(function), tracing_mode="fake")(*flat)
     constants = [node.target for node in module.graph.nodes if node.op == "get_attr"]
     if constants:
         raise ValueError(f"it reads tensors that are not among its arguments: {constants}")
     data = [node for node in module.graph.nodes if node.op == "placeholder"][-len(args[-1]) :]
     _tidy(module, set(data))
     return module
+
+
+def _without_values(function: Function) -> Function:
+    """Return the function, which then fails where Python code reads the numbers in a tensor.
+
+    A trace has these numbers as constants.
+    """
+
+    def run(*tensors: Sequence[Tensor]) -> Any:
+        with _NoNumbers(), _NoArrays():
+            return function(*tensors)
+
+    return run
+
+
+class _NoNumbers(TorchDispatchMode):
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+            raise ValueError("it reads the numbers in a tensor")
+        return op(*args, **(kwargs or {}))
+
+
+class _NoArrays(TorchFunctionMode):
+    def __torch_function__(self, function: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # These read memory without an operator.
+        if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
+            raise ValueError("it reads the numbers in a tensor")
+        return function(*args, **(kwargs or {}))
 
 
 _RESHAPES = {
