@@ -1,4 +1,4 @@
-"""The interface of every algorithm: update on a batch of tasks, predict on new tasks.
+"""The interface of every algorithm: update on a batch of tasks, adapt to new tasks, answer queries.
 
 Shapes: T tasks, S support rows, Q query rows, W ways, D outputs.
 """
@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.outer_optimizer import OuterOptimizer
+from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
 from metarun.backbones.layers.context import BATCH_NORM_MODES, BatchNormMode, ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
-from metarun.backbones.layers.normalization import has_batch_norm
+from metarun.backbones.layers.normalization import batch_norms, has_batch_norm
 from metarun.backbones.network import Maps
 from metarun.core import seeding
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch, TaskSpec
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch, TaskSpec
 from metarun.execution.engine import Engine, TaskFunction
 
 Backbone = Callable[..., nn.Module]
@@ -34,7 +34,7 @@ class Algorithm(nn.Module, ABC):
 
     A subclass adds its hyperparameters as keyword arguments and passes the others to
     `super().__init__`. It builds `self.net` with `build_network` and its optimizer with
-    `build_optimizer`, and implements `update` and `predict`.
+    `build_optimizer`, and implements `update`, `adapt` and `answer`.
 
     Args:
         spec: Kind, shapes and sizes of the tasks.
@@ -73,6 +73,7 @@ class Algorithm(nn.Module, ABC):
     """Optional package that the algorithm requires; None where it requires none."""
 
     net: nn.Module
+    optimizer: OuterOptimizer
     _place: Tensor
 
     def __init__(
@@ -147,16 +148,32 @@ class Algorithm(nn.Module, ABC):
         """
 
     @abstractmethod
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """Adapt to T tasks and predict their query rows, without changing any state.
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        """Learn T tasks from their support rows, without changing any state.
 
-        The result carries no graph.
+        The result carries no graph. It has all that `answer` reads of the support, and it can be
+        saved by `torch.save` and loaded with `weights_only`.
 
         Args:
             support_x: Support inputs, (T, S, *input_shape).
             support_y: Support targets, (T, S) labels or (T, S, D) values.
+        """
+
+    @abstractmethod
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        """Predict query rows of T tasks, without changing any state or `adapted`.
+
+        The result carries no graph. Unless the algorithm is `transductive`, each query row is
+        predicted independently of the others.
+
+        Args:
+            adapted: Result of `adapt` for the T tasks.
             query_x: Query inputs, (T, Q, *input_shape).
         """
+
+    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+        """Adapt to T tasks and predict their query rows: `answer` after `adapt`."""
+        return self.answer(self.adapt(support_x, support_y), query_x)
 
     def trace(
         self,
@@ -219,6 +236,14 @@ class Algorithm(nn.Module, ABC):
         """Whether a prediction depends on the other query rows of its task."""
         return self.bn_statistics == "transductive"
 
+    @property
+    def keeps_support(self) -> bool:
+        """Whether `answer` passes support and query rows through the network together.
+
+        The support rows are then part of the result of `adapt`.
+        """
+        return False
+
     def evaluation_steps(self, trained: int) -> int:
         """Return the inner steps at evaluation: `eval.inner_steps`, or as many as in training."""
         return trained if self.eval_inner_steps is None else self.eval_inner_steps
@@ -278,6 +303,11 @@ class Algorithm(nn.Module, ABC):
         # Not mse_loss: its second derivative is decomposed in Python.
         return (outputs - targets).square().mean()
 
+    def ways(self, support_y: Tensor) -> int:
+        """Return the number of classes W of tasks, given their support targets."""
+        classes = self.spec.kind == "classification"
+        return int(support_y.max()) + 1 if classes else self.spec.output_dim
+
     def noise(self, progress: Progress, num_tasks: int) -> Tensor:
         """Return the keys (T,) of an update's random masks; zeros for a network without masks."""
         if not makes_noise(self.net):
@@ -307,7 +337,42 @@ class Algorithm(nn.Module, ABC):
         """
         return values if vars(type(self)).get("replays", False) else None
 
-    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
+    def outer_step(
+        self, task: TaskFunction, rows: tuple[Tensor, ...], progress: Progress, key: Hashable = None
+    ) -> Metrics:
+        """Perform one meta-update by the gradient of a loss of single tasks; return its metrics.
+
+        Args:
+            task: Function of one task, `task(net, params, *rows) -> (loss, (loss, score,
+                moments))`. The parameters have their names in the optimizer, the score is the task
+                metric, and the moments are those of `ForwardContext.moments`.
+            rows: Tensors with a leading dimension of T.
+            progress: Number of updates done, and of all updates.
+            key: Replay key, as in `Engine.gradients`.
+
+        Raises:
+            NonFiniteError: A gradient is not finite; no state has changed.
+        """
+        grads, (losses, scores, moments) = self.outer_gradients(task, rows, key)
+        self.optimizer.step(grads, progress, self.limited)
+        update_running_statistics(self.net, moments)
+        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+
+    def outer_gradients(
+        self, task: TaskFunction, rows: tuple[Tensor, ...], key: Hashable = None
+    ) -> tuple[dict[str, Tensor], Any]:
+        """Return the gradient of the mean loss by name, and the extras stacked over tasks.
+
+        The arguments are those of `outer_step`.
+        """
+        params: dict[str, Tensor] = {**self.optimizer.targets}
+        return self.resolved_engine().gradients(task, self.net, params, rows, key=key)
+
+    def limited(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outer gradients after clipping of the algorithm's own; none here."""
+        return grads
+
+    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Any:
         """Return `task(net, params, *rows of one task)`, stacked over tasks, without a graph.
 
         Args:
@@ -316,32 +381,60 @@ class Algorithm(nn.Module, ABC):
             key: Replay key, as in `Engine.map`.
         """
         params = own_parameters(self.net)
-        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
-        return outputs
+        return self.resolved_engine().map(task, self.net, params, rows, key=key)
 
-    def answer(
-        self,
-        net: nn.Module,
-        params: dict[str, Tensor],
-        support_x: Tensor,
-        query_x: Tensor,
-        context: Tensor | None = None,
-    ) -> Tensor:
-        """Return the network's outputs for the queries of one task at evaluation, (Q, D).
+    def map_adapted(
+        self, task: TaskFunction, adapted: Adapted, *rows: Tensor, key: Hashable = None
+    ) -> Any:
+        """Return `task(net, params, adapted, *rows)` of one task, stacked over tasks.
+
+        The result has no graph.
+
+        Args:
+            task: Function of one task; `adapted` has no leading dimension there.
+            adapted: Result of `adapt` for T tasks.
+            rows: Tensors with a leading dimension of T.
+            key: Replay key, as in `Engine.map`.
+        """
+        names = tuple(adapted)
+
+        def one(net: nn.Module, params: dict[str, Tensor], *values: Tensor) -> Any:
+            own = dict(zip(names, values[len(rows) :], strict=True))
+            return task(net, params, own, *values[: len(rows)])
+
+        key = None if key is None else (key, task.__code__, names)
+        every = (*rows, *adapted.values())
+        return self.resolved_engine().map(one, self.net, own_parameters(self.net), every, key=key)
+
+    def support_pass(
+        self, net: nn.Module, run: Callable[[ForwardContext], Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run a pass over the support rows of one task at evaluation.
 
         Args:
             net: The network, or its replica.
-            params: Parameters of the network by name.
-            support_x: Support inputs, (S, *input_shape), the batch-norm batch of `bn=support`.
-            query_x: Query inputs, (Q, *input_shape).
-            context: Context vector of the task, if the network reads one.
+            run: Function that passes the rows through the network with a context.
+
+        Returns:
+            The outputs, and with `bn=support` the statistics of this pass for `query_context`, by
+            the names of the running statistics.
         """
-        if self.bn == "support" and has_batch_norm(net):
-            rows = torch.cat([support_x, query_x])
-            ctx = ForwardContext(rows=support_x.shape[0], context=context)
-            return forward(net, params, rows, ctx)[support_x.shape[0] :]
-        ctx = ForwardContext(running=self.bn == "running", context=context)
-        return forward(net, params, query_x, ctx)
+        if self.bn != "support" or not has_batch_norm(net):
+            return run(ForwardContext(running=self.bn == "running")), {}
+        moments: dict[str, tuple[Tensor, Tensor]] = {}
+        outputs = run(ForwardContext(moments=moments, biased=True, double_backward=True))
+        statistics: dict[str, Tensor] = {}
+        for name, norm in batch_norms(net):
+            mean, variance = moments[norm.name]
+            statistics |= {f"{name}.running_mean": mean, f"{name}.running_var": variance}
+        return outputs, statistics
+
+    def query_context(self) -> ForwardContext:
+        """Return the context of a pass over query rows at evaluation.
+
+        With `bn=support`, the statistics of `support_pass` replace the running statistics.
+        """
+        return ForwardContext(running=self.bn != "transductive")
 
 
 def _takes(make: Backbone, keyword: str) -> bool:
@@ -372,6 +465,29 @@ def forward(net: nn.Module, params: dict[str, Tensor], x: Tensor, ctx: ForwardCo
     """Run a network with the given parameters in place of its own."""
     outputs: Tensor = torch.func.functional_call(net, params, (x, ctx))
     return outputs
+
+
+def with_tensors(net: nn.Module, tensors: dict[str, Tensor], function: Callable[[Any], Any]) -> Any:
+    """Return `function(net)`, with the given tensors in place of the network's own.
+
+    Args:
+        net: The network.
+        tensors: Parameters and buffers by name; it keeps its own of those not among them.
+        function: Function that may call any method of the network.
+    """
+    given = {f"net.{name}": tensor for name, tensor in tensors.items()}
+    return torch.func.functional_call(_Holder(net), given, (function,))
+
+
+class _Holder(nn.Module):
+    """Module whose call applies a function to the network that it holds."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, function: Callable[[nn.Module], Any]) -> Any:
+        return function(self.net)
 
 
 def task_metric(spec: TaskSpec, outputs: Tensor, targets: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ Metrics = dict[str, "Tensor"]
 """Scalars (0-dimensional, detached) by name, for example `{"loss": …, "accuracy": …}`."""
 
 
+Adapted = dict[str, "Tensor"]
+"""What an algorithm learned from the support rows of T tasks: tensors (T, …) by name, such as
+prototypes, adapted weights or the state of a memory."""
+
+
 @dataclass(frozen=True, slots=True)
 class EpisodeSize:
     """Size of a task: `shot` support rows and `query` query rows for each of `way` classes.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.common.pretraining import Pretrained, Weights
+from metarun.algorithms.functional import add_prefix, strip_prefix
 from metarun.algorithms.outer_optimizer import check_positive
 from metarun.core import seeding
-from metarun.core.types import Prediction
+from metarun.core.types import Adapted, Prediction
 
 
 class Baseline(Pretrained):
@@ -75,14 +76,29 @@ class Baseline(Pretrained):
         self.head_epochs = head_epochs
         self.order_free = head_batch is None
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        adapted = super().adapt(support_x, support_y)
+        if self.keeps_support:
+            return adapted
+        # Batched over the tasks here, since the fit takes many small steps.
+        head = self._fitted_head(adapted.pop("features"), adapted.pop("labels"))
+        return {**adapted, **add_prefix("head.", head)}
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        if not self.keeps_support:
+            head, query = strip_prefix("head.", adapted), self.query_features(adapted, query_x)
+        else:
+            support, query = self.joint_features(adapted["support_x"], query_x)
+            head = self._fitted_head(support, adapted["support_y"])
+        return Prediction(self.head.scores(head, query))
+
+    def _fitted_head(self, features: Tensor, labels: Tensor) -> Weights:
+        """Return the weights of the T heads after the fit."""
         epochs = self.evaluation_steps(self.head_epochs)
-        support, query = self.features(support_x, query_x)
-        weights = deque(self.fitted_heads(support, support_y, epochs), maxlen=1).pop()
-        return Prediction(self.head.scores(weights, query))
+        return deque(self.fitted_heads(features, labels, epochs), maxlen=1).pop()
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        support, query = self.features(support_x, query_x)
+        support, query = self.joint_features(support_x, query_x)
         heads = self.fitted_heads(support, support_y, steps)
         return torch.stack([self.head.scores(weights, query) for weights in heads])
 

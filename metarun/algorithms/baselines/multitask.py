@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward, own_parameters, task_metric
-from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
     Params,
     adam_start,
@@ -165,12 +165,12 @@ class MultiTask(AdaptingLearner):
             params, state = adam_step(params, grads, state, lr=self.fit_lr, betas=self.betas)
         return params["theta"]
 
-    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
+    def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
         """Return the parameters before and after each step of the fine-tuning."""
         ctx = ForwardContext(running=self.bn == "running")
 
         def loss(params: Params) -> Tensor:
-            return self.loss(forward(net, params, x, ctx), y)
+            return self.loss(forward(net, params, support.x, ctx), support.y)
 
         path = sgd_path(loss, theta, lr=self.inner_lr, steps=steps, first_order=True)
         return [theta, *path]

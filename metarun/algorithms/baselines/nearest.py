@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, task_metric
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Distance = Literal["squared_euclidean", "cosine"]
 
@@ -52,12 +52,16 @@ class Nearest(Algorithm):
         scores = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": torch.stack(losses).mean(), self.spec.metric: scores.mean()}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        distances = self.distances(query_x.flatten(2), support_x.flatten(2))
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        return {"rows": support_x.flatten(2), "targets": support_y}
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        targets = adapted["targets"]
+        distances = self.distances(query_x.flatten(2), adapted["rows"])
         if self.spec.kind == "regression":
-            nearest = distances.argmin(-1, keepdim=True).expand(-1, -1, support_y.shape[-1])
-            return Prediction(support_y.gather(1, nearest))
-        others = nn.functional.one_hot(support_y).mT[:, None] == 0
+            nearest = distances.argmin(-1, keepdim=True).expand(-1, -1, targets.shape[-1])
+            return Prediction(targets.gather(1, nearest))
+        others = nn.functional.one_hot(targets).mT[:, None] == 0
         return Prediction(-distances[:, :, None].masked_fill(others, math.inf).amin(-1))
 
     def distances(self, query: Tensor, support: Tensor) -> Tensor:

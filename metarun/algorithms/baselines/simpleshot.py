@@ -15,7 +15,7 @@ from metarun.algorithms.common.pretraining import Pretrained, Weights, labeled_r
 from metarun.algorithms.functional import prototypes
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Metrics, Progress, TaskBatch
 
 Transform = Literal["none", "l2", "cl2"]
 
@@ -67,15 +67,13 @@ class SimpleShot(Pretrained):
         self.feature_mean.lerp_(mean, max(self.mean_momentum, 1.0 / (progress.step + 1)))
         return metrics
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        support, query = map(self.transformed, self.features(support_x, query_x))
-        ways = int(support_y.max()) + 1
-        centers = torch.vmap(lambda x, y: prototypes(x, y, ways))(support, support_y)
-        return Prediction(-(query[:, :, None] - centers[:, None]).square().sum(-1))
-
-    def transformed(self, features: Tensor) -> Tensor:
-        """Return the transformed features (…, F)."""
+    def embed(self, features: Tensor) -> Tensor:
+        """Return the transformed features (N, F)."""
         if self.transform == "none":
             return features
         centered = features - self.feature_mean if self.transform == "cl2" else features
         return nn.functional.normalize(centered, dim=-1)
+
+    def logits(self, support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
+        centers = prototypes(support, labels, ways)
+        return -(query[:, None] - centers).square().sum(-1)

@@ -1,6 +1,6 @@
 """Base class of algorithms without an inner loop, which solve a task in one forward pass.
 
-Shapes: S support rows, Q query rows, J rows in the loss, W ways, D outputs.
+Shapes: T tasks, S support rows, Q query rows, J rows in the loss, W ways, D outputs.
 """
 
 from __future__ import annotations
@@ -10,22 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, own_parameters, task_metric
+from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.common.adversarial import Answer, SupportTerm
-from metarun.algorithms.functional import Params, add_prefix, strip_prefix
-from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
+from metarun.algorithms.functional import Params, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 
 class EpisodicLearner(Algorithm):
     """An algorithm whose training loss is the loss of its own predictions.
 
     All its parameters are in `self.net`. A subclass sets `self.net` and `self.optimizer` and
-    implements `answers`.
+    implements `answers`. `adapt` keeps the support rows, unless the subclass overrides both verbs.
     """
-
-    optimizer: OuterOptimizer
 
     @abstractmethod
     def answers(
@@ -88,22 +85,24 @@ class EpisodicLearner(Algorithm):
             *parts, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             ctx = ForwardContext(moments=moments, noise=noise)
-            outputs, targets = self.outputs_and_targets(net, params, *parts, ctx)  # type: ignore[call-arg, arg-type]
+            own = strip_prefix("net.", params)
+            outputs, targets = self.outputs_and_targets(net, own, *parts, ctx)  # type: ignore[call-arg, arg-type]
             loss = self.loss(outputs, targets)
             return loss, (loss, task_metric(self.spec, outputs, targets), moments)
 
         rows = self.training_rows(batch, progress)
-        grads, (losses, scores, moments) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), rows, key=self.replay_key()
-        )
-        self.optimizer.step(add_prefix("net.", grads), progress, self.limited)
-        update_running_statistics(self.net, moments)
-        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+        return self.outer_step(task, rows, progress, key=self.replay_key())
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        classes = self.spec.kind == "classification"
-        ways = int(support_y.max()) + 1 if classes else self.spec.train_way
-        ctx = self.answering(support_x.shape[1])
+    @property
+    def keeps_support(self) -> bool:
+        return True
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        return {"support_x": support_x, "support_y": support_y}
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        support_x, support_y = adapted["support_x"], adapted["support_y"]
+        ways, ctx = self.ways(support_y), self.joint_context(support_x.shape[1])
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
             return self.answers(net, params, rows[0], rows[1], rows[2], ways, ctx)
@@ -111,8 +110,8 @@ class EpisodicLearner(Algorithm):
         rows = (support_x, support_y, query_x)
         return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
 
-    def answering(self, support_rows: int) -> ForwardContext:
-        """Return the context of a forward pass over support and query rows at evaluation."""
+    def joint_context(self, support_rows: int) -> ForwardContext:
+        """Return the context of one pass over support and query rows at evaluation."""
         rows = support_rows if self.bn == "support" else None
         return ForwardContext(rows=rows, running=self.bn == "running")
 
@@ -132,11 +131,3 @@ class EpisodicLearner(Algorithm):
         """
         own, ways = strip_prefix("net.", params), self.spec.train_way
         return lambda x, ctx: self.answers(net, own, support_x, support_y, x, ways, ctx)
-
-    def limited(self, grads: Params) -> Params:
-        """Return clipped gradients, by their names in the outer optimizer."""
-        return add_prefix("net.", self.clipped(strip_prefix("net.", grads)))
-
-    def clipped(self, grads: Params) -> Params:
-        """Return the gradients of `self.net` after the algorithm's own clipping; none here."""
-        return grads

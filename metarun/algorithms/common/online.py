@@ -33,7 +33,7 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.backbones.mlp import MLP
 from metarun.core import seeding
-from metarun.core.types import Metrics, Prediction, Progress, Stream, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, Stream, TaskBatch
 
 _SLOT_HEAD = 33
 
@@ -250,21 +250,29 @@ class OnlineLearner(Algorithm):
             engine = replace(engine, native=False)
         return engine.map(one, net, own_parameters(net), (*rows, *state.values()))
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """Learn along T streams with unknown task ids, then predict the query rows.
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        """Learn along T streams with unknown task ids, and return the states at their ends.
 
         A learner that uses task ids treats all rows as rows of one task.
         """
         assert self.spec.streams is not None
         size = self.spec.streams["test"].rows
-        task = 0 if self.answers_depend_on_task else None
         x = self.encode(support_x)
         state = self.start(x, support_y)
         for number, first in enumerate(range(0, x.shape[1], size)):
             rows = slice(first, first + size)
-            step = Step(number, first, task, begins_visit=task is not None and number == 0)
+            begins = self._only_task is not None and number == 0
+            step = Step(number, first, self._only_task, begins_visit=begins)
             state = self.observe(state, x[:, rows], support_y[:, rows], step)
-        return Prediction(self.answers(state, self.encode(query_x), task))
+        return state
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        return Prediction(self.answers(adapted, self.encode(query_x), self._only_task))
+
+    @property
+    def _only_task(self) -> int | None:
+        """The task of all rows outside of a rollout; None if predictions do not depend on it."""
+        return 0 if self.answers_depend_on_task else None
 
 
 class Predictor(nn.Module):
@@ -346,7 +354,7 @@ class WeightLearner(OnlineLearner):
         rates = candidates("online_lr", online_lr)
         self.rates = rates
         self.online_optim = online_optim
-        self.adapt = adapt
+        self.part = adapt
         self.reset = reset
         self.strategy = UpdateStrategy()
         self.register_buffer("rate", torch.tensor(rates[0], dtype=torch.float64))
@@ -364,10 +372,10 @@ class WeightLearner(OnlineLearner):
 
     @property
     def online_net(self) -> nn.Module:
-        return self.net.head if self.adapt == "head" else self.net
+        return self.net.head if self.part == "head" else self.net
 
     def encode(self, x: Tensor) -> Tensor:
-        if self.adapt == "all":
+        if self.part == "all":
             return x
         return torch.stack([self.net.body(rows, ForwardContext()) for rows in x])
 
@@ -418,7 +426,7 @@ class WeightLearner(OnlineLearner):
 
     def _reset(self, theta: Params) -> Params:
         """Return the parameters with a newly initialized last layer."""
-        prefix = "last." if self.adapt == "head" else "head.last."
+        prefix = "last." if self.part == "head" else "head.last."
         weight = theta[f"{prefix}weight"]
         key = torch.tensor(seeding.key(self.seed, "head"), device=weight.device)
         drawn = seeding.normal(key, _SLOT_HEAD, weight.shape, dtype=weight.dtype)

@@ -16,9 +16,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, task_metric
+from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import strip_prefix
-from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import has_batch_norm
@@ -94,7 +94,7 @@ def unit(features: Tensor) -> Tensor:
     return features / (length + 1e-5)
 
 
-class Pretrained(Algorithm):
+class Pretrained(FeatureLearner):
     """An algorithm whose body is pre-trained as a classifier of all training classes.
 
     One update is one step of ordinary supervised training. The support and query rows of all
@@ -126,7 +126,6 @@ class Pretrained(Algorithm):
                 "does not declare (TaskSpec.num_train_classes): choose another data set"
             )
         self.head = Head(head, scale)
-        self.net = self.build_network(None)
         with torch.no_grad():
             features = self.net(torch.zeros(2, *self.spec.input_shape))
         self.num_features = features.shape[1]
@@ -135,6 +134,7 @@ class Pretrained(Algorithm):
         if "bias" in weights:
             weights["bias"].zero_()
         self.classifier = nn.ParameterDict({n: nn.Parameter(w) for n, w in weights.items()})
+        # Again, now with the classifier.
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
@@ -151,12 +151,7 @@ class Pretrained(Algorithm):
         # A single task for the engine, which then uses fused operators.
         x, y = labeled_rows(batch)
         rows = (x[None], y[None], self.noise(progress, 1))
-        grads, (losses, scores, moments) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self), rows
-        )
-        self.optimizer.step(grads, progress)
-        update_running_statistics(self.net, moments)
-        return {"loss": losses[0], self.spec.metric: scores[0]}
+        return self.outer_step(task, rows, progress)
 
     @property
     def needs_whole_batch(self) -> str | None:
@@ -173,15 +168,13 @@ class Pretrained(Algorithm):
             if stored is not None and stored.shape[1:] == weights.shape[1:]:
                 weights.data = weights.new_zeros(stored.shape)
 
-    def features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
+    def joint_features(self, support_x: Tensor, query_x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the features of support rows, (T, S, F), and of query rows, (T, Q, F).
 
-        The setting `bn` chooses the batch statistics.
+        They pass together; the setting `bn` chooses the batch statistics.
         """
         num_support = support_x.shape[1]
-        ctx = ForwardContext(
-            rows=num_support if self.bn == "support" else None, running=self.bn == "running"
-        )
+        ctx = self.joint_context(num_support)
 
         def task(net: nn.Module, params: Weights, *rows: Tensor) -> Tensor:
             return forward(net, params, torch.cat(rows), ctx)

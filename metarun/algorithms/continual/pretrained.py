@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.common.online import WeightLearner
-from metarun.algorithms.functional import Params
+from metarun.algorithms.functional import Params, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Metrics, Progress, TaskBatch
 
@@ -34,16 +34,12 @@ class Pretrained(WeightLearner):
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         def task(net: nn.Module, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             x, y = parts
-            outputs = forward(net, params, x, ForwardContext())
+            outputs = forward(net, strip_prefix("net.", params), x, ForwardContext())
             loss = self.loss(outputs, y)
-            return loss, (loss, task_metric(self.spec, outputs, y))
+            return loss, (loss, task_metric(self.spec, outputs, y), {})
 
         parts = (
             torch.cat([batch.support_x, batch.query_x], 1),
             torch.cat([batch.support_y, batch.query_y], 1),
         )
-        grads, (losses, scores) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), parts
-        )
-        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+        return self.outer_step(task, parts, progress)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.base import forward, task_metric
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.functional import (
     Params,
@@ -69,7 +69,7 @@ class TrajectoryLearner(WeightLearner):
     ) -> None:
         super().__init__(**common)
         check_inner_loop(inner_lr, 1, second_order_from)
-        if self.adapt != "head":
+        if self.part != "head":
             name = type(self).__name__
             raise ValueError(f"{name} changes only the head along a stream: use algo.adapt=head")
         self.inner_lr = inner_lr
@@ -91,18 +91,14 @@ class TrajectoryLearner(WeightLearner):
 
         def task(net: Any, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y = parts
-            after = self._roll_out(net, params, support_x, support_y, rows, first_order)
+            own = strip_prefix("net.", params)
+            after = self._roll_out(net, own, support_x, support_y, rows, first_order)
             outputs = forward(net, after, query_x, ForwardContext())
             loss = self.loss(outputs, query_y)
-            return loss, (loss, outputs)
+            return loss, (loss, task_metric(self.spec, outputs, query_y), {})
 
         parts = (batch.support_x, batch.support_y, query_x, query_y)
-        grads, (losses, outputs) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), parts
-        )
-        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        score = task_metric(self.spec, outputs, query_y)
-        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+        return self.outer_step(task, parts, progress)
 
     def _roll_out(
         self, net: Any, params: Params, x: Tensor, y: Tensor, rows: int, first_order: bool

@@ -27,7 +27,7 @@ from metarun.algorithms.outer_optimizer import (
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Classes = Literal["softmax", "own"]
 
@@ -145,8 +145,15 @@ class MetaGAN(Algorithm):
         """Network of the learner."""
         return self.learner.net
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        return self.learner.predict(support_x, support_y, query_x)
+    @property
+    def keeps_support(self) -> bool:
+        return self.learner.keeps_support
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        return self.learner.adapt(support_x, support_y)
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        return self.learner.answer(adapted, query_x)
 
     def trace(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int

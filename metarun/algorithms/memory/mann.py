@@ -80,7 +80,6 @@ class MANN(SequenceLearner):
         forget_bias: float = 0.0,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
         for name, value in (
             ("controller", controller),
             ("locations", locations),
@@ -95,19 +94,22 @@ class MANN(SequenceLearner):
         check_positive("algo.label_scale", label_scale)
         if not math.isfinite(forget_bias):
             raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
-        features = self.build_network(None)
+        self.access = access
+        self.sizes = controller, locations, cells, heads
+        self.kinds_of_access = usage_decay, gate, written, strength
+        self.label_scale = label_scale
+        self.forget_bias = forget_bias
+        super().__init__(**common)
+
+    def build_reader(self, feature_dim: int) -> Reader:
+        controller, ways = self.sizes[0], self.spec.output_dim
         memory: _Memory | None = None
-        if access == "lrua":
-            memory = LeastRecentlyUsed(
-                controller, locations, cells, heads, usage_decay, gate, written, strength
-            )
-        elif access == "ntm":
-            memory = TuringMachine(controller, locations, cells, heads)
-        size: int = features.feature_dim  # type: ignore[assignment]
-        lstm = LSTMCell(size + self.spec.output_dim + _reads(memory), controller, forget_bias)
-        reader = _Controller(lstm, self.spec.output_dim, memory, label_scale)
-        self.net = self.with_reader(features, reader)
-        self.optimizer = self.build_optimizer()
+        if self.access == "lrua":
+            memory = LeastRecentlyUsed(*self.sizes, *self.kinds_of_access)
+        elif self.access == "ntm":
+            memory = TuringMachine(*self.sizes)
+        lstm = LSTMCell(feature_dim + ways + _reads(memory), controller, self.forget_bias)
+        return _Controller(lstm, ways, memory, self.label_scale)
 
 
 class _Memory(nn.Module):
@@ -147,7 +149,7 @@ class _Controller(Reader):
         self.label_scale = label_scale
         self.answer = nn.Linear(self.hidden + _reads(memory), ways)
 
-    def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
+    def read(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, State]:
         # A label enters with the next row; the first row has no label.
         late = self.label_scale * torch.cat([torch.zeros_like(labels[:1]), labels])
         empty = rows.new_zeros(1, self.hidden)
@@ -158,10 +160,11 @@ class _Controller(Reader):
         for row, label in zip(rows.split(1), late.split(1), strict=False):
             output, state = self._step(torch.cat([row, label], 1), state)
             outputs.append(output)
-        last = late[len(rows) :].expand(len(queries), -1)
+        return torch.cat(outputs), {**state, "label": late[len(rows) :]}
+
+    def ask(self, state: State, queries: Tensor) -> Tensor:
         side_by_side = {n: v.expand(len(queries), *v.shape[1:]) for n, v in state.items()}
-        outputs.append(self._step(torch.cat([queries, last], 1), side_by_side)[0])
-        return torch.cat(outputs)
+        return self._step(torch.cat([queries, side_by_side.pop("label")], 1), side_by_side)[0]
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Return the logits (N, W) and the state after inputs x (N, F + W)."""

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.common.episodic import EpisodicLearner
-from metarun.algorithms.functional import Params
+from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 from metarun.execution.engine import Engine
 
 LossOf = Literal["sequence", "query"]
@@ -24,7 +24,6 @@ LossOf = Literal["sequence", "query"]
 class Reader(nn.Module):
     """A network that predicts along a labeled sequence, and predicts queries after its end."""
 
-    @abstractmethod
     def forward(self, rows: Tensor, labels: Tensor, queries: Tensor) -> Tensor:
         """Return logits (S + Q, W): of each row given the labels before it, then of each query.
 
@@ -34,15 +33,25 @@ class Reader(nn.Module):
             queries: Query features, (Q, F). Each query follows the whole sequence, independently
                 of the other queries.
         """
+        along, state = self.read(rows, labels)
+        return torch.cat([along, self.ask(state, queries)])
+
+    @abstractmethod
+    def read(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Params]:
+        """Return the logits (S, W) along the sequence, and the state after its end."""
+
+    @abstractmethod
+    def ask(self, state: Params, queries: Tensor) -> Tensor:
+        """Return the logits (Q, W) of queries, each after the whole sequence."""
 
 
-class SequenceLearner(EpisodicLearner):
+class SequenceLearner(FeatureLearner):
     """An algorithm that learns to predict along the support rows, in their order of presentation.
 
     It predicts a row before it receives the row's label. A query is a row after the whole
     support, independent of the other queries. Only batch norm combines all rows of a task: in
     training, and at evaluation unless `bn=running`, which the shipped configurations set. A
-    subclass sets `self.net` to the result of `with_reader`.
+    subclass implements `build_reader`.
 
     Args:
         loss_of: Predictions in the loss: all along the `sequence`, queries included, or those of
@@ -60,6 +69,7 @@ class SequenceLearner(EpisodicLearner):
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     order_free: bool = False
+    net: _Sequence
 
     def __init__(
         self,
@@ -68,7 +78,6 @@ class SequenceLearner(EpisodicLearner):
         curriculum: tuple[int, int, int] | None = None,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
         if curriculum is not None:
             rows, first, last = curriculum
             if rows < 1 or not 0 <= first <= last:
@@ -82,6 +91,7 @@ class SequenceLearner(EpisodicLearner):
                 )
         self.loss_of: LossOf = loss_of
         self.curriculum = curriculum
+        super().__init__(**common)
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         whole = batch.support_x.shape[1]
@@ -114,9 +124,14 @@ class SequenceLearner(EpisodicLearner):
         engine = replace(self.engine, kind="vmap") if auto else self.engine
         return engine.resolved(self.net, self.device)
 
-    def with_reader(self, features: nn.Module, reader: Reader) -> nn.Module:
-        """Return the network: a body with features (N, F), and a reader of these features."""
+    def build_net(self) -> _Sequence:
+        features = self.build_network(None)
+        reader = self.build_reader(features.feature_dim)  # type: ignore[arg-type]
         return _Sequence(features, reader, self.spec.output_dim)
+
+    @abstractmethod
+    def build_reader(self, feature_dim: int) -> Reader:
+        """Build the reader of rows with this number of features, F."""
 
     def outputs_and_targets(
         self,
@@ -135,27 +150,24 @@ class SequenceLearner(EpisodicLearner):
             raise ValueError("algo.loss_of=query needs query rows in training: use train.query=1")
         return outputs[len(support_x) :], query_y
 
-    def answers(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        ways: int,  # noqa: ARG002
-        ctx: ForwardContext,
-    ) -> Tensor:
-        outputs = self._along(net, params, support_x, support_y, query_x, ctx)
-        return outputs[len(support_x) :]
+    def summarize(self, support: Tensor, labels: Tensor, ways: int) -> Params:  # noqa: ARG002
+        along, state = self.net.reader.read(support, self.net.one_hot(labels, support))
+        return {"sequence": along, **add_prefix("state.", state)}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        ctx = self.answering(support_x.shape[1])
+    def score(self, summary: Params, query: Tensor, ways: int) -> Tensor:  # noqa: ARG002
+        logits: Tensor = self.net.reader.ask(strip_prefix("state.", summary), query)
+        return logits
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> Tensor:
-            return self._along(net, params, *rows, ctx)  # type: ignore[call-arg, arg-type]
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        if not self.keeps_support:
+            return replace(super().answer(adapted, query_x), sequence=adapted["sequence"])
+        rows = adapted["support_x"].shape[1]
+        ctx = self.joint_context(rows)
 
-        outputs = self.map_tasks(task, support_x, support_y, query_x)
-        rows = support_x.shape[1]
+        def task(net: nn.Module, params: Params, *parts: Tensor) -> Tensor:
+            return self._along(net, params, *parts, ctx)  # type: ignore[call-arg, arg-type]
+
+        outputs = self.map_tasks(task, adapted["support_x"], adapted["support_y"], query_x)
         return Prediction(outputs[:, rows:], sequence=outputs[:, :rows])
 
     def _along(
@@ -167,7 +179,7 @@ class SequenceLearner(EpisodicLearner):
         query_x: Tensor,
         ctx: ForwardContext,
     ) -> Tensor:
-        """Return the logits (S + Q, W) of one task."""
+        """Return the logits (S + Q, W) of one task, whose rows pass together."""
         outputs: Tensor = torch.func.functional_call(
             net, params, (support_x, support_y, query_x, ctx)
         )
@@ -187,8 +199,12 @@ class _Sequence(nn.Module):
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ctx: ForwardContext
     ) -> Tensor:
         features = self.features(torch.cat([support_x, query_x]), ctx)
-        classes = torch.arange(self.ways, device=support_y.device)
-        labels = (support_y[:, None] == classes).to(features.dtype)
         rows = len(support_x)
+        labels = self.one_hot(support_y, features)
         outputs: Tensor = self.reader(features[:rows], labels, features[rows:])
         return outputs
+
+    def one_hot(self, labels: Tensor, like: Tensor) -> Tensor:
+        """Return labels (S,) as rows (S, W) with the dtype of `like`."""
+        classes = torch.arange(self.ways, device=labels.device)
+        return (labels[:, None] == classes).to(like.dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
+from metarun.algorithms.functional import Params
 from metarun.algorithms.memory.sequential import Reader, SequenceLearner
 
 
@@ -42,31 +43,29 @@ class SNAIL(SequenceLearner):
     """
 
     def __init__(self, *, filters: int = 128, length: int | None = None, **common: Any) -> None:
-        super().__init__(**common)
         positive("filters", filters)
+        if length is not None and length < 2:
+            raise ValueError(f"algo.length={length}: expected 2 or more")
+        self.filters = filters
+        self.length = length
+        super().__init__(**common)
+
+    def build_reader(self, feature_dim: int) -> Reader:
+        length = self.length
         if length is None:
             if self.spec.train_shot is None:
                 raise ValueError("the data set has no fixed number of shots: use algo.length=26")
             length = self.spec.train_way * self.spec.train_shot + 1
-        if length < 2:
-            raise ValueError(f"algo.length={length}: expected 2 or more")
-        self.filters = filters
-        self._make(math.ceil(math.log2(length)))
+        self.depth = math.ceil(math.log2(length))
+        return _Reader(feature_dim, self.spec.output_dim, self.depth, self.filters)
 
     def match_shapes(self, state: Mapping[str, Any]) -> None:
         # A meta-test with other shots keeps the depth of the trained network.
         taps = [name for name in state if name.endswith(".taps.weight")]
         if taps and len(taps) // 2 != self.depth:
-            self._make(len(taps) // 2)
-
-    def _make(self, depth: int) -> None:
-        """Build the optimizer and the network, whose two blocks have `depth` dense blocks each."""
-        self.depth = depth
-        features = self.build_network(None)
-        size: int = features.feature_dim  # type: ignore[assignment]
-        reader = _Reader(size, self.spec.output_dim, depth, self.filters)
-        self.net = self.with_reader(features, reader).to(self.device, self.dtype)
-        self.optimizer = self.build_optimizer()
+            self.length = 2 ** (len(taps) // 2)
+            self.net = self.build_net().to(self.device, self.dtype)
+            self.optimizer = self.build_optimizer()
 
 
 class _Reader(Reader):
@@ -95,6 +94,26 @@ class _Reader(Reader):
         logits: Tensor = self.answer(unlabeled)
         return logits
 
+    def read(self, rows: Tensor, labels: Tensor) -> tuple[Tensor, Params]:
+        labeled = torch.cat([rows, labels], 1)
+        unlabeled = torch.cat([rows, torch.zeros_like(labels)], 1)
+        place = torch.arange(len(rows), device=rows.device)
+        state: Params = {}
+        for number, layer in enumerate(self.layers):
+            state[str(number)] = labeled
+            labeled, unlabeled = layer(labeled, unlabeled, place)
+        logits: Tensor = self.answer(unlabeled)
+        return logits, state
+
+    def ask(self, state: Params, queries: Tensor) -> Tensor:
+        labels = queries.new_zeros(len(queries), state["0"].shape[1] - queries.shape[1])
+        unlabeled = torch.cat([queries, labels], 1)
+        place = torch.full((len(queries),), len(state["0"]), device=queries.device)
+        for number, layer in enumerate(self.layers):
+            unlabeled = layer.ask(state[str(number)], unlabeled, place)  # type: ignore[operator]
+        logits: Tensor = self.answer(unlabeled)
+        return logits
+
 
 class DenseBlock(nn.Module):
     """A gated causal convolution with two taps, concatenated to its input (section 3).
@@ -118,8 +137,16 @@ class DenseBlock(nn.Module):
             unlabeled: Features of the rows to predict, (A, C).
             place: Number of labeled rows before each row to predict, (A,).
         """
-        past = torch.cat([labeled.new_zeros(self.dilation, labeled.shape[1]), labeled])
+        past = self._past(labeled)
         return self._join(past[: len(labeled)], labeled), self._join(past[place], unlabeled)
+
+    def ask(self, labeled: Tensor, unlabeled: Tensor, place: Tensor) -> Tensor:
+        """Map unlabeled rows only."""
+        return self._join(self._past(labeled)[place], unlabeled)
+
+    def _past(self, labeled: Tensor) -> Tensor:
+        """Return the labeled row `dilation` rows before each place, (dilation + S, C)."""
+        return torch.cat([labeled.new_zeros(self.dilation, labeled.shape[1]), labeled])
 
     def _join(self, past: Tensor, now: Tensor) -> Tensor:
         values, gates = self.taps(torch.cat([past, now], 1)).chunk(2, 1)
@@ -152,9 +179,18 @@ class Attention(nn.Module):
         scale = keys.shape[1] ** -0.5
         scores = scale * self.query(labeled) @ keys.T
         seen = scores.masked_fill(places > places[:, None], -torch.inf).softmax(1) @ values
+        return torch.cat([labeled, seen], 1), self._read(keys, values, unlabeled, place)
+
+    def ask(self, labeled: Tensor, unlabeled: Tensor, place: Tensor) -> Tensor:
+        """Map unlabeled rows only."""
+        return self._read(self.key(labeled), self.value(labeled), unlabeled, place)
+
+    def _read(self, keys: Tensor, values: Tensor, unlabeled: Tensor, place: Tensor) -> Tensor:
+        places = torch.arange(len(keys), device=keys.device)
+        scale = keys.shape[1] ** -0.5
         wanted = scale * self.query(unlabeled)
         scores = (wanted @ keys.T).masked_fill(places >= place[:, None], -torch.inf)
         own = (wanted * self.key(unlabeled)).sum(1, keepdim=True)
         weights = torch.cat([scores, own], 1).softmax(1)
         read = weights[:, :-1] @ values + weights[:, -1:] * self.value(unlabeled)
-        return torch.cat([labeled, seen], 1), torch.cat([unlabeled, read], 1)
+        return torch.cat([unlabeled, read], 1)

@@ -12,14 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward
-from metarun.algorithms.common.episodic import EpisodicLearner
-from metarun.algorithms.functional import Params, strip_prefix
+from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Prediction
+from metarun.core.types import Adapted
 
 
-class FRN(EpisodicLearner):
+class FRN(FeatureLearner):
     """Feature map reconstruction network: predicts the class that best reconstructs the query.
 
     The features of a class at all positions of its support images are the rows of S, (K r, d). The
@@ -51,44 +50,42 @@ class FRN(EpisodicLearner):
     accepts_any_way: bool = True
     label_equivariant: bool = True
     replays: ClassVar[bool] = True
+    net: _Reconstruction
 
     def __init__(self, *, scale: float = 1.0, all_pairs: bool = False, **common: Any) -> None:
-        super().__init__(**common)
         if not scale > 0:
             raise ValueError(f"algo.scale={scale}: expected a positive number")
+        self.scale = scale
+        self.all_pairs = all_pairs
+        super().__init__(**common)
         if all_pairs and self.spec.train_shot not in (1, None):
             raise ValueError(
                 "algo.all_pairs=true needs one support row of each class, not "
                 f"{self.spec.train_shot}: use train.shot=1"
             )
-        self.all_pairs = all_pairs
-        self.net = _Reconstruction(self.build_maps("last"), scale)
-        self.optimizer = self.build_optimizer()
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+    def build_net(self) -> nn.Module:
+        return _Reconstruction(self.build_maps("last"), self.scale)
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         counts = nn.functional.one_hot(support_y).sum(1)
         if (counts != counts[:, :1]).any():
             raise ValueError(
                 "FRN needs the same number of support rows of each class: leave out the others, "
                 "or use another algo"
             )
-        return super().predict(support_x, support_y, query_x)
+        return super().adapt(support_x, support_y)
 
-    def answers(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        ways: int,
-        ctx: ForwardContext,
-    ) -> Tensor:
-        features = self._features(net, params, torch.cat([support_x, query_x]), ctx)
-        support, query = features.split([len(support_x), len(query_x)])
+    def embed(self, features: Tensor) -> Tensor:
+        """Return maps (N, d, H, W') as the features (N, r, d) of their positions."""
+        return features.flatten(2).mT / math.sqrt(features.shape[1])
+
+    def logits(self, support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
         # Sorted by class; every class has as many rows.
-        support = support[support_y.argsort(stable=True)].unflatten(0, (ways, -1))
-        return self._logits(params, support.flatten(1, 2), query)
+        support = support[labels.argsort(stable=True)].unflatten(0, (ways, -1))
+        penalty, factor = self.net.alpha.exp(), self.net.beta.exp()
+        errors = reconstruction_errors(support.flatten(1, 2), query, penalty, factor)
+        return -self.net.gamma * errors
 
     def outputs_and_targets(
         self,
@@ -100,30 +97,24 @@ class FRN(EpisodicLearner):
         query_y: Tensor,
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
-        ways = self.spec.train_way
         if not self.all_pairs:
-            rows = (support_x, support_y, query_x)
-            return self.answers(net, params, *rows, ways, ctx), query_y
-        features = self._features(net, params, torch.cat([support_x, query_x]), ctx)
+            rows = (support_x, support_y, query_x, query_y)
+            return super().outputs_and_targets(net, params, *rows, ctx)
+        ways = self.spec.train_way
+        features = self.features(net, params, torch.cat([support_x, query_x]), ctx)
         order = torch.cat([support_y, query_y]).argsort(stable=True)
         sets = features[order].unflatten(0, (ways, -1)).transpose(0, 1)
         number = len(sets)
         every = sets.flatten(0, 1)
-        logits = self._logits(params, every, every).view(number, ways, number, ways)
+        # Each row is a class of its own.
+        labels = torch.arange(len(every), device=query_y.device)
+        logits: Tensor = self._with(
+            net, params, lambda own: own.logits(every, labels, every, len(every))
+        )
+        logits = logits.view(number, ways, number, ways)
         apart = [logits[i, :, j] for i, j in itertools.permutations(range(number), 2)]
         targets = torch.arange(ways, device=query_y.device).repeat(len(apart))
         return torch.cat(apart), targets
-
-    def _features(self, net: nn.Module, params: Params, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return the features (N, r, d) of rows at the positions of their maps."""
-        assert isinstance(net, _Reconstruction)
-        maps = forward(net.features, strip_prefix("features.", params), x, ctx)
-        return maps.flatten(2).mT / math.sqrt(maps.shape[1])
-
-    def _logits(self, params: Params, support: Tensor, query: Tensor) -> Tensor:
-        """Return the logits (Q, W) of features (Q, r, d), given those of classes (W, K r, d)."""
-        penalty, factor = params["alpha"].exp(), params["beta"].exp()
-        return -params["gamma"] * reconstruction_errors(support, query, penalty, factor)
 
 
 class _Reconstruction(nn.Module):

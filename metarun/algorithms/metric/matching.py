@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
-from metarun.algorithms.common.episodic import EpisodicLearner
+from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.recurrent import LSTMCell
 
 
-class MatchingNet(EpisodicLearner):
+class MatchingNet(FeatureLearner):
     """Matching network: predicts with support labels, weighted by attention to their rows.
 
     p(y | x) = sum_i a(x, x_i) y_i, where a is the softmax over the support rows of `scale` times
@@ -50,6 +49,7 @@ class MatchingNet(EpisodicLearner):
     replays: ClassVar[bool] = True
     accepts_any_way: bool = True
     label_equivariant: bool = True
+    net: _Embedding
 
     def __init__(
         self,
@@ -59,32 +59,31 @@ class MatchingNet(EpisodicLearner):
         processing_steps: int = 5,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
         check_positive("algo.scale", scale)
         positive("processing_steps", processing_steps)
         self.scale = scale
+        self.steps = processing_steps if full_context else 0
+        super().__init__(**common)
         self.order_free = not full_context
-        self.net = _Embedding(self.build_network(None), processing_steps if full_context else 0)
-        self.optimizer = self.build_optimizer()
 
-    def answers(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        ways: int,
-        ctx: ForwardContext,
-    ) -> Tensor:
+    def build_net(self) -> nn.Module:
+        return _Embedding(self.build_network(None), self.steps)
+
+    def summarize(self, support: Tensor, labels: Tensor, ways: int) -> Params:
+        if self.net.context is not None:
+            support = self.net.context.embed_support(support)
+        return super().summarize(support, labels, ways)
+
+    def logits(self, support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
         """Return the log-probabilities (Q, W) of one task's queries."""
-        support, query = torch.func.functional_call(net, params, (support_x, query_x, ctx))
+        if self.net.context is not None:
+            query = self.net.context.embed_query(query, support)
         similarity = nn.functional.normalize(query) @ nn.functional.normalize(support).T
-        return class_log_probabilities(self.scale * similarity, support_y, ways)
+        return class_log_probabilities(self.scale * similarity, labels, ways)
 
 
 class _Embedding(nn.Module):
-    """Embeddings of support and query rows, in context if `processing_steps` is positive."""
+    """The embedding of single rows, and their context if `processing_steps` is positive."""
 
     def __init__(self, features: nn.Module, processing_steps: int) -> None:
         super().__init__()
@@ -94,16 +93,6 @@ class _Embedding(nn.Module):
             if processing_steps
             else None
         )
-
-    def forward(
-        self, support_x: Tensor, query_x: Tensor, ctx: ForwardContext
-    ) -> tuple[Tensor, Tensor]:
-        features = self.features(torch.cat([support_x, query_x]), ctx)
-        support, query = features[: len(support_x)], features[len(support_x) :]
-        if self.context is None:
-            return support, query
-        embedded: tuple[Tensor, Tensor] = self.context(support, query)
-        return embedded
 
 
 class FullContext(nn.Module):

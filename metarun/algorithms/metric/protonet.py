@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward
-from metarun.algorithms.common.episodic import EpisodicLearner
+from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params, prototypes
-from metarun.backbones.layers.context import ForwardContext
 
 Distance = Literal["squared_euclidean", "cosine"]
 
 
-class ProtoNet(EpisodicLearner):
+class ProtoNet(FeatureLearner):
     """Prototypical network: predicts the class with the nearest mean embedding, its prototype.
 
     p(y = k | x) is the softmax over k of -d(f(x), c_k), where c_k is the mean of f over the
@@ -47,27 +44,12 @@ class ProtoNet(EpisodicLearner):
             raise ValueError(f"algo.scale={scale}: expected a positive number")
         self.distance = distance
         self.scale = scale
-        self.net = self.build_network(None)
-        self.optimizer = self.build_optimizer()
 
-    def answers(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        ways: int,
-        ctx: ForwardContext,
-    ) -> Tensor:
-        features = forward(net, params, torch.cat([support_x, query_x]), ctx)
-        return self._logits(features, support_y, ways)
+    def summarize(self, support: Tensor, labels: Tensor, ways: int) -> Params:
+        return {"prototypes": prototypes(support, labels, ways)}
 
-    def _logits(self, features: Tensor, support_y: Tensor, ways: int) -> Tensor:
-        """Return logits (Q, W), given features (S + Q, F) of one task, support rows first."""
-        num_support = support_y.shape[0]
-        query = features[num_support:]
-        centers = prototypes(features[:num_support], support_y, ways)
+    def score(self, summary: Params, query: Tensor, ways: int) -> Tensor:  # noqa: ARG002
+        centers = summary["prototypes"]
         if self.distance == "cosine":
             similarity = nn.functional.normalize(query) @ nn.functional.normalize(centers).T
             return self.scale * (similarity - 1.0)

@@ -5,18 +5,18 @@ Shapes: S support rows, Q query rows, W ways, C H W' channels, height and width 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive
+from metarun.algorithms.base import positive, with_tensors
 from metarun.algorithms.common.episodic import EpisodicLearner
-from metarun.algorithms.functional import Params
+from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.normalization import BatchNorm, halved
+from metarun.core.types import Adapted, Prediction
 
 
 class RelationNet(EpisodicLearner):
@@ -69,6 +69,38 @@ class RelationNet(EpisodicLearner):
         self.net.apply(_initialize)
         self.optimizer = self.build_optimizer()
 
+    @property
+    def keeps_support(self) -> bool:
+        return False
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        ways = self.ways(support_y)
+
+        def task(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Params:
+            def run(ctx: ForwardContext) -> Tensor:
+                classes: Tensor = with_tensors(
+                    net, params, lambda net: net.classes(x, y, ways, ctx)
+                )
+                return classes
+
+            classes, statistics = self.support_pass(net, run)
+            return {"classes": classes, **add_prefix("net.", statistics)}
+
+        adapted: Adapted = self.map_tasks(task, support_x, support_y, key=self.replay_key(ways))
+        return adapted
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        ctx = self.query_context()
+
+        def task(net: nn.Module, params: Params, own: Params, x: Tensor) -> Tensor:
+            def scores(net: _Relation) -> Tensor:
+                return net.scores(own["classes"], net.embedding(x, ctx), ctx)
+
+            outputs: Tensor = with_tensors(net, params | strip_prefix("net.", own), scores)
+            return outputs
+
+        return Prediction(self.map_adapted(task, adapted, query_x, key=self.replay_key()))
+
     def answers(
         self,
         net: nn.Module,
@@ -80,24 +112,28 @@ class RelationNet(EpisodicLearner):
         ctx: ForwardContext,
     ) -> Tensor:
         """Return the scores (Q, W) of one task's queries, before the sigmoid."""
-        scores: Tensor = torch.func.functional_call(
-            net, params, (support_x, support_y, query_x, ways, ctx)
-        )
-        return scores
+
+        def scores(net: _Relation) -> Tensor:
+            classes = net.classes_of(net.embedding(support_x, ctx), support_y, ways)
+            # After the support, so that running statistics are of query rows, as in the code.
+            return net.scores(classes, net.embedding(query_x, ctx), ctx)
+
+        outputs: Tensor = with_tensors(net, params, scores)
+        return outputs
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error of the scores, sigmoid of outputs (Q, W) (eq. 2)."""
         matches = targets[:, None] == torch.arange(outputs.shape[1], device=targets.device)
         return (outputs.sigmoid() - matches.to(outputs.dtype)).square().mean()
 
-    def clipped(self, grads: Params) -> Params:
+    def limited(self, grads: Params) -> Params:
         if self.clip_norm is None:
             return grads
         factors = {
-            module: self.clip_norm / _norm(grads, module).clamp(min=self.clip_norm)
+            module: self.clip_norm / _norm(grads, f"net.{module}.").clamp(min=self.clip_norm)
             for module in ("embedding", "relation")
         }
-        return {name: grad * factors[name.partition(".")[0]] for name, grad in grads.items()}
+        return {name: grad * factors[name.split(".")[1]] for name, grad in grads.items()}
 
 
 class _Relation(nn.Module):
@@ -108,19 +144,24 @@ class _Relation(nn.Module):
         self.embedding = embedding
         self.relation = _Comparison(shape, hidden, padding)
 
-    def forward(
-        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, ctx: ForwardContext
-    ) -> Tensor:
-        member = support_y[None] == torch.arange(ways, device=support_y.device)[:, None]
-        if ctx.rows is None:
-            support = self.embedding(support_x, ctx)
-            # After the support, so that running statistics are of query rows, as in the code.
-            maps = self.embedding(query_x, ctx)
-        else:
-            # The support rows are compared too: g takes its statistics from their pairs.
-            maps = self.embedding(torch.cat([support_x, query_x]), ctx)
-            support = maps[: ctx.rows]
-        classes = (member.to(maps.dtype) @ support.flatten(1)).unflatten(1, maps.shape[1:])
+    def classes(self, x: Tensor, labels: Tensor, ways: int, ctx: ForwardContext) -> Tensor:
+        """Return the maps (W, C, H, W') of the classes, and pass the support's pairs through g."""
+        maps = self.embedding(x, ctx)
+        classes = self.classes_of(maps, labels, ways)
+        if ctx.moments is not None:
+            # g takes its statistics from the pairs of a class and a support row.
+            self.scores(classes, maps, ctx)
+        return classes
+
+    def classes_of(self, maps: Tensor, labels: Tensor, ways: int) -> Tensor:
+        """Return the sum of the support's maps (S, C, H, W') for each class, (W, C, H, W')."""
+        member = labels[None] == torch.arange(ways, device=labels.device)[:, None]
+        classes: Tensor = (member.to(maps.dtype) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
+        return classes
+
+    def scores(self, classes: Tensor, maps: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the scores (Q, W) of query maps (Q, C, H, W') and classes (W, C, H, W')."""
+        ways = len(classes)
         pairs = torch.cat(
             [
                 classes[None].expand(len(maps), *classes.shape),
@@ -128,9 +169,8 @@ class _Relation(nn.Module):
             ],
             2,
         )
-        seen = None if ctx.rows is None else ctx.rows * ways
-        scores: Tensor = self.relation(pairs.flatten(0, 1), replace(ctx, rows=seen))
-        return scores.view(len(maps), ways)[ctx.rows or 0 :]
+        scores: Tensor = self.relation(pairs.flatten(0, 1), ctx).view(len(maps), ways)
+        return scores
 
 
 class _Comparison(nn.Module):
@@ -160,8 +200,8 @@ class _Comparison(nn.Module):
         return scores
 
 
-def _norm(grads: Params, module: str) -> Tensor:
-    norms = [grad.norm() for name, grad in grads.items() if name.startswith(f"{module}.")]
+def _norm(grads: Params, prefix: str) -> Tensor:
+    norms = [grad.norm() for name, grad in grads.items() if name.startswith(prefix)]
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
     return norm
 

@@ -6,19 +6,27 @@ Shapes: T tasks, S support rows, Q query rows, P parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
-from metarun.algorithms.common.adapting import AdaptingLearner
-from metarun.algorithms.functional import Loss, Params, flatten, sgd_adapt, sgd_path, unflatten
-from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
+from metarun.algorithms.common.adapting import Support
+from metarun.algorithms.common.inner_loop import InnerLoopLearner
+from metarun.algorithms.functional import (
+    Loss,
+    Params,
+    add_prefix,
+    flatten,
+    sgd_adapt,
+    sgd_path,
+    strip_prefix,
+    unflatten,
+)
+from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.execution.engine import TaskFunction, TwoStageTask
 
 Proximal = Literal["after", "each_step"]
 
@@ -26,7 +34,7 @@ Proximal = Literal["after", "each_step"]
 _TOLERANCE = 1e-10
 
 
-class IMAML(AdaptingLearner):
+class IMAML(InnerLoopLearner):
     """iMAML: an implicit meta-gradient at the adapted weights, independent of the inner path.
 
     Adaptation solves phi = argmin L(phi; support) + lam / 2 |phi - theta|^2 (eq. 3). The
@@ -98,35 +106,42 @@ class IMAML(AdaptingLearner):
         self.cg_steps = cg_steps
         self.cg_damping = cg_damping
         self.lam_damping = lam_damping
+        self.second_order_from = None
         self.net = self.build_network(self.spec.output_dim)
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Any:
-            support_x, support_y, query_x, query_y, noise = rows
+    def training_task(self, *, first_order: bool) -> TaskFunction:
+        """Return the function of one training task, whose result is (meta-gradient, extras)."""
+        outer = super().training_task(first_order=first_order)
+        assert isinstance(outer, TwoStageTask)
 
-            def support_loss(params: Params, *, double_backward: bool = False) -> Tensor:
-                ctx = ForwardContext(noise=noise, double_backward=double_backward)
-                return self.loss(forward(net, params, support_x, ctx), support_y)
+        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Params, Any]:
+            theta = strip_prefix("net.", params)
+            support = Support(rows[0], rows[1], self.spec.train_way)
 
-            def query_loss(params: Params) -> tuple[Tensor, Any]:
-                moments: dict[str, tuple[Tensor, Tensor]] = {}
-                ctx = ForwardContext(moments=moments, noise=noise)
-                outputs = forward(net, params, query_x, ctx)
-                loss = self.loss(outputs, query_y)
-                return loss, (loss, outputs, moments)
+            def support_loss(*, double_backward: bool) -> Loss:
+                ctx = ForwardContext(noise=rows[-1], double_backward=double_backward)
+                return self.support_loss(net, theta, support, ctx)
 
-            phi = self._solve(support_loss, theta)
-            grads, extras = torch.func.grad(query_loss, has_aux=True)(phi)
-            return self._implicit(partial(support_loss, double_backward=True), phi, grads), extras
+            phi = self._solve(support_loss(double_backward=False), theta)
+            query_gradient = torch.func.grad(
+                lambda weights: outer.predict(net, params, weights, *rows), has_aux=True
+            )
+            grads, extras = query_gradient(phi)
+            grads = self._implicit(support_loss(double_backward=True), phi, grads)
+            return add_prefix("net.", grads), extras
 
-        grads, (losses, outputs, moments) = self.resolved_engine().map(
-            task, self.net, own_parameters(self.net), self.training_rows(batch, progress)
-        )
-        self.optimizer.step({f"net.{name}": g.mean(0) for name, g in grads.items()}, progress)
-        update_running_statistics(self.net, moments)
-        score = task_metric(self.spec, outputs, batch.query_y)
-        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+        return task
+
+    def outer_gradients(
+        self,
+        task: TaskFunction,
+        rows: tuple[Tensor, ...],
+        key: Hashable = None,  # noqa: ARG002
+    ) -> tuple[Params, Any]:
+        params: Params = {**self.optimizer.targets}
+        grads, extras = self.resolved_engine().map(task, self.net, params, rows)
+        return {name: grad.mean(0) for name, grad in grads.items()}, extras
 
     def _solve(self, loss: Loss, theta: Params) -> Params:
         """Return the adapted parameters phi in training, without a graph."""
@@ -158,14 +173,9 @@ class IMAML(AdaptingLearner):
         solution = conjugate_gradients(matrix_times, flatten(grads), self.cg_steps)
         return unflatten(solution, phi)
 
-    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """Return the parameters before and after each inner step at evaluation."""
-
-        def loss(params: Params) -> Tensor:
-            return self.loss(
-                forward(net, params, x, ForwardContext(running=self.bn == "running")), y
-            )
-
+    def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
+        ctx = ForwardContext(running=self.bn == "running")
+        loss = self.support_loss(net, theta, support, ctx)
         objective = _with_proximal(loss, theta, self.eval_lam) if self.eval_lam else loss
         path = sgd_path(objective, theta, lr=self.inner_lr, steps=steps, first_order=True)
         return [theta, *path]

@@ -14,32 +14,33 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
-from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.base import own_parameters
+from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.adversarial import Answer, SupportTerm
+from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import (
     Loss,
     Params,
+    add_prefix,
     check_inner_loop,
+    descend,
     dict_key,
+    gradient,
     gradient_backwards,
     is_first_order,
-    sgd_adapt,
-    sgd_path,
     strip_prefix,
     with_gradient,
 )
-from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import norm_parameters
-from metarun.core.types import Metrics, Progress, TaskBatch
-from metarun.execution.engine import TwoStageTask
+from metarun.core.types import Progress
+from metarun.execution.engine import TaskFunction, TwoStageTask
 
-Adapted = Literal["all", "head", "body"]
+Part = Literal["all", "head", "body"]
 Rates = Literal["fixed", "tensor", "element"]
 
 
-class MAML(AdaptingLearner):
+class MAML(InnerLoopLearner):
     """MAML: learns an initialization from which a few gradient steps solve a task.
 
     Minimizes sum_i L_i(theta - lr * grad L_i(theta; support_i); query_i) over theta (Finn et
@@ -84,7 +85,7 @@ class MAML(AdaptingLearner):
         inner_lr: float | Sequence[float] = 0.01,
         inner_steps: int = 1,
         second_order_from: int | None = 0,
-        adapt: Adapted = "all",
+        adapt: Part = "all",
         adapt_norm: bool = True,
         rates: Rates = "fixed",
         inner_clip: float | None = None,
@@ -115,99 +116,65 @@ class MAML(AdaptingLearner):
                     self.rates[dict_key(name)] = nn.Parameter(torch.zeros(shape) + start)
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        first_order = is_first_order(self.second_order_from, progress)
+    def inner_step(
+        self, loss: Loss, weights: Params, params: Params, *, first_order: bool
+    ) -> Params:
+        learned = strip_prefix("rates.", params)
+        rates = {name: learned[dict_key(name)] for name in weights} if learned else self.inner_lr
+        grads = gradient(loss, weights, first_order=first_order)
+        return descend(weights, grads, lr=rates, clip=self.inner_clip)
 
-        def start(params: Params) -> Params:
-            return self._start(self._split(params)[0])
-
-        def after(
-            net: nn.Module, weights: Params, params: Params, *rows: Tensor, steps: int = 1
-        ) -> Params:
-            support_x, support_y, noise = rows
-            theta, rates = self._split(params)
-            ctx = ForwardContext(noise=noise, double_backward=not first_order)
-            loss = self._support_loss(net, theta, support_x, support_y, ctx)
-            return self._after(loss, weights, rates, first_order, steps)
-
-        def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
-            return after(net, start(params), params, *rows, steps=self.inner_steps)
-
-        def query_loss(
-            net: nn.Module, params: Params, weights: Params, *rows: Tensor
-        ) -> tuple[Tensor, Any]:
-            _, _, query_x, query_y, noise = rows
-            theta, _ = self._split(params)
-            moments: dict[str, tuple[Tensor, Tensor]] = {}
-            ctx = ForwardContext(moments=moments, noise=noise)
-            outputs = forward(net, {**theta, **weights}, query_x, ctx)
-            loss = self.loss(outputs, query_y)
-            return loss, (loss, outputs, moments)
-
-        task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
+    def training_task(self, *, first_order: bool) -> TaskFunction:
+        task = super().training_task(first_order=first_order)
+        if first_order or not self.recompute:
+            return task
+        assert isinstance(task, TwoStageTask)
 
         def recomputed(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
+            x, y, noise = task.support_rows(rows)
+            support = Support(x, y, self.spec.train_way)
+            ctx = ForwardContext(noise=noise, double_backward=True)
+
+            def step(weights: Params, params: Params) -> Params:
+                loss = self.support_loss(net, strip_prefix("net.", params), support, ctx)
+                return self.inner_step(loss, weights, params, first_order=False)
+
             grads, extras = gradient_backwards(
-                start,
-                lambda weights, params: after(net, weights, params, *task.support_rows(rows)),
-                lambda weights, params: query_loss(net, params, weights, *rows),
+                lambda params: self.start(net, strip_prefix("net.", params), support, ctx),
+                step,
+                lambda weights, params: task.predict(net, params, weights, *rows),
                 params,
                 steps=self.inner_steps,
             )
             return with_gradient(params, grads), extras
 
-        rows = self.training_rows(batch, progress)
-        params: Params = {**self.optimizer.targets}
-        grads, (losses, outputs, moments) = self.resolved_engine().gradients(
-            recomputed if self.recompute and not first_order else task,
-            self.net,
-            params,
-            rows,
-            key=self.replay_key(first_order),
-        )
-        self.optimizer.step(grads, progress)
-        update_running_statistics(self.net, moments)
-        score = task_metric(self.spec, outputs, batch.query_y)
-        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+        return recomputed
 
-    def _start(self, theta: Params) -> Params:
-        """Return the parameters that the inner loop adapts."""
-        return {name: theta[name] for name in self.adapted}
-
-    def _after(
-        self, loss: Loss, weights: Params, rates: float | Params, first_order: bool, steps: int
-    ) -> Params:
-        """Return the adapted parameters after inner steps in training."""
-        return sgd_adapt(
-            loss, weights, lr=rates, steps=steps, first_order=first_order, clip=self.inner_clip
-        )
-
-    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
-        """Return all parameters before and after each inner step at evaluation."""
-        term = None if self.term_at_evaluation is None else self.term_at_evaluation(x)
+    def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
+        if self.term_at_evaluation is None:
+            return super().path(net, theta, support, steps)
         ctx = ForwardContext(running=self.bn == "running")
-        loss = self._support_loss(net, theta, x, y, ctx, term)
-        start = self._start(theta)
-        rates = self._rates(dict(self.rates.named_parameters()))
-        path = sgd_path(loss, start, lr=rates, steps=steps, first_order=True, clip=self.inner_clip)
-        return [theta, *({**theta, **adapted} for adapted in path)]
+        loss = self._loss_and(self.term_at_evaluation(support.x), net, theta, support, ctx)
+        params = {**self.optimizer.targets, **add_prefix("net.", theta)}
+        path = self.descent(net, params, support, ctx, steps=steps, first_order=True, loss=loss)
+        return list(path)
 
-    def _support_loss(
+    def _loss_and(
         self,
+        term: SupportTerm,
         net: nn.Module,
         theta: Params,
-        x: Tensor,
-        y: Tensor,
+        support: Support,
         ctx: ForwardContext,
-        term: SupportTerm | None = None,
     ) -> Loss:
-        def loss(adapted: Params) -> Tensor:
-            weights = {**theta, **adapted}
-            outputs = forward(net, weights, x, ctx)
-            if term is None:
-                return self.loss(outputs, y)
-            added = term(outputs, lambda rows: forward(net, weights, rows, ctx))
-            return self.loss(outputs, y) + added
+        """Return the inner loss plus a term, as a function of the adapted weights."""
+
+        def loss(weights: Params) -> Tensor:
+            def logits(rows: Tensor) -> Tensor:
+                return self.outputs(net, theta, weights, rows, ctx)
+
+            outputs = logits(support.x)
+            return self.inner_loss(outputs, support.y) + term(outputs, logits)
 
         return loss
 
@@ -222,32 +189,18 @@ class MAML(AdaptingLearner):
         term: SupportTerm | None,
     ) -> Answer:
         """Adapt to one training task; see `AdversarialLearner.solve`."""
-        theta, rates = self._split(params)
+        theta, support = strip_prefix("net.", params), Support(support_x, support_y, 0)
         first_order = is_first_order(self.second_order_from, progress)
         ctx = ForwardContext(noise=noise, double_backward=not first_order)
-        loss = self._support_loss(net, theta, support_x, support_y, ctx, term)
-        start = self._start(theta)
-        weights = theta | self._after(loss, start, rates, first_order, self.inner_steps)
-        return lambda x, ctx: forward(net, weights, x, ctx)
-
-    def limited(self, grads: Params) -> Params:
-        """Return gradients as they are passed to the outer optimizer: unchanged."""
-        return grads
+        loss = None if term is None else self._loss_and(term, net, theta, support, ctx)
+        *_, weights = self.descent(
+            net, params, support, ctx, steps=self.inner_steps, first_order=first_order, loss=loss
+        )
+        return lambda x, ctx: self.outputs(net, theta, weights, x, ctx)
 
     def replay_key(self, *values: Hashable) -> Hashable:
         # The term may depend on anything, such as a generator that is being trained.
         return None if self.term_at_evaluation is not None else super().replay_key(*values)
-
-    def _split(self, params: Params) -> tuple[Params, float | Params]:
-        """Split the meta-learned parameters into those of the network and the inner rates."""
-        theta = strip_prefix("net.", params)
-        rates = strip_prefix("rates.", params)
-        return theta, self._rates(rates)
-
-    def _rates(self, learned: Params) -> float | Params:
-        return (
-            {name: learned[dict_key(name)] for name in self.adapted} if learned else self.inner_lr
-        )
 
 
 def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:

@@ -5,7 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, D outputs, K inner steps, C chann
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward, own_parameters, task_metric
-from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
     Params,
     add_prefix,
@@ -25,11 +25,10 @@ from metarun.algorithms.functional import (
     is_first_order,
     strip_prefix,
 )
-from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import BatchNorm, norm_parameters
 from metarun.core.types import Metrics, Progress, TaskBatch
-from metarun.execution.engine import TaskFunction, TwoStageTask
+from metarun.execution.engine import TwoStageTask
 
 Moments = dict[str, tuple[Tensor, Tensor]]
 
@@ -155,36 +154,20 @@ class MAMLpp(AdaptingLearner):
                     loss = loss + weights[step] * self.loss(outputs, query_y)
                     seen[-1].append(moments)
             kept = _stack_moments(seen) if self.per_step_statistics else seen[-1][-1]
-            return loss, (loss, outputs, kept)
+            return loss, (loss, task_metric(self.spec, outputs, query_y), kept)
 
         weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
         rows = (*self.training_rows(batch, progress), weights)
-        grads, (losses, outputs, moments) = self.resolved_engine().gradients(
-            TwoStageTask(adapted, query_loss, reads=(0, 1, 4)),
-            self.net,
-            {**self.optimizer.targets},
-            rows,
-            key=self.replay_key(first_order, *counts),
-        )
-        self.optimizer.step(grads, progress)
-        update_running_statistics(self.net, moments)
-        score = task_metric(self.spec, outputs, batch.query_y)
-        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+        task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
+        return self.outer_step(task, rows, progress, key=self.replay_key(first_order, *counts))
 
-    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
-        """Map a task function over tasks, as `Algorithm` does, with all meta-learned parameters.
-
-        These are the parameters of the network and the inner rates.
-        """
-        params: Params = {**self.optimizer.targets}
-        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
-        return outputs
-
-    def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:
+    def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
         """Return the tensors that the network reads before and after each inner step."""
         ctx = ForwardContext(running=self.bn == "running")
-        descent = self._descent(net, theta, x, y, ctx, steps=steps, first_order=True)
-        start = self._at(net, _split(theta)[0], 0)
+        params = {**self.optimizer.targets, **add_prefix("net.", theta)}
+        x, y, _ = support
+        descent = self._descent(net, params, x, y, ctx, steps=steps, first_order=True)
+        start = self._at(net, theta, 0)
         return [start, *(self._at(net, weights, step) for step, (weights, _) in enumerate(descent))]
 
     def _descent(

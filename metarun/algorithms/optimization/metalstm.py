@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import forward, own_parameters, positive, task_metric
+from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten, strip_prefix, unflatten
 from metarun.backbones.layers.context import ForwardContext
-from metarun.backbones.layers.normalization import BatchNorm
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.backbones.layers.normalization import batch_norms
+from metarun.core.types import Metrics, Progress, TaskBatch
 
 PreviousGate = Literal["logit", "gate"]
 
@@ -39,7 +40,7 @@ class State(NamedTuple):
     statistics: Params  # averages of the batch statistics, by buffer name
 
 
-class MetaLSTM(Algorithm):
+class MetaLSTM(AdaptingLearner):
     """The LSTM meta-learner: gates, computed by an LSTM, update the weights of a learner.
 
     The update is theta_t = f_t * theta_{t-1} - i_t * gradient_t (eq. 2). The input gate i_t takes
@@ -113,39 +114,25 @@ class MetaLSTM(Algorithm):
                 net, unflatten(state.theta, theta), query_x, ForwardContext(noise=noise)
             )
             loss = self.loss(outputs, query_y)
-            return loss, (loss, outputs)
+            return loss, (loss, task_metric(self.spec, outputs, query_y), {})
 
-        grads, (losses, outputs) = self.resolved_engine().gradients(
-            task, self.net, {**self.optimizer.targets}, self.training_rows(batch, progress)
-        )
-        self.optimizer.step(grads, progress)
-        score = task_metric(self.spec, outputs, batch.query_y)
-        return {"loss": losses.mean(), self.spec.metric: score.mean()}
+        return self.outer_step(task, self.training_rows(batch, progress), progress)
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        steps = self.evaluation_steps(self.inner_steps)
+    def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
+        """Return the learner's weights, and with `bn=running` the averages of its statistics.
+
+        The averages are those of the inner steps so far.
+        """
         rule = own_parameters(self.rule)
-
-        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-            state = self._begin(net, theta)
-            for _ in range(steps):
-                state = self._step(net, rule, state, rows[0], rows[1])
-            return self._answer(net, state, rows[0], rows[2])
-
-        return Prediction(self.map_tasks(task, support_x, support_y, query_x))
-
-    def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
-        rule = own_parameters(self.rule)
-
-        def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-            state = self._begin(net, theta)
-            answers = [self._answer(net, state, rows[0], rows[2])]
-            for _ in range(steps):
-                state = self._step(net, rule, state, rows[0], rows[1])
-                answers.append(self._answer(net, state, rows[0], rows[2]))
-            return torch.stack(answers)
-
-        return self.map_tasks(task, support_x, support_y, query_x).movedim(1, 0)
+        state = self._begin(net, theta)
+        states = [state]
+        for _ in range(steps):
+            state = self._step(net, rule, state, support.x, support.y)
+            states.append(state)
+        running = self.bn == "running"
+        return [
+            {**unflatten(at.theta, theta), **(at.statistics if running else {})} for at in states
+        ]
 
     def _begin(self, net: nn.Module, theta: Params) -> State:
         """Return the state before the first step, with torch's initial running statistics."""
@@ -153,7 +140,7 @@ class MetaLSTM(Algorithm):
         zeros = torch.zeros_like(weights)
         wide = zeros[:, None].expand(-1, self.hidden_size)
         statistics = {}
-        for name, norm in _batch_norms(net):
+        for name, norm in batch_norms(net):
             statistics[f"{name}.running_mean"] = torch.zeros_like(norm.running_mean)
             statistics[f"{name}.running_var"] = torch.ones_like(norm.running_var)
         return State(wide, wide, zeros, zeros, weights, statistics)
@@ -185,16 +172,11 @@ class MetaLSTM(Algorithm):
         if self.previous_gate == "gate":
             forget, rate = torch.sigmoid(forget), torch.sigmoid(rate)
         statistics = dict(state.statistics)
-        for name, norm in _batch_norms(net):
+        for name, norm in batch_norms(net):
             for key, fresh in zip(("running_mean", "running_var"), moments[norm.name], strict=True):
                 old = statistics[f"{name}.{key}"]
                 statistics[f"{name}.{key}"] = torch.lerp(old, fresh, self.bn_momentum)
         return State(hidden, cell, forget, rate, theta, statistics)
-
-    def _answer(self, net: nn.Module, state: State, support_x: Tensor, query_x: Tensor) -> Tensor:
-        """Predict the queries of one task; `bn=running` uses the averages of its inner steps."""
-        theta = unflatten(state.theta, own_parameters(net))
-        return self.answer(net, {**theta, **state.statistics}, support_x, query_x)
 
 
 def preprocess(x: Tensor) -> Tensor:
@@ -254,7 +236,3 @@ def _first_rule(
         name: nn.Parameter(torch.empty(shape).uniform_(*spans.get(name, (-0.01, 0.01))))
         for name, shape in shapes.items()
     }
-
-
-def _batch_norms(net: nn.Module) -> list[tuple[str, BatchNorm]]:
-    return [(name, norm) for name, norm in net.named_modules() if isinstance(norm, BatchNorm)]

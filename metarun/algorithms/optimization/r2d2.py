@@ -11,15 +11,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.common.episodic import EpisodicLearner
+from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
-from metarun.backbones.layers.context import ForwardContext
 
 Solver = Literal["auto", "primal", "dual"]
 
 
-class R2D2(EpisodicLearner):
+class R2D2(FeatureLearner):
     """R2-D2: fits a ridge regression to support embeddings, and learns embeddings through it.
 
     The closed form is W = argmin |X W - Y|^2 + lambda |W|^2 (eq. 4 and 5). X are embeddings with
@@ -55,6 +54,7 @@ class R2D2(EpisodicLearner):
     accepts_any_way: bool = True
     label_equivariant: bool = True
     replays: ClassVar[bool] = True
+    net: _Ridge
 
     def __init__(
         self,
@@ -66,48 +66,41 @@ class R2D2(EpisodicLearner):
         init_scale: float = 10.0,
         **common: Any,
     ) -> None:
-        super().__init__(**common)
         check_positive("algo.init_lambda", init_lambda)
         if not (math.isfinite(init_scale) and init_scale):
             raise ValueError(f"algo.init_scale={init_scale}: expected a number other than 0")
-        self.net = _RidgeNet(
-            self.build_network(None), solver, init_lambda, learn_lambda, lambda_per_row, init_scale
-        )
-        self.optimizer = self.build_optimizer()
+        self.solver: Solver = solver
+        self.lambda_per_row = lambda_per_row
+        self.start = init_lambda, learn_lambda, init_scale
+        super().__init__(**common)
 
-    def answers(
-        self,
-        net: nn.Module,
-        params: Params,
-        support_x: Tensor,
-        support_y: Tensor,
-        query_x: Tensor,
-        ways: int,
-        ctx: ForwardContext,
-    ) -> Tensor:
-        """Return the scaled and shifted predictions for one task's queries, (Q, W) or (Q, D)."""
-        targets = support_y
+    def build_net(self) -> nn.Module:
+        return _Ridge(self.build_network(None), *self.start)
+
+    def embed(self, features: Tensor) -> Tensor:
+        return torch.cat([features, torch.ones_like(features[:, :1])], 1)
+
+    def summarize(self, support: Tensor, labels: Tensor, ways: int) -> Params:
+        """Return the weights (F, W) or (F, D) of the ridge regression."""
+        targets = labels
         if self.spec.kind == "classification":
-            targets = support_y[:, None] == torch.arange(ways, device=support_y.device)
-        outputs: Tensor = torch.func.functional_call(
-            net, params, (support_x, targets.to(support_x.dtype), query_x, ctx)
-        )
-        return outputs
+            targets = labels[:, None] == torch.arange(ways, device=labels.device)
+        penalty = self.net.log_lambda.exp()
+        if self.lambda_per_row:
+            penalty = penalty * len(support)
+        return {"weights": ridge(support, targets.to(support.dtype), penalty, self.solver)}
+
+    def score(self, summary: Params, query: Tensor, ways: int) -> Tensor:  # noqa: ARG002
+        return self.net.scale * (query @ summary["weights"]) + self.net.bias
 
 
-class _RidgeNet(nn.Module):
+class _Ridge(nn.Module):
     """The embedding, and the hyperparameters of the ridge regression on it."""
 
     log_lambda: Tensor
 
     def __init__(
-        self,
-        features: nn.Module,
-        solver: Solver,
-        init_lambda: float,
-        learn_lambda: bool,
-        lambda_per_row: bool,
-        init_scale: float,
+        self, features: nn.Module, init_lambda: float, learn_lambda: bool, init_scale: float
     ) -> None:
         super().__init__()
         self.features = features
@@ -118,19 +111,6 @@ class _RidgeNet(nn.Module):
             self.register_buffer("log_lambda", log_lambda)
         self.scale = nn.Parameter(torch.tensor(float(init_scale)))
         self.bias = nn.Parameter(torch.tensor(0.0))
-        self.solver = solver
-        self.lambda_per_row = lambda_per_row
-
-    def forward(
-        self, support_x: Tensor, targets: Tensor, query_x: Tensor, ctx: ForwardContext
-    ) -> Tensor:
-        features = self.features(torch.cat([support_x, query_x]), ctx)
-        features = torch.cat([features, torch.ones_like(features[:, :1])], 1)
-        support, query = features[: len(support_x)], features[len(support_x) :]
-        penalty = self.log_lambda.exp()
-        if self.lambda_per_row:
-            penalty = penalty * len(support_x)
-        return self.scale * (query @ ridge(support, targets, penalty, self.solver)) + self.bias
 
 
 def ridge(x: Tensor, y: Tensor, penalty: Tensor, solver: Solver = "auto") -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward, own_parameters, positive, task_metric
-from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
 from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
@@ -146,15 +146,14 @@ class Reptile(AdaptingLearner):
         for moments in zip(*(zip(*pair, strict=True) for pair in whole.values()), strict=True):
             move_running_statistics(self.net, dict(zip(whole, moments, strict=True)))
 
-    def path(
-        self, net: nn.Module, params: Params, x: Tensor, y: Tensor, steps: int
-    ) -> list[Params]:
+    def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
         """Return the weights before and after each mini-batch at evaluation."""
+        x, y, _ = support
         # One key for all tasks, so that predictions follow a permutation of the tasks.
         key = torch.tensor(seeding.key(self.seed, "evaluation"), device=x.device)
         order = mini_batches(key, x.shape[0], self.eval_inner_batch, steps)
-        state = self._stored_state() if self.carry_moments else adam_start(params)
-        path = [params]
+        state = self._stored_state() if self.carry_moments else adam_start(theta)
+        path = [theta]
         for rows in order:
             weights, state = self._step(net, path[-1], state, x[rows], y[rows])
             path.append(weights)

@@ -10,11 +10,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, task_metric
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Bounds = float | Sequence[float]
 
@@ -63,16 +64,28 @@ class ExactGP(Algorithm):
         score = task_metric(self.spec, outputs, batch.query_y).mean()
         return {"loss": score, self.spec.metric: score}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        means, spreads = zip(
-            *(self._posterior(*task) for task in zip(support_x, support_y, query_x, strict=True)),
-            strict=True,
-        )
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        """Fit a process to each of T tasks.
+
+        `rows` and `targets` are the support, `factor` and `weights` the Cholesky factor of its
+        kernel matrix and the solution for the targets, and `kernel` the logarithms of the
+        kernel's numbers.
+        """
+        fits = [self._fitted(x, y) for x, y in zip(support_x, support_y, strict=True)]
+        return {
+            name: torch.stack([torch.as_tensor(fit[name]) for fit in fits]) for name in fits[0]
+        } | {"targets": support_y}
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        tasks = [
+            {name: tensor[task] for name, tensor in adapted.items()} for task in range(len(query_x))
+        ]
+        pairs = [self._posterior(own, asked) for own, asked in zip(tasks, query_x, strict=True)]
+        means, spreads = zip(*pairs, strict=True)
         return Prediction(torch.stack(means), spread=torch.stack(spreads))
 
-    def _posterior(self, x: Tensor, y: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the predicted mean and standard deviation (Q, D) of one task."""
-        from sklearn.exceptions import ConvergenceWarning
+    def _process(self) -> Any:
+        """Return a process of scikit-learn's before its fit."""
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import RBF, ConstantKernel
 
@@ -82,11 +95,34 @@ class ExactGP(Algorithm):
         )
         # Not zero: with nearly equal rows the matrix would not be positive definite.
         noise = max(self.noise_std**2, 1e-10)
-        process = GaussianProcessRegressor(kernel, alpha=noise)
+        return GaussianProcessRegressor(kernel, alpha=noise)
+
+    def _fitted(self, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """Return the numbers of one task's process after its fit, by the names of `adapt`."""
+        from sklearn.exceptions import ConvergenceWarning
+
+        process = self._process()
         with warnings.catch_warnings():
             # scikit-learn warns if the optimum is at an end of the range, which is allowed here.
             warnings.simplefilter("ignore", ConvergenceWarning)
             process.fit(_numbers(x), _numbers(y))
+        return {
+            "rows": process.X_train_,
+            "factor": process.L_,
+            "weights": process.alpha_,
+            "kernel": process.kernel_.theta,
+        }
+
+    def _posterior(self, own: Adapted, asked: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the predicted mean and standard deviation (Q, D) of one task."""
+        y = own["targets"]
+        process = self._process()
+        process.X_train_, process.L_, process.alpha_ = (
+            own[name].cpu().numpy() for name in ("rows", "factor", "weights")
+        )
+        process.kernel_ = process.kernel.clone_with_theta(own["kernel"].cpu().numpy())
+        # Targets are not normalized.
+        process._y_train_mean, process._y_train_std = np.zeros(y.shape[1]), np.ones(y.shape[1])
         mean, spread = process.predict(_numbers(asked), return_std=True)
         spread = torch.as_tensor(spread).square().add(self.noise_std**2).sqrt()
         shape = (len(asked), y.shape[1])

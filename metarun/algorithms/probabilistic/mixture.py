@@ -14,6 +14,7 @@ from metarun.algorithms.base import Algorithm, forward, own_parameters, positive
 from metarun.algorithms.functional import (
     Loss,
     Params,
+    add_prefix,
     check_inner_loop,
     is_first_order,
     sgd_adapt,
@@ -23,7 +24,7 @@ from metarun.algorithms.functional import (
 from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gather_rows
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Assignment = Literal["soft", "hard"]
 Prior = Literal["uniform", "balanced", "learned", "crp"]
@@ -235,31 +236,44 @@ class Mixture(Algorithm):
             return (shares * answers).sum(0)
         return (answers.log_softmax(2) + shares.log()).logsumexp(0)
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-        """Predict as in `Algorithm`; the responsibilities are also the embedding of the task."""
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        """Adapt all components to T tasks; `responsibilities` are (T, K)."""
         steps = self.evaluation_steps(self.inner_steps)
 
-        def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor]:
+        def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> Params:
             return self._along(nets, params, *rows, steps=steps, every=False)[-1]
 
-        beliefs = self._beliefs(len(query_x), self.temperature, opening=False)
-        outputs, shares = self.resolved_engine().map(
-            task,
-            self.net,
-            own_parameters(self.net),
-            (support_x, support_y, query_x, *beliefs),
-            key=self.replay_key(steps),
-        )
+        rows = (support_x, support_y, *self._beliefs_at_evaluation(len(support_x)))
+        adapted: Adapted = self.map_tasks(task, *rows, key=self.replay_key(steps))
+        return adapted
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+        """Predict as in `Algorithm`; the responsibilities are also the embedding of the task."""
+        outputs = self.map_adapted(self._outputs, adapted, query_x, key=self.replay_key())
+        shares = adapted["responsibilities"]
         return Prediction(outputs, embedding=shares, responsibilities=shares)
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def task(nets: nn.ModuleList, params: Params, *rows: Tensor) -> Tensor:
-            visited = self._along(nets, params, *rows, steps=steps, every=True)
-            return torch.stack([outputs for outputs, _ in visited])
+            visited = self._along(nets, params, *rows[1:], steps=steps, every=True)
+            return torch.stack([self._outputs(nets, params, own, rows[0]) for own in visited])
 
-        beliefs = self._beliefs(len(query_x), self.temperature, opening=False)
-        rows = (support_x, support_y, query_x, *beliefs)
-        return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)
+        rows = (query_x, support_x, support_y, *self._beliefs_at_evaluation(len(query_x)))
+        outputs: Tensor = self.map_tasks(task, *rows, key=self.replay_key(steps))
+        return outputs.movedim(1, 0)
+
+    def _beliefs_at_evaluation(self, num_tasks: int) -> tuple[Tensor, Tensor]:
+        return self._beliefs(num_tasks, self.temperature, opening=False)
+
+    def _outputs(self, nets: nn.ModuleList, params: Params, own: Params, query_x: Tensor) -> Tensor:
+        """Return the predictions (Q, D) of one task's queries by its adapted components."""
+        ctx = self.query_context()
+        tensors = params | own
+        answers = [
+            forward(net, strip_prefix(f"{number}.", tensors), query_x, ctx)
+            for number, net in enumerate(nets)
+        ]
+        return self.mixed(torch.stack(answers), own["responsibilities"])
 
     def _along(
         self,
@@ -267,31 +281,37 @@ class Mixture(Algorithm):
         params: Params,
         support_x: Tensor,
         support_y: Tensor,
-        query_x: Tensor,
         prior: Tensor,
         heat: Tensor,
         *,
         steps: int,
         every: bool,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Return predictions (Q, D) and responsibilities (K,) after the inner steps.
+    ) -> list[Params]:
+        """Return the components of one task and their responsibilities (K,) after inner steps.
 
-        There is one pair after the last step, or one for each of 0 … `steps` if `every`.
+        There is one entry after the last step, or one for each of 0 … `steps` if `every`.
+        The weights of component k, and with `bn=support` its statistics, have the prefix `k.`.
         """
         ctx = ForwardContext(running=self.bn == "running")
-        fits, answers = [], []
+        fits: list[list[Tensor]] = []
+        visited: list[Params] = [{} for _ in range(steps + 1 if every else 1)]
         for number, net in enumerate(nets):
             theta = strip_prefix(f"{number}.", params)
             loss = self._support_loss(net, support_x, support_y, ctx)
             path = [theta, *sgd_path(loss, theta, lr=self.inner_lr, steps=steps, first_order=True)]
-            visited = path if every else path[-1:]
-            fits.append(torch.stack([loss(weights) for weights in visited]))
-            answers.append(
-                torch.stack([self.answer(net, weights, support_x, query_x) for weights in visited])
-            )
-        shares = self.responsibilities(torch.stack(fits, 1), support_y.numel(), prior, heat)
-        by_step = torch.stack(answers, 1)
-        return [(self.mixed(a, s), s) for a, s in zip(by_step, shares, strict=True)]
+            path = path if every else path[-1:]
+            fits.append([loss(weights) for weights in path])
+            for own, weights in zip(visited, path, strict=True):
+                statistics = self._statistics(net, weights, support_x)
+                own |= add_prefix(f"{number}.", {**weights, **statistics})
+        by_step = torch.stack([torch.stack(part) for part in fits], 1)
+        shares = self.responsibilities(by_step, support_y.numel(), prior, heat)
+        return [{**own, "responsibilities": s} for own, s in zip(visited, shares, strict=True)]
+
+    def _statistics(self, net: nn.Module, weights: Params, support_x: Tensor) -> Params:
+        if self.bn_statistics != "support":
+            return {}
+        return self.support_pass(net, lambda ctx: forward(net, weights, support_x, ctx))[1]
 
     def _support_loss(self, net: nn.Module, x: Tensor, y: Tensor, ctx: ForwardContext) -> Loss:
         def loss(weights: Params) -> Tensor:

@@ -14,13 +14,13 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, own_parameters, task_metric
-from metarun.algorithms.functional import Params
+from metarun.algorithms.base import Algorithm, task_metric, with_tensors
+from metarun.algorithms.functional import Params, strip_prefix
 from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import BATCH_STATISTICS
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Path = Literal["mean", "attention", "none"]
 Objective = Literal["elbo", "likelihood"]
@@ -113,6 +113,7 @@ class NeuralProcess(Algorithm):
         self.train_samples = train_samples if objective == "likelihood" else 1
         self.samples = samples
         self.latent = latent
+        self.embedding = "mean" if latent else "representation"
         self.least_context = context
         self.net = _Process(
             lambda inputs, outputs: self._backbone(input_shape=(inputs,), output_dim=outputs),
@@ -143,36 +144,38 @@ class NeuralProcess(Algorithm):
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = rows
-            means, spreads, divergence, _ = torch.func.functional_call(
-                net, params, (x[:size], y[:size], x, noise, y if bounded else None)
+            own = strip_prefix("net.", params)
+            means, spreads, divergence = torch.func.functional_call(
+                net, own, (x[:size], y[:size], x, noise, y if bounded else None)
             )
             loss = -log_likelihood(y, means, spreads) / y.numel() + divergence / y.numel()
             unseen = slice(size if size < len(y) else 0, None)
-            return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]))
+            return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]), {})
 
-        grads, (losses, scores) = self.resolved_engine().gradients(
-            task,
-            self.net,
-            own_parameters(self.net),
-            (targets_x, targets_y, noise),
-            key=self.replay_key(size),
-        )
-        self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
-        return {"loss": losses.mean(), self.spec.metric: scores.mean()}
+        rows = (targets_x, targets_y, noise)
+        return self.outer_step(task, rows, progress, key=self.replay_key(size))
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        def task(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Params:
+            read: Params = with_tensors(net, params, lambda net: net.read(x, y))
+            return read
+
+        adapted: Adapted = self.map_tasks(task, support_x, support_y)
+        return adapted
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
         samples = self.samples if self.latent else 1
         key = torch.tensor(seeding.key(self.seed, "latent"), device=self.device)
         noise = seeding.normal(key, _SLOT_LATENT, (samples, self.latent), dtype=self.dtype)
 
-        def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            means, spreads, _, seen = torch.func.functional_call(net, params, (*rows, noise))
+        def task(net: nn.Module, params: Params, read: Params, x: Tensor) -> tuple[Tensor, Tensor]:
+            means, spreads = with_tensors(net, params, lambda net: net.decode(read, x, noise))
             mean = means.mean(0)
             variance = spreads.square().mean(0) + (means - mean).square().mean(0)
-            return mean, variance.sqrt(), seen
+            return mean, variance.sqrt()
 
-        mean, spread, embedding = self.map_tasks(task, support_x, support_y, query_x)
-        return Prediction(mean, spread=spread, embedding=embedding)
+        mean, spread = self.map_adapted(task, adapted, query_x)
+        return Prediction(mean, spread=spread, embedding=adapted[self.embedding])
 
     def _context_size(self, rows: int, progress: Progress) -> int:
         """Return the number of context rows N of one update."""
@@ -212,49 +215,65 @@ class _Process(nn.Module):
         self.min_spread = min_spread
 
     def forward(
-        self, x: Tensor, y: Tensor, asked: Tensor, noise: Tensor, answer: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the predictions, the divergence and an embedding of the context.
+        self, x: Tensor, y: Tensor, asked: Tensor, noise: Tensor, answer: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the predictions and the divergence in training.
 
         Args:
             x, y: Context rows (N, …) and their values (N, D).
             asked: (M, …) target rows.
             noise: (L, Z) standard normal samples.
-            answer: (M, D) values of the target rows if z is drawn given them, as the bound does
-                in training; None draws z given the context.
+            answer: (M, D) values of the target rows if z is drawn given them, as the bound does;
+                None draws z given the context.
 
         Returns:
-            Means and spreads (L, M, D), the KL divergence of the latent distributions, and a
-            vector: the mean of q(z | context), or the mean representation without latent path.
+            Means and spreads (L, M, D), and the KL divergence of the latent distributions.
         """
-        x, asked = x.flatten(1), asked.flatten(1)
+        read = self.read(x, y)
+        divergence = y.new_zeros(())
+        if self.latent_encoder is not None and answer is not None:
+            prior = read["mean"], read["spread"]
+            mean, spread = self._latent(torch.cat([asked.flatten(1), answer], 1))
+            divergence = normal_divergence((mean, spread), prior)
+            read |= {"mean": mean, "spread": spread}
+        return *self.decode(read, asked, noise), divergence
+
+    def read(self, x: Tensor, y: Tensor) -> Params:
+        """Return what the decoder reads of a context (N, …), (N, D).
+
+        It is the representation, the mean or the keys and values of attention, and the `mean` and
+        the `spread` (Z,) of q(z | context).
+        """
+        x = x.flatten(1)
         pairs = torch.cat([x, y], 1)
-        parts = [asked]
+        read: Params = {}
         if self.encoder is not None:
             rows = self.encoder(pairs, BATCH_STATISTICS)
-            vector = rows.mean(0)
-            if self.attention is None:
-                parts.append(rows.mean(0).expand(len(asked), -1))
-            else:
-                parts.append(self.attention(asked, x, rows))
-        seen = torch.cat(parts, 1).expand(len(noise), -1, -1)
-        divergence = y.new_zeros(())
+            read["representation"] = rows.mean(0)
+            if self.attention is not None:
+                read["keys"], read["values"] = self.attention.read(x, rows)
         if self.latent_encoder is not None:
-            mean, spread = self._latent(pairs)
-            vector = mean
-            if answer is not None:
-                prior = mean, spread
-                mean, spread = self._latent(torch.cat([asked, answer], 1))
-                divergence = normal_divergence((mean, spread), prior)
-            z = mean + spread * noise
+            read["mean"], read["spread"] = self._latent(pairs)
+        return read
+
+    def decode(self, read: Params, asked: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return means and spreads (L, M, D) of target rows (M, …), from the result of `read`."""
+        asked = asked.flatten(1)
+        parts = [asked]
+        if self.attention is not None:
+            parts.append(self.attention(asked, read["keys"], read["values"]))
+        elif self.encoder is not None:
+            parts.append(read["representation"].expand(len(asked), -1))
+        seen = torch.cat(parts, 1).expand(len(noise), -1, -1)
+        if self.latent_encoder is not None:
+            z = read["mean"] + read["spread"] * noise
             seen = torch.cat([seen, z[:, None].expand(-1, len(asked), -1)], 2)
         means, raw = (
             self.decoder(seen.flatten(0, 1), BATCH_STATISTICS)
             .unflatten(0, seen.shape[:2])
             .chunk(2, 2)
         )
-        spreads = self.min_spread + (1.0 - self.min_spread) * nn.functional.softplus(raw)
-        return means, spreads, divergence, vector
+        return means, self.min_spread + (1.0 - self.min_spread) * nn.functional.softplus(raw)
 
     def _latent(self, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the standard deviation (Z,) of q(z | pairs)."""
@@ -280,25 +299,21 @@ class Attention(nn.Module):
             nn.Linear(width, width, bias=False) for _ in range(4)
         )
 
-    def forward(self, asked: Tensor, x: Tensor, rows: Tensor) -> Tensor:
-        """Return the attended representations (M, R).
+    def read(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (H, N, R / H) of context inputs (N, …) and rows (N, R)."""
+        keys = self._by_head(self.key(self.embed(x, BATCH_STATISTICS)))
+        return keys, self._by_head(self.value(rows))
 
-        Args:
-            asked: (M, …) target inputs.
-            x: (N, …) context inputs.
-            rows: (N, R) representations of the context.
-        """
-        queries, keys, values = (
-            part.unflatten(1, (self.heads, -1)).transpose(0, 1)
-            for part in (
-                self.query(self.embed(asked, BATCH_STATISTICS)),
-                self.key(self.embed(x, BATCH_STATISTICS)),
-                self.value(rows),
-            )
-        )
+    def forward(self, asked: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Return the attended representations (M, R) of target inputs (M, …)."""
+        queries = self._by_head(self.query(self.embed(asked, BATCH_STATISTICS)))
         weights = (queries @ keys.mT / math.sqrt(keys.shape[2])).softmax(2)
         found: Tensor = self.out((weights @ values).transpose(0, 1).flatten(1))
         return found
+
+    def _by_head(self, part: Tensor) -> Tensor:
+        heads: Tensor = part.unflatten(1, (self.heads, -1)).transpose(0, 1)
+        return heads
 
 
 def log_density(y: Tensor, mean: Tensor, spread: Tensor) -> Tensor:

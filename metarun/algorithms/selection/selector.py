@@ -23,7 +23,7 @@ from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.distributed import gather_rows, local_size
-from metarun.core.types import LearnedState, Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, LearnedState, Metrics, Prediction, Progress, TaskBatch
 
 Choice = Literal["pick", "weigh"]
 
@@ -152,14 +152,23 @@ class Selector(Algorithm):
         score = task_metric(self.spec, mixed, query_y).mean()
         return {"loss": (residual - target).square().mean(), self.spec.metric: score}
 
+    @property
+    def keeps_support(self) -> bool:
+        # scikit-learn's models are not tensors: a prediction trains them again.
+        return True
+
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        return {"support_x": support_x, "support_y": support_y}
+
     @torch.no_grad()
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
         """Predict as in `Algorithm`; strategies are the base-learners, the embedding the scores.
 
         Alternatives are `cv_winner`, the best base-learner by cross-validation alone, and
         `committee`, the mean of all.
         """
-        held_out, answers, rows = self.studied(support_x, support_y, query_x)
+        support_y = adapted["support_y"]
+        held_out, answers, rows = self.studied(adapted["support_x"], support_y, query_x)
         validated = self.validated(held_out, support_y)
         scores = validated + self.residual(self.evidence(held_out, rows, support_y))
         mixed = self._answer(scores, held_out, answers, support_y)

@@ -20,6 +20,8 @@ class ForwardContext:
         running: Whether batch norm uses its running statistics instead.
         moments: Dictionary that batch norm fills with the (mean, variance) of the pass, by layer
             name, for `update_running_statistics`; None stores nothing.
+        biased: Whether these variances are those that normalize the pass, rather than the unbiased
+            ones of running statistics.
         noise: Key (0-dimensional int64) of the random masks of the pass; None applies no masks,
             as at evaluation.
         context: (context_dim,) context parameters of the task, for networks with a
@@ -32,6 +34,7 @@ class ForwardContext:
     rows: int | None = None
     running: bool = False
     moments: dict[str, tuple[Tensor, Tensor]] | None = field(default=None, repr=False)
+    biased: bool = False
     noise: Tensor | None = None
     context: Tensor | None = field(default=None, repr=False)
     double_backward: bool = False

@@ -106,7 +106,7 @@ class BatchNorm(nn.Module):
         # Rounding errors can make it negative.
         var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
         if ctx.moments is not None:
-            ctx.moments[self.name] = (mean.detach(), _unbiased(var.detach(), count))
+            ctx.moments[self.name] = (mean.detach(), _stored(var.detach(), count, ctx))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
         if self.native and many_rows(x) and conv.in_channels > 1:
@@ -138,7 +138,7 @@ class BatchNorm(nn.Module):
         )
         if ctx.moments is not None:
             var = inverse_std.detach() ** -2 - self.eps
-            ctx.moments[self.name] = (mean.detach(), _unbiased(var, _count(x)))
+            ctx.moments[self.name] = (mean.detach(), _stored(var, _count(x), ctx))
         return out
 
     def _statistics(
@@ -159,7 +159,7 @@ class BatchNorm(nn.Module):
         var = (centered * centered).sum(dims) * share
         if ctx.moments is not None:
             kept = _signed(mean.detach(), sign)
-            ctx.moments[self.name] = (kept, _unbiased(var.detach(), _count(seen)))
+            ctx.moments[self.name] = (kept, _stored(var.detach(), _count(seen), ctx))
         return mean, var, centered if ctx.rows is None else None
 
 
@@ -210,9 +210,9 @@ class Unchanged(nn.Module):
         return x
 
 
-def _unbiased(var: Tensor, count: int) -> Tensor:
-    """Return the unbiased variance, which running statistics store."""
-    return var * (count / max(count - 1, 1))
+def _stored(var: Tensor, count: int, ctx: ForwardContext) -> Tensor:
+    """Return the variance for `ctx.moments`: the unbiased one, unless `ctx.biased`."""
+    return var if ctx.biased else var * (count / max(count - 1, 1))
 
 
 def _count(x: Tensor) -> int:
@@ -294,6 +294,11 @@ def move_running_statistics(
                 weight = module.next_momentum() if momentum is None else momentum
                 module.running_mean.lerp_(mean, weight)
                 module.running_var.lerp_(var, weight)
+
+
+def batch_norms(net: nn.Module) -> list[tuple[str, BatchNorm]]:
+    """Return the qualified name and the module of every batch norm of a network."""
+    return [(name, norm) for name, norm in net.named_modules() if isinstance(norm, BatchNorm)]
 
 
 def has_batch_norm(net: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from metarun.algorithms.common.adapting import AdaptingLearner
+from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.statistics import Floats, interval
@@ -108,19 +108,19 @@ def watch(learner: AdaptingLearner, x: Tensor, y: Tensor, query_x: Tensor) -> Wa
         query_x: Inputs whose outputs are recorded, (1, Q, …).
     """
     seen = Watched(learner.evaluation_steps(learner.inner_steps))
-    queries = query_x.shape[1]
+    ways, ctx = learner.ways(y), learner.query_context()
 
     def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-        path = learner.path(net, theta, rows[0], rows[1], seen.steps)
+        path = learner.path(net, theta, Support(rows[0], rows[1], ways), seen.steps)
         for weights in (path[0], path[-1]):
+            adapted = learner.with_statistics(net, theta, weights, rows[0])
             with _recorded(net) as outputs:
-                learner.answer(net, weights, rows[0], rows[2])
-            # With batch statistics of the support, its rows come before the queries.
-            own = {name: output[-queries:] for name, output in outputs.items()}
-            seen.features += [own["body"]] if "body" in own else []
-            own.pop("body", None)
-            seen.layers.append(own)
-        seen.moved = _movement(path[0], path[-1])
+                learner.outputs(net, theta, adapted, rows[2], ctx)
+            seen.features += [outputs.pop("body")] if "body" in outputs else []
+            seen.layers.append(outputs)
+        # Adapted numbers that are no parameters of the network are left out.
+        before, after = ({n: p for n, p in at.items() if n in theta} for at in (path[0], path[-1]))
+        seen.moved = _movement({**theta, **before}, {**theta, **after})
         return rows[2].new_zeros(())
 
     learner.map_tasks(task, x, y, query_x)
@@ -367,9 +367,10 @@ def task_vectors(learned: Learned, episodes: int) -> Floats | None:
         return None
     steps = learner.evaluation_steps(learner.inner_steps)
     batch = learned.source.batch("test", 0, tasks)
+    ways = learner.ways(batch.support_y)
 
     def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
-        path = learner.path(net, theta, rows[0], rows[1], steps)
+        path = learner.path(net, theta, Support(rows[0], rows[1], ways), steps)
         names = [name for name in path[0] if path[0][name].is_floating_point()]
         return flatten({name: path[-1][name] - path[0][name] for name in names})
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.optimization.reptile import Reptile, mini_batches
 from metarun.core import seeding
 from metarun.core.types import Progress, TaskBatch
@@ -76,7 +77,7 @@ def test_with_adam_a_sum_changes_the_steps_of_evaluation_alone() -> None:
     steps = []
     for algorithm in pair:
         theta = dict(algorithm.net.named_parameters())
-        start, end = algorithm.path(algorithm.net, theta, *rows, 1)
+        start, end = algorithm.path(algorithm.net, theta, Support(*rows, 1), 1)
         steps.append(end["head.weight"] - start["head.weight"])
     ratio = steps[1] / steps[0]
     # It would be 2 / 4, were the step's own gradient not a part of the moments it is divided by.
