@@ -15,7 +15,7 @@ HOW_IT_RUNS = (*HOW_TASKS_RUN, "debug", "sweep", "published", "paper", "hydra", 
 """Root keys that do not change the results of a run and are left out of its hash."""
 
 
-_NEWER = (("temperature", "none"), ("measures", []))
+_NEWER: tuple[tuple[str, Any], ...] = (("temperature", "none"), ("measures", []))
 """Keys of `eval` that are newer than the hash; it leaves them out at their default, so that the
 runs of earlier sweeps are found."""
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metarun.core.console import duration, warnings_held
-from metarun.core.console import figure as shown
 from metarun.core.errors import describe_error
+from metarun.core.measures import figure as shown
 from metarun.core.results import Results, measures_of
 from metarun.reporting import published
 from metarun.reporting.comparison_tables import STREAM_HEADS
