@@ -1,4 +1,4 @@
-"""The three verbs of an evaluation, on episodes and on streams: run, state_dict, load_state_dict."""
+"""The three verbs of an evaluation on episodes and streams: run, state_dict, load_state_dict."""
 
 from __future__ import annotations
 
