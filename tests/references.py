@@ -56,7 +56,7 @@ from metarun.reporting.references import (
     reference_figures,
 )
 from metarun.reporting.results import figure_of
-from metarun.reporting.tables import Figure, markdown_row
+from metarun.reporting.tables import Figure, Line, Table, render
 from metarun.runs.folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -521,7 +521,7 @@ def _measured(paper: Path, cells: Sequence[Cell]) -> str:
     """Return the section of a paper with at least one reference."""
     heads = ["`experiment=`", "method", "setting", "published", "reference", "outcome", "steps"]
     heads += ["minutes"]
-    rows = [markdown_row(heads), markdown_row(["---"] * len(heads))]
+    rows: list[Line] = []
     before = ""
     for cell in cells:
         name = "" if cell.experiment == before else f"`{cell.experiment}`"
@@ -536,9 +536,13 @@ def _measured(paper: Path, cells: Sequence[Cell]) -> str:
         if cell.ours is not None and cell.unverified:
             outcome += "*"
         texts = [name, method, cell.setting, cell.printed, ours, outcome, steps, minutes]
-        rows.append(markdown_row(texts))
+        rows.append(dict(zip(heads, texts, strict=True)))
     notes = [*_facts(cells), *_notes(cells)]
-    return "\n\n".join([f"### `paper={paper.stem}`", f"{_title(paper)}.", "\n".join(rows), *notes])
+    return "\n\n".join([f"### `paper={paper.stem}`", f"{_title(paper)}.", _markdown(rows), *notes])
+
+
+def _markdown(lines: Sequence[Line]) -> str:
+    return render("markdown", [Table("", lines)]).rstrip()
 
 
 def _without_mark(figure: Figure) -> str:
@@ -598,16 +602,17 @@ def _filled(text: str, indent: str = "") -> str:
 
 def _not_run(papers: dict[Path, list[Cell]]) -> str:
     """Return one table of all papers without a reference."""
-    rows = [markdown_row(["`experiment=`", "method", "published"]), markdown_row(["---"] * 3)]
+    heads = ("`experiment=`", "method", "published")
+    rows: list[tuple[str, str, str]] = []
     for paper, cells in papers.items():
-        rows.append(markdown_row([f"**{_title(paper)}**", f"`paper={paper.stem}`", ""]))
+        rows.append((f"**{_title(paper)}**", f"`paper={paper.stem}`", ""))
         for name in dict.fromkeys(cell.experiment for cell in cells):
             own = [cell for cell in cells if cell.experiment == name]
             printed = "<br>".join(
                 c.printed if len(own) == 1 else f"{c.setting}: {c.printed}" for c in own
             )
-            rows.append(markdown_row([f"`{name}`", own[0].published.row, printed]))
-    return "\n".join(rows)
+            rows.append((f"`{name}`", own[0].published.row, printed))
+    return _markdown([dict(zip(heads, row, strict=True)) for row in rows])
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from metarun.bench.results import Curve, Entry, Point, Result
+from metarun.reporting import tables
+from metarun.reporting.tables import Line, render
 
 _HEADINGS = ("", "ms", "metarun's speedup", "differs", "of peak", "MiB", "first, ms")
 _IN_MARKDOWN = (
@@ -33,7 +34,7 @@ def terminal(results: Sequence[Result]) -> Table:
 
 def markdown(results: Sequence[Result]) -> str:
     """Return a Markdown table with a line for each baseline."""
-    lines = [_line(_IN_MARKDOWN), _line(["---"] * len(_IN_MARKDOWN))]
+    lines: list[Line] = []
     for result in results:
         work = f"{result.workload.about} ({result.label.removeprefix('metarun (').rstrip(')')})"
         if result.label == "metarun":
@@ -41,21 +42,18 @@ def markdown(results: Sequence[Result]) -> str:
         for baseline in result.baselines:
             shares = [share(result.share(entry)) for entry in (result.ours, baseline)]
             sizes = [size(entry.memory) for entry in (result.ours, baseline)]
-            lines.append(
-                _line(
-                    [
-                        work,
-                        milliseconds(result.ours.times.median),
-                        baseline.name,
-                        milliseconds(baseline.times.median),
-                        _ratio(result, baseline),
-                        _difference(baseline),
-                        ", ".join(shares),
-                        ", ".join(sizes),
-                    ]
-                )
-            )
-    return "\n".join(lines)
+            cells = [
+                work,
+                milliseconds(result.ours.times.median),
+                baseline.name,
+                milliseconds(baseline.times.median),
+                _ratio(result, baseline),
+                _difference(baseline),
+                ", ".join(shares),
+                ", ".join(sizes),
+            ]
+            lines.append(dict(zip(_IN_MARKDOWN, cells, strict=True)))
+    return render("markdown", [tables.Table("", lines)]).rstrip() if lines else ""
 
 
 def growth(curves: Sequence[Curve]) -> Table:
@@ -129,7 +127,3 @@ def _ratio(result: Result, baseline: Entry) -> str:
 
 def _difference(entry: Entry) -> str:
     return "–" if entry.difference is None else f"{entry.difference:.0e}"
-
-
-def _line(cells: Sequence[Any]) -> str:
-    return f"| {' | '.join(map(str, cells))} |"

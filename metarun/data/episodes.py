@@ -24,7 +24,7 @@ from torch import Tensor
 
 from metarun.core import seeding
 from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
-from metarun.data.augmentation import Augmentation
+from metarun.data.augmentation import Augmentation, Padding
 from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import picture
 
@@ -119,7 +119,8 @@ class ClassEpisodes:
         drawers: `any` draws the images of each class by themselves. `apart` draws one person for
             each shot and each query, the same for all classes of a task; no person draws both
             support and query. Image k of every class of a group has to be by the same person.
-        augmentation: Augmentation of training images.
+        affine_degrees, affine_translate, affine_scale, affine_shear, elastic, flip, color, padding:
+            Augmentation of training images, see `Augmentation`.
         mean, std: Mean and standard deviation of each channel, in [0, 1] units; None leaves
             pixels in [0, 1].
         prepare: Function that converts one PIL image to (C, H, W) uint8, as for the tables.
@@ -135,17 +136,24 @@ class ClassEpisodes:
         name: str,
         tables: Mapping[Split, ClassTable],
         sizes: Mapping[Split, EpisodeSize],
-        val_way: int | None,
+        val_way: int | None = None,
         seed: int,
         eval_seed: int,
         device: torch.device,
-        dtype: torch.dtype,
+        dtype: torch.dtype = torch.float32,
         rotations: Rotations = "none",
         rotations_eval: Rotations = "none",
         rotations_val: Rotations | None = None,
         episodes: Episodes = "any",
         drawers: Drawers = "any",
-        augmentation: Augmentation | None = None,
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        elastic: float = 0.0,
+        flip: bool = False,
+        color: float = 0.0,
+        padding: Padding = "zeros",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         prepare: Callable[[Image.Image], Pixels],
@@ -183,7 +191,16 @@ class ClassEpisodes:
         self._episodes = episodes
         self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
-        self._augmentation = augmentation or Augmentation()
+        self._augmentation = Augmentation(
+            affine_degrees=affine_degrees,
+            affine_translate=affine_translate,
+            affine_scale=affine_scale,
+            affine_shear=affine_shear,
+            elastic=elastic,
+            flip=flip,
+            color=color,
+            padding=padding,
+        )
         self._prepare_one = prepare
         self._can_drop = can_drop
         self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}

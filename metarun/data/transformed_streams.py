@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
+from metarun.core.types import SPLITS, Split, Stream, TaskBatch
 from metarun.data.augmentation import places_of, warp
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.omniglot import small_tables
@@ -51,7 +50,7 @@ class TransformedStream(ClassEpisodes):
         pool: Number of shared images P of a class, limited to those that are not held out.
         rows: Number of rows that arrive together in one step.
         task_ids_known: Whether the learner is given the task of each row.
-        sizes, seed, eval_seed, device, dtype, val_way: See `ClassEpisodes`.
+        **common: Arguments of `ClassEpisodes`.
 
     Raises:
         ValueError: A number is out of range, an option is unknown, or scikit-learn is missing.
@@ -70,12 +69,7 @@ class TransformedStream(ClassEpisodes):
         pool: int = 50,
         rows: int = 10,
         task_ids_known: bool = True,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
+        **common: Any,
     ) -> None:
         if source not in ("digits", "omniglot_small"):
             raise ValueError(f"data.source={source}: expected digits or omniglot_small")
@@ -92,13 +86,8 @@ class TransformedStream(ClassEpisodes):
         super().__init__(
             name=source,
             tables=tables,
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             prepare=lambda image: photograph(image, side, crop=True, grayscale=True),
+            **common,
         )
         self._tasks = tasks
         self._pools = {split: self._shared(split, pool) for split in SPLITS}

@@ -21,7 +21,7 @@ from metarun.reporting.results import (
     measures_on_request,
     over_seeds,
 )
-from metarun.reporting.tables import markdown_row, shown
+from metarun.reporting.tables import Table, render, shown
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[s
         f"{_either(counts)} test episodes; mean ± 95 % interval over episodes; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    lines = [
-        markdown_row(heads),
-        markdown_row(["---"] * len(heads)),
-        *(markdown_row(_cells(row, extra)) for row in ordered),
-    ]
-    return "\n".join([*lines, "", note] if results else lines)
+    return _markdown(heads, [_cells(row, extra) for row in ordered], note if results else "")
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
+    lines = [dict(zip(heads, row, strict=True)) for row in rows]
+    return render("markdown", [Table("", lines, note)]).rstrip()
 
 
 STREAM_HEADS = {
@@ -121,15 +121,14 @@ def stream_comparison(
         heads += [f"regret against `{against.name}`", "grows as rows to the power"]
     heads += ["training", "parameters"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
-    lines = [markdown_row(heads), markdown_row(["---"] * len(heads))]
-    lines += [markdown_row(_stream_cells(row, shown_figures, extra, against)) for row in ordered]
+    lines = [_stream_cells(row, shown_figures, extra, against) for row in ordered]
     counts = sorted({len(result.episodes) for result in results})
     seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
     note = (
         f"{_either(counts)} test streams; mean ± 95 % interval over streams; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    return "\n".join([*lines, "", note])
+    return _markdown(heads, lines, note)
 
 
 def _stream_cells(

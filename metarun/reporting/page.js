@@ -54,25 +54,32 @@
     row.addEventListener("blur", () => light(false));
   }
 
-  for (const table of document.querySelectorAll("table.sortable")) {
+  const sort = (table, heads, column) => {
+    const head = heads[column];
+    const up = head.getAttribute("aria-sort") !== "ascending";
+    for (const other of heads) other.removeAttribute("aria-sort");
+    head.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const body = table.tBodies[0];
+    const key = (row) => {
+      const cell = row.cells[column];
+      return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
+    };
+    const order = (a, b) => {
+      const [x, y] = [key(a), key(b)];
+      if (typeof x === "number" && typeof y === "number") return x - y;
+      return String(x).localeCompare(String(y), undefined, { numeric: true });
+    };
+    body.append(...[...body.rows].sort((a, b) => (up ? order(a, b) : order(b, a))));
+  };
+  for (const table of document.querySelectorAll(".sortable table")) {
     const heads = [...table.querySelectorAll("th")];
-    heads.forEach((head, column) => head.querySelector("button").addEventListener("click", () => {
-      const up = head.getAttribute("aria-sort") !== "ascending";
-      for (const other of heads) other.removeAttribute("aria-sort");
-      head.setAttribute("aria-sort", up ? "ascending" : "descending");
-      const body = table.tBodies[0];
-      const key = (row) => {
-        const cell = row.cells[column];
-        return cell.dataset.value === undefined ? cell.textContent : Number(cell.dataset.value);
-      };
-      const order = (a, b) => {
-        const [x, y] = [key(a), key(b)];
-        if (typeof x === "number" && typeof y === "number") return x - y;
-        return String(x).localeCompare(String(y), undefined, { numeric: true });
-      };
-      const rows = [...body.rows].sort((a, b) => (up ? order(a, b) : order(b, a)));
-      body.append(...rows);
-    }));
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => sort(table, heads, column));
+    });
   }
 
   for (const button of document.querySelectorAll(".copy")) {

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from jinja2 import Environment, FileSystemLoader, Template
 from markupsafe import Markup
 
 import metarun
+from metarun.reporting import tables
 from metarun.reporting.figures.drawing import COLORS, INK, MUTED, PAPER, RULE, Panel, table, write
+from metarun.reporting.tables import Table
 
 GENERATOR = "metarun report"
 """Generator named in a page, so that only pages of metarun are overwritten."""
@@ -32,33 +33,6 @@ _SIGNS = {
 """Characters for Matplotlib's markers."""
 _POINTS = 4.0 / 3.0
 """Pixels per typographic point."""
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell of a table: its text, the number to sort by, and a color before it."""
-
-    text: str
-    value: float | None = None
-    color: str | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of a table, and the series of a comparison that it belongs to."""
-
-    cells: Sequence[Cell]
-    series: str | None = None
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table with a title, column heads, rows and a remark below."""
-
-    title: str
-    heads: Sequence[str]
-    rows: Sequence[Row]
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -117,7 +91,9 @@ def render(page: Page, figures: Path) -> str:
             "title": section.title,
             "text": section.text,
             "codes": section.codes,
-            "tables": [_themed(table) for table in section.tables],
+            "tables": [
+                {"title": t.title, "text": t.text, "html": _themed(t)} for t in section.tables
+            ],
             "figures": [_figure(panel, write(figures, panel)) for panel in section.panels],
         }
         for section in page.sections
@@ -170,24 +146,13 @@ def _variable(color: str) -> str:
     return color if name is None else f"var(--{name})"
 
 
-def _themed(table: Table) -> Mapping[str, Any]:
-    rows = [
-        {
-            "series": row.series,
-            "cells": [
-                {
-                    "text": cell.text,
-                    "value": cell.value
-                    if cell.value is not None and math.isfinite(cell.value)
-                    else None,
-                    "color": None if cell.color is None else _variable(cell.color),
-                }
-                for cell in row.cells
-            ],
-        }
-        for row in table.rows
-    ]
-    return {"title": table.title, "heads": table.heads, "rows": rows, "text": table.text}
+def _themed(table: Table) -> Markup:
+    """Return a table as HTML, with the colors of its rows as variables of the page."""
+    series = {
+        label: replace(series, color=_variable(series.color))
+        for label, series in table.series.items()
+    }
+    return Markup(tables.render("html", [replace(table, title="", text="", series=series)]))
 
 
 def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:

@@ -46,7 +46,7 @@ from metarun.reporting.results import (
     read_figures,
     read_result,
 )
-from metarun.reporting.tables import Figure, Line, Style, shown, table, tables
+from metarun.reporting.tables import Figure, Line, Style, Table, render, shown
 from metarun.runs.folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ def report(
         ValueError: No run has a measure of this name.
     """
     runs = list(runs)
-    written = tables(style, parts(group(with_shared(runs)), config_dir, paper, measures))
+    written = render(style, parts(group(with_shared(runs)), config_dir, paper, measures))
     unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
     if unfinished and style in ("terminal", "markdown"):
         named = "".join(f"  {_stand(run)}\n" for run in unfinished)
@@ -218,19 +218,19 @@ def parts(
     config_dir: str | None = None,
     paper: str | None = None,
     measures: Sequence[str] = (),
-) -> list[tuple[str, list[Line]]]:
-    """Return the title and the lines of each table that groups of runs belong to."""
+) -> list[Table]:
+    """Return the tables that groups of runs belong to."""
     labeled = ranked(groups)
     asked = measures_on_request([result for g in groups for result in g.results], measures)
     own = [g for g in labeled if not g.config.get("published")]
     cells = [g for g in groups if g.config.get("published")]
-    made: list[tuple[str, list[Line]]] = []
+    made: list[Table] = []
     for title, names in _papers({str(g.experiment) for g in cells}, config_dir, paper):
         rows = _rows(names, cells, config_dir)
         lines = [line for g in rows for line in published_lines(g, config_dir, asked)]
-        made += [(title, lines), *_pairs(rows)]
+        made += [Table(title, lines), *_pairs(rows)]
     if own:
-        made += [("runs", [own_line(g, asked) for g in own]), *_pairs(own)]
+        made += [Table("runs", [own_line(g, asked) for g in own]), *_pairs(own)]
     return made
 
 
@@ -301,7 +301,7 @@ def at_the_end(run: Path, folder: Path, config_dir: str | None) -> str:
         for line in published_lines(Group((found,), found.config, ""), config_dir)
     ]
     title = f"{found.config['names']['experiment']}: {published.paper}, {published.table}"
-    return table("terminal", title, lines).rstrip()
+    return render("terminal", [Table(title, lines)]).rstrip()
 
 
 def _published_line(
@@ -411,7 +411,7 @@ def _labeled(groups: Sequence[Group]) -> list[Group]:
     ]
 
 
-def _pairs(groups: Sequence[Group]) -> list[tuple[str, list[Line]]]:
+def _pairs(groups: Sequence[Group]) -> list[Table]:
     """Return a table that compares the best group by meta-val with each other group.
 
     Only groups with the same test episodes are compared.
@@ -424,7 +424,7 @@ def _pairs(groups: Sequence[Group]) -> list[tuple[str, list[Line]]]:
             together.setdefault(key, []).append(g)
     lines = [line for members in together.values() for line in _against_best(members)]
     title = "on the same episodes, paired: mean difference ± 95 % interval"
-    return [(title, lines)] if lines else []
+    return [Table(title, lines)] if lines else []
 
 
 def _against_best(groups: Sequence[Group]) -> list[Line]:

@@ -14,12 +14,11 @@ from metarun.reporting import published, single_run
 from metarun.reporting.figures import comparison
 from metarun.reporting.figures.comparison import Entry
 from metarun.reporting.figures.drawing import DASHES, Panel, colors
-from metarun.reporting.page import Code, Page, Section, Table
-from metarun.reporting.page_tables import table
+from metarun.reporting.page import Code, Page, Section
 from metarun.reporting.published import Group, Run
 from metarun.reporting.results import figure_of
 from metarun.reporting.run_files import RunFiles
-from metarun.reporting.tables import Line
+from metarun.reporting.tables import Line, RowSeries, Table
 from metarun.runs.folder import RunFolder
 
 _MOST_COMMANDS = 5
@@ -37,7 +36,7 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     clusters = _clusters(groups)
     named = _by_name(entry for members in clusters.values() for entry in members)
     in_tables = published.group(published.with_shared(runs))
-    tables = [table(title, lines, named) for title, lines in published.parts(in_tables, config_dir)]
+    tables = [replace(table, series=named) for table in published.parts(in_tables, config_dir)]
     unfinished = [run for run in runs if run.result is None]
     facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
     sections = [
@@ -193,11 +192,11 @@ def _entries(
     return made
 
 
-def _by_name(entries: Iterable[Entry]) -> dict[str, Entry]:
-    """Return entries by their label in tables, except labels shared by two entries."""
+def _by_name(entries: Iterable[Entry]) -> dict[str, RowSeries]:
+    """Return the series of entries by their label in tables, except labels that two share."""
     listed = list(entries)
     shared = Counter(entry.label for entry in listed)
-    return {entry.label: entry for entry in listed if shared[entry.label] == 1}
+    return {e.label: RowSeries(e.key, e.color) for e in listed if shared[e.label] == 1}
 
 
 def _unfinished(runs: Sequence[Run]) -> list[Table]:
@@ -210,4 +209,4 @@ def _unfinished(runs: Sequence[Run]) -> list[Table]:
         }
         for run in runs
     ]
-    return [table("Not finished", lines)] if lines else []
+    return [Table("Not finished", lines)] if lines else []

@@ -15,10 +15,9 @@ from metarun.reporting import published
 from metarun.reporting.comparison_tables import STREAM_HEADS
 from metarun.reporting.figures import classes, curves, presentations, samples, strategies, streams
 from metarun.reporting.figures.drawing import Panel
-from metarun.reporting.page import Code, Page, Section, Table
-from metarun.reporting.page_tables import table
+from metarun.reporting.page import Code, Page, Section
 from metarun.reporting.run_files import RunFiles
-from metarun.reporting.tables import Figure, Line
+from metarun.reporting.tables import Figure, Line, Table
 from metarun.runs.folder import RunFolder
 from metarun.runs.openings import openings
 
@@ -235,7 +234,7 @@ def _published(files: RunFiles, config_dir: str | None) -> list[Table]:
         if group.config.get("published")
         for line in published.published_lines(group, config_dir)
     ]
-    return [table("Published against measured", lines)] if lines else []
+    return [Table("Published against measured", lines)] if lines else []
 
 
 def _measures(files: RunFiles) -> list[Table]:
@@ -258,7 +257,7 @@ def _measures(files: RunFiles) -> list[Table]:
     ]
     temperature = results["temperature"]
     text = f"Logits are divided by {temperature:.4g}, fitted on meta-val." * (temperature != 1.0)
-    return [table("Measures of the meta-test", lines, text=text)] if lines else []
+    return [Table("Measures of the meta-test", lines, text)] if lines else []
 
 
 def _stream(files: RunFiles) -> list[Table]:
@@ -276,7 +275,7 @@ def _stream(files: RunFiles) -> list[Table]:
         head = STREAM_HEADS.get(name, name) + (", %" if percent else "")
         lines.append({"figure": head, "mean ± 95 % interval over streams": Figure(mean, width)})
     return [
-        table(
+        Table(
             "Figures",
             lines,
             text="Defined, with sources, in metarun/evaluation/continual_metrics.py.",
@@ -305,4 +304,4 @@ def _tests(files: RunFiles, notes: _Notes) -> list[Table]:
                 "batch norm": str(results["bn_statistics"]),
             }
         )
-    return [table("Meta-tests in other settings", lines)] if lines else []
+    return [Table("Meta-tests in other settings", lines)] if lines else []

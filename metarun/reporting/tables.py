@@ -1,4 +1,4 @@
-"""Tables of results for the terminal, Markdown, CSV and LaTeX.
+"""Tables of results for the terminal, Markdown, CSV, LaTeX and HTML.
 
 Every figure is a mean over test episodes with its 95 % interval. With several seeds, episodes are
 averaged over the seeds first, and the interval over the seeds is given separately.
@@ -9,11 +9,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
 from typing import Literal
 
-Style = Literal["terminal", "markdown", "csv", "latex"]
+Style = Literal["terminal", "markdown", "csv", "latex", "html"]
 
 
 @dataclass(frozen=True)
@@ -80,37 +82,57 @@ class Figure:
 Line = Mapping[str, "str | Figure"]
 
 
-def tables(style: Style, parts: Sequence[tuple[str, Sequence[Line]]]) -> str:
-    """Return several tables as text; `csv` joins them and adds a first column with the title.
+@dataclass(frozen=True)
+class RowSeries:
+    """Series of a page's figures that a row belongs to: its key, and its color in CSS."""
+
+    key: str
+    color: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table in any format.
+
+    Attributes:
+        title: Title of the table; may be empty.
+        lines: One or more rows with the same keys, which are the column heads.
+        text: Remark below the table.
+        series: Series of rows by their text in the first column, for HTML.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    text: str = ""
+    series: Mapping[str, RowSeries] = field(default_factory=dict)
+
+    @property
+    def heads(self) -> list[str]:
+        """Heads of all columns."""
+        return list(self.lines[0])
+
+    @property
+    def used(self) -> list[str]:
+        """Heads of the columns that are not empty."""
+        return [head for head in self.heads if any(str(line[head]) for line in self.lines)]
+
+    def texts(self, heads: Sequence[str]) -> list[list[str]]:
+        """Return the cells of some columns as text, row by row."""
+        return [[str(line[head]) for head in heads] for line in self.lines]
+
+
+def render(style: Style, tables: Sequence[Table]) -> str:
+    """Return tables as text.
 
     Args:
-        style: Output format, see `table`; `csv` puts each number of a figure in its own column.
-        parts: Title and lines of each table, see `table`.
+        style: Output format. `terminal` aligns columns and leaves out empty ones. `csv` joins the
+            tables, with the title as first column, and puts each number of a figure in its own
+            column. `latex` needs the package booktabs.
+        tables: Tables in the order shown.
     """
     if style == "csv":
-        return _csv([{"table": title, **line} for title, lines in parts for line in lines])
-    return "\n".join(table(style, title, lines) for title, lines in parts)
-
-
-def table(style: Style, title: str, lines: Sequence[Line]) -> str:
-    """Return a table as text; the column heads are the keys of the first line.
-
-    Args:
-        style: Output format; `terminal` aligns columns and leaves out empty ones.
-        title: Title of the table.
-        lines: One or more lines, all with the same keys.
-    """
-    heads = list(lines[0])
-    cells = [[str(line[head]) for head in heads] for line in lines]
-    if style == "markdown":
-        body = [markdown_row(heads), markdown_row(["---"] * len(heads)), *map(markdown_row, cells)]
-        return "\n".join([f"**{title}**", "", *body, ""])
-    if style == "latex":
-        return _latex(title, heads, cells)
-    plain = [
-        n for n, head in enumerate(heads) if all(isinstance(line[head], str) for line in lines)
-    ]
-    return _terminal(title, heads, cells, plain)
+        return _csv([{"table": t.title, **line} for t in tables for line in t.lines])
+    return "\n".join(_RENDERERS[style](table) for table in tables)
 
 
 def _csv(lines: Sequence[Line]) -> str:
@@ -131,54 +153,121 @@ def _csv(lines: Sequence[Line]) -> str:
     return out.getvalue()
 
 
-def _latex(title: str, heads: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    rows = [" & ".join(map(_escaped, row)) + r" \\" for row in (heads, *cells)]
-    columns = "l" * len(heads)
+def _markdown(table: Table) -> str:
+    rows = [table.heads, ["---"] * len(table.heads), *table.texts(table.heads)]
+    above = [f"**{table.title}**", ""] if table.title else []
+    below = ["", table.text] if table.text else []
+    return "\n".join([*above, *(f"| {' | '.join(row)} |" for row in rows), *below, ""])
+
+
+def _latex(table: Table) -> str:
+    heads, *rows = (
+        " & ".join(map(_in_latex, row)) + r" \\" for row in (table.heads, *table.texts(table.heads))
+    )
     return "\n".join(
         [
-            f"% {title}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\hline",
-            rows[0],
-            r"\hline",
-            *rows[1:],
-            r"\hline",
+            f"% {table.title}",
+            rf"\begin{{tabular}}{{{'l' * len(table.heads)}}}",
+            r"\toprule",
+            heads,
+            r"\midrule",
+            *rows,
+            r"\bottomrule",
             r"\end{tabular}",
+            *([f"% {table.text}"] if table.text else []),
             "",
         ]
     )
 
 
-def _escaped(text: str) -> str:
+def _in_latex(text: str) -> str:
     """Escape the special characters of LaTeX."""
     marked = "".join("\\" + c if c in "&%$#_{}" else c for c in text)
     return marked.replace("±", r"$\pm$").replace("–", "--")
 
 
-def _terminal(
-    title: str, heads: Sequence[str], cells: Sequence[Sequence[str]], plain: Sequence[int]
-) -> str:
+def _html(table: Table) -> str:
+    """Return a table with the number of each cell, by which a page can sort the rows."""
+    heads = table.used
+    rows = "\n".join(_html_row([line[h] for h in heads], table.series) for line in table.lines)
+    head = "".join(f'<th scope="col">{escape(head)}</th>' for head in heads)
+    title = f"<caption>{escape(table.title)}</caption>\n" if table.title else ""
+    text = f'\n<p class="small">{escape(table.text)}</p>' if table.text else ""
+    return (
+        f"<table>\n{title}<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n"
+        f"</table>{text}\n"
+    )
+
+
+def _html_row(cells: Sequence[str | Figure], series: Mapping[str, RowSeries]) -> str:
+    own = series.get(str(cells[0]))
+    row, dot = "<tr>", ""
+    if own is not None:
+        row = f'<tr data-series="{escape(own.key)}" tabindex="0">'
+        dot = f'<span class="dot" style="background: {escape(own.color)}"></span>'
+    shown = [_html_cell(cell, "" if place else dot) for place, cell in enumerate(cells)]
+    return f"{row}{''.join(shown)}</tr>"
+
+
+def _html_cell(cell: str | Figure, dot: str) -> str:
+    value = cell.mean if isinstance(cell, Figure) else _number_in(cell)
+    marks = ""
+    if value is not None and math.isfinite(value):
+        marks = f' class="number" data-value="{value}"'
+    return f"<td{marks}>{dot}{escape(str(cell))}</td>"
+
+
+_DURATION = re.compile(r"(?:(\d+) h )?(?:(\d+) min)?(?: ?([\d.]+) s)?")
+"""Format that `core.console.duration` writes."""
+
+
+def _number_in(text: str) -> float | None:
+    """Return the number or the duration that a text is, the latter in seconds."""
+    found = _DURATION.fullmatch(text)
+    if found is not None and any(found.groups()):
+        hours, minutes, seconds = (float(part or 0.0) for part in found.groups())
+        return 3600.0 * hours + 60.0 * minutes + seconds
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return None
+
+
+def _terminal(table: Table) -> str:
     """Return aligned columns; figures are never truncated or wrapped.
 
     Empty columns are left out. The text that all rows of a longer table share is given once,
-    below the title. `plain` are the columns without figures.
+    below the title.
     """
-    found = [{row[column] for row in cells} - {""} for column in range(len(heads))]
-    common = [n for n in plain if n > 0 and len(cells) > 2 and len(found[n]) == 1]
-    kept = [column for column in range(len(heads)) if found[column] and column not in common]
-    rows = [[row[column] for column in kept] for row in (heads, *cells)]
+    lines, used = table.lines, table.used
+    texts = {head: [str(line[head]) for line in lines] for head in used}
+    shared = [
+        head
+        for head in used
+        if len(lines) > 2
+        and head != table.heads[0]
+        and all(isinstance(line[head], str) for line in lines)
+        and len({*texts[head]} - {""}) == 1
+    ]
+    kept = [head for head in used if head not in shared]
+    rows = [kept, *table.texts(kept)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    rule = "─" * max(map(len, lines))
-    shared = [f"{heads[column]}: {min(found[column])}" for column in common]
-    above = [title, "; ".join(shared)] if shared else [title]
-    return "\n".join([*above, rule, lines[0], rule, *lines[1:], rule, ""])
+    head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    rule = "─" * max(map(len, (head, *body)))
+    common = "; ".join(f"{head}: {max(texts[head])}" for head in shared)
+    above = [text for text in (table.title, common) if text]
+    below = [table.text] if table.text else []
+    return "\n".join([*above, rule, head, rule, *body, rule, *below, ""])
+
+
+_RENDERERS: dict[Style, Callable[[Table], str]] = {
+    "terminal": _terminal,
+    "markdown": _markdown,
+    "latex": _latex,
+    "html": _html,
+}
 
 
 def shown(value: float, *, accuracy: bool) -> Figure:
     """Return a fraction as an accuracy in percent, or an error unchanged."""
     return Figure(100.0 * value, places=1) if accuracy else Figure(value)
-
-
-def markdown_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from metarun.cli.main import main
-from metarun.reporting.page import Cell, Page, Row, Section, Table, render
+from metarun.reporting.page import Page, Section, render
+from metarun.reporting.tables import Table
 from tests.reporting.conftest import made, swept
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -159,8 +160,8 @@ def test_a_table_is_sorted_by_its_numbers(runs: Path, opened: Any) -> None:
 def test_a_long_table_scrolls_by_itself_under_its_heads(
     size: str, tmp_path: Path, opened: Any
 ) -> None:
-    rows = [Row([Cell(f"run {number}"), Cell(str(number), float(number))]) for number in range(200)]
-    section = Section("runs", "Results", tables=[Table("runs", ["run", "figure"], rows)])
+    lines = [{"run": f"run {number}", "figure": str(number)} for number in range(200)]
+    section = Section("runs", "Results", tables=[Table("runs", lines)])
     path = tmp_path / "report.html"
     path.write_text(render(Page("200 runs", [], [section]), tmp_path), encoding="utf-8")
     here = opened(path, size)

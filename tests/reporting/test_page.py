@@ -10,7 +10,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metarun.reporting.figures.drawing import COLORS, SIZE, STYLE, Panel, Series, band
-from metarun.reporting.page import Cell, Code, Page, Row, Section, Table, inlined, is_ours, render
+from metarun.reporting.page import Code, Page, Section, inlined, is_ours, render
+from metarun.reporting.tables import RowSeries, Table
 
 NASTY = "</script><script>alert(1)</script> & <b>'\"</b>"
 
@@ -27,7 +28,7 @@ def panel(name: str) -> Panel:
 
 
 def page() -> Page:
-    table = Table(NASTY, [NASTY], [Row([Cell(NASTY, 1.0, COLORS[1])], "entry0")], NASTY)
+    table = Table(NASTY, [{NASTY: NASTY}], NASTY, {NASTY: RowSeries("entry0", COLORS[1])})
     section = Section(
         "part", NASTY, NASTY, [Code(NASTY, NASTY)], [table], [panel("first"), panel("second")]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from metarun.config.composition import composer
 from metarun.reporting.published import Group, Run, group, published_lines, read_runs
 from metarun.reporting.references import read_reference
 from metarun.reporting.results import figure_of, paired
-from metarun.reporting.tables import Figure, table
+from metarun.reporting.tables import Figure, RowSeries, Table, render
 from tests.conftest import Command
 from tests.reporting.test_tables import result
 
@@ -77,9 +78,31 @@ def test_intervals_meet_where_they_overlap() -> None:
 
 
 def test_latex_escapes_what_means_something_to_it() -> None:
-    text = table("latex", "t", [{"a_b": "50 % & more", "c": Figure(1.5, 0.25)}])
-    assert r"a\_b & c \\" in text
-    assert r"50 \% \& more & 1.50 $\pm$ 0.25 \\" in text
+    text = render("latex", [Table("t", [{"a_b": "50 % & more", "c": Figure(1.5, 0.25)}])])
+    assert text.splitlines()[2:] == [
+        r"\toprule",
+        r"a\_b & c \\",
+        r"\midrule",
+        r"50 \% \& more & 1.50 $\pm$ 0.25 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_html_has_the_numbers_to_sort_by_and_executes_nothing() -> None:
+    lines = [
+        {"run": "<script>alert(1)</script>", "time": "1 min 30 s", "ours": Figure(1.5), "x": ""},
+        {"run": "b", "time": "–", "ours": Figure(float("nan")), "x": ""},
+    ]
+    table = Table("a & b", lines, series={"b": RowSeries("entry1", "#123456")})
+    text = render("html", [table])
+    assert "<script" not in text
+    assert "<caption>a &amp; b</caption>" in text
+    assert text.count("<th ") == 3
+    values = re.findall(r'data-value="([^"]+)"', text)
+    assert values == ["90.0", "1.5"]
+    assert '<tr data-series="entry1" tabindex="0"><td><span class="dot"' in text
+    assert text.count("<tr") == 3
 
 
 def test_a_paper_is_held_against_what_was_run(metarun: Command, tmp_path: Path) -> None:
@@ -124,7 +147,7 @@ def test_a_figure_that_was_not_measured_says_so(metarun: Command) -> None:
     assert found["5 points, 10 steps"] == "not measured after 10 steps: eval.curve_steps"
 
 
-@pytest.mark.parametrize("style", ["terminal", "markdown", "latex"])
+@pytest.mark.parametrize("style", ["terminal", "markdown", "latex", "html"])
 def test_every_format_has_every_row(metarun: Command, style: str) -> None:
     assert metarun(f"experiment={CELL}", *SMALL).code == 0
     answer = metarun("table", "outputs", "--format", style)
