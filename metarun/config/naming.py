@@ -14,7 +14,8 @@ HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
 HOW_IT_RUNS = (*HOW_TASKS_RUN, "debug", "sweep", "published", "paper", "hydra", "logger")
 """Root keys that do not change the results of a run and are left out of its hash."""
 
-_NEWER: tuple[tuple[str, object], ...] = (("temperature", "none"), ("measures", []))
+
+_NEWER: tuple[tuple[str, Any], ...] = (("temperature", "none"), ("measures", []))
 """Keys of `eval` that are newer than the hash; it leaves them out at their default, so that the
 runs of earlier sweeps are found."""
 

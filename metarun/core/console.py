@@ -28,8 +28,7 @@ from rich.progress import (
 )
 
 from metarun.core import distributed
-from metarun.core.measures import figure as figure
-from metarun.core.measures import number as number
+from metarun.core.measures import figure
 from metarun.core.results import Results, measures_of
 
 BAR_SHOWS_IT = {"bar_shows_it": True}

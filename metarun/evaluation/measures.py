@@ -125,7 +125,7 @@ class Summary:
 
 
 class Measurement(Protocol):
-    """A part of an evaluation: the entry `Measure` of this module, or a detail of `details.py`."""
+    """A part of an evaluation: a measure, or one of the details in `details.py`."""
 
     def of(self, answers: Answers) -> Mapping[str, Tensor]:
         """Return tensors by name, to be joined over batches along their first dimension.
@@ -162,7 +162,15 @@ class MeasureEntry:
     def of(self, answers: Answers) -> Mapping[str, Tensor]:
         """Return the tensor of a batch under the name of the measure."""
         found = self(answers)
-        return {} if found is None else {self.shown.name: found.double()}
+        if found is None:
+            return {}
+        tasks = answers.batch.num_tasks
+        if found.shape[:1] != (tasks,) or (found.ndim > 1 and self.pooled is None):
+            raise ValueError(
+                f"the measure {self.shown.name} has values of shape {tuple(found.shape)}: expected "
+                f"one for each of the {tasks} tasks"
+            )
+        return {self.shown.name: found.double()}
 
     def summary(self, joined: Joined) -> Summary:
         """Return the values of the episodes, and their mean with its interval."""

@@ -55,6 +55,7 @@ def compare(
         jobs = compose.jobs(with_algorithms(compose, words), sweep=True)
     plan = [replace(job, folder=folder / folder_name(job)) for job in jobs]
     _check_against(against, plan)
+    _check_measures(measures, plan)
     failed = [] if table_only else _run_missing(plan, config_dir)
     table = _table(plan, against, measures, folders_of(config_dir))
     print(f"\n{table}")
@@ -179,6 +180,22 @@ def _check_against(name: str | None, plan: Sequence[Job]) -> None:
         raise ValueError("--against needs a stream: type data=stream_…, see `metarun list data`")
     if name not in names:
         raise ValueError(f"--against {name} is not compared: expected one of {', '.join(names)}")
+
+
+def _check_measures(names: Sequence[str], plan: Sequence[Job]) -> None:
+    """Check that the runs compute the measures that are to be shown.
+
+    Raises:
+        ValueError: No run will have a measure of a name.
+    """
+    if not names:
+        return
+    from metarun.evaluation.measures import chosen
+
+    known = {m.shown.name: m for job in plan for m in chosen(job.config["eval"]["measures"])}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--columns {name}: expected one of {', '.join(known)}")
 
 
 def _on_streams(plan: Sequence[Job]) -> bool:

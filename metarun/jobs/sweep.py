@@ -32,8 +32,9 @@ from metarun.config.build import build_source
 from metarun.config.composition import Job
 from metarun.config.loading import register_resolvers
 from metarun.config.sweeps import SweepMethod
-from metarun.core.console import Screen, figure, number
+from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
+from metarun.core.measures import figure, number
 from metarun.core.results import Results, validation_of
 from metarun.jobs.ensure import Outcome, ensure_finished, is_finished
 from metarun.jobs.train import from_hydra

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from metarun.core.console import duration, warnings_held
-from metarun.core.console import figure as shown
 from metarun.core.errors import describe_error
+from metarun.core.measures import figure as shown
 from metarun.core.results import Results, measures_of
 from metarun.reporting import published
 from metarun.reporting.comparison_tables import STREAM_HEADS
@@ -258,7 +258,7 @@ def _measures(files: RunFiles) -> list[Table]:
     ]
     temperature = results["temperature"]
     text = f"Logits are divided by {temperature:.4g}, fitted on meta-val." * (temperature != 1.0)
-    return [Table("Measures of the meta-test", lines, text=text)] if lines else []
+    return [Table("Measures of the meta-test", lines, text)] if lines else []
 
 
 def _stream(files: RunFiles) -> list[Table]:

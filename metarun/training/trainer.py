@@ -18,8 +18,9 @@ from typing import Any, Literal, cast
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment, seeding
-from metarun.core.console import BAR_SHOWS_IT, Bar, Screen, duration, figure, number, summary
+from metarun.core.console import BAR_SHOWS_IT, Bar, Screen, duration, summary
 from metarun.core.files import check_space
+from metarun.core.measures import figure, number
 from metarun.core.results import Results
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSource, Progress, Record, Share

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metarun.algorithms.base import Algorithm
-from metarun.core.console import Screen, figure
+from metarun.core.console import Screen
+from metarun.core.measures import figure
 from metarun.core.settings import EvalSettings
 from metarun.core.statistics import interval
 from metarun.core.types import EpisodeSource

@@ -53,3 +53,11 @@ def test_a_run_without_words_is_named_after_its_parts() -> None:
 def test_a_name_has_no_character_that_a_file_system_minds() -> None:
     assert slug(["data.root='/a b/c'", "algo.x=[1,2]"], 80) == "data.root=_a_b_c_algo.x=_1_2"
     assert len(slug(["x" * 500], 80)) == 80
+
+
+def test_a_newer_key_at_its_default_leaves_the_names_of_earlier_runs() -> None:
+    before = {**PLAIN, "eval": {"episodes": 600}}
+    added = {"temperature": "none", "measures": []}
+    assert digest({**before, "eval": {**before["eval"], **added}}) == digest(before)
+    for change in ({"temperature": "val"}, {"measures": ["my.own"]}):
+        assert digest({**before, "eval": {**before["eval"], **added, **change}}) != digest(before)

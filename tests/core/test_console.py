@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from metarun.core.console import BAR_SHOWS_IT, FILE_ONLY, Screen, duration, figure, number, summary
+from metarun.core.console import BAR_SHOWS_IT, FILE_ONLY, Screen, duration, summary
+from metarun.core.measures import figure, number
 from tests.tiny_run import go
 
 RESULTS = {

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from metarun.cli.main import main
-from metarun.core.console import figure, summary
+from metarun.core.console import summary
+from metarun.core.measures import figure
 from metarun.core.results import completed
 from metarun.reporting import run_figures
 

@@ -231,6 +231,25 @@ def test_a_table_has_a_measure_only_if_it_is_named(
     assert "--columns nl: expected nll, ece" in capsys.readouterr().err
 
 
+def test_a_comparison_has_a_measure_only_if_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "--dir", str(tmp_path / "runs"), *TINY]
+    assert main([*words, "--columns", "nl"]) == 2
+    assert "--columns nl: expected one of log_likelihood, coverage, nll, ece" in (
+        capsys.readouterr().err
+    )
+    assert not (tmp_path / "runs").exists()
+    assert main(words) == 0
+    assert "negative log-likelihood" not in capsys.readouterr().out
+    assert main([*words, "--columns", "nll"]) == 0
+    (results,) = (tmp_path / "runs").glob("*/results.json")
+    value = json.loads(results.read_text())["measures"]["nll"]["mean"]
+    out = capsys.readouterr().out
+    assert "| negative log-likelihood, nats |" in out
+    assert f"| {value:.3f} ± " in out
+
+
 def test_results_of_before_are_completed() -> None:
     value = {"mean": 0.5, "ci95": 0.1}
     results = completed({"metric": "mse", "log_likelihood": value, "coverage": value})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from metarun.core.results import completed
 from metarun.reporting.comparison_tables import Row, comparison
 from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
@@ -21,7 +22,7 @@ def result(values: list[float], metric: str = "accuracy", **facts: Any) -> Resul
         "metric": metric, "bn_statistics": "running", "transductive": False, "parameters": 1234,
         "train_seconds": 90.0, "steps": 300, "tasks_per_step": 4, **facts,
     }  # fmt: skip
-    return Result(record, np.asarray(values), untrained=0.25)
+    return Result(completed(record), np.asarray(values), untrained=0.25)
 
 
 def test_a_figure_is_the_mean_and_the_t_interval_over_episodes() -> None:
@@ -62,10 +63,11 @@ def test_what_failed_is_told_from_what_was_not_run() -> None:
 
 
 def test_log_likelihood_and_coverage_have_columns_if_any_run_has_them() -> None:
-    sure = result([2.0, 4.0], "mse")
+    named = {"mean": -0.5, "ci95": 0.1}
+    sure = result([2.0, 4.0], "mse", log_likelihood=named, coverage=named)
     likelihood, covered = np.array([-0.6, -0.4]), np.array([0.9, 1.0])
-    sure = replace(sure, extra={"log_likelihood": likelihood, "coverage": covered})
-    again = replace(sure, extra={"log_likelihood": likelihood + 0.2, "coverage": covered})
+    sure = replace(sure, measures={"log_likelihood": likelihood, "coverage": covered})
+    again = replace(sure, measures={"log_likelihood": likelihood + 0.2, "coverage": covered})
     rows = [Row("unsure", "", [[result([1.0, 1.0], "mse")]]), Row("sure", "", [[sure]])]
     lines = comparison(rows, ["5 points"]).splitlines()
     assert "| log-likelihood | within the 95 % band, % | before training |" in lines[0]

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metarun.core.console import figure as shown
+from metarun.core.measures import figure as shown
 from metarun.core.results import CurvePoint, validation_of
 from metarun.core.statistics import Floats, interval
 from metarun.reporting.figures.drawing import INK, MUTED, SIZE, Panel, Series, band, error_axis

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import seeding
-from metarun.core.console import figure as shown
+from metarun.core.measures import figure as shown
 from metarun.core.statistics import Floats
 from metarun.core.types import EpisodeSource, Prediction, TaskBatch
 from metarun.evaluation.test_time_augmentation import predict
