@@ -158,7 +158,7 @@ def adapt(module: nn.Module) -> nn.Module:
         found = True
     if found or not takes_ctx:
         module._running = running  # type: ignore[assignment]
-        module.__class__ = _with_context(type(module), takes_ctx)
+        module.__class__ = _with_context(type(module), takes_ctx)  # type: ignore[arg-type]
     return module
 
 
@@ -205,6 +205,7 @@ class _AdaptedBatchNorm(BatchNorm):
     """Batch norm of torch with our arithmetic: (N, C, …) inputs of any number of dimensions."""
 
     _running: _Pass
+    momentum: float | None
     track_running_stats: bool
     num_batches_tracked: Tensor
 
@@ -268,7 +269,4 @@ def _takes_ctx(module: nn.Module) -> bool:
     """Return whether a module's own `forward` takes the context, under any name if required."""
     others = list(inspect.signature(module.forward).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(
-        p.name == "ctx" or (p.default is p.empty and p.kind in positional) for p in others
-    )
-
+    return any(p.name == "ctx" or (p.default is p.empty and p.kind in positional) for p in others)

@@ -243,12 +243,12 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     if not isinstance(algorithm, Algorithm):
         target = settings.algo["_target_"]
         raise ValueError(f"algo._target_={target} is not a subclass of metarun's Algorithm")
+    _test_foreign(algorithm, settings)
     if settings.precision == "mixed" and not set_mixed(algorithm):
         raise ValueError(
             "precision=mixed needs a network (metarun.backbones.network.Network), but "
             f"algo={settings.names['algo']} has none: use precision=float32"
         )
-    _test_foreign(algorithm, settings)
     return algorithm
 
 
@@ -330,7 +330,7 @@ def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> Episod
 
 def _component(
     name: str, node: Mapping[str, Any], injected: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
+) -> functools.partial[Any]:
     """Return the class of a node with its options bound, checked against its signature.
 
     Args:

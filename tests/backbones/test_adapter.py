@@ -52,6 +52,7 @@ class WithContext(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...], output_dim: int) -> None:
         super().__init__()
+        assert input_shape == SHAPE
         self.body = Features()
         self.head = nn.Linear(36, output_dim)
 
