@@ -17,6 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
+
+from metarun.config.catalogue import conf_dir
 from metarun.config.checks import check_config, convert
 from metarun.config.schema import Config, Settings
 from metarun.config.suggestions import nearest, unknown_key
@@ -226,7 +229,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
 
     injected = {
         "spec": source.spec,
-        "backbone": _backbone(settings.backbone),
+        "backbone": _backbone(settings),
         "optim": _component("optim", settings.optim),
         "engine": Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
@@ -252,17 +255,38 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     return algorithm
 
 
-def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
+def _backbone(settings: Settings) -> Callable[..., Any]:
     """Return the factory of the networks, from one of our classes or from any `nn.Module`."""
     from metarun.backbones.adapter import AnyBackbone
 
-    make = _component("backbone", node)
+    node = settings.backbone
+    known = option_hints("backbone", node)
+    # A recipe is made for the default backbone of its data set, and another may be chosen.
+    foreign = _set_by_recipe(settings.names["algo"], settings.names["data"]) - known.keys()
+    for key in sorted(foreign & node.keys()):
+        name = settings.names["backbone"]
+        _warn_once(f"the recipe's backbone.{key} is left out: backbone={name} has no such key")
+    make = _component("backbone", {k: v for k, v in node.items() if k not in foreign})
     ours = make.func.__module__.partition(".")[0] == __package__.partition(".")[0]
     return make if ours else AnyBackbone(node["_target_"], make)
 
 
+@functools.cache
+def _set_by_recipe(algo: str, data: str) -> frozenset[str]:
+    """Return the keys of the backbone in the shipped recipe of a pair, if there is one."""
+    path = conf_dir() / f"recipe/{algo}-{data}.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return frozenset(recipe.get("backbone", {}))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning about a configuration, which is built in the check before a run and for it."""
+    _log.warning("%s", text)
+
+
 _REASONS: dict[str, str | None] = {}
-"""Results of `reason_for_loop`, as the check before a run and the run build the same network."""
+"""Results of `reason_for_loop` by network."""
 
 
 def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
@@ -282,10 +306,9 @@ def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
         key = json.dumps([settings.backbone, shape, sizes, adapts])
         if key not in _REASONS:
             _REASONS[key] = reason_for_loop(net, shape, adapts=adapts)
-            if _REASONS[key] is not None:
-                name = settings.names["backbone"]
-                _log.warning("backbone=%s takes engine=loop: %s", name, _REASONS[key])
         if _REASONS[key] is not None:
+            name = settings.names["backbone"]
+            _warn_once(f"backbone={name} takes engine=loop: {_REASONS[key]}")
             for part in algorithm.modules():
                 if isinstance(part, Algorithm):
                     part.engine = replace(part.engine, kind="loop", graph="none")

@@ -15,9 +15,8 @@ from PIL import Image
 
 from tests.conftest import Command
 
-# The recipe of this pair has keys of conv4.
 WORDS = [
-    "--config-dir", "conf", "backbone=mine", "data=omniglot_small", "~recipe", "way=3", "query=2",
+    "--config-dir", "conf", "backbone=mine", "data=omniglot_small", "way=3", "query=2",
     "train.steps=2", "train.tasks_per_step=2", "eval.episodes=4", "eval.val_episodes=4",
     "eval.tasks_per_batch=4", "eval.curve_steps=1", "device=cpu", "threads=1",
 ]  # fmt: skip
@@ -67,6 +66,8 @@ def test_a_stranger_writes_a_module_and_a_yaml_and_runs_them(tmp_path: Path) -> 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "engine=loop" not in done.stderr
+    left_out = "the recipe's backbone.downsample is left out: backbone=mine has no such key"
+    assert done.stderr.count(left_out) == 1
     (found,) = results(tmp_path)
     frozen = 4 * 9 + 4 + 2 * 4
     assert found["parameters"] - found["trainable_parameters"] == frozen
