@@ -268,7 +268,10 @@ def _backbone(settings: Settings) -> Callable[..., Any]:
         _warn_once(f"the recipe's backbone.{key} is left out: backbone={name} has no such key")
     make = _component("backbone", {k: v for k, v in node.items() if k not in foreign})
     ours = make.func.__module__.partition(".")[0] == __package__.partition(".")[0]
-    return make if ours else AnyBackbone(node["_target_"], make)
+    without = convert("backbone._without_", node.get("_without_"), str | None)
+    if ours and without is None:
+        return make
+    return AnyBackbone(node["_target_"], make, without)
 
 
 @functools.cache
@@ -377,7 +380,7 @@ def _component(
     passes_on = name == "backbone" and takes_any_keyword(target)
     options: Config = {}
     for key, value in node.items():
-        if key in ("_target_", "_partial_"):
+        if key in ("_target_", "_partial_", "_without_"):
             continue
         if key not in hints and passes_on:
             options[key] = value
