@@ -35,7 +35,8 @@ class NonFiniteError(ArithmeticError):
 class OuterOptimizer(nn.Module):
     """An optimizer of named parameters, with a learning-rate schedule over the run.
 
-    Frozen parameters, those with `requires_grad=False`, are left out. Its state is part of the `state_dict` of the algorithm that owns it.
+    Frozen parameters, those with `requires_grad=False`, are left out. Its state is part of the
+    `state_dict` of the algorithm that owns it.
 
     Args:
         parameters: Pairs of name and parameter, as from `named_parameters()`.

@@ -53,11 +53,16 @@ class AnyBackbone:
     Args:
         target: Dotted name of the constructor, for messages.
         make: Constructor with its options bound, such as `partial(resnet18, num_classes=64)`.
+        without: Dotted name of a part of the module to leave out, such as its last layer: inputs
+            pass it unchanged. None keeps all.
     """
 
-    def __init__(self, target: str, make: functools.partial[Any]) -> None:
+    def __init__(
+        self, target: str, make: functools.partial[Any], without: str | None = None
+    ) -> None:
         self.func = make.func
         self._make = make
+        self._without = without
         self._name = f"backbone._target_={target}"
         self.__signature__ = inspect.signature(make)
         """That of the constructor, from which algorithms read what a backbone takes."""
@@ -124,6 +129,14 @@ class AnyBackbone:
             names -= refused
         if not isinstance(module, nn.Module):
             raise ValueError(f"{self._name} returns a {type(module).__name__}: {INTERFACE}")
+        if self._without is not None:
+            parts = [name for name, _ in module.named_children()]
+            if self._without not in dict(module.named_modules()) or not self._without:
+                raise ValueError(
+                    f"backbone._without_={self._without}: the module has no such part; its parts "
+                    f"are {', '.join(parts)}"
+                )
+            module.set_submodule(self._without, nn.Identity())
         return module, names
 
     @contextmanager
@@ -158,7 +171,7 @@ def adapt(module: nn.Module) -> nn.Module:
         found = True
     if found or not takes_ctx:
         module._running = running  # type: ignore[assignment]
-        module.__class__ = _with_context(type(module), takes_ctx)
+        module.__class__ = _with_context(type(module), takes_ctx)  # type: ignore[arg-type]
     return module
 
 
@@ -205,6 +218,7 @@ class _AdaptedBatchNorm(BatchNorm):
     """Batch norm of torch with our arithmetic: (N, C, …) inputs of any number of dimensions."""
 
     _running: _Pass
+    momentum: float | None
     track_running_stats: bool
     num_batches_tracked: Tensor
 
@@ -268,7 +282,4 @@ def _takes_ctx(module: nn.Module) -> bool:
     """Return whether a module's own `forward` takes the context, under any name if required."""
     others = list(inspect.signature(module.forward).parameters.values())[1:]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(
-        p.name == "ctx" or (p.default is p.empty and p.kind in positional) for p in others
-    )
-
+    return any(p.name == "ctx" or (p.default is p.empty and p.kind in positional) for p in others)

@@ -17,6 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import yaml
+
+from metarun.config.catalogue import conf_dir
 from metarun.config.checks import check_config, convert
 from metarun.config.schema import Config, Settings
 from metarun.config.suggestions import nearest, unknown_key
@@ -238,7 +241,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
 
     injected = {
         "spec": source.spec,
-        "backbone": _backbone(settings.backbone),
+        "backbone": _backbone(settings),
         "optim": _component("optim", settings.optim),
         "engine": Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
@@ -255,26 +258,50 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     if not isinstance(algorithm, Algorithm):
         target = settings.algo["_target_"]
         raise ValueError(f"algo._target_={target} is not a subclass of metarun's Algorithm")
+    _test_foreign(algorithm, settings)
     if settings.precision == "mixed" and not set_mixed(algorithm):
         raise ValueError(
             "precision=mixed needs a network (metarun.backbones.network.Network), but "
             f"algo={settings.names['algo']} has none: use precision=float32"
         )
-    _test_foreign(algorithm, settings)
     return algorithm
 
 
-def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
+def _backbone(settings: Settings) -> Callable[..., Any]:
     """Return the factory of the networks, from one of our classes or from any `nn.Module`."""
     from metarun.backbones.adapter import AnyBackbone
 
-    make = _component("backbone", node)
+    node = settings.backbone
+    known = option_hints("backbone", node)
+    # A recipe is made for the default backbone of its data set, and another may be chosen.
+    foreign = _set_by_recipe(settings.names["algo"], settings.names["data"]) - known.keys()
+    for key in sorted(foreign & node.keys()):
+        name = settings.names["backbone"]
+        _warn_once(f"the recipe's backbone.{key} is left out: backbone={name} has no such key")
+    make = _component("backbone", {k: v for k, v in node.items() if k not in foreign})
     ours = make.func.__module__.partition(".")[0] == __package__.partition(".")[0]
-    return make if ours else AnyBackbone(node["_target_"], make)
+    without = convert("backbone._without_", node.get("_without_"), str | None)
+    if ours and without is None:
+        return make
+    return AnyBackbone(node["_target_"], make, without)
+
+
+@functools.cache
+def _set_by_recipe(algo: str, data: str) -> frozenset[str]:
+    """Return the keys of the backbone in the shipped recipe of a pair, if there is one."""
+    path = conf_dir() / f"recipe/{algo}-{data}.yaml"
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return frozenset(recipe.get("backbone", {}))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Log a warning about a configuration, which is built in the check before a run and for it."""
+    _log.warning("%s", text)
 
 
 _REASONS: dict[str, str | None] = {}
-"""Results of `reason_for_loop`, as the check before a run and the run build the same network."""
+"""Results of `reason_for_loop` by network."""
 
 
 def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
@@ -294,10 +321,9 @@ def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
         key = json.dumps([settings.backbone, shape, sizes, adapts])
         if key not in _REASONS:
             _REASONS[key] = reason_for_loop(net, shape, adapts=adapts)
-            if _REASONS[key] is not None:
-                name = settings.names["backbone"]
-                _log.warning("backbone=%s takes engine=loop: %s", name, _REASONS[key])
         if _REASONS[key] is not None:
+            name = settings.names["backbone"]
+            _warn_once(f"backbone={name} takes engine=loop: {_REASONS[key]}")
             for part in algorithm.modules():
                 if isinstance(part, Algorithm):
                     part.engine = replace(part.engine, kind="loop", graph="none")
@@ -342,7 +368,7 @@ def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> Episod
 
 def _component(
     name: str, node: Mapping[str, Any], injected: Mapping[str, Any] | None = None
-) -> Callable[..., Any]:
+) -> functools.partial[Any]:
     """Return the class of a node with its options bound, checked against its signature.
 
     Args:
@@ -366,7 +392,7 @@ def _component(
     passes_on = name == "backbone" and takes_any_keyword(target)
     options: Config = {}
     for key, value in node.items():
-        if key in ("_target_", "_partial_"):
+        if key in ("_target_", "_partial_", "_without_"):
             continue
         if key not in hints and passes_on:
             options[key] = value

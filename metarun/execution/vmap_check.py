@@ -62,7 +62,8 @@ def reason_for_loop(
             return f"torch.vmap cannot run it ({textwrap.shorten(one_line(error), 120)})"
         if (difference := _difference(found, expected)) <= _TOLERANCE:
             return None
-        nearly = rows[0] * (1.0 + _LAST_BIT * torch.randn(shape, generator=draw, dtype=torch.float64))
+        noise = torch.randn(shape, generator=draw, dtype=torch.float64)
+        nearly = rows[0] * (1.0 + _LAST_BIT * noise)
         amplified = _difference(results((nearly, rows[1]), "loop"), expected)
     if difference <= _AMPLIFIED * amplified:
         return None

@@ -1,4 +1,4 @@
-"""Frozen parameters, those with `requires_grad=False`, in every algorithm's outer and inner loop."""
+"""Frozen parameters (`requires_grad=False`) in the outer and inner loop of every algorithm."""
 
 from __future__ import annotations
 

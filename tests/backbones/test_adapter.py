@@ -52,6 +52,7 @@ class WithContext(nn.Module):
 
     def __init__(self, input_shape: tuple[int, ...], output_dim: int) -> None:
         super().__init__()
+        assert input_shape == SHAPE
         self.body = Features()
         self.head = nn.Linear(36, output_dim)
 
@@ -61,8 +62,10 @@ class WithContext(nn.Module):
         return answers
 
 
-def any_backbone(kind: Callable[..., Any], **options: Any) -> AnyBackbone:
-    return AnyBackbone(f"my_net.{kind.__name__}", partial(kind, **options))
+def any_backbone(
+    kind: Callable[..., Any], without: str | None = None, **options: Any
+) -> AnyBackbone:
+    return AnyBackbone(f"my_net.{kind.__name__}", partial(kind, **options), without)
 
 
 def of_torch(net: nn.Module, kind: type[nn.Module], *given: Any) -> nn.Module:
@@ -364,6 +367,8 @@ class Lazy(nn.Module):
         (any_backbone(Lazy), 5, False),
         (any_backbone(OwnHead), 5, True),
         (any_backbone(passes_on), 5, True),
+        (any_backbone(Features, without="norms"), 36, False),
+        (any_backbone(Features, without="norms.0"), 36, False),
         # The user's own value of the keyword.
         (any_backbone(OwnHead, output_dim=7), 7, False),
     ],
@@ -378,6 +383,14 @@ def test_a_module_that_is_not_told_its_outputs_computes_features(
     headless = make_net(input_shape=SHAPE, output_dim=None)
     assert headless.feature_dim == features
     assert headless(torch.randn(2, *SHAPE), ForwardContext()).shape == (2, features)
+
+
+def test_a_part_that_is_left_out_passes_its_inputs() -> None:
+    net = any_backbone(Features, without="norms.1")(input_shape=SHAPE, output_dim=None)
+    assert [name for name, _ in net.named_parameters() if "norms" in name] == []
+    for name in ("norm.3", ""):
+        with pytest.raises(ValueError, match=r"no such part; its parts are conv, norm, relu, mix"):
+            any_backbone(Features, without=name)(input_shape=SHAPE, output_dim=None)
 
 
 def test_the_first_pass_leaves_statistics_and_mode_as_they_were() -> None:
@@ -439,14 +452,14 @@ VISION: dict[str, dict[str, Any]] = {
     "resnet18": {"num_classes": 16},
     "mobilenet_v3_small": {},
     "efficientnet_b0": {},
-    "vit_b_16": {"image_size": 32},
+    # Its classifier starts at zero.
+    "vit_b_16": {"image_size": 32, "without": "heads"},
 }
 
 
 def of_torchvision(name: str) -> AnyBackbone:
     models = pytest.importorskip("torchvision.models")
-    target = f"torchvision.models.{name}"
-    return AnyBackbone(target, partial(getattr(models, name), weights=None, **VISION[name]))
+    return any_backbone(getattr(models, name), weights=None, **VISION[name])
 
 
 def color_batch(tasks: int = 2) -> TaskBatch:

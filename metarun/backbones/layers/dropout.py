@@ -10,7 +10,8 @@ from metarun.core import seeding
 
 def makes_noise(net: nn.Module) -> bool:
     """Return whether a network draws random masks in training."""
-    return any(getattr(module, "drop_rate", 0.0) > 0.0 for module in net.modules())
+    rates = (getattr(module, "drop_rate", None) for module in net.modules())
+    return any(isinstance(rate, int | float) and rate > 0.0 for rate in rates)
 
 
 def drop_blocks(x: Tensor, noise: Tensor, slot: int, rate: float, block_size: int) -> Tensor:
