@@ -32,7 +32,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--root",
         metavar="DIR",
-        help="folder of the data sets (default: $METARUN_DATA, else ~/.cache/metarun)",
+        help="folder of the data sets (default: $METARUN_DATA, else metarun's folder of caches)",
     )
     parser.add_argument(
         "--verify", action="store_true", help="read every file and compare it with its hash"
