@@ -34,7 +34,7 @@ from metarun.bench.workloads import (
     select,
     variants,
 )
-from metarun.cli.parser import Parser
+from metarun.cli.parser import TO_GROW
 from metarun.core.errors import EXIT_INTERRUPTED, EXIT_OK
 from metarun.core.files import write_new
 
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
     from metarun.bench.suite import Suite
 
-_TO_GROW = "conv4-1"
 _TO_LEAK = "sinusoid"
 _SUFFIXES = (".png", ".svg")
 _WIDEST = 110
@@ -61,13 +60,12 @@ class _Report:
     interrupted: bool = False
 
 
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run `metarun bench …` and return the exit code.
 
     Raises:
         ValueError: An argument is invalid; nothing has been measured.
     """
-    args = _parser().parse_args(list(argv))
     if args.list:
         _list()
         return EXIT_OK
@@ -75,63 +73,12 @@ def run(argv: Sequence[str]) -> int:
     chosen = variants({o.name: _words([getattr(args, o.name)]) for o in _options()})
     against = _known("--against", args.against, list(BASELINES))
     growth = _known("--growth", args.growth, list(GROWTH)) or []
-    grown = select(_words(args.workload) or [_TO_GROW]) if growth else []
+    grown = select(_words(args.workload) or [TO_GROW]) if growth else []
     _check(args, growth, grown)
     device = _device(args.device)
     return _measure(
         args, workloads, chosen, against, [(w, s) for w in grown for s in growth], device
     )
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="metarun bench",
-        description="Measure the speed and memory of metarun on this machine, as ratios to other "
-        "implementations timed alternately in the same process. Without arguments, the quick "
-        "workloads are measured; this takes two or three minutes on two idle cores.",
-    )
-    parser.add_argument("--list", action="store_true", help="list the workloads and exit")
-    parser.add_argument(
-        "--workload", nargs="+", metavar="NAME", default=[],
-        help="workloads to measure: names or patterns such as 'conv4*'; '*' selects all",
-    )  # fmt: skip
-    for option in _options():
-        words = option.metadata["words"]
-        parser.add_argument(
-            f"--{option.name}", metavar="WORD", default=option.default,
-            help=f"comma-separated, from {','.join(words)} (default {option.default})",
-        )  # fmt: skip
-    parser.add_argument(
-        "--against", metavar="NAME", help=f"baselines, from {','.join(BASELINES)} (default all)"
-    )
-    parser.add_argument(
-        "--growth", metavar="SIZE",
-        help=f"also measure curves over {','.join(GROWTH)}, for the workloads of --workload "
-        f"(default {_TO_GROW})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--seconds", type=float, default=5.0,
-        help="seconds for each implementation of a workload, at least three rounds (default 5)",
-    )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1 (default cpu)")
-    parser.add_argument(
-        "--tf32", metavar="WORD", default=TF32[0],
-        help=f"what a GPU may round to TF32, one of {','.join(TF32)} (default {TF32[0]})",
-    )  # fmt: skip
-    parser.add_argument("--no-memory", action="store_true", help="do not measure memory")
-    parser.add_argument(
-        "--memory-steps", type=int, default=2000, metavar="N",
-        help="sinusoid steps of the check for memory leaks; 0 skips it (default 2000)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write all measurements to a new file"
-    )
-    parser.add_argument(
-        "--figure", type=Path, metavar="FILE",
-        help="also draw a figure to a new .svg or .png file; existing files are kept",
-    )  # fmt: skip
-    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
-    return parser
 
 
 def _options() -> tuple[dataclasses.Field[Any], ...]:

@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
 
-from metarun.cli.parser import Parser
 from metarun.core.console import table_console
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
 
 
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run `metarun data [NAME] [--from PATH] [--root DIR] [--verify]`; return the exit code.
 
     Raises:
         ValueError: The name is unknown, or the data cannot be fetched, imported or verified.
     """
-    parser = Parser(
-        prog="metarun data",
-        description="Download or import a data set. Without NAME, list all data sets and say "
-        "which are available.",
-    )
-    parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(registry.DATASETS))
-    parser.add_argument(
-        "--from", dest="source", metavar="PATH", help="import files that you already have"
-    )
-    parser.add_argument(
-        "--root",
-        metavar="DIR",
-        help="folder of the data sets (default: $METARUN_DATA, else ~/.cache/metarun)",
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read every file and compare it with its hash"
-    )
-
-    args = parser.parse_args(list(argv))
     if args.name is None:
         if args.source is not None:
             raise ValueError(

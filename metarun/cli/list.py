@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rich.text import Text
 
-from metarun.cli.parser import Parser
 from metarun.config.catalogue import GROUPS, entries, find, header, keys, recipes
 from metarun.config.search_path import refuse_shipped_names
 from metarun.config.suggestions import nearest
@@ -33,18 +33,8 @@ EXAMPLES = {
 """A command to try for a choice of each group."""
 
 
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Answer `metarun list [GROUP…]` and `metarun list GROUP NAME…`; returns the exit code."""
-    parser = Parser(
-        prog="metarun list",
-        description="List the algorithms, data sets, backbones and experiments, or show one of "
-        "them with its keys, as in `metarun list algo maml`.",
-    )
-    parser.add_argument(
-        "words", nargs="*", metavar="GROUP [NAME]", help=f"GROUP is one of {', '.join(GROUPS)}"
-    )
-    parser.add_argument("--config-dir", "-cd", help="list your own YAML files, too")
-    args = parser.parse_args(list(argv))
     folders = folders_of(args.config_dir)
     refuse_shipped_names(folders[1:], folders[0])
     words = args.words

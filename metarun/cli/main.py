@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
+from metarun.cli.parser import PARSERS, application
 from metarun.config.checks import check_config
 from metarun.config.search_path import as_config_dir
 from metarun.core import distributed
@@ -32,8 +33,8 @@ from metarun.core.errors import (
 QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
 
-SUBCOMMANDS = ("bench", "compare", "data", "list", "predict", "report", "table")
-"""Subcommands; each is a module of this folder with a function `run(argv)`."""
+SUBCOMMANDS = tuple(PARSERS)
+"""Subcommands; each is a module of this folder with a function `run(args)`."""
 
 HELP = """\
 metarun: train and evaluate meta-learning algorithms
@@ -116,29 +117,42 @@ def _hush() -> None:
 
 def _dispatch(argv: list[str], place: distributed.Place) -> int:
     """Run a subcommand, print what an option requests, or start the application."""
-    typed, argv = argv, as_config_dir(argv)
     if argv and argv[0] in SUBCOMMANDS:
         if place.size > 1:
             raise ValueError(f"`metarun {argv[0]}` runs in one process: start it without torchrun")
-        words = [word for word in argv[1:] if word.lower() not in ("debug=true", "debug=false")]
-        code: int = importlib.import_module(f"metarun.cli.{argv[0]}").run(words)
-        return code
+        return _subcommand(argv[0], argv[1:])
     if "--version" in argv:
         print(f"metarun {metarun.__version__}")
         return EXIT_OK
-    args = _parse(argv)
+    args = _parse(as_config_dir(argv))
     for word in args.overrides:
         if "=" not in word and not word.startswith("~"):
             raise ValueError(f"{word!r} is neither a subcommand nor KEY=VALUE{_hint(word)}")
+    shells = [w.removeprefix("query=") for w in args.overrides if w.startswith("query=")]
+    if args.shell_completion and shells:
+        from metarun.cli.completion import answer
+
+        print(answer(shells[0]))
+        return EXIT_OK
     if args.hydra_help or args.shell_completion:
         return _hand_over(args, _never)
     if args.help:
         return _help(args)
     if place.size == 1 or args.cfg is not None or args.info is not None:
-        return _application(args, typed)
+        return _application(args, argv)
     distributed.start(place)
-    code = _application(args, typed)
+    code = _application(args, argv)
     distributed.stop()
+    return code
+
+
+def _subcommand(name: str, argv: list[str]) -> int:
+    words = [word for word in argv if word.lower() not in ("debug=true", "debug=false")]
+    parser = PARSERS[name]()
+    if parser.find("--config-dir"):
+        words = as_config_dir(words)
+    module = importlib.import_module(f"metarun.cli.{name}")
+    code: int = module.run(parser.parse_intermixed_args(words))
     return code
 
 
@@ -154,10 +168,8 @@ def _hint(word: str) -> str:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Parse Hydra's own options, mixed with overrides in any order."""
-    from hydra._internal.utils import get_args_parser
-
-    parser = get_args_parser()
-    known = [option for action in parser._actions for option in action.option_strings]
+    parser = application()
+    known = parser.options()
 
     def refuse(message: str) -> NoReturn:
         wrong = [w for w in argv if w.startswith("-") and w.partition("=")[0] not in known]
@@ -300,15 +312,13 @@ def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _hand_over(args: argparse.Namespace, task: Callable[[Any], Any], *, sweep: bool = False) -> int:
     """Let Hydra print what an option requests, or start the task; return the exit code."""
-    from hydra._internal.utils import get_args_parser
-
     from metarun.config.loading import opened
 
     name, words = args.config_name or "config", args.overrides
     try:
         with opened(args.config_dir, args.config_path) as hydra:
             if args.hydra_help:
-                hydra.hydra_help(name, get_args_parser(), args)
+                hydra.hydra_help(name, application(), args)
             elif args.shell_completion:
                 hydra.shell_completion(name, words)
             elif args.cfg is not None:

@@ -1,15 +1,59 @@
-"""The argument parser that all subcommands share."""
+"""All words of the command line: the arguments of each subcommand, and what completes them.
+
+`completion.py` offers words from the same declarations. Nothing heavy is imported here.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+from metarun.cli import candidates
+from metarun.config.catalogue import GROUPS
+from metarun.data.storage.registry import DATASETS
+from metarun.reporting.tables import Style
+
+Candidates = Callable[[str, Sequence[str]], Iterable[str]]
+"""Offers whole words for the beginning of one, given the words before it."""
+
+DEFAULT_CSV = "predictions.csv"
+PREDICT = "metarun predict RUN --support DIR --query DIR"
+TO_GROW = "conv4-1"
 
 _LONGEST = 120
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises a one-line error instead of printing usage and exiting."""
+    """An argument parser that raises a one-line error instead of printing usage and exiting.
+
+    Attributes:
+        candidates: What completes the value of an argument, by its `dest`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.candidates: dict[str, Candidates] = {}
+        super().__init__(**options)
+
+    def add(self, *names: str, offers: Candidates | None = None, **options: Any) -> None:
+        """Add an argument, and what completes its value other than its choices."""
+        action = self.add_argument(*names, **options)
+        if offers is not None:
+            self.candidates[action.dest] = offers
+
+    def find(self, option: str) -> argparse.Action | None:
+        """Return the action of an option such as `--dir`; None if there is none."""
+        return next((a for a in self._actions if option in a.option_strings), None)
+
+    def options(self) -> list[str]:
+        """Return all options, long and short."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def positionals(self) -> list[argparse.Action]:
+        """Return the arguments that are no options, in their order."""
+        return [action for action in self._actions if not action.option_strings]
 
     def error(self, message: str) -> NoReturn:
         """Reject the arguments with argparse's message and the usage.
@@ -21,3 +65,240 @@ class Parser(argparse.ArgumentParser):
         shown = message if len(message) <= _LONGEST else f"{message[:_LONGEST]} …"
         usage = " ".join(self.format_usage().split()).removeprefix("usage: ")
         raise ValueError(f"{shown}: expected `{usage}`")
+
+
+def application() -> Parser:
+    """Return the parser of `metarun KEY=VALUE …`: Hydra's own options, and overrides."""
+    from hydra._internal.utils import get_args_parser
+
+    parser = Parser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
+    parser.candidates = {
+        "overrides": candidates.settings,
+        "config_dir": candidates.folders,
+        "config_path": candidates.folders,
+    }
+    return parser
+
+
+def _list() -> Parser:
+    parser = Parser(
+        prog="metarun list",
+        description="List the algorithms, data sets, backbones and experiments, or show one of "
+        "them with its keys, as in `metarun list algo maml`.",
+    )
+    parser.add(
+        "words", nargs="*", metavar="GROUP [NAME]", help=f"GROUP is one of {', '.join(GROUPS)}",
+        offers=candidates.listed,
+    )  # fmt: skip
+    _add_config_dir(parser)
+    return parser
+
+
+def _data() -> Parser:
+    parser = Parser(
+        prog="metarun data",
+        description="Download or import a data set. Without NAME, list all data sets and say "
+        "which are available.",
+    )
+    parser.add(
+        "name", nargs="?", metavar="NAME", help=", ".join(DATASETS),
+        offers=candidates.words(DATASETS),
+    )  # fmt: skip
+    parser.add(
+        "--from", dest="source", metavar="PATH", help="import files that you already have",
+        offers=candidates.paths,
+    )  # fmt: skip
+    parser.add(
+        "--root", metavar="DIR", offers=candidates.folders,
+        help="folder of the data sets (default: $METARUN_DATA, else metarun's folder of caches)",
+    )  # fmt: skip
+    parser.add("--verify", action="store_true", help="read every file and compare it with its hash")
+    return parser
+
+
+def _compare() -> Parser:
+    parser = Parser(
+        prog="metarun compare",
+        description="Train and test every suitable algorithm on a data set and print one table. "
+        "algo=A,B selects algorithms. Repeating the command skips finished runs and continues "
+        "the others.",
+    )
+    parser.add(
+        "words", nargs="*", metavar="KEY=VALUE", help="settings, as for a sweep with `metarun -m`",
+        offers=candidates.settings,
+    )  # fmt: skip
+    parser.add(
+        "--dir", type=Path, default=Path("outputs/compare"), offers=candidates.folders,
+        help="folder of the runs and the table (default: outputs/compare)",
+    )  # fmt: skip
+    parser.add("--table", action="store_true", help="print the table of existing runs, start none")
+    parser.add(
+        "--against", metavar="ALGO", help="on a stream: report regret relative to this algorithm",
+        offers=candidates.names("algo"),
+    )  # fmt: skip
+    _add_columns(parser)
+    _add_config_dir(parser)
+    return parser
+
+
+def _table() -> Parser:
+    parser = Parser(
+        prog="metarun table",
+        description="Print published and measured results of all runs in the given folders. "
+        "--format selects the output format.",
+    )
+    _add_runs(parser)
+    parser.add(
+        "--format", choices=get_args(Style), default="terminal",
+        help="of the tables",
+    )  # fmt: skip
+    parser.add(
+        "--paper", help="print all cells of this paper's table, including those not run",
+        offers=candidates.names("paper"),
+    )  # fmt: skip
+    _add_columns(parser)
+    _add_config_dir(parser)
+    return parser
+
+
+def _report() -> Parser:
+    parser = Parser(
+        prog="metarun report",
+        description="Write one self-contained HTML page for a run, several runs or a sweep.",
+    )
+    _add_runs(parser)
+    parser.add(
+        "--output", metavar="DIR", offers=candidates.folders,
+        help="where to write report.html and figures/ (default: the folder of the runs)",
+    )  # fmt: skip
+    _add_config_dir(parser)
+    return parser
+
+
+def _predict() -> Parser:
+    parser = Parser(
+        prog="metarun predict",
+        usage=f"{PREDICT}\n       [--csv FILE] [--transductive] [--device DEVICE]",
+        description="Label your own images from a few examples of each class.",
+    )
+    parser.add(
+        "run", metavar="RUN", help="folder of a run that was trained on images",
+        offers=candidates.folders,
+    )  # fmt: skip
+    parser.add(
+        "--support", metavar="DIR", type=Path, required=True, offers=candidates.folders,
+        help="folder with one subfolder per class, named after it, with a few images each",
+    )  # fmt: skip
+    parser.add(
+        "--query", metavar="DIR", type=Path, required=True, offers=candidates.paths,
+        help="folder of the images to label, searched recursively, or a single image",
+    )  # fmt: skip
+    parser.add(
+        "--csv", metavar="FILE", type=Path, offers=candidates.paths,
+        help=f"new file for all probabilities (default: {DEFAULT_CSV} in the current folder, "
+        "numbered if that exists)",
+    )  # fmt: skip
+    parser.add(
+        "--transductive", action="store_true",
+        help="batch-norm statistics over all queries, so that each prediction depends on the "
+        "others",
+    )  # fmt: skip
+    _add_device(parser, "auto", "auto, cpu, cuda or cuda:N")
+    return parser
+
+
+def _bench() -> Parser:
+    from metarun.bench.workloads import BASELINES, GROWTH, TF32, WORKLOADS, Variant
+
+    parser = Parser(
+        prog="metarun bench",
+        description="Measure the speed and memory of metarun on this machine, as ratios to other "
+        "implementations timed alternately in the same process. Without arguments, the quick "
+        "workloads are measured; this takes two or three minutes on two idle cores.",
+    )
+    parser.add("--list", action="store_true", help="list the workloads and exit")
+    parser.add(
+        "--workload", nargs="+", metavar="NAME", default=[],
+        offers=candidates.words([workload.name for workload in WORKLOADS]),
+        help="workloads to measure: names or patterns such as 'conv4*'; '*' selects all",
+    )  # fmt: skip
+    for option in dataclasses.fields(Variant):
+        words = option.metadata["words"]
+        parser.add(
+            f"--{option.name}", metavar="WORD", default=option.default,
+            offers=candidates.words(words),
+            help=f"comma-separated, from {','.join(words)} (default {option.default})",
+        )  # fmt: skip
+    parser.add(
+        "--against", metavar="NAME", offers=candidates.words(BASELINES),
+        help=f"baselines, from {','.join(BASELINES)} (default all)",
+    )  # fmt: skip
+    parser.add(
+        "--growth", metavar="SIZE", offers=candidates.words(GROWTH),
+        help=f"also measure curves over {','.join(GROWTH)}, for the workloads of --workload "
+        f"(default {TO_GROW})",
+    )  # fmt: skip
+    parser.add(
+        "--seconds", type=float, default=5.0,
+        help="seconds for each implementation of a workload, at least three rounds (default 5)",
+    )  # fmt: skip
+    _add_device(parser, "cpu", "cpu, cuda or cuda:1")
+    parser.add(
+        "--tf32", metavar="WORD", default=TF32[0], offers=candidates.words(TF32),
+        help=f"what a GPU may round to TF32, one of {','.join(TF32)} (default {TF32[0]})",
+    )  # fmt: skip
+    parser.add("--no-memory", action="store_true", help="do not measure memory")
+    parser.add(
+        "--memory-steps", type=int, default=2000, metavar="N",
+        help="sinusoid steps of the check for memory leaks; 0 skips it (default 2000)",
+    )  # fmt: skip
+    parser.add(
+        "--json", type=Path, metavar="FILE", offers=candidates.paths,
+        help="also write all measurements to a new file",
+    )  # fmt: skip
+    parser.add(
+        "--figure", type=Path, metavar="FILE", offers=candidates.paths,
+        help="also draw a figure to a new .svg or .png file; existing files are kept",
+    )  # fmt: skip
+    parser.add("--markdown", action="store_true", help="print the table in Markdown")
+    return parser
+
+
+def _add_columns(parser: Parser) -> None:
+    parser.add(
+        "--columns", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
+        help="measures to show as well, such as nll,ece",
+    )  # fmt: skip
+
+
+def _add_config_dir(parser: Parser) -> None:
+    parser.add(
+        "--config-dir", "-cd", metavar="DIR", help="folder with your own YAML files",
+        offers=candidates.folders,
+    )  # fmt: skip
+
+
+def _add_runs(parser: Parser) -> None:
+    parser.add(
+        "paths", nargs="*", metavar="PATH", help="run folders, or folders that contain runs",
+        offers=candidates.folders,
+    )  # fmt: skip
+
+
+def _add_device(parser: Parser, default: str, devices: str) -> None:
+    parser.add(
+        "--device", default=default, help=f"{devices} (default {default})",
+        offers=candidates.words(("auto", "cpu", "cuda") if default == "auto" else ("cpu", "cuda")),
+    )  # fmt: skip
+
+
+PARSERS: dict[str, Callable[[], Parser]] = {
+    "bench": _bench,
+    "compare": _compare,
+    "data": _data,
+    "list": _list,
+    "predict": _predict,
+    "report": _report,
+    "table": _table,
+}
+"""The parser of each subcommand."""

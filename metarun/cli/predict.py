@@ -8,6 +8,7 @@ Shapes: N images, W classes.
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import itertools
@@ -25,7 +26,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from metarun.cli.parser import Parser
+from metarun.cli.parser import DEFAULT_CSV
 from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import write_new
@@ -35,8 +36,6 @@ from metarun.runs.folder import RunFolder
 if TYPE_CHECKING:
     from metarun.inference.learner import Learner
 
-USAGE = "metarun predict RUN --support DIR --query DIR"
-DEFAULT_CSV = "predictions.csv"
 
 _AT_ONCE = 250
 _ROWS_ON_A_TERMINAL = 30
@@ -97,13 +96,12 @@ class Queries:
         return [file.parent.name for file in self.files] if known else None
 
 
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run `metarun predict RUN --support DIR --query DIR` and return the exit code.
 
     Raises:
         ValueError: An argument is invalid; no file has been written.
     """
-    args = _parser().parse_args(list(argv))
     folder = RunFolder.open(args.run)
     support, query = find_examples(args.support), find_queries(args.query)
     place = _place(args.csv)
@@ -123,46 +121,6 @@ def run(argv: Sequence[str]) -> int:
         print(f"note: {note}", file=sys.stderr)
     _show(folder, learner, support, query, answers, place)
     return EXIT_OK
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="metarun predict",
-        usage=f"{USAGE}\n       [--csv FILE] [--transductive] [--device DEVICE]",
-        description="Label your own images from a few examples of each class.",
-    )
-    parser.add_argument("run", metavar="RUN", help="folder of a run that was trained on images")
-    parser.add_argument(
-        "--support",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="folder with one subfolder per class, named after it, with a few images each",
-    )
-    parser.add_argument(
-        "--query",
-        metavar="DIR",
-        type=Path,
-        required=True,
-        help="folder of the images to label, searched recursively, or a single image",
-    )
-    parser.add_argument(
-        "--csv",
-        metavar="FILE",
-        type=Path,
-        help=f"new file for all probabilities (default: {DEFAULT_CSV} in the current folder, "
-        "numbered if that exists)",
-    )
-    parser.add_argument(
-        "--transductive",
-        action="store_true",
-        help="batch-norm statistics over all queries, so that each prediction depends on the "
-        "others",
-    )
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)"
-    )
-    return parser
 
 
 # Input files.

@@ -6,13 +6,13 @@ test tasks are evaluated once more to be drawn. Panels whose files are missing a
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
 
-from metarun.cli.parser import Parser
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import quiet
@@ -25,26 +25,12 @@ from metarun.reporting.run_files import RunFiles
 FILE = "report.html"
 
 
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Run `metarun report PATH… [--output DIR]` and return the exit code.
 
     Raises:
         ValueError: No readable run was found, or the page cannot be written there.
     """
-    parser = Parser(
-        prog="metarun report",
-        description="Write one self-contained HTML page for a run, several runs or a sweep.",
-    )
-    parser.add_argument(
-        "paths", nargs="*", metavar="PATH", help="run folders, or folders that contain runs"
-    )
-    parser.add_argument(
-        "--output",
-        metavar="DIR",
-        help=f"where to write {FILE} and figures/ (default: the folder of the runs)",
-    )
-    parser.add_argument("--config-dir", help="folder with your own YAML files")
-    args = parser.parse_args(list(argv))
     if not args.paths:
         raise ValueError("metarun report needs a folder: type `metarun report outputs/sweeps`")
     found = list(published.read_runs(map(Path, args.paths)))

@@ -13,6 +13,10 @@ NODES = ("algo", "data", "backbone", "optim")
 """The nodes that name a class and its options."""
 
 
+SEVERAL = ("logger",)
+"""Groups that accept a list: a run may have several choices or none."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The typed root of a configuration.

@@ -1,16 +1,19 @@
-"""Expansion of the overrides of a sweep into single runs."""
+"""Sweeps: how Hydra runs them, checks of their overrides, and their expansion into single runs."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 
+from metarun.config.naming import hashed_slug
 from metarun.config.overrides import text_of
+from metarun.config.schema import SEVERAL
 from metarun.core.errors import one_line
 
 _MOST_JOBS = 10_000
@@ -39,6 +42,87 @@ class SweepMethod:
     def parallel(self) -> bool:
         """Whether runs are executed in other processes, several at a time."""
         return self.launcher != "basic"
+
+
+def one_of_each(parsed: Sequence[Override], groups: Sequence[str]) -> list[str]:
+    """Return the overrides without swept ones, except the first choice of a swept group.
+
+    The chosen groups determine which keys exist; those of each run are checked with it.
+    """
+    words: list[str] = []
+    for override in parsed:
+        if not override.is_sweep_override():
+            words.append(text_of(override))
+        elif override.key_or_group in groups and override.is_choice_sweep():
+            first = next(iter(override.sweep_string_iterator()), None)
+            words += [] if first is None else [f"{override.key_or_group}={first}"]
+    return words
+
+
+def method_of(hydra: DictConfig) -> SweepMethod:
+    """Return the launcher and the sweeper of Hydra's node of a sweep.
+
+    Raises:
+        ValueError: The launcher would start several processes for one run.
+    """
+    choices = hydra.runtime.choices
+    number = hydra.launcher.get("tasks_per_node") or 1
+    if number > 1:
+        raise ValueError(
+            f"hydra.launcher.tasks_per_node={number}: expected 1, since each run of a sweep "
+            "is one process; use torchrun to start one run in several"
+        )
+    direction = hydra.sweeper.get("direction")
+    return SweepMethod(
+        str(choices["hydra/launcher"]),
+        str(choices["hydra/sweeper"]),
+        None if direction is None else str(getattr(direction, "name", direction)),
+    )
+
+
+def completed(overrides: Sequence[str], typed: Collection[str]) -> list[str]:
+    """Return the overrides of a search, completed with those that it needs.
+
+    Optuna writes its result into the sweep's folder, so each search gets a folder of its own, and
+    it would stop at the first failed run without a failure rate.
+
+    Args:
+        overrides: Overrides as typed.
+        typed: Their keys.
+    """
+    named_words = sorted(word for word in overrides if not word.startswith("hydra"))
+    added = {
+        "hydra.sweep.dir": f"outputs/sweeps/{hashed_slug(named_words, 60)}",
+        "hydra.sweeper.max_failure_rate": "1.0",
+    }
+    more = [f"{key}='{value}'" for key, value in added.items() if key not in typed]
+    return [*overrides, *more]
+
+
+def check_swept(parsed: Sequence[Override], groups: Sequence[str], *, searches: bool) -> None:
+    """Check the swept overrides; unknown keys and groups are reported with the single runs.
+
+    Raises:
+        ValueError: The runs would be identical, infinitely many, or a search for a lucky seed.
+    """
+    for override in parsed:
+        if not override.is_sweep_override():
+            continue
+        key, text = override.key_or_group, text_of(override)
+        if searches and key == "seed":
+            raise ValueError(
+                f"{text}: a search would choose the luckiest seed; search with one seed, then "
+                "repeat the best run with seed=0,1,2"
+            )
+        if not searches and key in SEVERAL:
+            raise ValueError(
+                f"{text}: these runs would be identical and share a folder; to use several in one "
+                f"run, type {key}=[A,B]"
+            )
+        if not searches and key not in groups and not override.is_discrete_sweep():
+            raise ValueError(
+                f"{text}: expected a list, range() or glob(); interval() needs hydra/sweeper=optuna"
+            )
 
 
 def _choices(parsed: Sequence[Override]) -> dict[str, list[str]]:

@@ -21,7 +21,7 @@ class MiniImageNet(ClassEpisodes):
     """64 train, 16 val and 20 test classes of 600 photographs, after `metarun data miniimagenet`.
 
     Args:
-        root: Folder of the data sets; None is `$METARUN_DATA` or `~/.cache/metarun`.
+        root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
         normalize: Whether to normalize each channel with ImageNet's mean and standard deviation.
         **common: Arguments of `ClassEpisodes`.
     """

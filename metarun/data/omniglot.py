@@ -70,7 +70,7 @@ class Omniglot(ClassEpisodes):
     """All 1,623 characters, after `metarun data omniglot`.
 
     Args:
-        root: Folder of the data sets; None is `$METARUN_DATA` or `~/.cache/metarun`.
+        root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
         split: `vinyals` is the split of Vinyals et al. (2016): 1028 train, 172 val and 423 test
             characters. `background` is that of Lake et al. (2015): the evaluation set (659) is
             the test split. Five whole alphabets of the background set, those of Vinyals's val

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from platformdirs import user_cache_path
+
 from metarun.data.storage.cache import open_store
 
 
@@ -50,9 +52,16 @@ _FETCH = {
 
 
 def default_root() -> Path:
-    """Return the default folder of the data sets: `$METARUN_DATA`, or `~/.cache/metarun`."""
+    """Return the default folder of the data sets: `$METARUN_DATA`, or the system's for caches.
+
+    On Linux that is `$XDG_CACHE_HOME/metarun` or `~/.cache/metarun`. The latter is also used
+    elsewhere if it exists, since earlier versions stored the data sets there.
+    """
     named = os.environ.get("METARUN_DATA")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "metarun"
+    if named:
+        return Path(named).expanduser()
+    earlier = Path.home() / ".cache" / "metarun"
+    return earlier if earlier.is_dir() else user_cache_path("metarun", appauthor=False)
 
 
 def resolve_root(root: str | os.PathLike[str] | None) -> Path:

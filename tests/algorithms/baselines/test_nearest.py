@@ -82,8 +82,3 @@ def test_there_is_nothing_to_learn_and_an_update_reports_what_is_reached() -> No
 def test_the_angle_of_single_numbers_is_refused() -> None:
     with pytest.raises(ValueError, match=r"algo\.distance=cosine: the inputs are single numbers"):
         make(Nearest, regression_spec(features=1), MLP, distance="cosine")
-
-
-def test_an_unknown_distance_is_named() -> None:
-    with pytest.raises(ValueError, match=r"algo\.distance=l1"):
-        make(Nearest, image_spec(), MLP, distance="l1")

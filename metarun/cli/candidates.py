@@ -1,0 +1,78 @@
+"""What completes a word of the command line: files, names, settings.
+
+Each function takes the beginning of a word and the words before it, and returns whole words.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from metarun.config.catalogue import GROUPS, conf_dir, entries
+from metarun.config.search_path import OPTIONS, as_config_dir, own_folders
+
+
+def words(allowed: Collection[str]) -> Callable[[str, Sequence[str]], list[str]]:
+    """Return what offers these words; behind a comma, those that are missing."""
+
+    def offers(word: str, _: Sequence[str]) -> list[str]:
+        head, comma, _last = word.rpartition(",")
+        typed = head.split(",")
+        return [f"{head}{comma}{name}" for name in allowed if name not in typed]
+
+    return offers
+
+
+def names(group: str) -> Callable[[str, Sequence[str]], list[str]]:
+    """Return what offers the choices of a group."""
+    return lambda _, before: list(entries(_folders(before), group))
+
+
+def listed(_: str, before: Sequence[str]) -> list[str]:
+    """Offer the words of `metarun list`: groups, or names behind a group."""
+    typed = [word for word in before if not word.startswith("-")]
+    chosen = [word for word in typed if word in GROUPS]
+    found = list(entries(_folders(before), chosen[0])) if chosen[:1] == typed[:1] != [] else []
+    return found if len(typed) > len(chosen) else [*GROUPS, *found]
+
+
+def paths(word: str, _: Sequence[str] = ()) -> list[str]:
+    """Offer files and folders; folders end with a slash."""
+    folder, _, _name = word.rpartition("/")
+    head = f"{folder}/" if "/" in word else ""
+    place = Path(head or ".").expanduser()
+    found = sorted(place.iterdir()) if place.is_dir() else []
+    return [f"{head}{path.name}{'/' * path.is_dir()}" for path in found]
+
+
+def folders(word: str, _: Sequence[str] = ()) -> list[str]:
+    """Offer folders."""
+    return [path for path in paths(word) if path.endswith("/")]
+
+
+def settings(word: str, before: Sequence[str]) -> Iterable[str]:
+    """Offer overrides KEY=VALUE, by Hydra; `resume=` and `test=` take the folder of a run."""
+    key, equals, value = word.partition("=")
+    if equals and key in ("resume", "test"):
+        return [f"{key}={path}" for path in folders(value)]
+    from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+
+    from metarun.config.loading import opened
+
+    typed = [w for w in before if "=" in w and not w.startswith(("resume=", "test=", "-"))]
+    with opened(_config_dir(before)) as hydra:
+        plugin = DefaultCompletionPlugin(hydra.config_loader)
+        found = plugin._query(config_name="config", line=" ".join([*typed, word]))
+    return [offer for offer in found if "=for_" not in offer]
+
+
+def _folders(before: Sequence[str]) -> list[Path]:
+    return [conf_dir(), *own_folders(_config_dir(before))]
+
+
+def _config_dir(before: Sequence[str]) -> str | None:
+    typed = as_config_dir(before)
+    places = [place for option, place in pairwise(typed) if option in OPTIONS]
+    return os.pathsep.join(places) or None
