@@ -137,6 +137,7 @@ class _Site:
         self._watched_at = _PATIENCE - _SETTLED if kind == "auto" else 1
         self._calls = 0
         self._executed: Executed | None = None
+        self._refused = False
         self.traces: list[_Trace] = []
 
     def call(
@@ -148,17 +149,37 @@ class _Site:
             return None
         if self._executed is None:
             result, self._executed = watched(lambda: function(*args))
-            self._log_refusal(self._executed)
+            self._refuse(self._executed.refused)
             return Computed(result)
-        if self._executed.refused:
+        if self._refused:
             return None
-        trace = self._trace_of(task, net, self._executed)
-        if trace is None:
+        try:
+            trace = self._trace_of(task, net, self._executed)
+            if trace is None:
+                return None
+            trace.calls += 1
+            if trace.calls != self._settled:
+                return trace.replay and Replay(trace.replay)
+            trace.guards = Guards(task, net, self._executed)
+        except UnguardedError as error:
+            self._refuse(str(error))
             return None
-        trace.calls += 1
-        if trace.calls != self._settled:
-            return trace.replay and Replay(trace.replay)
-        return Computed(self._follow(trace, self._executed, task, net, function, args))
+        result, now = watched(lambda: function(*args))
+        if not self._executed.covers(now):
+            # Other code may read other values, which are to be found first.
+            self._executed.join(now)
+            self.traces.remove(trace)
+            self._refuse(now.refused)
+            return Computed(result)
+        try:
+            after = Guards(task, net, self._executed)
+            if not trace.guards.hold(task) or after.versions != trace.guards.versions:
+                raise ValueError("it changes what it reads")
+            trace.replay = _replay(self._kind, function, args, result)
+        # A function that cannot be traced or replayed is called as it is.
+        except Exception as error:
+            self._refuse(str(error))
+        return Computed(result)
 
     def _trace_of(self, task: Any, net: nn.Module, executed: Executed) -> _Trace | None:
         for position, trace in enumerate(self.traces):
@@ -167,80 +188,33 @@ class _Site:
                 return trace
         if len(self.traces) == _MOST_TRACES:
             return None
-        try:
-            self.traces.insert(0, _Trace(Guards(task, net, executed)))
-        except UnguardedError as error:
-            executed.refused = str(error)
-            self._log_refusal(executed)
-            self.traces.clear()
-            return None
+        self.traces.insert(0, _Trace(Guards(task, net, executed)))
         if len(self.traces) == _MOST_TRACES:
             _log.debug("replayed for %d sets of values and no others", _MOST_TRACES)
         return self.traces[0]
 
-    def _follow(
-        self,
-        trace: _Trace,
-        executed: Executed,
-        task: Any,
-        net: nn.Module,
-        function: Function,
-        args: Sequence[Sequence[Tensor]],
-    ) -> Any:
-        """Call the function, look for a replay, and return the result."""
-        before = Guards(task, net, executed)
-        result, now = watched(lambda: function(*args))
-        if not executed.covers(now):
-            # Other code may read other values, which are to be found first.
-            executed.join(now)
-            self.traces.remove(trace)
-        elif not before.hold(task) or Guards(task, net, executed).versions != before.versions:
-            _log.debug("not replayed: it changes what it reads")
-        else:
-            trace.replay = _replay(self._kind, function, args, result)
-        return result
-
-    def _log_refusal(self, executed: Executed) -> None:
-        if executed.refused:
-            _log.debug("not replayed: %s", executed.refused)
+    def _refuse(self, reason: str | None) -> None:
+        """Call the function from now on, if there is a reason."""
+        if reason is not None:
+            _log.debug("not replayed: %s", reason)
+            self._refused = True
+            self.traces.clear()
 
 
 def _replay(
     kind: GraphKind, function: Function, args: Sequence[Sequence[Tensor]], expected: Any
-) -> Function | None:
-    graph = _followable(function, args)
-    if graph is None:
-        return None
-    return _compiled(graph, args) if kind == "compile" else _faithful(graph, args, expected)
+) -> Function:
+    graph = _followed(function, args)
+    if kind == "compile":
+        return _compiled(graph, args)
+    replay = _without_gradients(graph)
+    if not _same(expected, replay(*args)):
+        raise ValueError("a replay differs from the function")
+    return replay
 
 
 def _layout(tensor: Tensor) -> Hashable:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _followable(function: Function, args: Sequence[Sequence[Tensor]]) -> fx.GraphModule | None:
-    try:
-        return _followed(function, args)
-    # A function that cannot be traced is called as it is.
-    except Exception as error:
-        _log.debug("not replayed: %s", error)
-        return None
-
-
-def _faithful(
-    graph: fx.GraphModule, args: Sequence[Sequence[Tensor]], expected: Any
-) -> Function | None:
-    replay = _without_gradients(graph)
-    try:
-        found = replay(*args)
-    # As above: a function that cannot be replayed is called as it is.
-    except Exception as error:
-        _log.debug("not replayed: %s", error)
-        return None
-    if not _same(expected, found):
-        _log.debug("not replayed: a replay differs from the function")
-        return None
-    return replay
 
 
 def _compiled(graph: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> Function:
