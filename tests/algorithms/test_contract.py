@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm, task_metric
+from metarun.backbones.layers.context import BatchNormMode
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.config.build import Experiment, build_experiment, locate
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
@@ -111,6 +113,43 @@ def test_predict_is_repeatable_changes_no_state_and_keeps_no_graph(trained: Trai
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(param.grad is None for param in algorithm.parameters())
+
+
+def test_predict_is_answer_after_adapt_also_when_what_was_adapted_was_saved(
+    trained: Trained, tmp_path: Path
+) -> None:
+    algorithm, batch, outputs = trained
+    adapted = algorithm.adapt(batch.support_x, batch.support_y)
+    assert all(len(tensor) == batch.num_tasks for tensor in adapted.values())
+    assert not any(tensor.requires_grad for tensor in adapted.values())
+    kept = {name: tensor.clone() for name, tensor in adapted.items()}
+    torch.save(adapted, tmp_path / "adapted.pt")
+    for given in (adapted, torch.load(tmp_path / "adapted.pt", weights_only=True)):
+        assert torch.equal(algorithm.answer(given, batch.query_x).outputs, outputs)
+    assert all(torch.equal(adapted[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("bn", ["transductive", "support", "running"])
+def test_queries_are_answered_one_by_one_as_together_unless_it_is_declared(
+    trained: Trained, bn: BatchNormMode
+) -> None:
+    algorithm, batch, _ = trained
+    learner = getattr(algorithm, "learner", algorithm)
+    if bn != learner.bn and not has_batch_norm(algorithm.net):
+        pytest.skip("without batch norm all settings are the same")
+    before, learner.bn = learner.bn, bn
+    try:
+        if algorithm.transductive:
+            pytest.skip("declared: batch statistics are of all queries")
+        adapted = algorithm.adapt(batch.support_x, batch.support_y)
+        together = algorithm.answer(adapted, batch.query_x).outputs
+        alone = [algorithm.answer(adapted, x).outputs for x in batch.query_x.split(1, 1)]
+        torch.testing.assert_close(torch.cat(alone, 1), together, rtol=1e-10, atol=1e-10)
+        # The support rows that a learner without the declaration was given are not read again.
+        names = {"support_x", "support_y"} & adapted.keys()
+        assert bool(names) == algorithm.keeps_support
+    finally:
+        learner.bn = before
 
 
 def test_answers_have_a_row_for_each_query(trained: Trained) -> None:
