@@ -212,7 +212,8 @@ class Engine:
 
         leaves = tuple(params.values())
         kept = _kept(key, ("map",), function, names)
-        return _concatenate(list(self._run(function, forward, net, leaves, rows, kept)))
+        # A view of a parameter requires gradients, even one made under no_grad.
+        return _detached(_concatenate(list(self._run(function, forward, net, leaves, rows, kept))))
 
     def _run(
         self,
