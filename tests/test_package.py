@@ -25,12 +25,12 @@ TINY = [
 ]  # fmt: skip
 
 OWN = """\
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import prototypes
 
 class Mine(FeatureLearner):
-    kinds = ("classification",)
-    accepts_any_way = True
+    capabilities = Capabilities(kinds=("classification",), accepts_any_way=True)
 
     def logits(self, support, labels, query, ways):
         return query @ prototypes(support, labels, ways).T

@@ -152,7 +152,7 @@ class Rollouts:
     def _row(self) -> Tensor:
         """Return the metric (T, J) on each task's held-out rows in the current state."""
         learner, num_tasks = self._algorithm, self._stream.num_tasks
-        if self._stream.task_ids_known and learner.answers_depend_on_task:
+        if self._stream.task_ids_known and learner.capabilities.answers_depend_on_task:
             return self._scores(learner.answers_of_tasks(self.state, self._held_x))
         outputs = learner.answers(self.state, self._held_x.flatten(1, 2), None)
         return self._scores(outputs.unflatten(1, (num_tasks, -1)))

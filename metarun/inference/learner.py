@@ -160,7 +160,7 @@ class Learner:
         else:
             wanted = self._values(values)
             self._flat_targets = values.ndim == 1
-        if not self._algorithm.order_free and self._spec.streams is None:
+        if not self._algorithm.capabilities.order_free and self._spec.streams is None:
             # Training used rows in random order, but users' examples are often sorted by class.
             draw = torch.Generator().manual_seed(0)
             order = torch.randperm(len(rows), generator=draw).to(self._source.device)
@@ -246,7 +246,7 @@ class Learner:
         ways = self._spec.output_dim
         if len(classes) < 2:
             raise ValueError(f"fit got examples of {len(classes)} class: expected 2 or more")
-        if len(classes) != ways and not self._algorithm.accepts_any_way:
+        if len(classes) != ways and not self._algorithm.capabilities.accepts_any_way:
             name = type(self._algorithm).__name__
             raise ValueError(
                 f"fit got {len(classes)} classes, but this {name} was trained on {ways} ways: "

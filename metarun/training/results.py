@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.capabilities import Generative
 from metarun.core import distributed, environment
 from metarun.core.files import write_atomically
 from metarun.core.nested import finite
@@ -210,7 +211,7 @@ def _write_episodes(
 
 def _write_samples(folder: Path, algorithm: Algorithm, source: EpisodeSource) -> None:
     """Write the rows that a generative algorithm makes for the first test tasks, with support."""
-    if not algorithm.generates:
+    if not isinstance(algorithm, Generative) or not algorithm.generates:
         return
     support = source.batch("test", 0, _SAMPLED_TASKS).support_x
     made = algorithm.generated(support, _SAMPLES)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.capabilities import HasOptions
 from metarun.core.console import Screen
 from metarun.core.settings import EvalSettings
 from metarun.core.statistics import interval
@@ -38,8 +39,10 @@ def validate(
 ) -> Validated:
     """Evaluate an algorithm on meta-val with each of its options, and set the best one."""
     best: Validated | None = None
-    for option in algorithm.options or [{}]:
-        algorithm.choose(option)
+    tuned = algorithm if isinstance(algorithm, HasOptions) else None
+    for option in (tuned and tuned.options) or [{}]:
+        if tuned is not None:
+            tuned.choose(option)
         with screen.bar("val", evaluation.val_episodes) as bar:
             measured = evaluate(
                 algorithm,
@@ -53,7 +56,8 @@ def validate(
         if best is None or is_better(mean, best.mean, higher=source.spec.higher_is_better):
             best = Validated(option, mean, ci95)
     assert best is not None
-    algorithm.choose(best.option)
+    if tuned is not None:
+        tuned.choose(best.option)
     return best
 
 

@@ -64,7 +64,11 @@ def classes() -> dict[str, type[Algorithm]]:
 def suited(data: str) -> list[str]:
     kind = "classification" if "omniglot" in data else "regression"
     streams = data.startswith("stream_")
-    found = {a: c for a, c in classes().items() if kind in c.kinds and c.learns_online == streams}
+    found = {
+        algo: kind_of
+        for algo, kind_of in classes().items()
+        if kind in kind_of.capabilities.kinds and kind_of.capabilities.learns_online == streams
+    }
     if streams:
         # One of each class: the others differ only in settings that `learn` reads.
         found = {a: c for a, c in found.items() if a == min(b for b in found if found[b] is c)}
@@ -85,7 +89,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
 def trained(request: Any) -> Trained:
     made = build(*request.param, "train.tasks_per_step=3")
-    if made.algorithm.meta_trains:
+    if made.algorithm.capabilities.meta_trains:
         made.algorithm.update(made.source.batch("train", 0, 3), Progress(0, 100))
     batch = made.source.batch("test", 0, 4)
     return Trained(made.algorithm, batch, answers(made.algorithm, batch))
@@ -175,7 +179,7 @@ def test_a_task_is_answered_alike_alone_and_among_others(trained: Trained) -> No
 
 def test_the_order_of_support_rows_is_without_meaning_where_it_says_so(trained: Trained) -> None:
     algorithm, batch, outputs = trained
-    if not algorithm.order_free:
+    if not algorithm.capabilities.order_free:
         pytest.skip("the order of presentation has a meaning here")
     turned = TaskBatch(
         batch.support_x.flip(1), batch.support_y.flip(1), batch.query_x, batch.query_y
@@ -202,7 +206,7 @@ def test_answers_follow_a_permutation_of_the_labels_as_declared(trained: Trained
         rtol=1e-6,
         atol=1e-8,
     )
-    assert follows == algorithm.label_equivariant
+    assert follows == algorithm.capabilities.label_equivariant
 
 
 def test_a_trace_starts_unadapted_and_ends_after_its_steps(trained: Trained) -> None:
@@ -219,7 +223,7 @@ def test_a_trace_starts_unadapted_and_ends_after_its_steps(trained: Trained) -> 
 def test_a_restored_state_answers_and_learns_bit_for_bit(
     algo: str, data: str, tmp_path: Path
 ) -> None:
-    if not classes()[algo].meta_trains:
+    if not classes()[algo].capabilities.meta_trains:
         pytest.skip("it learns online alone")
     first = build(algo, data)
     for step in range(2):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import forward
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import prototypes
@@ -31,7 +32,7 @@ EXACT: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12}
 class InnerProduct(FeatureLearner):
     """A learner as an author writes it: one function of features and labels."""
 
-    accepts_any_way = True
+    capabilities = Capabilities(kinds=("classification",), accepts_any_way=True)
 
     def logits(self, support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Tensor:
         return query @ prototypes(support, labels, ways).T
