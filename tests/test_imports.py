@@ -12,9 +12,9 @@ from tests.imports import MODULES, PACKAGE, RANK, folder_of, imported, name_of
 
 INSIDE = [path for path in MODULES if path.parent != PACKAGE]
 FAMILIES = {path.name for path in (PACKAGE / "algorithms").iterdir() if path.is_dir()}
-SHARED = {"base", "functional", "outer_optimizer", "common"}
+SHARED = {"base", "capabilities", "functional", "outer_optimizer", "common"}
 """What every family of algorithms may import from `algorithms`."""
-INTERFACES = {"base", "outer_optimizer", "common"}
+INTERFACES = {"base", "capabilities", "outer_optimizer", "common"}
 """What training and evaluation may import from `algorithms`: no family, so no algorithm."""
 
 

@@ -25,10 +25,15 @@ TINY = [
 ]  # fmt: skip
 
 OWN = """\
-from metarun.algorithms.metric.protonet import ProtoNet
+from metarun.algorithms.capabilities import Capabilities
+from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.functional import prototypes
 
-class Mine(ProtoNet):
-    pass
+class Mine(FeatureLearner):
+    capabilities = Capabilities(kinds=("classification",), accepts_any_way=True)
+
+    def logits(self, support, labels, query, ways):
+        return query @ prototypes(support, labels, ways).T
 """
 
 
@@ -137,7 +142,6 @@ def test_the_installed_command_runs_an_algorithm_of_ones_own(wheel: Path, empty:
     (empty / "my_conf/algo").mkdir(parents=True)
     (empty / "my_conf/algo/mine.yaml").write_text(
         "# @package _global_\n# Mine\nbn: running\nalgo:\n  _target_: my_package.Mine\n"
-        "  distance: cosine\n  scale: 10.0\n"
     )
     (empty / "my_package.py").write_text(OWN)
     words = ["--config-dir", "my_conf", "algo=mine", "data=omniglot_small", *TINY]

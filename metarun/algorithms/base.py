@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
 from metarun.backbones.layers.context import BATCH_NORM_MODES, BatchNormMode, ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
@@ -50,27 +51,13 @@ class Algorithm(nn.Module, ABC):
         ValueError: The algorithm cannot learn tasks of this kind, or a setting is out of range.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
-    """Kinds of task that the algorithm can learn."""
-    accepts_any_way: bool = False
-    """Whether an evaluation task may have a different number of ways than a training task."""
-    label_equivariant: bool = False
-    """Whether permuting the labels of a task permutes the predictions in the same way."""
-    learns_online: ClassVar[bool] = False
-    """Whether the tasks are streams, on which the algorithm is evaluated while it learns."""
-    meta_trains: ClassVar[bool] = True
-    """Whether the algorithm learns anything from training tasks."""
-    order_free: bool = True
-    """Whether predictions are independent of the order of the support rows."""
-    least_shot: ClassVar[int] = 1
-    """Smallest number of support rows per class, or per regression task."""
+    capabilities: Capabilities = Capabilities()
+    """What the algorithm can do; a subclass states what differs."""
     replays: ClassVar[bool] = False
     """Whether task functions execute the same operators in every call with the same `replay_key`.
 
     Each class declares this itself, and subclasses do not inherit it: they may compute something
     else."""
-    package: ClassVar[str | None] = None
-    """Optional package that the algorithm requires; None where it requires none."""
 
     net: nn.Module
     optimizer: OuterOptimizer
@@ -89,21 +76,22 @@ class Algorithm(nn.Module, ABC):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if spec.kind not in self.kinds:
+        can = self.capabilities
+        if spec.kind not in can.kinds:
             raise ValueError(
-                f"{name} learns {' and '.join(self.kinds)}, but the data set has {spec.kind} "
+                f"{name} learns {' and '.join(can.kinds)}, but the data set has {spec.kind} "
                 "tasks: choose another algo=… or data=… (`metarun list algo data`)"
             )
-        if self.learns_online and spec.streams is None:
+        if can.learns_online and spec.streams is None:
             raise ValueError(
                 f"{name} learns from streams, but the data set is not a stream: use data=stream_…"
             )
-        if spec.streams is not None and not self.learns_online:
+        if spec.streams is not None and not can.learns_online:
             raise ValueError(
                 f"the data set is a stream, but {name} learns separate tasks: use an algo for "
                 "streams, such as online or oml (`metarun list`)"
             )
-        if spec.streams is None and not self.accepts_any_way and spec.train_way != spec.output_dim:
+        if spec.streams is None and not can.accepts_any_way and spec.train_way != spec.output_dim:
             raise ValueError(
                 f"train.way={spec.train_way} differs from way={spec.output_dim}, but {name} has "
                 "a head of fixed width: make them equal"
@@ -137,7 +125,7 @@ class Algorithm(nn.Module, ABC):
         """Perform one meta-update and return its metrics: `loss` and the task metric.
 
         With several processes, the batch holds the tasks of this process (`progress.share`), and
-        the metrics are means over these tasks. See `needs_whole_batch`.
+        the metrics are means over these tasks. See `Capabilities.needs_whole_batch`.
 
         Args:
             batch: T training tasks.
@@ -185,44 +173,6 @@ class Algorithm(nn.Module, ABC):
         """Return the predictions after 0 … `steps` inner steps, (steps + 1, T, Q, D).
 
         The default is None, for algorithms without inner steps.
-        """
-        return None
-
-    @property
-    def generates(self) -> bool:
-        """Whether the algorithm generates rows for a task."""
-        return False
-
-    def generated(self, support_x: Tensor, count: int) -> Tensor:
-        """Return rows generated for T tasks, (T, count, *input_shape), if `generates` is true."""
-        raise NotImplementedError
-
-    @property
-    def options(self) -> Sequence[Mapping[str, float]]:
-        """Candidate settings by name, from which meta-validation chooses; may be empty."""
-        return []
-
-    def choose(self, option: Mapping[str, float]) -> None:
-        """Use one of `options` from now on."""
-
-    def match_shapes(self, state: Mapping[str, Any]) -> None:
-        """Resize parameters whose shapes depend on the training data to those of a state.
-
-        This precedes loading the state. A meta-test may use another data set, with another
-        number of training classes.
-
-        Args:
-            state: A `state_dict`, which may come from another algorithm or other options.
-        """
-
-    @property
-    def needs_whole_batch(self) -> str | None:
-        """Reason why processes cannot share the tasks of an update; None where they can.
-
-        Sharing is exact where an update is a mean over independent tasks. Then gradients go to an
-        `OuterOptimizer` and moments to `update_running_statistics`, and random draws have keys
-        from `progress.first_task`. Code that needs all tasks of a batch gets those of the other
-        processes from `distributed.gather_rows` or `distributed.mean`.
         """
         return None
 

@@ -104,11 +104,10 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
         keep_large_blocks()
     algorithm = _algorithm(settings, source).to(device, _dtype(settings))
     for key, shot in (("shot", settings.shot), ("train.shot", settings.train.shot)):
-        if shot < algorithm.least_shot:
+        least = algorithm.capabilities.least_shot
+        if shot < least:
             name = settings.names["algo"]
-            raise ValueError(
-                f"{key}={shot} is out of range: algo={name} needs {algorithm.least_shot} or more"
-            )
+            raise ValueError(f"{key}={shot} is out of range: algo={name} needs {least} or more")
     train = _training(settings, algorithm)
     engine = algorithm.resolved_engine().describe()
     record = {**config, **engine, "device": str(device)}
@@ -143,7 +142,7 @@ def check_shares(experiment: Experiment) -> None:
             f"train.tasks_per_step={train.tasks_per_step} is fewer than the {number} processes: "
             "expected at least one task for each process"
         )
-    why = experiment.algorithm.needs_whole_batch
+    why = experiment.algorithm.capabilities.needs_whole_batch
     if why is not None:
         name = experiment.run_info["algo"]
         raise ValueError(f"algo={name} cannot share its tasks over {number} processes: {why}")
@@ -155,7 +154,7 @@ def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
     Raises:
         ValueError: The algorithm meta-trains and `train.steps` is 0.
     """
-    if not algorithm.meta_trains:
+    if not algorithm.capabilities.meta_trains:
         return replace(settings.train, steps=0)
     if not settings.train.steps:
         raise ValueError(

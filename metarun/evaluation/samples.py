@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.capabilities import Generative
 from metarun.core.files import to_npz
 from metarun.core.types import EpisodeSource
 
@@ -13,7 +14,7 @@ _ROWS = 10
 
 def generated_samples(algorithm: Algorithm, source: EpisodeSource) -> dict[str, bytes]:
     """Return `samples.npz` with rows for the first test tasks and their support; empty if none."""
-    if not algorithm.generates:
+    if not isinstance(algorithm, Generative) or not algorithm.generates:
         return {}
     support = source.batch("test", 0, _TASKS).support_x
     made = algorithm.generated(support, _ROWS)

@@ -172,7 +172,7 @@ class Rollouts:
     def _outputs(self) -> Tensor:
         """Return the outputs (T, J, Q, …) for each task's held-out rows in the current state."""
         learner, num_tasks = self._algorithm, self._stream.num_tasks
-        if self._stream.task_ids_known and learner.answers_depend_on_task:
+        if self._stream.task_ids_known and learner.capabilities.answers_depend_on_task:
             return learner.answers_of_tasks(self.state, self._held_x)
         rows = self._held_x.flatten(1, 2)
         outputs: Tensor = learner.answers(self.state, rows, None).unflatten(1, (num_tasks, -1))

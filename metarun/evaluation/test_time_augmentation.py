@@ -9,43 +9,57 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
-from metarun.core.types import Prediction
+from metarun.core.types import Adapted, Prediction
 from metarun.data.augmentation import view
 
 
-def predict(
-    algorithm: Algorithm, support_x: Tensor, support_y: Tensor, query_x: Tensor, views: int = 1
-) -> Prediction:
-    """Return `algorithm.predict`, averaged over views of the support and query images.
-
-    Each view applies to support and query. Outputs, predictions along a sequence,
-    responsibilities, strategies and alternatives are averaged; the rest is that of the first view.
+def adapt(
+    algorithm: Algorithm, support_x: Tensor, support_y: Tensor, views: int = 1
+) -> list[Adapted]:
+    """Return what an algorithm learns from each view of the support of T tasks.
 
     Args:
-        algorithm: Learner that adapts to each view of the tasks and predicts its queries.
+        algorithm: Learner that adapts to the tasks.
         support_x: (T, S, C, H, W) images, or rows of any shape if `views` is 1.
         support_y: (T, S) labels.
-        query_x: (T, Q, C, H, W) images, or rows of any shape if `views` is 1.
         views: Number of views; the first is the unchanged task.
     """
-    answers = [
-        algorithm.predict(view(support_x, number), support_y, view(query_x, number))
-        for number in range(views)
-    ]
-    if views == 1:
+    return [algorithm.adapt(view(support_x, number), support_y) for number in range(views)]
+
+
+def answer(algorithm: Algorithm, adapted: Sequence[Adapted], query_x: Tensor) -> Prediction:
+    """Return the predictions averaged over views, each of the support and of the queries.
+
+    Outputs, predictions along a sequence, responsibilities, strategies and alternatives are
+    averaged; the rest is that of the first view.
+
+    Args:
+        algorithm: Learner that has adapted.
+        adapted: Result of `adapt`, one entry for each view.
+        query_x: (T, Q, C, H, W) images, or rows of any shape with one view.
+    """
+    answers = [algorithm.answer(own, view(query_x, n)) for n, own in enumerate(adapted)]
+    if len(answers) == 1:
         return answers[0]
-    outputs = torch.stack([answer.outputs for answer in answers]).mean(0)
-    shares = [a.responsibilities for a in answers if a.responsibilities is not None]
-    along = [answer.sequence for answer in answers if answer.sequence is not None]
+    outputs = torch.stack([one.outputs for one in answers]).mean(0)
+    shares = [one.responsibilities for one in answers if one.responsibilities is not None]
+    along = [one.sequence for one in answers if one.sequence is not None]
     sequence = torch.stack(along).mean(0) if along else None
     return replace(
         answers[0],
         outputs=outputs,
         sequence=sequence,
         responsibilities=torch.stack(shares).mean(0) if shares else None,
-        strategies=_averaged([answer.strategies for answer in answers]),
-        alternatives=_averaged([answer.alternatives for answer in answers]),
+        strategies=_averaged([one.strategies for one in answers]),
+        alternatives=_averaged([one.alternatives for one in answers]),
     )
+
+
+def predict(
+    algorithm: Algorithm, support_x: Tensor, support_y: Tensor, query_x: Tensor, views: int = 1
+) -> Prediction:
+    """Return `answer` after `adapt`."""
+    return answer(algorithm, adapt(algorithm, support_x, support_y, views), query_x)
 
 
 def _averaged(answers: Sequence[Mapping[str, Tensor] | None]) -> dict[str, Tensor] | None:

@@ -213,7 +213,8 @@ class Engine:
 
         leaves = tuple(params.values())
         site = "map", tuple(names), _codes(function)
-        return _concatenate(list(self._run(function, forward, net, leaves, rows, site)))
+        # A view of a parameter requires gradients, even one made under no_grad.
+        return _detached(_concatenate(list(self._run(function, forward, net, leaves, rows, site))))
 
     def _run(
         self,
@@ -279,8 +280,9 @@ class Engine:
         by_size = {}
         # Chunks have the same size, except for the last one.
         for chunk in {chunks[i][0].shape[0]: chunks[i] for i in (-1, 0)}.values():
-            by_size[chunk[0].shape[0]] = chunk, self.graphs.find(
-                self.graph, site, function, net, whole, (leaves, buffers, chunk)
+            by_size[chunk[0].shape[0]] = (
+                chunk,
+                self.graphs.find(self.graph, site, function, net, whole, (leaves, buffers, chunk)),
             )
 
         def of(chunk: Tensors) -> Callable[[Tensors], Any] | None:

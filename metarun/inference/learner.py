@@ -9,7 +9,8 @@ Shapes: N rows, W ways, D outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,8 +23,8 @@ from metarun.algorithms.base import Algorithm
 from metarun.config.build import Experiment, build_experiment
 from metarun.config.schema import Config
 from metarun.core import seeding
-from metarun.core.types import EpisodeSource
-from metarun.evaluation.test_time_augmentation import predict
+from metarun.core.types import Adapted, EpisodeSource
+from metarun.evaluation.test_time_augmentation import adapt, answer
 from metarun.runs.folder import RESULTS, RunFolder
 from metarun.training.state import load_parameters
 
@@ -116,12 +117,13 @@ class Learner:
         self._views = views
         self._source = source
         self._spec = source.spec
-        self._support: tuple[Tensor, Tensor] | None = None
+        self._adapted: list[Adapted] | None = None
+        self._examples = 0
         self._flat_targets = False
 
     def __repr__(self) -> str:
         name = type(self._algorithm).__name__
-        state = "not fitted" if self._support is None else f"{len(self._support[0])} examples"
+        state = "not fitted" if self._adapted is None else f"{self._examples} examples"
         return f"Learner({name}, {self._spec.kind}, {state})"
 
     @property
@@ -140,8 +142,9 @@ class Learner:
         return self._algorithm.transductive
 
     def fit(self, inputs: Any, targets: Any) -> Learner:
-        """Store the examples of one task, replacing those of an earlier `fit`.
+        """Adapt to the examples of one task, in place of those of an earlier `fit`.
 
+        What was adapted is kept, so that `predict` passes only new rows through the network.
         Examples are shuffled if the learner depends on their order.
 
         Args:
@@ -164,15 +167,18 @@ class Learner:
         if self._spec.kind == "classification":
             classes, labels = self._labels(values)
             self.classes_ = classes
-            self._support = rows, torch.from_numpy(labels).to(self._source.device)
+            wanted = torch.from_numpy(labels).to(self._source.device)
         else:
-            self._support = rows, self._values(values)
+            wanted = self._values(values)
             self._flat_targets = values.ndim == 1
-        if not self._algorithm.order_free and self._spec.streams is None:
+        if not self._algorithm.capabilities.order_free and self._spec.streams is None:
             # Training used rows in random order, but users' examples are often sorted by class.
             draw = torch.Generator().manual_seed(0)
             order = torch.randperm(len(rows), generator=draw).to(self._source.device)
-            self._support = rows[order], self._support[1][order]
+            rows, wanted = rows[order], wanted[order]
+        with self._seeded():
+            self._adapted = adapt(self._algorithm, rows[None], wanted[None], self._views)
+        self._examples = len(rows)
         return self
 
     def predict(self, inputs: Any) -> Array:
@@ -204,23 +210,28 @@ class Learner:
 
     def _outputs(self, inputs: Any) -> Tensor:
         """Return logits (N, W) or values (N, D)."""
-        if self._support is None:
+        if self._adapted is None:
             raise NotFittedError("no examples yet: call fit(inputs, targets) first")
-        x, y = self._support[0][None], self._support[1][None]
         rows = self._prepared(inputs)
         # Transductive predictions need all rows at once; others are split to bound memory.
         size = len(rows) if self._algorithm.transductive else _ROWS_AT_ONCE
-        devices = [rows.device] if rows.is_cuda else []
         parts: list[Tensor] = []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            for part in rows.split(max(1, size)):
-                seeding.seed_torch(0)
-                answer = predict(self._algorithm, x, y, part[None], self._views)
-                parts.append(answer.outputs[0])
+        for part in rows.split(max(1, size)):
+            with self._seeded():
+                parts.append(answer(self._algorithm, self._adapted, part[None]).outputs[0])
         outputs = torch.cat(parts)
         # A learner of streams has outputs for more classes than `fit` has received.
         wider = self._spec.kind == "classification" and self._spec.streams is not None
         return outputs[:, : len(self.classes_)] if wider else outputs
+
+    @contextmanager
+    def _seeded(self) -> Iterator[None]:
+        """Compute without gradients and with torch's generators seeded, and restore these."""
+        device = self._source.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            seeding.seed_torch(0)
+            yield
 
     def _prepared(self, inputs: Any) -> Tensor:
         """Return the inputs (N, *input_shape) on the device."""
@@ -247,7 +258,7 @@ class Learner:
         ways = self._spec.output_dim
         if len(classes) < 2:
             raise ValueError(f"fit got examples of {len(classes)} class: expected 2 or more")
-        if len(classes) != ways and not self._algorithm.accepts_any_way:
+        if len(classes) != ways and not self._algorithm.capabilities.accepts_any_way:
             name = type(self._algorithm).__name__
             raise ValueError(
                 f"fit got {len(classes)} classes, but this {name} was trained on {ways} ways: "

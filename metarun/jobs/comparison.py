@@ -89,25 +89,22 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
     suited: list[str] = []
     for name in compose.options("algo"):
         target = locate("algo._target_", compose.target("algo", name))
-        if getattr(target, "needs_task_ids", False) and not task_ids_known:
+        can = getattr(target, "capabilities", None)
+        if can is None or (can.needs_task_ids and not task_ids_known):
             continue
-        least = getattr(target, "least_shot", 1)
-        if least > shot:
+        if can.least_shot > shot:
             print(
-                f"warning: algo={name} is left out: it needs shot={least} or more", file=sys.stderr
-            )
-            continue
-        package = getattr(target, "package", None)
-        if package is not None and find_spec(package) is None:
-            print(
-                f"warning: algo={name} is left out: the package {package} is not installed",
+                f"warning: algo={name} is left out: it needs shot={can.least_shot} or more",
                 file=sys.stderr,
             )
             continue
-        if (
-            spec.kind in getattr(target, "kinds", ())
-            and getattr(target, "learns_online", False) == streams
-        ):
+        if can.package is not None and find_spec(can.package) is None:
+            print(
+                f"warning: algo={name} is left out: the package {can.package} is not installed",
+                file=sys.stderr,
+            )
+            continue
+        if spec.kind in can.kinds and can.learns_online == streams:
             suited.append(name)
     return [f"algo={','.join(suited)}", *words]
 
@@ -200,7 +197,8 @@ def _check_measures(names: Sequence[str], plan: Sequence[Job]) -> None:
 
 def _on_streams(plan: Sequence[Job]) -> bool:
     target = locate("algo._target_", plan[0].config["algo"]["_target_"])
-    return bool(getattr(target, "learns_online", False))
+    can = getattr(target, "capabilities", None)
+    return can is not None and bool(can.learns_online)
 
 
 def _table(

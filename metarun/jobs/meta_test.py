@@ -115,7 +115,7 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
     with warnings_held():
         experiment = build_experiment(config)
     experiment.record["train"] |= sizes
-    if settings.way != stored["way"] and not experiment.algorithm.accepts_any_way:
+    if settings.way != stored["way"] and not experiment.algorithm.capabilities.accepts_any_way:
         learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"
         raise ValueError(
             f"way={settings.way}: the run has a fixed head for {learned}: train a new run instead"

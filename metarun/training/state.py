@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.capabilities import MatchesShapes
 from metarun.core import distributed
 from metarun.core.errors import RunError
 from metarun.core.types import Record
@@ -40,7 +41,8 @@ def load_parameters(
             f"which algo={run_info.get('algo')} cannot read"
         )
     stored: Mapping[str, Any] = checkpoint["state"]
-    algorithm.match_shapes(stored)
+    if isinstance(algorithm, MatchesShapes):
+        algorithm.match_shapes(stored)
     here = algorithm.state_dict()
     for name in sorted(stored.keys() ^ here.keys()):
         where = "the checkpoint" if name in stored else "this algorithm"

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.capabilities import HasOptions
 from metarun.core.console import Screen
 from metarun.core.measures import figure
 from metarun.core.settings import EvalSettings
@@ -62,8 +63,10 @@ def validate(
     """Evaluate an algorithm on meta-val with each of its options, and set the best one."""
     spec = source.spec
     best: Validated | None = None
-    for option in algorithm.options or [{}]:
-        algorithm.choose(option)
+    tuned = algorithm if isinstance(algorithm, HasOptions) else None
+    for option in (tuned and tuned.options) or [{}]:
+        if tuned is not None:
+            tuned.choose(option)
         here = meta_validation(algorithm, source, evaluation)
         with screen.bar("val", here.size) as bar:
             mean, ci95 = interval(here.run(ticker(bar, signals)).values)
@@ -73,5 +76,6 @@ def validate(
         if best is None or found.better_than(best.mean):
             best = found
     assert best is not None
-    algorithm.choose(best.option)
+    if tuned is not None:
+        tuned.choose(best.option)
     return best

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm, task_metric
+from metarun.backbones.layers.context import BatchNormMode
+from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.config.build import Experiment, build_experiment, locate
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
@@ -62,7 +64,11 @@ def classes() -> dict[str, type[Algorithm]]:
 def suited(data: str) -> list[str]:
     kind = "classification" if "omniglot" in data else "regression"
     streams = data.startswith("stream_")
-    found = {a: c for a, c in classes().items() if kind in c.kinds and c.learns_online == streams}
+    found = {
+        algo: kind_of
+        for algo, kind_of in classes().items()
+        if kind in kind_of.capabilities.kinds and kind_of.capabilities.learns_online == streams
+    }
     if streams:
         # One of each class: the others differ only in settings that `learn` reads.
         found = {a: c for a, c in found.items() if a == min(b for b in found if found[b] is c)}
@@ -83,7 +89,7 @@ class Trained(NamedTuple):
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda pair: "-".join(pair))
 def trained(request: Any) -> Trained:
     made = build(*request.param, "train.tasks_per_step=3")
-    if made.algorithm.meta_trains:
+    if made.algorithm.capabilities.meta_trains:
         made.algorithm.update(made.source.batch("train", 0, 3), Progress(0, 100))
     batch = made.source.batch("test", 0, 4)
     return Trained(made.algorithm, batch, answers(made.algorithm, batch))
@@ -113,6 +119,43 @@ def test_predict_is_repeatable_changes_no_state_and_keeps_no_graph(trained: Trai
     assert all(param.grad is None for param in algorithm.parameters())
 
 
+def test_predict_is_answer_after_adapt_also_when_what_was_adapted_was_saved(
+    trained: Trained, tmp_path: Path
+) -> None:
+    algorithm, batch, outputs = trained
+    adapted = algorithm.adapt(batch.support_x, batch.support_y)
+    assert all(len(tensor) == batch.num_tasks for tensor in adapted.values())
+    assert not any(tensor.requires_grad for tensor in adapted.values())
+    kept = {name: tensor.clone() for name, tensor in adapted.items()}
+    torch.save(adapted, tmp_path / "adapted.pt")
+    for given in (adapted, torch.load(tmp_path / "adapted.pt", weights_only=True)):
+        assert torch.equal(algorithm.answer(given, batch.query_x).outputs, outputs)
+    assert all(torch.equal(adapted[name], tensor) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("bn", ["transductive", "support", "running"])
+def test_queries_are_answered_one_by_one_as_together_unless_it_is_declared(
+    trained: Trained, bn: BatchNormMode
+) -> None:
+    algorithm, batch, _ = trained
+    learner = getattr(algorithm, "learner", algorithm)
+    if bn != learner.bn and not has_batch_norm(algorithm.net):
+        pytest.skip("without batch norm all settings are the same")
+    before, learner.bn = learner.bn, bn
+    try:
+        if algorithm.transductive:
+            pytest.skip("declared: batch statistics are of all queries")
+        adapted = algorithm.adapt(batch.support_x, batch.support_y)
+        together = algorithm.answer(adapted, batch.query_x).outputs
+        alone = [algorithm.answer(adapted, x).outputs for x in batch.query_x.split(1, 1)]
+        torch.testing.assert_close(torch.cat(alone, 1), together, rtol=1e-10, atol=1e-10)
+        # The support rows that a learner without the declaration was given are not read again.
+        names = {"support_x", "support_y"} & adapted.keys()
+        assert bool(names) == algorithm.keeps_support
+    finally:
+        learner.bn = before
+
+
 def test_answers_have_a_row_for_each_query(trained: Trained) -> None:
     algorithm, batch, outputs = trained
     shape = (*batch.query_y.shape[:2], algorithm.spec.output_dim)
@@ -136,7 +179,7 @@ def test_a_task_is_answered_alike_alone_and_among_others(trained: Trained) -> No
 
 def test_the_order_of_support_rows_is_without_meaning_where_it_says_so(trained: Trained) -> None:
     algorithm, batch, outputs = trained
-    if not algorithm.order_free:
+    if not algorithm.capabilities.order_free:
         pytest.skip("the order of presentation has a meaning here")
     turned = TaskBatch(
         batch.support_x.flip(1), batch.support_y.flip(1), batch.query_x, batch.query_y
@@ -163,7 +206,7 @@ def test_answers_follow_a_permutation_of_the_labels_as_declared(trained: Trained
         rtol=1e-6,
         atol=1e-8,
     )
-    assert follows == algorithm.label_equivariant
+    assert follows == algorithm.capabilities.label_equivariant
 
 
 def test_a_trace_starts_unadapted_and_ends_after_its_steps(trained: Trained) -> None:
@@ -180,7 +223,7 @@ def test_a_trace_starts_unadapted_and_ends_after_its_steps(trained: Trained) -> 
 def test_a_restored_state_answers_and_learns_bit_for_bit(
     algo: str, data: str, tmp_path: Path
 ) -> None:
-    if not classes()[algo].meta_trains:
+    if not classes()[algo].capabilities.meta_trains:
         pytest.skip("it learns online alone")
     first = build(algo, data)
     for step in range(2):

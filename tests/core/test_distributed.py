@@ -44,8 +44,8 @@ MORE = [
 
 def data_for(algo: str) -> str:
     kind = classes()[algo]
-    images = "classification" in kind.kinds
-    if kind.learns_online:
+    images = "classification" in kind.capabilities.kinds
+    if kind.capabilities.learns_online:
         return "stream_omniglot_small" if images else "stream_linear"
     if algo == "selector":
         return "tables"
@@ -53,7 +53,7 @@ def data_for(algo: str) -> str:
 
 
 def meta_learners() -> list[str]:
-    return [a for a, kind in classes().items() if kind.meta_trains]
+    return [a for a, kind in classes().items() if kind.capabilities.meta_trains]
 
 
 CASES = [" ".join([a, data_for(a), *OPTIONS.get(a, [])]) for a in meta_learners()] + MORE
@@ -146,7 +146,10 @@ def test_two_processes_measure_what_one_does(case: str, few: Outcomes) -> None:
 
 def test_what_is_a_sequence_or_one_mini_batch_is_not_to_be_shared() -> None:
     for algo in ("reptile", "baseline", "simpleshot"):
-        assert together.made(algo, "omniglot_small").algorithm.needs_whole_batch is not None
+        assert (
+            together.made(algo, "omniglot_small").algorithm.capabilities.needs_whole_batch
+            is not None
+        )
 
 
 SMALL_RUN = [

@@ -291,7 +291,7 @@ def outcome(
     algorithm, source = made.algorithm.to(device), made.source
     algorithm.engine = engine
     found: dict[str, Tensors] = {}
-    if algorithm.meta_trains:
+    if algorithm.capabilities.meta_trains:
         before = numbers(algorithm)
         algorithm.update(moved(source.batch("train", 0, 3), device), Progress(0, 100))
         after = numbers(algorithm)

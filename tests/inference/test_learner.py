@@ -241,17 +241,47 @@ def test_an_unreadable_picture_is_named(
         )
 
 
+def spied(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Return a list that receives the support targets whenever the algorithm adapts."""
+    adapt, seen = learner._algorithm.adapt, []
+
+    def noting(x: torch.Tensor, y: torch.Tensor) -> Any:
+        seen.append(y)
+        return adapt(x, y)
+
+    monkeypatch.setattr(learner._algorithm, "adapt", noting)
+    return seen
+
+
+def test_it_adapts_once_and_predicts_what_the_algorithm_predicts(
+    maml: Path, protonet: Path, pictures: list[list[Picture]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = [drawing for drawings in pictures[:3] for drawing in drawings[:2]]
+    labels = [name for name in "abc" for _ in range(2)]
+    asked = [drawings[7] for drawings in pictures[:3]]
+    for run in (maml, protonet):
+        learner = metarun.load(run, device="cpu")
+        seen = spied(learner, monkeypatch)
+        found = [learner.fit(shown, labels).predict_proba(asked)]
+        found += [np.concatenate([learner.predict_proba([one]) for one in asked])]
+        assert len(seen) == 1
+        support, query = (learner._prepared(images)[None] for images in (shown, asked))
+        outputs = learner._algorithm.predict(support, seen[0], query).outputs[0]
+        for probabilities in found:
+            np.testing.assert_allclose(probabilities, outputs.softmax(1), rtol=1e-4, atol=1e-6)
+
+
 def test_a_learner_that_minds_the_order_gets_examples_in_random_order(
-    tmp_path: Path, pictures: list[list[Picture]]
+    tmp_path: Path, pictures: list[list[Picture]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["algo=mann", "data=omniglot_small", "way=3", "shot=4", "train.steps=2"]
     learner = metarun.load(trained(tmp_path / "mann", words), device="cpu")
     shown = [drawing for drawings in pictures[:3] for drawing in drawings[:4]]
     labels = [name for name in "abc" for _ in range(4)]
+    seen = spied(learner, monkeypatch)
     learner.fit(shown, labels)
-    assert learner._support is not None
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    kept = learner._support[1]
+    kept = seen[0][0]
     assert torch.equal(kept, torch.arange(3).repeat_interleave(4)[order])
     assert len(set(kept[:5].tolist())) > 1
     answers = [learner.fit(shown, labels).predict_proba(pictures[0][5:7]) for _ in range(2)]

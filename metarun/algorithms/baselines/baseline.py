@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Baseline(Pretrained):
         self.head_weight_decay = head_weight_decay
         self.head_batch = head_batch
         self.head_epochs = head_epochs
-        self.order_free = head_batch is None
+        self.capabilities = replace(self.capabilities, order_free=head_batch is None)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         adapted = super().adapt(support_x, support_y)

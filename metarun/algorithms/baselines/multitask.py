@@ -6,12 +6,13 @@ Shapes: T tasks, S support rows, Q query rows, N = S + Q rows, P parameters, D o
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
     Params,
@@ -63,7 +64,7 @@ class MultiTask(AdaptingLearner):
         ValueError: A number or a word is out of range.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("regression",)
+    capabilities = Capabilities(kinds=("regression",))
 
     betas = (0.9, 0.999)
     models: Tensor

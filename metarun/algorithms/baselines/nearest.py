@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, task_metric
+from metarun.algorithms.capabilities import Capabilities
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Distance = Literal["squared_euclidean", "cosine"]
@@ -33,8 +34,7 @@ class Nearest(Algorithm):
         ValueError: The distance is unknown, or it is `cosine` and inputs are single numbers.
     """
 
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
+    capabilities = Capabilities(accepts_any_way=True, label_equivariant=True)
 
     def __init__(self, *, distance: Distance = "squared_euclidean", **common: Any) -> None:
         super().__init__(**common)

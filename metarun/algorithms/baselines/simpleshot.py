@@ -5,6 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, F features, N rows of a m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -42,7 +43,7 @@ class SimpleShot(Pretrained):
         ValueError: A number or a word is out of range, or the tasks are not classification.
     """
 
-    label_equivariant: bool = True
+    capabilities = replace(Pretrained.capabilities, label_equivariant=True)
 
     feature_mean: Tensor
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.update_strategies import (
     RowLoss,
     State,
@@ -52,17 +53,12 @@ class OnlineLearner(Algorithm):
         ValueError: The backbone has batch norm.
     """
 
-    learns_online: ClassVar[bool] = True
-    accepts_any_way: bool = True
-    order_free: bool = False
-    meta_trains: ClassVar[bool] = False
-    answers_depend_on_task: ClassVar[bool] = False
-    """Whether a prediction depends on the task of its row, if task ids are known."""
+    capabilities = Capabilities(
+        learns_online=True, accepts_any_way=True, order_free=False, meta_trains=False
+    )
 
     maps_inside: ClassVar[bool] = False
     """Whether `learn` or `respond` call `torch.func.vmap`."""
-    needs_task_ids: ClassVar[bool] = False
-    """Whether the learner requires known task ids."""
 
     net: Predictor
     head: Sequence[int] = ()
@@ -84,7 +80,7 @@ class OnlineLearner(Algorithm):
             ValueError: The backbone has batch norm, or required task ids are unknown.
         """
         assert self.spec.streams is not None
-        if self.needs_task_ids and not self.spec.streams["test"].task_ids_known:
+        if self.capabilities.needs_task_ids and not self.spec.streams["test"].task_ids_known:
             raise ValueError(
                 f"{type(self).__name__} requires known task ids: use data.task_ids_known=true"
             )
@@ -246,7 +242,7 @@ class OnlineLearner(Algorithm):
             return function(net, theta, own, *values[: len(rows)])
 
         engine = self.engine.resolved(net, self.device)
-        if self.maps_inside or self.answers_depend_on_task:
+        if self.maps_inside or self.capabilities.answers_depend_on_task:
             engine = replace(engine, native=False)
         return engine.map(one, net, own_parameters(net), (*rows, *state.values()))
 
@@ -272,7 +268,7 @@ class OnlineLearner(Algorithm):
     @property
     def _only_task(self) -> int | None:
         """The task of all rows outside of a rollout; None if predictions do not depend on it."""
-        return 0 if self.answers_depend_on_task else None
+        return 0 if self.capabilities.answers_depend_on_task else None
 
 
 class Predictor(nn.Module):

@@ -10,13 +10,14 @@ outputs of a head, F features, … any leading dimensions, such as one of tasks.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import strip_prefix
 from metarun.backbones.layers.context import ForwardContext
@@ -113,8 +114,7 @@ class Pretrained(FeatureLearner):
             does not declare its number of training classes.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: bool = True
+    capabilities = Capabilities(kinds=("classification",), accepts_any_way=True)
 
     def __init__(
         self, *, head: HeadKind = "linear", scale: float | None = None, **common: Any
@@ -134,6 +134,12 @@ class Pretrained(FeatureLearner):
         if "bias" in weights:
             weights["bias"].zero_()
         self.classifier = nn.ParameterDict({n: nn.Parameter(w) for n, w in weights.items()})
+        if has_batch_norm(self.net) or makes_noise(self.net):
+            whole = (
+                "an update is one mini-batch, and its batch norm and masks depend on all rows: "
+                "use backbone.norm=none or instance, or backbone.batch_norm=false"
+            )
+            self.capabilities = replace(self.capabilities, needs_whole_batch=whole)
         # Again, now with the classifier.
         self.optimizer = self.build_optimizer()
 
@@ -152,15 +158,6 @@ class Pretrained(FeatureLearner):
         x, y = labeled_rows(batch)
         rows = (x[None], y[None], self.noise(progress, 1))
         return self.outer_step(task, rows, progress)
-
-    @property
-    def needs_whole_batch(self) -> str | None:
-        if has_batch_norm(self.net) or makes_noise(self.net):
-            return (
-                "an update is one mini-batch, and its batch norm and masks depend on all rows: "
-                "use backbone.norm=none or instance, or backbone.batch_norm=false"
-            )
-        return None
 
     def match_shapes(self, state: Mapping[str, Any]) -> None:
         for name, weights in self.classifier.items():

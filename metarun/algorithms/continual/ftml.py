@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -66,8 +67,9 @@ class FTML(OnlineLearner):
             tasks of the stream are not known.
     """
 
-    answers_depend_on_task = True
-    needs_task_ids = True
+    capabilities = replace(
+        OnlineLearner.capabilities, answers_depend_on_task=True, needs_task_ids=True
+    )
     meta_rate: Tensor
     inner_rate: Tensor
 

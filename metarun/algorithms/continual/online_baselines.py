@@ -7,6 +7,7 @@ and a comparator for regret that trains on the whole stream in advance.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,7 +73,7 @@ class EWC(WeightLearner):
         ValueError: The task boundaries of the stream are not known.
     """
 
-    needs_task_ids = True
+    capabilities = replace(WeightLearner.capabilities, needs_task_ids=True)
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,7 @@ class Pretrained(WeightLearner):
         **common: Arguments of `WeightLearner` and `Algorithm`.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    meta_trains: ClassVar[bool] = True
+    capabilities = replace(WeightLearner.capabilities, kinds=("classification",), meta_trains=True)
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)

@@ -6,6 +6,7 @@ Shapes: T trajectories, S rows of a trajectory, F features.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -55,7 +56,7 @@ class TrajectoryLearner(WeightLearner):
         ValueError: A number is out of range, or `adapt` is not `head`.
     """
 
-    meta_trains: ClassVar[bool] = True
+    capabilities = replace(WeightLearner.capabilities, meta_trains=True)
     inside: ClassVar[tuple[str, ...]]
     """Prefixes of the parameters that a training trajectory changes."""
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, positive, task_metric
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adversarial import AdversarialLearner, SupportTerm
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import (
@@ -77,7 +79,7 @@ class MetaGAN(Algorithm):
             support an adversary.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    capabilities = Capabilities(kinds=("classification",))
 
     def __init__(
         self,
@@ -92,8 +94,7 @@ class MetaGAN(Algorithm):
         classes: Classes = "softmax",
         **common: Any,
     ) -> None:
-        self.accepts_any_way = learner.accepts_any_way
-        self.label_equivariant = learner.label_equivariant
+        self.capabilities = replace(learner.capabilities, kinds=self.capabilities.kinds)
         # What every algorithm is given; the rest are options of the learner.
         given = inspect.signature(Algorithm.__init__).parameters
         super().__init__(**{key: value for key, value in common.items() if key in given})

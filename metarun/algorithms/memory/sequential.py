@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
@@ -67,8 +68,7 @@ class SequenceLearner(FeatureLearner):
         ValueError: A setting is out of range, or the tasks are not classification.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    order_free: bool = False
+    capabilities = Capabilities(kinds=("classification",), order_free=False)
     net: _Sequence
 
     def __init__(

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
@@ -46,9 +47,9 @@ class FRN(FeatureLearner):
             has no feature maps.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
+    capabilities = Capabilities(
+        kinds=("classification",), accepts_any_way=True, label_equivariant=True
+    )
     replays: ClassVar[bool] = True
     net: _Reconstruction
 

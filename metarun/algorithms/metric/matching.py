@@ -5,12 +5,14 @@ Shapes: S support rows, Q query rows, N rows, W ways, F features, H hidden units
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import positive
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
@@ -45,10 +47,10 @@ class MatchingNet(FeatureLearner):
         ValueError: A setting is out of range, or the tasks are not classification.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    capabilities = Capabilities(
+        kinds=("classification",), accepts_any_way=True, label_equivariant=True
+    )
     replays: ClassVar[bool] = True
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
     net: _Embedding
 
     def __init__(
@@ -64,7 +66,7 @@ class MatchingNet(FeatureLearner):
         self.scale = scale
         self.steps = processing_steps if full_context else 0
         super().__init__(**common)
-        self.order_free = not full_context
+        self.capabilities = replace(self.capabilities, order_free=not full_context)
 
     def build_net(self) -> nn.Module:
         return _Embedding(self.build_network(None), self.steps)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params, prototypes
 
@@ -31,9 +32,9 @@ class ProtoNet(FeatureLearner):
         ValueError: A setting is out of range, or the tasks are not classification.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
+    capabilities = Capabilities(
+        kinds=("classification",), accepts_any_way=True, label_equivariant=True
+    )
     replays: ClassVar[bool] = True
 
     def __init__(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import positive, with_tensors
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
@@ -47,10 +48,10 @@ class RelationNet(EpisodicLearner):
             has no feature maps or ones too small to be halved twice more.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    capabilities = Capabilities(
+        kinds=("classification",), accepts_any_way=True, label_equivariant=True
+    )
     replays: ClassVar[bool] = True
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
 
     def __init__(
         self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any

@@ -174,7 +174,8 @@ class MAML(InnerLoopLearner):
                 return self.outputs(net, theta, weights, rows, ctx)
 
             outputs = logits(support.x)
-            return self.inner_loss(outputs, support.y) + term(outputs, logits)
+            added = term(outputs, logits)
+            return self.inner_loss(outputs, support.y) + added
 
         return loss
 

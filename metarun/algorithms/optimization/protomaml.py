@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import forward
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import Params, check_inner_loop, prototypes
@@ -42,9 +43,9 @@ class ProtoMAML(InnerLoopLearner):
         ValueError: A setting is out of range, or the tasks are not classification.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
+    capabilities = Capabilities(
+        kinds=("classification",), accepts_any_way=True, label_equivariant=True
+    )
     replays: ClassVar[bool] = True
 
     def __init__(

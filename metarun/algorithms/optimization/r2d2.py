@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import check_positive
@@ -51,8 +52,7 @@ class R2D2(FeatureLearner):
         ValueError: A setting is out of range.
     """
 
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
+    capabilities = Capabilities(accepts_any_way=True, label_equivariant=True)
     replays: ClassVar[bool] = True
     net: _Ridge
 

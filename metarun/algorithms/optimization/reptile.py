@@ -5,6 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, B rows of a mini-batch, D outputs
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -87,7 +88,15 @@ class Reptile(AdaptingLearner):
         self.inner_optimizer = inner_optimizer
         self.inner_loss = inner_loss
         self.carry_moments = carry_moments
-        self.order_free = eval_inner_batch is None
+        sequence = (
+            "algo.carry_moments=true makes the tasks of an update a sequence: set "
+            "algo.carry_moments=false"
+        )
+        self.capabilities = replace(
+            self.capabilities,
+            order_free=eval_inner_batch is None,
+            needs_whole_batch=sequence if carry_moments and inner_optimizer == "adam" else None,
+        )
         self.net = self.build_network(self.spec.output_dim)
         self.optimizer = self.build_optimizer()
         for name, param in own_parameters(self.net).items():
@@ -126,15 +135,6 @@ class Reptile(AdaptingLearner):
             "loss": torch.stack(losses).mean(),
             self.spec.metric: torch.stack(scores).mean(),
         }
-
-    @property
-    def needs_whole_batch(self) -> str | None:
-        if self.carry_moments and self.inner_optimizer == "adam":
-            return (
-                "algo.carry_moments=true makes the tasks of an update a sequence: set "
-                "algo.carry_moments=false"
-            )
-        return None
 
     def _follow(self, seen: list[Moments], progress: Progress) -> None:
         """Move the running statistics of batch norm toward each task's moments in turn."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, task_metric
+from metarun.algorithms.capabilities import Capabilities
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Bounds = float | Sequence[float]
@@ -41,8 +42,7 @@ class ExactGP(Algorithm):
             regression.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("regression",)
-    package: ClassVar[str | None] = "sklearn"
+    capabilities = Capabilities(kinds=("regression",), package="sklearn")
 
     def __init__(
         self, *, lengthscale: Bounds = 1.0, scale: Bounds = 1.0, noise: float = 0.02, **common: Any

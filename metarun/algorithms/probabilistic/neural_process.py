@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, task_metric, with_tensors
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.functional import Params, strip_prefix
 from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import BATCH_STATISTICS
@@ -74,7 +75,7 @@ class NeuralProcess(Algorithm):
             norm, or the tasks are not regression.
     """
 
-    kinds: ClassVar[tuple[str, ...]] = ("regression",)
+    capabilities = Capabilities(kinds=("regression",))
     replays: ClassVar[bool] = True
 
     def __init__(

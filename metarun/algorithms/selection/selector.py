@@ -12,13 +12,14 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
@@ -80,10 +81,9 @@ class Selector(Algorithm):
             does not fit.
     """
 
-    package: ClassVar[str | None] = "sklearn"
-    least_shot: ClassVar[int] = 2
-    accepts_any_way: bool = True
-    label_equivariant: bool = True
+    capabilities = Capabilities(
+        package="sklearn", least_shot=2, accepts_any_way=True, label_equivariant=True
+    )
 
     moments: Tensor
     tasks: Tensor

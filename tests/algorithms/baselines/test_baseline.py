@@ -111,8 +111,8 @@ def test_the_body_is_frozen_and_running_statistics_answer_each_query_alone() -> 
 def test_all_rows_in_one_batch_have_no_order() -> None:
     batch = labeled_batch()
     algorithm = make(Baseline, labeled_spec(), CONV, bn="running", head_batch=None)
-    assert algorithm.order_free
-    assert not make(Baseline, labeled_spec(), CONV).order_free
+    assert algorithm.capabilities.order_free
+    assert not make(Baseline, labeled_spec(), CONV).capabilities.order_free
     expected = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs
     turned = algorithm.predict(batch.support_x.flip(1), batch.support_y.flip(1), batch.query_x)
     torch.testing.assert_close(turned.outputs, expected)

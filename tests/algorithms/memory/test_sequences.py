@@ -90,7 +90,7 @@ def test_the_loss_is_of_the_answers_that_loss_of_names() -> None:
             made = build(*words, f"algo.loss_of={loss_of}", "bn=running")
             batch = made.source.batch("train", 0, 2)
             net = made.algorithm.net
-            how = made.algorithm.answering(batch.support_x.shape[1])  # type: ignore[operator]
+            how = made.algorithm.joint_context(batch.support_x.shape[1])  # type: ignore[operator]
             outputs, targets = zip(
                 *(
                     made.algorithm.outputs_and_targets(  # type: ignore[operator]
@@ -291,7 +291,7 @@ def test_without_memory_it_is_torchs_lstm_with_labels_one_step_late(scale: float
     for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
         getattr(lstm, f"{name}_l0").data.copy_(getattr(reader.lstm, name).data)
     rows = torch.cat([batch.support_x[0], batch.query_x[0, :1]])
-    features = algorithm.net.features(rows, algorithm.answering(len(rows)))  # type: ignore[operator]
+    features = algorithm.net.features(rows, algorithm.joint_context(len(rows)))  # type: ignore[operator]
     labels = scale * nn.functional.one_hot(batch.support_y[0], 3).double()
     late = torch.cat([torch.zeros(1, 3, dtype=torch.float64), labels])
     outputs = reader.answer(lstm(torch.cat([features, late], 1))[0]).detach()
@@ -365,7 +365,7 @@ def test_every_answer_is_that_of_the_papers_network_to_a_sequence_that_ends_ther
     assert isinstance(algorithm, SNAIL)
     batch = made.source.batch("test", 0, 1)
     rows = torch.cat([batch.support_x[0], batch.query_x[0]])
-    features = algorithm.net.features(rows, algorithm.answering(len(rows)))  # type: ignore[operator]
+    features = algorithm.net.features(rows, algorithm.joint_context(len(rows)))  # type: ignore[operator]
     labels = nn.functional.one_hot(batch.support_y[0], 3).double()
     answer = algorithm.predict(batch.support_x, batch.support_y, batch.query_x)
     assert answer.sequence is not None

@@ -147,8 +147,11 @@ def test_the_order_of_the_support_matters_with_context_alone(full_context: bool)
     batch = image_batch(VECTORS, shot=2)
     algorithm = make(MatchingNet, VECTORS, linear_backbone, full_context=full_context)
     turned = algorithm.predict(batch.support_x.flip(1), batch.support_y.flip(1), batch.query_x)
-    assert torch.allclose(turned.outputs, answers(algorithm, batch)) == algorithm.order_free
-    assert algorithm.order_free != full_context
+    assert (
+        torch.allclose(turned.outputs, answers(algorithm, batch))
+        == algorithm.capabilities.order_free
+    )
+    assert algorithm.capabilities.order_free != full_context
 
 
 def test_training_may_have_more_ways_than_testing() -> None:
