@@ -9,7 +9,7 @@ Shapes: N rows, F features.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
