@@ -72,6 +72,7 @@ def base_record(values: Floats, digest: str) -> Record:
         "test": {**interval_record(values), "episodes": len(values)},
         "curve": None,
         "episodes_hash": digest,
+        "measures": {},
     }
 
 
