@@ -149,6 +149,16 @@ def test_a_network_without_anything_to_learn_is_refused() -> None:
         OuterOptimizer(layer.named_parameters())
 
 
+def test_an_inner_loop_without_anything_to_adapt_is_refused() -> None:
+    def headless(**shape: Any) -> nn.Module:
+        net = MLP(hidden=[4], **shape)
+        net.head.requires_grad_(False)
+        return net
+
+    with pytest.raises(ValueError, match=r"algo\.adapt=head: the network has no such parameters"):
+        make(MAML, regression_spec(), headless, adapt="head")
+
+
 def test_frozen_parameters_stay_frozen_through_a_checkpoint() -> None:
     spec, batch = regression_spec(), regression_batch(regression_spec())
     adam = partial(OuterOptimizer, lr=0.1)

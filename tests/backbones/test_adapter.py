@@ -257,6 +257,7 @@ def test_nothing_of_a_context_is_left_after_a_pass_even_one_that_fails() -> None
     moments: dict[str, tuple[Tensor, Tensor]] = {}
     with pytest.raises(RuntimeError, match="three rows"):
         net(torch.randn(3, 3), ForwardContext(running=True, moments=moments))
+    assert net._running.ctx == ForwardContext()
     x = torch.randn(4, 3)
     torch.testing.assert_close(net(x), nn.functional.batch_norm(x, None, None, training=True))
     assert not moments

@@ -145,7 +145,7 @@ def test_torchvisions_resnet18_is_a_backbone_by_its_yaml_alone(
     draw = torch.Generator().manual_seed(0)
     for split in ("train", "val", "test"):
         for number in range(3):
-            folder = tmp_path / "images" / split / str(number)
+            folder = tmp_path / "images" / split / f"{split}{number}"
             folder.mkdir(parents=True)
             for name in range(4):
                 pixels = torch.randint(0, 256, (32, 32, 3), generator=draw, dtype=torch.uint8)

@@ -106,6 +106,11 @@ class MAML(InnerLoopLearner):
             for name in own_parameters(self.net)
             if (adapt == "all" or name.startswith(f"{adapt}.")) and name not in kept
         ]
+        if not self.adapted:
+            raise ValueError(
+                f"algo.adapt={adapt}: the network has no such parameters that learn: their names "
+                "begin with head. or body., and frozen ones are left out"
+            )
         self.inner_lr = low
         self.rates = nn.ParameterDict()
         if rates != "fixed":
