@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from metarun.config import configurations
+from metarun.config import composition, configurations
 from metarun.config.build import build_experiment
 from metarun.core.console import Screen
 from metarun.jobs import ensure
