@@ -152,7 +152,7 @@ def _subcommand(name: str, argv: list[str]) -> int:
     if parser.find("--config-dir"):
         words = as_config_dir(words)
     module = importlib.import_module(f"metarun.cli.{name}")
-    code: int = module.run(parser.parse_intermixed_args(words))
+    code: int = module.run(parser.read(words))
     return code
 
 

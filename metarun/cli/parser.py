@@ -43,6 +43,15 @@ class Parser(argparse.ArgumentParser):
         if offers is not None:
             self.candidates[action.dest] = offers
 
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Parse words; a list of positional arguments may have options in between.
+
+        Raises:
+            ValueError: An argument is unknown, missing or invalid.
+        """
+        several = any(action.nargs == "*" for action in self.positionals())
+        return (self.parse_intermixed_args if several else self.parse_args)(words)
+
     def find(self, option: str) -> argparse.Action | None:
         """Return the action of an option such as `--dir`; None if there is none."""
         return next((a for a in self._actions if option in a.option_strings), None)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from metarun.config.search_path import as_config_dir, own_folders
+from metarun.reporting.single_run import _config_dir
 from tests.conftest import Command
 
 SMALL = [
@@ -92,6 +93,11 @@ def test_a_comparison_finds_the_files(metarun: Command) -> None:
     answer = metarun("compare", "algo=myalgo", "data=mydata", "backbone=mynet", "--table", PACKAGE)
     assert answer.code == 0, answer.err
     assert "myalgo" in answer.out
+
+
+def test_the_command_of_a_report_finds_the_files_again() -> None:
+    typed = ["metarun", "algo=mine", "hydra.searchpath=[file://a b]", "--config-dir", "mine"]
+    assert _config_dir(typed) == ["hydra.searchpath=[file://a b]", "--config-dir", "mine"]
 
 
 @pytest.mark.parametrize(

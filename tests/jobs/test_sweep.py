@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from metarun.config import composition
+from metarun.config import composition, configurations
 from metarun.config.build import build_experiment
 from metarun.core.console import Screen
 from metarun.jobs import ensure
@@ -394,12 +394,12 @@ def test_every_listed_value_of_a_search_is_looked_up_first(metarun: Command) -> 
 def test_a_plugin_that_is_missing_is_named_by_its_extra(
     word: str, extra: str, metarun: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = composition.Composer.options
+    options = configurations.Configurations.options
 
-    def without_plugins(self: composition.Composer, group: str) -> list[str]:
+    def without_plugins(self: configurations.Configurations, group: str) -> list[str]:
         return ["basic"] if group.startswith("hydra/") else options(self, group)
 
-    monkeypatch.setattr(composition.Composer, "options", without_plugins)
+    monkeypatch.setattr(configurations.Configurations, "options", without_plugins)
     answer = metarun("-m", word, "seed=1,2", *TINY)
     assert answer.code == 2
     assert answer.err == (f"error: {word} needs a plugin: type pip install 'metarun[{extra}]'\n")
