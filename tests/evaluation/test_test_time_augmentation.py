@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarun.algorithms.metric.protonet import ProtoNet
-from metarun.core.types import Prediction, TaskSpec
+from metarun.core.types import Adapted, Prediction, TaskSpec
 from metarun.data.augmentation import view
 from metarun.evaluation.test_time_augmentation import predict
 from tests.helpers import linear_backbone, make
@@ -70,12 +70,14 @@ def test_answers_are_the_mean_over_views_of_support_and_query(images: Tensor) ->
 class Chooser:
     """Predicts the means of the rows; its strategies are multiples of them."""
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:  # noqa: ARG002
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:  # noqa: ARG002
+        return {"shares": support_x.flatten(1).mean(1, keepdim=True)}
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
         means = query_x.flatten(2).mean(2, keepdim=True)
-        shares = support_x.flatten(1).mean(1, keepdim=True)
         return Prediction(
             means,
-            responsibilities=shares,
+            responsibilities=adapted["shares"],
             strategies={"twice": 2.0 * means},
             alternatives={"thrice": 3.0 * means},
         )

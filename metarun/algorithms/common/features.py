@@ -88,7 +88,7 @@ class FeatureLearner(EpisodicLearner):
 
         key = self.replay_key(ways)
         adapted: Adapted = self.map_tasks(task, support_x, support_y, key=key)
-        # The number of classes, for a summary that does not tell it.
+        # Summaries need not have a dimension of classes.
         return {**adapted, "ways": torch.full((len(support_x),), ways)}
 
     def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:

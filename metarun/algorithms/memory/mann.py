@@ -96,7 +96,7 @@ class MANN(SequenceLearner):
             raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
         self.access = access
         self.sizes = controller, locations, cells, heads
-        self.kinds_of_access = usage_decay, gate, written, strength
+        self.access_options = usage_decay, gate, written, strength
         self.label_scale = label_scale
         self.forget_bias = forget_bias
         super().__init__(**common)
@@ -105,7 +105,7 @@ class MANN(SequenceLearner):
         controller, ways = self.sizes[0], self.spec.output_dim
         memory: _Memory | None = None
         if self.access == "lrua":
-            memory = LeastRecentlyUsed(*self.sizes, *self.kinds_of_access)
+            memory = LeastRecentlyUsed(*self.sizes, *self.access_options)
         elif self.access == "ntm":
             memory = TuringMachine(*self.sizes)
         lstm = LSTMCell(feature_dim + ways + _reads(memory), controller, self.forget_bias)

@@ -113,14 +113,9 @@ class RelationNet(EpisodicLearner):
         ctx: ForwardContext,
     ) -> Tensor:
         """Return the scores (Q, W) of one task's queries, before the sigmoid."""
-
-        def scores(net: _Relation) -> Tensor:
-            classes = net.classes_of(net.embedding(support_x, ctx), support_y, ways)
-            # After the support, so that running statistics are of query rows, as in the code.
-            return net.scores(classes, net.embedding(query_x, ctx), ctx)
-
-        outputs: Tensor = with_tensors(net, params, scores)
-        return outputs
+        rows = (support_x, support_y, query_x)
+        scores: Tensor = torch.func.functional_call(net, params, (*rows, ways, ctx))
+        return scores
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared error of the scores, sigmoid of outputs (Q, W) (eq. 2)."""
@@ -144,6 +139,13 @@ class _Relation(nn.Module):
         super().__init__()
         self.embedding = embedding
         self.relation = _Comparison(shape, hidden, padding)
+
+    def forward(
+        self, support_x: Tensor, support_y: Tensor, query_x: Tensor, ways: int, ctx: ForwardContext
+    ) -> Tensor:
+        classes = self.classes_of(self.embedding(support_x, ctx), support_y, ways)
+        # After the support, so that running statistics are of query rows, as in the code.
+        return self.scores(classes, self.embedding(query_x, ctx), ctx)
 
     def classes(self, x: Tensor, labels: Tensor, ways: int, ctx: ForwardContext) -> Tensor:
         """Return the maps (W, C, H, W') of the classes, and pass the support's pairs through g."""

@@ -71,11 +71,11 @@ class R2D2(FeatureLearner):
             raise ValueError(f"algo.init_scale={init_scale}: expected a number other than 0")
         self.solver: Solver = solver
         self.lambda_per_row = lambda_per_row
-        self.start = init_lambda, learn_lambda, init_scale
+        self.initial = init_lambda, learn_lambda, init_scale
         super().__init__(**common)
 
     def build_net(self) -> nn.Module:
-        return _Ridge(self.build_network(None), *self.start)
+        return _Ridge(self.build_network(None), *self.initial)
 
     def embed(self, features: Tensor) -> Tensor:
         return torch.cat([features, torch.ones_like(features[:, :1])], 1)

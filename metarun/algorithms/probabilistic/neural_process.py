@@ -216,7 +216,7 @@ class _Process(nn.Module):
         self.min_spread = min_spread
 
     def forward(
-        self, x: Tensor, y: Tensor, asked: Tensor, noise: Tensor, answer: Tensor | None
+        self, x: Tensor, y: Tensor, asked: Tensor, noise: Tensor, answer: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the predictions and the divergence in training.
 
