@@ -139,13 +139,13 @@ class Executed:
         self.refused = self.refused or reason
 
 
-def watched(function: Callable[[], Any]) -> tuple[Any, Executed]:
+def watched(function: Callable[..., Any], args: Iterable[Any]) -> tuple[Any, Executed]:
     """Return the result of a function and the code that it executed in this thread."""
     executed = Executed()
     before = sys.getprofile()
     sys.setprofile(executed.note)
     try:
-        return function(), executed
+        return function(*args), executed
     finally:
         sys.setprofile(before)
 
