@@ -438,7 +438,8 @@ class _Search:
         own = vars(value).keys() if has_dict else set()
         on_class = _class_names(kind)
         slots = sorted(
-            name for name in self._names & on_class
+            name
+            for name in self._names & on_class
             if isinstance(_static(kind, name), types.MemberDescriptorType)
         )
         names = self._names & own

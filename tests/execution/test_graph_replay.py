@@ -61,9 +61,7 @@ def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
         ("protonet", "omniglot_small", "threads"),
     ],
 )
-def test_a_learner_is_replayed_bit_for_bit(
-    algo: str, data: str, kind: Any
-) -> None:
+def test_a_learner_is_replayed_bit_for_bit(algo: str, data: str, kind: Any) -> None:
     engine = {"kind": kind, "tasks_per_chunk": 1 if kind == "threads" else None, "threads": 2}
     called, expected = learned(algo, data, Engine(**engine, graph="none"))
     replayed, found = learned(algo, data, Engine(**engine, graph="replay"))
