@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -64,11 +64,6 @@ class Algorithm(nn.Module, ABC):
     """Whether predictions are independent of the order of the support rows."""
     least_shot: ClassVar[int] = 1
     """Smallest number of support rows per class, or per regression task."""
-    replays: ClassVar[bool] = False
-    """Whether task functions execute the same operators in every call with the same `replay_key`.
-
-    Each class declares this itself, and subclasses do not inherit it: they may compute something
-    else."""
     package: ClassVar[str | None] = None
     """Optional package that the algorithm requires; None where it requires none."""
 
@@ -298,25 +293,15 @@ class Algorithm(nn.Module, ABC):
             self.noise(progress, batch.num_tasks),
         )
 
-    def replay_key(self, *values: Hashable) -> Hashable:
-        """Return the engine's `key` for a task function; None if the class does not replay.
-
-        Args:
-            values: Everything that the function reads in addition to its arguments and that may
-                differ between calls: numbers of steps, whether inner gradients are constants.
-        """
-        return values if vars(type(self)).get("replays", False) else None
-
-    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
+    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Tensor:
         """Return `task(net, params, *rows of one task)`, stacked over tasks, without a graph.
 
         Args:
             task: Function of one task, as in `Engine.map`.
             rows: Tensors with a leading dimension of T.
-            key: Replay key, as in `Engine.map`.
         """
         params = own_parameters(self.net)
-        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
+        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows)
         return outputs
 
     def answer(

@@ -48,7 +48,7 @@ class AdaptingLearner(Algorithm):
 
         rows = (support_x, support_y, query_x)
         task = TwoStageTask(adapted, answers, reads=(0, 1))
-        return Prediction(self.map_tasks(task, *rows, key=self.replay_key(steps)))
+        return Prediction(self.map_tasks(task, *rows))
 
     def trace(self, support_x: Tensor, support_y: Tensor, query_x: Tensor, steps: int) -> Tensor:
         def visited(net: nn.Module, theta: Params, x: Tensor, y: Tensor) -> Params:
@@ -63,4 +63,4 @@ class AdaptingLearner(Algorithm):
 
         rows = (support_x, support_y, query_x)
         task = TwoStageTask(visited, answers, reads=(0, 1))
-        return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)
+        return self.map_tasks(task, *rows).movedim(1, 0)

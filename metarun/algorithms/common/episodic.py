@@ -94,7 +94,7 @@ class EpisodicLearner(Algorithm):
 
         rows = self.training_rows(batch, progress)
         grads, (losses, scores, moments) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), rows, key=self.replay_key()
+            task, self.net, own_parameters(self.net), rows
         )
         self.optimizer.step(add_prefix("net.", grads), progress, self.limited)
         update_running_statistics(self.net, moments)
@@ -109,7 +109,7 @@ class EpisodicLearner(Algorithm):
             return self.answers(net, params, rows[0], rows[1], rows[2], ways, ctx)
 
         rows = (support_x, support_y, query_x)
-        return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
+        return Prediction(self.map_tasks(task, *rows))
 
     def answering(self, support_rows: int) -> ForwardContext:
         """Return the context of a forward pass over support and query rows at evaluation."""

@@ -50,7 +50,6 @@ class FRN(EpisodicLearner):
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     accepts_any_way: bool = True
     label_equivariant: bool = True
-    replays: ClassVar[bool] = True
 
     def __init__(self, *, scale: float = 1.0, all_pairs: bool = False, **common: Any) -> None:
         super().__init__(**common)

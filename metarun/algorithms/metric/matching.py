@@ -47,7 +47,6 @@ class MatchingNet(EpisodicLearner):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    replays: ClassVar[bool] = True
     accepts_any_way: bool = True
     label_equivariant: bool = True
 

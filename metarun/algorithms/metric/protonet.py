@@ -37,7 +37,6 @@ class ProtoNet(EpisodicLearner):
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     accepts_any_way: bool = True
     label_equivariant: bool = True
-    replays: ClassVar[bool] = True
 
     def __init__(
         self, *, distance: Distance = "squared_euclidean", scale: float = 1.0, **common: Any

@@ -48,7 +48,6 @@ class RelationNet(EpisodicLearner):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
-    replays: ClassVar[bool] = True
     accepts_any_way: bool = True
     label_equivariant: bool = True
 

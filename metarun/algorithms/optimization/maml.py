@@ -8,8 +8,8 @@ Shapes: T tasks, S support rows, Q query rows, D outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,6 @@ class MAML(AdaptingLearner):
         ValueError: A setting is out of range.
     """
 
-    replays: ClassVar[bool] = True
     term_at_evaluation: Callable[[Tensor], SupportTerm] | None = None
     """Function from support inputs (S, *input_shape) to a term of the inner loss at evaluation.
 
@@ -163,7 +162,6 @@ class MAML(AdaptingLearner):
             self.net,
             params,
             rows,
-            key=self.replay_key(first_order),
         )
         self.optimizer.step(grads, progress)
         update_running_statistics(self.net, moments)
@@ -233,10 +231,6 @@ class MAML(AdaptingLearner):
     def limited(self, grads: Params) -> Params:
         """Return gradients as they are passed to the outer optimizer: unchanged."""
         return grads
-
-    def replay_key(self, *values: Hashable) -> Hashable:
-        # The term may depend on anything, such as a generator that is being trained.
-        return None if self.term_at_evaluation is not None else super().replay_key(*values)
 
     def _split(self, params: Params) -> tuple[Params, float | Params]:
         """Split the meta-learned parameters into those of the network and the inner rates."""

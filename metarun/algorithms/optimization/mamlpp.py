@@ -5,10 +5,10 @@ Shapes: T tasks, S support rows, Q query rows, D outputs, K inner steps, C chann
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +68,6 @@ class MAMLpp(AdaptingLearner):
     Raises:
         ValueError: A setting is out of range.
     """
-
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -164,20 +162,19 @@ class MAMLpp(AdaptingLearner):
             self.net,
             {**self.optimizer.targets},
             rows,
-            key=self.replay_key(first_order, *counts),
         )
         self.optimizer.step(grads, progress)
         update_running_statistics(self.net, moments)
         score = task_metric(self.spec, outputs, batch.query_y)
         return {"loss": losses.mean(), self.spec.metric: score.mean()}
 
-    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Tensor:
+    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Tensor:
         """Map a task function over tasks, as `Algorithm` does, with all meta-learned parameters.
 
         These are the parameters of the network and the inner rates.
         """
         params: Params = {**self.optimizer.targets}
-        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows, key=key)
+        outputs: Tensor = self.resolved_engine().map(task, self.net, params, rows)
         return outputs
 
     def path(self, net: nn.Module, theta: Params, x: Tensor, y: Tensor, steps: int) -> list[Params]:

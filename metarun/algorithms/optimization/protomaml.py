@@ -54,7 +54,6 @@ class ProtoMAML(Algorithm):
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
     accepts_any_way: bool = True
     label_equivariant: bool = True
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ class ProtoMAML(Algorithm):
         task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
         rows = self.training_rows(batch, progress)
         grads, (losses, scores, moments) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
+            task, self.net, own_parameters(self.net), rows
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         update_running_statistics(self.net, moments)

@@ -6,7 +6,7 @@ Shapes: S support rows, Q query rows, W ways, F features including a constant 1,
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ class R2D2(EpisodicLearner):
 
     accepts_any_way: bool = True
     label_equivariant: bool = True
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,

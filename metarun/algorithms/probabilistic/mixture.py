@@ -5,7 +5,7 @@ There is no official code. Shapes: T tasks, S support rows, Q query rows, D outp
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,6 @@ class Mixture(Algorithm):
     Raises:
         ValueError: A number or a word is out of range.
     """
-
-    replays: ClassVar[bool] = True
 
     net: nn.ModuleList
     counts: Tensor
@@ -219,7 +217,7 @@ class Mixture(Algorithm):
             *self._beliefs(batch.num_tasks, heat, opening=True),
         )
         grads, (losses, outputs, shares, moments) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
+            task, self.net, own_parameters(self.net), rows
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         for number, seen in enumerate(moments):
@@ -252,7 +250,6 @@ class Mixture(Algorithm):
             self.net,
             own_parameters(self.net),
             (support_x, support_y, query_x, *beliefs),
-            key=self.replay_key(steps),
         )
         return Prediction(outputs, embedding=shares, responsibilities=shares)
 
@@ -263,7 +260,7 @@ class Mixture(Algorithm):
 
         beliefs = self._beliefs(len(query_x), self.temperature, opening=False)
         rows = (support_x, support_y, query_x, *beliefs)
-        return self.map_tasks(task, *rows, key=self.replay_key(steps)).movedim(1, 0)
+        return self.map_tasks(task, *rows).movedim(1, 0)
 
     def _along(
         self,

@@ -75,7 +75,6 @@ class NeuralProcess(Algorithm):
     """
 
     kinds: ClassVar[tuple[str, ...]] = ("regression",)
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -159,7 +158,6 @@ class NeuralProcess(Algorithm):
             self.net,
             own_parameters(self.net),
             (targets_x, targets_y, noise),
-            key=self.replay_key(size),
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
