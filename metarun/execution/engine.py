@@ -334,12 +334,12 @@ class _Holder(nn.Module):
         return work()
 
 
-def _codes(function: TaskFunction) -> Hashable:
+def _codes(function: Any) -> Hashable:
     """Return the code of a function, or of both of its stages."""
     if isinstance(function, TwoStageTask):
         return _codes(function.adapt), _codes(function.predict)
-    function = getattr(function, "__func__", function)
-    return getattr(function, "__code__", type(function))
+    code: Hashable = getattr(getattr(function, "__func__", function), "__code__", type(function))
+    return code
 
 
 def _call(

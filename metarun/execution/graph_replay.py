@@ -274,7 +274,7 @@ def _without_values(function: Function) -> Function:
     """
 
     def run(*tensors: Sequence[Tensor]) -> Any:
-        with _NoNumbers(), _NoArrays():
+        with _NoNumbers(), _NoArrays():  # type: ignore[no-untyped-call]
             return function(*tensors)
 
     return run

@@ -465,7 +465,7 @@ def _attributes(*names: str) -> Views:
     return lambda value: [(get, value)]
 
 
-def _entries(values: dict[str, Any], names: Iterable[str], missing: Iterable[str]) -> list[View]:
+def _entries(values: Any, names: Iterable[str], missing: Iterable[str]) -> list[View]:
     """Return the views of some entries of a dictionary, and of some that it does not have."""
     names, missing = sorted(names), sorted(missing)
     found: list[View] = [(itemgetter(*names, names[-1]), values)] if names else []
