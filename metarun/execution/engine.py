@@ -338,8 +338,8 @@ def _codes(function: Any) -> Hashable:
     """Return the code of a function, or of both of its stages."""
     if isinstance(function, TwoStageTask):
         return _codes(function.adapt), _codes(function.predict)
-    code: Hashable = getattr(getattr(function, "__func__", function), "__code__", type(function))
-    return code
+    function = getattr(function, "__func__", function)
+    return function.__code__ if hasattr(function, "__code__") else type(function)
 
 
 def _call(
