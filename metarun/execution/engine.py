@@ -334,7 +334,7 @@ class _Holder(nn.Module):
         return work()
 
 
-def _codes(function: Any) -> Hashable:
+def _codes(function: Any) -> Any:
     """Return the code of a function, or of both of its stages."""
     if isinstance(function, TwoStageTask):
         return _codes(function.adapt), _codes(function.predict)
