@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,11 +53,6 @@ class Algorithm(nn.Module, ABC):
 
     capabilities: Capabilities = Capabilities()
     """What the algorithm can do; a subclass states what differs."""
-    replays: ClassVar[bool] = False
-    """Whether task functions execute the same operators in every call with the same `replay_key`.
-
-    Each class declares this itself, and subclasses do not inherit it: they may compute something
-    else."""
 
     net: nn.Module
     optimizer: OuterOptimizer
@@ -278,17 +273,8 @@ class Algorithm(nn.Module, ABC):
             self.noise(progress, batch.num_tasks),
         )
 
-    def replay_key(self, *values: Hashable) -> Hashable:
-        """Return the engine's `key` for a task function; None if the class does not replay.
-
-        Args:
-            values: Everything that the function reads in addition to its arguments and that may
-                differ between calls: numbers of steps, whether inner gradients are constants.
-        """
-        return values if vars(type(self)).get("replays", False) else None
-
     def outer_step(
-        self, task: TaskFunction, rows: tuple[Tensor, ...], progress: Progress, key: Hashable = None
+        self, task: TaskFunction, rows: tuple[Tensor, ...], progress: Progress
     ) -> Metrics:
         """Perform one meta-update by the gradient of a loss of single tasks; return its metrics.
 
@@ -298,44 +284,40 @@ class Algorithm(nn.Module, ABC):
                 metric, and the moments are those of `ForwardContext.moments`.
             rows: Tensors with a leading dimension of T.
             progress: Number of updates done, and of all updates.
-            key: Replay key, as in `Engine.gradients`.
 
         Raises:
             NonFiniteError: A gradient is not finite; no state has changed.
         """
-        grads, (losses, scores, moments) = self.outer_gradients(task, rows, key)
+        grads, (losses, scores, moments) = self.outer_gradients(task, rows)
         self.optimizer.step(grads, progress, self.limited)
         update_running_statistics(self.net, moments)
         return {"loss": losses.mean(), self.spec.metric: scores.mean()}
 
     def outer_gradients(
-        self, task: TaskFunction, rows: tuple[Tensor, ...], key: Hashable = None
+        self, task: TaskFunction, rows: tuple[Tensor, ...]
     ) -> tuple[dict[str, Tensor], Any]:
         """Return the gradient of the mean loss by name, and the extras stacked over tasks.
 
         The arguments are those of `outer_step`.
         """
         params: dict[str, Tensor] = {**self.optimizer.targets}
-        return self.resolved_engine().gradients(task, self.net, params, rows, key=key)
+        return self.resolved_engine().gradients(task, self.net, params, rows)
 
     def limited(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the outer gradients after clipping of the algorithm's own; none here."""
         return grads
 
-    def map_tasks(self, task: TaskFunction, *rows: Tensor, key: Hashable = None) -> Any:
+    def map_tasks(self, task: TaskFunction, *rows: Tensor) -> Any:
         """Return `task(net, params, *rows of one task)`, stacked over tasks, without a graph.
 
         Args:
             task: Function of one task, as in `Engine.map`.
             rows: Tensors with a leading dimension of T.
-            key: Replay key, as in `Engine.map`.
         """
         params = own_parameters(self.net)
-        return self.resolved_engine().map(task, self.net, params, rows, key=key)
+        return self.resolved_engine().map(task, self.net, params, rows)
 
-    def map_adapted(
-        self, task: TaskFunction, adapted: Adapted, *rows: Tensor, key: Hashable = None
-    ) -> Any:
+    def map_adapted(self, task: TaskFunction, adapted: Adapted, *rows: Tensor) -> Any:
         """Return `task(net, params, adapted, *rows)` of one task, stacked over tasks.
 
         The result has no graph.
@@ -344,7 +326,6 @@ class Algorithm(nn.Module, ABC):
             task: Function of one task; `adapted` has no leading dimension there.
             adapted: Result of `adapt` for T tasks.
             rows: Tensors with a leading dimension of T.
-            key: Replay key, as in `Engine.map`.
         """
         names = tuple(adapted)
 
@@ -352,9 +333,8 @@ class Algorithm(nn.Module, ABC):
             own = dict(zip(names, values[len(rows) :], strict=True))
             return task(net, params, own, *values[: len(rows)])
 
-        key = None if key is None else (key, task.__code__, names)
         every = (*rows, *adapted.values())
-        return self.resolved_engine().map(one, self.net, own_parameters(self.net), every, key=key)
+        return self.resolved_engine().map(one, self.net, own_parameters(self.net), every)
 
     def support_pass(
         self, net: nn.Module, run: Callable[[ForwardContext], Tensor]

@@ -17,9 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import yaml
-
-from metarun.config.catalogue import conf_dir
 from metarun.config.checks import check_config, convert
 from metarun.config.schema import Config, Settings
 from metarun.config.suggestions import nearest, unknown_key
@@ -240,7 +237,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
 
     injected = {
         "spec": source.spec,
-        "backbone": _backbone(settings),
+        "backbone": _backbone(settings.backbone),
         "optim": _component("optim", settings.optim),
         "engine": Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
@@ -266,31 +263,13 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     return algorithm
 
 
-def _backbone(settings: Settings) -> Callable[..., Any]:
+def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the factory of the networks, from one of our classes or from any `nn.Module`."""
     from metarun.backbones.adapter import AnyBackbone
 
-    node = settings.backbone
-    known = option_hints("backbone", node)
-    # A recipe is made for the default backbone of its data set, and another may be chosen.
-    foreign = _set_by_recipe(settings.names["algo"], settings.names["data"]) - known.keys()
-    for key in sorted(foreign & node.keys()):
-        name = settings.names["backbone"]
-        _warn_once(f"the recipe's backbone.{key} is left out: backbone={name} has no such key")
-    make = _component("backbone", {k: v for k, v in node.items() if k not in foreign})
+    make = _component("backbone", node)
     ours = make.func.__module__.partition(".")[0] == __package__.partition(".")[0]
-    without = convert("backbone._without_", node.get("_without_"), str | None)
-    if ours and without is None:
-        return make
-    return AnyBackbone(node["_target_"], make, without)
-
-
-@functools.cache
-def _set_by_recipe(algo: str, data: str) -> frozenset[str]:
-    """Return the keys of the backbone in the shipped recipe of a pair, if there is one."""
-    path = conf_dir() / f"recipe/{algo}-{data}.yaml"
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return frozenset(recipe.get("backbone", {}))
+    return make if ours else AnyBackbone(node["_target_"], make)
 
 
 @functools.cache

@@ -141,8 +141,6 @@ class Engine:
         net: nn.Module,
         params: Params,
         rows: Tensors,
-        *,
-        key: Hashable = None,  # noqa: ARG002
     ) -> tuple[Params, Any]:
         """Compute the gradient of the mean loss over T tasks.
 
@@ -152,8 +150,6 @@ class Engine:
             net: Network passed to `function`, which calls it with `torch.func.functional_call`.
             params: Parameters by name with respect to which the loss is differentiated.
             rows: Tensors with a leading dimension T.
-            key: Values on which `function` depends in addition to its arguments. Calls with the
-                same key may replay the operators of an earlier call. None disables replays.
 
         Returns:
             The gradients by name, and the extras stacked over tasks (leading dimension T),
@@ -194,13 +190,11 @@ class Engine:
         net: nn.Module,
         params: Params,
         rows: Tensors,
-        *,
-        key: Hashable = None,  # noqa: ARG002
     ) -> Any:
         """Return `function(net, params, *rows of one task)` stacked over tasks, without a graph.
 
         Args:
-            function, net, params, rows, key: See `gradients`.
+            function, net, params, rows: See `gradients`.
         """
         names = list(params)
 
@@ -280,10 +274,9 @@ class Engine:
         by_size = {}
         # Chunks have the same size, except for the last one.
         for chunk in {chunks[i][0].shape[0]: chunks[i] for i in (-1, 0)}.values():
-            by_size[chunk[0].shape[0]] = (
-                chunk,
-                self.graphs.find(self.graph, site, function, net, whole, (leaves, buffers, chunk)),
-            )
+            args = leaves, buffers, chunk
+            found = self.graphs.find(self.graph, site, function, net, whole, args)
+            by_size[chunk[0].shape[0]] = chunk, found
 
         def of(chunk: Tensors) -> Callable[[Tensors], Any] | None:
             tried, found = by_size[chunk[0].shape[0]]
@@ -344,12 +337,12 @@ class _Holder(nn.Module):
         return work()
 
 
-def _codes(function: TaskFunction) -> Hashable:
+def _codes(function: Any) -> Any:
     """Return the code of a function, or of both of its stages."""
     if isinstance(function, TwoStageTask):
         return _codes(function.adapt), _codes(function.predict)
     function = getattr(function, "__func__", function)
-    return getattr(function, "__code__", type(function))
+    return function.__code__ if hasattr(function, "__code__") else type(function)
 
 
 def _call(

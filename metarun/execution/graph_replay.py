@@ -148,7 +148,7 @@ class _Site:
         if self._calls < self._watched_at:
             return None
         if self._executed is None:
-            result, self._executed = watched(lambda: function(*args))
+            result, self._executed = watched(function, args)
             self._refuse(self._executed.refused)
             return Computed(result)
         if self._refused:
@@ -164,7 +164,7 @@ class _Site:
         except UnguardedError as error:
             self._refuse(str(error))
             return None
-        result, now = watched(lambda: function(*args))
+        result, now = watched(function, args)
         if not self._executed.covers(now):
             # Other code may read other values, which are to be found first.
             self._executed.join(now)
@@ -274,7 +274,7 @@ def _without_values(function: Function) -> Function:
     """
 
     def run(*tensors: Sequence[Tensor]) -> Any:
-        with _NoNumbers(), _NoArrays():
+        with _NoNumbers(), _NoArrays():  # type: ignore[no-untyped-call]
             return function(*tensors)
 
     return run

@@ -139,13 +139,13 @@ class Executed:
         self.refused = self.refused or reason
 
 
-def watched(function: Callable[[], Any]) -> tuple[Any, Executed]:
+def watched(function: Callable[..., Any], args: Iterable[Any]) -> tuple[Any, Executed]:
     """Return the result of a function and the code that it executed in this thread."""
     executed = Executed()
     before = sys.getprofile()
     sys.setprofile(executed.note)
     try:
-        return function(), executed
+        return function(*args), executed
     finally:
         sys.setprofile(before)
 
@@ -316,7 +316,7 @@ class _Search:
             scopes.setdefault(id(scope), (scope, set()))[1].update(_names(code)[0])
         for scope, names in scopes.values():
             # The names of builtins are those that a later global would replace.
-            self._keep(_entries(scope, names & scope.keys(), names - scope.keys()))
+            self._keep(_entries(names & scope.keys(), names - scope.keys())(scope))
         return self._visit(function, kept=False)
 
     def _visit(self, value: Any, *, kept: bool) -> _Node:
@@ -400,22 +400,18 @@ class _Search:
         names = ["__code__", "__globals__"]
         if not _is_library(function.__module__) and id(function.__code__) not in self._codes:
             return _attributes(*names)
-        own = sorted(self._names & vars(function).keys())
-        names += ["__defaults__", "__kwdefaults__"]
-        if not function.__closure__ and not own:
+        names += ["__defaults__", "__kwdefaults__", *sorted(self._names & vars(function).keys())]
+        if not function.__closure__:
             return _attributes(*names)
-
-        def views(other: FunctionType) -> list[View]:
-            return [(attrgetter(*names, *own), other), (_contents, other)]
-
-        return views
+        get = attrgetter(*names)
+        return lambda other: [(get, other), (_contents, other)]
 
     def _module(self, module: ModuleType) -> Views | None:
         top = module.__name__.partition(".")[0]
         if top in _PURE_MODULES or top == "builtins":
             return None
-        names = self._names & vars(module).keys()
-        return lambda other: _entries(vars(other), names, ())
+        entries = _entries(self._names & vars(module).keys(), ())
+        return lambda other: entries(vars(other))
 
     def _class(self, kind: type) -> Views | None:
         if _is_library(kind.__module__) or issubclass(kind, enum.Enum):
@@ -424,12 +420,10 @@ class _Search:
         odd = [name for name in names if not _is_simple(_static(kind, name))]
         simple = [name for name in names if name not in odd]
 
-        def views(other: type) -> list[View]:
-            found: list[View] = [(attrgetter(*simple, simple[-1]), other)] if simple else []
-            found += [(_entries_of, (owner, tuple(odd))) for owner in other.__mro__ if odd]
-            return found
-
-        return views
+        found: list[View] = [(attrgetter(*simple, simple[-1]), kind)] if simple else []
+        found += [(_entries_of, (owner, tuple(odd))) for owner in kind.__mro__ if odd]
+        # Another class is never the same.
+        return lambda _: found
 
     def _object(self, value: Any) -> Views:
         kind = type(value)
@@ -448,14 +442,15 @@ class _Search:
             names = own - _MODULE_INTERNALS
         if isinstance(value, nn.Module):
             names = names | _MODULE_STATE
-        shadows = (self._names & on_class) - own - set(slots)
-        content = [_VIEWS[base] for base in kind.__mro__ if base in _ITERABLES]
+        entries = _entries(names, (self._names & on_class) - own - set(slots))
+        content = next((_VIEWS[base] for base in kind.__mro__ if base in _ITERABLES), None)
+        get = attrgetter(*slots, slots[-1]) if slots else None
 
         def views(other: Any) -> list[View]:
-            found = [view for of_base in content[:1] for view in of_base(other)]
-            if slots:
-                found.append((attrgetter(*slots, slots[-1]), other))
-            return [*found, *(_entries(vars(other), names, shadows) if has_dict else ())]
+            found = content(other) if content else []
+            if get:
+                found.append((get, other))
+            return [*found, *entries(vars(other))] if has_dict else found
 
         return views
 
@@ -465,13 +460,18 @@ def _attributes(*names: str) -> Views:
     return lambda value: [(get, value)]
 
 
-def _entries(values: dict[str, Any], names: Iterable[str], missing: Iterable[str]) -> list[View]:
+def _entries(names: Iterable[str], missing: Iterable[str]) -> Views:
     """Return the views of some entries of a dictionary, and of some that it does not have."""
     names, missing = sorted(names), sorted(missing)
-    found: list[View] = [(itemgetter(*names, names[-1]), values)] if names else []
-    if missing:
-        found.append((partial(map, values.get, missing), repeat(_MISSING)))
-    return found
+    get = itemgetter(*names, names[-1]) if names else None
+
+    def views(values: dict[str, Any]) -> list[View]:
+        found: list[View] = [(get, values)] if get else []
+        if missing:
+            found.append((partial(map, values.get, missing), repeat(_MISSING)))
+        return found
+
+    return views
 
 
 def _entries_of(owner_and_names: tuple[type, tuple[str, ...]]) -> list[Any]:

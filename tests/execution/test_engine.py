@@ -69,11 +69,11 @@ def test_stages_have_the_gradients_and_values_of_the_whole(
     calls, batch = Calls(), rows(4, many)
     gradient, weight = by_hand(*batch)
     engine, net = Engine(kind, threads=2, graph=graph), nn.Identity()
-    for _ in range(2):
-        found, extras = engine.gradients(calls.function, net, PARAMS, batch, key="key")
+    for _ in range(3):
+        found, extras = engine.gradients(calls.function, net, PARAMS, batch)
         torch.testing.assert_close(found["scale"], gradient)
         torch.testing.assert_close(extras["weight"], weight)
-        _, values = engine.map(calls.function, net, PARAMS, batch, key="key")
+        _, values = engine.map(calls.function, net, PARAMS, batch)
         torch.testing.assert_close(values["weight"], weight)
 
 

@@ -273,7 +273,8 @@ def replays(check: Check, part: Part) -> None:
     for algo, data in check.chosen(DIFFERENT):
         refused.clear()
         expected, found = (
-            outcome(algo, data, check.device, Engine("vmap", graph=graph), *SMALLER[data])
+            # A function is replayed from its third call on.
+            outcome(algo, data, check.device, Engine("vmap", graph=graph), *SMALLER[data], calls=4)
             for graph in ("none", "replay")
         )
         gaps = differences(found, expected)
@@ -283,9 +284,9 @@ def replays(check: Check, part: Part) -> None:
 
 
 def outcome(
-    algo: str, data: str, device: torch.device, engine: Engine, *words: str
+    algo: str, data: str, device: torch.device, engine: Engine, *words: str, calls: int = 1
 ) -> dict[str, Tensors]:
-    """What one update adds to the weights, the answers after it, and the losses along a stream."""
+    """What updates add to the weights, the answers after them, and the losses along a stream."""
     torch.manual_seed(0)
     made = build(algo, data, *LEARNING, *FEWER.get(algo, []), *words)
     algorithm, source = made.algorithm.to(device), made.source
@@ -293,11 +294,12 @@ def outcome(
     found: dict[str, Tensors] = {}
     if algorithm.capabilities.meta_trains:
         before = numbers(algorithm)
-        algorithm.update(moved(source.batch("train", 0, 3), device), Progress(0, 100))
+        for _ in range(calls):
+            algorithm.update(moved(source.batch("train", 0, 3), device), Progress(0, 100))
         after = numbers(algorithm)
         found["update"] = {name: after[name] - before[name] for name in before}
     batch = moved(source.batch("test", 0, 4), device)
-    found["answers"] = {"outputs": answers(algorithm, batch)}
+    found["answers"] = {"outputs": [answers(algorithm, batch) for _ in range(calls)][-1]}
     if source.spec.streams is not None:
         rollouts = Rollouts(algorithm, batch, source.spec.streams["test"])  # type: ignore[arg-type]
         while not rollouts.finished:

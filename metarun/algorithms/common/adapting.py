@@ -75,8 +75,7 @@ class AdaptingLearner(Algorithm):
             weights = self.path(net, theta, Support(x, y, ways), steps)[-1]
             return self.with_statistics(net, theta, weights, x)
 
-        key = self.replay_key(steps, ways)
-        adapted: Adapted = self.map_tasks(task, support_x, support_y, key=key)
+        adapted: Adapted = self.map_tasks(task, support_x, support_y)
         return adapted
 
     def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
@@ -85,7 +84,7 @@ class AdaptingLearner(Algorithm):
         def task(net: nn.Module, theta: Params, own: Params, x: Tensor) -> Tensor:
             return self.outputs(net, theta, own, x, ctx)
 
-        return Prediction(self.map_adapted(task, adapted, query_x, key=self.replay_key()))
+        return Prediction(self.map_adapted(task, adapted, query_x))
 
     def with_statistics(
         self, net: nn.Module, theta: Params, weights: Params, support_x: Tensor
@@ -117,5 +116,5 @@ class AdaptingLearner(Algorithm):
 
         rows = (support_x, support_y, query_x)
         task = TwoStageTask(visited, answers, reads=(0, 1))
-        outputs: Tensor = self.map_tasks(task, *rows, key=self.replay_key(steps, ways))
+        outputs: Tensor = self.map_tasks(task, *rows)
         return outputs.movedim(1, 0)

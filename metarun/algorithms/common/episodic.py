@@ -91,7 +91,7 @@ class EpisodicLearner(Algorithm):
             return loss, (loss, task_metric(self.spec, outputs, targets), moments)
 
         rows = self.training_rows(batch, progress)
-        return self.outer_step(task, rows, progress, key=self.replay_key())
+        return self.outer_step(task, rows, progress)
 
     @property
     def keeps_support(self) -> bool:
@@ -108,7 +108,7 @@ class EpisodicLearner(Algorithm):
             return self.answers(net, params, rows[0], rows[1], rows[2], ways, ctx)
 
         rows = (support_x, support_y, query_x)
-        return Prediction(self.map_tasks(task, *rows, key=self.replay_key(ways)))
+        return Prediction(self.map_tasks(task, *rows))
 
     def joint_context(self, support_rows: int) -> ForwardContext:
         """Return the context of one pass over support and query rows at evaluation."""

@@ -86,8 +86,7 @@ class FeatureLearner(EpisodicLearner):
             summary: Params = self._with(net, params, lambda own: own.summarize(support, y, ways))
             return {**summary, **add_prefix("net.", statistics)}
 
-        key = self.replay_key(ways)
-        adapted: Adapted = self.map_tasks(task, support_x, support_y, key=key)
+        adapted: Adapted = self.map_tasks(task, support_x, support_y)
         # Summaries need not have a dimension of classes.
         return {**adapted, "ways": torch.full((len(support_x),), ways)}
 
@@ -103,7 +102,7 @@ class FeatureLearner(EpisodicLearner):
             )
             return logits
 
-        return Prediction(self.map_adapted(task, adapted, query_x, key=self.replay_key(ways)))
+        return Prediction(self.map_adapted(task, adapted, query_x))
 
     def query_features(self, adapted: Adapted, query_x: Tensor) -> Tensor:
         """Return the features (T, Q, *F) of query rows of T tasks, unless `keeps_support`."""

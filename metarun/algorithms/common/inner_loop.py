@@ -149,7 +149,7 @@ class InnerLoopLearner(AdaptingLearner):
         first_order = is_first_order(self.second_order_from, progress)
         task = self.training_task(first_order=first_order)
         rows = self.training_rows(batch, progress)
-        return self.outer_step(task, rows, progress, key=self.replay_key(first_order))
+        return self.outer_step(task, rows, progress)
 
     def training_task(self, *, first_order: bool) -> TaskFunction:
         """Return the function of one training task for `outer_step`."""

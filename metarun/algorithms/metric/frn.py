@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ class FRN(FeatureLearner):
     capabilities = Capabilities(
         kinds=("classification",), accepts_any_way=True, label_equivariant=True
     )
-    replays: ClassVar[bool] = True
     net: _Reconstruction
 
     def __init__(self, *, scale: float = 1.0, all_pairs: bool = False, **common: Any) -> None:

@@ -6,7 +6,7 @@ Shapes: S support rows, Q query rows, N rows, W ways, F features, H hidden units
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,6 @@ class MatchingNet(FeatureLearner):
     capabilities = Capabilities(
         kinds=("classification",), accepts_any_way=True, label_equivariant=True
     )
-    replays: ClassVar[bool] = True
     net: _Embedding
 
     def __init__(

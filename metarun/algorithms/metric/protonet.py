@@ -5,7 +5,7 @@ Shapes: S support rows, Q query rows, W ways, F features.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -35,7 +35,6 @@ class ProtoNet(FeatureLearner):
     capabilities = Capabilities(
         kinds=("classification",), accepts_any_way=True, label_equivariant=True
     )
-    replays: ClassVar[bool] = True
 
     def __init__(
         self, *, distance: Distance = "squared_euclidean", scale: float = 1.0, **common: Any

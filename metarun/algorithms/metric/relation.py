@@ -5,7 +5,7 @@ Shapes: S support rows, Q query rows, W ways, C H W' channels, height and width 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,6 @@ class RelationNet(EpisodicLearner):
     capabilities = Capabilities(
         kinds=("classification",), accepts_any_way=True, label_equivariant=True
     )
-    replays: ClassVar[bool] = True
 
     def __init__(
         self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any
@@ -87,7 +86,7 @@ class RelationNet(EpisodicLearner):
             classes, statistics = self.support_pass(net, run)
             return {"classes": classes, **add_prefix("net.", statistics)}
 
-        adapted: Adapted = self.map_tasks(task, support_x, support_y, key=self.replay_key(ways))
+        adapted: Adapted = self.map_tasks(task, support_x, support_y)
         return adapted
 
     def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
@@ -100,7 +99,7 @@ class RelationNet(EpisodicLearner):
             outputs: Tensor = with_tensors(net, params | strip_prefix("net.", own), scores)
             return outputs
 
-        return Prediction(self.map_adapted(task, adapted, query_x, key=self.replay_key()))
+        return Prediction(self.map_adapted(task, adapted, query_x))
 
     def answers(
         self,

@@ -5,7 +5,6 @@ Shapes: T tasks, S support rows, Q query rows, D outputs, E context parameters.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -92,13 +91,11 @@ class CAVIA(InnerLoopLearner):
         """Predict as `Algorithm` does; the adapted context is the embedding of a task."""
         return replace(super().answer(adapted, query_x), embedding=adapted["context"])
 
-    def outer_gradients(
-        self, task: TaskFunction, rows: tuple[Tensor, ...], key: Hashable = None
-    ) -> tuple[Params, Any]:
+    def outer_gradients(self, task: TaskFunction, rows: tuple[Tensor, ...]) -> tuple[Params, Any]:
         """Return the outer gradients, each task's clamped before the mean, and the extras."""
         clip = self.task_clip
         if clip is None:
-            return super().outer_gradients(task, rows, key)
+            return super().outer_gradients(task, rows)
 
         def gradient(net: nn.Module, params: Params, *row: Tensor) -> Any:
             return torch.func.grad(lambda theta: task(net, theta, *row), has_aux=True)(params)

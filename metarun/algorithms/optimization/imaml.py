@@ -6,7 +6,7 @@ Shapes: T tasks, S support rows, Q query rows, P parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -133,12 +133,7 @@ class IMAML(InnerLoopLearner):
 
         return task
 
-    def outer_gradients(
-        self,
-        task: TaskFunction,
-        rows: tuple[Tensor, ...],
-        key: Hashable = None,  # noqa: ARG002
-    ) -> tuple[Params, Any]:
+    def outer_gradients(self, task: TaskFunction, rows: tuple[Tensor, ...]) -> tuple[Params, Any]:
         params: Params = {**self.optimizer.targets}
         grads, extras = self.resolved_engine().map(task, self.net, params, rows)
         return {name: grad.mean(0) for name, grad in grads.items()}, extras

@@ -8,8 +8,8 @@ Shapes: T tasks, S support rows, Q query rows, D outputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,6 @@ class MAML(InnerLoopLearner):
         ValueError: A setting is out of range.
     """
 
-    replays: ClassVar[bool] = True
     term_at_evaluation: Callable[[Tensor], SupportTerm] | None = None
     """Function from support inputs (S, *input_shape) to a term of the inner loss at evaluation.
 
@@ -203,10 +202,6 @@ class MAML(InnerLoopLearner):
             net, params, support, ctx, steps=self.inner_steps, first_order=first_order, loss=loss
         )
         return lambda x, ctx: self.outputs(net, theta, weights, x, ctx)
-
-    def replay_key(self, *values: Hashable) -> Hashable:
-        # The term may depend on anything, such as a generator that is being trained.
-        return None if self.term_at_evaluation is not None else super().replay_key(*values)
 
 
 def _range(inner_lr: float | Sequence[float]) -> tuple[float, float]:

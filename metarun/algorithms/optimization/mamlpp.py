@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +67,6 @@ class MAMLpp(AdaptingLearner):
     Raises:
         ValueError: A setting is out of range.
     """
-
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -159,7 +157,7 @@ class MAMLpp(AdaptingLearner):
         weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
         rows = (*self.training_rows(batch, progress), weights)
         task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
-        return self.outer_step(task, rows, progress, key=self.replay_key(first_order, *counts))
+        return self.outer_step(task, rows, progress)
 
     def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
         """Return the tensors that the network reads before and after each inner step."""

@@ -6,7 +6,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, F features.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,6 @@ class ProtoMAML(InnerLoopLearner):
     capabilities = Capabilities(
         kinds=("classification",), accepts_any_way=True, label_equivariant=True
     )
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,

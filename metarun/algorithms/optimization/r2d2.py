@@ -6,7 +6,7 @@ Shapes: S support rows, Q query rows, W ways, F features including a constant 1,
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,6 @@ class R2D2(FeatureLearner):
     """
 
     capabilities = Capabilities(accepts_any_way=True, label_equivariant=True)
-    replays: ClassVar[bool] = True
     net: _Ridge
 
     def __init__(

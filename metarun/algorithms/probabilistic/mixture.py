@@ -5,7 +5,7 @@ There is no official code. Shapes: T tasks, S support rows, Q query rows, D outp
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +84,6 @@ class Mixture(Algorithm):
     Raises:
         ValueError: A number or a word is out of range.
     """
-
-    replays: ClassVar[bool] = True
 
     net: nn.ModuleList
     counts: Tensor
@@ -216,7 +214,7 @@ class Mixture(Algorithm):
             *self._beliefs(batch.num_tasks, heat, opening=True),
         )
         grads, (losses, outputs, shares, moments) = self.resolved_engine().gradients(
-            task, self.net, own_parameters(self.net), rows, key=self.replay_key(first_order)
+            task, self.net, own_parameters(self.net), rows
         )
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         for number, seen in enumerate(moments):
@@ -244,12 +242,12 @@ class Mixture(Algorithm):
             return self._along(nets, params, *rows, steps=steps, every=False)[-1]
 
         rows = (support_x, support_y, *self._beliefs_at_evaluation(len(support_x)))
-        adapted: Adapted = self.map_tasks(task, *rows, key=self.replay_key(steps))
+        adapted: Adapted = self.map_tasks(task, *rows)
         return adapted
 
     def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
         """Predict as in `Algorithm`; the responsibilities are also the embedding of the task."""
-        outputs = self.map_adapted(self._outputs, adapted, query_x, key=self.replay_key())
+        outputs = self.map_adapted(self._outputs, adapted, query_x)
         shares = adapted["responsibilities"]
         return Prediction(outputs, embedding=shares, responsibilities=shares)
 
@@ -259,7 +257,7 @@ class Mixture(Algorithm):
             return torch.stack([self._outputs(nets, params, own, rows[0]) for own in visited])
 
         rows = (query_x, support_x, support_y, *self._beliefs_at_evaluation(len(query_x)))
-        outputs: Tensor = self.map_tasks(task, *rows, key=self.replay_key(steps))
+        outputs: Tensor = self.map_tasks(task, *rows)
         return outputs.movedim(1, 0)
 
     def _beliefs_at_evaluation(self, num_tasks: int) -> tuple[Tensor, Tensor]:

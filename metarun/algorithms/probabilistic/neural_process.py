@@ -9,7 +9,7 @@ the latent variable.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,6 @@ class NeuralProcess(Algorithm):
     """
 
     capabilities = Capabilities(kinds=("regression",))
-    replays: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -154,7 +153,7 @@ class NeuralProcess(Algorithm):
             return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]), {})
 
         rows = (targets_x, targets_y, noise)
-        return self.outer_step(task, rows, progress, key=self.replay_key(size))
+        return self.outer_step(task, rows, progress)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         def task(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Params:
