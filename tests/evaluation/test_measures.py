@@ -18,7 +18,7 @@ from metarun.core.results import completed, measures_of
 from metarun.core.statistics import interval, pseudo_values, t_quantile
 from metarun.core.types import Prediction, TaskBatch, TaskSpec
 from metarun.evaluation.calibration import best_temperature
-from metarun.evaluation.measures import BINS, Answers, Joined, ece, nll
+from metarun.evaluation.measures import Answers, Joined, ece, nll
 from metarun.runs.folder import RunFolder
 from metarun.runs.openings import openings
 from metarun.trackers.base import final
@@ -50,7 +50,7 @@ def naive_ece(logits: Tensor, labels: Tensor) -> float:
     for row, label in zip(logits.flatten(0, 1).tolist(), labels.flatten().tolist(), strict=True):
         shares = [math.exp(value) / sum(map(math.exp, row)) for value in row]
         sure = max(shares)
-        place = next(b for b in range(1, BINS + 1) if sure <= b / BINS)
+        place = next(b for b in range(1, 16) if sure <= b / 15)
         bins.setdefault(place, []).append((sure, shares.index(sure) == label))
     total = sum(map(len, bins.values()))
     gaps = [
