@@ -40,7 +40,7 @@ _LIBRARIES = {"torch", *sys.stdlib_module_names}
 """Packages whose code is not watched."""
 _PURE_MODULES = {
     *("_abc", "_collections", "_collections_abc", "_functools", "_operator", "abc", "cmath"),
-    *("collections", "contextlib", "dataclasses", "enum", "functools", "itertools", "math"),
+    *("collections", "contextlib", "copy", "dataclasses", "enum", "functools", "itertools", "math"),
     *("numbers", "operator", "torch", "types", "typing"),
 }
 """Modules whose functions depend on their arguments alone, with the exceptions below."""

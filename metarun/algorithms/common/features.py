@@ -155,4 +155,4 @@ class FeatureLearner(EpisodicLearner):
 
 
 def _has_features(net: nn.Module) -> bool:
-    return isinstance(getattr(net, "features", None), nn.Module)
+    return any(name == "features" for name, _ in net.named_children())
