@@ -22,7 +22,7 @@ from metarun.algorithms.functional import Params
 from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.algorithms.optimization.maml import MAML
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 from metarun.execution import graph_replay
 from metarun.execution.engine import Engine
 from metarun.execution.graph_replay import _MOST_TRACES
@@ -402,7 +402,10 @@ class Stranger(Algorithm):
         self.optimizer.step({f"net.{name}": grad for name, grad in grads.items()}, progress)
         return {"loss": found.mean()}
 
-    def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
+    def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
+        raise NotImplementedError
+
+    def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
         raise NotImplementedError
 
 
