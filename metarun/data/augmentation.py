@@ -18,8 +18,6 @@ from torch.nn import functional
 
 from metarun.core import seeding
 
-Padding = Literal["zeros", "reflection"]
-
 _SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
 _CONTROL_POINTS = 5
 _LUMA = (0.299, 0.587, 0.114)
@@ -49,7 +47,7 @@ class Augmentation:
     elastic: float = 0.0
     flip: bool = False
     color: float = 0.0
-    padding: Padding = "zeros"
+    padding: Literal["zeros", "reflection"] = "zeros"
 
     def __post_init__(self) -> None:
         _check("affine_degrees", self.affine_degrees, 180.0)

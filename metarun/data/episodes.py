@@ -24,7 +24,7 @@ from torch import Tensor
 
 from metarun.core import seeding
 from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
-from metarun.data.augmentation import Augmentation, Padding
+from metarun.data.augmentation import Augmentation
 from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import picture
 
@@ -120,8 +120,7 @@ class ClassEpisodes:
         drawers: `any` draws the images of each class by themselves. `apart` draws one person for
             each shot and each query, the same for all classes of a task; no person draws both
             support and query. Image k of every class of a group has to be by the same person.
-        affine_degrees, affine_translate, affine_scale, affine_shear, elastic, flip, color, padding:
-            Augmentation of training images, see `Augmentation`.
+        augmentation: Augmentation of training images.
         mean, std: Mean and standard deviation of each channel, in [0, 1] units; None leaves
             pixels in [0, 1].
         prepare: Function that converts one PIL image to (C, H, W) uint8, as for the tables.
@@ -137,24 +136,17 @@ class ClassEpisodes:
         name: str,
         tables: Mapping[Split, ClassTable],
         sizes: Mapping[Split, EpisodeSize],
-        val_way: int | None = None,
+        val_way: int | None,
         seed: int,
         eval_seed: int,
         device: torch.device,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype,
         rotations: Rotations = "none",
         rotations_eval: EvalRotations = "none",
         rotations_val: EvalRotations | None = None,
         episodes: Episodes = "any",
         drawers: Drawers = "any",
-        affine_degrees: float = 0.0,
-        affine_translate: float = 0.0,
-        affine_scale: float = 0.0,
-        affine_shear: float = 0.0,
-        elastic: float = 0.0,
-        flip: bool = False,
-        color: float = 0.0,
-        padding: Padding = "zeros",
+        augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         prepare: Callable[[Image.Image], Pixels],
@@ -186,16 +178,7 @@ class ClassEpisodes:
         self._episodes = episodes
         self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
-        self._augmentation = Augmentation(
-            affine_degrees=affine_degrees,
-            affine_translate=affine_translate,
-            affine_scale=affine_scale,
-            affine_shear=affine_shear,
-            elastic=elastic,
-            flip=flip,
-            color=color,
-            padding=padding,
-        )
+        self._augmentation = augmentation or Augmentation()
         self._prepare_one = prepare
         self._can_drop = can_drop
         self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}

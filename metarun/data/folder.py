@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from metarun.core import seeding
 from metarun.core.types import SPLITS, EpisodeSize, Split
+from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels
@@ -64,7 +64,8 @@ class Folder(ClassEpisodes):
             keeps all classes.
         val_fraction, test_fraction: Share of the classes for val and for test, if there are no
             split folders.
-        sizes, **common: Arguments of `ClassEpisodes`.
+        flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
+            `Augmentation`.
     """
 
     def __init__(
@@ -76,8 +77,18 @@ class Folder(ClassEpisodes):
         min_per_class: int | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.2,
+        flip: bool = False,
+        color: float = 0.0,
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
         sizes: Mapping[Split, EpisodeSize],
-        **common: Any,
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
     ) -> None:
         if not 8 <= image_size <= 512:
             raise ValueError(f"data.image_size={image_size} is out of range: 8 to 512 is allowed")
@@ -114,12 +125,24 @@ class Folder(ClassEpisodes):
                 for split in SPLITS
             },
             sizes=sizes,
-            padding="reflection",
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+                flip=flip,
+                color=color,
+                padding="reflection",
+            ),
             mean=pictures.mean,
             std=pictures.std,
             prepare=lambda image: photograph(image, image_size, crop=True, grayscale=grayscale),
             can_drop=True,
-            **common,
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from metarun.core.types import SPLITS, Split
+from metarun.core.types import SPLITS, EpisodeSize, Split
+from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
@@ -23,7 +24,8 @@ class MiniImageNet(ClassEpisodes):
     Args:
         root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
         normalize: Whether to normalize each channel with ImageNet's mean and standard deviation.
-        **common: Arguments of `ClassEpisodes`.
+        flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
+            `Augmentation`.
     """
 
     def __init__(
@@ -31,7 +33,18 @@ class MiniImageNet(ClassEpisodes):
         *,
         root: str | None = None,
         normalize: bool = True,
-        **common: Any,
+        flip: bool = False,
+        color: float = 0.0,
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
     ) -> None:
         absent = registry.missing("miniimagenet", root)
         store = open_store(registry.resolve_root(root) / "miniimagenet")
@@ -40,11 +53,24 @@ class MiniImageNet(ClassEpisodes):
         super().__init__(
             name="miniimagenet",
             tables={split: _table(store, split) for split in SPLITS},
-            padding="reflection",
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+                flip=flip,
+                color=color,
+                padding="reflection",
+            ),
             mean=MEAN if normalize else None,
             std=STD if normalize else None,
             prepare=lambda image: photograph(image, SIZE, crop=False),
-            **common,
         )
 
 

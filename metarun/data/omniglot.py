@@ -7,15 +7,23 @@ Ink is 1 and paper is 0, as in the papers.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 
-from metarun.core.types import Split
-from metarun.data.episodes import ClassEpisodes, ClassTable, EvalRotations, Rotations
+from metarun.core.types import EpisodeSize, Split
+from metarun.data.augmentation import Augmentation
+from metarun.data.episodes import (
+    ClassEpisodes,
+    ClassTable,
+    Drawers,
+    Episodes,
+    EvalRotations,
+    Rotations,
+)
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels, open_store
 from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
@@ -47,7 +55,8 @@ class OmniglotSmall(ClassEpisodes):
     Args:
         resize: Method of resizing, see `image_files.drawing`.
         image_size: Side of the images in pixels; the original drawings have 105.
-        **common: Arguments of `ClassEpisodes`.
+        rotations, rotations_eval, rotations_val, episodes, drawers: See `ClassEpisodes`.
+        affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
     def __init__(
@@ -55,14 +64,46 @@ class OmniglotSmall(ClassEpisodes):
         *,
         resize: Resize = "paper",
         image_size: int = DRAWING_SIZE,
-        **common: Any,
+        rotations: Rotations = "none",
+        rotations_eval: EvalRotations = "none",
+        rotations_val: EvalRotations | None = None,
+        episodes: Episodes = "any",
+        drawers: Drawers = "any",
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        elastic: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
     ) -> None:
         _check_size(image_size)
         super().__init__(
             name="omniglot_small",
             tables=small_tables(resize, image_size),
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
+            rotations=rotations,
+            rotations_eval=rotations_eval,
+            rotations_val=rotations_val,
+            episodes=episodes,
+            drawers=drawers,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+                elastic=elastic,
+            ),
             prepare=lambda image: drawing(image, resize, image_size)[None],
-            **common,
         )
 
 
@@ -80,8 +121,8 @@ class Omniglot(ClassEpisodes):
         image_size: Side of the images in pixels; the original drawings have 105.
         rotations: Rotations in training, see `ClassEpisodes`. The protocol of Vinyals and
             ProtoNet has `classes` in every split, that of MAML has `per_task` in every split.
-        rotations_eval: See `ClassEpisodes`.
-        **common: Arguments of `ClassEpisodes`.
+        rotations_eval, episodes, drawers: See `ClassEpisodes`.
+        affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
 
     def __init__(
@@ -93,16 +134,42 @@ class Omniglot(ClassEpisodes):
         image_size: int = DRAWING_SIZE,
         rotations: Rotations = "classes",
         rotations_eval: EvalRotations = "classes",
-        **common: Any,
+        episodes: Episodes = "any",
+        drawers: Drawers = "any",
+        affine_degrees: float = 0.0,
+        affine_translate: float = 0.0,
+        affine_scale: float = 0.0,
+        affine_shear: float = 0.0,
+        elastic: float = 0.0,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
     ) -> None:
         _check_size(image_size)
         super().__init__(
             name="omniglot",
             tables=_full_tables(root, split, resize, image_size),
-            prepare=lambda image: drawing(image, resize, image_size)[None],
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
             rotations=rotations,
             rotations_eval=rotations_eval,
-            **common,
+            episodes=episodes,
+            drawers=drawers,
+            augmentation=Augmentation(
+                affine_degrees=affine_degrees,
+                affine_translate=affine_translate,
+                affine_scale=affine_scale,
+                affine_shear=affine_shear,
+                elastic=elastic,
+            ),
+            prepare=lambda image: drawing(image, resize, image_size)[None],
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, Split, Stream, TaskBatch
+from metarun.core.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
 from metarun.data.augmentation import places_of, warp
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.omniglot import small_tables
@@ -50,7 +51,7 @@ class TransformedStream(ClassEpisodes):
         pool: Number of shared images P of a class, limited to those that are not held out.
         rows: Number of rows that arrive together in one step.
         task_ids_known: Whether the learner is given the task of each row.
-        **common: Arguments of `ClassEpisodes`.
+        sizes, seed, eval_seed, device, dtype, val_way: See `ClassEpisodes`.
 
     Raises:
         ValueError: A number is out of range, an option is unknown, or scikit-learn is missing.
@@ -69,7 +70,12 @@ class TransformedStream(ClassEpisodes):
         pool: int = 50,
         rows: int = 10,
         task_ids_known: bool = True,
-        **common: Any,
+        sizes: Mapping[Split, EpisodeSize],
+        seed: int,
+        eval_seed: int,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        val_way: int | None = None,
     ) -> None:
         for name, value in (("tasks", tasks), ("pool", pool), ("rows", rows)):
             if value < 1:
@@ -84,8 +90,13 @@ class TransformedStream(ClassEpisodes):
         super().__init__(
             name=source,
             tables=tables,
+            sizes=sizes,
+            val_way=val_way,
+            seed=seed,
+            eval_seed=eval_seed,
+            device=device,
+            dtype=dtype,
             prepare=lambda image: photograph(image, side, crop=True, grayscale=True),
-            **common,
         )
         self._tasks = tasks
         self._pools = {split: self._shared(split, pool) for split in SPLITS}

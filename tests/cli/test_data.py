@@ -172,9 +172,8 @@ def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) ->
     node = dict(loaded["data"])
     target = locate("data._target_", node.pop("_target_"))
     # Includes the keywords that `**common` passes on.
-    assert set(keywords(target)) >= INJECTED | set(node)
-    own = set(inspect.signature(target).parameters) - INJECTED - {"common"}
-    assert own <= set(node)
+    assert set(keywords(target)) >= INJECTED
+    assert set(keywords(target)) - INJECTED == set(node)
     for key, parameter in inspect.signature(target).parameters.items():
         if key in INJECTED or parameter.kind is parameter.VAR_KEYWORD:
             continue

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
+from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage.image_files import photograph
 from metarun.data.storage.omniglot_files import NUM_DRAWINGS, PARTS, characters
@@ -70,16 +71,16 @@ def numbered(
 
 
 def augmented(**how: Any) -> ClassEpisodes:
-    augmentation: dict[str, Any] = {
-        "affine_degrees": 20.0,
-        "affine_translate": 0.2,
-        "affine_scale": 0.3,
-        "affine_shear": 10.0,
-        "elastic": 0.05,
-        "flip": True,
-        "color": 0.4,
-    }
-    return numbered(**augmentation, **how)
+    augmentation = Augmentation(
+        affine_degrees=20.0,
+        affine_translate=0.2,
+        affine_scale=0.3,
+        affine_shear=10.0,
+        elastic=0.05,
+        flip=True,
+        color=0.4,
+    )
+    return numbered(augmentation=augmentation, **how)
 
 
 def assert_same(a: TaskBatch, b: TaskBatch) -> None:
