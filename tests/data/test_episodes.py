@@ -194,11 +194,6 @@ def test_mirrored_classes_are_the_mirror_images_of_the_turned_ones() -> None:
             assert identities(upright[0])[0] == class_id
 
 
-def test_a_mirrored_test_class_would_be_another_character() -> None:
-    with pytest.raises(ValueError, match=r"data\.rotations_eval=mirrored is unknown"):
-        numbered(rotations_eval="mirrored")
-
-
 @pytest.mark.parametrize(
     ("options", "classes"),
     [

@@ -24,6 +24,7 @@ from metarun.data.storage.image_files import drawing
 from metarun.data.storage.omniglot_files import FILES, PARTS, Character, characters, import_omniglot
 from metarun.data.streams import OmniglotStream
 from metarun.data.synthetic import Linear, Sinusoid
+from tests.conftest import Command
 from tests.data.sources import injected, omniglot_drawings, png, sizes, write_omniglot_zips
 
 TINY = (
@@ -151,8 +152,13 @@ def test_val_alone_can_have_its_rotations_as_classes() -> None:
     assert (source.num_classes("val"), source.num_classes("test")) == (4 * 17, 89)
     config, turned = small(sizes=sizes(way=5)), small(sizes=sizes(way=5), rotations_val="classes")
     assert torch.equal(config.batch("test", 0, 2).support_x, turned.batch("test", 0, 2).support_x)
-    with pytest.raises(ValueError, match=r"data\.rotations_val=mirrored is unknown"):
-        small(rotations_val="mirrored")
+
+
+@pytest.mark.parametrize("key", ["rotations_eval", "rotations_val"])
+def test_a_mirrored_test_class_would_be_another_character(metarun: Command, key: str) -> None:
+    answer = metarun("algo=nearest", "data=omniglot_small", f"data.{key}=mirrored")
+    assert answer.code == 2
+    assert f"data.{key}=mirrored: expected none, classes or per_task" in answer.err
 
 
 @pytest.mark.parametrize(
