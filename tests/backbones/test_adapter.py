@@ -305,7 +305,6 @@ def batch_statistics(x: Tensor) -> Tensor:
         # Silently wrong second derivatives in torch 2.14.
         (nn.LayerNorm(6), "its results under torch.vmap differ by"),
     ],
-    ids=str,
 )
 def test_a_network_that_vmap_gets_wrong_is_found(layer: Any, reason: str | None) -> None:
     torch.manual_seed(0)
