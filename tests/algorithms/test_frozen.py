@@ -115,8 +115,10 @@ def test_a_frozen_parameter_is_read_anew_by_a_replay() -> None:
     batch = regression_batch(spec, tasks=3)
     learner = make(MAML, spec, frozen_mlp)
     learner.engine = Engine("vmap", graph="replay")
-    moved(learner, batch)
-    assert all(learner.engine.graphs._made.values())
+    # Replays begin with the third call.
+    for _ in range(3):
+        moved(learner, batch)
+    assert learner.engine.graphs.replays
     plain = make(MAML, spec, frozen_mlp)
     for net in (learner.net, plain.net):
         with torch.no_grad():
