@@ -58,6 +58,15 @@ class Algorithm(nn.Module, ABC):
     optimizer: OuterOptimizer
     _place: Tensor
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # Evaluation calls `adapt` and `answer`, so that an override would be left out silently.
+        if "predict" in vars(cls):
+            raise TypeError(
+                f"{cls.__name__} overrides predict: override adapt and answer, of which predict is "
+                "one after the other"
+            )
+
     def __init__(
         self,
         *,

@@ -91,9 +91,14 @@ def test_embeddings_are_collected_over_the_episodes_where_there_are_any() -> Non
     class Mean(MAML):
         """A learner whose embedding of a task is the mean of its support."""
 
-        def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
-            outputs = super().predict(support_x, support_y, query_x).outputs
-            return Prediction(outputs, embedding=torch.cat([support_x, support_y], 2).mean(1))
+        def adapt(self, support_x, support_y):  # type: ignore[no-untyped-def]
+            mean = torch.cat([support_x, support_y], 2).mean(1)
+            return {**super().adapt(support_x, support_y), "mean": mean}
+
+        def answer(self, adapted, query_x):  # type: ignore[no-untyped-def]
+            weights = {name: tensor for name, tensor in adapted.items() if name != "mean"}
+            outputs = super().answer(weights, query_x).outputs
+            return Prediction(outputs, embedding=adapted["mean"])
 
     source = linear_tasks()
     batch = source.batch("test", 0, 7)
@@ -136,14 +141,22 @@ def test_an_evaluation_changes_nothing_and_says_how_far_it_is() -> None:
 
 def test_an_algorithm_that_draws_at_random_is_measured_alike_each_time() -> None:
     class Guesser(MAML):
-        def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
-            answer = super().predict(support_x, support_y, query_x)
-            return type(answer)(answer.outputs + torch.randn_like(answer.outputs))
+        def answer(self, adapted, query_x):  # type: ignore[no-untyped-def]
+            outputs = super().answer(adapted, query_x).outputs
+            return Prediction(outputs + torch.randn_like(outputs))
 
     algorithm = make(Guesser, linear_tasks().spec, linear_backbone)
     first = evaluate(algorithm, linear_tasks(), "test", 4, 2).values
     torch.manual_seed(99)
     np.testing.assert_array_equal(first, evaluate(algorithm, linear_tasks(), "test", 4, 2).values)
+
+
+def test_an_algorithm_that_overrides_predict_is_told_of_the_two_verbs() -> None:
+    with pytest.raises(TypeError, match="Old overrides predict: override adapt and answer"):
+
+        class Old(MAML):
+            def predict(self, support_x, support_y, query_x):  # type: ignore[no-untyped-def]
+                return super().predict(support_x, support_y, query_x)
 
 
 def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:

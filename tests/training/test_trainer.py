@@ -26,7 +26,7 @@ from metarun.core.console import Screen
 from metarun.core.errors import Interrupted, RunError
 from metarun.core.settings import EvalSettings
 from metarun.core.statistics import interval
-from metarun.core.types import Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 from metarun.evaluation.episodes import evaluate
 from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
@@ -149,9 +149,8 @@ def test_however_rare_evaluations_are_there_is_one_at_the_end(tmp_path: Path) ->
 
 def test_without_a_finite_meta_val_the_last_parameters_are_tested(tmp_path: Path) -> None:
     class Mute(NoisyMAML):
-        def predict(self, support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Prediction:
-            answer = super().predict(support_x, support_y, query_x)
-            return Prediction(answer.outputs * math.nan)
+        def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
+            return Prediction(super().answer(adapted, query_x).outputs * math.nan)
 
     algorithm = make_algorithm()
     algorithm.__class__ = Mute
