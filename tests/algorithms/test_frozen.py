@@ -61,7 +61,7 @@ def test_no_algorithm_changes_a_frozen_parameter_in_its_outer_or_inner_loop(
         pytest.skip("it builds its networks by other means, or has none")
     before = {name: param.detach().clone() for name, param in algorithm.named_parameters()}
     seen = Seen(monkeypatch, next(iter(frozen)))
-    if algorithm.meta_trains:
+    if algorithm.capabilities.meta_trains:
         for step in range(2):
             algorithm.update(made.source.batch("train", step, 3), Progress(step, 100))
     batch = made.source.batch("test", 0, 2)
@@ -70,7 +70,7 @@ def test_no_algorithm_changes_a_frozen_parameter_in_its_outer_or_inner_loop(
     for name in frozen:
         assert torch.equal(after[name], before[name])
         assert after[name].grad is None
-    if algorithm.meta_trains:
+    if algorithm.capabilities.meta_trains:
         assert any(not torch.equal(after[name], before[name]) for name in before)
     assert not seen.values
 

@@ -251,7 +251,7 @@ def test_an_algorithm_that_raises_costs_its_figures_and_no_more(
     def broken(*_: object) -> object:
         raise RuntimeError("too <many> rows")
 
-    monkeypatch.setattr("metarun.algorithms.baselines.nearest.Nearest.predict", broken)
+    monkeypatch.setattr("metarun.algorithms.baselines.nearest.Nearest.answer", broken)
     assert main(["report", str(folder)]) == 0
     source = (folder / "report.html").read_text(encoding="utf-8")
     assert "No single tasks: RuntimeError: too &lt;many&gt; rows" in source

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward
+from metarun.algorithms.base import forward, own_parameters
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
@@ -63,7 +63,7 @@ class ProtoMAML(InnerLoopLearner):
         self.second_order_from = second_order_from
         self.net = self.build_network(None)
         kept = set() if adapt_norm else norm_parameters(self.net)
-        self.adapted = [name for name, _ in self.net.named_parameters() if name not in kept]
+        self.adapted = [name for name in own_parameters(self.net) if name not in kept]
         self.optimizer = self.build_optimizer()
 
     def start(self, net: nn.Module, theta: Params, support: Support, ctx: ForwardContext) -> Params:
