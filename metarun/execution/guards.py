@@ -14,6 +14,7 @@ import dataclasses
 import dis
 import enum
 import functools
+import gc
 import sys
 import types
 import typing
@@ -142,12 +143,16 @@ class Executed:
 def watched(function: Callable[..., Any], args: Iterable[Any]) -> tuple[Any, Executed]:
     """Return the result of a function and the code that it executed in this thread."""
     executed = Executed()
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    # A collection would run the code of others: finalizers, and callbacks of `gc`.
+    gc.disable()
     sys.setprofile(executed.note)
     try:
         return function(*args), executed
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
 
 
 @contextmanager

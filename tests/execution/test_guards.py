@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import random
@@ -407,6 +408,22 @@ class Stranger(Algorithm):
 
     def answer(self, adapted: Adapted, query_x: Tensor) -> Prediction:
         raise NotImplementedError
+
+
+def test_a_collection_of_garbage_is_no_part_of_a_function() -> None:
+    gc.callbacks.append(lambda *_: time.perf_counter())
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        learner = make(ProtoNet, image_spec(), TINY_BACKBONES["mlp"])
+        learner.engine = Engine("vmap", graph="replay")
+        for step in range(3):
+            learner.update(image_batch(image_spec(), seed=step), Progress(step, 3))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.pop()
+    assert learner.engine.graphs.replays
+    assert gc.isenabled()
 
 
 def test_an_algorithm_that_knows_nothing_of_replays_is_replayed() -> None:
