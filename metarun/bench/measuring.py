@@ -17,6 +17,7 @@ from metarun.bench.implementations import Step, spec_of
 from metarun.bench.results import Times
 from metarun.bench.workloads import Workload
 from metarun.core.types import TaskBatch
+from metarun.execution.graph_replay import CALLS_BEFORE_REPLAY
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -33,8 +34,8 @@ def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) 
     A round runs several short steps in a row, as training does. A single step would find the
     caches in the state left by the other implementation.
     """
-    first = {name: _seconds(step, 1, device) for name, step in steps.items()}
-    # The first step includes compilation and imports, so the second one gives the speed.
+    first = {name: _first(step, device) for name, step in steps.items()}
+    # The first steps include imports, traces and compilation, so the one after gives the speed.
     again = {name: _seconds(step, 1, device) for name, step in steps.items()}
     repeats = {name: max(1, min(_MOST_REPEATS, int(_TURN_SECONDS / again[name]))) for name in steps}
     times: dict[Key, list[float]] = {name: [] for name in steps}
@@ -45,6 +46,14 @@ def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) 
             times[name].append(_seconds(step, repeats[name], device))
         rounds += 1
     return {name: Times(first[name], tuple(values)) for name, values in times.items()}
+
+
+def _first(step: Step, device: torch.device) -> float:
+    """Return the seconds of the first step, and make those after which it is replayed."""
+    seconds = _seconds(step, 1, device)
+    for _ in range(CALLS_BEFORE_REPLAY - 1):
+        step()
+    return seconds
 
 
 def _seconds(step: Step, repeats: int, device: torch.device) -> float:

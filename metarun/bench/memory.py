@@ -22,6 +22,7 @@ import torch
 from metarun.bench.baselines import baseline_step
 from metarun.bench.implementations import Step, our_step
 from metarun.bench.workloads import Variant, Workload
+from metarun.execution.graph_replay import CALLS_BEFORE_REPLAY
 
 Side = Variant | str
 """A variant of our implementation, or the name of a baseline."""
@@ -93,8 +94,8 @@ def _on_gpu(step: Step, device: torch.device) -> float:
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    step()
-    step()
+    for _ in range(CALLS_BEFORE_REPLAY + 1):
+        step()
     torch.cuda.synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / _MIB
 
@@ -128,8 +129,9 @@ def _tell_memory(connection: Connection, side: Side, workload: Workload) -> None
     # Only the parent handles Ctrl-C; it then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     step = step_of(side, workload, torch.device("cpu"))
-    # The first step includes late imports and compilation, which are not part of a step.
-    step()
+    # The first steps include late imports, traces and compilation, which are not part of a step.
+    for _ in range(CALLS_BEFORE_REPLAY):
+        step()
     gc.collect()
     _trim()
     try:
@@ -146,7 +148,8 @@ def _tell_speed(connection: Connection, side: Side, workload: Workload, seconds:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     step = step_of(side, workload, torch.device("cpu"), threads=1)
-    step()
+    for _ in range(CALLS_BEFORE_REPLAY):
+        step()
     connection.send("ready")
     connection.recv()
     begin = time.perf_counter()

@@ -34,6 +34,8 @@ _PATIENCE = 200
 calls, so it does not pay for short runs and single evaluations."""
 _SETTLED = 20
 """Number of these calls for which all that the function reads has to be the same."""
+CALLS_BEFORE_REPLAY = 2
+"""Calls of a function with `replay`: one is watched and one is traced."""
 _MOST_TRACES = 16
 """Number of replays of one function that differ in what it reads."""
 
