@@ -56,7 +56,7 @@ from metarun.reporting.references import (
     reference_figures,
 )
 from metarun.reporting.results import figure_of
-from metarun.reporting.tables import Figure, Line, Table, render
+from metarun.reporting.tables import Figure, markdown
 from metarun.runs.folder import RunFolder
 
 HERE = Path(__file__).resolve().parent
@@ -521,7 +521,7 @@ def _measured(paper: Path, cells: Sequence[Cell]) -> str:
     """Return the section of a paper with at least one reference."""
     heads = ["`experiment=`", "method", "setting", "published", "reference", "outcome", "steps"]
     heads += ["minutes"]
-    rows: list[Line] = []
+    rows: list[list[str]] = []
     before = ""
     for cell in cells:
         name = "" if cell.experiment == before else f"`{cell.experiment}`"
@@ -536,13 +536,11 @@ def _measured(paper: Path, cells: Sequence[Cell]) -> str:
         if cell.ours is not None and cell.unverified:
             outcome += "*"
         texts = [name, method, cell.setting, cell.printed, ours, outcome, steps, minutes]
-        rows.append(dict(zip(heads, texts, strict=True)))
+        rows.append(texts)
     notes = [*_facts(cells), *_notes(cells)]
-    return "\n\n".join([f"### `paper={paper.stem}`", f"{_title(paper)}.", _markdown(rows), *notes])
-
-
-def _markdown(lines: Sequence[Line]) -> str:
-    return render("markdown", [Table("", lines)]).rstrip()
+    return "\n\n".join(
+        [f"### `paper={paper.stem}`", f"{_title(paper)}.", markdown(heads, rows), *notes]
+    )
 
 
 def _without_mark(figure: Figure) -> str:
@@ -612,7 +610,7 @@ def _not_run(papers: dict[Path, list[Cell]]) -> str:
                 c.printed if len(own) == 1 else f"{c.setting}: {c.printed}" for c in own
             )
             rows.append((f"`{name}`", own[0].published.row, printed))
-    return _markdown([dict(zip(heads, row, strict=True)) for row in rows])
+    return markdown(heads, rows)
 
 
 if __name__ == "__main__":

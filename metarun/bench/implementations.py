@@ -142,7 +142,9 @@ def our_step(
     kind = algorithm.resolved_engine().kind
     if workload.method == "evaluation":
         source = source_of(workload, device)
-        return lambda: evaluate(algorithm, source, "test", workload.tasks, EPISODES_AT_ONCE), kind
+        return lambda: evaluate(
+            algorithm, source, "test", workload.tasks, EPISODES_AT_ONCE, measurements=()
+        ), kind
     batch = batch_of(workload, device, torch.float32)
     return lambda: algorithm.update(batch, _NO_PROGRESS), kind
 

@@ -10,7 +10,6 @@ from rich.text import Text
 
 from metarun.bench.results import Curve, Entry, Point, Result
 from metarun.reporting import tables
-from metarun.reporting.tables import Line, render
 
 _HEADINGS = ("", "ms", "metarun's speedup", "differs", "of peak", "MiB", "first, ms")
 _IN_MARKDOWN = (
@@ -34,7 +33,7 @@ def terminal(results: Sequence[Result]) -> Table:
 
 def markdown(results: Sequence[Result]) -> str:
     """Return a Markdown table with a line for each baseline."""
-    lines: list[Line] = []
+    rows: list[list[str]] = []
     for result in results:
         work = f"{result.workload.about} ({result.label.removeprefix('metarun (').rstrip(')')})"
         if result.label == "metarun":
@@ -52,8 +51,8 @@ def markdown(results: Sequence[Result]) -> str:
                 ", ".join(shares),
                 ", ".join(sizes),
             ]
-            lines.append(dict(zip(_IN_MARKDOWN, cells, strict=True)))
-    return render("markdown", [tables.Table("", lines)]).rstrip() if lines else ""
+            rows.append(cells)
+    return tables.markdown(_IN_MARKDOWN, rows)
 
 
 def growth(curves: Sequence[Curve]) -> Table:

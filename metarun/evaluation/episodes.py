@@ -38,9 +38,8 @@ def evaluate(
     episodes: int,
     tasks_per_batch: int,
     *,
-    views: int = 1,
-    curve_steps: int | None = None,
     tick: Tick | None = None,
+    **options: Any,
 ) -> Evaluated:
     """Return the results of an algorithm on the first episodes of a split, or its streams.
 
@@ -48,23 +47,18 @@ def evaluate(
         algorithm: Learner that adapts to each episode and predicts its queries.
         source: Data set that the episodes come from.
         split: `val` or `test`; `train` evaluates training tasks.
-        episodes, tasks_per_batch, views, curve_steps: See `EpisodeEvaluation`.
+        episodes, tasks_per_batch: See `EpisodeEvaluation`.
         tick: Function called after each batch with the number of episodes done; it may raise an
             exception to stop.
+        **options: Further arguments of `EpisodeEvaluation`; streams ignore them.
     """
     if source.spec.streams is not None:
         return StreamEvaluation(
             algorithm, source, split, episodes, tasks_per_batch, follow=False
         ).run(tick)
-    return EpisodeEvaluation(
-        algorithm,
-        source,
-        split,
-        episodes,
-        tasks_per_batch,
-        views=views,
-        curve_steps=curve_steps,
-    ).run(tick)
+    return EpisodeEvaluation(algorithm, source, split, episodes, tasks_per_batch, **options).run(
+        tick
+    )
 
 
 class EpisodeEvaluation:

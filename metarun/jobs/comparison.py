@@ -20,7 +20,7 @@ from metarun.config.naming import digest, hashed_slug, slug
 from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
-from metarun.core.statistics import interval
+from metarun.core.statistics import interval_record
 from metarun.jobs.checks import check_jobs
 from metarun.jobs.ensure import ensure_finished
 from metarun.reporting.comparison_tables import Row, comparison, stream_comparison
@@ -158,9 +158,9 @@ def _measure_untrained(job: Job) -> None:
         made.eval.episodes,
         made.eval.tasks_per_batch,
         views=made.eval.views,
+        measurements=(),
     )
-    mean, ci95 = interval(measured.values)
-    record = {"mean": mean, "ci95": ci95, "episodes": made.eval.episodes}
+    record = {**interval_record(measured.values), "episodes": made.eval.episodes}
     RunFolder(job.folder).write_json(UNTRAINED, record)
 
 

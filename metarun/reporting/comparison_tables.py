@@ -21,7 +21,7 @@ from metarun.reporting.results import (
     measures_on_request,
     over_seeds,
 )
-from metarun.reporting.tables import Table, render, shown
+from metarun.reporting.tables import markdown, shown
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,7 @@ def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[s
         f"{_either(counts)} test episodes; mean ± 95 % interval over episodes; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    return _markdown(heads, [_cells(row, extra) for row in ordered], note if results else "")
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], note: str) -> str:
-    lines = [dict(zip(heads, row, strict=True)) for row in rows]
-    return render("markdown", [Table("", lines, note)]).rstrip()
+    return markdown(heads, [_cells(row, extra) for row in ordered], note if results else "")
 
 
 STREAM_HEADS = {
@@ -128,7 +123,7 @@ def stream_comparison(
         f"{_either(counts)} test streams; mean ± 95 % interval over streams; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    return _markdown(heads, lines, note)
+    return markdown(heads, lines, note)
 
 
 def _stream_cells(

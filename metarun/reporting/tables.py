@@ -135,6 +135,12 @@ def render(style: Style, tables: Sequence[Table]) -> str:
     return "\n".join(_RENDERERS[style](table) for table in tables)
 
 
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> str:
+    """Return a Markdown table without a title, or nothing without rows; `text` is a remark."""
+    lines = [dict(zip(heads, row, strict=True)) for row in rows]
+    return _markdown(Table("", lines, text)).rstrip() if lines else ""
+
+
 def _csv(lines: Sequence[Line]) -> str:
     rows: list[dict[str, str]] = []
     for line in lines:
