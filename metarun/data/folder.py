@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, EpisodeSize, Split
+from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
@@ -70,6 +70,7 @@ class Folder(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         root: str | None = None,
         image_size: int = 84,
@@ -83,12 +84,6 @@ class Folder(ClassEpisodes):
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
         if not 8 <= image_size <= 512:
             raise ValueError(f"data.image_size={image_size} is out of range: 8 to 512 is allowed")
@@ -98,7 +93,7 @@ class Folder(ClassEpisodes):
             val_fraction=val_fraction,
             test_fraction=test_fraction,
         )
-        check_listing(listing, sizes)
+        check_listing(listing, setup.sizes)
         _check_memory(listing.num_images, image_size, 1 if grayscale else 3)
         pictures = prepared(
             {split: listing.files(split) for split in SPLITS},
@@ -114,6 +109,7 @@ class Folder(ClassEpisodes):
             lambda: read_pictures(listing, image_size, grayscale=grayscale),
         )
         super().__init__(
+            setup,
             name=f"folder {root}",
             tables={
                 split: ClassTable(
@@ -124,12 +120,6 @@ class Folder(ClassEpisodes):
                 )
                 for split in SPLITS
             },
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             augmentation=Augmentation(
                 affine_degrees=affine_degrees,
                 affine_translate=affine_translate,

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 
 _SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD, _SLOT_FAMILY = range(6)
 _JITTER = 1e-10
@@ -25,13 +25,9 @@ class FunctionEpisodes(ABC):
     """Regression tasks y = f(x) + noise, with one function per task.
 
     Args:
+        setup: Sizes, seeds, device and precision. A regression has one way.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        sizes: Size of the tasks of each split.
-        seed, eval_seed: Seed of the training tasks, and of the val and test tasks.
-        device: Device on which tasks are generated.
-        dtype: Precision of the rows.
-        val_way: None or 1, since a regression has one way.
 
     Raises:
         ValueError: A number is out of range.
@@ -39,28 +35,25 @@ class FunctionEpisodes(ABC):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         x: Sequence[float],
         noise: float,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
         self._x = check_range("x", x)
         if not (noise >= 0.0 and math.isfinite(noise)):
             raise ValueError(f"data.noise={noise} is out of range: 0 or more is allowed")
         self._noise = float(noise)
-        if val_way not in (None, 1):
-            raise ValueError(f"eval.val_way={val_way} has no meaning in a regression: leave it out")
-        for split, size in sizes.items():
+        if setup.val_way not in (None, 1):
+            raise ValueError(
+                f"eval.val_way={setup.val_way} has no meaning in a regression: leave it out"
+            )
+        for split, size in setup.sizes.items():
             _check_size(split, size)
-        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
-        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
-        self.device = torch.device(device)
-        self._dtype = dtype
+        self.sizes = dict(setup.sizes)
+        self._seeds = setup.seeds
+        self.device = setup.device
+        self._dtype = setup.dtype
         self.spec = TaskSpec(kind="regression", input_shape=(1,), output_dim=1, train_way=1)
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
@@ -141,22 +134,21 @@ class Sinusoid(Formulas):
         phase: Range of phi.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
     """
 
     parameter_names = ("amplitude", "phase", "frequency")
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         amplitude: Sequence[float] = (0.1, 5.0),
         frequency: Sequence[float] = (1.0, 1.0),
         phase: Sequence[float] = (0.0, math.pi),
         x: Sequence[float] = (-5.0, 5.0),
         noise: float = 0.0,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
+        super().__init__(setup, x=x, noise=noise)
         self._amplitude = check_range("amplitude", amplitude)
         self._frequency = check_range("frequency", frequency)
         self._phase = check_range("phase", phase)
@@ -186,21 +178,20 @@ class Linear(Formulas):
         b: Range of the offset.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
     """
 
     parameter_names = ("slope", "offset")
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         a: Sequence[float] = (0.0, 1.0),
         b: Sequence[float] = (0.0, 1.0),
         x: Sequence[float] = (0.0, 1.0),
         noise: float = 0.0,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
+        super().__init__(setup, x=x, noise=noise)
         self._a = check_range("a", a)
         self._b = check_range("b", b)
 
@@ -226,7 +217,6 @@ class GaussianProcess(FunctionEpisodes):
         scale: Range of s, which is drawn for each task.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
 
     Raises:
         ValueError: A range is not valid or not positive.
@@ -234,14 +224,14 @@ class GaussianProcess(FunctionEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         lengthscale: Sequence[float] = (0.4, 0.4),
         scale: Sequence[float] = (1.0, 1.0),
         x: Sequence[float] = (-2.0, 2.0),
         noise: float = 0.02,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
+        super().__init__(setup, x=x, noise=noise)
         self._lengthscale = check_range("lengthscale", lengthscale)
         self._scale = check_range("scale", scale)
         for name, (low, high) in (("lengthscale", self._lengthscale), ("scale", self._scale)):
@@ -330,7 +320,6 @@ class Multimodal(Formulas):
         families: Names of the families, which are equally likely.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
 
     Raises:
         ValueError: A family is unknown, or is named twice.
@@ -338,13 +327,13 @@ class Multimodal(Formulas):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         families: Sequence[str] = ("sinusoid", "line", "quadratic", "sawtooth", "tanh"),
         x: Sequence[float] = (-5.0, 5.0),
         noise: float = 0.3,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
+        super().__init__(setup, x=x, noise=noise)
         for family in families:
             if family not in _FAMILIES:
                 raise ValueError(

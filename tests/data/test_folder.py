@@ -15,14 +15,14 @@ from PIL import Image
 from metarun.core.types import SPLITS, EpisodeSize
 from metarun.data.folder import Folder, list_folder
 from metarun.data.storage.image_files import photograph
-from tests.data.sources import injected, sizes, write_class_folders, write_photos
+from tests.data.sources import make_source, sizes, write_class_folders, write_photos
 
 NAMES = [f"class{number}" for number in range(12)]
 
 
 def folder(root: Path, **options: Any) -> Folder:
     small = {"sizes": sizes(way=2, shot=1, query=2), "image_size": 8}
-    return Folder(root=str(root), **(injected() | small | options))
+    return make_source(Folder, root=str(root), **(small | options))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.pretraining import Pretrained, Weights
 from metarun.algorithms.functional import add_prefix, strip_prefix
 from metarun.algorithms.outer_optimizer import check_positive
@@ -39,7 +40,7 @@ class Baseline(Pretrained):
         head_weight_decay: Factor of the L2 penalty, which is added to the gradient.
         head_batch: Rows of a mini-batch; None takes all.
         head_epochs: Passes over the support rows, each in a new random order.
-        **common: Arguments of `Pretrained`.
+        **options: Options of `Pretrained`.
 
     Raises:
         ValueError: A number or a word is out of range, or the tasks are not classification.
@@ -47,6 +48,7 @@ class Baseline(Pretrained):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         head_lr: float = 0.01,
         head_momentum: float = 0.9,
@@ -54,9 +56,9 @@ class Baseline(Pretrained):
         head_weight_decay: float = 0.001,
         head_batch: int | None = 4,
         head_epochs: int = 100,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup, **options)
         check_positive("algo.head_lr", head_lr)
         for name, value in (("head_momentum", head_momentum), ("head_dampening", head_dampening)):
             if not 0.0 <= value < 1.0:

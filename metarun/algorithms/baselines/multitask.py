@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
@@ -58,7 +58,6 @@ class MultiTask(AdaptingLearner):
         decay: Strength of the penalty.
         inner_lr: Learning rate of the fine-tuning.
         inner_steps: Gradient steps of the fine-tuning.
-        **common: Arguments of `AdaptingLearner`.
 
     Raises:
         ValueError: A number or a word is out of range.
@@ -71,6 +70,7 @@ class MultiTask(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         fit_steps: int = 1000,
         fit_lr: float = 0.003,
@@ -78,9 +78,8 @@ class MultiTask(AdaptingLearner):
         decay: float = 0.001,
         inner_lr: float = 0.01,
         inner_steps: int = 5,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, None)
         if fit_steps < 0:
             raise ValueError(f"algo.fit_steps={fit_steps}: expected 0 or more")

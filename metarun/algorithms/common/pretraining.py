@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import strip_prefix
@@ -107,7 +107,6 @@ class Pretrained(FeatureLearner):
     Args:
         head: Head of the classifier, `linear` or `cosine`.
         scale: Factor of the cosine head; see `Head`.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, the tasks are not classification, or the data set
@@ -117,9 +116,9 @@ class Pretrained(FeatureLearner):
     capabilities = Capabilities(kinds=("classification",), accepts_any_way=True)
 
     def __init__(
-        self, *, head: HeadKind = "linear", scale: float | None = None, **common: Any
+        self, setup: LearnerSetup, *, head: HeadKind = "linear", scale: float | None = None
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         if self.spec.num_train_classes is None:
             raise ValueError(
                 f"{type(self).__name__} needs the number of training classes, which the data set "

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward, positive
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import (
     State,
@@ -60,7 +60,6 @@ class FTML(OnlineLearner):
         memory: Tasks M of the buffer. With more tasks, task j replaces task j - M; if no task
             returns, this is the one met longest ago.
         freeze_after: Number of visits after which w is constant; None always trains it.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, the backbone has batch norm, or the
@@ -75,6 +74,7 @@ class FTML(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         objective: Literal["meta", "joint", "none"] = "meta",
         meta_lr: float | Sequence[float] = 0.001,
@@ -86,9 +86,8 @@ class FTML(OnlineLearner):
         second_order: bool = True,
         memory: int = 100,
         freeze_after: int | None = None,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         meta_rates, inner_rates = candidates("meta_lr", meta_lr), candidates("inner_lr", inner_lr)
         for name, value in (
             ("meta_updates", meta_updates),
@@ -290,14 +289,14 @@ class FTMLHindsight(FTML):
 
     Args:
         meta_updates: Updates of the weights before the stream begins.
-        **common: Arguments of `FTML`.
+        **options: Options of `FTML`.
 
     Raises:
         ValueError: The memory is smaller than the number of tasks of a stream.
     """
 
-    def __init__(self, *, meta_updates: int = 5000, **common: Any) -> None:
-        super().__init__(meta_updates=meta_updates, **common)
+    def __init__(self, setup: LearnerSetup, *, meta_updates: int = 5000, **options: Any) -> None:
+        super().__init__(setup, meta_updates=meta_updates, **options)
         assert self.spec.streams is not None
         tasks = max(stream.num_tasks for stream in self.spec.streams.values())
         if self.memory < tasks:

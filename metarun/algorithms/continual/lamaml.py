@@ -5,12 +5,12 @@ Official code: montrealrobotics/La-MAML. Shapes: B rows of a step.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward, positive
 from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Replay, State, Step, draw_key
 from metarun.algorithms.functional import Params, add_prefix, gradient, strip_prefix
@@ -47,7 +47,6 @@ class LaMAML(OnlineLearner):
         replayed: Remembered rows in a meta-loss.
         clip_norm: Largest norm of a gradient.
         second_order: Whether inner gradients are differentiated.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, or the backbone has batch norm.
@@ -55,6 +54,7 @@ class LaMAML(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         rates: Literal["learned", "fixed"] = "learned",
         rates_start: float = 0.15,
@@ -66,9 +66,8 @@ class LaMAML(OnlineLearner):
         replayed: int = 10,
         clip_norm: float = 2.0,
         second_order: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         for name, value in (
             ("rates_start", rates_start),
             ("rates_lr", rates_lr),

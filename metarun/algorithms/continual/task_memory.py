@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward, positive
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import State, Step, expanded
 from metarun.algorithms.functional import Params, flatten, unflatten
@@ -57,7 +56,6 @@ class TaskMemory(OnlineLearner):
         accept: Largest ratio of losses at which stored weights are restored, as above.
         start_lr: Fraction by which the initialization moves toward the weights; 0 keeps it.
         surprise: Number of standard deviations at which a visit begins, as above.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number is out of range, or the backbone has batch norm.
@@ -68,6 +66,7 @@ class TaskMemory(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         online_lr: float | Sequence[float] = 0.01,
         updates: int = 10,
@@ -78,9 +77,8 @@ class TaskMemory(OnlineLearner):
         accept: float = 0.3,
         start_lr: float = 0.1,
         surprise: float = 5.0,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         rates = candidates("online_lr", online_lr)
         for name, count in (("updates", updates), ("visit_rows", visit_rows), ("probes", probes)):
             positive(name, count)

@@ -8,7 +8,6 @@ C H W' channels, height and width of an image.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, positive, task_metric
+from metarun.algorithms.base import Algorithm, LearnerSetup, positive, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adversarial import AdversarialLearner, SupportTerm
 from metarun.algorithms.functional import Params
@@ -72,7 +71,7 @@ class MetaGAN(Algorithm):
         weight: Weight of the terms that distinguish real from generated rows; 1 in the paper.
         classes: Loss of the classes of real rows: `softmax`, the paper's log p(y | x, y <= W), or
             the learner's `own` loss. For MAML the two are equal.
-        **common: Arguments of the learner.
+        **options: Options of the learner.
 
     Raises:
         ValueError: A setting is out of range, the inputs are not images, or the learner does not
@@ -83,6 +82,7 @@ class MetaGAN(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         learner: type[Algorithm],
         fakes: int = 5,
@@ -92,13 +92,11 @@ class MetaGAN(Algorithm):
         generator_lr: float = 0.0002,
         weight: float = 1.0,
         classes: Classes = "softmax",
-        **common: Any,
+        **options: Any,
     ) -> None:
         self.capabilities = replace(learner.capabilities, kinds=self.capabilities.kinds)
-        # What every algorithm is given; the rest are options of the learner.
-        given = inspect.signature(Algorithm.__init__).parameters
-        super().__init__(**{key: value for key, value in common.items() if key in given})
-        made: Any = learner(**common)
+        super().__init__(setup)
+        made: Any = learner(setup, **options)
         if not _suits(made):
             raise ValueError(
                 f"algo.learner={learner.__name__} has no `solve`: expected a learner such as MAML "

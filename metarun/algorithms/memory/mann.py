@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive
+from metarun.algorithms.base import LearnerSetup, positive
 from metarun.algorithms.memory.sequential import Reader, SequenceLearner
 from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.recurrent import LSTMCell
@@ -58,7 +58,7 @@ class MANN(SequenceLearner):
         label_scale: Factor on the one-hot labels of the input; 1 in the paper. The features of a
             backbone outweigh a single 1 among them.
         forget_bias: Initial forget-gate bias of the controller; see `LSTMCell`.
-        **common: Arguments of `SequenceLearner` and `Algorithm`.
+        **options: Options of `SequenceLearner`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
@@ -66,6 +66,7 @@ class MANN(SequenceLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         access: Access = "lrua",
         controller: int = 200,
@@ -78,7 +79,7 @@ class MANN(SequenceLearner):
         strength: Literal["none", "emitted"] = "none",
         label_scale: float = 1.0,
         forget_bias: float = 0.0,
-        **common: Any,
+        **options: Any,
     ) -> None:
         for name, value in (
             ("controller", controller),
@@ -99,7 +100,7 @@ class MANN(SequenceLearner):
         self.access_options = usage_decay, gate, written, strength
         self.label_scale = label_scale
         self.forget_bias = forget_bias
-        super().__init__(**common)
+        super().__init__(setup, **options)
 
     def build_reader(self, feature_dim: int) -> Reader:
         controller, ways = self.sizes[0], self.spec.output_dim

@@ -5,12 +5,10 @@ Shapes: S support rows, Q query rows, W ways, C H W' channels, height and width 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive, with_tensors
+from metarun.algorithms.base import LearnerSetup, positive, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
@@ -41,7 +39,6 @@ class RelationNet(EpisodicLearner):
         padding: Padding of g's convolutions: 1 in the code for Omniglot, 0 for miniImageNet.
         clip_norm: Largest Euclidean norm of the gradient of f and, separately, of g; None is no
             bound.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, the tasks are not classification, or the backbone
@@ -53,9 +50,14 @@ class RelationNet(EpisodicLearner):
     )
 
     def __init__(
-        self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any
+        self,
+        setup: LearnerSetup,
+        *,
+        hidden: int = 8,
+        padding: int = 1,
+        clip_norm: float | None = 0.5,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         positive("hidden", hidden)
         if padding not in (0, 1):
             raise ValueError(f"algo.padding={padding}: expected 0 or 1")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward, positive
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import Params, check_inner_loop
@@ -41,7 +41,6 @@ class CAVIA(InnerLoopLearner):
             is never (first order).
         task_clip: Bound that clamps each element of a task's outer gradient to
             [-task_clip, task_clip]; None is no bound.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the backbone does not read a context.
@@ -49,15 +48,15 @@ class CAVIA(InnerLoopLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         num_context: int = 5,
         inner_lr: float = 1.0,
         inner_steps: int = 1,
         second_order_from: int | None = 0,
         task_clip: float | None = None,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
         positive("num_context", num_context)
         if task_clip is not None and task_clip <= 0:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import (
@@ -61,7 +62,6 @@ class IMAML(InnerLoopLearner):
             phi, as in the code.
         cg_damping: Number added to the unit matrix in the linear system.
         lam_damping: Number added to `lam` in the linear system only.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -69,6 +69,7 @@ class IMAML(InnerLoopLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.1,
         inner_steps: int = 16,
@@ -78,9 +79,8 @@ class IMAML(InnerLoopLearner):
         cg_steps: int = 5,
         cg_damping: float = 1.0,
         lam_damping: float = 10.0,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         for name, value in (("inner_lr", inner_lr), ("lam", lam)):
             check_positive(f"algo.{name}", value)
         for name, value in (

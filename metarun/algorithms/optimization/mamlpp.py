@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
     Params,
@@ -62,7 +62,6 @@ class MAMLpp(AdaptingLearner):
         adapt_norm: Whether the inner loop adapts scale and shift of normalization layers, too. The
             code's configurations do not (`enable_inner_loop_optimizable_bn_params`), nor does the
             code of MAML.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -70,6 +69,7 @@ class MAMLpp(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.1,
         inner_steps: int = 5,
@@ -79,9 +79,8 @@ class MAMLpp(AdaptingLearner):
         per_step_statistics: bool = True,
         per_step_affine: bool = True,
         adapt_norm: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from, fewest=1)
         if not 0.0 <= multi_step_loss <= 1.0:
             raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, positive, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten, strip_prefix, unflatten
 from metarun.backbones.layers.context import ForwardContext
@@ -66,7 +66,6 @@ class MetaLSTM(AdaptingLearner):
         divide_by_rows: Whether to divide the gradient of the mean loss by the number of support
             rows again.
         bn_momentum: Weight of a step's statistics in the averages of its task.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -74,6 +73,7 @@ class MetaLSTM(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_steps: int = 12,
         hidden_size: int = 20,
@@ -82,9 +82,8 @@ class MetaLSTM(AdaptingLearner):
         previous_gate: PreviousGate = "logit",
         divide_by_rows: bool = True,
         bn_momentum: float = 0.95,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         if inner_steps < 0:
             raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
         positive("hidden_size", hidden_size)

@@ -6,12 +6,12 @@ Shapes: T tasks, S support rows, Q query rows, B rows of a mini-batch, D outputs
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, positive, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
 from metarun.algorithms.outer_optimizer import check_positive
@@ -55,7 +55,6 @@ class Reptile(AdaptingLearner):
         inner_loss: Inner loss over the rows of a mini-batch, `mean`, or `sum` as in the code.
         carry_moments: Whether Adam's moments are kept from task to task, as in the code; otherwise
             they are zero at the start of each task.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -65,6 +64,7 @@ class Reptile(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.001,
         inner_steps: int = 5,
@@ -73,9 +73,8 @@ class Reptile(AdaptingLearner):
         inner_optimizer: Inner = "adam",
         inner_loss: InnerLoss = "mean",
         carry_moments: bool = True,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_positive("algo.inner_lr", inner_lr)
         positive("inner_steps", inner_steps)
         for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):

@@ -10,7 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import (
+    Algorithm,
+    LearnerSetup,
+    forward,
+    own_parameters,
+    positive,
+    task_metric,
+)
 from metarun.algorithms.functional import (
     Loss,
     Params,
@@ -79,7 +86,6 @@ class Mixture(Algorithm):
         prior: Prior over components: `uniform`, `balanced`, `learned` or `crp`.
         concentration: Weight of a new component with `prior=crp`.
         memory: Factor that multiplies the task counts of the prior at each update.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range.
@@ -93,6 +99,7 @@ class Mixture(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         components: int = 5,
         inner_lr: float = 0.01,
@@ -104,9 +111,8 @@ class Mixture(Algorithm):
         prior: Prior = "uniform",
         concentration: float = 1.0,
         memory: float = 1.0,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
         positive("components", components)
         start, end = (temperature,) * 2 if isinstance(temperature, int | float) else temperature

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, task_metric, with_tensors
+from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.functional import Params, strip_prefix
 from metarun.algorithms.outer_optimizer import check_positive
@@ -68,7 +68,6 @@ class NeuralProcess(Algorithm):
         samples: Samples L at evaluation.
         context: Smallest number of context rows in training; null always uses all support rows.
         min_spread: Floor of the spread, in units of the targets.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, there is no path, the backbone has batch
@@ -79,6 +78,7 @@ class NeuralProcess(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         deterministic: Path = "mean",
         width: int = 128,
@@ -89,9 +89,8 @@ class NeuralProcess(Algorithm):
         samples: int = 32,
         context: int | None = 3,
         min_spread: float = 0.1,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         if deterministic == "none" and not latent:
             raise ValueError("algo.deterministic=none needs another path: use algo.latent=128")
         if objective == "likelihood" and not latent:

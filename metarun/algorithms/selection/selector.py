@@ -12,13 +12,20 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import (
+    Algorithm,
+    LearnerSetup,
+    forward,
+    own_parameters,
+    positive,
+    task_metric,
+)
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
 from metarun.algorithms.selection import portfolio
@@ -74,7 +81,6 @@ class Selector(Algorithm):
         processes: Processes that run base-learners; None is one for each core.
         cache: Folder that keeps predictions between runs; None keeps them in memory only.
         features: Learned state of a finished run, given as its folder on the command line.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A name or a number is wrong, scikit-learn is missing, or the run's network
@@ -90,6 +96,7 @@ class Selector(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         learners: Sequence[str] | None = None,
         choice: Choice = "pick",
@@ -98,9 +105,8 @@ class Selector(Algorithm):
         processes: int | None = None,
         cache: str | None = None,
         features: LearnedState | None = None,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         try:
             import sklearn
         except ImportError:
