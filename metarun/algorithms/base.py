@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
-from metarun.backbones.layers.context import BATCH_NORM_MODES, BatchNormMode, ForwardContext
+from metarun.backbones.layers.context import BatchNormMode, ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import batch_norms, has_batch_norm
 from metarun.backbones.network import Maps
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch, TaskSpec
 from metarun.execution.engine import Engine, TaskFunction
 
@@ -107,10 +108,7 @@ class Algorithm(nn.Module, ABC):
                 f"train.way={spec.train_way} differs from way={spec.output_dim}, but {name} has "
                 "a head of fixed width: make them equal"
             )
-        if setup.bn not in BATCH_NORM_MODES:
-            raise ValueError(f"bn={setup.bn}: expected one of {', '.join(BATCH_NORM_MODES)}")
-        if setup.eval_inner_steps is not None and setup.eval_inner_steps < 0:
-            raise ValueError(f"eval.inner_steps={setup.eval_inner_steps}: expected 0 or more")
+        at_least("eval", 0, inner_steps=setup.eval_inner_steps)
         self.spec = spec
         self.engine = setup.engine
         self.bn: BatchNormMode = setup.bn
@@ -386,20 +384,6 @@ class Algorithm(nn.Module, ABC):
 def _takes(make: Backbone, keyword: str) -> bool:
     parameters = inspect.signature(make).parameters.values()
     return any(p.name == keyword or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def positive(name: str, value: int) -> None:
-    """Check that an integer setting of an algorithm is at least 1.
-
-    Args:
-        name: Key of the setting, without `algo.`.
-        value: Value of the setting.
-
-    Raises:
-        ValueError: The value is below 1.
-    """
-    if value < 1:
-        raise ValueError(f"algo.{name}={value}: expected 1 or more")
 
 
 def own_parameters(net: nn.Module) -> dict[str, Tensor]:

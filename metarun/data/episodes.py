@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 from metarun.data.augmentation import Augmentation
 from metarun.data.storage.cache import Pixels
@@ -419,9 +420,7 @@ class ClassEpisodes:
         keys = _SIZE_KEYS[split]
         least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
         for field, low in least.items():
-            value = getattr(size, field)
-            if value < low:
-                raise ValueError(f"{keys[field]}={value} is out of range: {low} or more is allowed")
+            at_least("", low, **{keys[field]: getattr(size, field)})
         most = self._most_classes(split)
         if size.way > most:
             where = "" if self._episodes == "any" else "an alphabet of "

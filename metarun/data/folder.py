@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metarun.core import seeding
+from metarun.core.checks import at_least, within
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
@@ -85,8 +86,7 @@ class Folder(ClassEpisodes):
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
     ) -> None:
-        if not 8 <= image_size <= 512:
-            raise ValueError(f"data.image_size={image_size} is out of range: 8 to 512 is allowed")
+        within("data", "[8, 512]", image_size=image_size)
         listing = list_folder(
             root,
             min_per_class=min_per_class,
@@ -153,13 +153,8 @@ def list_folder(
     Raises:
         ValueError: The folder does not exist, or has another layout.
     """
-    if min_per_class is not None and min_per_class < 1:
-        raise ValueError(
-            f"data.min_per_class={min_per_class} is out of range: 1 or more is allowed"
-        )
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"data.{name}={value} is out of range: between 0 and 1 is allowed")
+    at_least("data", 1, min_per_class=min_per_class)
+    within("data", "(0, 1)", val_fraction=val_fraction, test_fraction=test_fraction)
     if val_fraction + test_fraction >= 1.0:
         raise ValueError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave no "

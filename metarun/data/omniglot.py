@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from metarun.core.checks import within
 from metarun.core.types import SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import (
@@ -163,8 +164,7 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
 
 
 def _check_size(image_size: int) -> None:
-    if not 8 <= image_size <= ORIGINAL_SIDE:
-        raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
+    within("data", f"[8, {ORIGINAL_SIDE}]", image_size=image_size)
 
 
 def _full_tables(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.episodes import ClassEpisodes
 from metarun.data.omniglot import Omniglot, OmniglotSmall
@@ -68,9 +69,7 @@ class FunctionStream(Formulas):
         **options: Any,
     ) -> None:
         super().__init__(setup, **options)
-        for name, value in (("tasks", tasks), ("rows", rows), ("visits", visits)):
-            if value < 1:
-                raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
+        at_least("data", 1, tasks=tasks, rows=rows, visits=visits)
         if functions is not None and functions < tasks:
             raise ValueError(
                 f"data.functions={functions} is fewer than data.tasks={tasks}: a stream needs "
@@ -216,13 +215,8 @@ class ClassStream(ClassEpisodes):
         task_ids_known: bool = True,
         **options: Any,
     ) -> None:
-        for name, value, least in (
-            ("classes_per_task", classes_per_task, 1),
-            ("rows", rows, 1),
-            ("remember", remember, 0),
-        ):
-            if value < least:
-                raise ValueError(f"data.{name}={value} is out of range: {least} or more is allowed")
+        at_least("data", 1, classes_per_task=classes_per_task, rows=rows)
+        at_least("data", 0, remember=remember)
         super().__init__(setup, **options)
         self._remember = remember
         self._classes_per_task = classes_per_task

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
+from metarun.core.checks import at_least, pair
 from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 
 _SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD, _SLOT_FAMILY = range(6)
@@ -40,9 +41,8 @@ class FunctionEpisodes(ABC):
         x: Sequence[float],
         noise: float,
     ) -> None:
-        self._x = check_range("x", x)
-        if not (noise >= 0.0 and math.isfinite(noise)):
-            raise ValueError(f"data.noise={noise} is out of range: 0 or more is allowed")
+        self._x = pair("data.x", x)
+        at_least("data", 0, noise=noise)
         self._noise = float(noise)
         if setup.val_way not in (None, 1):
             raise ValueError(
@@ -149,9 +149,9 @@ class Sinusoid(Formulas):
         noise: float = 0.0,
     ) -> None:
         super().__init__(setup, x=x, noise=noise)
-        self._amplitude = check_range("amplitude", amplitude)
-        self._frequency = check_range("frequency", frequency)
-        self._phase = check_range("phase", phase)
+        self._amplitude = pair("data.amplitude", amplitude)
+        self._frequency = pair("data.frequency", frequency)
+        self._phase = pair("data.phase", phase)
 
     def _facts(self) -> tuple[float, ...]:
         # A frequency of 1 is omitted, so that the fingerprints of older runs stay valid.
@@ -192,8 +192,8 @@ class Linear(Formulas):
         noise: float = 0.0,
     ) -> None:
         super().__init__(setup, x=x, noise=noise)
-        self._a = check_range("a", a)
-        self._b = check_range("b", b)
+        self._a = pair("data.a", a)
+        self._b = pair("data.b", b)
 
     def _facts(self) -> tuple[float, ...]:
         return (*self._a, *self._b)
@@ -232,8 +232,8 @@ class GaussianProcess(FunctionEpisodes):
         noise: float = 0.02,
     ) -> None:
         super().__init__(setup, x=x, noise=noise)
-        self._lengthscale = check_range("lengthscale", lengthscale)
-        self._scale = check_range("scale", scale)
+        self._lengthscale = pair("data.lengthscale", lengthscale)
+        self._scale = pair("data.scale", scale)
         for name, (low, high) in (("lengthscale", self._lengthscale), ("scale", self._scale)):
             if low <= 0.0:
                 raise ValueError(f"data.{name}=[{low:g},{high:g}]: expected two positive numbers")
@@ -378,33 +378,15 @@ class Multimodal(Formulas):
         return values
 
 
-def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
-    """Return a range (low, high) of the configuration after checking it.
-
-    Args:
-        name: Key under `data`, for the message.
-        value: The two numbers of the range.
-
-    Raises:
-        ValueError: The value is not two finite numbers in ascending order.
-    """
-    numbers = tuple(float(number) for number in value)
-    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] > numbers[1]:
-        typed = ",".join(f"{number:g}" for number in numbers)
-        raise ValueError(f"data.{name}=[{typed}]: expected two numbers, the smaller one first")
-    return numbers[0], numbers[1]
-
-
 def draw_in(keys: Tensor, slot: int, bounds: tuple[float, float]) -> Tensor:
     """Draw one number per key, uniformly from a range, in float64."""
     return seeding.uniform(keys, slot, low=bounds[0], high=bounds[1], dtype=torch.float64)
 
 
 def _check_size(split: Split, size: EpisodeSize) -> None:
-    prefix = "train." if split == "train" else ""
     if size.way != 1:
-        raise ValueError(f"{prefix}way={size.way} has no meaning in a regression: leave it at 1")
-    if size.shot < 1:
-        raise ValueError(f"{prefix}shot={size.shot} is out of range: 1 or more is allowed")
-    if size.query < (0 if split == "train" else 1):
-        raise ValueError(f"{prefix}query={size.query} is out of range: 1 or more is allowed")
+        key = "train.way" if split == "train" else "way"
+        raise ValueError(f"{key}={size.way} has no meaning in a regression: leave it at 1")
+    group = "train" if split == "train" else ""
+    at_least(group, 1, shot=size.shot)
+    at_least(group, 0 if split == "train" else 1, query=size.query)

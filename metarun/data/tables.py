@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
+from metarun.core.checks import at_least, pair
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 from metarun.data.episodes import sample
 
@@ -61,9 +62,8 @@ class _Parts:
     """
 
     def __init__(self, setup: SourceSetup, *, features: tuple[int, int], tasks: int | None) -> None:
-        if tasks is not None and tasks < 1:
-            raise ValueError(f"data.tasks={tasks}: expected 1 or more, or null")
-        self._features = check_pair("features", features, 1)
+        at_least("data", 1, null="or null", tasks=tasks)
+        self._features = pair("data.features", features, 1)
         self._tasks = tasks
         self._seeds = setup.seeds
         self._dtype = setup.dtype
@@ -112,7 +112,7 @@ class Tables(_Parts):
         tasks: int | None = None,
     ) -> None:
         super().__init__(setup, features=features, tasks=tasks)
-        self._classes = check_pair("classes", classes, 2)
+        self._classes = pair("data.classes", classes, 2)
         named: dict[Split, Sequence[str]] = {"train": train, "val": val, "test": test}
         self._held = {split: self._load(split, named[split]) for split in SPLITS}
         _check_apart(self._held)
@@ -398,16 +398,6 @@ def _numbers(words: str) -> list[int]:
     if not found or len(set(found)) < len(found):
         raise ValueError(words)
     return found
-
-
-def check_pair(name: str, value: tuple[int, int], least: int) -> tuple[int, int]:
-    """Return a pair (smallest, largest) of the configuration after checking it."""
-    if not least <= value[0] <= value[1]:
-        raise ValueError(
-            f"data.{name}=[{value[0]},{value[1]}]: expected the smallest number, {least} or more, "
-            "and the largest"
-        )
-    return value
 
 
 def _check_apart(held: Mapping[Split, Sequence[_Held]]) -> None:

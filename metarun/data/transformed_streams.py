@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import SPLITS, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.augmentation import places_of, warp
 from metarun.data.episodes import ClassEpisodes, ClassTable
@@ -70,13 +71,11 @@ class TransformedStream(ClassEpisodes):
         rows: int = 10,
         task_ids_known: bool = True,
     ) -> None:
-        for name, value in (("tasks", tasks), ("pool", pool), ("rows", rows)):
-            if value < 1:
-                raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
+        at_least("data", 1, tasks=tasks, pool=pool, rows=rows)
         if self.most_tasks is not None and tasks > self.most_tasks:
             raise ValueError(
-                f"data.tasks={tasks} is out of range: {self.most_tasks} or fewer is allowed, one "
-                "for each transformation"
+                f"data.tasks={tasks}: expected {self.most_tasks} or fewer, one for each "
+                "transformation"
             )
         tables = digits() if source == "digits" else small_tables("antialias", 28)
         side = tables["test"].images.shape[-1]

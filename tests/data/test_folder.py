@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from io import BytesIO
 from pathlib import Path
@@ -182,16 +183,16 @@ def test_other_layouts_are_refused_with_what_to_do(one_folder: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 4}, "data.image_size=4 is out of range: 8 to 512"),
-        ({"min_per_class": 0}, "data.min_per_class=0 is out of range"),
-        ({"val_fraction": 0.0}, "data.val_fraction=0.0 is out of range"),
+        ({"image_size": 4}, "data.image_size=4: expected 8 to 512"),
+        ({"min_per_class": 0}, "data.min_per_class=0: expected 1 or more"),
+        ({"val_fraction": 0.0}, "data.val_fraction=0.0: expected a number in (0, 1)"),
         ({"val_fraction": 0.5, "test_fraction": 0.5}, "leave no class to train on"),
     ],
 )
 def test_impossible_options_are_refused(
     one_folder: Path, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         folder(one_folder, **options)
 
 

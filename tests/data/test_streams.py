@@ -198,12 +198,12 @@ def test_the_alphabets_that_ship_stream_to_the_last_class() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: lines(tasks=0), "data.tasks=0 is out of range"),
+        (lambda: lines(tasks=0), "data.tasks=0: expected 1 or more"),
         (lambda: lines(rows=4), "data.rows=4 does not divide the 6 rows of a visit"),
         (lambda: lines(functions=2), "data.functions=2 is fewer than data.tasks=3"),
         (lambda: lines(functions=9, order="drifting"), "does not apply to data.order=drifting"),
         (lambda: characters(classes_per_task=3), "per_task=3 does not divide the 4 classes"),
-        (lambda: characters(remember=-1), "data.remember=-1 is out of range: 0 or more"),
+        (lambda: characters(remember=-1), "data.remember=-1: expected 0 or more"),
         (lambda: characters(rows=2), "data.rows=2 does not divide the 3 rows of a visit"),
     ],
 )  # fmt: skip

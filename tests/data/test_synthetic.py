@@ -255,7 +255,7 @@ def test_a_fingerprint_tells_families_apart() -> None:
         ({"amplitude": (5.0, 0.1)}, r"data\.amplitude=\[5,0\.1\]: expected two numbers"),
         ({"phase": (0.0, math.inf)}, r"data\.phase=\[0,inf\]: expected two numbers"),
         ({"x": (1.0, 2.0, 3.0)}, r"data\.x=\[1,2,3\]: expected two numbers"),
-        ({"noise": -1.0}, r"data\.noise=-1\.0 is out of range"),
+        ({"noise": -1.0}, r"data\.noise=-1\.0: expected 0 or more"),
     ],
 )
 def test_impossible_ranges_are_refused(options: dict[str, Any], message: str) -> None:
@@ -267,8 +267,8 @@ def test_impossible_ranges_are_refused(options: dict[str, Any], message: str) ->
     ("size", "message"),
     [
         (EpisodeSize(5, 5, 10), "way=5 has no meaning in a regression"),
-        (EpisodeSize(1, 0, 10), "shot=0 is out of range"),
-        (EpisodeSize(1, 5, 0), "query=0 is out of range"),
+        (EpisodeSize(1, 0, 10), "shot=0: expected 1 or more"),
+        (EpisodeSize(1, 5, 0), "query=0: expected 1 or more"),
     ],
 )
 def test_impossible_sizes_are_refused(size: EpisodeSize, message: str) -> None:

@@ -136,8 +136,8 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"tasks": 0}, "data.tasks=0 is out of range"),
-        ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57 is out of range: 56 or fewer"),
+        ({"tasks": 0}, "data.tasks=0: expected 1 or more"),
+        ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57: expected 56 or fewer"),
         ({"shot": 9}, "shot=9 is more than the 6 images of a class that the tasks share"),
         ({"rows": 5}, "data.rows=5 does not divide the 12 rows of a task"),
     ],

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.pretraining import Pretrained, Weights
 from metarun.algorithms.functional import add_prefix, strip_prefix
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive, within
 from metarun.core.types import Adapted, Prediction
 
 
@@ -59,18 +59,10 @@ class Baseline(Pretrained):
         **options: Any,
     ) -> None:
         super().__init__(setup, **options)
-        check_positive("algo.head_lr", head_lr)
-        for name, value in (("head_momentum", head_momentum), ("head_dampening", head_dampening)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more, and less than 1")
-        if not 0.0 <= head_weight_decay < float("inf"):
-            raise ValueError(f"algo.head_weight_decay={head_weight_decay}: expected 0 or more")
-        if head_batch is not None and head_batch < 1:
-            raise ValueError(
-                f"algo.head_batch={head_batch}: expected 1 or more, or null for all rows"
-            )
-        if head_epochs < 0:
-            raise ValueError(f"algo.head_epochs={head_epochs}: expected 0 or more")
+        positive("algo", head_lr=head_lr)
+        within("algo", "[0, 1)", head_momentum=head_momentum, head_dampening=head_dampening)
+        at_least("algo", 0, head_weight_decay=head_weight_decay, head_epochs=head_epochs)
+        at_least("algo", 1, null="or null for all rows", head_batch=head_batch)
         self.head_lr = head_lr
         self.head_momentum = head_momentum
         self.head_dampening = head_dampening

@@ -5,7 +5,6 @@ Shapes: T tasks, S support rows, Q query rows, N = S + Q rows, P parameters, D o
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -25,11 +24,11 @@ from metarun.algorithms.functional import (
 )
 from metarun.algorithms.outer_optimizer import (
     NonFiniteError,
-    check_positive,
     update_running_statistics,
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed, seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Metrics, Progress, Share, TaskBatch
 
 Penalty = Literal["none", "l2", "mean"]
@@ -81,11 +80,8 @@ class MultiTask(AdaptingLearner):
     ) -> None:
         super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, None)
-        if fit_steps < 0:
-            raise ValueError(f"algo.fit_steps={fit_steps}: expected 0 or more")
-        check_positive("algo.fit_lr", fit_lr)
-        if not 0.0 <= decay < math.inf:
-            raise ValueError(f"algo.decay={decay}: expected 0 or more")
+        at_least("algo", 0, fit_steps=fit_steps, decay=decay)
+        positive("algo", fit_lr=fit_lr)
         self.fit_steps = fit_steps
         self.fit_lr = fit_lr
         self.penalty = penalty

@@ -16,6 +16,7 @@ from metarun.algorithms.common.pretraining import Pretrained, Weights, labeled_r
 from metarun.algorithms.functional import prototypes
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed
+from metarun.core.checks import within
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 Transform = Literal["none", "l2", "cl2"]
@@ -56,8 +57,7 @@ class SimpleShot(Pretrained):
         **options: Any,
     ) -> None:
         super().__init__(setup, **options)
-        if not 0.0 < mean_momentum <= 1.0:
-            raise ValueError(f"algo.mean_momentum={mean_momentum}: expected more than 0, at most 1")
+        within("algo", "(0, 1]", mean_momentum=mean_momentum)
         self.transform = transform
         self.mean_momentum = mean_momentum
         self.register_buffer("feature_mean", torch.zeros(self.num_features))

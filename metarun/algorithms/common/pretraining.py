@@ -24,6 +24,7 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
+from metarun.core.checks import positive
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 HeadKind = Literal["linear", "cosine"]
@@ -53,8 +54,7 @@ class Head:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"algo.scale={self.scale}: expected a positive number, or null")
+        positive("algo", null="or null", scale=self.scale)
 
     def start(self, key: int, num_features: int, num_outputs: int, like: Tensor) -> Weights:
         """Return initial weights from U(-1/sqrt(F), 1/sqrt(F)), as in `nn.Linear`.

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import (
     State,
@@ -26,6 +26,7 @@ from metarun.algorithms.common.update_strategies import (
 from metarun.algorithms.functional import Params, sgd_adapt, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import Stream
 
 _SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
@@ -89,17 +90,9 @@ class FTML(OnlineLearner):
     ) -> None:
         super().__init__(setup)
         meta_rates, inner_rates = candidates("meta_lr", meta_lr), candidates("inner_lr", inner_lr)
-        for name, value in (
-            ("meta_updates", meta_updates),
-            ("meta_tasks", meta_tasks),
-            ("meta_rows", meta_rows),
-            ("memory", memory),
-        ):
-            positive(name, value)
-        if inner_steps < 0:
-            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-        if freeze_after is not None:
-            positive("freeze_after", freeze_after)
+        at_least("algo", 1, meta_updates=meta_updates, meta_tasks=meta_tasks, meta_rows=meta_rows)
+        at_least("algo", 1, memory=memory, freeze_after=freeze_after)
+        at_least("algo", 0, inner_steps=inner_steps)
         self.objective = objective
         self.meta_rates = meta_rates
         self.inner_rates = inner_rates

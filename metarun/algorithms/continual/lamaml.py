@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Replay, State, Step, draw_key
 from metarun.algorithms.functional import Params, add_prefix, gradient, strip_prefix
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 
 _SLOT_ORDER = 34
 
@@ -68,14 +68,9 @@ class LaMAML(OnlineLearner):
         second_order: bool = False,
     ) -> None:
         super().__init__(setup)
-        for name, value in (
-            ("rates_start", rates_start),
-            ("rates_lr", rates_lr),
-            ("step_lr", step_lr),
-            ("clip_norm", clip_norm),
-        ):
-            check_positive(f"algo.{name}", value)
-        positive("glances", glances)
+        positive("algo", rates_start=rates_start, rates_lr=rates_lr)
+        positive("algo", step_lr=step_lr, clip_norm=clip_norm)
+        at_least("algo", 1, glances=glances)
         self.rates = rates
         self.rates_start = rates_start
         self.rates_lr = rates_lr

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.common.update_strategies import (
     Elastic,
@@ -25,6 +25,7 @@ from metarun.algorithms.common.update_strategies import (
 )
 from metarun.algorithms.functional import Params
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import Stream
 
 _SLOT_HINDSIGHT = 38
@@ -132,8 +133,7 @@ class JointHindsight(WeightLearner):
         self, setup: LearnerSetup, *, updates: int = 5000, batch: int = 32, **options: Any
     ) -> None:
         super().__init__(setup, **options)
-        positive("updates", updates)
-        positive("batch", batch)
+        at_least("algo", 1, updates=updates, batch=batch)
         self.updates = updates
         self.batch = batch
 

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import State, Step, expanded
 from metarun.algorithms.functional import Params, flatten, unflatten
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, within
 
 _SMALL = 0.05
 _LOSSES = 5
@@ -80,15 +81,9 @@ class TaskMemory(OnlineLearner):
     ) -> None:
         super().__init__(setup)
         rates = candidates("online_lr", online_lr)
-        for name, count in (("updates", updates), ("visit_rows", visit_rows), ("probes", probes)):
-            positive(name, count)
-        if memory < 0:
-            raise ValueError(f"algo.memory={memory}: expected 0 or more")
-        for name, value in (("same", same), ("accept", accept), ("surprise", surprise)):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more")
-        if not 0.0 <= start_lr <= 1.0:
-            raise ValueError(f"algo.start_lr={start_lr}: expected 0 to 1")
+        at_least("algo", 1, updates=updates, visit_rows=visit_rows, probes=probes)
+        at_least("algo", 0, memory=memory, same=same, accept=accept, surprise=surprise)
+        within("algo", "[0, 1]", start_lr=start_lr)
         self.rates = rates
         self.updates = updates
         self.visit_rows = visit_rows

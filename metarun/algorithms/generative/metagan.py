@@ -17,17 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, LearnerSetup, positive, task_metric
+from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adversarial import AdversarialLearner, SupportTerm
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import (
     OuterOptimizer,
-    check_positive,
     update_running_statistics,
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Classes = Literal["softmax", "own"]
@@ -102,14 +102,9 @@ class MetaGAN(Algorithm):
                 f"algo.learner={learner.__name__} has no `solve`: expected a learner such as MAML "
                 "or RelationNet"
             )
-        for name, value in (("fakes", fakes), ("inner_fakes", inner_fakes)):
-            if value < 0:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more")
-        positive("latent", latent)
-        positive("filters", filters)
-        check_positive("algo.generator_lr", generator_lr)
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"algo.weight={weight}: expected 0 or more")
+        at_least("algo", 0, fakes=fakes, inner_fakes=inner_fakes, weight=weight)
+        at_least("algo", 1, latent=latent, filters=filters)
+        positive("algo", generator_lr=generator_lr)
         if len(self.spec.input_shape) != 3:
             raise ValueError(
                 f"{type(self).__name__} generates images, but an input of the data set has shape "

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.memory.sequential import Reader, SequenceLearner
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.recurrent import LSTMCell
+from metarun.core.checks import at_least, positive, within
 
 Access = Literal["lrua", "ntm", "none"]
 State = dict[str, Tensor]
@@ -81,18 +81,11 @@ class MANN(SequenceLearner):
         forget_bias: float = 0.0,
         **options: Any,
     ) -> None:
-        for name, value in (
-            ("controller", controller),
-            ("locations", locations),
-            ("cells", cells),
-            ("heads", heads),
-        ):
-            positive(name, value)
+        at_least("algo", 1, controller=controller, locations=locations, cells=cells, heads=heads)
         if heads > locations:
             raise ValueError(f"algo.heads={heads}: expected at most algo.locations={locations}")
-        if not 0.0 <= usage_decay <= 1.0:
-            raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
-        check_positive("algo.label_scale", label_scale)
+        within("algo", "[0, 1]", usage_decay=usage_decay)
+        positive("algo", label_scale=label_scale)
         if not math.isfinite(forget_bias):
             raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
         self.access = access

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.functional import Params
 from metarun.algorithms.memory.sequential import Reader, SequenceLearner
+from metarun.core.checks import at_least
 
 
 class SNAIL(SequenceLearner):
@@ -45,9 +46,8 @@ class SNAIL(SequenceLearner):
     def __init__(
         self, setup: LearnerSetup, *, filters: int = 128, length: int | None = None, **options: Any
     ) -> None:
-        positive("filters", filters)
-        if length is not None and length < 2:
-            raise ValueError(f"algo.length={length}: expected 2 or more")
+        at_least("algo", 1, filters=filters)
+        at_least("algo", 2, length=length)
         self.filters = filters
         self.length = length
         super().__init__(setup, **options)

@@ -16,6 +16,7 @@ from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import positive
 from metarun.core.types import Adapted
 
 
@@ -52,8 +53,7 @@ class FRN(FeatureLearner):
     net: _Reconstruction
 
     def __init__(self, setup: LearnerSetup, *, scale: float = 1.0, all_pairs: bool = False) -> None:
-        if not scale > 0:
-            raise ValueError(f"algo.scale={scale}: expected a positive number")
+        positive("algo", scale=scale)
         self.scale = scale
         self.all_pairs = all_pairs
         super().__init__(setup)

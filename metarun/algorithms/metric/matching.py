@@ -10,12 +10,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.recurrent import LSTMCell
+from metarun.core.checks import at_least, positive
 
 
 class MatchingNet(FeatureLearner):
@@ -58,8 +58,8 @@ class MatchingNet(FeatureLearner):
         full_context: bool = False,
         processing_steps: int = 5,
     ) -> None:
-        check_positive("algo.scale", scale)
-        positive("processing_steps", processing_steps)
+        positive("algo", scale=scale)
+        at_least("algo", 1, processing_steps=processing_steps)
         self.scale = scale
         self.steps = processing_steps if full_context else 0
         super().__init__(setup)

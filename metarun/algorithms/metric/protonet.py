@@ -13,6 +13,7 @@ from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params, prototypes
+from metarun.core.checks import positive
 
 Distance = Literal["squared_euclidean", "cosine"]
 
@@ -40,8 +41,7 @@ class ProtoNet(FeatureLearner):
         self, setup: LearnerSetup, *, distance: Distance = "squared_euclidean", scale: float = 1.0
     ) -> None:
         super().__init__(setup)
-        if not scale > 0:
-            raise ValueError(f"algo.scale={scale}: expected a positive number")
+        positive("algo", scale=scale)
         self.distance = distance
         self.scale = scale
 

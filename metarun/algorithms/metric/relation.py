@@ -8,13 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, positive, with_tensors
+from metarun.algorithms.base import LearnerSetup, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.normalization import BatchNorm, halved
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Prediction
 
 
@@ -58,11 +59,10 @@ class RelationNet(EpisodicLearner):
         clip_norm: float | None = 0.5,
     ) -> None:
         super().__init__(setup)
-        positive("hidden", hidden)
+        at_least("algo", 1, hidden=hidden)
         if padding not in (0, 1):
             raise ValueError(f"algo.padding={padding}: expected 0 or 1")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"algo.clip_norm={clip_norm}: expected a positive number, or null")
+        positive("algo", null="or null", clip_norm=clip_norm)
         self.clip_norm = clip_norm
         embedding = self.build_maps("early")
         with torch.no_grad():

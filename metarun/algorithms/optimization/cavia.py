@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import Params, check_inner_loop
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Prediction
 from metarun.execution.engine import TaskFunction
 
@@ -58,9 +59,8 @@ class CAVIA(InnerLoopLearner):
     ) -> None:
         super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
-        positive("num_context", num_context)
-        if task_clip is not None and task_clip <= 0:
-            raise ValueError(f"algo.task_clip={task_clip}: expected a positive number, or null")
+        at_least("algo", 1, num_context=num_context)
+        positive("algo", null="or null", task_clip=task_clip)
         self.num_context = num_context
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps

@@ -5,7 +5,6 @@ Shapes: T tasks, S support rows, Q query rows, P parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,8 +24,8 @@ from metarun.algorithms.functional import (
     strip_prefix,
     unflatten,
 )
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive
 from metarun.execution.engine import TaskFunction, TwoStageTask
 
 Proximal = Literal["after", "each_step"]
@@ -81,17 +80,9 @@ class IMAML(InnerLoopLearner):
         lam_damping: float = 10.0,
     ) -> None:
         super().__init__(setup)
-        for name, value in (("inner_lr", inner_lr), ("lam", lam)):
-            check_positive(f"algo.{name}", value)
-        for name, value in (
-            ("inner_steps", inner_steps),
-            ("eval_lam", eval_lam),
-            ("cg_steps", cg_steps),
-            ("cg_damping", cg_damping),
-            ("lam_damping", lam_damping),
-        ):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more")
+        positive("algo", inner_lr=inner_lr, lam=lam)
+        at_least("algo", 0, inner_steps=inner_steps, eval_lam=eval_lam)
+        at_least("algo", 0, cg_steps=cg_steps, cg_damping=cg_damping, lam_damping=lam_damping)
         for name, value in (("lam", lam), ("eval_lam", eval_lam)):
             if inner_lr * value >= 2.0:
                 raise ValueError(

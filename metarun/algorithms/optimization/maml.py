@@ -33,6 +33,7 @@ from metarun.algorithms.functional import (
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import norm_parameters
+from metarun.core.checks import positive
 from metarun.core.types import Progress
 from metarun.execution.engine import TaskFunction, TwoStageTask
 
@@ -225,5 +226,4 @@ def _check(
     check_inner_loop(low, inner_steps, second_order_from)
     if low < high and rates == "fixed":
         raise ValueError("algo.inner_lr: a range needs learned rates: use algo.rates=element")
-    if inner_clip is not None and inner_clip <= 0:
-        raise ValueError(f"algo.inner_clip={inner_clip}: expected a positive number, or null")
+    positive("algo", null="or null", inner_clip=inner_clip)

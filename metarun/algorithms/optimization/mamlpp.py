@@ -27,6 +27,7 @@ from metarun.algorithms.functional import (
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import BatchNorm, norm_parameters
+from metarun.core.checks import within
 from metarun.core.types import Metrics, Progress, TaskBatch
 from metarun.execution.engine import TwoStageTask
 
@@ -82,10 +83,7 @@ class MAMLpp(AdaptingLearner):
     ) -> None:
         super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from, fewest=1)
-        if not 0.0 <= multi_step_loss <= 1.0:
-            raise ValueError(
-                f"algo.multi_step_loss={multi_step_loss}: expected a fraction of training, 0 to 1"
-            )
+        within("algo", "[0, 1]", multi_step_loss=multi_step_loss)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from

@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten, strip_prefix, unflatten
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import batch_norms
+from metarun.core.checks import at_least, pair, within
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 PreviousGate = Literal["logit", "gate"]
@@ -84,14 +85,11 @@ class MetaLSTM(AdaptingLearner):
         bn_momentum: float = 0.95,
     ) -> None:
         super().__init__(setup)
-        if inner_steps < 0:
-            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-        positive("hidden_size", hidden_size)
-        for name, span in (("forget_bias", forget_bias), ("rate_bias", rate_bias)):
-            if len(span) != 2 or not -math.inf < span[0] <= span[1] < math.inf:
-                raise ValueError(f"algo.{name}={list(span)}: expected [low, high]")
-        if not 0.0 < bn_momentum <= 1.0:
-            raise ValueError(f"algo.bn_momentum={bn_momentum}: expected a number in (0, 1]")
+        at_least("algo", 0, inner_steps=inner_steps)
+        at_least("algo", 1, hidden_size=hidden_size)
+        pair("algo.forget_bias", forget_bias)
+        pair("algo.rate_bias", rate_bias)
+        within("algo", "(0, 1]", bn_momentum=bn_momentum)
         self.inner_steps = inner_steps
         self.hidden_size = hidden_size
         self.previous_gate = previous_gate

@@ -15,7 +15,7 @@ from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
-from metarun.algorithms.outer_optimizer import check_positive
+from metarun.core.checks import positive
 
 Solver = Literal["auto", "primal", "dual"]
 
@@ -65,7 +65,7 @@ class R2D2(FeatureLearner):
         lambda_per_row: bool = True,
         init_scale: float = 10.0,
     ) -> None:
-        check_positive("algo.init_lambda", init_lambda)
+        positive("algo", init_lambda=init_lambda)
         if not (math.isfinite(init_scale) and init_scale):
             raise ValueError(f"algo.init_scale={init_scale}: expected a number other than 0")
         self.solver: Solver = solver

@@ -11,13 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import LearnerSetup, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.distributed import gather_rows
 from metarun.core.types import Metrics, Progress, TaskBatch
 
@@ -75,11 +75,10 @@ class Reptile(AdaptingLearner):
         carry_moments: bool = True,
     ) -> None:
         super().__init__(setup)
-        check_positive("algo.inner_lr", inner_lr)
-        positive("inner_steps", inner_steps)
-        for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):
-            if size is not None and size < 1:
-                raise ValueError(f"algo.{name}={size}: expected 1 or more, or null for all rows")
+        positive("algo", inner_lr=inner_lr)
+        at_least("algo", 1, inner_steps=inner_steps)
+        batches = {"inner_batch": inner_batch, "eval_inner_batch": eval_inner_batch}
+        at_least("algo", 1, null="or null for all rows", **batches)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch

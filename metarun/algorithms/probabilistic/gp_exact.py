@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric
 from metarun.algorithms.capabilities import Capabilities
+from metarun.core.checks import at_least
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Bounds = float | Sequence[float]
@@ -58,8 +59,7 @@ class ExactGP(Algorithm):
             raise ValueError("algo=gp_exact needs scikit-learn: pip install '.[sklearn]'") from None
         self.lengthscale = _bounds("lengthscale", lengthscale)
         self.scale = _bounds("scale", scale)
-        if not 0.0 <= noise < math.inf:
-            raise ValueError(f"algo.noise={noise}: expected 0 or more")
+        at_least("algo", 0, noise=noise)
         self.noise_std = noise
         self.net = nn.Identity()
 

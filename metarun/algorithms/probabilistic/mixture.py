@@ -15,7 +15,6 @@ from metarun.algorithms.base import (
     LearnerSetup,
     forward,
     own_parameters,
-    positive,
     task_metric,
 )
 from metarun.algorithms.functional import (
@@ -28,8 +27,9 @@ from metarun.algorithms.functional import (
     sgd_path,
     strip_prefix,
 )
-from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
+from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive, within
 from metarun.core.distributed import gather_rows
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
@@ -114,17 +114,11 @@ class Mixture(Algorithm):
     ) -> None:
         super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
-        positive("components", components)
+        at_least("algo", 1, components=components)
         start, end = (temperature,) * 2 if isinstance(temperature, int | float) else temperature
-        for name, value in (
-            ("temperature", start),
-            ("temperature", end),
-            ("anneal", anneal),
-            ("concentration", concentration),
-        ):
-            check_positive(f"algo.{name}", value)
-        if not 0.0 <= memory <= 1.0:
-            raise ValueError(f"algo.memory={memory}: expected 0 to 1")
+        positive("algo", temperature=start, anneal=anneal, concentration=concentration)
+        positive("algo", temperature=end)
+        within("algo", "[0, 1]", memory=memory)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from

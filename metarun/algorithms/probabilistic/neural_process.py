@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.functional import Params, strip_prefix
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import BATCH_STATISTICS
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Path = Literal["mean", "attention", "none"]
@@ -95,19 +95,12 @@ class NeuralProcess(Algorithm):
             raise ValueError("algo.deterministic=none needs another path: use algo.latent=128")
         if objective == "likelihood" and not latent:
             raise ValueError("algo.objective=likelihood needs a latent path: use algo.latent=128")
-        for name, value, least in (
-            ("width", width, 1),
-            ("latent", latent, 0),
-            ("heads", heads, 1),
-            ("train_samples", train_samples, 1),
-            ("samples", samples, 1),
-            ("context", 1 if context is None else context, 1),
-        ):
-            if value < least:
-                raise ValueError(f"algo.{name}={value}: expected {least} or more")
+        at_least("algo", 0, latent=latent)
+        at_least("algo", 1, width=width, heads=heads, context=context)
+        at_least("algo", 1, samples=samples, train_samples=train_samples)
         if deterministic == "attention" and width % heads:
             raise ValueError(f"algo.heads={heads}: expected a divisor of algo.width={width}")
-        check_positive("algo.min_spread", min_spread)
+        positive("algo", min_spread=min_spread)
         self.objective = objective
         self.train_samples = train_samples if objective == "likelihood" else 1
         self.samples = samples

@@ -23,13 +23,13 @@ from metarun.algorithms.base import (
     LearnerSetup,
     forward,
     own_parameters,
-    positive,
     task_metric,
 )
 from metarun.algorithms.capabilities import Capabilities
-from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
+from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.algorithms.selection import portfolio
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive
 from metarun.core.distributed import gather_rows, local_size
 from metarun.core.types import Adapted, LearnedState, Metrics, Prediction, Progress, TaskBatch
 
@@ -113,15 +113,13 @@ class Selector(Algorithm):
             raise ValueError("algo=selector needs scikit-learn: pip install '.[sklearn]'") from None
         from joblib import Memory, cpu_count
 
-        check_positive("algo.prior", prior)
-        if folds < 2:
-            raise ValueError(f"algo.folds={folds}: expected 2 or more")
+        positive("algo", prior=prior)
+        at_least("algo", 2, folds=folds)
+        at_least("algo", 1, processes=processes)
         self.learners = _checked(self.spec.kind, learners)
         self.choice: Choice = choice
         self.prior = prior
         self.folds = folds
-        if processes is not None:
-            positive("processes", processes)
         self.processes = processes or max(1, cpu_count() // local_size())
         # Another version may predict differently.
         edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"
