@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metarun.execution.guards import Executed, Guards, UnguardedError, watched
 
 GraphKind = Literal["auto", "none", "replay", "compile"]
-GRAPH_KINDS: tuple[GraphKind, ...] = ("auto", "none", "replay", "compile")
 Function = Callable[..., Any]
 
 _PATIENCE = 200
