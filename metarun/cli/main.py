@@ -14,13 +14,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
 from metarun.cli.parser import PARSERS, application
 from metarun.config.checks import check_config
 from metarun.config.search_path import as_config_dir
+from metarun.config.trust import taken_from, trusting
 from metarun.core import distributed
 from metarun.core.errors import (
     EXIT_BAD_INPUT,
@@ -64,6 +64,7 @@ Options:
   --cfg job [--resolve]  print the configuration and exit
   --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine);
                          hydra.searchpath=[file://A,pkg://B] adds several
+  trust=PACKAGE,…        packages that an existing run may import (METARUN_TRUST)
   --info [WHAT]          print how the configuration is composed
   --hydra-help           Hydra's own options, such as --shell-completion
   --version, --help      print the version or this text and exit
@@ -85,15 +86,14 @@ def entry() -> NoReturn:
 
 def main(argv: Sequence[str]) -> int:
     """Run a command line and return the exit code; errors become one line on stderr."""
-    # The installed command lacks the current folder, where a user's own modules are.
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
     debug = "debug=true" in (word.lower() for word in argv)
     place = distributed.Place()
     try:
         place = distributed.place_from_environment()
         _log_to_stderr() if place.rank == 0 else _hush()
-        return _dispatch(list(argv), place)
+        packages, words = taken_from(argv)
+        with trusting(packages):
+            return _dispatch(words, place)
     except BrokenPipeError:
         raise
     except Exception as error:

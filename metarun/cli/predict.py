@@ -29,7 +29,7 @@ from rich.text import Text
 from metarun.cli.parser import DEFAULT_CSV
 from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
-from metarun.core.files import write_new
+from metarun.core.files import csv_cell, write_new
 from metarun.data.storage.image_files import SUFFIXES
 from metarun.runs.folder import RunFolder
 
@@ -294,9 +294,12 @@ def as_csv(names: Sequence[str], classes: Sequence[str], answers: Probabilities)
     writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
     # `p(name)`, not `name`, since a class may be called `file`.
     writer.writerow(["file", "class", "probability", *(f"p({name})" for name in classes)])
+    named = [csv_cell(name) for name in classes]
     for name, row in zip(names, answers, strict=True):
         best = int(row.argmax())
-        writer.writerow([name, classes[best], *(float(f"{p:.6g}") for p in (row[best], *row))])
+        writer.writerow(
+            [csv_cell(name), named[best], *(float(f"{p:.6g}") for p in (row[best], *row))]
+        )
     # A name that is not UTF-8 would make the file unreadable.
     return text.getvalue().encode("utf-8", "backslashreplace")
 

@@ -7,7 +7,6 @@ No other module instantiates components.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import json
 import logging
@@ -15,13 +14,13 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from metarun.config.checks import check_config, convert
 from metarun.config.schema import Config, Settings
-from metarun.config.suggestions import nearest, unknown_key
+from metarun.config.suggestions import unknown_key
+from metarun.config.trust import locate, without_places
 from metarun.core import distributed
-from metarun.core.errors import one_line
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSize, LearnedState, SourceSetup
 from metarun.execution.allocator import keep_large_blocks
@@ -169,15 +168,9 @@ def build_trackers(config: Mapping[str, Any]) -> dict[str, Tracker]:
     Raises:
         ValueError: An option is invalid, or a package is missing.
     """
-    from metarun.trackers.base import Tracker
-
     made: dict[str, Tracker] = {}
     for name, node in (check_config(config).logger or {}).items():
         made[name] = _component(f"logger.{name}", node)()
-        if not isinstance(made[name], Tracker):
-            raise ValueError(
-                f"logger.{name}._target_={node['_target_']} is not a subclass of metarun's Tracker"
-            )
     return made
 
 
@@ -231,7 +224,7 @@ def _device(name: str) -> torch.device:
 def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     import torch
 
-    from metarun.algorithms.base import Algorithm, LearnerSetup
+    from metarun.algorithms.base import LearnerSetup
     from metarun.backbones.network import set_mixed
     from metarun.execution.engine import Engine
 
@@ -250,10 +243,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     # The initial parameters depend on the seed alone, not on earlier random draws.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        algorithm = make()
-    if not isinstance(algorithm, Algorithm):
-        target = settings.algo["_target_"]
-        raise ValueError(f"algo._target_={target} is not a subclass of metarun's Algorithm")
+        algorithm: Algorithm = make()
     _test_foreign(algorithm, settings)
     if settings.precision == "mixed" and not set_mixed(algorithm):
         raise ValueError(
@@ -356,6 +346,7 @@ def _component(
         ValueError: The class cannot be imported or does not take the setup, or an option is
             unknown or of the wrong type.
     """
+    node = without_places(name, node)
     target = locate(f"{name}._target_", node["_target_"])
     hints = option_hints(name, node)
     given = {} if setup is None else {"setup": setup}
@@ -379,7 +370,7 @@ def _component(
         if LearnedState in typing.get_args(hints[key]):
             options[key] = None if value is None else _learned_state(f"{name}.{key}", value)
         elif _names_a_class(hints[key]):
-            options[key] = locate(f"{name}.{key}", str(value))
+            options[key] = locate(f"{name}.{key}", str(value), *typing.get_args(hints[key]))
         else:
             options[key] = convert(f"{name}.{key}", value, hints[key])
     return functools.partial(target, **options, **given)
@@ -394,7 +385,8 @@ def option_hints(name: str, node: Mapping[str, Any]) -> dict[str, Any]:
     hints = keywords(locate(f"{name}._target_", node["_target_"]))
     for key, hint in list(hints.items()):
         if _names_a_class(hint) and key in node:
-            hints = {**keywords(locate(f"{name}.{key}", str(node[key]))), **hints}
+            option = locate(f"{name}.{key}", str(node[key]), *typing.get_args(hint))
+            hints = {**keywords(option), **hints}
     return hints
 
 
@@ -412,34 +404,6 @@ def _learned_state(key: str, run: Any) -> LearnedState:
 
 def _names_a_class(hint: Any) -> bool:
     return typing.get_origin(hint) is type
-
-
-def locate(key: str, path: str) -> Callable[..., Any]:
-    """Import a class by its dotted name.
-
-    Raises:
-        ValueError: The class does not exist, or its module cannot be imported.
-    """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"{key}={path}: expected the dotted name of a class, such as module.Class")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and (module_name + ".").startswith(error.name + "."):
-            raise ValueError(
-                f"{key}={path}: there is no module {error.name} in the current folder or among "
-                "the installed packages"
-            ) from error
-        raise ValueError(f"{key}={path}: importing {module_name} failed: {error}") from error
-    # Importing a user's module may raise any exception.
-    except Exception as error:
-        summary = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"{key}={path}: importing {module_name} failed: {summary}") from error
-    found = getattr(module, name, None)
-    if not callable(found):
-        raise ValueError(f"{key}={path}: {module_name} has no {name}{nearest(name, dir(module))}")
-    return cast("Callable[..., Any]", found)
 
 
 def keywords(target: Callable[..., Any]) -> dict[str, Any]:

@@ -94,6 +94,15 @@ def check_added(prefix: str, node: Config, base: Config) -> None:
             check_added(f"{prefix}{key}.", cast("Config", value), cast("Config", known))
 
 
+def without_repeated(words: Sequence[str], stored: Config) -> list[str]:
+    """Return overrides without those that name the algorithm or backbone of a run again.
+
+    `algo=mine --config-dir DIR` says that the code behind a stored name is the user's own.
+    """
+    again = {(key, stored["names"].get(key)) for key in ("algo", "backbone")}
+    return [word for word in words if tuple(word.split("=", 1)) not in again]
+
+
 def with_values(stored: Config, typed: Mapping[str, Any]) -> Config:
     """Return a copy of a stored configuration with the typed values set.
 

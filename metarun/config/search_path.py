@@ -7,6 +7,7 @@ it before anything else reads the command line, so that both find the same files
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,6 +43,16 @@ def refuse_shipped_names(folders: Sequence[Path], shipped: Path) -> None:
                 raise ValueError(
                     f"{path} has the name of a shipped file, which would take precedence: rename it"
                 )
+
+
+def add_current_folder() -> None:
+    """Let modules be imported from the current folder, which the installed command does not.
+
+    It is done only for modules that the user has named: an optional package that is missing, or a
+    plugin of Hydra, must not be found in a folder that comes from somebody else.
+    """
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
 
 
 def as_config_dir(argv: Sequence[str]) -> list[str]:
@@ -88,6 +99,7 @@ def _folder(place: str) -> list[str]:
         raise ValueError(f"{KEY}: there is no folder {folder}; check the path")
     if scheme != "pkg":
         raise ValueError(f"{KEY}: cannot read {place}: expected file://FOLDER or pkg://PACKAGE")
+    add_current_folder()
     try:
         spec = find_spec(path)
     except (ImportError, ValueError):

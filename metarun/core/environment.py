@@ -49,17 +49,31 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def _git() -> dict[str, Any] | None:
-    """Return the commit of the current folder and whether the working tree differs from it."""
+    """Return the commit of the current folder and whether the working tree differs from it.
+
+    The folder may come from somebody else. A repository whose own settings name programs, which
+    `git status` would run, is asked for its commit alone.
+    """
     commit = _ask_git("rev-parse", "HEAD")
     if not commit:
         return None
-    return {"commit": commit, "dirty": bool(_ask_git("status", "--porcelain"))}
+    settings = _ask_git("config", "--show-scope", "--get-regexp", r"^(filter\.|core\.fsmonitor)")
+    if any(line.startswith(("local", "worktree")) for line in (settings or "").splitlines()):
+        return {"commit": commit, "dirty": None}
+    quiet = ("-c", f"core.hooksPath={os.devnull}")
+    changes = _ask_git(*quiet, "status", "--porcelain", "--ignore-submodules=all")
+    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _ask_git(*words: str) -> str | None:
     try:
         answer = subprocess.run(
-            ["git", *words], capture_output=True, text=True, timeout=5, check=True
+            ["git", *words],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+            env={**os.environ, "GIT_NO_LAZY_FETCH": "1"},
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,4 @@
-"""Atomic writes of files, and checks of free disk space."""
+"""Writes of files, atomic and through no link, and checks of free disk space."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import io
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from metarun.core.nested import finite
 
@@ -37,6 +38,52 @@ def write_new(path: Path, data: bytes) -> Path:
         path.open("x").close()
         temporary.replace(path)
     return path
+
+
+_FLAGS = {
+    "a": os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+    "a+": os.O_RDWR | os.O_CREAT | os.O_APPEND,
+    "r+": os.O_RDWR,
+}
+
+
+def open_inside(path: Path, mode: Literal["a", "ab", "a+", "r+b"]) -> IO[Any]:
+    """Open a file of a run's folder to write in place; all others are written atomically.
+
+    The folder may come from somebody else, and a link in it may name any file of the user.
+
+    Raises:
+        ValueError: The path is a link, or something else than a file.
+    """
+    refuse_link(path)
+    # A system without these flags has the check above alone. A pipe would block.
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, _FLAGS[mode.replace("b", "")] | safe, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not an ordinary file: remove it")
+    return os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def inner_folder(path: Path) -> Path:
+    """Create a folder inside that of a run, unless it exists, and return its path.
+
+    Raises:
+        ValueError: The path is a link.
+    """
+    refuse_link(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def refuse_link(path: Path) -> None:
+    """Check that nothing will be written through a link.
+
+    Raises:
+        ValueError: The path is a link.
+    """
+    if path.is_symlink():
+        raise ValueError(f"{path} is a link, and metarun writes through no link: remove it")
 
 
 def check_space(path: str | Path, needed: int) -> None:
@@ -81,6 +128,19 @@ def to_npz(arrays: Mapping[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
+def csv_cell(value: Any) -> Any:
+    """Return a cell of a CSV, with an apostrophe before a text that a spreadsheet would run.
+
+    Names of files, classes and runs may come from somebody else.
+    """
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    with contextlib.suppress(ValueError):
+        float(value)
+        return value
+    return f"'{value}"
+
+
 def size_text(count: int) -> str:
     """Return a number of bytes in MB or GB, such as `3.2 MB`."""
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
@@ -94,7 +154,8 @@ def prepared_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

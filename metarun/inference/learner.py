@@ -22,6 +22,7 @@ from torch import Tensor
 from metarun.algorithms.base import Algorithm
 from metarun.config.build import Experiment, build_experiment
 from metarun.config.schema import Config
+from metarun.config.trust import stored, trusting
 from metarun.core import seeding
 from metarun.core.types import Adapted, EpisodeSource
 from metarun.evaluation.test_time_augmentation import adapt, answer
@@ -37,7 +38,13 @@ class NotFittedError(ValueError, AttributeError):
     """`predict` was called before `fit`."""
 
 
-def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Learner:
+def load(
+    run: str | Path,
+    *,
+    bn: str | None = None,
+    device: str = "auto",
+    trust: str | Sequence[str] = (),
+) -> Learner:
     """Load the learner of a run, with its best parameters on meta-val, else its latest ones.
 
     Args:
@@ -46,25 +53,31 @@ def load(run: str | Path, *, bn: str | None = None, device: str = "auto") -> Lea
             one `predict` together). None takes the run's own setting, except that
             `transductive` becomes `support`, so that predictions do not depend on other rows.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        trust: Packages outside metarun that the run may import, such as that of your algorithm.
 
     Raises:
-        ValueError: The folder is not a run, it has no checkpoint yet, or its data are missing.
+        ValueError: The folder is not a run, it has no checkpoint yet, its data are missing, or it
+            names code of a package that is not trusted.
     """
     folder = RunFolder.open(run)
     config = folder.configuration()
     config["bn"] = bn or ("support" if config["bn"] == "transductive" else config["bn"])
-    experiment = restored(folder, config, device)
+    with trusting(trust.split(",") if isinstance(trust, str) else trust):
+        experiment = restored(folder, config, device)
     temperature = folder.read_results()["temperature"] if folder.has(RESULTS) else 1.0
     return Learner(experiment.algorithm, experiment.source, experiment.eval.views, temperature)
 
 
-def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experiment:
+def restored(
+    folder: RunFolder, config: Config, device: str = "auto", config_dir: str | None = None
+) -> Experiment:
     """Build the components of a run and load its parameters, on any device.
 
     Args:
         folder: Folder of the run.
         config: Configuration of the run.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        config_dir: Folder of the user's YAML files, which name code of the user's own.
 
     Raises:
         ValueError: The run has no checkpoint yet, or its data are missing.
@@ -84,7 +97,8 @@ def restored(folder: RunFolder, config: Config, device: str = "auto") -> Experim
         raise ValueError(
             f"{folder.path} has no checkpoint yet: continue it with `metarun resume=RUN` first"
         )
-    experiment = build_experiment({**config, **how})
+    with stored(config_dir=config_dir):
+        experiment = build_experiment({**config, **how})
     load_parameters(experiment.algorithm, learned[1], experiment.run_info, folder.path)
     return experiment
 

@@ -13,10 +13,11 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from metarun.config.build import build_experiment, build_source, locate
+from metarun.config.build import build_experiment, build_source
 from metarun.config.catalogue import method_name
 from metarun.config.composition import Composer, Job, composer
 from metarun.config.naming import digest, hashed_slug, slug
+from metarun.config.trust import locate
 from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically

@@ -60,7 +60,7 @@ def ensure_finished(
             train(config, folder, overrides, screen, config_dir)
             return Outcome("finished")
         run = RunFolder.open(folder)
-        experiment = continuation(run, [], config_dir)
+        experiment = continuation(run, [], config_dir, config)
         if experiment is None:
             return Outcome("kept")
         train_experiment(run, experiment, screen, config_dir)

@@ -10,11 +10,17 @@ import copy
 from collections.abc import Sequence
 from typing import Any, cast
 
+from metarun.config import trust
 from metarun.config.build import Experiment, build_experiment
 from metarun.config.checks import check_config
 from metarun.config.composition import Composer, composer, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of, slug
-from metarun.config.overrides import parse_value, refuse_change, with_values
+from metarun.config.overrides import (
+    parse_value,
+    refuse_change,
+    with_values,
+    without_repeated,
+)
 from metarun.config.schema import Config
 from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
@@ -91,7 +97,7 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
 def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
     """Build the components of a run for a meta-test."""
     stored = run.configuration()
-    typed = dict(map(parse_value, words))
+    typed = dict(map(parse_value, without_repeated(words, stored)))
     other, name = typed.pop("experiment", None), typed.pop("data", None)
     if other is not None and name is not None:
         raise ValueError("experiment= and data= exclude each other in a meta-test: type one")
@@ -100,11 +106,12 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
             rule = f"a meta-test: only experiment, data, eval.…, {', '.join(TESTABLE)} can"
             refuse_change(key, stored, rule)
     config = copy.deepcopy(stored)
+    chosen: Config = {}
     if other is not None:
         config = _in_setting_of(other, run, stored, config_dir)
     if name is not None:
         with composer(config_dir) as compose:
-            config["data"] = _data_node(compose, name)
+            config["data"] = chosen = _data_node(compose, name)
         config["names"]["data"] = name
     config = with_values(config, typed)
     # Nothing is trained: the training sizes must not fail the checks of the test's data.
@@ -112,7 +119,7 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
     config["train"] |= {key: config[key] for key in sizes}
     settings = check_config(config)
     check_data(config)
-    with warnings_held():
+    with trust.stored([typed, chosen], config_dir), warnings_held():
         experiment = build_experiment(config)
     experiment.record["train"] |= sizes
     if settings.way != stored["way"] and not experiment.algorithm.capabilities.accepts_any_way:
@@ -134,6 +141,7 @@ def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | 
         raise ValueError(
             f"experiment={name}: the run is not finished: type resume={run.path} first"
         )
+    trust.check_stored_words(run.overrides())
     with composer(config_dir) as compose:
         # A key that is newer than the run has the value that the run would have today.
         today = compose.job(_words_about_results(run)).config

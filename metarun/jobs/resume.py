@@ -13,11 +13,17 @@ from typing import Any, cast
 
 from omegaconf.errors import OmegaConfBaseException
 
+from metarun.config import trust
 from metarun.config.build import Experiment, build_experiment, build_trackers, check_shares
 from metarun.config.checks import check_config
 from metarun.config.composition import composer, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of
-from metarun.config.overrides import parse_value, refuse_change, with_values
+from metarun.config.overrides import (
+    parse_value,
+    refuse_change,
+    with_values,
+    without_repeated,
+)
 from metarun.config.schema import Config
 from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
@@ -73,14 +79,26 @@ def _ours(run: RunFolder) -> Run:
     return run if distributed.is_main() else NullRun()
 
 
-def continuation(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
+def continuation(
+    run: RunFolder,
+    words: Sequence[str],
+    config_dir: str | None,
+    requested: Mapping[str, Any] | None = None,
+) -> Experiment | None:
     """Build the components of a resumed run; None if the run is finished.
+
+    Args:
+        run: The run.
+        words: Overrides, such as `train.steps=…`.
+        config_dir: Folder of the user's YAML files.
+        requested: The configuration that the user has typed, if the run belongs to a sweep.
 
     Raises:
         ValueError: An override may not change.
     """
     with distributed.agreed():
-        experiment = _continued(run, words, config_dir)
+        words = without_repeated(words, run.configuration())
+        experiment = _continued(run, words, config_dir, requested)
     if words and experiment is not None:
         distributed.on_main(lambda: _note(run, words, experiment))
     return experiment
@@ -95,9 +113,15 @@ def _note(run: RunFolder, words: Sequence[str], experiment: Experiment) -> None:
         write_atomically(run.path / "overrides.yaml", to_yaml(overrides).encode())
 
 
-def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment | None:
+def _continued(
+    run: RunFolder,
+    words: Sequence[str],
+    config_dir: str | None,
+    requested: Mapping[str, Any] | None,
+) -> Experiment | None:
     stored = run.configuration()
     typed = dict(map(parse_value, words))
+    named = [typed, requested]
     config = copy.deepcopy(stored)
     if "logger" in typed:
         config["logger"] = _trackers_node(typed.pop("logger"), stored, config_dir)
@@ -108,7 +132,7 @@ def _continued(run: RunFolder, words: Sequence[str], config_dir: str | None) -> 
     settings = check_config(config)
     if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
         return None
-    with warnings_held():
+    with trust.stored(named, config_dir), warnings_held():
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)
         build_trackers(config)
@@ -141,9 +165,10 @@ def _changes(
 ) -> list[str]:
     """Return a line for each key whose value composes differently now than when stored."""
     try:
+        # Trackers are chosen again on a resume, and may be a user's own.
+        words = [word for word in run.overrides() if root_of(word) != "logger"]
+        trust.check_stored_words(words)
         with composer(config_dir) as compose:
-            # Trackers are chosen again on a resume, and may be a user's own.
-            words = [word for word in run.overrides() if root_of(word) != "logger"]
             config = compose.job(words).config
     except (ValueError, OmegaConfBaseException) as error:
         hint = "" if config_dir else "; repeat --config-dir if the run had one"

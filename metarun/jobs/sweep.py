@@ -120,8 +120,6 @@ class Worker:
             _end_with_parent()
         register_resolvers()
         logging.getLogger("metarun").addHandler(logging.NullHandler())
-        if "" not in sys.path and str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))
 
     def run(self, cfg: DictConfig) -> float | None:
         """Start or resume one run.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from metarun.core.archives import read_arrays
 from metarun.core.measures import Measure
 from metarun.core.results import Results, measures_of
 from metarun.core.statistics import Floats, interval
@@ -73,10 +74,11 @@ def read_figures(run: RunFolder) -> Result:
     prefix = continual_metrics.FIGURE
     measures = record["measures"]
     wanted = (record["metric"], "curve", "presentations", "incoming_loss", *measures)
-    with np.load(run.path / "episodes.npz") as file:
-        # The other arrays of a stream are large, and only its figures read them.
-        names = [name for name in file if name in wanted or name.startswith(prefix)]
-        arrays = {name: np.asarray(file[name], dtype=np.float64) for name in names}
+    # The other arrays of a stream are large, and only its figures read them.
+    read = read_arrays(
+        run.path / "episodes.npz", lambda name: name in wanted or name.startswith(prefix)
+    )
+    arrays = {name: np.asarray(values, dtype=np.float64) for name, values in read.items()}
     untrained = run.read_json(UNTRAINED)["mean"] if run.has(UNTRAINED) else None
     return Result(
         record,

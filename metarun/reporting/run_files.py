@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from metarun.core.archives import read_arrays
 from metarun.core.results import Results
 from metarun.core.statistics import Floats
 from metarun.core.types import Record
@@ -110,7 +111,4 @@ class RunFiles:
 
 
 def _arrays(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    with np.load(path) as file:
-        return {name: file[name] for name in file}
+    return read_arrays(path) if path.exists() else {}

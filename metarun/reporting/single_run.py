@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -128,7 +129,8 @@ def reproduce(files: RunFiles) -> Section:
     git = here.get("git") or {}
     words = [*_config_dir(here.get("command") or []), *files.words]
     lines = [" ".join(["metarun", *map(shlex.quote, words)])]
-    if git.get("commit"):
+    # In a block to be copied to a shell, nothing but a hash may stand here.
+    if re.fullmatch(r"[0-9a-f]{7,64}", str(git.get("commit"))):
         dirty = ", with uncommitted changes" if git.get("dirty") else ""
         lines.insert(0, f"# in a clone at {git['commit'][:12]}{dirty}")
     finished = files.status["state"] == "finished"
@@ -168,7 +170,7 @@ def sections(
 ) -> tuple[list[Section], str]:
     """Return the sections about one run, and the reasons why some are missing."""
     notes = _Notes(note)
-    learned = _learned(files, notes)
+    learned = _learned(files, notes, config_dir)
     own = [panel for source in _OWN for panel in source.panels(files)]
     parts = [
         Section(
@@ -209,7 +211,7 @@ def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[
     ]
 
 
-def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
+def _learned(files: RunFiles, notes: _Notes, config_dir: str | None) -> Learned | None:
     """Restore the trained learner; None if the run has no test tasks to draw."""
     if files.results is None or "stream" in files.results or files.metric not in files.arrays:
         return None
@@ -218,7 +220,7 @@ def _learned(files: RunFiles, notes: _Notes) -> Learned | None:
 
     try:
         with warnings_held():
-            experiment = restored(RunFolder(files.path), dict(files.config))
+            experiment = restored(RunFolder(files.path), dict(files.config), config_dir=config_dir)
     # A user-defined algorithm may raise anything; the rest of the page does not need it.
     except Exception as error:
         notes.add(f"No single tasks are shown: {describe_error(error)}.")

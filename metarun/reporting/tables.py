@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Literal
 
+from metarun.core.files import csv_cell
+
 Style = Literal["terminal", "markdown", "csv", "latex", "html"]
 
 
@@ -153,9 +155,9 @@ def _csv(lines: Sequence[Line]) -> str:
         rows.append(row)
     heads = list(dict.fromkeys(head for row in rows for head in row))
     out = io.StringIO()
-    writer = csv.DictWriter(out, heads, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(map(csv_cell, heads))
+    writer.writerows([csv_cell(row.get(head, "")) for head in heads] for row in rows)
     return out.getvalue()
 
 

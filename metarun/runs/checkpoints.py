@@ -13,7 +13,8 @@ import zipfile
 from pathlib import Path
 from typing import Literal
 
-from metarun.core.files import prepared_file, write_atomically
+from metarun.core.archives import check_archive
+from metarun.core.files import prepared_file, refuse_link, write_atomically
 from metarun.core.types import Record
 from metarun.runs.formats import FORMAT, check_format
 
@@ -31,7 +32,7 @@ class Checkpoints:
 
     def save_last(self, checkpoint: Record) -> None:
         """Write `last.pt`; the previous checkpoint is kept as `previous.pt`."""
-        folder = self._folder
+        folder = self._written
         data = serialized(checkpoint)
         with prepared_file(folder / "last.pt", data) as temporary:
             if (folder / "last.pt").exists():
@@ -62,11 +63,11 @@ class Checkpoints:
 
     def save_best(self, checkpoint: Record) -> None:
         """Write `best.pt`."""
-        write_atomically(self._folder / "best.pt", serialized(checkpoint))
+        write_atomically(self._written / "best.pt", serialized(checkpoint))
 
     def drop_best(self) -> None:
         """Remove `best.pt`, which may be newer than the step from which a run resumes."""
-        (self._folder / "best.pt").unlink(missing_ok=True)
+        (self._written / "best.pt").unlink(missing_ok=True)
 
     def load_learned(self) -> tuple[Literal["best", "last"], Record] | None:
         """Load the parameters with the best result on meta-val, or the last ones without it.
@@ -93,17 +94,24 @@ class Checkpoints:
     def _folder(self) -> Path:
         return self.path / "checkpoints"
 
+    @property
+    def _written(self) -> Path:
+        """The folder, to be written to."""
+        refuse_link(self._folder)
+        return self._folder
+
 
 def read_checkpoint(path: Path) -> Record:
     """Load a checkpoint onto the CPU without executing any code in it.
 
     Raises:
-        ValueError: The file is damaged, or has another format.
+        ValueError: The file is damaged, has another format, or is small and unpacks to much.
     """
     import torch
 
     try:
         with zipfile.ZipFile(path) as archive:
+            check_archive(path, archive)
             broken = archive.testzip()
         if broken is not None:
             raise zipfile.BadZipFile(f"{broken} differs from its checksum")

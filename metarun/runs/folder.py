@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+from metarun.core.files import inner_folder
 from metarun.core.types import Record
 from metarun.runs.checkpoints import Checkpoints
 from metarun.runs.lock import InUse, Lock
@@ -107,8 +108,7 @@ class RunFolder(Records, Checkpoints, Lock):
 
     def test_folder(self, slug: str) -> Path:
         """Create a new folder `tests/<slug>`, with a number appended if it exists."""
-        tests = self.path / "tests"
-        tests.mkdir(exist_ok=True)
+        tests = inner_folder(self.path / "tests")
         number = 1
         while True:
             folder = tests / (slug if number == 1 else f"{slug}-{number}")

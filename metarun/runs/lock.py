@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from metarun.core.files import open_inside, refuse_link
+
 try:
     import fcntl
 except ImportError:  # not available on Windows
@@ -50,6 +52,7 @@ class Lock:
 
     def _sweep(self) -> None:
         """Remove temporary files of a process that was killed while writing."""
+        refuse_link(self.path / "checkpoints")
         for folder in (self.path, self.path / "checkpoints"):
             for temporary in folder.glob(".*.tmp"):
                 temporary.unlink(missing_ok=True)
@@ -65,7 +68,7 @@ def locked_file(path: Path) -> IO[str]:
         InUse: Another process holds the lock.
     """
     while True:
-        file = path.open("a+", encoding="utf-8")
+        file = open_inside(path, "a+")
         file.seek(0)
         owner = file.read().split()
         if not _held(file, owner):

@@ -12,7 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from metarun.core.files import DISK_FULL, to_json, write_atomically
+from metarun.core.errors import one_line
+from metarun.core.files import DISK_FULL, open_inside, to_json, write_atomically
+from metarun.core.literals import find_interpolation, read_literals
 from metarun.core.nested import finite
 from metarun.core.results import Results, completed
 from metarun.core.types import Record
@@ -42,28 +44,24 @@ class Records:
         """Return the resolved configuration.
 
         Raises:
-            ValueError: The file is not valid YAML, or not the configuration of a run.
+            ValueError: The file is not valid YAML, or not the configuration of a run; or it has
+                an interpolation, which could read what is none of its business.
         """
-        from omegaconf import OmegaConf
-
-        try:
-            stored = OmegaConf.to_container(OmegaConf.create(self.config_text()), resolve=True)
-        # YAML raises several classes of errors, with messages of several lines.
-        except Exception as error:
-            why = " ".join(str(error).split())
-            raise ValueError(f"{self._file('config.yaml')} is damaged: {why}") from error
+        path = self._file("config.yaml")
+        stored = _literals(path)
         if not isinstance(stored, dict) or "names" not in stored:
+            raise ValueError(f"{path} is damaged: it is not a run's configuration")
+        found = find_interpolation(stored)
+        if found is not None:
             raise ValueError(
-                f"{self._file('config.yaml')} is damaged: it is not a run's configuration"
+                f"{path} is damaged: {found!r} is an interpolation: expected plain values"
             )
         return cast("dict[str, Any]", stored)
 
     def overrides(self) -> list[str]:
-        """Return the overrides of the command that started the run."""
-        from omegaconf import OmegaConf
-
+        """Return the overrides of the command that started the run, as text."""
         path = self._file("overrides.yaml")
-        loaded = OmegaConf.to_container(OmegaConf.load(path)) if path.exists() else []
+        loaded = _literals(path) if path.exists() else []
         if not isinstance(loaded, list):
             raise ValueError(f"{path}: expected a list of overrides")
         return [str(override) for override in loaded]
@@ -86,7 +84,7 @@ class Records:
         except OSError as error:
             if error.errno not in DISK_FULL or not self._file("status.json").exists():
                 raise
-            with self._file("status.json").open("r+b") as file:
+            with open_inside(self._file("status.json"), "r+b") as file:
                 file.write(data)
                 file.truncate()
 
@@ -132,7 +130,7 @@ class Records:
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl` or `timing.jsonl`."""
         line = json.dumps(finite(record), allow_nan=False) + "\n"
-        with self._file(name).open("ab") as file:
+        with open_inside(self._file(name), "ab") as file:
             file.write(line.encode())
 
     def read_lines(self, name: str) -> list[Record]:
@@ -151,7 +149,7 @@ class Records:
         """Sync the growing files to disk and return their lengths in bytes."""
         lengths: dict[str, int] = {}
         for name in _GROWING:
-            with self._file(name).open("ab") as file:
+            with open_inside(self._file(name), "ab") as file:
                 os.fsync(file.fileno())
                 lengths[name] = file.tell()
         return lengths
@@ -162,7 +160,8 @@ class Records:
             path = self._file(name)
             length = lengths.get(name, 0)
             if path.exists() and path.stat().st_size > length:
-                os.truncate(path, length)
+                with open_inside(self._file(name), "r+b") as file:
+                    file.truncate(length)
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -186,8 +185,19 @@ class Records:
         return self.path / name
 
 
+def _literals(path: Path) -> Any:
+    try:
+        return read_literals(path.read_text(encoding="utf-8"))
+    # YAML raises several classes of errors, with messages of several lines.
+    except Exception as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+
+
 class _LogFile(logging.FileHandler):
     """Log handler that ignores disk errors instead of printing a traceback for every line."""
+
+    def _open(self) -> Any:
+        return open_inside(Path(self.baseFilename), "a")
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
         if not isinstance(sys.exc_info()[1], OSError):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from metarun.core.files import inner_folder, open_inside, refuse_link
 from metarun.core.nested import flat
 from metarun.trackers.base import Start, State, Tracker, Values, require
 
@@ -120,16 +121,20 @@ class MLflow(Tracker):
     def _store(self, start: Start) -> tuple[str, Path | None]:
         """Return the URI of the store, and the database file if it is SQLite."""
         if self.uri is None:
-            (start.folder / "mlflow").mkdir(exist_ok=True)
-            database = (start.folder / "mlflow" / "mlflow.db").resolve()
+            own = inner_folder(start.folder / "mlflow")
+            for name in ("mlflow.db", "artifacts"):
+                refuse_link(own / name)
+            database = (own / "mlflow.db").resolve()
             return f"{_SQLITE}{database}", database
         uri = os.environ["MLFLOW_TRACKING_URI"] if self.uri == _FROM_ENVIRONMENT else self.uri
         if not uri.startswith(_SQLITE):
             return uri, None
         path = str(Path(uri.removeprefix(_SQLITE)).absolute())
         # A relative path keeps its meaning when the run is resumed from another folder.
+        # The notes may come from somebody else: they make no new file.
         if start.notes is not None and start.notes.get("uri") == self.uri:
-            path = start.notes.get("path", path)
+            noted = str(start.notes.get("path", path))
+            path = noted if Path(noted).exists() else path
         self.notes = {"uri": self.uri, "path": path}
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         return f"{_SQLITE}{path}", Path(path)
@@ -172,6 +177,6 @@ def _one_at_a_time(database: Path | None) -> Iterator[None]:
     if database is None or fcntl is None:
         yield
         return
-    with database.with_name(f".{database.name}.lock").open("a") as file:
+    with open_inside(database.with_name(f".{database.name}.lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

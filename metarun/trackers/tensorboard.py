@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from metarun.core.files import inner_folder, open_inside
 from metarun.core.nested import flat
 from metarun.trackers.base import Start, State, Tracker, Values, pictures, require
 
@@ -38,8 +39,7 @@ class TensorBoard(Tracker):
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from torch.utils.tensorboard.summary import hparams, text
 
-        folder = start.folder / "tensorboard"
-        folder.mkdir(exist_ok=True)
+        folder = inner_folder(start.folder / "tensorboard")
         earlier = list(folder.glob("events.out.tfevents.*"))
         # Readers sort files by name.
         stamp = max([int(time.time()), *(int(path.name.split(".")[3]) + 1 for path in earlier)])
@@ -88,7 +88,7 @@ class TensorBoard(Tracker):
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         event = Event(wall_time=time.time(), step=step, **content)
-        with self._file.open("ab") as file:
+        with open_inside(self._file, "ab") as file:
             RecordWriter(file).write(event.SerializeToString())
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from metarun.core.files import refuse_link
 from metarun.trackers.base import Start, State, Tracker, Values, pictures, require
 
 _BLOCK, _HEADER, _PREFIX = 32768, 7, 7
@@ -62,6 +63,7 @@ class WandB(Tracker):
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
+        refuse_link(start.folder / "wandb")
         held: dict[str, int] = {}
         for row in rows(start.folder):
             self._rows += 1

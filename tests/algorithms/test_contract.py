@@ -14,10 +14,11 @@ from torch import Tensor
 from metarun.algorithms.base import Algorithm, task_metric
 from metarun.backbones.layers.context import BatchNormMode
 from metarun.backbones.layers.normalization import has_batch_norm
-from metarun.config.build import Experiment, build_experiment, locate
+from metarun.config.build import Experiment, build_experiment
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
 from metarun.config.schema import Config
+from metarun.config.trust import locate
 from metarun.core.types import Progress, TaskBatch
 from metarun.evaluation.stream_rollouts import Rollouts
 

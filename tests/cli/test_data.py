@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from metarun.config.build import keywords, locate
+from metarun.config.build import keywords
 from metarun.config.catalogue import conf_dir
+from metarun.config.trust import locate
 from metarun.data.storage import omniglot_files, registry
 from metarun.data.storage.omniglot_files import FILES
 from tests.conftest import Command

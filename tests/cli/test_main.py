@@ -420,3 +420,13 @@ def test_an_option_that_a_command_has_not_is_answered_in_one_line(
     (line,) = said.err.splitlines()
     assert line.startswith("error: ")
     assert f": expected `metarun {command} " in line
+
+
+def test_modules_in_the_current_folder_are_not_imported_unless_named(tmp_path: Path) -> None:
+    for name in ("yaml", "hydra", "rich", "hydra_plugins/evil", "torch"):
+        path = tmp_path / name / "__init__.py"
+        path.parent.mkdir(parents=True)
+        path.write_text("raise AssertionError('it was imported')\n")
+    for words in (["list", "algo"], ["algo=maml", "--cfg", "job"]):
+        done = run(*words, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (0, "")

@@ -81,7 +81,10 @@ def test_a_resumed_run_keeps_what_is_frozen(metarun: Command, tmp_path: Path) ->
     assert metarun(*WORDS, "algo=maml", "optim.weight_decay=0.1").code == 0
     before = state(tmp_path)
     (run,) = (path.parent for path in (tmp_path / "outputs").rglob("results.json"))
-    assert metarun(f"resume={run}", "train.steps=4").code == 0
+    answer = metarun(f"resume={run}", "train.steps=4")
+    assert (answer.code, "type trust=my_frozen_net if you trust it" in answer.err) == (2, True)
+    typed = ["--config-dir", "conf", "backbone=mine"]
+    assert metarun(f"resume={run}", "train.steps=4", *typed).code == 0
     after = state(tmp_path)
     same = {n for n, v in before.items() if isinstance(v, torch.Tensor) and v.equal(after[n])}
     stem = {f"net.body.stem.{n}" for n in ("0.weight", "0.bias", "1.weight", "1.bias")}

@@ -565,3 +565,12 @@ def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
     )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_a_spreadsheet_would_run_are_quoted() -> None:
+    answers = np.array([[0.75, 0.25], [0.25, 0.75]])
+    text = predict.as_csv(["=1+1.png", "b.png"], ["@a", "-b"], answers).decode()
+    assert text.splitlines()[1:] == [
+        '"\'=1+1.png","\'@a",0.75,0.75,0.25',
+        '"b.png","\'-b",0.75,0.25,0.75',
+    ]

@@ -232,7 +232,7 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
             "algo._target_=metarun.algorithms.optimization.maml.MALM: "
             "metarun.algorithms.optimization.maml has no MALM: did you mean MAML?",
         ),
-        (["algo._target_=builtins.dict"], "algo._target_=builtins.dict: expected a constructor of"),
+        (["algo._target_=builtins.dict"], "builtins.dict is not a subclass of metarun's Algorithm"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_suit_each_other_are_refused(words: list[str], message: str) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from metarun import load
 from metarun.cli.main import main
+from tests.cli.test_main import own
 from tests.conftest import Command
 
 TINY = [
@@ -232,3 +234,38 @@ def test_a_metric_method_is_tested_on_more_ways_than_it_learned(
     answer = metarun("test=run", "way=8")
     assert answer.code == 0, answer.err
     assert results(tmp_path / "run")["way=8"]["way"] == 8
+
+
+def test_a_run_of_ones_own_algorithm_takes_the_users_word(
+    metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conf = own(tmp_path)
+    assert metarun(*conf, "algo=mine", "data=sinusoid", *TINY, "hydra.run.dir=run").code == 0
+    module = stored(tmp_path / "run")["algo"]["_target_"].partition(".")[0]
+    refusal = (
+        f"algo._target_={module}.Mine: the run names code outside metarun, which is not imported: "
+        f"type trust={module} if you trust it"
+    )
+    for verb in ("test=run", "resume=run"):
+        answer = metarun(verb, *(["train.steps=5"] if verb == "resume=run" else []))
+        assert (answer.code, answer.err.splitlines()[-1]) == (2, f"error: {refusal}")
+    with pytest.raises(ValueError, match=f"type trust={module} if"):
+        load("run")
+    assert metarun("report", "run").code == 0
+    assert refusal in (tmp_path / "run/report.html").read_text()
+    for words in ([f"trust={module}"], conf, [*conf, "algo=mine"]):
+        assert metarun("test=run", *words).code == 0
+    assert metarun("resume=run", "train.steps=5", *conf, "algo=mine").code == 0
+    assert metarun("test=run", *conf, "algo=maml").code == 2
+    assert metarun("report", "run", *conf).code == 0
+    assert refusal not in (tmp_path / "run/report.html").read_text()
+    load("run", trust=module)
+    monkeypatch.setenv("METARUN_TRUST", module)
+    load("run")
+    assert metarun("test=run").code == 0
+
+
+def test_a_measure_of_ones_own_is_typed_again_or_trusted(metarun: Command, run: Path) -> None:
+    edit(run, "eval.measures", ["tests.evaluation.own_measure.bias"])
+    answer = metarun(f"test={run}")
+    assert (answer.code, "type trust=tests if you trust it" in answer.err) == (2, True)

@@ -13,7 +13,9 @@ from scipy import stats
 
 from metarun.core.results import completed
 from metarun.reporting.comparison_tables import Row, comparison
+from metarun.reporting.figures import drawing
 from metarun.reporting.results import UNTRAINED, Result, read_result
+from metarun.reporting.tables import Table, render
 from metarun.runs.folder import RunFolder
 
 
@@ -119,3 +121,10 @@ def test_only_a_finished_run_has_a_result(tmp_path: Path) -> None:
     again = read_result(run)
     assert again is not None
     assert again.untrained == pytest.approx(3.5)
+
+
+def test_cells_that_a_spreadsheet_would_run_are_quoted_in_every_csv() -> None:
+    text = render("csv", [Table("", [{"run": "=cmd|' /C calc'!A0", "@x": "-1.5"}])])
+    assert text.splitlines() == ["table,run,'@x", ",'=cmd|' /C calc'!A0,-1.5"]
+    text = drawing.table({"+class": ["@SUM(A1)", "-", "cat"], "value": [-1.5, -2, 0.5]})
+    assert text.splitlines() == ["'+class,value", "'@SUM(A1),-1.5", "'-,-2", "cat,0.5"]

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from metarun.config.build import keywords, locate
+from metarun.config.build import keywords
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS
+from metarun.config.trust import locate
 from metarun.core.nested import flat
 from metarun.runs.folder import RunFolder
 from metarun.trackers.base import Start, State, Tracker, Trackers, Values, final, require

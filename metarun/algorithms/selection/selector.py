@@ -28,6 +28,7 @@ from metarun.algorithms.base import (
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.algorithms.selection import portfolio
+from metarun.algorithms.selection.cache import CachedStudy
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.checks import at_least, positive
 from metarun.core.distributed import gather_rows, local_size
@@ -111,7 +112,7 @@ class Selector(Algorithm):
             import sklearn
         except ImportError:
             raise ValueError("algo=selector needs scikit-learn: pip install '.[sklearn]'") from None
-        from joblib import Memory, cpu_count
+        from joblib import cpu_count
 
         positive("algo", prior=prior)
         at_least("algo", 2, folds=folds)
@@ -124,7 +125,7 @@ class Selector(Algorithm):
         # Another version may predict differently.
         edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"
         place = None if cache is None else Path(cache).expanduser() / edition
-        self._study = Memory(place, verbose=0).cache(portfolio.study)
+        self._study = CachedStudy(place)
         self._kept: dict[str, portfolio.Study] = {}
         self._bytes = 0
         if features is not None and self.bn != "running":

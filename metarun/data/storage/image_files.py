@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 from pathlib import Path
 from typing import Any, Literal
@@ -39,17 +40,21 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         name: Name for messages; by default the path.
 
     Raises:
-        ValueError: The file is missing, truncated or not an image; the message names it.
+        ValueError: The file is missing, truncated, no image, or one of more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`; the message names it.
     """
     name = name or (str(source) if isinstance(source, str | Path) else "an image")
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            # Pillow only warns of these, and reads them: a small file may hold gigabytes.
+            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
+                raise ValueError(f"its size is {image.width} x {image.height} pixels")
             image.load()
             return image
     except FileNotFoundError:
         raise ValueError(f"there is no image {name}: check the path") from None
     # Pillow raises many kinds of exceptions for damaged files.
-    except (*_DAMAGED, Image.DecompressionBombError) as error:
+    except (*_DAMAGED, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
             f"{name} cannot be read as an image ({reason}): replace or remove it"

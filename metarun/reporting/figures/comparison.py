@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -246,8 +247,10 @@ def _setting(
         axes.set_xscale("log")
         plain(axes.xaxis)
     axes.set(xlabel=key, ylabel=f"meta-val {label}")
+    # A stored key must not lead out of the folder of figures.
+    file_name = re.sub(r"[^\w-]", "-", key)
     return Panel(
-        f"setting-{key.replace('.', '-')}",
+        f"setting-{file_name}",
         key,
         f"Best meta-val figure of each run with a number for {key}. The dotted line is the mean "
         "at each value, the diamond the best run.",

@@ -17,7 +17,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from metarun.core.files import write_atomically
+from metarun.core.files import csv_cell, inner_folder, write_atomically
 from metarun.core.statistics import Floats
 
 # The palette of Okabe and Ito, which is distinguishable with color blindness.
@@ -180,7 +180,7 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
     """Return columns of equal length as CSV."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(columns)
+    writer.writerow(map(csv_cell, columns))
     writer.writerows(zip(*(map(_cell, values) for values in columns.values()), strict=True))
     return out.getvalue()
 
@@ -188,12 +188,12 @@ def table(columns: Mapping[str, Sequence[Any]]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return "" if value != value else f"{value:.6g}"
-    return str(value)
+    return str(csv_cell(str(value)))
 
 
 def write(folder: Path, panel: Panel) -> str:
     """Write a panel as PNG, SVG and CSV, and return the SVG."""
-    folder.mkdir(parents=True, exist_ok=True)
+    inner_folder(folder)
     _lay_out(panel.figure)
     svg = _drawn(panel.figure, "svg").decode()
     write_atomically(folder / f"{panel.name}.svg", svg.encode())

@@ -13,6 +13,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from metarun.core.archives import read_arrays
 from metarun.core.results import Results
 from metarun.core.statistics import Floats, quiet
 from metarun.core.types import Stream
@@ -127,10 +128,8 @@ def _matrix(matrix: Floats, results: Results, heading: str) -> Figure:
 
 
 def _stream_record(run: Path) -> dict[str, Floats]:
-    with np.load(run / "episodes.npz") as arrays:
-        return {
-            n: np.asarray(arrays[n]) for n in ("incoming", "incoming_loss", "current", "matrix")
-        }
+    names = ("incoming", "incoming_loss", "current", "matrix")
+    return read_arrays(run / "episodes.npz", lambda name: name in names)
 
 
 def _panels(

@@ -511,6 +511,24 @@ def test_a_task_costs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         selector().predict(*rows)
 
 
+def test_a_cache_holds_arrays_and_a_poisoned_one_is_computed_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = table_batch()
+    rows = (batch.support_x, batch.support_y, batch.query_x)
+    expected = selector(cache=str(tmp_path)).predict(*rows).outputs
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == batch.num_tasks
+    assert {path.suffix for path in files} == {".npz"}
+    before = files[0].read_bytes()
+    poison = b"cbuiltins\nexec\n(S'raise SystemExit'\ntR."
+    files[0].write_bytes(poison)
+    np.savez(files[1], held_out=np.array([{}], dtype=object))
+    assert torch.equal(selector(cache=str(tmp_path)).predict(*rows).outputs, expected)
+    assert f"{files[0].name} is computed again" in caplog.text
+    assert files[0].read_bytes() == before
+
+
 def test_more_processes_answer_bit_for_bit_alike() -> None:
     batch = table_batch(tasks=4)
     rows = (batch.support_x, batch.support_y, batch.query_x)
