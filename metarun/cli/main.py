@@ -12,8 +12,10 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
@@ -91,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         place = distributed.place_from_environment()
         _log_to_stderr() if place.rank == 0 else _hush()
-        packages, words = taken_from(argv)
+        packages, words = taken_from([_with_home(word) for word in argv])
         with trusting(packages):
             return _dispatch(words, place)
     except BrokenPipeError:
@@ -107,6 +109,11 @@ def main(argv: Sequence[str]) -> int:
         if place.rank == 0:
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _with_home(word: str) -> str:
+    """Replace the tilde of `KEY=~/path`, as shells do for a word that begins with one."""
+    return re.sub(r"^([^=]+=[\"']?)~(?=[/\"']|$)", lambda key: key[1] + str(Path.home()), word)
 
 
 def _hush() -> None:
@@ -318,6 +325,8 @@ def _hand_over(args: argparse.Namespace, task: Callable[[Any], Any], *, sweep: b
     try:
         with opened(args.config_dir, args.config_path) as hydra:
             if args.hydra_help:
+                # Hydra composes the words with its own help, which has none of our groups.
+                args.overrides = []
                 hydra.hydra_help(name, application(), args)
             elif args.shell_completion:
                 hydra.shell_completion(name, words)
