@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm
+from metarun.algorithms.base import Algorithm, LearnerSetup
 from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.backbones.conv4 import Conv4
 from metarun.backbones.layers.context import ForwardContext
@@ -101,18 +101,22 @@ def make(
     engine: str = "loop",
     optim: Any = None,
     seed: int = 0,
+    bn: Any = "transductive",
+    eval_inner_steps: int | None = None,
     **options: Any,
 ) -> Any:
     """Build an algorithm in float64, by default with plain SGD and learning rate 1."""
     torch.manual_seed(seed)
-    return kind(
+    setup = LearnerSetup(
         spec=spec,
         backbone=backbone,
         optim=optim or partial(OuterOptimizer, method="sgd", lr=1.0),
         engine=Engine(engine, threads=2),  # type: ignore[arg-type]
+        bn=bn,
+        eval_inner_steps=eval_inner_steps,
         seed=seed,
-        **options,
-    ).double()
+    )
+    return kind(setup, **options).double()
 
 
 def moved(algorithm: Algorithm, batch: TaskBatch, step: int = 0) -> dict[str, Tensor]:

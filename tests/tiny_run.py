@@ -29,7 +29,7 @@ from metarun.algorithms.outer_optimizer import OuterOptimizer
 from metarun.backbones.mlp import MLP
 from metarun.core.console import Screen
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import EpisodeSize, Metrics, Progress, Record, Split, TaskBatch
+from metarun.core.types import EpisodeSize, Metrics, Progress, Record, SourceSetup, Split, TaskBatch
 from metarun.data.synthetic import Linear
 from metarun.runs import checkpoints, records
 from metarun.runs import folder as run_folder
@@ -62,11 +62,13 @@ class Watched(Linear):
     def __init__(self, on_batch: Callable[[Split, int], None] | None = None) -> None:
         size = EpisodeSize(1, 4, 6)
         super().__init__(
-            sizes={"train": size, "val": size, "test": size},
-            seed=3,
-            eval_seed=1,
-            device=torch.device("cpu"),
-            dtype=torch.float64,
+            SourceSetup(
+                sizes={"train": size, "val": size, "test": size},
+                seed=3,
+                eval_seed=1,
+                device=torch.device("cpu"),
+                dtype=torch.float64,
+            )
         )
         self.asked: list[tuple[Split, int]] = []
         self.on_batch = on_batch

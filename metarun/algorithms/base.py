@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
-from metarun.backbones.layers.context import BATCH_NORM_MODES, BatchNormMode, ForwardContext
+from metarun.backbones.layers.context import BatchNormMode, ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import batch_norms, has_batch_norm
 from metarun.backbones.network import Maps
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch, TaskSpec
 from metarun.execution.engine import Engine, TaskFunction
 
@@ -30,14 +32,11 @@ Optim = Callable[..., OuterOptimizer]
 """Factory that maps (name, parameter) pairs to an outer optimizer."""
 
 
-class Algorithm(nn.Module, ABC):
-    """A meta-learner, which owns its modules and its outer optimizer.
+@dataclass(frozen=True)
+class LearnerSetup:
+    """What a run gives to its learner, whichever it is: everything but the hyperparameters.
 
-    A subclass adds its hyperparameters as keyword arguments and passes the others to
-    `super().__init__`. It builds `self.net` with `build_network` and its optimizer with
-    `build_optimizer`, and implements `update`, `adapt` and `answer`.
-
-    Args:
+    Attributes:
         spec: Kind, shapes and sizes of the tasks.
         backbone: Factory of the network.
         optim: Factory of the outer optimizer.
@@ -45,7 +44,27 @@ class Algorithm(nn.Module, ABC):
         bn: Source of the batch statistics at evaluation: `transductive` (all query rows of the
             task), `support`, or `running` (averages collected in training).
         eval_inner_steps: Adaptation steps at evaluation; None takes as many as in training.
-        seed: Seed of the algorithm's random draws.
+        seed: Seed of the learner's random draws.
+    """
+
+    spec: TaskSpec
+    backbone: Backbone
+    optim: Optim
+    engine: Engine
+    bn: BatchNormMode = "transductive"
+    eval_inner_steps: int | None = None
+    seed: int = 0
+
+
+class Algorithm(nn.Module, ABC):
+    """A meta-learner, which owns its modules and its outer optimizer.
+
+    A subclass takes the setup and its hyperparameters, `def __init__(self, setup, *, scale=1.0)`,
+    and begins with `super().__init__(setup)`. It builds `self.net` with `build_network` and its
+    optimizer with `build_optimizer`, and implements `update`, `adapt` and `answer`.
+
+    Args:
+        setup: Tasks, network, optimizer, engine and seed.
 
     Raises:
         ValueError: The algorithm cannot learn tasks of this kind, or a setting is out of range.
@@ -67,20 +86,9 @@ class Algorithm(nn.Module, ABC):
                 "one after the other"
             )
 
-    def __init__(
-        self,
-        *,
-        spec: TaskSpec,
-        backbone: Backbone,
-        optim: Optim,
-        engine: Engine,
-        bn: BatchNormMode = "transductive",
-        eval_inner_steps: int | None = None,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, setup: LearnerSetup) -> None:
         super().__init__()
-        name = type(self).__name__
-        can = self.capabilities
+        name, can, spec = type(self).__name__, self.capabilities, setup.spec
         if spec.kind not in can.kinds:
             raise ValueError(
                 f"{name} learns {' and '.join(can.kinds)}, but the data set has {spec.kind} "
@@ -100,17 +108,14 @@ class Algorithm(nn.Module, ABC):
                 f"train.way={spec.train_way} differs from way={spec.output_dim}, but {name} has "
                 "a head of fixed width: make them equal"
             )
-        if bn not in BATCH_NORM_MODES:
-            raise ValueError(f"bn={bn}: expected one of {', '.join(BATCH_NORM_MODES)}")
-        if eval_inner_steps is not None and eval_inner_steps < 0:
-            raise ValueError(f"eval.inner_steps={eval_inner_steps}: expected 0 or more")
+        at_least("eval", 0, inner_steps=setup.eval_inner_steps)
         self.spec = spec
-        self.engine = engine
-        self.bn: BatchNormMode = bn
-        self.eval_inner_steps = eval_inner_steps
-        self.seed = seed
-        self._backbone = backbone
-        self._optim = optim
+        self.engine = setup.engine
+        self.bn: BatchNormMode = setup.bn
+        self.eval_inner_steps = setup.eval_inner_steps
+        self.seed = setup.seed
+        self._backbone = setup.backbone
+        self._optim = setup.optim
         # Moves with the module, so that an algorithm without parameters has a device and a dtype.
         self.register_buffer("_place", torch.empty(0), persistent=False)
 
@@ -379,20 +384,6 @@ class Algorithm(nn.Module, ABC):
 def _takes(make: Backbone, keyword: str) -> bool:
     parameters = inspect.signature(make).parameters.values()
     return any(p.name == keyword or p.kind is p.VAR_KEYWORD for p in parameters)
-
-
-def positive(name: str, value: int) -> None:
-    """Check that an integer setting of an algorithm is at least 1.
-
-    Args:
-        name: Key of the setting, without `algo.`.
-        value: Value of the setting.
-
-    Raises:
-        ValueError: The value is below 1.
-    """
-    if value < 1:
-        raise ValueError(f"algo.{name}={value}: expected 1 or more")
 
 
 def own_parameters(net: nn.Module) -> dict[str, Tensor]:

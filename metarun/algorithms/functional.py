@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.algorithms.outer_optimizer import check_positive
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Progress
 
 Params = dict[str, Tensor]
@@ -35,13 +35,9 @@ def check_inner_loop(
     Raises:
         ValueError: A setting is out of range.
     """
-    check_positive("algo.inner_lr", inner_lr)
-    if inner_steps < fewest:
-        raise ValueError(f"algo.inner_steps={inner_steps}: expected {fewest} or more")
-    if second_order_from is not None and second_order_from < 0:
-        raise ValueError(
-            f"algo.second_order_from={second_order_from}: expected 0 or more, or null for never"
-        )
+    positive("algo", inner_lr=inner_lr)
+    at_least("algo", fewest, inner_steps=inner_steps)
+    at_least("algo", 0, null="or null for never", second_order_from=second_order_from)
 
 
 def is_first_order(second_order_from: int | None, progress: Progress) -> bool:

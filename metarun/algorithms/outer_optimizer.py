@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import distributed
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Progress
 
 Method = Literal["adam", "sgd"]
@@ -75,15 +76,9 @@ class OuterOptimizer(nn.Module):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__()
-        check_positive("optim.lr", lr)
-        check_positive("optim.step_every", step_every)
-        check_positive("optim.step_factor", step_factor)
-        for name, value in (("clip_value", clip_value), ("clip_norm", clip_norm)):
-            if value is not None:
-                check_positive(f"optim.{name}", value)
-        for name, value in (("min_lr", min_lr), ("weight_decay", weight_decay)):
-            if value < 0:
-                raise ValueError(f"optim.{name}={value}: expected 0 or more")
+        positive("optim", lr=lr, step_every=step_every, step_factor=step_factor)
+        positive("optim", null="or null", clip_value=clip_value, clip_norm=clip_norm)
+        at_least("optim", 0, min_lr=min_lr, weight_decay=weight_decay)
         # A plain dict: registered parameters would appear twice in the owner's `parameters()`.
         given = dict(parameters)
         self.targets = {name: param for name, param in given.items() if param.requires_grad}
@@ -212,16 +207,6 @@ def _locate(grads: dict[str, Tensor], norm: Tensor) -> NonFiniteError:
         if bad.numel():
             return NonFiniteError(f"the gradient of {name}", float(bad.flatten()[0]))
     return NonFiniteError("the norm of the gradient", float(norm))
-
-
-def check_positive(name: str, value: float) -> None:
-    """Check that a setting is positive and finite.
-
-    Raises:
-        ValueError: It is not; the message begins with `name=value`.
-    """
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}={value}: expected a positive number")
 
 
 def update_running_statistics(

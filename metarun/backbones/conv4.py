@@ -24,7 +24,8 @@ from metarun.backbones.layers.normalization import (
     halved_ceil,
     many_rows,
 )
-from metarun.backbones.network import Maps, Network, check_norm_eps
+from metarun.backbones.network import Maps, Network
+from metarun.core.checks import at_least, positive
 
 Downsample = Literal["max_pool", "max_pool_ceil", "stride"]
 Pool = Literal["flatten", "mean"]
@@ -89,8 +90,7 @@ class Conv4(Network):
         halving = min(blocks, 2) if early else blocks
         pooled = halving if downsample != "stride" and strides is None else 0
         check_image(input_shape, pooled, "conv4")
-        if padding < 0:
-            raise ValueError(f"backbone.padding={padding}: expected 0 or more")
+        at_least("backbone", 0, padding=padding)
         steps = _strides(strides, blocks, halving if downsample == "stride" else 0)
         widths = [filters] * blocks if isinstance(filters, int) else list(filters)
         if min(widths, default=0) < 1 or blocks < 1:
@@ -102,7 +102,7 @@ class Conv4(Network):
                 f"backbone.filters={filters} does not match backbone.blocks={blocks}: give one "
                 "number for all blocks, or one for each"
             )
-        check_norm_eps(norm_eps)
+        positive("backbone", norm_eps=norm_eps)
         if early:
             _check_maps(input_shape, pool)
         paddings = [0 if early and i < halving else padding for i in range(blocks)]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.modulation import task_context
 from metarun.backbones.layers.normalization import BatchNorm
-from metarun.backbones.network import Network, check_norm_eps
+from metarun.backbones.network import Network
+from metarun.core.checks import positive
 
 Activation = Literal["relu", "tanh"]
 Init = Literal["torch", "truncated_normal", "kaiming_normal"]
@@ -60,7 +61,7 @@ class MLP(Network):
             raise ValueError(
                 f"backbone.hidden={list(hidden)}: expected one or more positive widths"
             )
-        check_norm_eps(norm_eps)
+        positive("backbone", norm_eps=norm_eps)
         if batch_norm and context_dim:
             raise ValueError(
                 "backbone.batch_norm=true cancels the context, which adds the same to every row: "

@@ -8,7 +8,6 @@ Shapes: N rows, F features.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
@@ -75,16 +74,6 @@ def set_mixed(module: nn.Module) -> int:
     for network in found:
         network.mixed = True
     return len(found)
-
-
-def check_norm_eps(eps: float) -> None:
-    """Check that the constant of normalization layers is positive.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if not 0.0 < eps < math.inf:
-        raise ValueError(f"backbone.norm_eps={eps}: expected a positive number")
 
 
 def output_shape(

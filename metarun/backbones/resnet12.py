@@ -11,7 +11,8 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.dropout import drop_blocks
 from metarun.backbones.layers.normalization import BatchNorm
-from metarun.backbones.network import Network, check_norm_eps
+from metarun.backbones.network import Network
+from metarun.core.checks import at_least, positive, within
 
 _SLOPE = 0.1
 
@@ -51,11 +52,9 @@ class ResNet12(Network):
         check_image(input_shape, len(widths), "resnet12")
         if not widths or min(widths) < 1:
             raise ValueError(f"backbone.widths={list(widths)}: expected positive widths")
-        if not 0.0 <= drop_rate < 1.0:
-            raise ValueError(f"backbone.drop_rate={drop_rate}: expected a number in [0, 1)")
-        if block_size < 1:
-            raise ValueError(f"backbone.block_size={block_size}: expected 1 or more")
-        check_norm_eps(norm_eps)
+        within("backbone", "[0, 1)", drop_rate=drop_rate)
+        at_least("backbone", 1, block_size=block_size)
+        positive("backbone", norm_eps=norm_eps)
         body = _Residual(input_shape[0], widths, drop_rate, block_size, mean_pool, norm_eps)
         super().__init__(body, input_shape, output_dim)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metarun.algorithms.base import Algorithm
+from metarun.algorithms.base import Algorithm, LearnerSetup
 from metarun.algorithms.memory.mann import MANN
 from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.algorithms.optimization.maml import MAML
@@ -26,7 +26,15 @@ from metarun.backbones.network import set_mixed
 from metarun.backbones.resnet12 import ResNet12
 from metarun.bench.networks import resnet_widths
 from metarun.bench.workloads import Variant, Workload
-from metarun.core.types import EpisodeSize, EpisodeSource, Progress, Split, TaskBatch, TaskSpec
+from metarun.core.types import (
+    EpisodeSize,
+    EpisodeSource,
+    Progress,
+    SourceSetup,
+    Split,
+    TaskBatch,
+    TaskSpec,
+)
 from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Sinusoid
 from metarun.evaluation.episodes import evaluate
@@ -55,12 +63,10 @@ def source_of(
     """Return the source of the workload's tasks, for data that the package has."""
     size = EpisodeSize(workload.way, workload.shot, workload.query)
     sizes: dict[Split, EpisodeSize] = {"train": size, "val": size, "test": size}
-    common: dict[str, Any] = {
-        "sizes": sizes, "seed": 0, "eval_seed": 0, "device": device, "dtype": dtype,
-    }  # fmt: skip
+    setup = SourceSetup(sizes=sizes, seed=0, eval_seed=0, device=device, dtype=dtype)
     if workload.backbone == "mlp":
-        return Sinusoid(**common)
-    return OmniglotSmall(**common, image_size=workload.image)
+        return Sinusoid(setup)
+    return OmniglotSmall(setup, image_size=workload.image)
 
 
 def spec_of(workload: Workload) -> TaskSpec:
@@ -105,22 +111,22 @@ def algorithm_of(
         outer_lr: Learning rate of the outer SGD.
         threads: Threads of the engine; None uses one for each core.
     """
-    common: dict[str, Any] = {
-        "spec": spec_of(workload),
-        "backbone": _backbone(workload),
-        "optim": partial(OuterOptimizer, method="sgd", lr=outer_lr),
-        "engine": Engine(**variant.engine_options, threads=threads),
-    }
+    setup = LearnerSetup(
+        spec=spec_of(workload),
+        backbone=_backbone(workload),
+        optim=partial(OuterOptimizer, method="sgd", lr=outer_lr),
+        engine=Engine(**variant.engine_options, threads=threads),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         algorithm: Algorithm
         if workload.method == "protonet":
-            algorithm = ProtoNet(**common)
+            algorithm = ProtoNet(setup)
         elif workload.method == "mann":
-            algorithm = MANN(**common)
+            algorithm = MANN(setup)
         else:
             algorithm = MAML(
-                **common,
+                setup,
                 inner_lr=workload.inner_lr,
                 inner_steps=workload.steps,
                 second_order_from=None if workload.first_order else 0,

@@ -22,14 +22,14 @@ from metarun.config.suggestions import unknown_key
 from metarun.config.trust import locate, without_places
 from metarun.core import distributed
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import LearnedState
+from metarun.core.types import EpisodeSize, LearnedState, SourceSetup
 from metarun.execution.allocator import keep_large_blocks
 from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
-    from metarun.algorithms.base import Algorithm
+    from metarun.algorithms.base import Algorithm, LearnerSetup
     from metarun.core.types import EpisodeSource
     from metarun.trackers.base import Tracker
 
@@ -224,21 +224,22 @@ def _device(name: str) -> torch.device:
 def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     import torch
 
+    from metarun.algorithms.base import LearnerSetup
     from metarun.backbones.network import set_mixed
     from metarun.execution.engine import Engine
 
-    injected = {
-        "spec": source.spec,
-        "backbone": _backbone(settings.backbone),
-        "optim": _component("optim", settings.optim),
-        "engine": Engine(
+    setup = LearnerSetup(
+        spec=source.spec,
+        backbone=_backbone(settings.backbone),
+        optim=_component("optim", settings.optim),
+        engine=Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
         ),
-        "bn": settings.bn,
-        "eval_inner_steps": settings.eval.inner_steps,
-        "seed": settings.seed,
-    }
-    make = _component("algo", settings.algo, injected)
+        bn=settings.bn,
+        eval_inner_steps=settings.eval.inner_steps,
+        seed=settings.seed,
+    )
+    make = _component("algo", settings.algo, setup)
     # The initial parameters depend on the seed alone, not on earlier random draws.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -318,44 +319,42 @@ def _source_key(settings: Settings) -> str:
 # Size one: the check before a run and the run share a source, and large sources are freed.
 @functools.lru_cache(maxsize=1)
 def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> EpisodeSource:
-    from metarun.core.types import EpisodeSize
-
     made_of = json.loads(key)
-    injected = {
-        "sizes": {split: EpisodeSize(*size) for split, size in made_of["sizes"].items()},
-        "seed": made_of["seed"],
-        "eval_seed": made_of["eval_seed"],
-        "val_way": made_of["val_way"],
-        "device": device,
-        "dtype": dtype,
-    }
-    source: EpisodeSource = _component("data", made_of["data"], injected)()
+    setup = SourceSetup(
+        sizes={split: EpisodeSize(*size) for split, size in made_of["sizes"].items()},
+        seed=made_of["seed"],
+        eval_seed=made_of["eval_seed"],
+        device=device,
+        dtype=dtype,
+        val_way=made_of["val_way"],
+    )
+    source: EpisodeSource = _component("data", made_of["data"], setup)()
     return source
 
 
 def _component(
-    name: str, node: Mapping[str, Any], injected: Mapping[str, Any] | None = None
+    name: str, node: Mapping[str, Any], setup: LearnerSetup | SourceSetup | None = None
 ) -> functools.partial[Any]:
     """Return the class of a node with its options bound, checked against its signature.
 
     Args:
         name: Key of the node, for messages.
         node: `_target_` and the options.
-        injected: Arguments that do not come from the configuration.
+        setup: What the class takes besides its options, as its first argument.
 
     Raises:
-        ValueError: The class cannot be imported, or an option is unknown or of the wrong type.
+        ValueError: The class cannot be imported or does not take the setup, or an option is
+            unknown or of the wrong type.
     """
     node = without_places(name, node)
     target = locate(f"{name}._target_", node["_target_"])
     hints = option_hints(name, node)
-    given = injected or {}
-    for key in given:
-        if key not in hints:
-            raise ValueError(
-                f"{node['_target_']} does not take {key}: its constructor must accept **common "
-                "and pass it to super().__init__"
-            )
+    given = {} if setup is None else {"setup": setup}
+    if given and not _takes_setup(target):
+        raise ValueError(
+            f"{name}._target_={node['_target_']}: expected a constructor of the form "
+            "def __init__(self, setup, *, …), which calls super().__init__(setup)"
+        )
     # A user's constructor of a network may hand its **kwargs to any other one.
     passes_on = name == "backbone" and takes_any_keyword(target)
     options: Config = {}
@@ -410,7 +409,7 @@ def _names_a_class(hint: Any) -> bool:
 def keywords(target: Callable[..., Any]) -> dict[str, Any]:
     """Return the keywords that a constructor accepts, with their type hints.
 
-    The keywords behind `**common` are those of the base classes that it is passed to.
+    The keywords behind `**options` are those of the base classes that it is passed to.
     """
     found: dict[str, Any] = {}
     for init in _initializers(target):
@@ -425,13 +424,18 @@ def keywords(target: Callable[..., Any]) -> dict[str, Any]:
     return found
 
 
+def _takes_setup(target: Callable[..., Any]) -> bool:
+    """Return whether the first argument of a constructor, after `self`, is the setup."""
+    return "setup" in list(inspect.signature(_initializers(target)[0]).parameters)[:2]
+
+
 def takes_any_keyword(target: Callable[..., Any]) -> bool:
     """Return whether a constructor hands unknown keywords to something that is not a base class."""
     return _takes_more(_initializers(target)[-1])
 
 
 def _initializers(target: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """Return a constructor, and those of the base classes that its `**common` is passed to."""
+    """Return a constructor, and those of the base classes that its `**options` is passed to."""
     found: list[Any] = [target]
     if inspect.isclass(target):
         found = [c.__dict__["__init__"] for c in target.__mro__ if "__init__" in c.__dict__]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import re
 import types
 import typing
@@ -15,6 +14,7 @@ from typing import Any, Literal, NoReturn, Union, cast
 
 from metarun.config.schema import NODES, Config, Settings
 from metarun.config.suggestions import unknown_key
+from metarun.core.checks import positive
 
 _LARGEST = 2**31 - 1
 
@@ -61,10 +61,8 @@ def check_config(config: Mapping[str, Any]) -> Settings:
         value = functools.reduce(getattr, key.split("."), cast("Any", settings))
         if value is not None and not least <= value <= greatest:
             expected = f"{least} or more" if value < least else f"at most {greatest}"
-            raise ValueError(f"{key}={value} is out of range: expected {expected}")
-    threshold = settings.eval.proficiency
-    if threshold is not None and not 0.0 < threshold < math.inf:
-        raise ValueError(f"eval.proficiency={threshold}: expected a positive number")
+            raise ValueError(f"{key}={value}: expected {expected}")
+    positive("eval", null="or null", proficiency=settings.eval.proficiency)
     if not _DEVICE.fullmatch(settings.device):
         raise ValueError(
             f"device={settings.device}: expected auto, cpu, cuda or cuda:N, such as cuda:1"

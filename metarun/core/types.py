@@ -246,8 +246,37 @@ class Progress:
         return self.step / self.total
 
 
+@dataclass(frozen=True, slots=True)
+class SourceSetup:
+    """What a run gives to its data set, whichever it is: everything but the data set's options.
+
+    Attributes:
+        sizes: Size of the tasks of each split.
+        seed: Seed of the training tasks.
+        eval_seed: Seed of the val and test tasks.
+        device: Device on which the data are stored and tasks are generated.
+        dtype: Precision of the rows.
+        val_way: `eval.val_way` as the user has set it; None lets a data set with few val classes
+            lower the way of val.
+    """
+
+    sizes: Mapping[Split, EpisodeSize]
+    seed: int
+    eval_seed: int
+    device: torch.device
+    dtype: torch.dtype
+    val_way: int | None = None
+
+    @property
+    def seeds(self) -> dict[Split, int]:
+        """Seed of the tasks of each split."""
+        return {"train": self.seed, "val": self.eval_seed, "test": self.eval_seed}
+
+
 class EpisodeSource(Protocol):
     """A data set as an infinite sequence of tasks for each split.
+
+    Its class takes a `SourceSetup` named `setup`, and its options as keywords.
 
     Attributes:
         spec: Kind and shapes of the tasks.

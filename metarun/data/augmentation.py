@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from metarun.core import seeding
+from metarun.core.checks import within
 
 _SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
 _CONTROL_POINTS = 5
@@ -50,12 +51,12 @@ class Augmentation:
     padding: Literal["zeros", "reflection"] = "zeros"
 
     def __post_init__(self) -> None:
-        _check("affine_degrees", self.affine_degrees, 180.0)
-        _check("affine_translate", self.affine_translate, 1.0)
-        _check("affine_scale", self.affine_scale, 0.9)
-        _check("affine_shear", self.affine_shear, 60.0)
-        _check("elastic", self.elastic, 0.5)
-        _check("color", self.color, 1.0)
+        within("data", "[0, 180]", affine_degrees=self.affine_degrees)
+        within("data", "[0, 1]", affine_translate=self.affine_translate)
+        within("data", "[0, 0.9]", affine_scale=self.affine_scale)
+        within("data", "[0, 60]", affine_shear=self.affine_shear)
+        within("data", "[0, 0.5]", elastic=self.elastic)
+        within("data", "[0, 1]", color=self.color)
 
     @property
     def moves(self) -> bool:
@@ -204,8 +205,3 @@ def _gray(images: Tensor) -> Tensor:
         return images
     red, green, blue = images.unbind(2)
     return (_LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue).unsqueeze(2)
-
-
-def _check(name: str, value: float, most: float) -> None:
-    if not 0.0 <= value <= most:
-        raise ValueError(f"data.{name}={value} is out of range: 0 to {most:g} is allowed")

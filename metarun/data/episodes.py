@@ -23,7 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.core.checks import at_least
+from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 from metarun.data.augmentation import Augmentation
 from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import picture
@@ -101,14 +102,10 @@ class ClassEpisodes:
     """Episodes as a pure function of (seed, split, index), from a table of classes per split.
 
     Args:
+        setup: Sizes, seeds, device and precision. The way of val is lowered to its number of
+            classes, unless `val_way` is set.
         name: Name of the data set, for messages.
         tables: Images of each split.
-        sizes: Size of the tasks of each split. The way of val is lowered to its number of classes.
-        val_way: Value of `eval.val_way` as set by the user, which is never lowered.
-        seed: Seed of the training tasks.
-        eval_seed: Seed of the val and test tasks.
-        device: Device on which images are stored and tasks are generated.
-        dtype: Precision of the rows.
         rotations: Rotations in training. `none`; `classes` makes each rotation by a multiple of
             90 degrees a class; `mirrored` also adds the mirror images of these; `per_task`
             rotates each class of a task by one random multiple of 90 degrees.
@@ -132,15 +129,10 @@ class ClassEpisodes:
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         name: str,
         tables: Mapping[Split, ClassTable],
-        sizes: Mapping[Split, EpisodeSize],
-        val_way: int | None,
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype,
         rotations: Rotations = "none",
         rotations_eval: EvalRotations = "none",
         rotations_val: EvalRotations | None = None,
@@ -181,17 +173,17 @@ class ClassEpisodes:
         self._augmentation = augmentation or Augmentation()
         self._prepare_one = prepare
         self._can_drop = can_drop
-        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
+        self._seeds = setup.seeds
         self._resident: dict[Split, _Resident] = {}
-        self.device = torch.device(device)
-        self._dtype = dtype
-        self._white = torch.tensor(255.0, dtype=dtype, device=self.device)
+        self.device = setup.device
+        self._dtype = setup.dtype
+        self._white = torch.tensor(255.0, dtype=self._dtype, device=self.device)
         shape = tuple(self._tables["train"].images.shape[1:])
         self._scale, self._offset = self._normalization(shape[0], mean, std)
-        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
+        self.sizes = dict(setup.sizes)
         for split in ("train", "test"):
             self._check_size(split)
-        self._fit_val_way(val_way)
+        self._fit_val_way(setup.val_way)
         self._check_size("val")
         self.spec = TaskSpec(
             kind="classification",
@@ -428,9 +420,7 @@ class ClassEpisodes:
         keys = _SIZE_KEYS[split]
         least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
         for field, low in least.items():
-            value = getattr(size, field)
-            if value < low:
-                raise ValueError(f"{keys[field]}={value} is out of range: {low} or more is allowed")
+            at_least("", low, **{keys[field]: getattr(size, field)})
         most = self._most_classes(split)
         if size.way > most:
             where = "" if self._episodes == "any" else "an alphabet of "

@@ -15,7 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, EpisodeSize, Split
+from metarun.core.checks import at_least, within
+from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
@@ -70,6 +71,7 @@ class Folder(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         root: str | None = None,
         image_size: int = 84,
@@ -83,22 +85,15 @@ class Folder(ClassEpisodes):
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
-        if not 8 <= image_size <= 512:
-            raise ValueError(f"data.image_size={image_size} is out of range: 8 to 512 is allowed")
+        within("data", "[8, 512]", image_size=image_size)
         listing = list_folder(
             root,
             min_per_class=min_per_class,
             val_fraction=val_fraction,
             test_fraction=test_fraction,
         )
-        check_listing(listing, sizes)
+        check_listing(listing, setup.sizes)
         _check_memory(listing.num_images, image_size, 1 if grayscale else 3)
         pictures = prepared(
             {split: listing.files(split) for split in SPLITS},
@@ -114,6 +109,7 @@ class Folder(ClassEpisodes):
             lambda: read_pictures(listing, image_size, grayscale=grayscale),
         )
         super().__init__(
+            setup,
             name=f"folder {root}",
             tables={
                 split: ClassTable(
@@ -124,12 +120,6 @@ class Folder(ClassEpisodes):
                 )
                 for split in SPLITS
             },
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             augmentation=Augmentation(
                 affine_degrees=affine_degrees,
                 affine_translate=affine_translate,
@@ -163,13 +153,8 @@ def list_folder(
     Raises:
         ValueError: The folder does not exist, or has another layout.
     """
-    if min_per_class is not None and min_per_class < 1:
-        raise ValueError(
-            f"data.min_per_class={min_per_class} is out of range: 1 or more is allowed"
-        )
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if not 0.0 < value < 1.0:
-            raise ValueError(f"data.{name}={value} is out of range: between 0 and 1 is allowed")
+    at_least("data", 1, min_per_class=min_per_class)
+    within("data", "(0, 1)", val_fraction=val_fraction, test_fraction=test_fraction)
     if val_fraction + test_fraction >= 1.0:
         raise ValueError(
             f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave no "

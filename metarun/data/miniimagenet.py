@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from metarun.core.types import SPLITS, EpisodeSize, Split
+from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
@@ -30,6 +28,7 @@ class MiniImageNet(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         root: str | None = None,
         normalize: bool = True,
@@ -39,26 +38,15 @@ class MiniImageNet(ClassEpisodes):
         affine_translate: float = 0.0,
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
         absent = registry.missing("miniimagenet", root)
         store = open_store(registry.resolve_root(root) / "miniimagenet")
         if absent is not None or store is None:
             raise ValueError(absent)
         super().__init__(
+            setup,
             name="miniimagenet",
             tables={split: _table(store, split) for split in SPLITS},
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             augmentation=Augmentation(
                 affine_degrees=affine_degrees,
                 affine_translate=affine_translate,

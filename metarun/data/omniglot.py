@@ -7,14 +7,15 @@ Ink is 1 and paper is 0, as in the papers.
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 
-from metarun.core.types import EpisodeSize, Split
+from metarun.core.checks import within
+from metarun.core.types import SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import (
     ClassEpisodes,
@@ -61,6 +62,7 @@ class OmniglotSmall(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         resize: Resize = "paper",
         image_size: int = DRAWING_SIZE,
@@ -74,23 +76,12 @@ class OmniglotSmall(ClassEpisodes):
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
         elastic: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
         _check_size(image_size)
         super().__init__(
+            setup,
             name="omniglot_small",
             tables=small_tables(resize, image_size),
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             rotations=rotations,
             rotations_eval=rotations_eval,
             rotations_val=rotations_val,
@@ -127,6 +118,7 @@ class Omniglot(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         root: str | None = None,
         split: Literal["vinyals", "background"] = "vinyals",
@@ -141,23 +133,12 @@ class Omniglot(ClassEpisodes):
         affine_scale: float = 0.0,
         affine_shear: float = 0.0,
         elastic: float = 0.0,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
         _check_size(image_size)
         super().__init__(
+            setup,
             name="omniglot",
             tables=_full_tables(root, split, resize, image_size),
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             rotations=rotations,
             rotations_eval=rotations_eval,
             episodes=episodes,
@@ -183,8 +164,7 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
 
 
 def _check_size(image_size: int) -> None:
-    if not 8 <= image_size <= ORIGINAL_SIDE:
-        raise ValueError(f"data.image_size={image_size} is out of range: 8 to 105 is allowed")
+    within("data", f"[8, {ORIGINAL_SIDE}]", image_size=image_size)
 
 
 def _full_tables(

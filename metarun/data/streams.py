@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
+from metarun.core.checks import at_least
+from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.episodes import ClassEpisodes
 from metarun.data.omniglot import Omniglot, OmniglotSmall
 from metarun.data.synthetic import Formulas, Linear, Sinusoid
@@ -48,7 +49,7 @@ class FunctionStream(Formulas):
         task_ids_known: Whether the learner is given the task of each row.
         indexed: Whether to prepend the task's index to each input, one-hot.
         functions: Number of different training functions; None draws new ones without limit.
-        **common: Arguments of the family.
+        **options: Options of the family.
 
     Raises:
         ValueError: A number is out of range, or an option is unknown.
@@ -56,6 +57,7 @@ class FunctionStream(Formulas):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         tasks: int = 10,
         rows: int = 1,
@@ -64,12 +66,10 @@ class FunctionStream(Formulas):
         task_ids_known: bool = True,
         indexed: bool = False,
         functions: int | None = None,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
-        for name, value in (("tasks", tasks), ("rows", rows), ("visits", visits)):
-            if value < 1:
-                raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
+        super().__init__(setup, **options)
+        at_least("data", 1, tasks=tasks, rows=rows, visits=visits)
         if functions is not None and functions < tasks:
             raise ValueError(
                 f"data.functions={functions} is fewer than data.tasks={tasks}: a stream needs "
@@ -197,7 +197,7 @@ class ClassStream(ClassEpisodes):
         remember: Number of random rows, drawn from all training classes, that are appended to
             the query of a training stream.
         task_ids_known: Whether the learner is given the task of each row.
-        **common: Arguments of the image data set.
+        **options: Options of the image data set.
 
     Raises:
         ValueError: A number is out of range.
@@ -207,21 +207,17 @@ class ClassStream(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         classes_per_task: int = 1,
         rows: int = 1,
         remember: int = 0,
         task_ids_known: bool = True,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        for name, value, least in (
-            ("classes_per_task", classes_per_task, 1),
-            ("rows", rows, 1),
-            ("remember", remember, 0),
-        ):
-            if value < least:
-                raise ValueError(f"data.{name}={value} is out of range: {least} or more is allowed")
-        super().__init__(**common)
+        at_least("data", 1, classes_per_task=classes_per_task, rows=rows)
+        at_least("data", 0, remember=remember)
+        super().__init__(setup, **options)
         self._remember = remember
         self._classes_per_task = classes_per_task
         self._task_ids_known = task_ids_known

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.core.checks import at_least, pair
+from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 
 _SLOT_FIRST, _SLOT_SECOND, _SLOT_X, _SLOT_NOISE, _SLOT_THIRD, _SLOT_FAMILY = range(6)
 _JITTER = 1e-10
@@ -25,13 +26,9 @@ class FunctionEpisodes(ABC):
     """Regression tasks y = f(x) + noise, with one function per task.
 
     Args:
+        setup: Sizes, seeds, device and precision. A regression has one way.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        sizes: Size of the tasks of each split.
-        seed, eval_seed: Seed of the training tasks, and of the val and test tasks.
-        device: Device on which tasks are generated.
-        dtype: Precision of the rows.
-        val_way: None or 1, since a regression has one way.
 
     Raises:
         ValueError: A number is out of range.
@@ -39,28 +36,24 @@ class FunctionEpisodes(ABC):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         x: Sequence[float],
         noise: float,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
-        self._x = check_range("x", x)
-        if not (noise >= 0.0 and math.isfinite(noise)):
-            raise ValueError(f"data.noise={noise} is out of range: 0 or more is allowed")
+        self._x = pair("data.x", x)
+        at_least("data", 0, noise=noise)
         self._noise = float(noise)
-        if val_way not in (None, 1):
-            raise ValueError(f"eval.val_way={val_way} has no meaning in a regression: leave it out")
-        for split, size in sizes.items():
+        if setup.val_way not in (None, 1):
+            raise ValueError(
+                f"eval.val_way={setup.val_way} has no meaning in a regression: leave it out"
+            )
+        for split, size in setup.sizes.items():
             _check_size(split, size)
-        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
-        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
-        self.device = torch.device(device)
-        self._dtype = dtype
+        self.sizes = dict(setup.sizes)
+        self._seeds = setup.seeds
+        self.device = setup.device
+        self._dtype = setup.dtype
         self.spec = TaskSpec(kind="regression", input_shape=(1,), output_dim=1, train_way=1)
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
@@ -141,25 +134,24 @@ class Sinusoid(Formulas):
         phase: Range of phi.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
     """
 
     parameter_names = ("amplitude", "phase", "frequency")
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         amplitude: Sequence[float] = (0.1, 5.0),
         frequency: Sequence[float] = (1.0, 1.0),
         phase: Sequence[float] = (0.0, math.pi),
         x: Sequence[float] = (-5.0, 5.0),
         noise: float = 0.0,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
-        self._amplitude = check_range("amplitude", amplitude)
-        self._frequency = check_range("frequency", frequency)
-        self._phase = check_range("phase", phase)
+        super().__init__(setup, x=x, noise=noise)
+        self._amplitude = pair("data.amplitude", amplitude)
+        self._frequency = pair("data.frequency", frequency)
+        self._phase = pair("data.phase", phase)
 
     def _facts(self) -> tuple[float, ...]:
         # A frequency of 1 is omitted, so that the fingerprints of older runs stay valid.
@@ -186,23 +178,22 @@ class Linear(Formulas):
         b: Range of the offset.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
     """
 
     parameter_names = ("slope", "offset")
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         a: Sequence[float] = (0.0, 1.0),
         b: Sequence[float] = (0.0, 1.0),
         x: Sequence[float] = (0.0, 1.0),
         noise: float = 0.0,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
-        self._a = check_range("a", a)
-        self._b = check_range("b", b)
+        super().__init__(setup, x=x, noise=noise)
+        self._a = pair("data.a", a)
+        self._b = pair("data.b", b)
 
     def _facts(self) -> tuple[float, ...]:
         return (*self._a, *self._b)
@@ -226,7 +217,6 @@ class GaussianProcess(FunctionEpisodes):
         scale: Range of s, which is drawn for each task.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
 
     Raises:
         ValueError: A range is not valid or not positive.
@@ -234,16 +224,16 @@ class GaussianProcess(FunctionEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         lengthscale: Sequence[float] = (0.4, 0.4),
         scale: Sequence[float] = (1.0, 1.0),
         x: Sequence[float] = (-2.0, 2.0),
         noise: float = 0.02,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
-        self._lengthscale = check_range("lengthscale", lengthscale)
-        self._scale = check_range("scale", scale)
+        super().__init__(setup, x=x, noise=noise)
+        self._lengthscale = pair("data.lengthscale", lengthscale)
+        self._scale = pair("data.scale", scale)
         for name, (low, high) in (("lengthscale", self._lengthscale), ("scale", self._scale)):
             if low <= 0.0:
                 raise ValueError(f"data.{name}=[{low:g},{high:g}]: expected two positive numbers")
@@ -330,7 +320,6 @@ class Multimodal(Formulas):
         families: Names of the families, which are equally likely.
         x: Range of the inputs.
         noise: Standard deviation of the noise on y.
-        **common: Arguments of `FunctionEpisodes`.
 
     Raises:
         ValueError: A family is unknown, or is named twice.
@@ -338,13 +327,13 @@ class Multimodal(Formulas):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         families: Sequence[str] = ("sinusoid", "line", "quadratic", "sawtooth", "tanh"),
         x: Sequence[float] = (-5.0, 5.0),
         noise: float = 0.3,
-        **common: Any,
     ) -> None:
-        super().__init__(x=x, noise=noise, **common)
+        super().__init__(setup, x=x, noise=noise)
         for family in families:
             if family not in _FAMILIES:
                 raise ValueError(
@@ -389,33 +378,15 @@ class Multimodal(Formulas):
         return values
 
 
-def check_range(name: str, value: Sequence[float]) -> tuple[float, float]:
-    """Return a range (low, high) of the configuration after checking it.
-
-    Args:
-        name: Key under `data`, for the message.
-        value: The two numbers of the range.
-
-    Raises:
-        ValueError: The value is not two finite numbers in ascending order.
-    """
-    numbers = tuple(float(number) for number in value)
-    if len(numbers) != 2 or not all(map(math.isfinite, numbers)) or numbers[0] > numbers[1]:
-        typed = ",".join(f"{number:g}" for number in numbers)
-        raise ValueError(f"data.{name}=[{typed}]: expected two numbers, the smaller one first")
-    return numbers[0], numbers[1]
-
-
 def draw_in(keys: Tensor, slot: int, bounds: tuple[float, float]) -> Tensor:
     """Draw one number per key, uniformly from a range, in float64."""
     return seeding.uniform(keys, slot, low=bounds[0], high=bounds[1], dtype=torch.float64)
 
 
 def _check_size(split: Split, size: EpisodeSize) -> None:
-    prefix = "train." if split == "train" else ""
     if size.way != 1:
-        raise ValueError(f"{prefix}way={size.way} has no meaning in a regression: leave it at 1")
-    if size.shot < 1:
-        raise ValueError(f"{prefix}shot={size.shot} is out of range: 1 or more is allowed")
-    if size.query < (0 if split == "train" else 1):
-        raise ValueError(f"{prefix}query={size.query} is out of range: 1 or more is allowed")
+        key = "train.way" if split == "train" else "way"
+        raise ValueError(f"{key}={size.way} has no meaning in a regression: leave it at 1")
+    group = "train" if split == "train" else ""
+    at_least(group, 1, shot=size.shot)
+    at_least(group, 0 if split == "train" else 1, query=size.query)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch, TaskSpec
+from metarun.core.checks import at_least, pair
+from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 from metarun.data.episodes import sample
 
 CLASSIFIED = ("iris", "wine", "breast_cancer", "digits")
@@ -51,39 +52,23 @@ class _Parts:
     """Base of the tasks that are random parts of tables.
 
     Args:
+        setup: Sizes, seeds, device and precision; `val_way` is ignored.
         features: Smallest and largest number of columns of a task; F is the largest.
         tasks: Number of different training tasks, which are repeated; None draws new tasks
             without limit.
-        sizes: Size of the tasks of each split.
-        seed, eval_seed: Seed of the training tasks, and of the val and test tasks.
-        device: Device on which tasks are generated.
-        dtype: Precision of the rows.
-        val_way: Value of `eval.val_way`, which is ignored.
 
     Raises:
         ValueError: A number is out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        features: tuple[int, int],
-        tasks: int | None = None,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,  # noqa: ARG002
-    ) -> None:
-        if tasks is not None and tasks < 1:
-            raise ValueError(f"data.tasks={tasks}: expected 1 or more, or null")
-        self._features = check_pair("features", features, 1)
+    def __init__(self, setup: SourceSetup, *, features: tuple[int, int], tasks: int | None) -> None:
+        at_least("data", 1, null="or null", tasks=tasks)
+        self._features = pair("data.features", features, 1)
         self._tasks = tasks
-        self._seeds: dict[Split, int] = {"train": seed, "val": eval_seed, "test": eval_seed}
-        self._dtype = dtype
-        self.sizes: dict[Split, EpisodeSize] = dict(sizes)
-        self.device = torch.device(device)
+        self._seeds = setup.seeds
+        self._dtype = setup.dtype
+        self.sizes = dict(setup.sizes)
+        self.device = setup.device
 
     def _keys(self, split: Split, index: int, num_tasks: int) -> Tensor:
         """Return the (T,) keys of tasks of a split."""
@@ -108,7 +93,7 @@ class Tables(_Parts):
         train, val, test: Contents of each split: names of tables, or some classes of a table,
             such as `digits:0-5` or `digits:0+3`.
         classes: Smallest and largest number of classes of a task.
-        **common: Arguments of `_Parts`: features, tasks, sizes, seeds, device and precision.
+        features, tasks: See `_Parts`.
 
     Raises:
         ValueError: A table is unknown or too small, a class is in two splits, a number is out of
@@ -117,16 +102,17 @@ class Tables(_Parts):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         train: Sequence[str] = ("digits:0-6", "wine"),
         val: Sequence[str] = ("digits:7-9",),
         test: Sequence[str] = ("iris", "breast_cancer"),
         features: tuple[int, int] = (2, 8),
         classes: tuple[int, int] = (2, 6),
-        **common: Any,
+        tasks: int | None = None,
     ) -> None:
-        super().__init__(features=features, **common)
-        self._classes = check_pair("classes", classes, 2)
+        super().__init__(setup, features=features, tasks=tasks)
+        self._classes = pair("data.classes", classes, 2)
         named: dict[Split, Sequence[str]] = {"train": train, "val": val, "test": test}
         self._held = {split: self._load(split, named[split]) for split in SPLITS}
         _check_apart(self._held)
@@ -274,14 +260,20 @@ class Diabetes(_Parts):
 
     Args:
         features: Smallest and largest number of columns of a task; the table has ten.
-        **common: Arguments of `_Parts`: tasks, sizes, seeds, device and precision.
+        tasks: See `_Parts`.
 
     Raises:
         ValueError: A number is out of range, or scikit-learn is missing.
     """
 
-    def __init__(self, *, features: tuple[int, int] = (2, 10), **common: Any) -> None:
-        super().__init__(features=features, **common)
+    def __init__(
+        self,
+        setup: SourceSetup,
+        *,
+        features: tuple[int, int] = (2, 10),
+        tasks: int | None = None,
+    ) -> None:
+        super().__init__(setup, features=features, tasks=tasks)
         rows, targets, _ = table("diabetes")
         order = np.random.default_rng(0).permutation(len(rows))
         cuts = np.split(order, [int(0.6 * len(rows)), int(0.8 * len(rows))])
@@ -406,16 +398,6 @@ def _numbers(words: str) -> list[int]:
     if not found or len(set(found)) < len(found):
         raise ValueError(words)
     return found
-
-
-def check_pair(name: str, value: tuple[int, int], least: int) -> tuple[int, int]:
-    """Return a pair (smallest, largest) of the configuration after checking it."""
-    if not least <= value[0] <= value[1]:
-        raise ValueError(
-            f"data.{name}=[{value[0]},{value[1]}]: expected the smallest number, {least} or more, "
-            "and the largest"
-        )
-    return value
 
 
 def _check_apart(held: Mapping[Split, Sequence[_Held]]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from metarun.core import seeding
-from metarun.core.types import SPLITS, EpisodeSize, Split, Stream, TaskBatch
+from metarun.core.checks import at_least
+from metarun.core.types import SPLITS, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.augmentation import places_of, warp
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.omniglot import small_tables
@@ -51,7 +51,6 @@ class TransformedStream(ClassEpisodes):
         pool: Number of shared images P of a class, limited to those that are not held out.
         rows: Number of rows that arrive together in one step.
         task_ids_known: Whether the learner is given the task of each row.
-        sizes, seed, eval_seed, device, dtype, val_way: See `ClassEpisodes`.
 
     Raises:
         ValueError: A number is out of range, an option is unknown, or scikit-learn is missing.
@@ -64,38 +63,26 @@ class TransformedStream(ClassEpisodes):
 
     def __init__(
         self,
+        setup: SourceSetup,
         *,
         source: Source = "digits",
         tasks: int = 20,
         pool: int = 50,
         rows: int = 10,
         task_ids_known: bool = True,
-        sizes: Mapping[Split, EpisodeSize],
-        seed: int,
-        eval_seed: int,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        val_way: int | None = None,
     ) -> None:
-        for name, value in (("tasks", tasks), ("pool", pool), ("rows", rows)):
-            if value < 1:
-                raise ValueError(f"data.{name}={value} is out of range: 1 or more is allowed")
+        at_least("data", 1, tasks=tasks, pool=pool, rows=rows)
         if self.most_tasks is not None and tasks > self.most_tasks:
             raise ValueError(
-                f"data.tasks={tasks} is out of range: {self.most_tasks} or fewer is allowed, one "
-                "for each transformation"
+                f"data.tasks={tasks}: expected {self.most_tasks} or fewer, one for each "
+                "transformation"
             )
         tables = digits() if source == "digits" else small_tables("antialias", 28)
         side = tables["test"].images.shape[-1]
         super().__init__(
+            setup,
             name=source,
             tables=tables,
-            sizes=sizes,
-            val_way=val_way,
-            seed=seed,
-            eval_seed=eval_seed,
-            device=device,
-            dtype=dtype,
             prepare=lambda image: photograph(image, side, crop=True, grayscale=True),
         )
         self._tasks = tasks

@@ -22,11 +22,11 @@ from torch.utils import _pytree as pytree
 
 from metarun.backbones.layers.normalization import set_native
 from metarun.core import distributed
-from metarun.execution.graph_replay import GRAPH_KINDS, GraphKind, Graphs, Replay
+from metarun.core.checks import at_least
+from metarun.execution.graph_replay import GraphKind, Graphs, Replay
 from metarun.execution.guards import unwatched
 
 Kind = Literal["auto", "vmap", "loop", "threads"]
-KINDS: tuple[Kind, ...] = ("auto", "vmap", "loop", "threads")
 Params = dict[str, Tensor]
 Tensors = tuple[Tensor, ...]
 TaskFunction = Callable[..., Any]
@@ -93,7 +93,7 @@ class Engine:
         graphs: Cache of the traced graphs.
 
     Raises:
-        ValueError: An option is unknown, or a number is out of range.
+        ValueError: A number is out of range.
     """
 
     kind: Kind = "auto"
@@ -104,14 +104,8 @@ class Engine:
     graphs: Graphs = field(default_factory=Graphs, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"engine={self.kind}: expected one of {', '.join(KINDS)}")
-        if self.graph not in GRAPH_KINDS:
-            raise ValueError(f"graph={self.graph}: expected one of {', '.join(GRAPH_KINDS)}")
-        for name in ("tasks_per_chunk", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected 1 or more, or null")
+        sizes = {"tasks_per_chunk": self.tasks_per_chunk, "threads": self.threads}
+        at_least("", 1, null="or null", **sizes)
 
     def resolved(self, net: nn.Module, device: torch.device) -> Engine:
         """Return the engine with `auto` replaced by the best kind for a network and a device.

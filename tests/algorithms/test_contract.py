@@ -31,17 +31,82 @@ SMALL = {
 }
 
 
-# Fewer steps for algorithms with many steps per prediction.
-FEWER = {
-    "cmaml": ["algo.glances=2"],
-    "from_scratch": ["algo.inner_steps=10"],
-    "multitask": ["algo.fit_steps=20"],
-    "task_free": ["algo.updates=2"],
+class Settings(NamedTuple):
+    """What makes the tests of an algorithm quick.
+
+    Attributes:
+        always: Words for every test, such as fewer steps per prediction.
+        fast: Words with which it learns in few updates.
+        images: More of them for images.
+        updates: Updates in which it learns from images.
+        stream: Words with which it learns from a stream of linear tasks.
+    """
+
+    always: str = ""
+    fast: str = ""
+    images: str = "data.image_size=20"
+    updates: int = 30
+    stream: str = ""
+
+
+FAST_MAML = Settings(fast="optim.lr=0.003", images="data.image_size=20 algo.inner_lr=0.4")
+RELATION = Settings(fast="train.way=5 optim.lr=0.01", images="data.image_size=28")
+ONLINE = Settings(stream="algo.online_lr=0.1")
+FTL = Settings(stream="algo.inner_steps=5")
+SETTINGS = {
+    "anil": FAST_MAML,
+    "anml": ONLINE,
+    "boil": Settings(fast="algo.inner_lr=0.2 optim.lr=0.003"),
+    "cavia": Settings(updates=60),
+    "cmaml": Settings(always="algo.glances=2", stream="algo.step_lr=0.03 algo.rates_start=0.03"),
+    "ewc": Settings(stream="algo.online_lr=0.1 algo.strength=1.0"),
+    "fomaml": FAST_MAML._replace(fast="optim.lr=0.005"),
+    "from_scratch": Settings(always="algo.inner_steps=10", stream="algo.inner_steps=5"),
+    "ftl": FTL,
+    "ftml": FTL,
+    "ftml_hindsight": Settings(stream="algo.inner_steps=5 algo.meta_updates=150"),
+    "imaml": Settings(fast="algo.inner_lr=0.2 algo.inner_steps=5 optim.lr=0.01"),
+    "joint": ONLINE,
+    "joint_hindsight": Settings(stream="algo.online_lr=0.1 algo.updates=1000"),
+    "maml": FAST_MAML,
+    "mamlpp": Settings(fast="optim.lr=0.003"),
+    # Algorithms with learned updates or memories need more updates.
+    "mann": Settings(fast="~recipe optim.lr=0.02 algo.controller=64", updates=450),
+    "matching": Settings(fast="train.way=5"),
+    "matching_fce": Settings(fast="train.way=5"),
+    "metagan_maml": FAST_MAML,
+    "metagan_relation": RELATION,
+    "metalstm": Settings(
+        fast="algo.inner_steps=5 optim.lr=0.01", images="data.image_size=28", updates=60
+    ),
+    "metasgd": Settings(fast="algo.inner_lr=0.05 optim.lr=0.003"),
+    "mixture": Settings(fast="algo.components=2 optim.lr=0.003"),
+    "multitask": Settings(
+        always="algo.fit_steps=20",
+        fast="algo.fit_steps=10 algo.fit_lr=0.03 algo.inner_lr=0.3",
+    ),
+    "oml": ONLINE,
+    "online": ONLINE,
+    "pretrained": ONLINE,
+    "protomaml": Settings(fast="optim.lr=0.003"),
+    "protonet": Settings(fast="train.way=5"),
+    "r2d2": Settings(fast="optim.lr=0.005"),
+    "relation": RELATION,
+    "replay": ONLINE,
+    "reptile": Settings(fast="algo.inner_lr=0.02 optim.schedule=constant eval.inner_steps=8"),
+    "snail": Settings(fast="~recipe optim.lr=0.001", updates=150),
+    "task_free": Settings(always="algo.updates=2", stream="algo.online_lr=0.1"),
+    "task_memory": ONLINE,
+    "toe": FTL,
 }
 
 
+def settings(algo: str) -> Settings:
+    return SETTINGS.get(algo, Settings())
+
+
 def build(algo: str, data: str, *words: str) -> Experiment:
-    common = ["precision=float64", "device=cpu", "engine=loop", *FEWER.get(algo, [])]
+    common = ["precision=float64", "device=cpu", "engine=loop", *settings(algo).always.split()]
     return build_experiment(
         deepcopy(composed(f"algo={algo}", f"data={data}", *SMALL[data], *common, *words))
     )
@@ -241,49 +306,14 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-# Rates and steps with which each algorithm learns fast; the tests check that it learns at all.
-FAST: dict[str, list[str]] = {
-    "anil": ["optim.lr=0.003"],
-    "boil": ["algo.inner_lr=0.2", "optim.lr=0.003"],
-    "fomaml": ["optim.lr=0.005"],
-    "imaml": ["algo.inner_lr=0.2", "algo.inner_steps=5", "optim.lr=0.01"],
-    "maml": ["optim.lr=0.003"],
-    "mamlpp": ["optim.lr=0.003"],
-    "mann": ["~recipe", "optim.lr=0.02", "algo.controller=64"],
-    "matching": ["train.way=5"],
-    "matching_fce": ["train.way=5"],
-    "metagan_maml": ["optim.lr=0.003"],
-    "metagan_relation": ["train.way=5", "optim.lr=0.01"],
-    "metalstm": ["algo.inner_steps=5", "optim.lr=0.01"],
-    "metasgd": ["algo.inner_lr=0.05", "optim.lr=0.003"],
-    "mixture": ["algo.components=2", "optim.lr=0.003"],
-    "multitask": ["algo.fit_steps=10", "algo.fit_lr=0.03", "algo.inner_lr=0.3"],
-    "protomaml": ["optim.lr=0.003"],
-    "protonet": ["train.way=5"],
-    "r2d2": ["optim.lr=0.005"],
-    "relation": ["train.way=5", "optim.lr=0.01"],
-    "reptile": ["algo.inner_lr=0.02", "optim.schedule=constant", "eval.inner_steps=8"],
-    "snail": ["~recipe", "optim.lr=0.001"],
-}
-STEPS = {
-    "cavia": 60,
-    # Algorithms with learned updates or memories need more updates.
-    "mann": 450,
-    "metalstm": 60,
-    "snail": 150,
-}
-
-
 @pytest.mark.parametrize("algo", suited("omniglot_small"))
 def test_a_short_training_beats_chance(algo: str) -> None:
-    words = ["engine=auto", "precision=float32", "backbone.filters=16", *FAST.get(algo, [])]
-    words += ["algo.inner_lr=0.4"] if algo in ("maml", "fomaml", "anil", "metagan_maml") else []
-    large = algo in ("metalstm", "relation", "metagan_relation")
-    words += [f"data.image_size={28 if large else 20}"]
-    made = build(algo, "omniglot_small", *words)
-    steps = STEPS.get(algo, 30)
-    for step in range(steps):
-        made.algorithm.update(made.source.batch("train", 4 * step, 4), Progress(step, steps))
+    own = settings(algo)
+    words = ["engine=auto", "precision=float32", "backbone.filters=16"]
+    made = build(algo, "omniglot_small", *words, *own.fast.split(), *own.images.split())
+    for step in range(own.updates):
+        batch = made.source.batch("train", 4 * step, 4)
+        made.algorithm.update(batch, Progress(step, own.updates))
     batch = made.source.batch("test", 0, 60)
     accuracy = task_metric(made.source.spec, answers(made.algorithm, batch), batch.query_y)
     assert accuracy.mean() > 1 / 3 + 3 * accuracy.std() / 60**0.5
@@ -291,7 +321,7 @@ def test_a_short_training_beats_chance(algo: str) -> None:
 
 @pytest.mark.parametrize("algo", suited("sinusoid"))
 def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
-    words = [f"algo={algo}", "data=linear", "device=cpu", *FAST.get(algo, [])]
+    words = [f"algo={algo}", "data=linear", "device=cpu", *settings(algo).fast.split()]
     made = build_experiment(deepcopy(composed(*words)))
     for step in range(50):
         made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 50))
@@ -303,13 +333,7 @@ def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
 
 @pytest.mark.parametrize("algo", suited("stream_linear"))
 def test_a_rollout_on_linear_tasks_ends_better_than_it_began(algo: str) -> None:
-    node = build(algo, "stream_linear").record["algo"]
-    words = ["algo.online_lr=0.1"] if "online_lr" in node else []
-    words += ["algo.strength=1.0"] if algo == "ewc" else []
-    words += ["algo.meta_updates=150"] if algo == "ftml_hindsight" else []
-    words += ["algo.updates=1000"] if algo == "joint_hindsight" else []
-    words += ["algo.inner_steps=5"] if "inner_steps" in node else []
-    words += ["algo.step_lr=0.03", "algo.rates_start=0.03"] if algo == "cmaml" else []
+    words = settings(algo).stream.split()
     made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)
     stream = made.source.spec.streams["test"]  # type: ignore[index]
     rollouts = Rollouts(made.algorithm, made.source.batch("test", 0, 10), stream)  # type: ignore[arg-type]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from metarun.bench.workloads import BASELINES, WORKLOADS, Variant, grown, grows, select, variants
-from metarun.execution.engine import KINDS
+from metarun.execution.engine import Kind
 from tests.bench.tiny import BY_NAME
 
 WORDS = {
@@ -34,7 +36,7 @@ def test_variants_are_all_combinations_of_the_words() -> None:
 
 
 def test_the_engines_words_are_the_engines_own() -> None:
-    for word in KINDS:
+    for word in get_args(Kind):
         (variant,) = variants(WORDS | {"engine": [word], "graph": ["none"]})
         assert variant.engine_options == {"kind": word, "graph": "none"}
     with pytest.raises(ValueError, match="--engine vmpa: did you mean vmap"):

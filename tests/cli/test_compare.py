@@ -158,7 +158,7 @@ def test_a_failed_run_leaves_the_others_alone_and_is_named(
         (["linear"], "'linear' is not KEY=VALUE"),
         (["data=linaer"], "did you mean linear?"),
         (["data=linear", "algo=mml"], "did you mean maml?"),
-        (["data=linear", "shot=0"], "shot=0 is out of range"),
+        (["data=linear", "shot=0"], "shot=0: expected 1 or more"),
     ],
 )
 def test_a_mistake_is_one_line_and_makes_nothing(

@@ -19,8 +19,6 @@ from tests.conftest import Command
 from tests.data.sources import write_class_folders, write_omniglot_zips
 from tests.data.test_omniglot import TINY
 
-INJECTED = {"sizes", "seed", "eval_seed", "device", "dtype", "val_way"}
-
 
 @pytest.fixture(autouse=True)
 def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -172,11 +170,10 @@ def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) ->
     loaded: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "data" / f"{name}.yaml"))
     node = dict(loaded["data"])
     target = locate("data._target_", node.pop("_target_"))
-    # Includes the keywords that `**common` passes on.
-    assert set(keywords(target)) >= INJECTED
-    assert set(keywords(target)) - INJECTED == set(node)
+    # Includes the keywords that `**options` passes on.
+    assert set(keywords(target)) == {"setup", *node}
     for key, parameter in inspect.signature(target).parameters.items():
-        if key in INJECTED or parameter.kind is parameter.VAR_KEYWORD:
+        if key == "setup" or parameter.kind is parameter.VAR_KEYWORD:
             continue
         default = parameter.default
         assert node[key] == (list(default) if isinstance(default, tuple) else default), key

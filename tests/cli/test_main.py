@@ -357,7 +357,8 @@ def test_a_constructor_of_ones_own_that_fails_is_one_line(metarun: Command, tmp_
     (module,) = tmp_path.glob("own_*.py")
     module.write_text(
         OWN.format(error="AssertionError").replace(
-            "    pass", "    def __init__(self, **common):\n        raise RuntimeError('no luck')"
+            "    pass",
+            "    def __init__(self, setup, **options):\n        raise RuntimeError('no luck')",
         )
     )
     answer = metarun(*conf, "algo=mine", *TINY)

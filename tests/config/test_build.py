@@ -26,8 +26,8 @@ from metarun.runs.folder import RunFolder
 CONF = conf_dir()
 
 GIVEN = {
-    "algo": {"spec", "backbone", "optim", "engine", "bn", "eval_inner_steps", "seed"},
-    "data": {"sizes", "seed", "eval_seed", "device", "dtype", "val_way"},
+    "algo": {"setup"},
+    "data": {"setup"},
     "backbone": {"input_shape", "output_dim", "context_dim", "maps"},
     "optim": {"parameters"},
 }
@@ -257,8 +257,8 @@ import {module}
 from metarun.algorithms.optimization.maml import MAML
 
 class Mine(MAML):
-    def __init__(self, *, strength: float = 1.0, **common):
-        super().__init__(**common)
+    def __init__(self, setup, *, strength: float = 1.0, **options):
+        super().__init__(setup, **options)
         self.strength = strength
 """
 
@@ -277,6 +277,25 @@ def test_an_algorithm_of_ones_own_is_built(tmp_path: Path, monkeypatch: pytest.M
     assert made.run_info["algo"] == "mine"
 
 
+@pytest.mark.parametrize("arguments", ["**common", "*, spec, backbone, **common", "*, rate=1.0"])
+@pytest.mark.parametrize("group", ["algo", "data"])
+def test_a_constructor_that_does_not_take_the_setup_is_refused_with_its_form(
+    arguments: str, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"old_{group}_{len(arguments)}"
+    (tmp_path / f"{module}.py").write_text(
+        "from metarun.algorithms.optimization.maml import MAML\n"
+        "from metarun.data.synthetic import Sinusoid\n"
+        f"class Old({'MAML' if group == 'algo' else 'Sinusoid'}):\n"
+        f"    def __init__(self, {arguments}): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert refusal(f"{group}._target_={module}.Old") == (
+        f"{group}._target_={module}.Old: expected a constructor of the form "
+        "def __init__(self, setup, *, …), which calls super().__init__(setup)"
+    )
+
+
 def test_a_module_of_ones_own_that_fails_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +311,7 @@ def test_keywords_follow_what_a_constructor_hands_on() -> None:
         def __init__(self, *, seed: int) -> None: ...
 
     class Child(Base):
-        def __init__(self, *, rate: float, **common: Any) -> None: ...
+        def __init__(self, *, rate: float, **options: Any) -> None: ...
 
     class Closed(Base):
         def __init__(self, *, rate: float) -> None: ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
+from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split, TaskBatch
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage.image_files import photograph
@@ -29,9 +30,13 @@ def sizes(
     return {"train": train or everywhere, "val": everywhere, "test": everywhere}
 
 
-def injected(**changes: Any) -> dict[str, Any]:
-    """Return the arguments that the configuration passes to every source."""
-    return {"sizes": sizes(), "seed": 0, "eval_seed": 1, "device": CPU} | changes
+def make_source(kind: Any, **given: Any) -> Any:
+    """Build a source. What `SourceSetup` has a name for is its setup, the rest are its options."""
+    values = {"sizes": sizes(), "seed": 0, "eval_seed": 1, "device": CPU, "dtype": torch.float32}
+    values |= given
+    named = {field.name for field in fields(SourceSetup)} & values.keys()
+    setup = SourceSetup(**{name: values.pop(name) for name in named})
+    return kind(setup, **values)
 
 
 def numbered_table(counts: tuple[int, ...], side: int = 4, prefix: str = "c") -> ClassTable:
@@ -59,15 +64,9 @@ def numbered(
     options: dict[str, Any] = {
         "name": "numbered",
         "tables": tables,
-        "sizes": sizes(),
-        "val_way": None,
-        "seed": 0,
-        "eval_seed": 1,
-        "device": CPU,
-        "dtype": torch.float32,
         "prepare": lambda image: photograph(image, 4, crop=True, grayscale=True),
     }
-    return ClassEpisodes(**(options | how))
+    return make_source(ClassEpisodes, **(options | how))  # type: ignore[no-any-return]
 
 
 def augmented(**how: Any) -> ClassEpisodes:

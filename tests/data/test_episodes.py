@@ -334,9 +334,9 @@ def test_too_few_classes_in_val_lower_its_way_and_say_so(caplog: pytest.LogCaptu
          r"to 5 and train.query to 1$"),
         ({"sizes": sizes(query=15), "can_drop": True}, r"lower train.query to 5 or set "
          r"data.min_per_class=16 to drop it"),
-        ({"sizes": sizes(way=1)}, r"train.way=1 is out of range"),
-        ({"sizes": sizes(train=EpisodeSize(5, 0, 1))}, r"train.shot=0 is out of range"),
-        ({"sizes": sizes(query=0, train=EpisodeSize(5, 1, 0))}, r"query=0 is out of range"),
+        ({"sizes": sizes(way=1)}, r"train.way=1: expected 2 or more"),
+        ({"sizes": sizes(train=EpisodeSize(5, 0, 1))}, r"train.shot=0: expected 1 or more"),
+        ({"sizes": sizes(query=0, train=EpisodeSize(5, 1, 0))}, r"query=0: expected 1 or more"),
         ({"episodes": "within_alphabet"}, "needs alphabets, numbered has none"),
         ({"drawers": "apart"}, "drawers=apart needs classes of one alphabet.*within_alphabet"),
         ({"episodes": "within_turned_alphabet", "rotations": "per_task"}, "turns all classes of a"),
@@ -364,9 +364,9 @@ def test_a_fingerprint_follows_the_images() -> None:
     ["affine_degrees", "affine_translate", "affine_scale", "affine_shear", "color", "elastic"],
 )
 def test_augmentation_out_of_range_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{key}=-0\.1 is out of range"):
+    with pytest.raises(ValueError, match=rf"data\.{key}=-0\.1: expected 0 to "):
         Augmentation(**{key: -0.1})
-    with pytest.raises(ValueError, match=rf"data\.{key}=1000\.0 is out of range"):
+    with pytest.raises(ValueError, match=rf"data\.{key}=1000\.0: expected 0 to "):
         Augmentation(**{key: 1000.0})
 
 

@@ -29,7 +29,7 @@ from metarun.data.storage.miniimagenet_files import (
     read_cache_pickle,
     recognize,
 )
-from tests.data.sources import injected, png
+from tests.data.sources import make_source, png
 
 COUNT = 3
 Sets = dict[Split, dict[str, Pixels]]
@@ -222,7 +222,7 @@ def test_the_source_gives_normalized_photographs(sets: Sets, tmp_path: Path) -> 
     write_pickles(tmp_path / "theirs", sets)
     import_miniimagenet(tmp_path / "theirs", tmp_path)
     three = dict.fromkeys(SPLITS, EpisodeSize(5, 1, 2))
-    source = MiniImageNet(root=str(tmp_path), **injected(sizes=three))
+    source = make_source(MiniImageNet, root=str(tmp_path), sizes=three)
     assert source.spec.input_shape == (3, 84, 84)
     batch = source.batch("test", 0, 3)
     assert batch.class_ids is not None
@@ -233,9 +233,9 @@ def test_the_source_gives_normalized_photographs(sets: Sets, tmp_path: Path) -> 
         assert any(
             (found == image).all() for image in sets["test"][names[batch.class_ids[1, label]]]
         )
-    config = MiniImageNet(root=str(tmp_path), normalize=False, **injected(sizes=three))
+    config = make_source(MiniImageNet, root=str(tmp_path), normalize=False, sizes=three)
     assert config.batch("train", 0, 1).support_x.min() >= 0.0
-    changed = MiniImageNet(root=str(tmp_path), flip=True, color=0.4, **injected(sizes=three))
+    changed = make_source(MiniImageNet, root=str(tmp_path), flip=True, color=0.4, sizes=three)
     assert not torch.equal(
         changed.batch("train", 0, 1).support_x, source.batch("train", 0, 1).support_x
     )
@@ -254,7 +254,7 @@ def test_pictures_of_other_sizes_are_stretched_to_84() -> None:
 
 def test_without_the_data_the_message_says_how_to_get_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="metarun data miniimagenet --from PATH --root"):
-        MiniImageNet(root=str(tmp_path), **injected())
+        make_source(MiniImageNet, root=str(tmp_path))
 
 
 def refuse(source: Path, message: str) -> None:
@@ -420,7 +420,7 @@ def test_processes_share_the_images_which_nothing_alters(sets: Sets, tmp_path: P
     write_pickles(tmp_path / "theirs", sets)
     store = import_miniimagenet(tmp_path / "theirs", tmp_path / "root")
     sizes: dict[Split, EpisodeSize] = {split: EpisodeSize(5, 1, 2) for split in SPLITS}
-    source = MiniImageNet(root=str(tmp_path / "root"), **injected(sizes=sizes))
+    source = make_source(MiniImageNet, root=str(tmp_path / "root"), sizes=sizes)
     for split in SPLITS:
         source.batch(split, 0, 4)
         mapping = mapped(tmp_path / "root" / "miniimagenet" / f"{split}.npy")

@@ -14,12 +14,12 @@ from metarun.core.types import SPLITS, EpisodeSize, Split, Stream
 from metarun.data.episodes import ClassTable
 from metarun.data.storage.image_files import photograph
 from metarun.data.streams import ClassStream, LinearStream, OmniglotSmallStream, SinusoidStream
-from tests.data.sources import CPU, assert_same, injected, numbered_table, sizes
+from tests.data.sources import assert_same, make_source, numbered_table, sizes
 
 
 def lines(shot: int = 6, query: int = 4, **how: Any) -> LinearStream:
     how = {"tasks": 3, "dtype": torch.float64} | how
-    return LinearStream(**injected(sizes=sizes(1, shot, query)) | how)
+    return make_source(LinearStream, sizes=sizes(1, shot, query), **how)
 
 
 def characters(**how: Any) -> ClassStream:
@@ -31,14 +31,9 @@ def characters(**how: Any) -> ClassStream:
         "name": "numbered",
         "tables": tables,
         "sizes": sizes(4, 3, 2, train=train),
-        "val_way": None,
-        "seed": 0,
-        "eval_seed": 1,
-        "device": CPU,
-        "dtype": torch.float32,
         "prepare": lambda image: photograph(image, 4, crop=True, grayscale=True),
     }
-    return ClassStream(**options | how)
+    return make_source(ClassStream, **options | how)
 
 
 def stream(source: Any, split: Split = "test") -> Stream:
@@ -144,7 +139,7 @@ def test_training_meets_no_more_functions_than_it_is_given() -> None:
 
 
 def test_sinusoids_stream_as_lines_do() -> None:
-    source = SinusoidStream(tasks=4, **injected(sizes=sizes(1, 3, 5)))
+    source = make_source(SinusoidStream, tasks=4, sizes=sizes(1, 3, 5))
     batch = source.batch("test", 0, 2)
     assert batch.support_x.shape == (2, 12, 1)
     assert batch.query_y.abs().max() <= 5.0
@@ -193,7 +188,7 @@ def test_training_labels_are_numbers_of_classes_and_remembered_rows_are_of_any()
 
 
 def test_the_alphabets_that_ship_stream_to_the_last_class() -> None:
-    source = OmniglotSmallStream(**injected(sizes=sizes(89, 15, 5)))
+    source = make_source(OmniglotSmallStream, sizes=sizes(89, 15, 5))
     batch = source.batch("test", 0, 1)
     assert batch.support_x.shape == (1, 89 * 15, 1, 28, 28)
     assert stream(source, "val").num_tasks == 17
@@ -203,12 +198,12 @@ def test_the_alphabets_that_ship_stream_to_the_last_class() -> None:
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: lines(tasks=0), "data.tasks=0 is out of range"),
+        (lambda: lines(tasks=0), "data.tasks=0: expected 1 or more"),
         (lambda: lines(rows=4), "data.rows=4 does not divide the 6 rows of a visit"),
         (lambda: lines(functions=2), "data.functions=2 is fewer than data.tasks=3"),
         (lambda: lines(functions=9, order="drifting"), "does not apply to data.order=drifting"),
         (lambda: characters(classes_per_task=3), "per_task=3 does not divide the 4 classes"),
-        (lambda: characters(remember=-1), "data.remember=-1 is out of range: 0 or more"),
+        (lambda: characters(remember=-1), "data.remember=-1: expected 0 or more"),
         (lambda: characters(rows=2), "data.rows=2 does not divide the 3 rows of a visit"),
     ],
 )  # fmt: skip

@@ -22,25 +22,25 @@ from metarun.data.synthetic import (
     Multimodal,
     Sinusoid,
 )
-from tests.data.sources import assert_same, injected
+from tests.data.sources import assert_same, make_source
 
 SIZES = {split: EpisodeSize(1, 5, 10) for split in SPLITS}
 
 
 def sinusoid(**options: Any) -> Sinusoid:
-    return Sinusoid(**injected(sizes=SIZES), **options)
+    return make_source(Sinusoid, sizes=SIZES, **options)
 
 
 def linear(**options: Any) -> Linear:
-    return Linear(**injected(sizes=SIZES), **options)
+    return make_source(Linear, sizes=SIZES, **options)
 
 
 def process(**options: Any) -> GaussianProcess:
-    return GaussianProcess(**injected(sizes=SIZES), **options)
+    return make_source(GaussianProcess, sizes=SIZES, **options)
 
 
 def multimodal(**options: Any) -> Multimodal:
-    return Multimodal(**injected(sizes=SIZES), **options)
+    return make_source(Multimodal, sizes=SIZES, **options)
 
 
 def test_a_sinusoid_is_its_amplitude_times_a_shifted_sine() -> None:
@@ -210,7 +210,7 @@ def test_noise_has_the_deviation_that_was_asked_for() -> None:
 
 
 def test_splits_and_seeds_have_tasks_of_their_own() -> None:
-    source, other = sinusoid(), Sinusoid(**injected(sizes=SIZES, seed=5))
+    source, other = sinusoid(), make_source(Sinusoid, sizes=SIZES, seed=5)
     first = {split: source.batch(split, 0, 1).support_x for split in SPLITS}
     assert not torch.equal(first["train"], first["val"])
     assert not torch.equal(first["val"], first["test"])
@@ -220,7 +220,7 @@ def test_splits_and_seeds_have_tasks_of_their_own() -> None:
 
 def test_double_precision_meets_the_same_tasks() -> None:
     single = sinusoid().batch("test", 0, 20)
-    double = Sinusoid(**injected(sizes=SIZES, dtype=torch.float64)).batch("test", 0, 20)
+    double = make_source(Sinusoid, sizes=SIZES, dtype=torch.float64).batch("test", 0, 20)
     assert double.support_y.dtype == torch.float64
     torch.testing.assert_close(double.support_x.float(), single.support_x, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(double.support_y.float(), single.support_y, rtol=1e-5, atol=1e-5)
@@ -241,7 +241,7 @@ def test_shapes_are_rows_of_one_number() -> None:
 
 def test_training_may_do_without_query_rows() -> None:
     own = dict(SIZES) | {"train": EpisodeSize(1, 10, 0)}
-    assert Sinusoid(**injected(sizes=own)).batch("train", 0, 2).query_y.shape == (2, 0, 1)
+    assert make_source(Sinusoid, sizes=own).batch("train", 0, 2).query_y.shape == (2, 0, 1)
 
 
 def test_a_fingerprint_tells_families_apart() -> None:
@@ -255,7 +255,7 @@ def test_a_fingerprint_tells_families_apart() -> None:
         ({"amplitude": (5.0, 0.1)}, r"data\.amplitude=\[5,0\.1\]: expected two numbers"),
         ({"phase": (0.0, math.inf)}, r"data\.phase=\[0,inf\]: expected two numbers"),
         ({"x": (1.0, 2.0, 3.0)}, r"data\.x=\[1,2,3\]: expected two numbers"),
-        ({"noise": -1.0}, r"data\.noise=-1\.0 is out of range"),
+        ({"noise": -1.0}, r"data\.noise=-1\.0: expected 0 or more"),
     ],
 )
 def test_impossible_ranges_are_refused(options: dict[str, Any], message: str) -> None:
@@ -267,13 +267,13 @@ def test_impossible_ranges_are_refused(options: dict[str, Any], message: str) ->
     ("size", "message"),
     [
         (EpisodeSize(5, 5, 10), "way=5 has no meaning in a regression"),
-        (EpisodeSize(1, 0, 10), "shot=0 is out of range"),
-        (EpisodeSize(1, 5, 0), "query=0 is out of range"),
+        (EpisodeSize(1, 0, 10), "shot=0: expected 1 or more"),
+        (EpisodeSize(1, 5, 0), "query=0: expected 1 or more"),
     ],
 )
 def test_impossible_sizes_are_refused(size: EpisodeSize, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Sinusoid(**injected(sizes=dict.fromkeys(SPLITS, size)))
+        make_source(Sinusoid, sizes=dict.fromkeys(SPLITS, size))
 
 
 @pytest.mark.parametrize("make", [sinusoid, linear, multimodal], ids=lambda make: make.__name__)

@@ -13,19 +13,19 @@ from sklearn import datasets
 
 from metarun.core.types import SPLITS, EpisodeSize
 from metarun.data.tables import Diabetes, Tables
-from tests.data.sources import assert_same, injected, sizes
+from tests.data.sources import assert_same, make_source, sizes
 
 WHOLE = {"train": ["digits:0-6", "wine"], "val": ["digits:7-9"], "test": ["iris", "breast_cancer"]}
 ONE: dict[str, Any] = {"train": ["wine"], "val": ["digits"], "test": ["iris"]}
 
 
 def tables(way: int = 2, shot: int = 5, query: int = 5, **options: Any) -> Tables:
-    return Tables(**injected(sizes=sizes(way, shot, query)), **(WHOLE | options))
+    return make_source(Tables, sizes=sizes(way, shot, query), **(WHOLE | options))
 
 
 def diabetes(**options: Any) -> Diabetes:
     one = {split: EpisodeSize(1, 12, 8) for split in SPLITS}
-    return Diabetes(**injected(sizes=one), **options)
+    return make_source(Diabetes, sizes=one, **options)
 
 
 @pytest.mark.parametrize("make", [tables, diabetes])
@@ -178,9 +178,9 @@ def test_what_does_not_fit_is_said(options: dict[str, Any], message: str) -> Non
 
 def test_regressions_have_one_way_and_enough_patients() -> None:
     with pytest.raises(ValueError, match="way=2 has no meaning"):
-        Diabetes(**injected(sizes=sizes(2, 5, 5)))
+        make_source(Diabetes, sizes=sizes(2, 5, 5))
     with pytest.raises(ValueError, match="val has 88 patients"):
-        Diabetes(**injected(sizes=sizes(1, 80, 20)))
+        make_source(Diabetes, sizes=sizes(1, 80, 20))
 
 
 def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
 from metarun.data.transformed_streams import PermutedStream, RainbowStream, RotatedStream, digits
-from tests.data.sources import assert_same, injected, sizes
+from tests.data.sources import assert_same, make_source, sizes
 
 KINDS: Any = [RotatedStream, PermutedStream, RainbowStream]
 
@@ -19,7 +19,7 @@ KINDS: Any = [RotatedStream, PermutedStream, RainbowStream]
 def stream(kind: Any, way: int = 4, shot: int = 3, query: int = 2, **how: Any) -> Any:
     how = {"tasks": 5, "pool": 6, "rows": 4, "dtype": torch.float64} | how
     train = EpisodeSize(way, 3, 2)
-    return kind(**injected(sizes=sizes(way, shot, query, train=train)) | how)
+    return make_source(kind, sizes=sizes(way, shot, query, train=train), **how)
 
 
 def by_task(x: Tensor, tasks: int = 5) -> Tensor:
@@ -136,8 +136,8 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"tasks": 0}, "data.tasks=0 is out of range"),
-        ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57 is out of range: 56 or fewer"),
+        ({"tasks": 0}, "data.tasks=0: expected 1 or more"),
+        ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57: expected 56 or fewer"),
         ({"shot": 9}, "shot=9 is more than the 6 images of a class that the tasks share"),
         ({"rows": 5}, "data.rows=5 does not divide the 12 rows of a task"),
     ],

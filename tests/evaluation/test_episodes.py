@@ -18,18 +18,14 @@ from metarun.core.types import SPLITS, EpisodeSize, Prediction
 from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Linear
 from metarun.evaluation.episodes import evaluate
+from tests.data.sources import make_source
 from tests.helpers import linear_backbone, make
 
 
 def linear_tasks() -> Linear:
     size = EpisodeSize(1, 4, 6)
-    return Linear(
-        sizes={"train": size, "val": size, "test": size},
-        seed=0,
-        eval_seed=1,
-        device=torch.device("cpu"),
-        dtype=torch.float64,
-    )
+    source: Linear = make_source(Linear, sizes=dict.fromkeys(SPLITS, size), dtype=torch.float64)
+    return source
 
 
 def learner(**options: object) -> MAML:
@@ -161,10 +157,7 @@ def test_an_algorithm_that_overrides_predict_is_told_of_the_two_verbs() -> None:
 
 def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
     sizes = {split: EpisodeSize(3, 1, 4) for split in SPLITS}
-    source = OmniglotSmall(
-        sizes=sizes, seed=0, eval_seed=1, val_way=None, device=torch.device("cpu"),
-        dtype=torch.float64,
-    )  # fmt: skip
+    source = make_source(OmniglotSmall, sizes=sizes, dtype=torch.float64)
     algorithm = make(ProtoNet, source.spec, partial(Conv4, filters=2))
     found = evaluate(algorithm, source, "test", 7, 3).arrays["confusions"]
     naive: Counter[tuple[int, int]] = Counter()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters
+from metarun.algorithms.base import Algorithm, LearnerSetup, forward, own_parameters
 from metarun.algorithms.functional import Params
 from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.algorithms.optimization.maml import MAML
@@ -96,8 +96,8 @@ class Scaled(ProtoNet):
 
     bias: ClassVar[float] = 1.0
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, setup: LearnerSetup) -> None:
+        super().__init__(setup)
         self.settings = Settings()
         self.plain = Plain()
         self.listed = [[1.0], 2.0]
@@ -387,8 +387,8 @@ def test_a_term_of_the_inner_loss_at_evaluation_is_not_replayed_without_it() -> 
 class Stranger(Algorithm):
     """Learner of somebody who has never heard of replays."""
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, setup: LearnerSetup) -> None:
+        super().__init__(setup)
         self.net = self.build_network(self.spec.output_dim)
         self.optimizer = self.build_optimizer()
 

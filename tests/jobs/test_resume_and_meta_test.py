@@ -203,7 +203,7 @@ def test_a_meta_test_takes_other_data_and_keeps_what_was_learned(
         (["data=omniglot_small"], "way=1 is out of range"),
         (["data=omniglot_small", "way=5"], "way=5: the run has a fixed head for regression"),
         (["way=5"], "way=5 has no meaning in a regression"),
-        (["eval.episodes=1"], "eval.episodes=1 is out of range"),
+        (["eval.episodes=1"], "eval.episodes=1: expected 2 or more"),
     ],
 )
 def test_a_meta_test_that_cannot_be_is_refused_and_nothing_changes(

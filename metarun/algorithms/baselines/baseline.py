@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.pretraining import Pretrained, Weights
 from metarun.algorithms.functional import add_prefix, strip_prefix
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive, within
 from metarun.core.types import Adapted, Prediction
 
 
@@ -39,7 +40,7 @@ class Baseline(Pretrained):
         head_weight_decay: Factor of the L2 penalty, which is added to the gradient.
         head_batch: Rows of a mini-batch; None takes all.
         head_epochs: Passes over the support rows, each in a new random order.
-        **common: Arguments of `Pretrained`.
+        **options: Options of `Pretrained`.
 
     Raises:
         ValueError: A number or a word is out of range, or the tasks are not classification.
@@ -47,6 +48,7 @@ class Baseline(Pretrained):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         head_lr: float = 0.01,
         head_momentum: float = 0.9,
@@ -54,21 +56,13 @@ class Baseline(Pretrained):
         head_weight_decay: float = 0.001,
         head_batch: int | None = 4,
         head_epochs: int = 100,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
-        check_positive("algo.head_lr", head_lr)
-        for name, value in (("head_momentum", head_momentum), ("head_dampening", head_dampening)):
-            if not 0.0 <= value < 1.0:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more, and less than 1")
-        if not 0.0 <= head_weight_decay < float("inf"):
-            raise ValueError(f"algo.head_weight_decay={head_weight_decay}: expected 0 or more")
-        if head_batch is not None and head_batch < 1:
-            raise ValueError(
-                f"algo.head_batch={head_batch}: expected 1 or more, or null for all rows"
-            )
-        if head_epochs < 0:
-            raise ValueError(f"algo.head_epochs={head_epochs}: expected 0 or more")
+        super().__init__(setup, **options)
+        positive("algo", head_lr=head_lr)
+        within("algo", "[0, 1)", head_momentum=head_momentum, head_dampening=head_dampening)
+        at_least("algo", 0, head_weight_decay=head_weight_decay, head_epochs=head_epochs)
+        at_least("algo", 1, null="or null for all rows", head_batch=head_batch)
         self.head_lr = head_lr
         self.head_momentum = head_momentum
         self.head_dampening = head_dampening

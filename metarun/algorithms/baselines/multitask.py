@@ -5,13 +5,12 @@ Shapes: T tasks, S support rows, Q query rows, N = S + Q rows, P parameters, D o
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
@@ -25,11 +24,11 @@ from metarun.algorithms.functional import (
 )
 from metarun.algorithms.outer_optimizer import (
     NonFiniteError,
-    check_positive,
     update_running_statistics,
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed, seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Metrics, Progress, Share, TaskBatch
 
 Penalty = Literal["none", "l2", "mean"]
@@ -58,7 +57,6 @@ class MultiTask(AdaptingLearner):
         decay: Strength of the penalty.
         inner_lr: Learning rate of the fine-tuning.
         inner_steps: Gradient steps of the fine-tuning.
-        **common: Arguments of `AdaptingLearner`.
 
     Raises:
         ValueError: A number or a word is out of range.
@@ -71,6 +69,7 @@ class MultiTask(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         fit_steps: int = 1000,
         fit_lr: float = 0.003,
@@ -78,15 +77,11 @@ class MultiTask(AdaptingLearner):
         decay: float = 0.001,
         inner_lr: float = 0.01,
         inner_steps: int = 5,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, None)
-        if fit_steps < 0:
-            raise ValueError(f"algo.fit_steps={fit_steps}: expected 0 or more")
-        check_positive("algo.fit_lr", fit_lr)
-        if not 0.0 <= decay < math.inf:
-            raise ValueError(f"algo.decay={decay}: expected 0 or more")
+        at_least("algo", 0, fit_steps=fit_steps, decay=decay)
+        positive("algo", fit_lr=fit_lr)
         self.fit_steps = fit_steps
         self.fit_lr = fit_lr
         self.penalty = penalty

@@ -7,12 +7,12 @@ W ways, D outputs, F values of a row.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, task_metric
+from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
@@ -28,7 +28,6 @@ class Nearest(Algorithm):
 
     Args:
         distance: `squared_euclidean`, or `cosine` (1 - cosine similarity).
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: The distance is unknown, or it is `cosine` and inputs are single numbers.
@@ -36,8 +35,8 @@ class Nearest(Algorithm):
 
     capabilities = Capabilities(accepts_any_way=True, label_equivariant=True)
 
-    def __init__(self, *, distance: Distance = "squared_euclidean", **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, setup: LearnerSetup, *, distance: Distance = "squared_euclidean") -> None:
+        super().__init__(setup)
         if distance == "cosine" and math.prod(self.spec.input_shape) == 1:
             raise ValueError(
                 "algo.distance=cosine: the inputs are single numbers, whose cosine depends only on "

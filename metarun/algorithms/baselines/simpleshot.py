@@ -11,11 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.pretraining import Pretrained, Weights, labeled_rows
 from metarun.algorithms.functional import prototypes
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import distributed
+from metarun.core.checks import within
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 Transform = Literal["none", "l2", "cl2"]
@@ -37,7 +38,7 @@ class SimpleShot(Pretrained):
     Args:
         transform: Transform of the features: `none`, `l2` or `cl2`.
         mean_momentum: Weight of a mini-batch in the mean training feature.
-        **common: Arguments of `Pretrained`.
+        **options: Options of `Pretrained`.
 
     Raises:
         ValueError: A number or a word is out of range, or the tasks are not classification.
@@ -48,11 +49,15 @@ class SimpleShot(Pretrained):
     feature_mean: Tensor
 
     def __init__(
-        self, *, transform: Transform = "cl2", mean_momentum: float = 0.1, **common: Any
+        self,
+        setup: LearnerSetup,
+        *,
+        transform: Transform = "cl2",
+        mean_momentum: float = 0.1,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
-        if not 0.0 < mean_momentum <= 1.0:
-            raise ValueError(f"algo.mean_momentum={mean_momentum}: expected more than 0, at most 1")
+        super().__init__(setup, **options)
+        within("algo", "(0, 1]", mean_momentum=mean_momentum)
         self.transform = transform
         self.mean_momentum = mean_momentum
         self.register_buffer("feature_mean", torch.zeros(self.num_features))

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, with_tensors
+from metarun.algorithms.base import LearnerSetup, forward, with_tensors
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
@@ -28,8 +28,8 @@ class FeatureLearner(EpisodicLearner):
     of `logits`. Training minimizes the loss of the query rows.
     """
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, setup: LearnerSetup) -> None:
+        super().__init__(setup)
         self.net = self.build_net()
         self.optimizer = self.build_optimizer()
 

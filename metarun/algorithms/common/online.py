@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters
+from metarun.algorithms.base import Algorithm, LearnerSetup, forward, own_parameters
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.update_strategies import (
     RowLoss,
@@ -328,7 +328,6 @@ class WeightLearner(OnlineLearner):
         head: Widths of the head's hidden layers.
         reset: Whether a rollout starts with a newly initialized last layer: Kaiming-normal weights
             and zero biases, as in Javed & White's code for characters.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the backbone has batch norm.
@@ -338,15 +337,15 @@ class WeightLearner(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         online_lr: float | Sequence[float] = 0.003,
         online_optim: Literal["sgd", "adam"] = "sgd",
         adapt: Literal["all", "head"] = "all",
         head: Sequence[int] = (),
         reset: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         rates = candidates("online_lr", online_lr)
         self.rates = rates
         self.online_optim = online_optim

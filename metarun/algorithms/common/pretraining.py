@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import strip_prefix
@@ -24,6 +24,7 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
+from metarun.core.checks import positive
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 HeadKind = Literal["linear", "cosine"]
@@ -53,8 +54,7 @@ class Head:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"algo.scale={self.scale}: expected a positive number, or null")
+        positive("algo", null="or null", scale=self.scale)
 
     def start(self, key: int, num_features: int, num_outputs: int, like: Tensor) -> Weights:
         """Return initial weights from U(-1/sqrt(F), 1/sqrt(F)), as in `nn.Linear`.
@@ -107,7 +107,6 @@ class Pretrained(FeatureLearner):
     Args:
         head: Head of the classifier, `linear` or `cosine`.
         scale: Factor of the cosine head; see `Head`.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, the tasks are not classification, or the data set
@@ -117,9 +116,9 @@ class Pretrained(FeatureLearner):
     capabilities = Capabilities(kinds=("classification",), accepts_any_way=True)
 
     def __init__(
-        self, *, head: HeadKind = "linear", scale: float | None = None, **common: Any
+        self, setup: LearnerSetup, *, head: HeadKind = "linear", scale: float | None = None
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         if self.spec.num_train_classes is None:
             raise ValueError(
                 f"{type(self).__name__} needs the number of training classes, which the data set "

@@ -6,14 +6,12 @@ around its gradient steps. Shapes: S rows of a stream, B rows of a step, M rows 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metarun.algorithms.base import positive
 from metarun.algorithms.functional import (
     AdamState,
     Params,
@@ -24,6 +22,7 @@ from metarun.algorithms.functional import (
     strip_prefix,
 )
 from metarun.core import seeding
+from metarun.core.checks import at_least
 
 State = dict[str, Tensor]
 """State of a rollout: tensors by name, which hold everything that it has learned."""
@@ -62,7 +61,7 @@ class UpdateStrategy:
     updates: int = 1
 
     def __post_init__(self) -> None:
-        positive("updates", self.updates)
+        at_least("algo", 1, updates=self.updates)
 
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:  # noqa: ARG002
         """Return the strategy's part of a rollout's state, for a stream of rows x (S, …), y."""
@@ -115,8 +114,7 @@ class Replay(UpdateStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("memory", self.memory)
-        positive("replayed", self.replayed)
+        at_least("algo", 1, memory=self.memory, replayed=self.replayed)
 
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:  # noqa: ARG002
         return {
@@ -172,7 +170,7 @@ class Joint(UpdateStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("batch", self.batch)
+        at_least("algo", 1, batch=self.batch)
 
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:  # noqa: ARG002
         return {"memory.x": torch.zeros_like(x), "memory.y": torch.zeros_like(y)}
@@ -217,9 +215,8 @@ class Elastic(UpdateStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive("fisher_rows", self.fisher_rows)
-        if not 0.0 <= self.strength < math.inf:
-            raise ValueError(f"algo.strength={self.strength}: expected 0 or more")
+        at_least("algo", 1, fisher_rows=self.fisher_rows)
+        at_least("algo", 0, strength=self.strength)
 
     def begin(self, weights: Params, x: Tensor, y: Tensor) -> State:
         zeros = {name: torch.zeros_like(value) for name, value in weights.items()}

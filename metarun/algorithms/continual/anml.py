@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.online import Predictor
 from metarun.algorithms.continual.trajectory import TrajectoryLearner
 from metarun.backbones.layers.context import ForwardContext
@@ -32,7 +33,7 @@ class ANML(TrajectoryLearner):
         gate: Options of the gating network's backbone that differ from the prediction network's,
             such as `{filters: 32}`; null changes none. In the paper the gating network has 112
             channels and the prediction network 256.
-        **common: Arguments of `TrajectoryLearner`, `WeightLearner` and `Algorithm`.
+        **options: Options of `TrajectoryLearner`.
 
     Raises:
         ValueError: The backbone has no such option.
@@ -40,9 +41,11 @@ class ANML(TrajectoryLearner):
 
     inside: ClassVar[tuple[str, ...]] = ("body.features.", "head.")
 
-    def __init__(self, *, gate: Mapping[str, Any] | None = None, **common: Any) -> None:
+    def __init__(
+        self, setup: LearnerSetup, *, gate: Mapping[str, Any] | None = None, **options: Any
+    ) -> None:
         self.gate_options = {n: v for n, v in (gate or {}).items() if v is not None}
-        super().__init__(**common)
+        super().__init__(setup, **options)
 
     def build(self) -> Predictor:
         features = self.build_network(None)

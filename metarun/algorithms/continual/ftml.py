@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import (
     State,
@@ -26,6 +26,7 @@ from metarun.algorithms.common.update_strategies import (
 from metarun.algorithms.functional import Params, sgd_adapt, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import Stream
 
 _SLOT_TASK, _SLOT_SUPPORT, _SLOT_QUERY = 35, 36, 37
@@ -60,7 +61,6 @@ class FTML(OnlineLearner):
         memory: Tasks M of the buffer. With more tasks, task j replaces task j - M; if no task
             returns, this is the one met longest ago.
         freeze_after: Number of visits after which w is constant; None always trains it.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, the backbone has batch norm, or the
@@ -75,6 +75,7 @@ class FTML(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         objective: Literal["meta", "joint", "none"] = "meta",
         meta_lr: float | Sequence[float] = 0.001,
@@ -86,21 +87,12 @@ class FTML(OnlineLearner):
         second_order: bool = True,
         memory: int = 100,
         freeze_after: int | None = None,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         meta_rates, inner_rates = candidates("meta_lr", meta_lr), candidates("inner_lr", inner_lr)
-        for name, value in (
-            ("meta_updates", meta_updates),
-            ("meta_tasks", meta_tasks),
-            ("meta_rows", meta_rows),
-            ("memory", memory),
-        ):
-            positive(name, value)
-        if inner_steps < 0:
-            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-        if freeze_after is not None:
-            positive("freeze_after", freeze_after)
+        at_least("algo", 1, meta_updates=meta_updates, meta_tasks=meta_tasks, meta_rows=meta_rows)
+        at_least("algo", 1, memory=memory, freeze_after=freeze_after)
+        at_least("algo", 0, inner_steps=inner_steps)
         self.objective = objective
         self.meta_rates = meta_rates
         self.inner_rates = inner_rates
@@ -290,14 +282,14 @@ class FTMLHindsight(FTML):
 
     Args:
         meta_updates: Updates of the weights before the stream begins.
-        **common: Arguments of `FTML`.
+        **options: Options of `FTML`.
 
     Raises:
         ValueError: The memory is smaller than the number of tasks of a stream.
     """
 
-    def __init__(self, *, meta_updates: int = 5000, **common: Any) -> None:
-        super().__init__(meta_updates=meta_updates, **common)
+    def __init__(self, setup: LearnerSetup, *, meta_updates: int = 5000, **options: Any) -> None:
+        super().__init__(setup, meta_updates=meta_updates, **options)
         assert self.spec.streams is not None
         tasks = max(stream.num_tasks for stream in self.spec.streams.values())
         if self.memory < tasks:

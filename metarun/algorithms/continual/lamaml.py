@@ -5,18 +5,18 @@ Official code: montrealrobotics/La-MAML. Shapes: B rows of a step.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.online import OnlineLearner
 from metarun.algorithms.common.update_strategies import Replay, State, Step, draw_key
 from metarun.algorithms.functional import Params, add_prefix, gradient, strip_prefix
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 
 _SLOT_ORDER = 34
 
@@ -47,7 +47,6 @@ class LaMAML(OnlineLearner):
         replayed: Remembered rows in a meta-loss.
         clip_norm: Largest norm of a gradient.
         second_order: Whether inner gradients are differentiated.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, or the backbone has batch norm.
@@ -55,6 +54,7 @@ class LaMAML(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         rates: Literal["learned", "fixed"] = "learned",
         rates_start: float = 0.15,
@@ -66,17 +66,11 @@ class LaMAML(OnlineLearner):
         replayed: int = 10,
         clip_norm: float = 2.0,
         second_order: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
-        for name, value in (
-            ("rates_start", rates_start),
-            ("rates_lr", rates_lr),
-            ("step_lr", step_lr),
-            ("clip_norm", clip_norm),
-        ):
-            check_positive(f"algo.{name}", value)
-        positive("glances", glances)
+        super().__init__(setup)
+        positive("algo", rates_start=rates_start, rates_lr=rates_lr)
+        positive("algo", step_lr=step_lr, clip_norm=clip_norm)
+        at_least("algo", 1, glances=glances)
         self.rates = rates
         self.rates_start = rates_start
         self.rates_lr = rates_lr

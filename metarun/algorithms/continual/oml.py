@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.continual.trajectory import TrajectoryLearner
 
 
@@ -18,10 +19,12 @@ class OML(TrajectoryLearner):
     Args:
         second_order_from: Update from which inner gradients are differentiated; None never does,
             as in the code before July 2020, from which the published figures are.
-        **common: Arguments of `TrajectoryLearner`, `WeightLearner` and `Algorithm`.
+        **options: Options of `TrajectoryLearner`.
     """
 
     inside: ClassVar[tuple[str, ...]] = ("head.",)
 
-    def __init__(self, *, second_order_from: int | None = 0, **common: Any) -> None:
-        super().__init__(second_order_from=second_order_from, **common)
+    def __init__(
+        self, setup: LearnerSetup, *, second_order_from: int | None = 0, **options: Any
+    ) -> None:
+        super().__init__(setup, second_order_from=second_order_from, **options)

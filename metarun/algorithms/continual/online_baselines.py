@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.common.update_strategies import (
     Elastic,
@@ -25,6 +25,7 @@ from metarun.algorithms.common.update_strategies import (
 )
 from metarun.algorithms.functional import Params
 from metarun.core import seeding
+from metarun.core.checks import at_least
 from metarun.core.types import Stream
 
 _SLOT_HINDSIGHT = 38
@@ -35,11 +36,11 @@ class Online(WeightLearner):
 
     Args:
         updates: Gradient steps for each step of the stream.
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
     """
 
-    def __init__(self, *, updates: int = 1, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, setup: LearnerSetup, *, updates: int = 1, **options: Any) -> None:
+        super().__init__(setup, **options)
         self.strategy = UpdateStrategy(updates)
 
 
@@ -50,13 +51,19 @@ class ExperienceReplay(WeightLearner):
         updates: Gradient steps for each step of the stream, each with other replayed rows.
         memory: Rows of the reservoir.
         replayed: Remembered rows in a gradient step.
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
     """
 
     def __init__(
-        self, *, updates: int = 1, memory: int = 200, replayed: int = 10, **common: Any
+        self,
+        setup: LearnerSetup,
+        *,
+        updates: int = 1,
+        memory: int = 200,
+        replayed: int = 10,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup, **options)
         self.strategy = Replay(updates, memory, replayed)
 
 
@@ -67,7 +74,7 @@ class EWC(WeightLearner):
         updates: Gradient steps for each step of the stream.
         strength: Factor of the penalty.
         fisher_rows: Rows from which a task's Fisher information is estimated.
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
 
     Raises:
         ValueError: The task boundaries of the stream are not known.
@@ -77,13 +84,14 @@ class EWC(WeightLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         updates: int = 1,
         strength: float = 1.0,
         fisher_rows: int = 100,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup, **options)
         assert self.spec.streams is not None
         visits = [stream.steps * stream.rows for stream in self.spec.streams.values()]
         # No visit has more rows.
@@ -96,11 +104,13 @@ class JointTraining(WeightLearner):
     Args:
         updates: Gradient steps for each step of the stream.
         batch: Rows of a gradient step, drawn from all rows so far.
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
     """
 
-    def __init__(self, *, updates: int = 1, batch: int = 32, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(
+        self, setup: LearnerSetup, *, updates: int = 1, batch: int = 32, **options: Any
+    ) -> None:
+        super().__init__(setup, **options)
         self.strategy = Joint(updates, batch)
 
 
@@ -113,16 +123,17 @@ class JointHindsight(WeightLearner):
     Args:
         updates: Gradient steps of the training in advance.
         batch: Rows of a gradient step, drawn uniformly with replacement.
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
 
     Raises:
         ValueError: A number is out of range.
     """
 
-    def __init__(self, *, updates: int = 5000, batch: int = 32, **common: Any) -> None:
-        super().__init__(**common)
-        positive("updates", updates)
-        positive("batch", batch)
+    def __init__(
+        self, setup: LearnerSetup, *, updates: int = 5000, batch: int = 32, **options: Any
+    ) -> None:
+        super().__init__(setup, **options)
+        at_least("algo", 1, updates=updates, batch=batch)
         self.updates = updates
         self.batch = batch
 

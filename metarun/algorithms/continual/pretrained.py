@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, task_metric
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.functional import Params, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
@@ -22,13 +22,13 @@ class Pretrained(WeightLearner):
     query rows of a training trajectory form an ordinary batch.
 
     Args:
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
     """
 
     capabilities = replace(WeightLearner.capabilities, kinds=("classification",), meta_trains=True)
 
-    def __init__(self, **common: Any) -> None:
-        super().__init__(**common)
+    def __init__(self, setup: LearnerSetup, **options: Any) -> None:
+        super().__init__(setup, **options)
         self.optimizer = self.build_optimizer()
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.online import OnlineLearner, candidates
 from metarun.algorithms.common.update_strategies import State, Step, expanded
 from metarun.algorithms.functional import Params, flatten, unflatten
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, within
 
 _SMALL = 0.05
 _LOSSES = 5
@@ -57,7 +57,6 @@ class TaskMemory(OnlineLearner):
         accept: Largest ratio of losses at which stored weights are restored, as above.
         start_lr: Fraction by which the initialization moves toward the weights; 0 keeps it.
         surprise: Number of standard deviations at which a visit begins, as above.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number is out of range, or the backbone has batch norm.
@@ -68,6 +67,7 @@ class TaskMemory(OnlineLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         online_lr: float | Sequence[float] = 0.01,
         updates: int = 10,
@@ -78,19 +78,12 @@ class TaskMemory(OnlineLearner):
         accept: float = 0.3,
         start_lr: float = 0.1,
         surprise: float = 5.0,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         rates = candidates("online_lr", online_lr)
-        for name, count in (("updates", updates), ("visit_rows", visit_rows), ("probes", probes)):
-            positive(name, count)
-        if memory < 0:
-            raise ValueError(f"algo.memory={memory}: expected 0 or more")
-        for name, value in (("same", same), ("accept", accept), ("surprise", surprise)):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more")
-        if not 0.0 <= start_lr <= 1.0:
-            raise ValueError(f"algo.start_lr={start_lr}: expected 0 to 1")
+        at_least("algo", 1, updates=updates, visit_rows=visit_rows, probes=probes)
+        at_least("algo", 0, memory=memory, same=same, accept=accept, surprise=surprise)
+        within("algo", "[0, 1]", start_lr=start_lr)
         self.rates = rates
         self.updates = updates
         self.visit_rows = visit_rows

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metarun.algorithms.base import forward, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, task_metric
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.functional import (
     Params,
@@ -50,7 +50,7 @@ class TrajectoryLearner(WeightLearner):
         inner_lr: Learning rate along a training trajectory.
         second_order_from: Update from which inner gradients are differentiated; None never does.
         trajectory_in_meta_loss: Whether the meta-loss has the rows of the trajectory, too.
-        **common: Arguments of `WeightLearner` and `Algorithm`.
+        **options: Options of `WeightLearner`.
 
     Raises:
         ValueError: A number is out of range, or `adapt` is not `head`.
@@ -62,13 +62,14 @@ class TrajectoryLearner(WeightLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.003,
         second_order_from: int | None = None,
         trajectory_in_meta_loss: bool = False,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup, **options)
         check_inner_loop(inner_lr, 1, second_order_from)
         if self.part != "head":
             name = type(self).__name__

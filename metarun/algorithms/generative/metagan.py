@@ -8,7 +8,6 @@ C H W' channels, height and width of an image.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,17 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, positive, task_metric
+from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adversarial import AdversarialLearner, SupportTerm
 from metarun.algorithms.functional import Params
 from metarun.algorithms.outer_optimizer import (
     OuterOptimizer,
-    check_positive,
     update_running_statistics,
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Classes = Literal["softmax", "own"]
@@ -72,7 +71,7 @@ class MetaGAN(Algorithm):
         weight: Weight of the terms that distinguish real from generated rows; 1 in the paper.
         classes: Loss of the classes of real rows: `softmax`, the paper's log p(y | x, y <= W), or
             the learner's `own` loss. For MAML the two are equal.
-        **common: Arguments of the learner.
+        **options: Options of the learner.
 
     Raises:
         ValueError: A setting is out of range, the inputs are not images, or the learner does not
@@ -83,6 +82,7 @@ class MetaGAN(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         learner: type[Algorithm],
         fakes: int = 5,
@@ -92,26 +92,19 @@ class MetaGAN(Algorithm):
         generator_lr: float = 0.0002,
         weight: float = 1.0,
         classes: Classes = "softmax",
-        **common: Any,
+        **options: Any,
     ) -> None:
         self.capabilities = replace(learner.capabilities, kinds=self.capabilities.kinds)
-        # What every algorithm is given; the rest are options of the learner.
-        given = inspect.signature(Algorithm.__init__).parameters
-        super().__init__(**{key: value for key, value in common.items() if key in given})
-        made: Any = learner(**common)
+        super().__init__(setup)
+        made: Any = learner(setup, **options)
         if not _suits(made):
             raise ValueError(
                 f"algo.learner={learner.__name__} has no `solve`: expected a learner such as MAML "
                 "or RelationNet"
             )
-        for name, value in (("fakes", fakes), ("inner_fakes", inner_fakes)):
-            if value < 0:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more")
-        positive("latent", latent)
-        positive("filters", filters)
-        check_positive("algo.generator_lr", generator_lr)
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise ValueError(f"algo.weight={weight}: expected 0 or more")
+        at_least("algo", 0, fakes=fakes, inner_fakes=inner_fakes, weight=weight)
+        at_least("algo", 1, latent=latent, filters=filters)
+        positive("algo", generator_lr=generator_lr)
         if len(self.spec.input_shape) != 3:
             raise ValueError(
                 f"{type(self).__name__} generates images, but an input of the data set has shape "

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.memory.sequential import Reader, SequenceLearner
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.recurrent import LSTMCell
+from metarun.core.checks import at_least, positive, within
 
 Access = Literal["lrua", "ntm", "none"]
 State = dict[str, Tensor]
@@ -58,7 +58,7 @@ class MANN(SequenceLearner):
         label_scale: Factor on the one-hot labels of the input; 1 in the paper. The features of a
             backbone outweigh a single 1 among them.
         forget_bias: Initial forget-gate bias of the controller; see `LSTMCell`.
-        **common: Arguments of `SequenceLearner` and `Algorithm`.
+        **options: Options of `SequenceLearner`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
@@ -66,6 +66,7 @@ class MANN(SequenceLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         access: Access = "lrua",
         controller: int = 200,
@@ -78,20 +79,13 @@ class MANN(SequenceLearner):
         strength: Literal["none", "emitted"] = "none",
         label_scale: float = 1.0,
         forget_bias: float = 0.0,
-        **common: Any,
+        **options: Any,
     ) -> None:
-        for name, value in (
-            ("controller", controller),
-            ("locations", locations),
-            ("cells", cells),
-            ("heads", heads),
-        ):
-            positive(name, value)
+        at_least("algo", 1, controller=controller, locations=locations, cells=cells, heads=heads)
         if heads > locations:
             raise ValueError(f"algo.heads={heads}: expected at most algo.locations={locations}")
-        if not 0.0 <= usage_decay <= 1.0:
-            raise ValueError(f"algo.usage_decay={usage_decay}: expected 0 to 1")
-        check_positive("algo.label_scale", label_scale)
+        within("algo", "[0, 1]", usage_decay=usage_decay)
+        positive("algo", label_scale=label_scale)
         if not math.isfinite(forget_bias):
             raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
         self.access = access
@@ -99,7 +93,7 @@ class MANN(SequenceLearner):
         self.access_options = usage_decay, gate, written, strength
         self.label_scale = label_scale
         self.forget_bias = forget_bias
-        super().__init__(**common)
+        super().__init__(setup, **options)
 
     def build_reader(self, feature_dim: int) -> Reader:
         controller, ways = self.sizes[0], self.spec.output_dim

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
@@ -62,7 +63,6 @@ class SequenceLearner(FeatureLearner):
             truncates none. The binding of an image to its label is learned sooner from short
             sequences; Santoro et al. (2016, section 4.3) increase the number of classes.
             Truncated sequences have no queries, whose classes may be missing.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
@@ -73,10 +73,10 @@ class SequenceLearner(FeatureLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         loss_of: LossOf = "sequence",
         curriculum: tuple[int, int, int] | None = None,
-        **common: Any,
     ) -> None:
         if curriculum is not None:
             rows, first, last = curriculum
@@ -91,7 +91,7 @@ class SequenceLearner(FeatureLearner):
                 )
         self.loss_of: LossOf = loss_of
         self.curriculum = curriculum
-        super().__init__(**common)
+        super().__init__(setup)
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         whole = batch.support_x.shape[1]

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.functional import Params
 from metarun.algorithms.memory.sequential import Reader, SequenceLearner
+from metarun.core.checks import at_least
 
 
 class SNAIL(SequenceLearner):
@@ -36,19 +37,20 @@ class SNAIL(SequenceLearner):
         filters: Channels that a dense block adds.
         length: Length of a training sequence with its query, T. None takes `train.way` times
             `train.shot`, plus 1.
-        **common: Arguments of `SequenceLearner` and `Algorithm`.
+        **options: Options of `SequenceLearner`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
     """
 
-    def __init__(self, *, filters: int = 128, length: int | None = None, **common: Any) -> None:
-        positive("filters", filters)
-        if length is not None and length < 2:
-            raise ValueError(f"algo.length={length}: expected 2 or more")
+    def __init__(
+        self, setup: LearnerSetup, *, filters: int = 128, length: int | None = None, **options: Any
+    ) -> None:
+        at_least("algo", 1, filters=filters)
+        at_least("algo", 2, length=length)
         self.filters = filters
         self.length = length
-        super().__init__(**common)
+        super().__init__(setup, **options)
 
     def build_reader(self, feature_dim: int) -> Reader:
         length = self.length

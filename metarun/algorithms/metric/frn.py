@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import positive
 from metarun.core.types import Adapted
 
 
@@ -40,7 +41,6 @@ class FRN(FeatureLearner):
         scale: Initial value of gamma; 1 in the code.
         all_pairs: Whether all rows of a training task are support and query; needs one support row
             of each class.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, the tasks are not classification, or the backbone
@@ -52,12 +52,11 @@ class FRN(FeatureLearner):
     )
     net: _Reconstruction
 
-    def __init__(self, *, scale: float = 1.0, all_pairs: bool = False, **common: Any) -> None:
-        if not scale > 0:
-            raise ValueError(f"algo.scale={scale}: expected a positive number")
+    def __init__(self, setup: LearnerSetup, *, scale: float = 1.0, all_pairs: bool = False) -> None:
+        positive("algo", scale=scale)
         self.scale = scale
         self.all_pairs = all_pairs
-        super().__init__(**common)
+        super().__init__(setup)
         if all_pairs and self.spec.train_shot not in (1, None):
             raise ValueError(
                 "algo.all_pairs=true needs one support row of each class, not "

@@ -6,17 +6,16 @@ Shapes: S support rows, Q query rows, N rows, W ways, F features, H hidden units
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.recurrent import LSTMCell
+from metarun.core.checks import at_least, positive
 
 
 class MatchingNet(FeatureLearner):
@@ -41,7 +40,6 @@ class MatchingNet(FeatureLearner):
         full_context: Whether to embed each row in the context of the support set.
         processing_steps: Steps of f's LSTM, K; only used with `full_context`. The paper gives
             no number; CloserLook takes the number of support rows.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
@@ -54,17 +52,17 @@ class MatchingNet(FeatureLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         scale: float = 100.0,
         full_context: bool = False,
         processing_steps: int = 5,
-        **common: Any,
     ) -> None:
-        check_positive("algo.scale", scale)
-        positive("processing_steps", processing_steps)
+        positive("algo", scale=scale)
+        at_least("algo", 1, processing_steps=processing_steps)
         self.scale = scale
         self.steps = processing_steps if full_context else 0
-        super().__init__(**common)
+        super().__init__(setup)
         self.capabilities = replace(self.capabilities, order_free=not full_context)
 
     def build_net(self) -> nn.Module:

@@ -5,13 +5,15 @@ Shapes: S support rows, Q query rows, W ways, F features.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params, prototypes
+from metarun.core.checks import positive
 
 Distance = Literal["squared_euclidean", "cosine"]
 
@@ -26,7 +28,6 @@ class ProtoNet(FeatureLearner):
     Args:
         distance: Distance d, `squared_euclidean` or `cosine` (1 - cosine similarity).
         scale: Factor on the distances; the paper has 1.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
@@ -37,11 +38,10 @@ class ProtoNet(FeatureLearner):
     )
 
     def __init__(
-        self, *, distance: Distance = "squared_euclidean", scale: float = 1.0, **common: Any
+        self, setup: LearnerSetup, *, distance: Distance = "squared_euclidean", scale: float = 1.0
     ) -> None:
-        super().__init__(**common)
-        if not scale > 0:
-            raise ValueError(f"algo.scale={scale}: expected a positive number")
+        super().__init__(setup)
+        positive("algo", scale=scale)
         self.distance = distance
         self.scale = scale
 

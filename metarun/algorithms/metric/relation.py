@@ -5,18 +5,17 @@ Shapes: S support rows, Q query rows, W ways, C H W' channels, height and width 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import positive, with_tensors
+from metarun.algorithms.base import LearnerSetup, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.normalization import BatchNorm, halved
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Prediction
 
 
@@ -41,7 +40,6 @@ class RelationNet(EpisodicLearner):
         padding: Padding of g's convolutions: 1 in the code for Omniglot, 0 for miniImageNet.
         clip_norm: Largest Euclidean norm of the gradient of f and, separately, of g; None is no
             bound.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, the tasks are not classification, or the backbone
@@ -53,14 +51,18 @@ class RelationNet(EpisodicLearner):
     )
 
     def __init__(
-        self, *, hidden: int = 8, padding: int = 1, clip_norm: float | None = 0.5, **common: Any
+        self,
+        setup: LearnerSetup,
+        *,
+        hidden: int = 8,
+        padding: int = 1,
+        clip_norm: float | None = 0.5,
     ) -> None:
-        super().__init__(**common)
-        positive("hidden", hidden)
+        super().__init__(setup)
+        at_least("algo", 1, hidden=hidden)
         if padding not in (0, 1):
             raise ValueError(f"algo.padding={padding}: expected 0 or 1")
-        if clip_norm is not None and not clip_norm > 0:
-            raise ValueError(f"algo.clip_norm={clip_norm}: expected a positive number, or null")
+        positive("algo", null="or null", clip_norm=clip_norm)
         self.clip_norm = clip_norm
         embedding = self.build_maps("early")
         with torch.no_grad():

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, positive
+from metarun.algorithms.base import LearnerSetup, forward
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import Params, check_inner_loop
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Prediction
 from metarun.execution.engine import TaskFunction
 
@@ -41,7 +42,6 @@ class CAVIA(InnerLoopLearner):
             is never (first order).
         task_clip: Bound that clamps each element of a task's outer gradient to
             [-task_clip, task_clip]; None is no bound.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the backbone does not read a context.
@@ -49,19 +49,18 @@ class CAVIA(InnerLoopLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         num_context: int = 5,
         inner_lr: float = 1.0,
         inner_steps: int = 1,
         second_order_from: int | None = 0,
         task_clip: float | None = None,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
-        positive("num_context", num_context)
-        if task_clip is not None and task_clip <= 0:
-            raise ValueError(f"algo.task_clip={task_clip}: expected a positive number, or null")
+        at_least("algo", 1, num_context=num_context)
+        positive("algo", null="or null", task_clip=task_clip)
         self.num_context = num_context
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps

@@ -5,13 +5,13 @@ Shapes: T tasks, S support rows, Q query rows, P parameters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
 from metarun.algorithms.functional import (
@@ -24,8 +24,8 @@ from metarun.algorithms.functional import (
     strip_prefix,
     unflatten,
 )
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive
 from metarun.execution.engine import TaskFunction, TwoStageTask
 
 Proximal = Literal["after", "each_step"]
@@ -61,7 +61,6 @@ class IMAML(InnerLoopLearner):
             phi, as in the code.
         cg_damping: Number added to the unit matrix in the linear system.
         lam_damping: Number added to `lam` in the linear system only.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -69,6 +68,7 @@ class IMAML(InnerLoopLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.1,
         inner_steps: int = 16,
@@ -78,20 +78,11 @@ class IMAML(InnerLoopLearner):
         cg_steps: int = 5,
         cg_damping: float = 1.0,
         lam_damping: float = 10.0,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
-        for name, value in (("inner_lr", inner_lr), ("lam", lam)):
-            check_positive(f"algo.{name}", value)
-        for name, value in (
-            ("inner_steps", inner_steps),
-            ("eval_lam", eval_lam),
-            ("cg_steps", cg_steps),
-            ("cg_damping", cg_damping),
-            ("lam_damping", lam_damping),
-        ):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"algo.{name}={value}: expected 0 or more")
+        super().__init__(setup)
+        positive("algo", inner_lr=inner_lr, lam=lam)
+        at_least("algo", 0, inner_steps=inner_steps, eval_lam=eval_lam)
+        at_least("algo", 0, cg_steps=cg_steps, cg_damping=cg_damping, lam_damping=lam_damping)
         for name, value in (("lam", lam), ("eval_lam", eval_lam)):
             if inner_lr * value >= 2.0:
                 raise ValueError(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import own_parameters
+from metarun.algorithms.base import LearnerSetup, own_parameters
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.adversarial import Answer, SupportTerm
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
@@ -33,6 +33,7 @@ from metarun.algorithms.functional import (
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import norm_parameters
+from metarun.core.checks import positive
 from metarun.core.types import Progress
 from metarun.execution.engine import TaskFunction, TwoStageTask
 
@@ -67,7 +68,6 @@ class MAML(InnerLoopLearner):
         recompute: Whether to recompute each inner step for the outer gradient. Memory then does
             not grow with the number of inner steps, and an update takes longer. First-order
             updates keep no graph and ignore this setting.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -80,6 +80,7 @@ class MAML(InnerLoopLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float | Sequence[float] = 0.01,
         inner_steps: int = 1,
@@ -89,9 +90,8 @@ class MAML(InnerLoopLearner):
         rates: Rates = "fixed",
         inner_clip: float | None = None,
         recompute: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         low, high = _range(inner_lr)
         _check(low, high, inner_steps, second_order_from, rates, inner_clip)
         self.inner_steps = inner_steps
@@ -226,5 +226,4 @@ def _check(
     check_inner_loop(low, inner_steps, second_order_from)
     if low < high and rates == "fixed":
         raise ValueError("algo.inner_lr: a range needs learned rates: use algo.rates=element")
-    if inner_clip is not None and inner_clip <= 0:
-        raise ValueError(f"algo.inner_clip={inner_clip}: expected a positive number, or null")
+    positive("algo", null="or null", inner_clip=inner_clip)

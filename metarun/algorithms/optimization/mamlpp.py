@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import (
     Params,
@@ -27,6 +27,7 @@ from metarun.algorithms.functional import (
 )
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import BatchNorm, norm_parameters
+from metarun.core.checks import within
 from metarun.core.types import Metrics, Progress, TaskBatch
 from metarun.execution.engine import TwoStageTask
 
@@ -62,7 +63,6 @@ class MAMLpp(AdaptingLearner):
         adapt_norm: Whether the inner loop adapts scale and shift of normalization layers, too. The
             code's configurations do not (`enable_inner_loop_optimizable_bn_params`), nor does the
             code of MAML.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -70,6 +70,7 @@ class MAMLpp(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.1,
         inner_steps: int = 5,
@@ -79,14 +80,10 @@ class MAMLpp(AdaptingLearner):
         per_step_statistics: bool = True,
         per_step_affine: bool = True,
         adapt_norm: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from, fewest=1)
-        if not 0.0 <= multi_step_loss <= 1.0:
-            raise ValueError(
-                f"algo.multi_step_loss={multi_step_loss}: expected a fraction of training, 0 to 1"
-            )
+        within("algo", "[0, 1]", multi_step_loss=multi_step_loss)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from

@@ -13,11 +13,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten, strip_prefix, unflatten
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import batch_norms
+from metarun.core.checks import at_least, pair, within
 from metarun.core.types import Metrics, Progress, TaskBatch
 
 PreviousGate = Literal["logit", "gate"]
@@ -66,7 +67,6 @@ class MetaLSTM(AdaptingLearner):
         divide_by_rows: Whether to divide the gradient of the mean loss by the number of support
             rows again.
         bn_momentum: Weight of a step's statistics in the averages of its task.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -74,6 +74,7 @@ class MetaLSTM(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_steps: int = 12,
         hidden_size: int = 20,
@@ -82,17 +83,13 @@ class MetaLSTM(AdaptingLearner):
         previous_gate: PreviousGate = "logit",
         divide_by_rows: bool = True,
         bn_momentum: float = 0.95,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
-        if inner_steps < 0:
-            raise ValueError(f"algo.inner_steps={inner_steps}: expected 0 or more")
-        positive("hidden_size", hidden_size)
-        for name, span in (("forget_bias", forget_bias), ("rate_bias", rate_bias)):
-            if len(span) != 2 or not -math.inf < span[0] <= span[1] < math.inf:
-                raise ValueError(f"algo.{name}={list(span)}: expected [low, high]")
-        if not 0.0 < bn_momentum <= 1.0:
-            raise ValueError(f"algo.bn_momentum={bn_momentum}: expected a number in (0, 1]")
+        super().__init__(setup)
+        at_least("algo", 0, inner_steps=inner_steps)
+        at_least("algo", 1, hidden_size=hidden_size)
+        pair("algo.forget_bias", forget_bias)
+        pair("algo.rate_bias", rate_bias)
+        within("algo", "(0, 1]", bn_momentum=bn_momentum)
         self.inner_steps = inner_steps
         self.hidden_size = hidden_size
         self.previous_gate = previous_gate

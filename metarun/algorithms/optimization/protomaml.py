@@ -6,12 +6,11 @@ Shapes: T tasks, S support rows, Q query rows, W ways, F features.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.adapting import Support
 from metarun.algorithms.common.inner_loop import InnerLoopLearner
@@ -37,7 +36,6 @@ class ProtoMAML(InnerLoopLearner):
         second_order_from: Update from which inner gradients are differentiated; None is never,
             as in the paper's fo-Proto-MAML and in the code.
         adapt_norm: Whether the inner loop adapts scale and shift of batch norm; the code does not.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range, or the tasks are not classification.
@@ -49,14 +47,14 @@ class ProtoMAML(InnerLoopLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.01,
         inner_steps: int = 5,
         second_order_from: int | None = None,
         adapt_norm: bool = False,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps

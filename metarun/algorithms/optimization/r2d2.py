@@ -6,15 +6,16 @@ Shapes: S support rows, Q query rows, W ways, F features including a constant 1,
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import Params
-from metarun.algorithms.outer_optimizer import check_positive
+from metarun.core.checks import positive
 
 Solver = Literal["auto", "primal", "dual"]
 
@@ -46,7 +47,6 @@ class R2D2(FeatureLearner):
         lambda_per_row: Whether to multiply lambda by S.
         init_scale: Initial scale: 10 in the code for Omniglot and CIFAR-FS, 1e-4 for
             miniImageNet. The bias starts at 0 and has no effect in classification.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -57,21 +57,21 @@ class R2D2(FeatureLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         solver: Solver = "auto",
         init_lambda: float = 50.0,
         learn_lambda: bool = False,
         lambda_per_row: bool = True,
         init_scale: float = 10.0,
-        **common: Any,
     ) -> None:
-        check_positive("algo.init_lambda", init_lambda)
+        positive("algo", init_lambda=init_lambda)
         if not (math.isfinite(init_scale) and init_scale):
             raise ValueError(f"algo.init_scale={init_scale}: expected a number other than 0")
         self.solver: Solver = solver
         self.lambda_per_row = lambda_per_row
         self.initial = init_lambda, learn_lambda, init_scale
-        super().__init__(**common)
+        super().__init__(setup)
 
     def build_net(self) -> nn.Module:
         return _Ridge(self.build_network(None), *self.initial)

@@ -6,18 +6,18 @@ Shapes: T tasks, S support rows, Q query rows, B rows of a mini-batch, D outputs
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import AdamState, Params, adam_start, adam_step, gradient
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.distributed import gather_rows
 from metarun.core.types import Metrics, Progress, TaskBatch
 
@@ -55,7 +55,6 @@ class Reptile(AdaptingLearner):
         inner_loss: Inner loss over the rows of a mini-batch, `mean`, or `sum` as in the code.
         carry_moments: Whether Adam's moments are kept from task to task, as in the code; otherwise
             they are zero at the start of each task.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A setting is out of range.
@@ -65,6 +64,7 @@ class Reptile(AdaptingLearner):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         inner_lr: float = 0.001,
         inner_steps: int = 5,
@@ -73,14 +73,12 @@ class Reptile(AdaptingLearner):
         inner_optimizer: Inner = "adam",
         inner_loss: InnerLoss = "mean",
         carry_moments: bool = True,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
-        check_positive("algo.inner_lr", inner_lr)
-        positive("inner_steps", inner_steps)
-        for name, size in (("inner_batch", inner_batch), ("eval_inner_batch", eval_inner_batch)):
-            if size is not None and size < 1:
-                raise ValueError(f"algo.{name}={size}: expected 1 or more, or null for all rows")
+        super().__init__(setup)
+        positive("algo", inner_lr=inner_lr)
+        at_least("algo", 1, inner_steps=inner_steps)
+        batches = {"inner_batch": inner_batch, "eval_inner_batch": eval_inner_batch}
+        at_least("algo", 1, null="or null for all rows", **batches)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch

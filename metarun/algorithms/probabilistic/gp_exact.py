@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, task_metric
+from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric
 from metarun.algorithms.capabilities import Capabilities
+from metarun.core.checks import at_least
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Bounds = float | Sequence[float]
@@ -35,7 +36,6 @@ class ExactGP(Algorithm):
         lengthscale: Lengthscale l of the kernel, or its range.
         scale: Output scale s of the kernel, or its range.
         noise: Standard deviation of the noise on the targets, which is part of the spread.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number is out of range, scikit-learn is missing, or the tasks are not
@@ -45,17 +45,21 @@ class ExactGP(Algorithm):
     capabilities = Capabilities(kinds=("regression",), package="sklearn")
 
     def __init__(
-        self, *, lengthscale: Bounds = 1.0, scale: Bounds = 1.0, noise: float = 0.02, **common: Any
+        self,
+        setup: LearnerSetup,
+        *,
+        lengthscale: Bounds = 1.0,
+        scale: Bounds = 1.0,
+        noise: float = 0.02,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         try:
             import sklearn.gaussian_process  # noqa: F401
         except ImportError:
             raise ValueError("algo=gp_exact needs scikit-learn: pip install '.[sklearn]'") from None
         self.lengthscale = _bounds("lengthscale", lengthscale)
         self.scale = _bounds("scale", scale)
-        if not 0.0 <= noise < math.inf:
-            raise ValueError(f"algo.noise={noise}: expected 0 or more")
+        at_least("algo", 0, noise=noise)
         self.noise_std = noise
         self.net = nn.Identity()
 

@@ -10,7 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import (
+    Algorithm,
+    LearnerSetup,
+    forward,
+    own_parameters,
+    task_metric,
+)
 from metarun.algorithms.functional import (
     Loss,
     Params,
@@ -21,8 +27,9 @@ from metarun.algorithms.functional import (
     sgd_path,
     strip_prefix,
 )
-from metarun.algorithms.outer_optimizer import check_positive, update_running_statistics
+from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive, within
 from metarun.core.distributed import gather_rows
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
@@ -79,7 +86,6 @@ class Mixture(Algorithm):
         prior: Prior over components: `uniform`, `balanced`, `learned` or `crp`.
         concentration: Weight of a new component with `prior=crp`.
         memory: Factor that multiplies the task counts of the prior at each update.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range.
@@ -93,6 +99,7 @@ class Mixture(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         components: int = 5,
         inner_lr: float = 0.01,
@@ -104,21 +111,14 @@ class Mixture(Algorithm):
         prior: Prior = "uniform",
         concentration: float = 1.0,
         memory: float = 1.0,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
-        positive("components", components)
+        at_least("algo", 1, components=components)
         start, end = (temperature,) * 2 if isinstance(temperature, int | float) else temperature
-        for name, value in (
-            ("temperature", start),
-            ("temperature", end),
-            ("anneal", anneal),
-            ("concentration", concentration),
-        ):
-            check_positive(f"algo.{name}", value)
-        if not 0.0 <= memory <= 1.0:
-            raise ValueError(f"algo.memory={memory}: expected 0 to 1")
+        positive("algo", temperature=start, anneal=anneal, concentration=concentration)
+        positive("algo", temperature=end)
+        within("algo", "[0, 1]", memory=memory)
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.second_order_from = second_order_from

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, task_metric, with_tensors
+from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.functional import Params, strip_prefix
-from metarun.algorithms.outer_optimizer import check_positive
 from metarun.backbones.layers.context import BATCH_STATISTICS
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
+from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
 Path = Literal["mean", "attention", "none"]
@@ -68,7 +68,6 @@ class NeuralProcess(Algorithm):
         samples: Samples L at evaluation.
         context: Smallest number of context rows in training; null always uses all support rows.
         min_spread: Floor of the spread, in units of the targets.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A number or a word is out of range, there is no path, the backbone has batch
@@ -79,6 +78,7 @@ class NeuralProcess(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         deterministic: Path = "mean",
         width: int = 128,
@@ -89,26 +89,18 @@ class NeuralProcess(Algorithm):
         samples: int = 32,
         context: int | None = 3,
         min_spread: float = 0.1,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         if deterministic == "none" and not latent:
             raise ValueError("algo.deterministic=none needs another path: use algo.latent=128")
         if objective == "likelihood" and not latent:
             raise ValueError("algo.objective=likelihood needs a latent path: use algo.latent=128")
-        for name, value, least in (
-            ("width", width, 1),
-            ("latent", latent, 0),
-            ("heads", heads, 1),
-            ("train_samples", train_samples, 1),
-            ("samples", samples, 1),
-            ("context", 1 if context is None else context, 1),
-        ):
-            if value < least:
-                raise ValueError(f"algo.{name}={value}: expected {least} or more")
+        at_least("algo", 0, latent=latent)
+        at_least("algo", 1, width=width, heads=heads, context=context)
+        at_least("algo", 1, samples=samples, train_samples=train_samples)
         if deterministic == "attention" and width % heads:
             raise ValueError(f"algo.heads={heads}: expected a divisor of algo.width={width}")
-        check_positive("algo.min_spread", min_spread)
+        positive("algo", min_spread=min_spread)
         self.objective = objective
         self.train_samples = train_samples if objective == "likelihood" else 1
         self.samples = samples

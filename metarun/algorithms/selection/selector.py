@@ -12,18 +12,25 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metarun.algorithms.base import Algorithm, forward, own_parameters, positive, task_metric
+from metarun.algorithms.base import (
+    Algorithm,
+    LearnerSetup,
+    forward,
+    own_parameters,
+    task_metric,
+)
 from metarun.algorithms.capabilities import Capabilities
-from metarun.algorithms.outer_optimizer import NonFiniteError, check_positive
+from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.algorithms.selection import portfolio
 from metarun.algorithms.selection.cache import CachedStudy
 from metarun.backbones.layers.context import ForwardContext
+from metarun.core.checks import at_least, positive
 from metarun.core.distributed import gather_rows, local_size
 from metarun.core.types import Adapted, LearnedState, Metrics, Prediction, Progress, TaskBatch
 
@@ -75,7 +82,6 @@ class Selector(Algorithm):
         processes: Processes that run base-learners; None is one for each core.
         cache: Folder that keeps predictions between runs; None keeps them in memory only.
         features: Learned state of a finished run, given as its folder on the command line.
-        **common: Arguments of `Algorithm`.
 
     Raises:
         ValueError: A name or a number is wrong, scikit-learn is missing, or the run's network
@@ -91,6 +97,7 @@ class Selector(Algorithm):
 
     def __init__(
         self,
+        setup: LearnerSetup,
         *,
         learners: Sequence[str] | None = None,
         choice: Choice = "pick",
@@ -99,24 +106,21 @@ class Selector(Algorithm):
         processes: int | None = None,
         cache: str | None = None,
         features: LearnedState | None = None,
-        **common: Any,
     ) -> None:
-        super().__init__(**common)
+        super().__init__(setup)
         try:
             import sklearn
         except ImportError:
             raise ValueError("algo=selector needs scikit-learn: pip install '.[sklearn]'") from None
         from joblib import cpu_count
 
-        check_positive("algo.prior", prior)
-        if folds < 2:
-            raise ValueError(f"algo.folds={folds}: expected 2 or more")
+        positive("algo", prior=prior)
+        at_least("algo", 2, folds=folds)
+        at_least("algo", 1, processes=processes)
         self.learners = _checked(self.spec.kind, learners)
         self.choice: Choice = choice
         self.prior = prior
         self.folds = folds
-        if processes is not None:
-            positive("processes", processes)
         self.processes = processes or max(1, cpu_count() // local_size())
         # Another version may predict differently.
         edition = f"{portfolio.EDITION}-scikit-learn-{sklearn.__version__}"

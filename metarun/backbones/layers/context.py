@@ -8,7 +8,6 @@ from typing import Literal
 from torch import Tensor
 
 BatchNormMode = Literal["transductive", "support", "running"]
-BATCH_NORM_MODES: tuple[BatchNormMode, ...] = ("transductive", "support", "running")
 
 
 @dataclass(frozen=True, slots=True)

@@ -362,11 +362,10 @@ def test_chunks_of_tasks_do_not_change_the_gradient() -> None:
         ({"inner_lr": [0.1, 0.2]}, "algo.rates"),
         ({"inner_lr": [0.1]}, "low, high"),
         ({"inner_steps": -1}, "algo.inner_steps=-1"),
-        ({"bn": "batch"}, "bn=batch"),
         ({"eval_inner_steps": -1}, "eval.inner_steps"),
     ],
 )
-def test_bad_numbers_and_words_are_refused(options: dict[str, Any], words: str) -> None:
+def test_bad_numbers_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make(MAML, image_spec(), TINY_BACKBONES["mlp"], **options)
 

@@ -14,7 +14,7 @@ from metarun.core.types import SPLITS
 from metarun.data import folder as folder_module
 from metarun.data.folder import Folder
 from metarun.data.storage import prepared_images as prepared_module
-from tests.data.sources import injected, sizes, write_class_folders
+from tests.data.sources import make_source, sizes, write_class_folders
 
 NAMES = [f"class{number}" for number in range(12)]
 
@@ -44,7 +44,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 def load(root: Path, **options: Any) -> Folder:
     small = {"sizes": sizes(way=2, shot=1, query=2), "image_size": 8}
-    return Folder(root=str(root), **(injected() | small | options))
+    return make_source(Folder, root=str(root), **(small | options))
 
 
 def stores(tmp_path: Path) -> list[Path]:
