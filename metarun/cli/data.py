@@ -130,8 +130,10 @@ def _check_folder(root: str | None) -> int:
         raise ValueError(
             "data=folder reads your own images: check them with `metarun data folder --from PATH`"
         )
-    listing = list_folder(root)
-    for split, classes in listing.splits.items():
+    absent = registry.missing("folder", root)
+    if absent is not None:
+        raise ValueError(absent)
+    for split, classes in list_folder(Path(root).expanduser()).items():
         for files in classes.values():
             for file in files:
                 open_image(file)

@@ -277,6 +277,22 @@ def test_an_algorithm_of_ones_own_is_built(tmp_path: Path, monkeypatch: pytest.M
     assert made.run_info["algo"] == "mine"
 
 
+def test_a_data_set_of_ones_own_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_data.py").write_text(
+        "from metarun.data.synthetic import Sinusoid\n"
+        "class Mine(Sinusoid):\n"
+        "    def __init__(self, setup, *, depth: int = 1, **options):\n"
+        "        super().__init__(setup, **options)\n"
+        "        self.depth = depth\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "conf/data").mkdir(parents=True)
+    (tmp_path / "conf/data/mine.yaml").write_text("_target_: own_data.Mine\ndepth: 3\n")
+    words = ["data=mine", "backbone=mlp", "way=1", "shot=4"]
+    source: Any = build(*words, config_dir=str(tmp_path / "conf")).source
+    assert (source.depth, source.sizes["test"].shot) == (3, 4)
+
+
 @pytest.mark.parametrize("arguments", ["**common", "*, spec, backbone, **common", "*, rate=1.0"])
 @pytest.mark.parametrize("group", ["algo", "data"])
 def test_a_constructor_that_does_not_take_the_setup_is_refused_with_its_form(

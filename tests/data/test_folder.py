@@ -166,18 +166,22 @@ def test_other_layouts_are_refused_with_what_to_do(one_folder: Path, tmp_path: P
     write_class_folders(tmp_path / "half" / "test", dict.fromkeys(NAMES[:3], 3))
     (one_folder / "hollow").mkdir()
     for root, message in (
-        (None, "data=folder needs data.root=PATH"),
-        (tmp_path / "none", "there is no such folder"),
         (tmp_path / "empty", "has no class folders"),
         (tmp_path / "few", "has 5 classes, 6 or more are needed"),
         (tmp_path / "half", "has train/ and test/ but no val/"),
         (one_folder, r"hollow has no images: put some in, or set data.min_per_class=1"),
     ):
         with pytest.raises(ValueError, match=message):
-            list_folder(None if root is None else str(root))
+            list_folder(root)
+    for missing, message in (
+        (None, "data=folder needs data.root=PATH"),
+        (str(tmp_path / "none"), "there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_source(Folder, root=missing)
     write_class_folders(tmp_path / "half" / "val", dict.fromkeys(NAMES[3:6], 3))
     with pytest.raises(ValueError, match="class class0 is in train and in test"):
-        list_folder(str(tmp_path / "half"))
+        list_folder(tmp_path / "half")
 
 
 @pytest.mark.parametrize(
