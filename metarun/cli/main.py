@@ -66,7 +66,7 @@ Options:
   --cfg job [--resolve]  print the configuration and exit
   --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine);
                          hydra.searchpath=[file://A,pkg://B] adds several
-  trust=PACKAGE,…        packages that an existing run may import (METARUN_TRUST)
+  trust=PACKAGE,…        packages that a stored run may import (METARUN_TRUST)
   --info [WHAT]          print how the configuration is composed
   --hydra-help           Hydra's own options, such as --shell-completion
   --version, --help      print the version or this text and exit
