@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -126,3 +127,8 @@ def moved(algorithm: Algorithm, batch: TaskBatch, step: int = 0) -> dict[str, Te
     before = {name: p.detach().clone() for name, p in algorithm.named_parameters()}
     algorithm.update(batch, Progress(step, 100))
     return {name: before[name] - p.detach() for name, p in algorithm.named_parameters()}
+
+
+def slow(value: Any) -> Any:
+    """A parameter with which a test takes long, and is run by `pytest -m slow`."""
+    return pytest.param(value, marks=pytest.mark.slow)

@@ -60,6 +60,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder, without what Python compiles."""
+    return [p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts]
+
+
 @pytest.fixture(scope="module")
 def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the sdist and the wheel built from it."""
@@ -99,15 +104,13 @@ def test_the_wheel_is_pure_and_carries_configurations_and_characters(built: Path
     (path,) = built.glob("*.whl")
     assert path.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(path).namelist())
-    expected = {
-        f"metarun/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "conf").rglob("*.yaml")
-    }
-    assert expected <= names
-    shipped = {p.relative_to(ROOT).as_posix() for p in (ROOT / "metarun/data/files").iterdir()}
-    assert shipped <= names
-    assert "metarun/py.typed" in names
-    tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"metarun"}
+    ours = {name for name in names if not name.partition("/")[0].endswith(".dist-info")}
+    # Every file of the package and of conf/, and no other.
+    package = {file.relative_to(ROOT).as_posix() for file in files_below(ROOT / "metarun")}
+    conf = {f"metarun/{file.relative_to(ROOT).as_posix()}" for file in files_below(ROOT / "conf")}
+    assert ours == package | conf
+    assert {"metarun/py.typed", "metarun/conf/config.yaml"} <= ours
+    assert any(name.startswith("metarun/data/files/") for name in ours)
 
 
 def test_the_sdist_carries_what_the_tests_need(built: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import distributed
-from metarun.core.checks import at_least, positive
+from metarun.core.checks import at_least, positive, within
 from metarun.core.types import Progress
 
 Method = Literal["adam", "sgd"]
@@ -79,6 +79,9 @@ class OuterOptimizer(nn.Module):
         positive("optim", lr=lr, step_every=step_every, step_factor=step_factor)
         positive("optim", null="or null", clip_value=clip_value, clip_norm=clip_norm)
         at_least("optim", 0, min_lr=min_lr, weight_decay=weight_decay)
+        within("optim", "[0, 1)", momentum=momentum)
+        for beta in betas:
+            within("optim", "[0, 1)", betas=beta)
         # A plain dict: registered parameters would appear twice in the owner's `parameters()`.
         given = dict(parameters)
         self.targets = {name: param for name, param in given.items() if param.requires_grad}

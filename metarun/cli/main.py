@@ -12,9 +12,11 @@ import difflib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import metarun
@@ -66,7 +68,7 @@ Options:
   --cfg job [--resolve]  print the configuration and exit
   --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine);
                          hydra.searchpath=[file://A,pkg://B] adds several
-  trust=PACKAGE,…        packages that an existing run may import (METARUN_TRUST)
+  trust=PACKAGE,…        packages that a stored run may import (METARUN_TRUST)
   --info [WHAT]          print how the configuration is composed
   --hydra-help           Hydra's own options, such as --shell-completion
   --version, --help      print the version or this text and exit
@@ -105,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         place = distributed.place_from_environment()
         _log_to_stderr() if place.rank == 0 else _hush()
-        packages, words = taken_from(argv)
+        packages, words = taken_from([_with_home(word) for word in argv])
         with trusting(packages):
             return _dispatch(words, place)
     except BrokenPipeError:
@@ -121,6 +123,11 @@ def main(argv: Sequence[str]) -> int:
         if place.rank == 0:
             _say("interrupted")
         return EXIT_INTERRUPTED
+
+
+def _with_home(word: str) -> str:
+    """Replace the tilde of `KEY=~/path`, as shells do for a word that begins with one."""
+    return re.sub(r"^([^=]+=[\"']?)~(?=[/\"']|$)", lambda key: key[1] + str(Path.home()), word)
 
 
 def _say(text: str) -> None:
@@ -338,6 +345,8 @@ def _hand_over(args: argparse.Namespace, task: Callable[[Any], Any], *, sweep: b
     try:
         with opened(args.config_dir, args.config_path) as hydra:
             if args.hydra_help:
+                # Hydra composes the words with its own help, which has none of our groups.
+                args.overrides = []
                 hydra.hydra_help(name, application(), args)
             elif args.shell_completion:
                 hydra.shell_completion(name, words)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,10 +20,11 @@ from metarun.config.checks import check_config, convert
 from metarun.config.schema import Config, Settings
 from metarun.config.suggestions import unknown_key
 from metarun.config.trust import locate, without_places
-from metarun.core import distributed
+from metarun.core import distributed, memory
+from metarun.core.nested import flat
 from metarun.core.once import warn_once
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import EpisodeSize, LearnedState, SourceSetup
+from metarun.core.types import EpisodeSize, LearnedState, SourceSetup, Split
 from metarun.execution.allocator import keep_large_blocks
 from metarun.runs.folder import RunFolder
 
@@ -96,6 +98,7 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     device = source.device
     if device.type == "cpu":
         keep_large_blocks()
+        _check_memory(settings, source)
     algorithm = _algorithm(settings, source).to(device, _dtype(settings))
     for key, shot in (("shot", settings.shot), ("train.shot", settings.train.shot)):
         least = algorithm.capabilities.least_shot
@@ -120,6 +123,23 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     # The source may have lowered the ways on meta-val; the records hold the actual number.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
     return Experiment(algorithm, source, train, evaluation, run_info, record, settings.seed)
+
+
+def _check_memory(settings: Settings, source: EpisodeSource) -> None:
+    """Refuse batches of tasks whose rows alone exceed the memory of this machine."""
+    together = min(settings.eval.tasks_per_batch, settings.eval.episodes)
+    batches: dict[Split, tuple[str, int]] = {
+        "train": ("train.tasks_per_step", settings.train.tasks_per_step),
+        "test": ("eval.tasks_per_batch", together),
+    }
+    for split, (key, tasks) in batches.items():
+        size = source.sizes[split]
+        rows = size.way * (size.shot + size.query)
+        memory.check_fits(
+            4 * tasks * rows * math.prod(source.spec.input_shape),
+            f"{key}={tasks} tasks of {rows} rows",
+            f"lower {key}, way, shot or query",
+        )
 
 
 def check_shares(experiment: Experiment) -> None:
@@ -241,7 +261,12 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     # The initial parameters depend on the seed alone, not on earlier random draws.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        algorithm: Algorithm = make()
+        try:
+            algorithm: Algorithm = make()
+        except (RuntimeError, MemoryError) as error:
+            if (short := memory.shortage(error)) is None:
+                raise
+            raise ValueError(f"{short}: lower {_largest(settings)}") from error
     _test_foreign(algorithm, settings)
     if settings.precision == "mixed" and not set_mixed(algorithm):
         raise ValueError(
@@ -249,6 +274,17 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
             f"algo={settings.names['algo']} has none: use precision=float32"
         )
     return algorithm
+
+
+def _largest(settings: Settings) -> str:
+    """Return the largest number of the learner and its network, as KEY=VALUE."""
+    nodes = flat({"algo": settings.algo, "backbone": settings.backbone})
+    numbers = {
+        key: [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+        for key, value in nodes.items()
+    }
+    key = max(numbers, key=lambda key: max(numbers[key], default=0))
+    return f"{key}={nodes[key]}".replace(" ", "")
 
 
 def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun.config.overrides import read_words
+from metarun.config.suggestions import one_of
 from metarun.core.errors import one_line
 
 
@@ -66,7 +67,8 @@ class Configurations:
 
     def one_of(self, group: str) -> str:
         """Return the names to type for a group, in words."""
-        return "one of " + ", ".join(o for o in self.options(group) if not o.startswith("for_"))
+        names = [option for option in self.options(group) if not option.startswith("for_")]
+        return one_of(names, f"metarun list {group}")
 
     def parse(self, overrides: Sequence[str]) -> list[Override]:
         """Parse overrides by Hydra's grammar."""

@@ -7,9 +7,20 @@ from collections.abc import Iterable, Sequence
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `: did you mean X?` for the most similar known name, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f": did you mean {found[0]}?" if found else ""
+    """Return `: did you mean X?` for the most similar known name, or an empty string.
+
+    Upper and lower case are the same.
+    """
+    names = {name.lower(): name for name in known}
+    found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
+    return f": did you mean {names[found[0]]}?" if found else ""
+
+
+def one_of(names: Sequence[str], more: str, most: int = 12) -> str:
+    """Return the names in words, or the first ones and `more`, a command that lists all of them."""
+    shown = names if len(names) <= most else names[:5]
+    rest = f" or {len(names) - len(shown)} more (`{more}`)" if len(shown) < len(names) else ""
+    return f"one of {', '.join(shown)}{rest}"
 
 
 def unknown_key(key: str, known: Sequence[str]) -> ValueError:

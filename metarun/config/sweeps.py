@@ -106,6 +106,8 @@ def check_swept(parsed: Sequence[Override], groups: Sequence[str], *, searches: 
         ValueError: The runs would be identical, infinitely many, or a search for a lucky seed.
     """
     for override in parsed:
+        if override.key_or_group == "hydra.sweeper.max_batch_size" and override.value() == 0:
+            raise ValueError(f"{text_of(override)}: expected 1 or more, or null")
         if not override.is_sweep_override():
             continue
         key, text = override.key_or_group, text_of(override)

@@ -185,11 +185,11 @@ def locate(key: str, path: str, base: type | None = None) -> Callable[..., Any]:
     if not callable(found):
         near = nearest(name, dir(sys.modules[module]))
         raise ValueError(f"{key}={path}: {module} has no {name}{near}")
-    kind, fits = _KINDS[key.partition(".")[0]]
+    otherwise, fits = _KINDS[key.partition(".")[0]]
     # What one of our modules has imported is no component.
     borrowed = path.startswith(f"{_OURS}.") and not _is_ours(found)
     if borrowed or not fits(found) or (base is not None and not _below(found, base)):
-        raise ValueError(f"{key}={path} is not {kind}")
+        raise ValueError(f"{key}={path} {otherwise}")
     return found
 
 
@@ -272,11 +272,18 @@ def _is_measure(found: Any) -> bool:
 
 
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "algo": ("a subclass of metarun's Algorithm", _is_algorithm),
-    "data": ("a data set: a class with the methods of metarun's EpisodeSource", _is_data),
-    "backbone": ("a torch.nn.Module, or a function that is annotated to return one", _is_backbone),
-    "optim": ("a subclass of metarun's OuterOptimizer", _is_optimizer),
-    "logger": ("a subclass of metarun's Tracker", _is_tracker),
-    "eval": ("a measure: a function with metarun's decorator @measure", _is_measure),
+    "algo": ("is not a subclass of metarun's Algorithm", _is_algorithm),
+    "data": ("is no data set: expected a class with the methods of EpisodeSource", _is_data),
+    "backbone": (
+        "is not a torch.nn.Module, nor a function that is annotated to return one",
+        _is_backbone,
+    ),
+    "optim": ("is not a subclass of metarun's OuterOptimizer", _is_optimizer),
+    "logger": ("is not a subclass of metarun's Tracker", _is_tracker),
+    "eval": (
+        "is no measure: expected a function with the decorator @measure of "
+        "metarun.evaluation.measures",
+        _is_measure,
+    ),
 }
-"""What a component of each kind is, in words and as a check of what was imported."""
+"""What is said of something that is no component of a kind, and the check of what it is."""

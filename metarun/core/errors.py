@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from metarun.core.memory import shortage
+
 
 class RunError(ValueError):
     """A run cannot continue. The message is one line: what happened and what to do."""
@@ -35,5 +37,7 @@ def describe_error(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     if isinstance(error, (ValueError, ArithmeticError, OSError)):
         return one_line(error)
+    if (short := shortage(error)) is not None:
+        return short
     # Not the user's mistake: the type of the exception helps whoever has to fix it.
     return f"{type(error).__name__}: {one_line(error)} (debug=true shows where)"

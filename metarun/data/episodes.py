@@ -181,7 +181,8 @@ class ClassEpisodes:
         shape = tuple(self._tables["train"].images.shape[1:])
         self._scale, self._offset = self._normalization(shape[0], mean, std)
         self.sizes = dict(setup.sizes)
-        for split in ("train", "test"):
+        # Evaluation first, because users set its keys.
+        for split in ("test", "train"):
             self._check_size(split)
         self._fit_val_way(setup.val_way)
         self._check_size("val")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from metarun.core import memory
 from metarun.core.checks import within
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
 from metarun.data.augmentation import Augmentation
@@ -70,7 +71,12 @@ class ImageFiles(ClassEpisodes, ABC):
         splits = self.list_images(folder)
         _check_numbers(splits, setup.sizes, can_drop="min_per_class" in self.selection)
         files = {split: [f for group in splits[split].values() for f in group] for split in SPLITS}
-        _check_memory(sum(map(len, files.values())), image_size, 1 if grayscale else 3)
+        number, channels = sum(map(len, files.values())), 1 if grayscale else 3
+        memory.check_fits(
+            number * channels * image_size**2,
+            f"{number} images of {image_size} x {image_size}",
+            "lower data.image_size",
+        )
         pictures = prepared(
             files,
             folder,
@@ -183,15 +189,3 @@ def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     # Blank images have deviation 0: the bound avoids a division by zero.
     std = (squares / count - mean**2).clamp(min=0.0).sqrt().clamp(min=1.0 / 255.0)
     return tuple(mean.tolist()), tuple(std.tolist())
-
-
-def _check_memory(num_images: int, size: int, channels: int) -> None:
-    needed = num_images * channels * size * size
-    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > 0.8 * memory:
-        raise ValueError(
-            f"{num_images} images of {size} x {size} take {needed / 1e9:.1f} GB, this machine has "
-            f"{memory / 1e9:.1f} GB: lower data.image_size"
-        )

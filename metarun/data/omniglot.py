@@ -7,9 +7,10 @@ Ink is 1 and paper is 0, as in the papers.
 from __future__ import annotations
 
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -47,18 +48,19 @@ _SMALL_SPLITS: dict[Split, dict[str, str]] = {
 }
 
 
-class OmniglotSmall(ClassEpisodes):
-    """Characters of the eight alphabets that ship with the package.
-
-    Train: Balinese, Early Aramaic, Greek, Korean and Latin (136 characters); val: Tagalog (17);
-    test: Japanese (katakana) and Sanskrit (89).
+class Characters(ClassEpisodes, ABC):
+    """Drawings of characters. A subclass says which, in `tables`.
 
     Args:
+        setup: See `ClassEpisodes`.
         resize: Method of resizing, see `image_files.drawing`.
         image_size: Side of the images in pixels; the original drawings have 105.
         rotations, rotations_eval, rotations_val, episodes, drawers: See `ClassEpisodes`.
         affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
     """
+
+    name: str
+    """Name of the data set, for messages."""
 
     def __init__(
         self,
@@ -77,11 +79,11 @@ class OmniglotSmall(ClassEpisodes):
         affine_shear: float = 0.0,
         elastic: float = 0.0,
     ) -> None:
-        _check_size(image_size)
+        within("data", f"[8, {ORIGINAL_SIDE}]", image_size=image_size)
         super().__init__(
             setup,
-            name="omniglot_small",
-            tables=small_tables(resize, image_size),
+            name=self.name,
+            tables=self.tables(resize, image_size),
             rotations=rotations,
             rotations_eval=rotations_eval,
             rotations_val=rotations_val,
@@ -97,24 +99,43 @@ class OmniglotSmall(ClassEpisodes):
             prepare=lambda image: drawing(image, resize, image_size)[None],
         )
 
+    @abstractmethod
+    def tables(self, resize: Resize, side: int) -> dict[Split, ClassTable]:
+        """Return the characters of each split, with images of side x side pixels."""
 
-class Omniglot(ClassEpisodes):
+
+class OmniglotSmall(Characters):
+    """Characters of the eight alphabets that ship with the package.
+
+    Train: Balinese, Early Aramaic, Greek, Korean and Latin (136 characters); val: Tagalog (17);
+    test: Japanese (katakana) and Sanskrit (89).
+    """
+
+    name = "omniglot_small"
+
+    def tables(self, resize: Resize, side: int) -> dict[Split, ClassTable]:
+        """Return the shipped characters."""
+        return small_tables(resize, side)
+
+
+class Omniglot(Characters):
     """All 1,623 characters, after `metarun data omniglot`.
 
     Args:
+        setup: See `ClassEpisodes`.
         root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
         split: `vinyals` is the split of Vinyals et al. (2016): 1028 train, 172 val and 423 test
             characters. `background` is that of Lake et al. (2015): the evaluation set (659) is
             the test split. Five whole alphabets of the background set, those of Vinyals's val
             split (172), are held out for val: Armenian, Bengali, Early Aramaic, Hebrew and
             Mkhedruli. That leaves 25 alphabets (792) for training.
-        resize: Method of resizing, see `image_files.drawing`.
-        image_size: Side of the images in pixels; the original drawings have 105.
         rotations: Rotations in training, see `ClassEpisodes`. The protocol of Vinyals and
             ProtoNet has `classes` in every split, that of MAML has `per_task` in every split.
-        rotations_eval, episodes, drawers: See `ClassEpisodes`.
-        affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
+        rotations_eval: The same at validation and test.
+        **options: Other arguments of `Characters`.
     """
+
+    name = "omniglot"
 
     def __init__(
         self,
@@ -122,36 +143,16 @@ class Omniglot(ClassEpisodes):
         *,
         root: str | None = None,
         split: Literal["vinyals", "background"] = "vinyals",
-        resize: Resize = "paper",
-        image_size: int = DRAWING_SIZE,
         rotations: Rotations = "classes",
         rotations_eval: EvalRotations = "classes",
-        episodes: Episodes = "any",
-        drawers: Drawers = "any",
-        affine_degrees: float = 0.0,
-        affine_translate: float = 0.0,
-        affine_scale: float = 0.0,
-        affine_shear: float = 0.0,
-        elastic: float = 0.0,
+        **options: Any,
     ) -> None:
-        _check_size(image_size)
-        super().__init__(
-            setup,
-            name="omniglot",
-            tables=_full_tables(root, split, resize, image_size),
-            rotations=rotations,
-            rotations_eval=rotations_eval,
-            episodes=episodes,
-            drawers=drawers,
-            augmentation=Augmentation(
-                affine_degrees=affine_degrees,
-                affine_translate=affine_translate,
-                affine_scale=affine_scale,
-                affine_shear=affine_shear,
-                elastic=elastic,
-            ),
-            prepare=lambda image: drawing(image, resize, image_size)[None],
-        )
+        self._place = root, split
+        super().__init__(setup, rotations=rotations, rotations_eval=rotations_eval, **options)
+
+    def tables(self, resize: Resize, side: int) -> dict[Split, ClassTable]:
+        """Return the characters of the split that was asked for."""
+        return _full_tables(*self._place, resize, side)
 
 
 def split_of(character: Character, split: Literal["vinyals", "background"]) -> Split:
@@ -161,10 +162,6 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
     if character.part == "images_evaluation":
         return "test"
     return "val" if character.vinyals == "val" else "train"
-
-
-def _check_size(image_size: int) -> None:
-    within("data", f"[8, {ORIGINAL_SIDE}]", image_size=image_size)
 
 
 def _full_tables(

@@ -42,6 +42,8 @@ class FunctionEpisodes(ABC):
         noise: float,
     ) -> None:
         self._x = pair("data.x", x)
+        if self._x[0] == self._x[1]:
+            raise ValueError(f"data.x=[{x[0]:g},{x[1]:g}]: all inputs would be the same number")
         at_least("data", 0, noise=noise)
         self._noise = float(noise)
         if setup.val_way not in (None, 1):

@@ -64,6 +64,9 @@ class WandB(Tracker):
         import wandb
 
         refuse_link(start.folder / "wandb")
+        settings = start.folder / "wandb" / "settings"
+        if settings.exists():
+            raise ValueError(f"{settings} could change where W&B sends the run: remove it")
         held: dict[str, int] = {}
         for row in rows(start.folder):
             self._rows += 1

@@ -16,6 +16,7 @@ from metarun.core.console import FILE_ONLY
 from metarun.core.distributed import ProcessLost
 from metarun.core.errors import Interrupted, RunError
 from metarun.core.files import DISK_FULL
+from metarun.core.memory import shortage
 from metarun.runs.folder import Run, RunFolder
 from metarun.training.signals import Signals, StopRequestedError
 
@@ -52,7 +53,7 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
         text = f"{kept}; `metarun resume={run.path}` continues"
         _log.info(text, extra=FILE_ONLY)
         raise Interrupted(signum, text) from None
-    except (ProcessLost, NonFiniteError, torch.OutOfMemoryError, OSError) as error:
+    except (ProcessLost, NonFiniteError, RuntimeError, MemoryError, OSError) as error:
         advice = _advice(error, run)
         if advice is None:
             _fail(run, at, f"{type(error).__name__}: {error}")
@@ -88,6 +89,8 @@ def _advice(error: Exception, run: Run) -> tuple[str, str] | None:
             "out of GPU memory",
             "set tasks_per_chunk to fewer tasks, or start again with a lower train.tasks_per_step",
         )
+    if (short := shortage(error)) is not None:
+        return short, "start again with smaller sizes (train.tasks_per_step, way, shot, query)"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"no space is left for {run.path}", f"free some and run {go_on}"
     return None

@@ -21,6 +21,7 @@ from metarun.config.schema import Config
 from metarun.config.trust import locate
 from metarun.core.types import Progress, TaskBatch
 from metarun.evaluation.stream_rollouts import Rollouts
+from tests.helpers import slow
 
 ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
 SMALL = {
@@ -39,6 +40,7 @@ class Settings(NamedTuple):
         fast: Words with which it learns in few updates.
         images: More of them for images.
         updates: Updates in which it learns from images.
+        slow: Whether learning takes long all the same.
         stream: Words with which it learns from a stream of linear tasks.
     """
 
@@ -46,6 +48,7 @@ class Settings(NamedTuple):
     fast: str = ""
     images: str = "data.image_size=20"
     updates: int = 30
+    slow: bool = False
     stream: str = ""
 
 
@@ -64,20 +67,21 @@ SETTINGS = {
     "from_scratch": Settings(always="algo.inner_steps=10", stream="algo.inner_steps=5"),
     "ftl": FTL,
     "ftml": FTL,
-    "ftml_hindsight": Settings(stream="algo.inner_steps=5 algo.meta_updates=150"),
+    "ftml_hindsight": Settings(stream="algo.inner_steps=5 algo.meta_updates=150", slow=True),
+    "gp_exact": Settings(slow=True),
     "imaml": Settings(fast="algo.inner_lr=0.2 algo.inner_steps=5 optim.lr=0.01"),
     "joint": ONLINE,
-    "joint_hindsight": Settings(stream="algo.online_lr=0.1 algo.updates=1000"),
+    "joint_hindsight": Settings(stream="algo.online_lr=0.1 algo.updates=1000", slow=True),
     "maml": FAST_MAML,
     "mamlpp": Settings(fast="optim.lr=0.003"),
     # Algorithms with learned updates or memories need more updates.
-    "mann": Settings(fast="~recipe optim.lr=0.02 algo.controller=64", updates=450),
+    "mann": Settings(fast="~recipe optim.lr=0.02 algo.controller=64", updates=450, slow=True),
     "matching": Settings(fast="train.way=5"),
     "matching_fce": Settings(fast="train.way=5"),
     "metagan_maml": FAST_MAML,
-    "metagan_relation": RELATION,
+    "metagan_relation": RELATION._replace(slow=True),
     "metalstm": Settings(
-        fast="algo.inner_steps=5 optim.lr=0.01", images="data.image_size=28", updates=60
+        fast="algo.inner_steps=5 optim.lr=0.01", images="data.image_size=28", updates=60, slow=True
     ),
     "metasgd": Settings(fast="algo.inner_lr=0.05 optim.lr=0.003"),
     "mixture": Settings(fast="algo.components=2 optim.lr=0.003"),
@@ -94,7 +98,8 @@ SETTINGS = {
     "relation": RELATION,
     "replay": ONLINE,
     "reptile": Settings(fast="algo.inner_lr=0.02 optim.schedule=constant eval.inner_steps=8"),
-    "snail": Settings(fast="~recipe optim.lr=0.001", updates=150),
+    "selector": Settings(slow=True),
+    "snail": Settings(fast="~recipe optim.lr=0.001", updates=150, slow=True),
     "task_free": Settings(always="algo.updates=2", stream="algo.online_lr=0.1"),
     "task_memory": ONLINE,
     "toe": FTL,
@@ -103,6 +108,11 @@ SETTINGS = {
 
 def settings(algo: str) -> Settings:
     return SETTINGS.get(algo, Settings())
+
+
+def learners(data: str) -> list[Any]:
+    """The algorithms that can learn a data set, as parameters of a test."""
+    return [slow(algo) if settings(algo).slow else algo for algo in suited(data)]
 
 
 def build(algo: str, data: str, *words: str) -> Experiment:
@@ -306,7 +316,7 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("algo", suited("omniglot_small"))
+@pytest.mark.parametrize("algo", learners("omniglot_small"))
 def test_a_short_training_beats_chance(algo: str) -> None:
     own = settings(algo)
     words = ["engine=auto", "precision=float32", "backbone.filters=16"]
@@ -319,7 +329,7 @@ def test_a_short_training_beats_chance(algo: str) -> None:
     assert accuracy.mean() > 1 / 3 + 3 * accuracy.std() / 60**0.5
 
 
-@pytest.mark.parametrize("algo", suited("sinusoid"))
+@pytest.mark.parametrize("algo", learners("sinusoid"))
 def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     words = [f"algo={algo}", "data=linear", "device=cpu", *settings(algo).fast.split()]
     made = build_experiment(deepcopy(composed(*words)))
@@ -331,7 +341,7 @@ def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     assert error < (1 / 3 + 1) / 12
 
 
-@pytest.mark.parametrize("algo", suited("stream_linear"))
+@pytest.mark.parametrize("algo", learners("stream_linear"))
 def test_a_rollout_on_linear_tasks_ends_better_than_it_began(algo: str) -> None:
     words = settings(algo).stream.split()
     made = build(algo, "stream_linear", "shot=20", "engine=vmap", *words)

@@ -107,7 +107,15 @@ def test_cfg_shows_the_configuration_and_runs_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["--info", "defaults"], ["--hydra-help"], ["-sc", "query=bash"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--info", "defaults"],
+        ["--hydra-help"],
+        ["--hydra-help", "algo=maml"],
+        ["-sc", "query=bash"],
+    ],
+)
 def test_hydras_own_flags_work(words: list[str], tmp_path: Path) -> None:
     done = run(*words, cwd=tmp_path, COMP_LINE="metarun algo=", COMP_POINT="13")
     assert done.returncode == 0, done.stderr
@@ -227,6 +235,23 @@ def test_a_run_is_never_written_over_what_is_there(metarun: Command, tmp_path: P
     assert answer.code == 2
     assert "mine exists and is not empty" in answer.err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine"]
+
+
+@pytest.mark.parametrize("quote", ["", '"', "'"])
+def test_a_tilde_after_an_equals_sign_is_the_home_folder(
+    quote: str, metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "me"))
+    answer = metarun("data=folder", "algo=protonet", f"data.root={quote}~/photos{quote}")
+    assert f"data.root={tmp_path / 'me/photos'}: there is no such folder" in answer.err
+
+
+def test_batches_of_no_run_in_a_sweep_are_refused(metarun: Command, tmp_path: Path) -> None:
+    answer = metarun("-m", "seed=1,2", "hydra.sweeper.max_batch_size=0")
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "hydra.sweeper.max_batch_size=0: expected 1 or more, or null" in answer.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_where_the_outputs_belong_is_refused(metarun: Command, tmp_path: Path) -> None:

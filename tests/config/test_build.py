@@ -208,7 +208,7 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
     [
         (["algo=protonet", "data=sinusoid"], "ProtoNet learns classification"),
         (["data=sinusoid", "backbone=conv4"], "conv4"),
-        (["data=omniglot_small", "way=1"], "way=1 is out of range"),
+        (["data=omniglot_small", "way=1"], "way=1: expected 2 or more"),
         (["algo=selector", "data=tables", "shot=1"], "shot=1 is out of range: algo=selector needs"),
         (["algo=selector", "data=tables", "train.shot=1"], "train.shot=1 is out of range"),
         (["data=sinusoid", "way=5"], "way=5 has no meaning in a regression"),
@@ -216,6 +216,13 @@ def test_the_check_and_the_run_share_one_loaded_data_set() -> None:
         (["data=omniglot_small", "shot=15", "query=15"], "15"),
         (["data=sinusoid", "eval.views=3"], "eval.views=3 needs images"),
         (["algo=nearest", "precision=mixed"], "precision=mixed needs a network"),
+        (["train.tasks_per_step=2147483647"], "=2147483647 tasks of 20 rows take 171.8 GB or more"),
+        (["shot=2000000000"], "=100 tasks of 2000000010 rows take 800.0 GB or more"),
+        # More than any process can address.
+        (["backbone.hidden=[10000000,10000000]"], "lower backbone.hidden=[10000000,10000000]"),
+        (["algo=mixture", "algo.components=2147483647"], "=2147483647: expected 1 to 1000"),
+        (["optim.betas=[1,1]"], "optim.betas=1.0: expected a number in [0, 1)"),
+        (["data.x=[0,0]"], "data.x=[0,0]: all inputs would be the same number"),
         (["algo.inner_lr=fast"], "algo.inner_lr=fast: expected a number or a list"),
         (["algo.inner_steps=1.5"], "algo.inner_steps=1.5: expected a whole number"),
         (["algo.inner_steps=-1"], "inner_steps"),

@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,11 +37,14 @@ from metarun.data.storage.omniglot_files import Character, import_omniglot
 from metarun.jobs.train import train
 from tests.data import sources
 from tests.data.sources import write_omniglot_zips
+from tests.helpers import slow
 
 Config = dict[str, Any]
 
 CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+# The first experiment of each paper and data set: `finn2017_omniglot_5way_1shot`, for example.
+FIRST = {min(g) for _, g in groupby(EXPERIMENTS, lambda name: name.split("_")[:2])}
 # Experiments that are not from a paper.
 OWN = {"quick_start", "omniglot_small_best", "iris"}
 # Cells after the code of Finn et al. 2017.
@@ -190,7 +194,7 @@ def test_an_experiment_says_what_it_is(name: str) -> None:
     assert name == "quick_start" or f"# metarun experiment={name} seed=0" in rest
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("name", [n if n in FIRST else slow(n) for n in EXPERIMENTS])
 def test_an_experiment_trains_and_is_tested(name: str, tmp_path: Path) -> None:
     screen = Screen(Console(file=io.StringIO()))
     train(cut_down(composed(name)), tmp_path / "run", [], screen)

@@ -15,6 +15,7 @@ from metarun.config.checks import check_config
 from metarun.config.composition import Composer, Job, composer
 from metarun.core.nested import flat
 from tests.conftest import Command
+from tests.helpers import slow
 
 FILES = sorted((conf_dir() / "recipe").glob("*.yaml"))
 IMAGES = ("omniglot", "rotated", "permuted", "rainbow", "folder", "miniimagenet")
@@ -69,7 +70,9 @@ def check_node(job: Job) -> None:
     assert not [key for key in node if key not in hints and not key.startswith("_")]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [p if for_backbone(p) else slow(p) for p in FILES], ids=lambda path: path.stem
+)
 def test_a_recipe_composes_with_every_backbone(
     path: Path, opened: Composer, alone: dict[str, Any]
 ) -> None:

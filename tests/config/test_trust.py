@@ -49,25 +49,41 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize(
     ("key", "path", "what"),
     [
-        ("algo._target_", "metarun.backbones.conv4.Conv4", "a subclass of metarun's Algorithm"),
-        ("algo._target_", "metarun.core.files.write_atomically", "a subclass of metarun's Alg"),
-        ("algo.learner", "metarun.data.synthetic.Sinusoid", "a subclass of metarun's Algorithm"),
-        ("data._target_", MAML, "a data set"),
-        ("backbone._target_", MAML, "a torch.nn.Module"),
+        (
+            "algo._target_",
+            "metarun.backbones.conv4.Conv4",
+            "is not a subclass of metarun's Algorithm",
+        ),
+        (
+            "algo._target_",
+            "metarun.core.files.write_atomically",
+            "is not a subclass of metarun's Alg",
+        ),
+        (
+            "algo.learner",
+            "metarun.data.synthetic.Sinusoid",
+            "is not a subclass of metarun's Algorithm",
+        ),
+        ("data._target_", MAML, "is no data set"),
+        ("backbone._target_", MAML, "is not a torch.nn.Module"),
         ("backbone._target_", "metarun.backbones.conv4.nn.Linear", None),
-        ("backbone._target_", "metarun.backbones.conv4.Tensor", "a torch.nn.Module"),
-        ("backbone._target_", "metarun.algorithms.base.own_parameters", "a torch.nn.Module"),
-        ("optim._target_", "metarun.backbones.mlp.MLP", "a subclass of metarun's OuterOptimizer"),
-        ("optim._target_", "pydoc.pipepager", "a subclass of metarun's OuterOptimizer"),
-        ("logger.x._target_", "subprocess.Popen", "a subclass of metarun's Tracker"),
-        ("eval.measures", "metarun.core.files.csv_cell", "a measure"),
+        ("backbone._target_", "metarun.backbones.conv4.Tensor", "is not a torch.nn.Module"),
+        ("backbone._target_", "metarun.algorithms.base.own_parameters", "is not a torch.nn.Module"),
+        (
+            "optim._target_",
+            "metarun.backbones.mlp.MLP",
+            "is not a subclass of metarun's OuterOptimizer",
+        ),
+        ("optim._target_", "pydoc.pipepager", "is not a subclass of metarun's OuterOptimizer"),
+        ("logger.x._target_", "subprocess.Popen", "is not a subclass of metarun's Tracker"),
+        ("eval.measures", "metarun.core.files.csv_cell", "is no measure"),
     ],
 )
 def test_a_component_is_of_the_kind_of_its_key_even_if_it_is_typed(
     key: str, path: str, what: str | None
 ) -> None:
     message = refusal(key, path)
-    assert what is None or message.startswith(f"{key}={path} is not {what}")
+    assert what is None or message.startswith(f"{key}={path} {what}")
 
 
 @pytest.mark.parametrize("path", ["os", "", ".os.system", "os..system", "os.sys tem", "os.system("])

@@ -231,6 +231,7 @@ def test_torchrun_makes_one_run_that_one_process_goes_on_with(
     assert other["test"] == pytest.approx(one["test"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_once_and_nothing_is_made(tmp_path: Path) -> None:
     with pair(tmp_path, *SMALL_RUN, "train.tasks_per_step=1") as started:
         told = [process.communicate(timeout=120) for process in started]
@@ -256,6 +257,7 @@ def test_what_is_no_single_run_is_refused_once(words: list[str], tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_of_which_a_process_is_killed_says_so_and_goes_on_in_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +276,7 @@ def test_a_run_of_which_a_process_is_killed_says_so_and_goes_on_in_one(
     assert json.loads((made / "results.json").read_text())["steps"] == steps
 
 
+@pytest.mark.slow
 def test_a_signal_to_any_process_stops_all_at_one_step(tmp_path: Path) -> None:
     with pair(tmp_path, *SMALL_RUN, "train.steps=100000") as started:
         made = begun(tmp_path)

@@ -326,22 +326,22 @@ def test_too_few_classes_in_val_lower_its_way_and_say_so(caplog: pytest.LogCaptu
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"sizes": sizes(way=8)}, "way=8 is more than the 7 classes in numbered's train split: "
-         "set train.way=7 or less"),
-        ({"sizes": sizes(shot=2, query=15)}, r"class train0 has 6 images, 2\+15 are needed: "
-         r"lower train.query to 4$"),
-        ({"sizes": sizes(shot=8)}, r"class train0 has 6 images, 8\+3 are needed: lower train.shot "
-         r"to 5 and train.query to 1$"),
-        ({"sizes": sizes(query=15), "can_drop": True}, r"lower train.query to 5 or set "
+        ({"sizes": sizes(way=8)}, "way=8 is more than the 7 classes in numbered's test split: "
+         "set way=7 or less"),
+        ({"sizes": sizes(shot=2, query=15)}, r"class test0 has 6 images, 2\+15 are needed: "
+         r"lower query to 4$"),
+        ({"sizes": sizes(shot=8)}, r"class test0 has 6 images, 8\+3 are needed: lower shot "
+         r"to 5 and query to 1$"),
+        ({"sizes": sizes(query=15), "can_drop": True}, r"lower query to 5 or set "
          r"data.min_per_class=16 to drop it"),
-        ({"sizes": sizes(way=1)}, r"train.way=1: expected 2 or more"),
+        ({"sizes": sizes(way=1)}, r"^way=1: expected 2 or more"),
         ({"sizes": sizes(train=EpisodeSize(5, 0, 1))}, r"train.shot=0: expected 1 or more"),
         ({"sizes": sizes(query=0, train=EpisodeSize(5, 1, 0))}, r"query=0: expected 1 or more"),
         ({"episodes": "within_alphabet"}, "needs alphabets, numbered has none"),
         ({"drawers": "apart"}, "drawers=apart needs classes of one alphabet.*within_alphabet"),
         ({"episodes": "within_turned_alphabet", "rotations": "per_task"}, "turns all classes of a"),
         ({"episodes": "within_alphabet", "groups": ("a", "a", "b", "b", "b", "c", "c"),
-          "sizes": sizes(way=4)}, "train.way=4 is more than the 3 classes in an alphabet of"),
+          "sizes": sizes(way=4)}, "^way=4 is more than the 3 classes in an alphabet of"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_drawn_is_refused_with_both_numbers(

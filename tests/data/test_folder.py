@@ -246,6 +246,6 @@ def test_impossible_options_are_refused(
 def test_pictures_that_do_not_fit_into_memory_are_counted_first(
     one_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.sysconf", lambda _: 100)
+    monkeypatch.setattr("os.sysconf", lambda _: 90)
     with pytest.raises(ValueError, match=r"48 images of 8 x 8 take .* lower data.image_size"):
         folder(one_folder)

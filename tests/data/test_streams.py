@@ -102,7 +102,7 @@ def test_a_task_of_a_line_stream_is_one_line_and_its_held_out_rows_are_on_it() -
 
 
 def test_a_drifting_line_goes_in_equal_steps_to_where_the_held_out_rows_are() -> None:
-    source = lines(shot=5, order="drifting", tasks=2, x=[1.0, 1.0])
+    source = lines(shot=5, order="drifting", tasks=2, x=[1.0, 1.0 + 1e-12])
     batch = source.batch("test", 0, 1)
     # At x = 1 a line is a + b, so its values show the drift of the parameters.
     values = batch.support_y[0, :, 0]

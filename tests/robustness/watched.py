@@ -18,7 +18,7 @@ from typing import Any
 STARTS = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"}
 CONNECTS = {"socket.connect", "socket.bind", "socket.getaddrinfo", "socket.sendto"}
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.symlink", "os.link", "os.truncate"}
-OWN = {"git", "uname", "ldconfig", "fc-list"}
+OWN = {"git", "uname", "ldconfig", "fc-list", "system_profiler"}
 """Programs that metarun, Python and Matplotlib start to describe the machine."""
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -73,7 +73,7 @@ def main() -> None:
     for request in json.load(sys.stdin):
         os.chdir(request["folder"])
         watch.folder = Path(request["folder"])
-        watch.allowed = [Path(path) for path in request["allowed"]]
+        watch.allowed = [Path(path).resolve() for path in request["allowed"]]
         watch.events = []
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):

@@ -190,6 +190,13 @@ def test_wandb_online_without_a_key_says_what_to_do(
         WandB(mode="online").begin(start(tmp_path))
 
 
+def test_settings_of_wandb_that_came_with_a_run_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/settings").write_text("[default]\nbase_url = http://evil.example\n")
+    with pytest.raises(ValueError, match="settings could change where W&B sends the run"):
+        WandB().begin(start(tmp_path))
+
+
 def test_all_of_them_follow_a_run_of_the_command_line(metarun: Command) -> None:
     answer = metarun(*TINY, "hydra.run.dir=run", "logger=[tensorboard,mlflow,wandb]")
     assert (answer.code, answer.err) == (0, "")

@@ -29,7 +29,7 @@ from metarun.algorithms.functional import (
 )
 from metarun.algorithms.outer_optimizer import update_running_statistics
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.checks import at_least, positive, within
+from metarun.core.checks import positive, within
 from metarun.core.distributed import gather_rows
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
 
@@ -114,7 +114,7 @@ class Mixture(Algorithm):
     ) -> None:
         super().__init__(setup)
         check_inner_loop(inner_lr, inner_steps, second_order_from)
-        at_least("algo", 1, components=components)
+        within("algo", "[1, 1000]", components=components)
         start, end = (temperature,) * 2 if isinstance(temperature, int | float) else temperature
         positive("algo", temperature=start, anneal=anneal, concentration=concentration)
         positive("algo", temperature=end)

@@ -129,11 +129,13 @@ def test_a_linear_model_of_one_task_ends_at_least_squares() -> None:
     torch.testing.assert_close(mean[1:], exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_huge_decay_draws_the_models_to_zero() -> None:
     options = {"fit_steps": 1000, "fit_lr": 0.01, "penalty": "l2", "decay": 1e6}
     assert trained(regression_batch(SPEC), **options).abs().max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_huge_decay_draws_the_models_to_their_mean() -> None:
     batch = regression_batch(SPEC)
     algorithm = make(MultiTask, SPEC, MLP, fit_steps=1000, fit_lr=0.01, penalty="mean", decay=1e6)

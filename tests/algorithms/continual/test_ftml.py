@@ -208,6 +208,7 @@ def test_what_is_out_of_range_is_refused(options: dict[str, Any], says: str) -> 
         learner(**options)
 
 
+@pytest.mark.slow
 def test_in_hindsight_the_start_is_learned_of_all_tasks_and_then_stays() -> None:
     algorithm = learner(kind=FTMLHindsight, meta_updates=400)
     batch = trajectories()

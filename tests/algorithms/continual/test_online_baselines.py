@@ -167,6 +167,7 @@ def test_with_a_memory_of_everything_replay_draws_from_all_rows_before() -> None
     torch.testing.assert_close(weights(rollouts, 0), expected)
 
 
+@pytest.mark.slow
 def test_a_reservoir_holds_every_row_with_the_same_probability() -> None:
     strategy = Replay(memory=5)
     x = torch.arange(20.0)[:, None]
@@ -234,6 +235,7 @@ def test_ewc_asks_to_be_told_where_tasks_end() -> None:
         learner(EWC, stream=replace(LAYOUT, task_ids_known=False))
 
 
+@pytest.mark.slow
 def test_joint_training_solves_tasks_that_online_learning_forgets() -> None:
     """Three rows that one linear map fits, shown one after another many times."""
     stream = Stream(visits=(0, 1, 2), steps=60, rows=1, queries=1)
@@ -250,6 +252,7 @@ def test_joint_training_solves_tasks_that_online_learning_forgets() -> None:
     assert online.final() > 0.5
 
 
+@pytest.mark.slow
 def test_in_hindsight_everything_is_known_before_the_stream_begins_and_nothing_learned() -> None:
     """A linear network's minimum over all rows is the least-squares solution."""
     batch = trajectories()

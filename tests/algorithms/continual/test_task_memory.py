@@ -12,7 +12,7 @@ from torch import Tensor
 from metarun.algorithms.continual.task_memory import TaskMemory
 from metarun.core.types import Stream, TaskBatch
 from metarun.evaluation.stream_rollouts import Rollouts
-from tests.helpers import linear_backbone, make, regression_spec
+from tests.helpers import linear_backbone, make, regression_spec, slow
 
 STEPS, ROWS = 30, 2
 TRUTH = torch.tensor(
@@ -63,7 +63,7 @@ def learned(state: dict[str, Tensor]) -> Tensor:
     return state["weights"][:, 1:]
 
 
-@pytest.mark.parametrize("engine", ["loop", "vmap"])
+@pytest.mark.parametrize("engine", ["loop", slow("vmap")])
 @pytest.mark.parametrize("task_ids_known", [True, False])
 def test_a_task_that_returns_is_taken_up_where_it_was_left(
     engine: str, task_ids_known: bool

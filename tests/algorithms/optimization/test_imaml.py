@@ -22,6 +22,7 @@ from tests.helpers import (
     moved,
     regression_batch,
     regression_spec,
+    slow,
 )
 
 EXACT = {"proximal": "each_step", "cg_damping": 0.0, "lam_damping": 0.0}
@@ -107,7 +108,7 @@ def naive(batch: TaskBatch, algorithm: Any, i: int, **how: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("each", [False, True])
-@pytest.mark.parametrize("backbone", ["mlp", "mlp with batch norm", "conv4 stride"])
+@pytest.mark.parametrize("backbone", ["mlp", slow("mlp with batch norm"), slow("conv4 stride")])
 def test_with_enough_steps_it_is_a_dense_solve(backbone: str, each: bool) -> None:
     spec = image_spec()
     batch = image_batch(spec)

@@ -20,6 +20,7 @@ from tests.helpers import (
     moved,
     regression_batch,
     regression_spec,
+    slow,
 )
 
 OFF: dict[str, Any] = {
@@ -55,7 +56,7 @@ def trained(kind: Any, backbone: Any, regression: bool, **options: Any) -> Any:
 @pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
 @pytest.mark.parametrize("second_order_from", [0, 1, None])
 @pytest.mark.parametrize("adapt_norm", [True, False])
-@pytest.mark.parametrize("backbone", ["mlp with batch norm", "conv4 max-pool", "resnet12"])
+@pytest.mark.parametrize("backbone", ["mlp with batch norm", "conv4 max-pool", slow("resnet12")])
 def test_with_every_switch_off_it_is_maml_bit_for_bit(
     backbone: str, adapt_norm: bool, second_order_from: int | None, engine: str
 ) -> None:

@@ -27,6 +27,7 @@ from tests.helpers import (
     moved,
     regression_batch,
     regression_spec,
+    slow,
 )
 
 
@@ -120,7 +121,7 @@ def likelihood(algorithm: Any, batch: TaskBatch, sigma: float) -> float:
     return total
 
 
-@pytest.mark.parametrize("assign", ["soft", "hard"])
+@pytest.mark.parametrize("assign", ["soft", slow("hard")])
 def test_on_linear_gaussian_tasks_the_likelihood_never_falls_and_the_lines_are_found(
     assign: str,
 ) -> None:
@@ -289,6 +290,7 @@ def test_the_temperature_falls_by_the_same_factor_and_stays_at_its_end() -> None
     torch.testing.assert_close(believed(again, fits, 2), expected)
 
 
+@pytest.mark.slow
 def test_a_balanced_prior_lets_no_component_starve() -> None:
     spec = regression_spec()
     frozen = partial(OuterOptimizer, method="sgd", lr=1e-9)

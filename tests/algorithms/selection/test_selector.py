@@ -479,6 +479,7 @@ class TwoKinds:
         return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", ["pick", "weigh"])
 def test_it_learns_which_learner_suits_which_tasks(choice: str) -> None:
     source = TwoKinds()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from metarun.core.types import SPLITS
-from metarun.data import folder as folder_module
+from metarun.data import image_files
 from metarun.data.folder import Folder
 from metarun.data.storage import prepared_images as prepared_module
 from tests.data.sources import make_source, sizes, write_class_folders
@@ -32,13 +32,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Return the list of the files that are decoded from now on."""
     seen: list[Path] = []
-    read = folder_module.open_image
+    read = image_files.open_image
 
     def counted(path: Path) -> Any:
         seen.append(path)
         return read(path)
 
-    monkeypatch.setattr(folder_module, "open_image", counted)
+    monkeypatch.setattr(image_files, "open_image", counted)
     return seen
 
 

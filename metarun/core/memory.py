@@ -1,0 +1,45 @@
+"""Main memory: requests that cannot fit into this machine's, and errors of those that did not."""
+
+from __future__ import annotations
+
+import os
+import re
+
+
+def total() -> int | None:
+    """Return the memory of this machine in bytes; None where the system does not tell."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_fits(needed: int, what: str, remedy: str) -> None:
+    """Refuse a request that needs more memory than this machine has.
+
+    Args:
+        needed: Lower bound in bytes.
+        what: What takes the memory, as the subject of a sentence in the plural.
+        remedy: What to type instead.
+
+    Raises:
+        ValueError: The machine has less.
+    """
+    available = total()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{what} take {gigabytes(needed)} or more, and this machine has "
+            f"{gigabytes(available)}: {remedy}"
+        )
+
+
+def shortage(error: BaseException) -> str | None:
+    """Return in words that memory of the CPU was refused; None for other errors."""
+    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))
+    if asked:
+        return f"out of memory: {gigabytes(int(asked[1]))} were asked for at once"
+    return "out of memory" if isinstance(error, MemoryError) else None
+
+
+def gigabytes(size: int) -> str:
+    """Return a number of bytes in words."""
+    return f"{size / 1e9:,.1f} GB"
