@@ -409,6 +409,28 @@ def no_module() -> dict[str, int]:
     return {}
 
 
+class LikeMobileNet(nn.Module):
+    """A network with a part `features`, whose constructor takes any keyword."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        self.rest = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rest(self.features(x))
+        return out
+
+
+def test_features_of_a_network_are_its_outputs_also_if_a_part_has_this_name() -> None:
+    learner = make(ProtoNet, image_spec(), any_backbone(LikeMobileNet))
+    x = torch.randn(6, *image_spec().input_shape, dtype=learner.dtype)
+    params, ctx = dict(learner.net.named_parameters()), ForwardContext()
+    found = learner.features(learner.net, params, x, ctx)
+    assert found.shape == (6, 3)
+    torch.testing.assert_close(found, learner.net(x, ctx).flatten(1))
+
+
 class Pair(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x

@@ -238,7 +238,7 @@ def test_a_meta_test_takes_other_data_and_keeps_what_was_learned(
         (["algo=anil"], "algo cannot change in a meta-test"),
         (["data=lienar"], "data=lienar: did you mean linear?"),
         (["data.nosie=1"], "there is no key data.nosie: did you mean data.noise?"),
-        (["data=omniglot_small"], "way=1 is out of range"),
+        (["data=omniglot_small"], "way=1: expected 2 or more"),
         (["data=omniglot_small", "way=5"], "way=5: the run has a fixed head for regression"),
         (["way=5"], "way=5 has no meaning in a regression"),
         (["eval.episodes=1"], "eval.episodes=1: expected 2 or more"),

@@ -16,6 +16,7 @@ from metarun.algorithms.base import LearnerSetup, forward, with_tensors
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.network import Network
 from metarun.core.types import Adapted, Prediction
 
 
@@ -155,4 +156,10 @@ class FeatureLearner(EpisodicLearner):
 
 
 def _has_features(net: nn.Module) -> bool:
+    """Return whether a network holds a backbone as `features`, beside numbers of the method.
+
+    A backbone of a user may have a part of this name, too, as torchvision's have.
+    """
+    if isinstance(net, Network) or hasattr(net, "foreign_input"):
+        return False
     return any(name == "features" for name, _ in net.named_children())
