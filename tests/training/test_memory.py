@@ -45,7 +45,7 @@ class Memory(logging.Handler):
             sys.stderr.write(f"memory {record.args[0]} {resident} {sys.getallocatedblocks()}\n")  # type: ignore[index]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not STATM.exists(), reason="the memory of a process is read from /proc")
 @pytest.mark.parametrize("family", LEARNERS)
 def test_the_memory_of_a_run_does_not_grow_with_its_steps(family: str, tmp_path: Path) -> None:
