@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from metarun.core.errors import (
     EXIT_OK,
     describe_error,
 )
+from metarun.core.streams import flush_or_discard, open_closed_streams, unbroken_streams
 
 QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
@@ -76,14 +78,26 @@ Options:
 
 def entry() -> NoReturn:
     """Run the console script and exit the process."""
+    open_closed_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # As in `metarun list | head`: Python would report an error when it flushes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = EXIT_FAILED
-    sys.exit(code)
+    except (BrokenPipeError, KeyboardInterrupt) as stop:
+        # The first as in `metarun list | head`.
+        code = EXIT_INTERRUPTED if isinstance(stop, KeyboardInterrupt) else EXIT_FAILED
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    error = flush_or_discard(sys.stdout)
+    if error is not None and not isinstance(error, BrokenPipeError):
+        _say(f"error: standard output: {describe_error(error)}")
+    sys.exit(code if error is None else code or EXIT_FAILED)
+
+
+def _interrupt_once(*_: object) -> NoReturn:
+    """Raise KeyboardInterrupt at the first SIGINT alone: more would interrupt its handling."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,17 +117,22 @@ def main(argv: Sequence[str]) -> int:
             raise
         # An error before the processes are connected occurs in all of them: report it once.
         if place.rank == 0 or (not distributed.is_main() and distributed.should_report(error)):
-            print(f"error: {distributed.error_prefix()}{describe_error(error)}", file=sys.stderr)
+            _say(f"error: {distributed.error_prefix()}{describe_error(error)}")
         return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
     except KeyboardInterrupt:
         if place.rank == 0:
-            print("interrupted", file=sys.stderr)
+            _say("interrupted")
         return EXIT_INTERRUPTED
 
 
 def _with_home(word: str) -> str:
     """Replace the tilde of `KEY=~/path`, as shells do for a word that begins with one."""
     return re.sub(r"^([^=]+=[\"']?)~(?=[/\"']|$)", lambda key: key[1] + str(Path.home()), word)
+
+
+def _say(text: str) -> None:
+    with unbroken_streams():
+        print(text, file=sys.stderr)
 
 
 def _hush() -> None:
@@ -145,11 +164,12 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
         return _hand_over(args, _never)
     if args.help:
         return _help(args)
-    if place.size == 1 or args.cfg is not None or args.info is not None:
+    if args.cfg is not None or args.info is not None:
         return _application(args, argv)
-    distributed.start(place)
-    code = _application(args, argv)
-    distributed.stop()
+    with unbroken_streams():
+        distributed.start(place)
+        code = _application(args, argv)
+        distributed.stop()
     return code
 
 

@@ -30,7 +30,7 @@ from metarun.cli.parser import DEFAULT_CSV
 from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import csv_cell, write_new
-from metarun.data.storage.image_files import SUFFIXES
+from metarun.data.storage.image_files import suffixes
 from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -174,8 +174,8 @@ def find_queries(root: Path) -> Queries:
         left_out += others
     if not files:
         raise ValueError(
-            f"--query {root} has no images{_others(left_out)}: expected files named "
-            f"{', '.join(f'*{suffix}' for suffix in sorted(SUFFIXES))}"
+            f"--query {root} has no images{_others(left_out)}: expected files such as "
+            "*.png and *.jpg"
         )
     return Queries(root, sorted(files), left_out)
 
@@ -210,7 +210,7 @@ def _contents(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
         if child.is_dir():
             folders.append(child)
         # A broken link counts as an image, so that it is reported; reading a pipe would block.
-        elif child.suffix.lower() in SUFFIXES and (child.is_file() or not child.exists()):
+        elif child.suffix.lower() in suffixes() and (child.is_file() or not child.exists()):
             files.append(child)
         else:
             others.append(child)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import logging
 import math
 import typing
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from metarun.config.suggestions import unknown_key
 from metarun.config.trust import locate, without_places
 from metarun.core import distributed, memory
 from metarun.core.nested import flat
+from metarun.core.once import warn_once
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSize, LearnedState, SourceSetup, Split
 from metarun.execution.allocator import keep_large_blocks
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from metarun.algorithms.base import Algorithm, LearnerSetup
     from metarun.core.types import EpisodeSource
     from metarun.trackers.base import Tracker
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -298,12 +296,6 @@ def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
     return make if ours else AnyBackbone(node["_target_"], make)
 
 
-@functools.cache
-def _warn_once(text: str) -> None:
-    """Log a warning about a configuration, which is built in the check before a run and for it."""
-    _log.warning("%s", text)
-
-
 _REASONS: dict[str, str | None] = {}
 """Results of `reason_for_loop` by network."""
 
@@ -327,7 +319,7 @@ def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
             _REASONS[key] = reason_for_loop(net, shape, adapts=adapts)
         if _REASONS[key] is not None:
             name = settings.names["backbone"]
-            _warn_once(f"backbone={name} takes engine=loop: {_REASONS[key]}")
+            warn_once(f"backbone={name} takes engine=loop: {_REASONS[key]}")
             for part in algorithm.modules():
                 if isinstance(part, Algorithm):
                     part.engine = replace(part.engine, kind="loop", graph="none")

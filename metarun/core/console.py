@@ -8,13 +8,11 @@ terminal and kept elsewhere and in the log.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import sys
 import textwrap
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +28,7 @@ from rich.progress import (
 from metarun.core import distributed
 from metarun.core.measures import figure
 from metarun.core.results import Results, measures_of
+from metarun.core.streams import unbroken_streams
 
 BAR_SHOWS_IT = {"bar_shows_it": True}
 FILE_ONLY = {"file_only": True}
@@ -66,7 +65,6 @@ class Screen:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
         self._progress: Progress | None = None
-        self._closed = False
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -77,7 +75,7 @@ class Screen:
         logger.handlers[:] = [handler]
         logger.setLevel(logging.INFO)
         try:
-            with self._with_progress():
+            with unbroken_streams(), self._with_progress():
                 yield
         finally:
             logger.handlers[:] = before
@@ -98,23 +96,19 @@ class Screen:
 
     def show(self, record: logging.LogRecord) -> None:
         """Write one log record."""
-        if getattr(record, "file_only", False) or self._closed or self.console.quiet:
+        if getattr(record, "file_only", False) or self.console.quiet:
             return
         if self._progress is not None and getattr(record, "bar_shows_it", False):
             return
         text = record.getMessage()
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname.lower()}: {text}"
-        if self._progress is not None:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-            return
-        try:
-            print(text, file=self.console.file, flush=True)
-        except OSError:
-            # The pipe is closed or the disk is full: the run continues without output.
-            self._closed = True
-            if self.console.file is sys.stdout:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A console of one's own may have another file than the standard streams.
+        with suppress(OSError):
+            if self._progress is None:
+                print(text, file=self.console.file, flush=True)
+            else:
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def _with_progress(self) -> Iterator[None]:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from metarun.core import seeding
 from metarun.core.checks import at_least, within
+from metarun.core.once import warn_once
 from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.data.image_files import Classes, ImageFiles
 from metarun.data.storage import registry
-from metarun.data.storage.image_files import SUFFIXES
+from metarun.data.storage.image_files import suffixes
 
 _WORDS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
     "val": ("val", "validation", "valid"),
     "test": ("test",),
 }
+
+
+_NAMED = 5
+"""Most classes and suffixes that a warning names."""
 
 
 class Folder(ImageFiles):
@@ -85,6 +92,7 @@ def list_folder(
             "class to train on: their sum has to be less than 1"
         )
     folders = _split_folders(root)
+    _tell_other_files(root, folders.values() or [root])
     if folders:
         return _disjoint(root, {s: _classes(f, min_per_class) for s, f in folders.items()})
     return _hashed_split(_classes(root, min_per_class), root, val_fraction, test_fraction)
@@ -110,14 +118,9 @@ def _split_folders(base: Path) -> dict[Split, Path]:
 
 def _classes(folder: Path, min_per_class: int | None) -> Classes:
     found: Classes = {}
-    for child in sorted(folder.iterdir()):
-        if not child.is_dir() or child.name.startswith((".", "__")):
-            continue
-        files = sorted(
-            file
-            for file in child.iterdir()
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        )
+    small: list[str] = []
+    for child in _class_folders(folder):
+        files = sorted(file for file in child.iterdir() if _is_image(file))
         if min_per_class is None and not files:
             raise ValueError(
                 f"{child} has no images: put some in, or set data.min_per_class=1 to leave out "
@@ -125,12 +128,51 @@ def _classes(folder: Path, min_per_class: int | None) -> Classes:
             )
         if len(files) >= (min_per_class or 1):
             found[child.name] = files
+        else:
+            small.append(child.name)
     if not found:
         least = "" if min_per_class is None else f" with {min_per_class} images or more"
         raise ValueError(
             f"{folder} has no class folders{least}: one folder for each class is expected"
         )
+    if small:
+        classes = f"{len(small)} of {len(small) + len(found)} classes"
+        more = ", …" if len(small) > _NAMED else ""
+        warn_once(
+            f"{folder}: data.min_per_class={min_per_class} leaves out {classes}: "
+            f"{', '.join(small[:_NAMED])}{more}"
+        )
     return found
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    return sorted(
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith((".", "__"))
+    )
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in suffixes() and not file.name.startswith(".")
+
+
+def _tell_other_files(root: Path, folders: Iterable[Path]) -> None:
+    """Warn of what class folders have besides images, with its number."""
+    kinds = Counter(
+        "a folder" if file.is_dir() else file.suffix.lower() or "no suffix"
+        for folder in folders
+        for child in _class_folders(folder)
+        for file in child.iterdir()
+        if not file.name.startswith(".") and not _is_image(file)
+    )
+    if kinds:
+        total = sum(kinds.values())
+        ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+        listed = ", ".join(f"{kind}: {count}" for kind, count in ordered[:_NAMED])
+        more = ", …" if len(kinds) > _NAMED else ""
+        what = f"{total} {'entry' if total == 1 else 'entries'}"
+        warn_once(f"{root}: {what} of class folders left out, not images ({listed}{more})")
 
 
 def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:

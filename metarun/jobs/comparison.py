@@ -22,14 +22,16 @@ from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import interval_record
+from metarun.core.streams import unbroken_streams
 from metarun.jobs.checks import check_jobs
-from metarun.jobs.ensure import ensure_finished
+from metarun.jobs.ensure import ensure_finished, is_finished
 from metarun.reporting.comparison_tables import Row, comparison, stream_comparison
 from metarun.reporting.references import folders_of
 from metarun.reporting.results import UNTRAINED, Result, read_result
 from metarun.runs.folder import RunFolder
 
 
+@unbroken_streams()
 def compare(
     words: Sequence[str],
     folder: Path,
@@ -117,7 +119,7 @@ def result_of(job: Job) -> Result | None:
 
 def _run_missing(plan: Sequence[Job], config_dir: str | None) -> list[Path]:
     """Start or continue all unfinished runs; return the folders of those that failed."""
-    missing = [job for job in plan if result_of(job) is None]
+    missing = [job for job in plan if not is_finished(job.folder)]
     check_jobs([job for job in missing if not job.folder.exists()])
     print(f"{len(plan) - len(missing)} of {len(plan)} runs are finished", flush=True)
     failed: list[Path] = []

@@ -86,9 +86,10 @@ def _begun(folder: Path) -> bool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether the status of a folder's run is `finished`; False if it is unreadable."""
+    """Return whether a folder's run is finished and its results can be read."""
+    run = RunFolder(folder)
     with suppress(OSError, ValueError):
-        return bool(RunFolder(folder).status().get("state") == "finished")
+        return run.status().get("state") == "finished" and run.damage_of_results() is None
     return False
 
 

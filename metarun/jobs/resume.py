@@ -130,7 +130,7 @@ def _continued(
             refuse_change(key, stored, f"a resumed run: only {', '.join(RESUMABLE)} can")
     config = with_values(config, typed)
     settings = check_config(config)
-    if run.status().get("state") == "finished" and settings.train.steps <= stored["train"]["steps"]:
+    if settings.train.steps <= stored["train"]["steps"] and run.is_complete():
         return None
     with trust.stored(named, config_dir), warnings_held():
         for line in _changes(run, stored, typed, config_dir):

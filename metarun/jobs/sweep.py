@@ -40,6 +40,8 @@ from metarun.jobs.ensure import Outcome, ensure_finished, is_finished
 from metarun.jobs.train import from_hydra
 from metarun.reporting import published
 from metarun.runs.folder import RunFolder
+from metarun.runs.lines import Lines
+from metarun.training.signals import HANGUP, received_by, say
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -337,39 +339,32 @@ class _Stop:
 
 @contextmanager
 def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
-    """Save and stop all runs at the first SIGINT or SIGTERM; stop at once at the second.
+    """Save and stop all runs at the first SIGINT, SIGTERM or SIGHUP; stop at once at the second.
 
     Args:
         journal: Journal of the sweep.
         detached: Whether the runs are jobs of a cluster, which continue: only the waiting ends.
     """
     stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
 
     def receive(signum: int, _: FrameType | None) -> None:
+        if stop.signum and signum == HANGUP:  # a terminal that closes may send several
+            return
         if stop.signum or detached:
             stop.signum = signum
             if detached:
-                os.write(
-                    2, b"\nno longer waiting: the cluster's jobs continue (scancel stops them)\n"
-                )
+                say("no longer waiting: the cluster's jobs continue (scancel stops them)")
             raise KeyboardInterrupt
         stop.signum = signum
-        os.write(2, b"\nsaving and stopping all runs; repeat the signal to stop at once\n")
+        say("saving and stopping all runs; repeat the signal to stop at once")
         journal.add("stop")
         for start in journal.running().values():
             if start["host"] == socket.gethostname() and start["process"] != os.getpid():
                 with suppress(OSError):
                     os.kill(start["process"], signal.SIGTERM)
 
-    before = {code: signal.signal(code, receive) for code in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with received_by(receive):
         yield stop
-    finally:
-        for code, handler in before.items():
-            signal.signal(code, handler)
 
 
 class _Monitor:
@@ -441,11 +436,11 @@ def _reached(folder: Path) -> str:
 
 def _progress(folder: Path) -> tuple[str, str]:
     """Return the progress of a run, such as `500/4000`, and its last line of metrics."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(OSError, ValueError, IndexError):
         steps = RunFolder(folder).status().get("steps", "?")
         with (folder / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
-            line = json.loads(file.read().splitlines()[-1])
+            line = Lines.of(file.read()).records[-1]
         shown = [f"{k} {number(v)}" for k, v in line.items() if k != "step" and v is not None]
         return f"{line['step']}/{steps}", "  ".join(shown)
     return "", "starting"

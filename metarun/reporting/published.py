@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
+from zipfile import is_zipfile
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -118,8 +120,7 @@ def tell_damaged(runs: Iterable[Run]) -> int:
     damaged = [run for run in runs if run.status["state"] == DAMAGED]
     for run in damaged:
         print(
-            f"error: {run.path} is damaged: {run.status['why']}: remove the folder and repeat "
-            "the command that created it",
+            f"error: {run.path} is damaged: {run.status['why']}: {run.status['remedy']}",
             file=sys.stderr,
         )
     return len(damaged)
@@ -150,7 +151,19 @@ def _read(folder: Path) -> Run:
     # YAML, numpy and json raise errors of many unrelated classes.
     except Exception as error:
         why = " ".join(str(error).split()).removeprefix(f"{folder}/")
-        return Run(folder, {}, (), None, {"state": DAMAGED, "why": why})
+        return Run(folder, {}, (), None, {"state": DAMAGED, "why": why, "remedy": _remedy(run)})
+
+
+def _remedy(run: RunFolder) -> str:
+    """Return what to type for a damaged run."""
+    remove = "remove the folder and repeat the command that created it"
+    with suppress(OSError, ValueError):
+        run.configuration()
+        finished = run.status().get("state") == "finished"
+        # Torch is not imported to read the checkpoint, which a resume does.
+        if finished and run.damage_of_results() and is_zipfile(run.path / "checkpoints/last.pt"):
+            return f"`metarun resume={run.path}` makes its meta-test again"
+    return remove
 
 
 def with_shared(runs: Iterable[Run]) -> Iterator[Run]:

@@ -12,17 +12,29 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from metarun.core.archives import read_arrays
 from metarun.core.errors import one_line
-from metarun.core.files import DISK_FULL, open_inside, to_json, write_atomically
+from metarun.core.files import (
+    DISK_FULL,
+    open_inside,
+    refuse_link,
+    to_json,
+    write_atomically,
+    write_new,
+)
 from metarun.core.literals import find_interpolation, read_literals
 from metarun.core.nested import finite
+from metarun.core.once import warn_once
 from metarun.core.results import Results, completed
 from metarun.core.types import Record
 from metarun.runs.formats import check_format
+from metarun.runs.lines import Lines, damage, number_of
 
 State = Literal["running", "finished", "failed", "interrupted"]
 RESULTS = "results.json"
 _GROWING = ("metrics.jsonl", "timing.jsonl")
+
+_log = logging.getLogger(__name__)
 
 
 class Records:
@@ -125,6 +137,35 @@ class Records:
         check_format(self._file(RESULTS), record)
         return completed(record)
 
+    def is_complete(self) -> bool:
+        """Return whether the run is finished and the files of its meta-test can be read.
+
+        It warns if they cannot: their meta-test can be made again.
+        """
+        if self.status().get("state") != "finished":
+            return False
+        why = self.damage_of_results()
+        if why is not None:
+            warn_once(f"{why}: the meta-test is made again")
+        return why is None
+
+    def damage_of_results(self) -> str | None:
+        """Return what is wrong with the files of the meta-test; None if nothing is.
+
+        A format of another version is not damage.
+        """
+        results, arrays = self._file(RESULTS), self._file("episodes.npz")
+        try:
+            record = self.read_json(RESULTS)
+            if not isinstance(record, dict) or not record:
+                return f"{results} is damaged: it holds no results"
+            read_arrays(arrays)
+        except FileNotFoundError as error:
+            return f"{error.filename} is missing"
+        except (OSError, ValueError) as error:
+            return one_line(error)
+        return None
+
     # Logs that grow.
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
@@ -134,16 +175,25 @@ class Records:
             file.write(line.encode())
 
     def read_lines(self, name: str) -> list[Record]:
-        """Return the complete lines of a growing file; an empty list if it does not exist."""
-        if not self.has(name):
-            return []
-        lines: list[Record] = []
-        for text in self._file(name).read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:
-                break
-        return lines
+        """Return the whole lines of a growing file, and warn of lines that are left out.
+
+        The list is empty if the file does not exist.
+        """
+        path = self._file(name)
+        data = path.read_bytes() if path.exists() else b""
+        lines = Lines.of(data)
+        status = self.status() if self.has("status.json") else {}
+        state, step = status.get("state"), status.get("step")
+        damaged = lines.damaged
+        # The last line of a run that goes on may be half written.
+        if damaged and not data.endswith(b"\n") and state == "running":
+            damaged -= 1
+        if damaged:
+            warn_once(f"{path}: {number_of(damaged, 'damaged line')} left out")
+        # A finished run has logged its last step.
+        if state == "finished" and isinstance(step, int) and lines.end < step:
+            warn_once(f"{path}: nothing after step {lines.end} of {step}")
+        return lines.records
 
     def lengths(self) -> dict[str, int]:
         """Sync the growing files to disk and return their lengths in bytes."""
@@ -154,14 +204,41 @@ class Records:
                 lengths[name] = file.tell()
         return lengths
 
-    def cut(self, lengths: Mapping[str, int]) -> None:
-        """Truncate the growing files to the lengths in a checkpoint, with any partial line."""
+    def cut(self, lengths: Mapping[str, int], step: int) -> bool:
+        """Truncate the growing files to the lengths in a checkpoint, with any partial line.
+
+        A file that was damaged since then goes on with its whole lines; the damaged one is kept as
+        `metrics.damaged.jsonl`.
+
+        Args:
+            lengths: Lengths in bytes, by name.
+            step: Step of the checkpoint.
+
+        Returns:
+            Whether a file was damaged, so that the lengths in the checkpoint no longer hold.
+        """
+        was_damaged = False
         for name in _GROWING:
-            path = self._file(name)
-            length = lengths.get(name, 0)
-            if path.exists() and path.stat().st_size > length:
-                with open_inside(self._file(name), "r+b") as file:
+            path, length = self._file(name), lengths.get(name, 0)
+            refuse_link(path)
+            data = path.read_bytes() if path.is_file() else b""
+            what = damage(data, length, step)
+            if what is not None:
+                was_damaged = True
+                self._repair(path, data, step, what)
+            elif len(data) > length:
+                with open_inside(path, "r+b") as file:
                     file.truncate(length)
+        return was_damaged
+
+    def _repair(self, path: Path, data: bytes, step: int, what: str) -> None:
+        """Replace a damaged log by its whole lines up to a step, and keep it beside them."""
+        lines = Lines.of(data, until=step)
+        kept = f"{number_of(len(lines.records), 'whole line')} kept"
+        if data:
+            kept += f", the damaged file is {_put_aside(path, data).name}"
+        write_atomically(path, lines.data)
+        _log.warning("%s was damaged after step %d was saved (%s): %s", path, step, what, kept)
 
     @contextlib.contextmanager
     def logging(self) -> Iterator[None]:
@@ -183,6 +260,16 @@ class Records:
 
     def _file(self, name: str) -> Path:
         return self.path / name
+
+
+def _put_aside(path: Path, data: bytes) -> Path:
+    """Write the content of a damaged log into a new file next to it, and return its path."""
+    number = 1
+    while True:
+        aside = path.with_suffix(f".damaged{'' if number == 1 else f'-{number}'}.jsonl")
+        with contextlib.suppress(FileExistsError):
+            return write_new(aside, data)
+        number += 1
 
 
 def _literals(path: Path) -> Any:

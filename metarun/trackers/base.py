@@ -281,7 +281,7 @@ def _identity(run: Run) -> dict[str, Any]:
 
 def _written(run: Run) -> Iterator[Line]:
     """Yield the lines of metrics in a run's folder, in order; values that were null are NaN."""
-    rates = {line["step"]: line["tasks_per_second"] for line in run.read_lines("timing.jsonl")}
+    rates = {line["step"]: line.get("tasks_per_second") for line in run.read_lines("timing.jsonl")}
     for line in run.read_lines("metrics.jsonl"):
         step = line.pop("step")
         if any(name.startswith("train/") for name in line) and step in rates:

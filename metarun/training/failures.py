@@ -40,7 +40,7 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
     """Write the status of a run if the block ends early, and raise an error of one line.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM was received.
+        Interrupted: SIGINT, SIGTERM or SIGHUP was received.
         RunError: The user can fix the cause: a value is not finite, the disk or the memory is
             full, or another process has ended.
     """
@@ -49,7 +49,8 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
     except (StopRequestedError, KeyboardInterrupt):
         signum = signals.signum or int(signal.SIGINT)
         run.set_status("interrupted", step=at.saved, signal=signum)
-        text = f"saved at step {at.saved}; `metarun resume={run.path}` continues"
+        kept = "nothing is saved" if at.saved is None else f"saved at step {at.saved}"
+        text = f"{kept}; `metarun resume={run.path}` continues"
         _log.info(text, extra=FILE_ONLY)
         raise Interrupted(signum, text) from None
     except (ProcessLost, NonFiniteError, RuntimeError, MemoryError, OSError) as error:

@@ -57,9 +57,15 @@ def meta_test(
 
     Raises:
         ValueError: The run has no checkpoint, or it does not fit the algorithm.
-        Interrupted: SIGINT or SIGTERM was received.
+        Interrupted: SIGINT, SIGTERM or SIGHUP was received.
     """
-    with screen.attached(), Signals() as signals, _removed_if_empty(folder):
+    signals = Signals()
+    with (
+        signals.received(),
+        screen.attached(),
+        _removed_if_empty(folder),
+        signals.abortable(),
+    ):
         began = time.perf_counter()
         kind, checkpoint = distributed.on_main(lambda: _learned(run))
         with distributed.agreed():

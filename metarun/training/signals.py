@@ -1,11 +1,12 @@
-"""SIGINT and SIGTERM as a request to stop, which the training loop checks."""
+"""SIGINT, SIGTERM and SIGHUP as a request to stop, which the training loop checks."""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -21,26 +22,59 @@ class StopRequestedError(Exception):
         self.signum = signum
 
 
-class Signals:
-    """A context in which SIGINT and SIGTERM set a request to stop, which `check` raises.
+HANGUP = getattr(signal, "SIGHUP", None)
+"""The signal of a closed terminal; None on Windows."""
 
-    A second signal raises KeyboardInterrupt at once.
+Receive = Callable[[int, FrameType | None], None]
+
+
+@contextmanager
+def received_by(receive: Receive) -> Iterator[None]:
+    """Let a function receive SIGINT, SIGTERM and SIGHUP, where they would end the process."""
+    before: dict[int, Any] = {}
+    # Python allows handlers in the main thread only; in others the caller's remain.
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM, HANGUP):
+            # `nohup` ignores the end of the terminal.
+            if signum is not None and (
+                signum != HANGUP or signal.getsignal(signum) is not signal.SIG_IGN
+            ):
+                before[signum] = signal.signal(signum, receive)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class Signals:
+    """The request to stop of a signal, which `check` raises.
+
+    Attributes:
+        signum: The first signal received; None before.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self._before: dict[int, Any] = {}
+        self._can_abort = False
 
-    def __enter__(self) -> Signals:
-        # Python allows handlers in the main thread only; in others the caller's remain.
-        if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
-                self._before[signum] = signal.signal(signum, self._receive)
-        return self
+    @contextmanager
+    def received(self) -> Iterator[None]:
+        """Receive signals within the block."""
+        with received_by(self._receive):
+            yield
 
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+    @contextmanager
+    def abortable(self) -> Iterator[None]:
+        """Let a second signal raise KeyboardInterrupt within the block, once.
+
+        What follows, such as the status of the run, is written however many signals come.
+        """
+        self._can_abort = True
+        try:
+            yield
+        finally:
+            self._can_abort = False
 
     def check(self, _: int = 0) -> None:
         """Raise StopRequestedError if any process received a signal.
@@ -53,14 +87,21 @@ class Signals:
             raise StopRequestedError(signum)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
+        if self.signum is None:
+            self.signum = signum
+            if distributed.is_main():
+                say("saving and stopping; repeat the signal to stop at once")
+        # A terminal that closes may send several.
+        elif self._can_abort and signum != HANGUP:
+            self._can_abort = False
             raise KeyboardInterrupt
-        self.signum = signum
-        if not distributed.is_main():
-            return
-        # Not by logging: the signal may have interrupted a logging call.
-        with suppress(OSError):
-            os.write(2, b"\nsaving and stopping; repeat the signal to stop at once\n")
+
+
+def say(text: str) -> None:
+    """Write a line to the standard error from a handler of signals."""
+    # Not by logging: the signal may have interrupted a logging call.
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def ticker(bar: Bar, signals: Signals) -> Any:

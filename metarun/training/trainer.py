@@ -68,9 +68,11 @@ def train(
         ValueError: The folder is in use, or its checkpoint does not fit; nothing has changed.
         RunError: The run stopped: a value is not finite, the disk or the memory is full, or
             another process has ended.
-        Interrupted: SIGINT or SIGTERM was received; the run is saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP was received; the run is saved.
     """
-    with screen.attached(), run.locked(), run.logging(), Signals() as signals:
+    signals = Signals()
+    # The last context to end, so that no signal interrupts the end of the others.
+    with signals.received(), screen.attached(), run.locked(), run.logging():
         loop = _Loop(
             algorithm,
             source,
@@ -85,7 +87,7 @@ def train(
         )
         run.path = distributed.on_main(lambda: run.path)
         loop.restore()
-        with outcome(run, signals, loop.state):
+        with outcome(run, signals, loop.state), signals.abortable():
             loop.begin()
             loop.train()
             return loop.finish()
@@ -143,7 +145,9 @@ class _Loop:
         if self.state.step < self.settings.steps:
             # The run goes on beyond its former end, and with it the meta-test.
             self.state.test = None
-        self.run.cut(checkpoint["lengths"])
+        lengths, step = checkpoint["lengths"], self.state.step
+        if distributed.on_main(lambda: self.run.cut(lengths, step)):
+            self.save()
 
     def _last(self) -> Record | None:
         checkpoint = self.run.load_last()
@@ -154,7 +158,7 @@ class _Loop:
             raise ValueError(
                 f"train.steps={total}: the run has already made {step} steps: use more"
             )
-        if step == total and self.run.status().get("state") == "finished":
+        if step == total and self.run.is_complete():
             raise ValueError(f"{self.run.path} is finished: use a larger train.steps to continue")
         return checkpoint
 
@@ -173,7 +177,7 @@ class _Loop:
         }
         state = self.state
         if state.saved is None:
-            self.run.cut({})
+            self.run.cut({}, 0)
             self.run.write_json("environment.json", here)
             self.save()
             self._tell_frozen()

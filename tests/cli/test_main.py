@@ -408,7 +408,7 @@ def test_an_experiment_is_itself_the_recipe(metarun: Command, tmp_path: Path) ->
     assert "no recipe" not in answer.err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
     number: signal.Signals, tmp_path: Path
 ) -> None:

@@ -410,7 +410,7 @@ def test_examples_that_are_unfit_are_named(
     [
         (broken, "ga/02.png cannot be read as an image"),
         (gone, "few does not exist: expected a folder"),
-        (bare, "few has no images: expected files named *.bmp, *.gif"),
+        (bare, "few has no images: expected files such as *.png and *.jpg"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )

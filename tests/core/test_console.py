@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import math
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rich.console import Console
 
 from metarun.core.console import BAR_SHOWS_IT, FILE_ONLY, Screen, duration, summary
 from metarun.core.measures import figure, number
+from metarun.core.streams import unbroken_streams
 from tests.tiny_run import go
 
 RESULTS = {
@@ -90,6 +93,25 @@ def test_a_reader_that_goes_away_does_not_stop_the_run(tmp_path: Path) -> None:
             raise BrokenPipeError
 
     assert go(tmp_path, screen=Screen(Console(file=Gone())), steps=20)["steps"] == 20
+
+
+def test_streams_that_fail_end_nothing_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dead(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", Dead())
+    monkeypatch.setattr(sys, "stderr", ascii_only)
+    before = sys.stdout, sys.stderr
+    with unbroken_streams(), unbroken_streams():
+        print("lost", flush=True)
+        print("93 ± 1", file=sys.stderr)
+    assert (sys.stdout, sys.stderr) == before
+    assert ascii_only.buffer.getvalue() == b"93 ? 1\n"
 
 
 def test_the_handlers_of_the_caller_are_set_aside_and_come_back() -> None:

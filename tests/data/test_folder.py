@@ -15,7 +15,7 @@ from PIL import Image
 
 from metarun.core.types import SPLITS, EpisodeSize
 from metarun.data.folder import Folder, list_folder
-from metarun.data.storage.image_files import photograph
+from metarun.data.storage.image_files import open_image, photograph
 from tests.data.sources import make_source, sizes, write_class_folders, write_photos
 
 NAMES = [f"class{number}" for number in range(12)]
@@ -150,6 +150,49 @@ def test_small_classes_can_be_dropped(split_folders: Path) -> None:
     write_photos(split_folders / "train" / "rare", 1)
     source = folder(split_folders, min_per_class=3)
     assert "rare" not in source.class_names("train")
+
+
+def test_what_is_left_out_is_counted_once(
+    split_folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = split_folders / "train" / "class1"
+    for name in ("a.txt", "b.TXT", "film.mpg", "page.eps", "README", ".hidden"):
+        (place / name).write_text("no image")
+    (place / "more").mkdir()
+    for _ in range(2):
+        folder(split_folders)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{split_folders}: 6 entries of class folders left out, not images "
+        "(.txt: 2, .eps: 1, .mpg: 1, a folder: 1, no suffix: 1)"
+    ]
+    caplog.clear()
+    write_photos(split_folders / "train" / "rare", 1)
+    write_photos(split_folders / "train" / "odd", 2)
+    for _ in range(2):
+        folder(split_folders, min_per_class=3)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{split_folders / 'train'}: data.min_per_class=3 leaves out 2 of 6 classes: odd, rare"
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".AVIF", ".jp2", ".tga", ".png", ".Webp"])
+def test_images_of_every_suffix_that_pillow_reads_are_taken(
+    suffix: str, split_folders: Path
+) -> None:
+    if suffix.lower() not in Image.registered_extensions():
+        pytest.skip("this Pillow does not read it")
+    file = split_folders / "train" / "class1" / f"one{suffix}"
+    Image.new("RGB", (8, 8), "red").save(file)
+    images = [image for group in list_folder(split_folders)["train"].values() for image in group]
+    assert file in images
+    assert open_image(file).size == (8, 8)
+
+
+def test_postscript_is_not_run_even_under_the_name_of_an_image(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        open_image(tmp_path / "a.png")
 
 
 def test_an_unreadable_picture_is_named(one_folder: Path) -> None:

@@ -65,6 +65,44 @@ def test_a_finished_run_says_so_and_stays_as_it_is(metarun: Command, run: Path) 
     assert files(run) == before
 
 
+def test_damaged_results_of_a_finished_run_are_made_again(metarun: Command, run: Path) -> None:
+    before = json.loads((run / "results.json").read_text())
+    for name in ("results.json", "episodes.npz"):
+        (run / name).write_bytes((run / name).read_bytes()[:100])
+        answer = metarun("table", str(run))
+        assert answer.code == 1
+        assert f"{name} is damaged" in answer.err or f"{name}: " in answer.err
+        assert f"`metarun resume={run}` makes its meta-test again" in answer.err
+        assert "remove the folder" not in answer.err
+        answer = metarun(f"resume={run}")
+        assert answer.code == 0, answer.err
+        assert answer.err.count("the meta-test is made again") == 1
+        after = json.loads((run / "results.json").read_text())
+        assert {**after, "seconds": 0} == {**before, "seconds": 0}
+        assert metarun("table", str(run)).code == 0
+    (run / "results.json").unlink()
+    assert "results.json is missing: the meta-test is made" in metarun(f"resume={run}").err
+    assert json.loads((run / "results.json").read_text())["test"] == before["test"]
+
+
+def test_results_of_a_newer_version_are_not_made_again(metarun: Command, run: Path) -> None:
+    record = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps({**record, "format": 99}))
+    assert "is finished after 4 steps" in metarun(f"resume={run}").out
+
+
+def test_lines_that_a_report_leaves_out_are_counted_once(metarun: Command, run: Path) -> None:
+    log = run / "metrics.jsonl"
+    first, rest = log.read_bytes().split(b"\n", 1)
+    log.write_bytes(first[:-9] + b"\n" + rest + b"garbage")
+    answer = metarun("report", str(run))
+    assert answer.code == 0, answer.err
+    assert answer.err == f"warning: {log}: 2 damaged lines left out\n"
+    log.write_bytes(first + b"\n")
+    step = json.loads(first)["step"]
+    assert metarun("report", str(run)).err == f"warning: {log}: nothing after step {step} of 4\n"
+
+
 def test_a_finished_run_goes_on_to_more_steps_and_remembers_them(
     metarun: Command, run: Path
 ) -> None:

@@ -206,12 +206,20 @@ def test_a_damaged_run_is_named_and_hides_no_other(metarun: Command, tmp_path: P
     words = ["-m", "data=linear", "algo=maml,anil", *SMALL]
     assert metarun(*words).code == 0
     (results,) = (tmp_path / "outputs/sweeps").glob("algo=anil*/results.json")
-    results.write_text("{")
-    for answer in (metarun("table", "outputs"), metarun(*words)):
+    config = results.with_name("config.yaml")
+    whole = config.read_text()
+    for damaged, remedy in ((config, "remove the folder"), (results, "metarun resume=")):
+        config.write_text(whole)
+        damaged.write_text("{")
+        answer = metarun("table", "outputs")
         assert answer.code == 1
-        assert f"{results.parent.name} is damaged: results.json" in answer.err
-        assert "remove the folder" in answer.err
+        assert f"{results.parent.name} is damaged: {damaged.name}" in answer.err
+        assert remedy in answer.err
         assert "algo=maml" in answer.out.split("meta-test")[1]
+    answer = metarun(*words)
+    assert answer.code == 0, answer.err
+    assert "results.json is damaged" in answer.err
+    assert "algo=anil" in answer.out.split("meta-test")[1]
 
 
 def test_a_learner_without_training_steps_has_a_word() -> None:

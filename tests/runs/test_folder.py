@@ -196,10 +196,27 @@ def test_growing_files_are_cut_to_what_a_checkpoint_knew(run: RunFolder) -> None
         file.write('{"step": 3, "tra')
     text = (run.path / "metrics.jsonl").read_text()
     assert text.splitlines()[1] == '{"step": 2, "train/loss": null}'
-    run.cut(lengths)
+    run.cut(lengths, 1)
     assert (run.path / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.1}\n'
-    run.cut({})
+    run.cut({}, 0)
     assert (run.path / "metrics.jsonl").read_text() == ""
+
+
+def test_lines_that_are_none_are_left_out_and_counted_once(
+    run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = [{"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": None}]
+    texts = [json.dumps(whole[0]), "5", '{"step": "1"}', '{"a": 1}', '{"step": 3, "b": "c"}']
+    texts += ["[" * 9999, "\x00", "{", "", json.dumps(whole[1]), '{"step": 4, "tra']
+    (run.path / "metrics.jsonl").write_text("\n".join(texts))
+    assert run.read_lines("metrics.jsonl") == run.read_lines("metrics.jsonl") == whole
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{run.path / 'metrics.jsonl'}: 7 damaged lines left out"
+    ]
+    # The last line is being written, unless the run has ended.
+    run.set_status("failed", step=2)
+    run.read_lines("metrics.jsonl")
+    assert "8 damaged lines" in caplog.text
 
 
 def test_records_are_strict_json(run: RunFolder) -> None:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from metarun.core.errors import Interrupted, RunError
+from metarun.runs import lock, records
 from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
-from tests.tiny_run import go, make_algorithm, same_state
+from metarun.training import failures, trainer
+from tests.tiny_run import Watched, go, make_algorithm, same_state
+
+fcntl = pytest.importorskip("fcntl")
+termios = pytest.importorskip("termios")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the tiny run forks")
 
@@ -55,6 +68,108 @@ def test_a_run_killed_at_random_lines_equals_the_whole_run(seed: int, tmp_path: 
     assert [json.loads(line)["step"] for line in times] == [*range(7, 60, 7), 60]
 
 
+COMMAND = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", "device=cpu"]
+COMMAND += ["hydra.run.dir=run", "train.tasks_per_step=1", "train.log_every=10"]
+COMMAND += ["eval.episodes=4", "eval.val_episodes=4", "train.eval_every=1000000"]
+SHORT, ENDLESS = "train.steps=200", "train.steps=1000000"
+
+
+def until_it_trains(process: subprocess.Popen[Any], run: Path) -> None:
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_closed_terminal_saves_a_run_or_does_not_touch_it(nohup: bool, tmp_path: Path) -> None:
+    ours, theirs = os.openpty()
+
+    def open_terminal() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    process = subprocess.Popen(
+        [*COMMAND, SHORT if nohup else ENDLESS],
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=open_terminal,
+    )
+    os.close(theirs)
+    until_it_trains(process, tmp_path / "run")
+    os.close(ours)
+    code = process.wait(timeout=300)
+    status = RunFolder.open(tmp_path / "run").status()
+    if nohup:
+        assert (code, status["state"], status["step"]) == (0, "finished", 200)
+    else:
+        assert (code, status["state"], status["signal"]) == (129, "interrupted", 1)
+        text = f"saved at step {status['step']}; `metarun resume=run` continues"
+        assert status["step"] >= 10
+        assert text in (tmp_path / "run" / "metarun.log").read_text()
+
+
+@pytest.mark.parametrize("output", [">/dev/full 2>&1", ">&-", ">&- 2>&-"])
+def test_a_screen_that_fails_ends_no_run(output: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"{shlex.join([*COMMAND, SHORT])} {output}",
+        shell=True,
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert "error" not in done.stderr
+    assert RunFolder.open(tmp_path / "run").status()["state"] == "finished"
+
+
+def test_eight_quick_signals_leave_a_state_that_is_true(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, ENDLESS], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    )
+    until_it_trains(process, tmp_path / "run")
+    for _ in range(8):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.002)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    status = RunFolder.open(tmp_path / "run").status()
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"]
+    assert (status["state"], status["step"]) == ("interrupted", saved)
+
+
+def test_a_signal_at_every_line_leaves_a_state_that_is_true(tmp_path: Path) -> None:
+    modules = {trainer.__file__, failures.__file__, records.__file__, lock.__file__}
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in modules:
+            return None
+        if event == "line":
+            os.kill(os.getpid(), signal.SIGINT)
+        return trace
+
+    def on_batch(split: str, index: int) -> None:
+        if (split, index) == ("train", 2 * 33):
+            os.kill(os.getpid(), signal.SIGTERM)
+            sys.settrace(trace)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sys.gettrace()
+    try:
+        with pytest.raises((Interrupted, RunError)):
+            go(tmp_path, Watched(on_batch))
+    finally:
+        sys.settrace(before)
+    assert RunFolder.open(tmp_path).status()["state"] in ("interrupted", "failed")
+    assert not (tmp_path / "lock").exists()
+    go(tmp_path)
+
+
 class StopError(Exception):
     pass
 
@@ -65,8 +180,6 @@ def stop_at(step: int, path: Path) -> None:
     def on_batch(split: str, index: int) -> None:
         if split == "train" and index == 2 * step:
             raise StopError
-
-    from tests.tiny_run import Watched
 
     with pytest.raises(StopError):
         go(path, Watched(on_batch))
@@ -80,6 +193,75 @@ def test_half_a_line_is_cut_and_written_again(tmp_path: Path) -> None:
             file.write('{"step": 35, "tr')
     go(tmp_path / "killed")
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def cut_in_a_line(data: bytes) -> bytes:
+    return data[: len(data) // 2]
+
+
+def emptied(_: bytes) -> bytes:
+    return b""
+
+
+def garbled(data: bytes) -> bytes:
+    first, rest = data.split(b"\n", 1)
+    return b"\xff\0[{" + bytes(len(first) - 4) + b"\n" + rest
+
+
+def a_line_short(data: bytes) -> bytes:
+    first, _, rest = data.split(b"\n", 2)
+    return first + b"\n" + rest
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+@pytest.mark.parametrize("harm", [cut_in_a_line, emptied, garbled, a_line_short])
+def test_a_damaged_log_is_told_and_goes_on_with_its_whole_lines(
+    name: str, harm: Callable[[bytes], bytes], tmp_path: Path
+) -> None:
+    go(tmp_path / "whole")
+    stop_at(33, tmp_path / "killed")
+    log = tmp_path / "killed" / name
+    before = log.read_bytes()
+    log.write_bytes(harm(before))
+    go(tmp_path / "killed")
+    assert "was damaged after step 27 was saved (" in warning_of(tmp_path / "killed")
+    aside = list((tmp_path / "killed").glob("*.damaged*"))
+    assert [path.read_bytes() for path in aside] == [harm(before)] * bool(harm(before))
+    saved = {line for line in before.split(b"\n") if line and json.loads(line)["step"] <= 27}
+    kept = {line for line in harm(before).split(b"\n") if line in saved}
+    found = log.read_bytes().splitlines()
+    assert set(found[: len(kept)]) == kept
+    if name == "metrics.jsonl":
+        later = (tmp_path / "whole" / name).read_bytes().splitlines()[len(saved) :]
+        assert found[len(kept) :] == later
+    else:
+        assert [json.loads(line)["step"] for line in found[len(kept) :]] == [28, 35, 42, 49, 56, 60]
+
+
+def test_lines_lost_before_lines_of_later_steps_are_noticed(tmp_path: Path) -> None:
+    stop_at(33, tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(a_line_short(log.read_bytes()) + b'{"step": 99, "train/loss": 0.125}\n' * 9)
+    go(tmp_path)
+    assert "was damaged" in warning_of(tmp_path)
+    steps = [line["step"] for line in RunFolder(tmp_path).read_lines("metrics.jsonl")]
+    assert steps == [7, 14, 20, 21, 28, 30, 35, 40, 42, 49, 50, 56, 60, 60]
+
+
+def test_a_mended_log_is_not_told_again(tmp_path: Path) -> None:
+    stop_at(33, tmp_path)
+    log = tmp_path / "metrics.jsonl"
+    log.write_bytes(cut_in_a_line(log.read_bytes()))
+    stop_at(28, tmp_path)
+    go(tmp_path)
+    assert (tmp_path / "metarun.log").read_text().count("was damaged") == 1
+    assert len(list(tmp_path.glob("*.damaged*"))) == 1
+
+
+def warning_of(run: Path) -> str:
+    lines = (run / "metarun.log").read_text().splitlines()
+    (line,) = (line for line in lines if "WARNING" in line)
+    return line
 
 
 def test_a_broken_last_checkpoint_costs_time_and_nothing_else(tmp_path: Path) -> None:

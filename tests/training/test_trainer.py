@@ -227,7 +227,7 @@ def raising(step: int, act: Callable[[], None]) -> Watched:
     return Watched(on_batch)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_update_saves_and_the_run_can_go_on(
     signum: int, tmp_path: Path, finished: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import struct
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from metarun.data.storage.cache import Pixels
 
 Resize = Literal["paper", "antialias"]
 
-SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+_NOT_READ = ("EPS", "MPEG")
+"""Formats that Pillow opens and we do not: it runs Ghostscript for one, and cannot read the
+pictures of the other."""
+
 DRAWING_SIZE = 28
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
 _TURNS = {
@@ -30,6 +32,25 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 """Transposition that makes an image upright, by the orientation in its EXIF data."""
+
+
+@functools.cache
+def formats() -> tuple[str, ...]:
+    """Return the formats of images that Pillow can read here, in the order in which it tries."""
+    Image.init()
+    stubs = {  # Formats that Pillow recognizes, without a decoder.
+        name
+        for name, (kind, _) in Image.OPEN.items()
+        if isinstance(kind, type) and issubclass(kind, ImageFile.StubImageFile)
+    }
+    return tuple(n for n in Image.ID if n in Image.OPEN and n not in stubs and n not in _NOT_READ)
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Return the suffixes of files that are taken as images, in lower case, such as `.png`."""
+    known = Image.registered_extensions()
+    return frozenset(suffix for suffix, name in known.items() if name in formats())
 
 
 def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
@@ -45,7 +66,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     """
     name = name or (str(source) if isinstance(source, str | Path) else "an image")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=formats()) as image:
             # Pillow only warns of these, and reads them: a small file may hold gigabytes.
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"its size is {image.width} x {image.height} pixels")

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from metarun.core.types import SPLITS, Split
 from metarun.data.storage.cache import Pixels, Store, build_store, open_store
 from metarun.data.storage.download import file_hash, need_space
-from metarun.data.storage.image_files import SUFFIXES, open_image, photograph
+from metarun.data.storage.image_files import open_image, photograph, suffixes
 
 SIZE = 84
 NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
@@ -288,7 +288,7 @@ class _Folders(Layout):
         super().__init__(base)
         self._files: dict[Split, dict[str, list[Path]]] = {
             split: {
-                child.name: sorted(f for f in child.iterdir() if f.suffix.lower() in SUFFIXES)
+                child.name: sorted(f for f in child.iterdir() if f.suffix.lower() in suffixes())
                 for child in sorted(folder.iterdir())
                 if child.is_dir() and not child.name.startswith(".")
             }
