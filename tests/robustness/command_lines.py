@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tests.robustness.forked import Case, draw_of, metarun, report
+from tests.robustness.forked import Answer, Case, draw_of, metarun, report
 
 TINY = ["train.steps=2", "eval.episodes=2", "eval.val_episodes=2", "graph=none"]
 
@@ -148,7 +148,7 @@ MUTATIONS = (
 
 
 @cache
-def _configuration(name: str, words: tuple[str, ...], folder: Path) -> dict[str, Any]:
+def _configuration(words: tuple[str, ...], folder: Path) -> dict[str, Any]:
     answer = metarun([*words, "--cfg", "job", "--resolve"], folder)
     assert answer.code == 0, answer.err
     return dict(_leaves(yaml.safe_load(answer.out)))
@@ -164,16 +164,17 @@ def try_lines(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case]
         base = [*expanded(f"algo={name.split('-')[0]} every {RUNS[name]}").values(), *TINY]
         place = folder / str(index)
         place.mkdir()
-        keys = _configuration(name, tuple(base), folder)
+        keys = _configuration(tuple(base), folder)
         hostile = []
         for _ in range(draw.choice([1, 1, 2, 3])):
             key = draw.choice(sorted(keys))
             hostile.append(draw.choice(MUTATIONS)(key, keys[key], draw))
-        yield f"{name} {[word.text[:80] for word in hostile]}", _fault(base, hostile, place)
+        answer = metarun([*base, *(word.text for word in hostile)], place)
+        what = f"{name} {[word.text[:80] for word in hostile]}"
+        yield what, _fault(answer, hostile, place), answer.code
 
 
-def _fault(base: list[str], hostile: list[Word], place: Path) -> str | None:
-    answer = metarun([*base, *(word.text for word in hostile)], place)
+def _fault(answer: Answer, hostile: list[Word], place: Path) -> str | None:
     if fault := answer.fault():
         return fault
     if answer.code == 2 and any(place.iterdir()):

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,8 @@ def metarun(words: list[str], folder: Path) -> Answer:
     return forked(lambda: main(words), folder)
 
 
-Case = tuple[str, str | None]
-"""What was tried, and what was wrong with the answer."""
+Case = tuple[str, str | None, int]
+"""What was tried, what was wrong with the answer, and its exit code."""
 
 
 def report(name: str, try_cases: Callable[[Sequence[int], int, Path], Iterator[Case]]) -> int:
@@ -143,15 +144,17 @@ def report(name: str, try_cases: Callable[[Sequence[int], int, Path], Iterator[C
     args = parser.parse_args()
     warm()
     indices = range(args.number) if args.only is None else [args.only]
-    failed, began = 0, time.perf_counter()
+    failed, codes, began = 0, Counter[int](), time.perf_counter()
     with tempfile.TemporaryDirectory(prefix=f"{name}-") as folder:
         cases = try_cases(indices, args.seed, Path(folder))
-        for index, (what, fault) in zip(indices, cases, strict=True):
+        for index, (what, fault, code) in zip(indices, cases, strict=True):
+            codes[code] += 1
             if fault is not None:
                 failed += 1
                 print(f"FAILED --seed {args.seed} --only {index}: {what}\n    {fault}", flush=True)
     seconds = time.perf_counter() - began
     print(f"{name}: {len(indices)} tried, {failed} failed, seed {args.seed}, {seconds:.0f} s")
+    print("exit codes:", ", ".join(f"{code} {codes[code]} times" for code in sorted(codes)))
     return min(failed, 1)
 
 

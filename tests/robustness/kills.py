@@ -126,7 +126,7 @@ def _case(name: str, words: list[str], place: Path, draw: random.Random) -> Case
         whole = forked(lambda: _counted([*words, "hydra.run.dir=whole"]), place)
         if whole.code != 0:
             shutil.rmtree(place)
-            return name, f"the whole run failed: {whole.err.strip()[-300:]}"
+            return name, f"the whole run failed: {whole.err.strip()[-300:]}", whole.code
     counts = json.loads((place / "counts.json").read_text())
     run = place / "killed"
     shutil.rmtree(run, ignore_errors=True)
@@ -139,12 +139,12 @@ def _case(name: str, words: list[str], place: Path, draw: random.Random) -> Case
         answer = forked(lambda go=go, point=point, line=line: _killed(go, point, line), place)
         what += f", killed at {point} {line}/{counts[point]}"
         if answer.code not in (0, -signal.SIGKILL):
-            return what, f"exit code {answer.code}: {answer.err.strip()[-300:]}"
+            return what, _unfinished(answer), answer.code
         go = _next(run, start)
     answer = forked(lambda: _resumed(go), place)
     if fault := answer.fault() or _unfinished(answer):
-        return what, fault
-    return what, "; ".join(differences(place / "whole", run)) or None
+        return what, fault, answer.code
+    return what, "; ".join(differences(place / "whole", run)) or None, 0
 
 
 def _next(run: Path, start: list[str]) -> list[str]:
