@@ -412,7 +412,7 @@ def no_module() -> dict[str, int]:
 class LikeMobileNet(nn.Module):
     """A network with a part `features`, whose constructor takes any keyword."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:  # noqa: ARG002
         super().__init__()
         self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
         self.rest = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))

@@ -20,7 +20,7 @@ from metarun.core.types import Prediction, TaskBatch, TaskSpec
 from metarun.evaluation.calibration import best_temperature
 from metarun.evaluation.measures import Answers, Joined, ece, nll
 from metarun.runs.folder import RunFolder
-from metarun.runs.openings import openings
+from metarun.runs.openings import openings, openings_with
 from metarun.trackers.base import final
 
 TINY = [
@@ -288,6 +288,15 @@ def test_a_meta_test_that_was_removed_has_been_made(run: Path, tmp_path: Path) -
         (folder / "results.json").write_text(json.dumps(record))
     (one / "results.json").unlink()
     assert openings(tmp_path) == 3
+
+
+def test_damaged_results_that_are_not_counted_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "environment.json").write_text('{"data_fingerprint": "own"}')
+    (tmp_path / "results.json").write_bytes(bytes(9))
+    assert openings_with(RunFolder(tmp_path), "own") == 1
+    assert "results.json is damaged: test_openings leaves its meta-test out" in caplog.text
 
 
 # A user's measure: one function in a module outside the repository.
