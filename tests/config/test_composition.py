@@ -132,7 +132,10 @@ def test_data_of_ones_own_without_a_backbone_names_the_choice(tmp_path: Path) ->
     [
         ("algo=mmal", "algo=mmal: did you mean maml?"),
         ("algo=MAML", "algo=MAML: did you mean maml?"),
-        ("experiment=nope", "more (`metarun list experiment`)"),
+        (
+            "experiment=nope",
+            "experiment=nope: expected one of antoniou2019_miniimagenet_5way_1shot",
+        ),
         ("data=omniglot_smal", "data=omniglot_smal: did you mean omniglot_small?"),
         ("backbone=conv", "backbone=conv: did you mean conv4?"),
         ("optim=adma", "optim=adma: did you mean adam?"),

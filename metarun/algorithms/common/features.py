@@ -16,8 +16,16 @@ from metarun.algorithms.base import LearnerSetup, forward, with_tensors
 from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
-from metarun.backbones.network import Network
 from metarun.core.types import Adapted, Prediction
+
+
+class WithFeatures(nn.Module):
+    """A network of a method with learned numbers of its own, beside its backbone `features`.
+
+    A backbone may have a part of this name, too, as torchvision's have; it is no such network.
+    """
+
+    features: nn.Module
 
 
 class FeatureLearner(EpisodicLearner):
@@ -134,7 +142,7 @@ class FeatureLearner(EpisodicLearner):
 
     def features(self, net: nn.Module, params: Params, x: Tensor, ctx: ForwardContext) -> Tensor:
         """Return the embedded features (N, *F) of rows (N, …)."""
-        if not _has_features(net):
+        if not isinstance(net, WithFeatures):
             return self.embed(forward(net, params, x, ctx))
         body: Any = net.features
         return self.embed(forward(body, strip_prefix("features.", params), x, ctx))
@@ -147,19 +155,9 @@ class FeatureLearner(EpisodicLearner):
             learner._modules = {**self._modules, "net": net}
             return function(learner)
 
-        if not _has_features(net):
+        if not isinstance(net, WithFeatures):
             # The whole network computes features, which are given.
             return of(net)
         return with_tensors(
             net, {n: p for n, p in params.items() if not n.startswith("features.")}, of
         )
-
-
-def _has_features(net: nn.Module) -> bool:
-    """Return whether a network holds a backbone as `features`, beside numbers of the method.
-
-    A backbone of a user may have a part of this name, too, as torchvision's have.
-    """
-    if isinstance(net, Network) or hasattr(net, "foreign_input"):
-        return False
-    return any(name == "features" for name, _ in net.named_children())

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
-from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.common.features import FeatureLearner, WithFeatures
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
@@ -186,7 +186,7 @@ class SequenceLearner(FeatureLearner):
         return outputs
 
 
-class _Sequence(nn.Module):
+class _Sequence(WithFeatures):
     """A body that computes features of all rows, and a reader along their sequence."""
 
     def __init__(self, features: nn.Module, reader: Reader, ways: int) -> None:

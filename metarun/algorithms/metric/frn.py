@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
-from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.common.features import FeatureLearner, WithFeatures
 from metarun.algorithms.functional import Params
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.checks import positive
@@ -116,7 +116,7 @@ class FRN(FeatureLearner):
         return torch.cat(apart), targets
 
 
-class _Reconstruction(nn.Module):
+class _Reconstruction(WithFeatures):
     """The network of the feature maps, and the learned numbers of the reconstruction."""
 
     def __init__(self, features: nn.Module, scale: float) -> None:

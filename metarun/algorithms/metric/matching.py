@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
-from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.common.features import FeatureLearner, WithFeatures
 from metarun.algorithms.functional import Params
 from metarun.backbones.layers.recurrent import LSTMCell
 from metarun.core.checks import at_least, positive
@@ -81,7 +81,7 @@ class MatchingNet(FeatureLearner):
         return class_log_probabilities(self.scale * similarity, labels, ways)
 
 
-class _Embedding(nn.Module):
+class _Embedding(WithFeatures):
     """The embedding of single rows, and their context if `processing_steps` is positive."""
 
     def __init__(self, features: nn.Module, processing_steps: int) -> None:

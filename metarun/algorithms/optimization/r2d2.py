@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import LearnerSetup
 from metarun.algorithms.capabilities import Capabilities
-from metarun.algorithms.common.features import FeatureLearner
+from metarun.algorithms.common.features import FeatureLearner, WithFeatures
 from metarun.algorithms.functional import Params
 from metarun.core.checks import positive
 
@@ -93,7 +93,7 @@ class R2D2(FeatureLearner):
         return self.net.scale * (query @ summary["weights"]) + self.net.bias
 
 
-class _Ridge(nn.Module):
+class _Ridge(WithFeatures):
     """The embedding, and the hyperparameters of the ridge regression on it."""
 
     log_lambda: Tensor

@@ -257,7 +257,7 @@ def test_support_rows_count_by_their_number() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"components": 0}, "algo.components=0: expected 1 or more"),
+        ({"components": 0}, "algo.components=0: expected 1 to 1000"),
         ({"temperature": 0.0}, "algo.temperature=0.0: expected a positive number"),
         ({"temperature": (2.0, 0.0)}, "algo.temperature=0.0: expected a positive number"),
         ({"anneal": 0.0}, "algo.anneal=0.0: expected a positive number"),
