@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from metarun.core.files import size_text
+
 
 def total() -> int | None:
     """Return the memory of this machine in bytes; None where the system does not tell."""
@@ -27,8 +29,8 @@ def check_fits(needed: int, what: str, remedy: str) -> None:
     available = total()
     if available is not None and needed > available:
         raise ValueError(
-            f"{what} take {gigabytes(needed)} or more, and this machine has "
-            f"{gigabytes(available)}: {remedy}"
+            f"{what} take {size_text(needed)} or more, and this machine has "
+            f"{size_text(available)}: {remedy}"
         )
 
 
@@ -36,10 +38,5 @@ def shortage(error: BaseException) -> str | None:
     """Return in words that memory of the CPU was refused; None for other errors."""
     asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error))
     if asked:
-        return f"out of memory: {gigabytes(int(asked[1]))} were asked for at once"
+        return f"out of memory: {size_text(int(asked[1]))} were asked for at once"
     return "out of memory" if isinstance(error, MemoryError) else None
-
-
-def gigabytes(size: int) -> str:
-    """Return a number of bytes in words."""
-    return f"{size / 1e9:,.1f} GB"

@@ -53,7 +53,10 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
         text = f"{kept}; `metarun resume={run.path}` continues"
         _log.info(text, extra=FILE_ONLY)
         raise Interrupted(signum, text) from None
-    except (ProcessLost, NonFiniteError, RuntimeError, MemoryError, OSError) as error:
+    except ValueError as error:
+        _fail(run, at, str(error))
+        raise
+    except Exception as error:
         advice = _advice(error, run)
         if advice is None:
             _fail(run, at, f"{type(error).__name__}: {error}")
@@ -63,12 +66,6 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
         text = f"step {at.step}: {what}; {kept}: {remedy}"
         _fail(run, at, text)
         raise _known_to_processes(RunError(text), error, run) from error
-    except ValueError as error:
-        _fail(run, at, str(error))
-        raise
-    except Exception as error:
-        _fail(run, at, f"{type(error).__name__}: {error}")
-        raise
 
 
 def _advice(error: Exception, run: Run) -> tuple[str, str] | None:
