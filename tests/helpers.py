@@ -129,6 +129,6 @@ def moved(algorithm: Algorithm, batch: TaskBatch, step: int = 0) -> dict[str, Te
     return {name: before[name] - p.detach() for name, p in algorithm.named_parameters()}
 
 
-def slow(value: Any) -> Any:
-    """A parameter with which a test takes long, and is run by `pytest -m slow`."""
-    return pytest.param(value, marks=pytest.mark.slow)
+def slow(*values: Any) -> Any:
+    """Parameters with which a test takes long, and is run by `pytest -m slow`."""
+    return pytest.param(*values, marks=pytest.mark.slow)

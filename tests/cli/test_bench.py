@@ -52,6 +52,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Done:
     return Done(code, out.getvalue(), record, (folder / "a.svg").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_succeeds_and_shows_a_line_for_each_side(done: Done) -> None:
     assert done.code == 0
     for word in (
@@ -65,6 +66,7 @@ def test_a_run_succeeds_and_shows_a_line_for_each_side(done: Done) -> None:
         assert word in done.out
 
 
+@pytest.mark.slow
 def test_its_table_fits_80_columns(done: Done) -> None:
     _, _, table = done.out.partition("\n")
     lines = [line for line in table.splitlines() if not line.startswith("not compared")]

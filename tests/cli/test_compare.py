@@ -118,6 +118,7 @@ def test_a_folder_is_named_after_what_a_run_computes_and_not_how() -> None:
     assert len({name(), name("seed=1"), name("algo.inner_lr=0.5"), name("train.steps=7")}) == 4
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     words = ["data=linear", "algo=maml", *TINY[1:], "train.steps=1000", "train.log_every=10"]
     command = [sys.executable, "-m", "metarun", "compare", *words]
@@ -224,6 +225,7 @@ def test_regret_is_counted_against_one_of_the_learners_on_a_stream(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_differs_but_in_the_seed_stands_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

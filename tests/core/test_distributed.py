@@ -125,6 +125,7 @@ def check_learning(case: str, both: Outcomes) -> None:
         assert furthest(one, other) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", FEW_CASES)
 def test_two_processes_learn_what_one_does(case: str, few: Outcomes) -> None:
     check_learning(case, few)
@@ -136,6 +137,7 @@ def test_two_processes_learn_what_one_does_with_every_algorithm(case: str, every
     check_learning(case, every)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in FEW_CASES if c.split()[0] in together.EVALUATED])
 def test_two_processes_measure_what_one_does(case: str, few: Outcomes) -> None:
     alone, two = (found[case] for found in few)
@@ -202,6 +204,7 @@ def begun(folder: Path) -> Path:
     raise AssertionError("the run has not begun")
 
 
+@pytest.mark.slow
 def test_torchrun_makes_one_run_that_one_process_goes_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

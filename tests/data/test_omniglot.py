@@ -48,6 +48,7 @@ def episode_hash(source: EpisodeSource) -> str:
     return digest.hexdigest()[:16]
 
 
+@pytest.mark.slow
 def test_the_characters_come_in_any_size_up_to_their_own() -> None:
     large = small(image_size=48, resize="antialias")
     assert large.spec.input_shape == (1, 48, 48)

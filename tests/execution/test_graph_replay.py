@@ -17,13 +17,20 @@ from metarun.execution import graph_replay
 from metarun.execution.engine import Engine
 from metarun.execution.graph_replay import Computed, Graphs, Replay, _followed
 from tests.algorithms.test_contract import PAIRS, answers, build
+from tests.helpers import slow
 
 # Classes of the learners whose steps are replayed, by the name of one; others are settings of them.
 REPLAYING = {
     *("anil", "anp", "baseline", "cavia", "frn", "mamlpp", "matching", "mixture", "protomaml"),
     *("protonet", "r2d2", "relation", "simpleshot"),
 }
-DIFFERENT = [(algo, data) for algo, data in PAIRS if algo in REPLAYING]
+DIFFERENT = [
+    (algo, data, "vmap")
+    if data == "sinusoid" or algo in ("anil", "protonet")
+    else slow(algo, data, "vmap")
+    for algo, data in PAIRS
+    if algo in REPLAYING
+]
 SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=28"], "sinusoid": []}
 
 
@@ -56,8 +63,8 @@ def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
 @pytest.mark.parametrize(
     ("algo", "data", "kind"),
     [
-        *((algo, data, "vmap") for algo, data in DIFFERENT),
-        ("fomaml", "omniglot_small", "threads"),
+        *DIFFERENT,
+        slow("fomaml", "omniglot_small", "threads"),
         ("protonet", "omniglot_small", "threads"),
     ],
 )

@@ -213,6 +213,7 @@ def test_a_run_that_another_process_has_just_begun_or_finished_is_not_marked_fai
     assert json.loads((folder / "status.json").read_text())["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     tmp_path: Path, inside: Inside
 ) -> None:
@@ -240,6 +241,7 @@ def test_a_sweep_killed_three_times_ends_with_the_numbers_of_one_never_killed(
     assert "6 of 6 runs are finished" in done.out
 
 
+@pytest.mark.slow
 def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) -> None:
     words = ["-m", "seed=1,2,3,4", *TINY, "train.steps=40"]
     first, second = start(words, tmp_path), start(words, tmp_path)
@@ -254,6 +256,7 @@ def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) 
         assert numbers(folder) == numbers(found[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -284,6 +287,7 @@ def test_runs_of_other_processes_are_reported_and_computed_alike(
         assert numbers(folder) == numbers(found[name])
 
 
+@pytest.mark.slow
 def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     words = ["-m", "seed=1,2,3,4", *TINY, "train.steps=1000000"]
@@ -299,6 +303,7 @@ def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path:
     assert "to complete the sweep, repeat the command: metarun -m seed=1,2,3,4" in err
 
 
+@pytest.mark.slow
 def test_optuna_searches_by_meta_val(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
@@ -314,6 +319,7 @@ def test_optuna_searches_by_meta_val(tmp_path: Path) -> None:
     assert "3 of 3 runs are finished, 3 of them before" in again.stdout
 
 
+@pytest.mark.slow
 def test_a_search_survives_a_run_that_fails(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     conf = own(tmp_path, error="RuntimeError('out of luck')")
@@ -325,6 +331,7 @@ def test_a_search_survives_a_run_that_fails(tmp_path: Path) -> None:
     assert set(states(tmp_path)) == {"failed", "finished"}
 
 
+@pytest.mark.slow
 def test_processes_whose_sweep_was_killed_save_their_runs_and_end(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     words = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=1,2,3,4", *TINY]

@@ -22,7 +22,10 @@ CHROMIUM = next(
      if (found := shutil.which(name))),
     None,
 )  # fmt: skip
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt install chromium"),
+]
 
 SIZES = {"phone": (390, 844), "desktop": (1280, 900)}
 

@@ -112,6 +112,7 @@ def test_a_reference_fits_its_published_values(name: str) -> None:
         assert outcome_of(figure, cell, *steps, accuracy=accuracy) == ours.outcome
 
 
+@pytest.mark.slow
 def test_the_command_of_every_reference_composes() -> None:
     with composer() as compose:
         for name in MEASURED:

@@ -30,14 +30,17 @@ def failures(harness: str, number: int, seed: int) -> str:
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_one_killed_run_equals_the_whole_run() -> None:
     assert not failures("kills", 1, seed=5)
 
 
+@pytest.mark.slow
 def test_some_corrupted_files_are_told() -> None:
     assert not failures("corruption", 5, seed=5)
 
 
+@pytest.mark.slow
 def test_some_hostile_command_lines_are_refused() -> None:
     assert not failures("command_lines", 5, seed=5)
 

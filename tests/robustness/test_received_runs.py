@@ -18,6 +18,8 @@ from metarun.config.composition import composer
 from metarun.jobs.comparison import folder_name
 from tests.robustness.hostile import ATTACKS
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "algo=protonet", "data=omniglot_small", "way=2", "query=2", "train.way=2", "train.query=2",
     "train.steps=2", "train.tasks_per_step=2", "train.eval_every=2", "eval.episodes=2",

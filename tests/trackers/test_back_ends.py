@@ -72,6 +72,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_killed_run_is_one_run_with_each_step_once(name: str, killed: Path) -> None:
     wanted = of_the_folder(killed)

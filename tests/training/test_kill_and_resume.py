@@ -111,6 +111,7 @@ def test_a_closed_terminal_saves_a_run_or_does_not_touch_it(nohup: bool, tmp_pat
         assert text in (tmp_path / "run" / "metarun.log").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("output", [">/dev/full 2>&1", ">&-", ">&- 2>&-"])
 def test_a_screen_that_fails_ends_no_run(output: str, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -64,6 +64,7 @@ def test_meta_val_chooses_the_learning_rate_of_a_lifetime(metarun: Command) -> N
     assert float(state["rate"]) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algo", "steps"), [("replay", 3), ("replay", 31), ("oml", 17), ("ftml", 17), ("lamaml", 17)]
 )
