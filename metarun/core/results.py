@@ -101,6 +101,8 @@ class Results(TypedDict):
     measures: dict[str, Measured]
     temperature: float
     """Temperature that divides the logits; 1 unless `eval.temperature=val` fitted it."""
+    files: NotRequired[dict[str, str]]
+    """SHA-256 of the files that were written with this record, by name."""
     test_openings: int
     """Meta-tests on the run's own test split so far, with this one; 1 in older files."""
     # Of the run itself, not of a later meta-test.

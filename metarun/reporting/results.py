@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metarun.core.archives import read_arrays
 from metarun.core.measures import Measure
 from metarun.core.results import Results, measures_of
 from metarun.core.statistics import Floats, interval
@@ -75,9 +74,7 @@ def read_figures(run: RunFolder) -> Result:
     measures = record["measures"]
     wanted = (record["metric"], "curve", "presentations", "incoming_loss", *measures)
     # The other arrays of a stream are large, and only its figures read them.
-    read = read_arrays(
-        run.path / "episodes.npz", lambda name: name in wanted or name.startswith(prefix)
-    )
+    read = run.read_episodes(lambda name: name in wanted or name.startswith(prefix))
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in read.items()}
     untrained = run.read_json(UNTRAINED)["mean"] if run.has(UNTRAINED) else None
     return Result(

@@ -6,11 +6,11 @@ imported with the first figure. A full disk loses the figures, but does not fail
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from metarun.core.streams import say
 from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -54,4 +54,4 @@ def _draw(run: RunFiles, sources: Sequence[ModuleType]) -> None:
                 for panel in source.panels(run):
                     write(run.path / "figures", panel)
     except OSError as error:
-        print(f"warning: {run.path}/figures cannot be written: {error}", file=sys.stderr)
+        say("warning", f"{run.path}/figures cannot be written: {error}")

@@ -15,7 +15,7 @@ from metarun.core.results import Results
 from metarun.core.statistics import Floats
 from metarun.core.types import Record
 from metarun.reporting.figures.drawing import colors
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import EPISODES, RunFolder
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,14 @@ class RunFiles:
     @cached_property
     def arrays(self) -> dict[str, Any]:
         """The arrays of `episodes.npz`; empty if it is missing."""
-        return _arrays(self.path / "episodes.npz")
+        run = RunFolder(self.path)
+        return run.read_episodes() if run.has(EPISODES) else {}
 
     @cached_property
     def samples(self) -> dict[str, Any]:
         """The arrays of `samples.npz`; empty if nothing was generated."""
-        return _arrays(self.path / "samples.npz")
+        path = self.path / "samples.npz"
+        return read_arrays(path) if path.exists() else {}
 
     @cached_property
     def metrics(self) -> list[Record]:
@@ -108,7 +110,3 @@ class RunFiles:
         names = {name for line in self.metrics for name in line}
         found = [m for m in ("accuracy", "mse") if {f"train/{m}", f"val/{m}"} & names]
         return found[0] if found else None
-
-
-def _arrays(path: Path) -> dict[str, Any]:
-    return read_arrays(path) if path.exists() else {}

@@ -16,6 +16,7 @@ from html import escape
 from typing import Literal
 
 from metarun.core.files import csv_cell
+from metarun.core.streams import printable
 
 Style = Literal["terminal", "markdown", "csv", "latex", "html"]
 
@@ -258,12 +259,12 @@ def _terminal(table: Table) -> str:
         and len({*texts[head]} - {""}) == 1
     ]
     kept = [head for head in used if head not in shared]
-    rows = [kept, *table.texts(kept)]
+    rows = [list(map(printable, row)) for row in (kept, *table.texts(kept))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     rule = "─" * max(map(len, (head, *body)))
     common = "; ".join(f"{head}: {max(texts[head])}" for head in shared)
-    above = [text for text in (table.title, common) if text]
+    above = [printable(text) for text in (table.title, common) if text]
     below = [table.text] if table.text else []
     return "\n".join([*above, rule, head, rule, *body, rule, *below, ""])
 

@@ -16,7 +16,7 @@ from typing import Literal
 from metarun.core.archives import check_archive
 from metarun.core.files import prepared_file, refuse_link, write_atomically
 from metarun.core.types import Record
-from metarun.runs.formats import FORMAT, check_format
+from metarun.runs.formats import FORMAT, check_format, check_own
 
 _log = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ class Checkpoints:
     """
 
     path: Path
+
+    def identity(self) -> Record:
+        """Return what the run's own checkpoints say of it: algorithm, data and seed."""
+        raise NotImplementedError
 
     def save_last(self, checkpoint: Record) -> None:
         """Write `last.pt`; the previous checkpoint is kept as `previous.pt`."""
@@ -43,14 +47,14 @@ class Checkpoints:
         """Return the newest intact checkpoint; None if none was written.
 
         Raises:
-            ValueError: All checkpoints are damaged.
+            ValueError: All checkpoints are damaged or of another run.
         """
         folder = self._folder
         damaged: list[str] = []
         for name in ("last.pt", "previous.pt"):
             if (folder / name).exists():
                 try:
-                    checkpoint = read_checkpoint(folder / name)
+                    checkpoint = self._read(name)
                 except ValueError as error:
                     damaged.append(str(error))
                     continue
@@ -82,13 +86,18 @@ class Checkpoints:
         best = self._folder / "best.pt"
         if best.exists():
             try:
-                return "best", read_checkpoint(best)
+                return "best", self._read("best.pt")
             except ValueError as error:
                 _log.warning("%s: its copy in last.pt is used", error)
         last = self.load_last()
         if last is None:
             return None
         return ("last", last) if last["best"] is None else ("best", last["best"])
+
+    def _read(self, name: str) -> Record:
+        checkpoint = read_checkpoint(self._folder / name)
+        check_own(self._folder / name, checkpoint, self.identity())
+        return checkpoint
 
     @property
     def _folder(self) -> Path:

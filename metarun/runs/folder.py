@@ -18,6 +18,7 @@ from metarun.core.files import inner_folder
 from metarun.core.types import Record
 from metarun.runs.checkpoints import Checkpoints
 from metarun.runs.lock import InUse, Lock
+from metarun.runs.records import EPISODES as EPISODES
 from metarun.runs.records import RESULTS as RESULTS
 from metarun.runs.records import Records, State
 

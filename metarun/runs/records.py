@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,11 +28,12 @@ from metarun.core.nested import finite
 from metarun.core.once import warn_once
 from metarun.core.results import Results, completed
 from metarun.core.types import Record
-from metarun.runs.formats import check_format
+from metarun.runs.formats import check_format, check_own
 from metarun.runs.lines import Lines, damage, number_of
 
 State = Literal["running", "finished", "failed", "interrupted"]
 RESULTS = "results.json"
+EPISODES = "episodes.npz"
 _GROWING = ("metrics.jsonl", "timing.jsonl")
 
 _log = logging.getLogger(__name__)
@@ -77,6 +79,17 @@ class Records:
         if not isinstance(loaded, list):
             raise ValueError(f"{path}: expected a list of overrides")
         return [str(override) for override in loaded]
+
+    def identity(self) -> Record:
+        """Return the algorithm, data and seed of the run; empty if the folder has no configuration.
+
+        Its own checkpoints and results say the same.
+        """
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            config = self.configuration()
+            names = config["names"]
+            return {"algo": names["algo"], "data": names["data"], "seed": config["seed"]}
+        return {}
 
     # Status.
 
@@ -131,11 +144,27 @@ class Records:
         """Read `results.json`, the record of a finished run or meta-test, also of older versions.
 
         Raises:
-            ValueError: The file is damaged, or has another format.
+            ValueError: The file is damaged, has another format, or is of another run.
         """
         record = self.read_json(RESULTS)
         check_format(self._file(RESULTS), record)
+        check_own(self._file(RESULTS), record, self.identity())
         return completed(record)
+
+    def read_episodes(self, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Any]:
+        """Read the arrays of `episodes.npz` whose names are wanted; by default all of them.
+
+        Raises:
+            ValueError: The file is damaged, or is not the one of which `results.json` has the hash.
+        """
+        return self._episodes(self.read_json(RESULTS), wanted)
+
+    def _episodes(self, results: Record, wanted: Callable[[str], bool]) -> dict[str, Any]:
+        path, known = self._file(EPISODES), results.get("files")
+        hashed = known.get(EPISODES) if isinstance(known, dict) else None
+        if hashed not in (None, hash_of(path.read_bytes())):
+            raise ValueError(f"{path} is damaged: {RESULTS} has the hash of another file")
+        return read_arrays(path, wanted)
 
     def is_complete(self) -> bool:
         """Return whether the run is finished and the files of its meta-test can be read.
@@ -154,12 +183,13 @@ class Records:
 
         A format of another version is not damage.
         """
-        results, arrays = self._file(RESULTS), self._file("episodes.npz")
+        results = self._file(RESULTS)
         try:
             record = self.read_json(RESULTS)
             if not isinstance(record, dict) or not record:
                 return f"{results} is damaged: it holds no results"
-            read_arrays(arrays)
+            check_own(results, record, self.identity())
+            self._episodes(record, lambda _: True)
         except FileNotFoundError as error:
             return f"{error.filename} is missing"
         except (OSError, ValueError) as error:
@@ -260,6 +290,11 @@ class Records:
 
     def _file(self, name: str) -> Path:
         return self.path / name
+
+
+def hash_of(data: bytes) -> str:
+    """Return the hash of a file's content that `results.json` holds."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def _put_aside(path: Path, data: bytes) -> Path:

@@ -12,8 +12,9 @@ from metarun.core.nested import finite
 from metarun.core.results import Results
 from metarun.core.types import EpisodeSource, Record
 from metarun.evaluation.evaluation import Evaluated
-from metarun.runs.folder import RESULTS, Run
+from metarun.runs.folder import EPISODES, RESULTS, Run
 from metarun.runs.formats import FORMAT
+from metarun.runs.records import hash_of
 
 
 def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, Any]) -> Record:
@@ -41,8 +42,9 @@ def write_results(run: Run, record: Record, evaluated: Evaluated) -> Results:
         record: Entries of `results.json`; numbers that are not finite become None.
         evaluated: The results of the evaluation, which writes the other files.
     """
+    files = {EPISODES: to_npz(evaluated.arrays), **evaluated.files}
+    record = {**record, "files": {name: hash_of(data) for name, data in files.items()}}
     results: Results = finite(record)
-    files = {"episodes.npz": to_npz(evaluated.arrays), **evaluated.files}
     for name, data in files.items():
         run.write_bytes(name, data)
     run.write_json(RESULTS, record)

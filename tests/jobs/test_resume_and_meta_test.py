@@ -85,6 +85,48 @@ def test_damaged_results_of_a_finished_run_are_made_again(metarun: Command, run:
     assert json.loads((run / "results.json").read_text())["test"] == before["test"]
 
 
+@pytest.fixture(scope="session")
+def sibling(finished: Path) -> Path:
+    """The same run with another seed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.parent)
+        words = ["algo=maml", "data=sinusoid", *TINY, "seed=7", "hydra.run.dir=sibling"]
+        assert main(words) == 0
+    return finished.parent / "sibling"
+
+
+@pytest.mark.parametrize("name", ["results.json", "episodes.npz"])
+def test_results_of_the_same_run_with_another_seed_are_not_taken(
+    metarun: Command, run: Path, sibling: Path, name: str
+) -> None:
+    before = json.loads((run / "results.json").read_text())
+    shutil.copy(sibling / name, run / name)
+    answer = metarun("table", str(run))
+    assert answer.code == 1
+    whose = "is of another run: its seed is 7, that of this run 0"
+    assert f"{name} {whose if name == 'results.json' else 'is damaged: results.json has'}" in (
+        answer.err
+    )
+    assert "the meta-test is made again" in metarun(f"resume={run}").err
+    assert json.loads((run / "results.json").read_text())["test"] == before["test"]
+
+
+def test_checkpoints_of_the_same_run_with_another_seed_are_not_taken(
+    metarun: Command, run: Path, sibling: Path
+) -> None:
+    before = json.loads((run / "results.json").read_text())
+    shutil.copy(sibling / "checkpoints/best.pt", run / "checkpoints/best.pt")
+    answer = metarun(f"test={run}")
+    assert "best.pt is of another run: its seed is 7, that of this run 0" in answer.out
+    found = json.loads((run / "tests/same/results.json").read_text())
+    assert found["test"] == before["test"]
+    for name in ("best.pt", "last.pt", "previous.pt"):
+        shutil.copy(sibling / "checkpoints/last.pt", run / f"checkpoints/{name}")
+    answer = metarun(f"test={run}")
+    assert answer.code == 2
+    assert "last.pt is of another run" in answer.err.splitlines()[-1]
+
+
 def test_results_of_a_newer_version_are_not_made_again(metarun: Command, run: Path) -> None:
     record = json.loads((run / "results.json").read_text())
     (run / "results.json").write_text(json.dumps({**record, "format": 99}))
@@ -274,6 +316,7 @@ def test_a_metric_method_is_tested_on_more_ways_than_it_learned(
     assert results(tmp_path / "run")["way=8"]["way"] == 8
 
 
+@pytest.mark.slow
 def test_a_run_of_ones_own_algorithm_takes_the_users_word(
     metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,8 +5,8 @@
 A case takes a finished or a killed run, a file, a harm and a word. Nothing may hang or end with a
 traceback. Exit code 0 is wrong where a figure is not that of the intact run and no line of the
 output says why. A text file that is still valid, with a value of the same type in place of
-another, is what a user may have typed: such a case counts as passed. Files of another run of the
-same configuration are not tried either: nothing in them says whose they are.
+another, is what a user may have typed: such a case counts as passed. Logs of the same run with
+another seed are not tried either: nothing in them says whose they are.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ def try_harms(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case]
         files = sorted(p.relative_to(run) for p in run.rglob("*") if p.is_file())
         name = draw.choice(files)
         harm = draw.choice(HARMS)
-        other = folder / "stranger" / name
-        other = other if other.exists() else run / name
+        other = folder / draw.choice(["stranger", "sibling"]) / name
+        if not other.exists() or (other.parts[len(folder.parts)] == "sibling" and not _says(name)):
+            other = run / name
         before = (run / name).read_bytes()
         after = harm(before, other.read_bytes(), draw)
         place = _place(folder, kind, str(index))
@@ -150,6 +151,12 @@ def _make_runs(folder: Path) -> None:
     killed = [*words, "hydra.run.dir=killed"]
     forked(lambda: _killed(killed, "last.pt", lines * 5 // 8), folder)
     _done(metarun([*_words("maml"), "hydra.run.dir=stranger"], folder))
+    _done(metarun([*words, "seed=7", "hydra.run.dir=sibling"], folder))
+
+
+def _says(name: Path) -> bool:
+    """Whether a file says whose it is."""
+    return name.suffix in (".pt", ".npz") or name.name == "results.json"
 
 
 def _words(name: str) -> list[str]:

@@ -13,7 +13,6 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from metarun.core.archives import read_arrays
 from metarun.core.results import Results
 from metarun.core.statistics import Floats, quiet
 from metarun.core.types import Stream
@@ -129,7 +128,7 @@ def _matrix(matrix: Floats, results: Results, heading: str) -> Figure:
 
 def _stream_record(run: Path) -> dict[str, Floats]:
     names = ("incoming", "incoming_loss", "current", "matrix")
-    return read_arrays(run / "episodes.npz", lambda name: name in names)
+    return RunFolder(run).read_episodes(lambda name: name in names)
 
 
 def _panels(
