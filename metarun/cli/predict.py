@@ -30,6 +30,7 @@ from metarun.cli.parser import DEFAULT_CSV
 from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import csv_cell, write_new
+from metarun.core.streams import printable, say
 from metarun.data.storage.image_files import suffixes
 from metarun.runs.folder import RunFolder
 
@@ -118,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         )
     place = _write(place, as_csv(query.names, support.classes, answers), fixed=args.csv is not None)
     for note in _notes(folder, learner, args.transductive, support, query):
-        print(f"note: {note}", file=sys.stderr)
+        say("note", note)
     _show(folder, learner, support, query, answers, place)
     return EXIT_OK
 
@@ -408,11 +409,6 @@ def _accuracy(
         f"accuracy {100 * right[new].mean():.1f} %: {right[new].sum():,} of {new.sum():,} labels "
         f"equal the folder name{apart}"
     )
-
-
-def printable(text: str) -> str:
-    """Return a name on one line, with unprintable characters escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _tail(text: str, width: int) -> str:

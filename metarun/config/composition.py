@@ -35,6 +35,7 @@ from metarun.config.sweeps import (
     one_of_each,
     product,
 )
+from metarun.config.trust import locate
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class Composer:
         base = self._checks.check(overrides)
         cfg = self._known.compose(overrides, RunMode.RUN)
         check_added("", structure(cfg), base)
+        _check_callbacks(structure(cfg.hydra).get("callbacks") or {})
         choices = cast("dict[str, Any]", OmegaConf.to_container(cfg.hydra.runtime.choices))
         if not cfg.get("backbone"):
             raise ValueError(
@@ -197,6 +199,17 @@ class Composer:
             recipe = self._known.repository.load_config(f"recipe/{choices['recipe']}")
             others = left_out(recipe, config["names"]["backbone"])
         return Job(list(overrides), config, folder, has_recipe, others, sweep)
+
+
+def _check_callbacks(callbacks: Config) -> None:
+    """Check that Hydra would call nothing but its own callbacks; it calls whatever is named.
+
+    Raises:
+        ValueError: One is something else.
+    """
+    for name, node in callbacks.items():
+        target = node.get("_target_") if isinstance(node, dict) else node
+        locate(f"hydra.callbacks.{name}._target_", str(target))
 
 
 def _resolve(cfg: DictConfig, mode: Literal["run", "sweep"]) -> tuple[Config, Path]:

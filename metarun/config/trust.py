@@ -271,6 +271,12 @@ def _is_measure(found: Any) -> bool:
     return isinstance(found, MeasureEntry)
 
 
+def _is_callback(found: Any) -> bool:
+    from hydra.experimental.callback import Callback
+
+    return _below(found, Callback)
+
+
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "algo": ("is not a subclass of metarun's Algorithm", _is_algorithm),
     "data": ("is no data set: expected a class with the methods of EpisodeSource", _is_data),
@@ -285,5 +291,6 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "metarun.evaluation.measures",
         _is_measure,
     ),
+    "hydra": ("is not a subclass of Hydra's Callback", _is_callback),
 }
 """What is said of something that is no component of a kind, and the check of what it is."""

@@ -6,6 +6,11 @@ import os
 import re
 
 from metarun.core.files import size_text
+from metarun.core.once import warn_once
+
+_PART = 4
+"""A request for more than one part in so many may not fit: a gradient or an average takes several
+times its data."""
 
 
 def total() -> int | None:
@@ -16,7 +21,7 @@ def total() -> int | None:
 
 
 def check_fits(needed: int, what: str, remedy: str) -> None:
-    """Refuse a request that needs more memory than this machine has.
+    """Refuse a request that needs more memory than this machine has; warn of one that may.
 
     Args:
         needed: Lower bound in bytes.
@@ -31,6 +36,11 @@ def check_fits(needed: int, what: str, remedy: str) -> None:
         raise ValueError(
             f"{what} take {size_text(needed)} or more, and this machine has "
             f"{size_text(available)}: {remedy}"
+        )
+    if available is not None and _PART * needed > available:
+        warn_once(
+            f"{what} take {size_text(needed)} or more of this machine's {size_text(available)}, "
+            f"and computing with them several times as much: if memory runs out, {remedy}"
         )
 
 

@@ -249,3 +249,12 @@ def test_pictures_that_do_not_fit_into_memory_are_counted_first(
     monkeypatch.setattr("os.sysconf", lambda _: 90)
     with pytest.raises(ValueError, match=r"48 images of 8 x 8 take .* lower data.image_size"):
         folder(one_folder)
+
+
+def test_pictures_that_may_not_fit_into_memory_are_warned_of(
+    one_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("os.sysconf", lambda _: 150)
+    folder(one_folder)
+    assert "48 images of 8 x 8 take" in caplog.text
+    assert "several times as much: if memory runs out, lower data.image_size" in caplog.text
