@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from metarun.config.catalogue import conf_dir, entries
 from metarun.core.console import table_console
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
@@ -25,22 +26,32 @@ def run(args: argparse.Namespace) -> int:
                 "--from PATH needs the name of a data set: type `metarun data NAME --from PATH`"
             )
         return _list(args.root, verify=args.verify)
-    entry = registry.DATASETS.get(args.name)
-    if entry is None:
-        raise ValueError(_unknown(args.name))
-    if entry.place == "folder":
+    name, place = args.name, registry.place_of(args.name)
+    if name not in _known():
+        raise ValueError(_unknown(name))
+    if place == "folder":
         return _check_folder(args.source or args.root)
-    if entry.place == "store":
-        return _provide(entry.name, args.source, args.root, verify=args.verify)
+    if name in registry.PLACES and place == "store":
+        return _provide(name, args.source, args.root, verify=args.verify)
     if args.source is not None:
-        raise ValueError(f"{entry.name} is {_STATES[entry.place]}: type it without --from")
-    if args.verify and entry.place == "shipped":
+        raise ValueError(f"{name} is {_STATES[place]}: type it without --from")
+    if args.verify and place == "shipped":
         _verify_shipped()
-    print(f"{entry.name} is {_STATES[entry.place]}: type `metarun data={entry.name}`")
+    print(f"{name} is {_STATES[place]}: type `metarun data={name}`")
     return 0
 
 
-_STATES = {"made": "generated, no files needed", "shipped": "shipped with metarun"}
+_STATES = {
+    "made": "generated, no files needed",
+    "shipped": "shipped with metarun",
+    "store": "made of the images of another data set",
+}
+
+
+def _known() -> dict[str, str]:
+    """Return the shipped data sets with their descriptions; streams come last."""
+    found = entries([conf_dir()], "data")
+    return {name: found[name] for name in sorted(found, key=lambda n: (n.startswith("stream_"), n))}
 
 
 def _list(root: str | None, *, verify: bool) -> int:
@@ -50,28 +61,29 @@ def _list(root: str | None, *, verify: bool) -> int:
     table.add_column(style="bold", no_wrap=True)
     # Long paths are folded, not cut, so that they can be copied.
     table.add_column(ratio=1, overflow="fold")
-    for entry in registry.DATASETS.values():
-        table.add_row(entry.name, entry.line)
-        table.add_row("", _state(entry, base, root, verify=verify))
+    for name, line in _known().items():
+        table.add_row(name, line)
+        table.add_row("", _state(name, base, root, verify=verify))
     table_console().print(table)
     return 0
 
 
-def _state(entry: registry.DataSet, base: Path, root: str | None, *, verify: bool) -> str:
+def _state(name: str, base: Path, root: str | None, *, verify: bool) -> str:
     """Return where a data set is, or how to get it."""
-    if entry.place == "folder":
+    place = registry.place_of(name)
+    if place == "folder":
         return "type data=folder data.root=PATH"
-    if entry.place != "store":
-        return _STATES[entry.place]
+    if place != "store":
+        return _STATES[place]
     try:
-        store = open_store(base / entry.name)
+        store = open_store(base / name.removeprefix("stream_"))
         if store is not None and verify:
             store.verify()
     except ValueError as error:
         return f"damaged: {error}"
     if store is not None:
         return f"available in {store.folder}"
-    return str(registry.missing(entry.name, root)).partition(": ")[2]
+    return str(registry.missing(name, root)).partition(": ")[2]
 
 
 def _provide(name: str, source: str | None, root: str | None, *, verify: bool) -> int:
@@ -159,8 +171,8 @@ def _verify_shipped() -> None:
 
 
 def _unknown(name: str) -> str:
-    found = difflib.get_close_matches(name, registry.DATASETS, n=1)
-    known = ", ".join(registry.DATASETS)
+    found = difflib.get_close_matches(name, _known(), n=1)
+    known = ", ".join(_known())
     return f"unknown data set {name}" + (
         f": did you mean {found[0]}?" if found else f": choose from {known}"
     )

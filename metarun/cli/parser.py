@@ -13,7 +13,6 @@ from typing import Any, NoReturn, get_args
 
 from metarun.cli import candidates
 from metarun.config.catalogue import GROUPS
-from metarun.data.storage.registry import DATASETS
 from metarun.reporting.tables import Style
 
 Candidates = Callable[[str, Sequence[str]], Iterable[str]]
@@ -81,6 +80,8 @@ def application() -> Parser:
     from hydra._internal.utils import get_args_parser
 
     parser = Parser(parents=[get_args_parser()], add_help=False, conflict_handler="resolve")
+    parser.add("--estimate", action="store_true", help="print what the runs take, start none")
+    parser.add("--rehearse", action="store_true", help="give each run half a minute of training")
     parser.candidates = {
         "overrides": candidates.settings,
         "config_dir": candidates.folders,
@@ -110,8 +111,8 @@ def _data() -> Parser:
         "which are available.",
     )
     parser.add(
-        "name", nargs="?", metavar="NAME", help=", ".join(DATASETS),
-        offers=candidates.words(DATASETS),
+        "name", nargs="?", metavar="NAME", help="a data set, as in `metarun list data`",
+        offers=candidates.names("data"),
     )  # fmt: skip
     parser.add(
         "--from", dest="source", metavar="PATH", help="import files that you already have",

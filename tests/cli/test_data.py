@@ -19,6 +19,8 @@ from tests.conftest import Command
 from tests.data.sources import write_class_folders, write_omniglot_zips
 from tests.data.test_omniglot import TINY
 
+NAMES = sorted(path.stem for path in (conf_dir() / "data").glob("*.yaml"))
+
 
 @pytest.fixture(autouse=True)
 def own_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -40,7 +42,7 @@ def zips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_alone_it_lists_what_is_here_and_how_to_get_the_rest(metarun: Command) -> None:
     answer = metarun("data")
     assert answer.code == 0
-    for name in registry.DATASETS:
+    for name in NAMES:
         assert name in answer.out
     assert "metarun data omniglot" in answer.out
 
@@ -156,14 +158,18 @@ def test_missing_data_are_told_without_torch(tmp_path: Path) -> None:
     assert "metarun data omniglot" in answer.stderr
 
 
-def test_the_catalogue_knows_every_configuration() -> None:
-    shipped = {path.stem for path in (conf_dir() / "data").glob("*.yaml")}
-    # A stream uses the images of another data set.
-    assert {name for name in shipped if not name.startswith("stream_")} == set(registry.DATASETS)
+def test_places_are_those_of_shipped_configurations() -> None:
+    assert set(NAMES) >= registry.PLACES.keys()
     assert registry.missing("a users own") is None
 
 
-@pytest.mark.parametrize("name", list(registry.DATASETS))
+def test_a_stream_says_whose_images_it_takes(metarun: Command) -> None:
+    answer = metarun("data", "stream_omniglot")
+    assert answer.out.startswith("stream_omniglot is made of the images of another data set")
+    assert metarun("data", "stream_linear").out.startswith("stream_linear is generated")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("stream_")])
 def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) -> None:
     from omegaconf import OmegaConf
 

@@ -1,9 +1,8 @@
-"""List of the data sets and of those that are present. No torch, so that listing is fast."""
+"""Where data sets are, and which are present. No torch, so that listing is fast."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,38 +10,17 @@ from platformdirs import user_cache_path
 
 from metarun.data.storage.cache import open_store
 
+Place = Literal["made", "shipped", "store", "folder"]
+"""Origin of a data set. `made`: generated, or loaded from a library; `shipped`: part of the
+package; `store`: to be downloaded or imported; `folder`: files of the user."""
 
-@dataclass(frozen=True, slots=True)
-class DataSet:
-    """Entry of the list of data sets.
-
-    Attributes:
-        name: Value of `data=`.
-        line: Description in one line.
-        place: Origin of the data. `made`: generated, or loaded from a library; `shipped`: part of
-            the package; `store`: to be downloaded or imported; `folder`: files of the user.
-    """
-
-    name: str
-    line: str
-    place: Literal["made", "shipped", "store", "folder"]
-
-
-DATASETS: dict[str, DataSet] = {
-    entry.name: entry
-    for entry in (
-        DataSet("sinusoid", "regression on y = A sin(x - phi)", "made"),
-        DataSet("linear", "regression on y = a x + b", "made"),
-        DataSet("gp", "regression on curves of a Gaussian process", "made"),
-        DataSet("multimodal", "regression on functions of five families", "made"),
-        DataSet("tables", "classification by parts of scikit-learn's tables", "made"),
-        DataSet("diabetes", "regression by parts of scikit-learn's table of patients", "made"),
-        DataSet("omniglot_small", "242 handwritten characters of 8 alphabets", "shipped"),
-        DataSet("omniglot", "all 1,623 handwritten characters of 50 alphabets", "store"),
-        DataSet("miniimagenet", "60,000 photographs of 100 classes, 84 x 84", "store"),
-        DataSet("folder", "your own images: a folder of class folders", "folder"),
-    )
+PLACES: dict[str, Place] = {
+    "omniglot_small": "shipped",
+    "omniglot": "store",
+    "miniimagenet": "store",
+    "folder": "folder",
 }
+"""Where the files of data sets are. All others are made."""
 
 _FETCH = {
     "omniglot": "fetch it with `metarun data omniglot{root}` (14 MB), or import files you have "
@@ -69,6 +47,11 @@ def resolve_root(root: str | os.PathLike[str] | None) -> Path:
     return default_root() if root is None else Path(root).expanduser()
 
 
+def place_of(name: str) -> Place:
+    """Return where the files of a data set are; a stream uses the images of another data set."""
+    return PLACES.get(name.removeprefix("stream_"), "made")
+
+
 def missing(name: str, root: str | os.PathLike[str] | None = None) -> str | None:
     """Return a one-line instruction to get a missing data set; None if it is present.
 
@@ -77,11 +60,10 @@ def missing(name: str, root: str | os.PathLike[str] | None = None) -> str | None
     Raises:
         ValueError: The data set is present but damaged.
     """
-    name = name.removeprefix("stream_")
-    entry = DATASETS.get(name)
-    if entry is None or entry.place in ("made", "shipped"):
+    name, place = name.removeprefix("stream_"), place_of(name)
+    if place in ("made", "shipped"):
         return None
-    if entry.place == "folder":
+    if place == "folder":
         return _missing_folder(root)
     base = resolve_root(root)
     if open_store(base / name) is not None:
