@@ -92,9 +92,9 @@ def make_algorithm(hidden: int = 6, **options: Any) -> NoisyMAML:
     return algorithm
 
 
-def settings(**changes: int) -> TrainSettings:
+def settings(**changes: float) -> TrainSettings:
     # Log lines, evaluations and checkpoints happen at different steps.
-    values = {"steps": STEPS, "tasks_per_step": 2, "way": 1, "shot": 4, "query": 6}
+    values: dict[str, Any] = {"steps": STEPS, "tasks_per_step": 2, "way": 1, "shot": 4, "query": 6}
     values |= {"log_every": 7, "eval_every": 10, "checkpoint_every": 9, **changes}
     return TrainSettings(**values)
 
@@ -118,7 +118,7 @@ def go(
     screen: Screen | None = None,
     run_info: Record | None = None,
     trackers: Trackers | None = None,
-    **changes: int,
+    **changes: float,
 ) -> Record:
     return trainer.train(
         algorithm or make_algorithm(),

@@ -25,12 +25,14 @@ class NonFiniteError(ArithmeticError):
     Attributes:
         name: Description of the quantity: `loss`, or the gradient of a named parameter.
         value: Non-finite value.
+        clip_norm: Bound of the gradient's norm that was set; None without one.
     """
 
-    def __init__(self, name: str, value: float) -> None:
+    def __init__(self, name: str, value: float, clip_norm: float | None = None) -> None:
         super().__init__(f"{name} is {value}")
         self.name = name
         self.value = value
+        self.clip_norm = clip_norm
 
 
 class OuterOptimizer(nn.Module):
@@ -121,7 +123,7 @@ class OuterOptimizer(nn.Module):
         """
         whole = self.averaged({"loss": loss}, progress)["loss"]
         if not torch.isfinite(whole):
-            raise NonFiniteError("loss", float(whole.detach()))
+            raise NonFiniteError("loss", float(whole.detach()), self.clip_norm)
         names = list(self.targets)
         grads = torch.autograd.grad(
             loss, [self.targets[n] for n in names], allow_unused=True, materialize_grads=True
@@ -175,7 +177,7 @@ class OuterOptimizer(nn.Module):
         norms = torch._foreach_norm(list(grads.values()))
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if not torch.isfinite(norm):
-            raise _locate(grads, norm)
+            raise NonFiniteError(*_locate(grads, norm), self.clip_norm)
         return norm
 
     def rate(self, progress: Progress) -> float:
@@ -204,12 +206,13 @@ class OuterOptimizer(nn.Module):
         self.optimizer.load_state_dict(copy.deepcopy(state))
 
 
-def _locate(grads: dict[str, Tensor], norm: Tensor) -> NonFiniteError:
+def _locate(grads: dict[str, Tensor], norm: Tensor) -> tuple[str, float]:
+    """Return what is not finite, and its value."""
     for name, grad in grads.items():
         bad = grad[~torch.isfinite(grad)]
         if bad.numel():
-            return NonFiniteError(f"the gradient of {name}", float(bad.flatten()[0]))
-    return NonFiniteError("the norm of the gradient", float(norm))
+            return f"the gradient of {name}", float(bad.flatten()[0])
+    return "the norm of the gradient", float(norm)
 
 
 def update_running_statistics(

@@ -32,13 +32,16 @@ from metarun.core.errors import (
     EXIT_OK,
     describe_error,
 )
-from metarun.core.streams import flush_or_discard, open_closed_streams, unbroken_streams
+from metarun.core.streams import flush_or_discard, open_closed_streams, say, unbroken_streams
 
 QUICK_START = "quick_start"
 """The experiment that a bare `metarun` runs."""
 
 SUBCOMMANDS = tuple(PARSERS)
 """Subcommands; each is a module of this folder with a function `run(args)`."""
+
+_OPTIONS = {"help": "--help", "version": "--version"}
+"""Words that mean an option."""
 
 HELP = """\
 metarun: train and evaluate meta-learning algorithms
@@ -66,6 +69,8 @@ Groups and their values:
 Options:
   -m, --multirun         run every combination of comma-separated values
   --cfg job [--resolve]  print the configuration and exit
+  --estimate             print what the runs would take, and start none
+  --rehearse             give every run half a minute of training
   --config-dir DIR       add your own YAML files (algo/mine.yaml is algo=mine);
                          hydra.searchpath=[file://A,pkg://B] adds several
   trust=PACKAGE,…        packages that a stored run may import (METARUN_TRUST)
@@ -90,7 +95,7 @@ def entry() -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     error = flush_or_discard(sys.stdout)
     if error is not None and not isinstance(error, BrokenPipeError):
-        _say(f"error: standard output: {describe_error(error)}")
+        say("error", f"standard output: {describe_error(error)}")
     sys.exit(code if error is None else code or EXIT_FAILED)
 
 
@@ -117,22 +122,17 @@ def main(argv: Sequence[str]) -> int:
             raise
         # An error before the processes are connected occurs in all of them: report it once.
         if place.rank == 0 or (not distributed.is_main() and distributed.should_report(error)):
-            _say(f"error: {distributed.error_prefix()}{describe_error(error)}")
+            say("error", f"{distributed.error_prefix()}{describe_error(error)}")
         return EXIT_BAD_INPUT if isinstance(error, (ValueError, OSError)) else EXIT_FAILED
     except KeyboardInterrupt:
         if place.rank == 0:
-            _say("interrupted")
+            print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
 def _with_home(word: str) -> str:
     """Replace the tilde of `KEY=~/path`, as shells do for a word that begins with one."""
     return re.sub(r"^([^=]+=[\"']?)~(?=[/\"']|$)", lambda key: key[1] + str(Path.home()), word)
-
-
-def _say(text: str) -> None:
-    with unbroken_streams():
-        print(text, file=sys.stderr)
 
 
 def _hush() -> None:
@@ -147,6 +147,8 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
         if place.size > 1:
             raise ValueError(f"`metarun {argv[0]}` runs in one process: start it without torchrun")
         return _subcommand(argv[0], argv[1:])
+    if argv and argv[0] in _OPTIONS:
+        argv = [_OPTIONS[argv[0]], *argv[1:]]
     if "--version" in argv:
         print(f"metarun {metarun.__version__}")
         return EXIT_OK
@@ -253,6 +255,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         ValueError: The request is invalid; no file has been written.
     """
     from metarun.config.composition import composer
+    from metarun.config.overrides import rehearsal
 
     folders, words = _take_folders(args.overrides)
     shows = args.cfg is not None or args.info is not None
@@ -275,6 +278,8 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     bare = not words and not args.multirun
     if bare:
         words = [f"experiment={QUICK_START}"]
+    if args.rehearse:
+        words = rehearsal(words)
     from metarun.jobs.checks import check_jobs
     from metarun.jobs.train import HydraTask, train_without_folder
 
@@ -295,15 +300,21 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
             for job in jobs:
                 check_config(job.config)
             return _hand_over(args, _never)
-        if bare:
+        if bare and not args.estimate:
             print("quick start: MAML on sinusoid regression, about a minute; see `metarun --help`")
         check_jobs(jobs)
+    if args.estimate:
+        from metarun.jobs.estimate import print_estimates
+
+        return print_estimates(jobs)
     if not distributed.is_main():
         return train_without_folder(jobs[0].config)
     if method is None:
         task = HydraTask(args.config_dir)
-        code = _hand_over(args, task)
-        return code or task.code
+        code = _hand_over(args, task) or task.code
+        if bare and code == EXIT_OK:
+            _subcommand("report", [str(task.folder)])
+        return code
     from metarun.jobs.sweep import check_direction, run
 
     check_direction(method, jobs[0])

@@ -233,8 +233,7 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"device={name}: no GPU is available here: use device=cpu")
     if (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device={name}: this machine has {torch.cuda.device_count()} GPU(s), "
-            "counted from cuda:0"
+            f"device={name}: this machine has {torch.cuda.device_count()} GPUs, counted from cuda:0"
         )
     return device
 

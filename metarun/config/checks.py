@@ -35,6 +35,7 @@ _BOUNDS: dict[str, tuple[int, int]] = {
     "train.log_every": (1, _LARGEST),
     "train.eval_every": (1, _LARGEST),
     "train.checkpoint_every": (1, _LARGEST),
+    "train.patience": (1, _LARGEST),
     # A confidence interval needs two episodes.
     "eval.episodes": (2, _LARGEST),
     "eval.val_episodes": (2, _LARGEST),
@@ -63,6 +64,8 @@ def check_config(config: Mapping[str, Any]) -> Settings:
             expected = f"{least} or more" if value < least else f"at most {greatest}"
             raise ValueError(f"{key}={value}: expected {expected}")
     positive("eval", null="or null", proficiency=settings.eval.proficiency)
+    positive("train", null="or null", max_minutes=settings.train.max_minutes)
+    positive("train", null="or null", rehearse=settings.train.rehearse)
     if not _DEVICE.fullmatch(settings.device):
         raise ValueError(
             f"device={settings.device}: expected auto, cpu, cuda or cuda:N, such as cuda:1"

@@ -15,9 +15,12 @@ HOW_IT_RUNS = (*HOW_TASKS_RUN, "debug", "sweep", "published", "paper", "hydra", 
 """Root keys that do not change the results of a run and are left out of its hash."""
 
 
-_NEWER: tuple[tuple[str, Any], ...] = (("temperature", "none"), ("measures", []))
-"""Keys of `eval` that are newer than the hash; it leaves them out at their default, so that the
-runs of earlier sweeps are found."""
+_NEWER: Mapping[str, Mapping[str, Any]] = {
+    "train": {"patience": None, "rehearse": None},
+    "eval": {"temperature": "none", "measures": []},
+}
+"""Keys that are newer than the hash; it leaves them out at their default, so that the runs of
+earlier sweeps are found."""
 
 
 def slug(words: Sequence[str], longest: int) -> str:
@@ -38,8 +41,11 @@ def digest(config: Mapping[str, Any]) -> str:
         config: A resolved configuration, including `names`.
     """
     hashed = {key: value for key, value in config.items() if key not in HOW_IT_RUNS}
-    if "eval" in hashed:
-        hashed["eval"] = {k: v for k, v in hashed["eval"].items() if (k, v) not in _NEWER}
+    for node, newer in _NEWER.items():
+        kept = hashed.get(node, {}).items()
+        hashed[node] = {k: v for k, v in kept if k not in newer or v != newer[k]}
+    # It only says when a run pauses.
+    hashed["train"].pop("max_minutes", None)
     hashed["names"] = {key: config["names"][key] for key in ("algo", "data", "backbone")}
     text = json.dumps(hashed, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

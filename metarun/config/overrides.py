@@ -103,6 +103,20 @@ def without_repeated(words: Sequence[str], stored: Config) -> list[str]:
     return [word for word in words if tuple(word.split("=", 1)) not in again]
 
 
+def rehearsal(words: Sequence[str]) -> list[str]:
+    """Return overrides, completed with those of a run that is only to show that all of it works."""
+    typed = {word.partition("=")[0] for word in words}
+    return [*words, *(f"{key}={value}" for key, value in _REHEARSAL.items() if key not in typed)]
+
+
+_REHEARSAL = {
+    "train.rehearse": 30,
+    "train.eval_every": 2**31 - 1,
+    "eval.val_episodes": 20,
+    "eval.episodes": 50,
+}
+
+
 def with_values(stored: Config, typed: Mapping[str, Any]) -> Config:
     """Return a copy of a stored configuration with the typed values set.
 

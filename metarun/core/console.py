@@ -2,12 +2,14 @@
 
 All text goes through the logger `metarun`, so the screen and `metarun.log` have the same lines.
 Progress lines that repeat the bar are marked with `extra=BAR_SHOWS_IT`. They are omitted on a
-terminal and kept elsewhere and in the log.
+terminal and kept elsewhere and in the log. Without a terminal, a bar writes a line of its own
+whenever nothing was shown for a while.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import textwrap
 import time
@@ -24,35 +26,92 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from metarun.core import distributed
 from metarun.core.measures import figure
 from metarun.core.results import Results, measures_of
-from metarun.core.streams import unbroken_streams
+from metarun.core.streams import printable, unbroken_streams
+
+_log = logging.getLogger(__name__)
 
 BAR_SHOWS_IT = {"bar_shows_it": True}
 FILE_ONLY = {"file_only": True}
-_SECONDS_BETWEEN_UPDATES = 0.1
+GOOD = {"style": "green"}
+_SECONDS_BETWEEN_UPDATES = 0.5
+_SILENCE = 5.0
+"""Seconds without a line after which a bar without a terminal writes one. It doubles with each."""
+_LONGEST_SILENCE = 60.0
 
 
 class Bar:
-    """Progress of one part of a run. It does nothing without a terminal."""
+    """Progress of one part of a run: a bar on a terminal, and otherwise a line from time to time.
 
-    def __init__(self, progress: Progress | None = None, task: TaskID | None = None) -> None:
-        self._progress = progress
-        self._task = task
+    Args:
+        screen: Screen that shows it.
+        name: Name of the part.
+        total, done: Units of the part, and those already done.
+        long: Seconds from which on the part says beforehand how long it takes.
+        shorter: How to make it shorter.
+    """
+
+    def __init__(
+        self, screen: Screen, name: str, total: int, done: int, long: float, shorter: str
+    ) -> None:
+        self._screen = screen
+        self._name, self._total, self._start = name, total, done
+        self._long, self._shorter = long, shorter
+        self._text = ""
+        # The first unit is left out of the time: it includes what happens only once.
+        self._began: float | None = None
         self._next = 0.0
+        self._silence = _SILENCE
+        self._foretold = False
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to show the bar again."""
+        now = time.monotonic()
+        return now >= self._next and (self._screen.has_bars or self._is_silent(now))
 
     def to(self, done: int, text: str | None = None) -> None:
         """Move the bar to `done`; `text` replaces the previous text next to the bar."""
-        if self._progress is None or self._task is None:
-            return
         now = time.monotonic()
+        if self._began is None:
+            self._began, self._start = now, done
+        self._text = self._text if text is None else text
         if text is None and now < self._next:
             return
         self._next = now + _SECONDS_BETWEEN_UPDATES
-        fields: dict[str, Any] = {} if text is None else {"text": text}
-        self._progress.update(self._task, completed=done, **fields)
+        self._foretell(done, now)
+        if self._screen.has_bars:
+            self._screen.move(self, done, self._text)
+        elif self._is_silent(now):
+            self._silence = min(2 * self._silence, _LONGEST_SILENCE)
+            left = self._left(done, now)
+            until = "" if left is None else f"{duration(left)} left"
+            parts = (f"{self._name} {done}/{self._total}", self._text, until)
+            self._screen.write("  ".join(part for part in parts if part))
+
+    def _is_silent(self, now: float) -> bool:
+        return now - self._screen.shown >= self._silence
+
+    def _left(self, done: int, now: float) -> float | None:
+        """Return the seconds until the end as they are known so far."""
+        if self._began is None or done <= self._start:
+            return None
+        return (now - self._began) / (done - self._start) * (self._total - done)
+
+    def _foretell(self, done: int, now: float) -> None:
+        """Say once that the part takes long, after a few seconds of it."""
+        if self._foretold or self._began is None or now - self._began < _SILENCE:
+            return
+        left = self._left(done, now)
+        if left is not None:
+            self._foretold = True
+            if left > self._long:
+                text = "%s takes about %s from here: %s"
+                _log.info(text, self._name, duration(left), self._shorter)
 
 
 class Screen:
@@ -60,11 +119,21 @@ class Screen:
 
     Args:
         console: Console for the output; by default standard output. A quiet one shows nothing.
+
+    Attributes:
+        shown: Time at which the last line was shown.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False)
+        self.shown = time.monotonic()
         self._progress: Progress | None = None
+        self._tasks: dict[Bar, TaskID] = {}
+
+    @property
+    def has_bars(self) -> bool:
+        """Whether progress is shown by bars, on a terminal."""
+        return self._progress is not None
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -82,17 +151,24 @@ class Screen:
             logger.setLevel(level)
 
     @contextmanager
-    def bar(self, name: str, total: int, done: int = 0) -> Iterator[Bar]:
-        """Show a progress bar for the duration of the context."""
-        progress = self._progress
+    def bar(
+        self, name: str, total: int, done: int = 0, long: float = math.inf, shorter: str = ""
+    ) -> Iterator[Bar]:
+        """Show the progress of a part for the duration of the context; see `Bar`."""
+        bar, progress = Bar(self, name, total, done, long, shorter), self._progress
         if progress is None:
-            yield Bar()
+            yield bar
             return
-        task = progress.add_task(name, total=total, completed=done, text="")
+        self._tasks[bar] = progress.add_task(name, total=total, completed=done, text="")
         try:
-            yield Bar(progress, task)
+            yield bar
         finally:
-            progress.remove_task(task)
+            progress.remove_task(self._tasks.pop(bar))
+
+    def move(self, bar: Bar, done: int, text: str) -> None:
+        """Move a bar on the terminal."""
+        if self._progress is not None:
+            self._progress.update(self._tasks[bar], completed=done, text=text)
 
     def show(self, record: logging.LogRecord) -> None:
         """Write one log record."""
@@ -100,15 +176,23 @@ class Screen:
             return
         if self._progress is not None and getattr(record, "bar_shows_it", False):
             return
-        text = record.getMessage()
+        text = Text(printable(record.getMessage(), kept="\n"), getattr(record, "style", ""))
+        text.highlight_regex(r"(?m)^test .*$", "bold")
         if record.levelno >= logging.WARNING:
-            text = f"{record.levelname.lower()}: {text}"
+            text = Text.assemble((f"{record.levelname.lower()}: ", "yellow"), text)
+        self.write(text)
+
+    def write(self, text: Text | str) -> None:
+        """Write a text on lines of its own."""
+        if self.console.quiet:
+            return
+        self.shown = time.monotonic()
         # A console of one's own may have another file than the standard streams.
         with suppress(OSError):
-            if self._progress is None:
-                print(text, file=self.console.file, flush=True)
-            else:
+            if self.console.is_terminal:
                 self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=self.console.file, flush=True)
 
     @contextmanager
     def _with_progress(self) -> Iterator[None]:
@@ -158,6 +242,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def rate_text(rate: float) -> str:
+    """Format a number of tasks in a second: `1,204 tasks/s`, `0.3 tasks/s`."""
+    return f"{rate:,.0f} tasks/s" if rate >= 9.5 else f"{rate:.2g} tasks/s"
+
+
 def summary(results: Results, where: str) -> str:
     """Return the table that is shown at the end of a run.
 
@@ -201,7 +290,8 @@ def summary(results: Results, where: str) -> str:
     note = ""
     if "tasks_per_second" in results:
         made, rate = results["steps"], results["tasks_per_second"] or 0
-        note = f"{made} step{'s' * (made != 1)}, {rate:,.0f} tasks/s"
+        note = f"{made} step{'s' * (made != 1)}"
+        note += f", {rate_text(rate)}" if rate else ""
     rows.append(("time", duration(results["seconds"]), note))
     return _table(_title(results), rows, where)
 

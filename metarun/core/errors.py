@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from metarun.core.memory import shortage
+from metarun.core.streams import printable
 
 
 class RunError(ValueError):
     """A run cannot continue. The message is one line: what happened and what to do."""
+
+
+class OutOfTime(RunError):  # noqa: N818 - requested by the user, not an error
+    """Training has taken the time that the user has given it, and the run is saved."""
 
 
 class Interrupted(Exception):  # noqa: N818 - requested by the user, not an error
@@ -25,7 +30,7 @@ class Interrupted(Exception):  # noqa: N818 - requested by the user, not an erro
 
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
@@ -34,7 +39,8 @@ EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 def describe_error(error: BaseException) -> str:
     """Describe an error for the user in one line, without a traceback."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        named = f"{error.filename}: " if error.filename else ""
+        return printable(f"{named}{error.strerror}")
     if isinstance(error, (ValueError, ArithmeticError, OSError)):
         return one_line(error)
     if (short := shortage(error)) is not None:

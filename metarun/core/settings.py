@@ -20,6 +20,10 @@ class TrainSettings:
         log_every: Number of updates between two lines of metrics.
         eval_every: Number of updates between two evaluations on meta-val.
         checkpoint_every: Number of updates between two checkpoints.
+        patience: Number of evaluations on meta-val without a better one after which training
+            ends; None trains all steps.
+        rehearse: Seconds of training after which it ends and is tested; None trains all steps.
+        max_minutes: Minutes of training in one process after which the run is saved and stops.
     """
 
     steps: int = 10000
@@ -30,6 +34,9 @@ class TrainSettings:
     log_every: int = 100
     eval_every: int = 1000
     checkpoint_every: int = 1000
+    patience: int | None = None
+    rehearse: float | None = None
+    max_minutes: float | None = None
 
 
 @dataclass

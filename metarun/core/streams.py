@@ -7,7 +7,31 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, Literal, TextIO, cast
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Return a text with unprintable characters escaped, except those `kept`.
+
+    Names of files, classes and runs may come from somebody else, and a terminal obeys their codes.
+    """
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
+
+
+_STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan", "interrupted": "yellow"}
+
+
+def say(kind: Literal["error", "warning", "note", "interrupted"], text: str) -> None:
+    """Write `kind: text` to standard error, on a terminal with the first word in color."""
+    with unbroken_streams():
+        if not sys.stderr.isatty():
+            print(f"{kind}: {text}", file=sys.stderr, flush=True)
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        colored = Text.assemble((f"{kind}:", _STYLES[kind]), f" {text}")
+        Console(stderr=True, highlight=False).print(colored, soft_wrap=True)
 
 
 def open_closed_streams() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from metarun.config.schema import Config
 from metarun.core import distributed
 from metarun.core.console import warnings_held
 from metarun.core.files import check_space
+from metarun.core.streams import say
 
 if TYPE_CHECKING:
     from metarun.config.composition import Job
@@ -40,14 +40,14 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     if not distributed.is_main():
         return
     for line in dict.fromkeys(line for job in jobs for line in job.left_out):
-        print(f"note: {line}", file=sys.stderr)
+        say("note", line)
     # An experiment is itself a recipe.
     untuned = (j for j in jobs if not j.has_recipe and "experiment" not in j.config["names"])
     for pair in dict.fromkeys(_pair(job) for job in untuned):
-        print(
-            f"note: there is no recipe for {pair}: default values are used, which are not tuned "
-            "for this pair",
-            file=sys.stderr,
+        say(
+            "note",
+            f"there is no recipe for {pair}: default values are used, which are not tuned for this "
+            "pair",
         )
 
 

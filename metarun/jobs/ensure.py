@@ -13,13 +13,13 @@ from typing import Literal
 from metarun.config.composition import to_yaml
 from metarun.config.schema import Config
 from metarun.core.console import FILE_ONLY, Screen
-from metarun.core.errors import Interrupted, describe_error
+from metarun.core.errors import Interrupted, OutOfTime, describe_error
 from metarun.jobs.resume import continuation
 from metarun.jobs.train import train, train_experiment
 from metarun.runs.folder import RunFolder
 from metarun.runs.lock import InUse
 
-State = Literal["finished", "kept", "failed", "interrupted", "elsewhere"]
+State = Literal["finished", "kept", "failed", "interrupted", "paused", "elsewhere"]
 
 _SECONDS_TO_BEGIN = 10.0
 """A folder that lacks a status for longer is abandoned: its process was killed at the start."""
@@ -32,7 +32,8 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        state: `kept` means finished before, `elsewhere` means running in another process.
+        state: `kept` means finished before, `paused` out of its time, `elsewhere` running in
+            another process.
         why: Reason in one line if the run is not finished.
         signum: Signal that interrupted the run, else 0.
     """
@@ -67,6 +68,8 @@ def ensure_finished(
         return Outcome("finished")
     except Interrupted as stop:
         return Outcome("interrupted", str(stop), stop.signum)
+    except OutOfTime as error:
+        return Outcome("paused", str(error))
     except InUse as error:
         return Outcome("elsewhere", str(error))
     # Any failure of one run must not stop the others.

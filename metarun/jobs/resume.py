@@ -30,7 +30,7 @@ from metarun.core.console import main_screen, warnings_held
 from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
-from metarun.jobs.train import exit_code_of, train_experiment
+from metarun.jobs.train import exit_code_of, tell_next, train_experiment
 from metarun.runs.folder import NullRun, Run, RunFolder
 
 _log = logging.getLogger(__name__)
@@ -40,6 +40,8 @@ RESUMABLE = (
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
+    "train.patience",
+    "train.max_minutes",
     *HOW_TASKS_RUN,
     "debug",
     "logger",
@@ -62,16 +64,19 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
         run = RunFolder.open(path)
     experiment = continuation(run, words, config_dir)
     if experiment is None:
-        steps = run.configuration()["train"]["steps"]
+        made = run.status()["step"]
         print(
-            f"{path} is finished after {steps} steps: type a larger train.steps to continue it, "
-            f"or test={path} to meta-test it"
+            f"{path} is finished after {made} steps: type a larger train.steps to continue it, or "
+            f"test={path} to meta-test it"
         )
         return EXIT_OK
-    return exit_code_of(
+    code = exit_code_of(
         lambda: train_experiment(_ours(run), experiment, main_screen(), config_dir),
         debug=bool(experiment.record["debug"]),
     )
+    if code == EXIT_OK and distributed.is_main():
+        tell_next(run.path)
+    return code
 
 
 def _ours(run: RunFolder) -> Run:
@@ -130,7 +135,9 @@ def _continued(
             refuse_change(key, stored, f"a resumed run: only {', '.join(RESUMABLE)} can")
     config = with_values(config, typed)
     settings = check_config(config)
-    if settings.train.steps <= stored["train"]["steps"] and run.is_complete():
+    # A run that ended early goes on only if its patience is another one.
+    reached = run.status()["step"] if "train.patience" in typed else stored["train"]["steps"]
+    if settings.train.steps <= reached and run.is_complete():
         return None
     with trust.stored(named, config_dir), warnings_held():
         for line in _changes(run, stored, typed, config_dir):

@@ -241,7 +241,7 @@ def _sum_up(
     before = f", {kept} of them before" if kept else ""
     print(f"\n{done} of {len(folders)} runs are finished{before}")
     for folder, end in ends.items():
-        if end["state"] in ("failed", "elsewhere"):
+        if end["state"] in ("failed", "paused", "elsewhere"):
             _say(f"error: {folder}: {_described(end['state'], end['why'])}")
     # If every run of a search failed, the sweeper's own error repeats theirs.
     if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):

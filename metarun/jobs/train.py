@@ -6,7 +6,6 @@ Read `train` first; it calls the trainer in `training/trainer.py`.
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,6 +24,7 @@ from metarun.core.errors import (
     RunError,
     describe_error,
 )
+from metarun.core.streams import say
 from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
 from metarun.runs.folder import NullRun, Run, RunFolder
@@ -113,7 +113,10 @@ class HydraTask:
 
     Attributes:
         code: Exit code of the run, once it has ended.
+        folder: Folder of the run.
     """
+
+    folder: Path
 
     def __init__(self, config_dir: str | None = None) -> None:
         self.code = EXIT_OK
@@ -122,10 +125,23 @@ class HydraTask:
     def __call__(self, cfg: DictConfig) -> None:
         """Train a run in the folder that Hydra has created."""
         config, folder, overrides = from_hydra(cfg)
+        self.folder = folder
         self.code = exit_code_of(
             lambda: train(config, folder, overrides, Screen(), self._config_dir),
             debug=bool(config["debug"]),
         )
+        if self.code == EXIT_OK:
+            tell_next(folder)
+
+
+def tell_next(folder: Path) -> None:
+    """Print the commands that usually follow a finished run."""
+    results = RunFolder(folder).read_results()
+    commands = ["`metarun report last` draws it"]
+    if "layout" not in results:
+        shot = 10 if results["shot"] == 5 else 5
+        commands.append(f"`metarun test=last shot={shot}` tests it in another setting")
+    print(f"next: {', '.join(commands)}")
 
 
 def from_hydra(cfg: DictConfig) -> tuple[Config, Path, list[str]]:
@@ -160,13 +176,13 @@ def exit_code_of(work: Callable[[], object], *, debug: bool) -> int:
         work()
     except Interrupted as stop:
         if distributed.is_main():
-            print(f"interrupted: {stop}", file=sys.stderr)
+            say("interrupted", str(stop))
         raise SystemExit(stop.exit_code) from None
     except Exception as error:
         if debug:
             raise
         if distributed.should_report(error):
-            print(f"error: {distributed.error_prefix()}{describe_error(error)}", file=sys.stderr)
+            say("error", f"{distributed.error_prefix()}{describe_error(error)}")
         refused = isinstance(error, ValueError) and not isinstance(error, RunError)
         return EXIT_BAD_INPUT if refused else EXIT_FAILED
     return EXIT_OK

@@ -14,11 +14,11 @@ from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.core import distributed
 from metarun.core.console import FILE_ONLY
 from metarun.core.distributed import ProcessLost
-from metarun.core.errors import Interrupted, RunError
+from metarun.core.errors import Interrupted, OutOfTime, RunError
 from metarun.core.files import DISK_FULL
 from metarun.core.memory import shortage
 from metarun.runs.folder import Run, RunFolder
-from metarun.training.signals import Signals, StopRequestedError
+from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
         Interrupted: SIGINT, SIGTERM or SIGHUP was received.
         RunError: The user can fix the cause: a value is not finite, the disk or the memory is
             full, or another process has ended.
+        OutOfTime: Training has taken `train.max_minutes`.
     """
     try:
         yield
@@ -53,6 +54,12 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
         text = f"{kept}; `metarun resume={run.path}` continues"
         _log.info(text, extra=FILE_ONLY)
         raise Interrupted(signum, text) from None
+    except OutOfTimeError as stop:
+        saved = f"train.max_minutes={stop.minutes:g} is over: saved at step {at.saved}"
+        text = f"{saved}; `metarun resume={run.path}` continues"
+        run.set_status("interrupted", step=at.saved, why=text)
+        _log.info(text, extra=FILE_ONLY)
+        raise OutOfTime(text) from None
     except ValueError as error:
         _fail(run, at, str(error))
         raise
@@ -77,10 +84,9 @@ def _advice(error: Exception, run: Run) -> tuple[str, str] | None:
             f"{go_on} continues",
         )
     if isinstance(error, NonFiniteError):
-        return (
-            str(error),
-            "start again with a lower optim.lr or algo.inner_lr, or with optim.clip_norm=10",
-        )
+        known = error.clip_norm
+        clip = "optim.clip_norm=10" if known is None else f"an optim.clip_norm below {known:g}"
+        return str(error), f"start again with a lower optim.lr or algo.inner_lr, or with {clip}"
     if isinstance(error, torch.OutOfMemoryError):
         return (
             "out of GPU memory",

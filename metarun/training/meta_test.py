@@ -31,6 +31,10 @@ from metarun.training.state import load_parameters
 
 _log = logging.getLogger(__name__)
 
+_LONG = 60.0
+"""Seconds of a meta-test that are told beforehand."""
+_SHORTER = "fewer eval.episodes are shorter, with a wider interval"
+
 
 def meta_test(
     algorithm: Algorithm,
@@ -147,7 +151,7 @@ def measure_test(
         if save is not None and state is not None:
             save(state)
 
-    with screen.bar("test", evaluation.size) as bar:
+    with screen.bar("test", evaluation.size, 0, _LONG, _SHORTER) as bar:
         tick = ticker(bar, signals)
 
         def noted(done: int) -> None:

@@ -22,6 +22,14 @@ class StopRequestedError(Exception):
         self.signum = signum
 
 
+class OutOfTimeError(Exception):
+    """Training has taken `train.max_minutes`, and has stopped where it can be resumed."""
+
+    def __init__(self, minutes: float) -> None:
+        super().__init__(minutes)
+        self.minutes = minutes
+
+
 HANGUP = getattr(signal, "SIGHUP", None)
 """The signal of a closed terminal; None on Windows."""
 

@@ -16,9 +16,19 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
+import torch
+
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment, seeding
-from metarun.core.console import BAR_SHOWS_IT, Bar, Screen, duration, summary
+from metarun.core.console import (
+    BAR_SHOWS_IT,
+    GOOD,
+    Bar,
+    Screen,
+    duration,
+    rate_text,
+    summary,
+)
 from metarun.core.files import check_space
 from metarun.core.measures import figure, number
 from metarun.core.results import Results
@@ -32,11 +42,15 @@ from metarun.training.failures import outcome
 from metarun.training.meta_test import measure_test
 from metarun.training.results import about, write_results
 from metarun.training.run_state import RunState
-from metarun.training.signals import Signals, StopRequestedError
+from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
 from metarun.training.state import check_same_parameters, load_parameters, required_bytes
 from metarun.training.validation import validate
 
 _log = logging.getLogger(__name__)
+
+_LONG = 3600.0
+"""Seconds of training that are told beforehand."""
+_SHORTER = "a lower train.steps is shorter; Ctrl-C saves the run, and resume=last continues it"
 
 
 def train(
@@ -120,6 +134,7 @@ class _Loop:
         self.signals = signals
         self.trackers = trackers
         self.metric = source.spec.metric
+        self.began = time.perf_counter()
         self.share: Share | None = None
         if distributed.size() > 1:
             self.share = Share.of(train.tasks_per_step, distributed.rank(), distributed.size())
@@ -142,7 +157,7 @@ class _Loop:
         with distributed.agreed():
             load_parameters(self.algorithm, checkpoint, self.run_info, self.run.path)
         self.state.load_state_dict(checkpoint, self.algorithm.device)
-        if self.state.step < self.settings.steps:
+        if self.state.step < self.settings.steps and self._ends_early() is None:
             # The run goes on beyond its former end, and with it the meta-test.
             self.state.test = None
         lengths, step = checkpoint["lengths"], self.state.step
@@ -180,7 +195,7 @@ class _Loop:
             self.run.cut({}, 0)
             self.run.write_json("environment.json", here)
             self.save()
-            self._tell_frozen()
+            self._tell_plan()
         else:
             note_changes(self.run, state.step, here)
             _log.info("continuing %s from step %d", self.run.path, state.step)
@@ -194,13 +209,21 @@ class _Loop:
         # Not counted as time of the run: MLflow takes seconds to create its first database.
         state.began += time.perf_counter() - opening
 
-    def _tell_frozen(self) -> None:
-        """Log how many parameters do not learn, if any."""
+    def _tell_plan(self) -> None:
+        """Log in one line what will run."""
+        info, steps, tasks = self.run_info, self.settings.steps, self.settings.tasks_per_step
         counts = [(p.numel(), p.requires_grad) for p in self.algorithm.parameters()]
-        frozen = sum(count for count, learns in counts if not learns)
-        if frozen:
-            total = sum(count for count, _ in counts)
-            _log.info("%s of %s parameters are frozen", f"{frozen:,}", f"{total:,}")
+        total, frozen = sum(n for n, _ in counts), sum(n for n, learns in counts if not learns)
+        learned = f"{total:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
+        threads = torch.get_num_threads()
+        parts = [
+            f"{info.get('algo')} on {info.get('data')}",
+            f"{info.get('backbone')} with {learned}",
+            f"{self.algorithm.device}, {threads} thread{'s' * (threads != 1)}",
+            f"{steps:,} steps of {tasks} tasks" if steps else "no meta-training",
+            f"files in {self.run.path}",
+        ]
+        _log.info("%s", "; ".join(parts))
 
     # Meta-training.
 
@@ -208,25 +231,65 @@ class _Loop:
         """Make the remaining updates, with validation, checkpoints and log lines between them."""
         state, total = self.state, self.settings.steps
         try:
-            with self.screen.bar("train", total, state.step) as bar:
+            with self.screen.bar("train", total, state.step, _LONG, _SHORTER) as bar:
                 while True:
-                    if state.step != state.validated and self._due(self.settings.eval_every):
+                    if state.step != state.validated and (
+                        self._ended() or self._due(self.settings.eval_every)
+                    ):
                         self._validate()
-                    if state.step != state.saved and self._due(self.settings.checkpoint_every):
+                    ends = self._ended()
+                    if ends and state.count:
+                        self._write(state.means(), bar)
+                    if state.step != state.saved and (
+                        ends or self._due(self.settings.checkpoint_every)
+                    ):
                         self.save()
-                    if state.step >= total:
+                    if ends:
                         break
                     self.signals.check()
+                    self._check_time()
                     began = time.perf_counter()
                     self._update()
                     line = state.means() if self._due(self.settings.log_every) else None
                     state.window_seconds += time.perf_counter() - began
                     if line is not None:
                         self._write(line, bar)
-                    bar.to(state.step)
-        except StopRequestedError:
+                    # Several processes would have to agree on the time.
+                    elif bar.due and self.share is None:
+                        bar.to(state.step, self._text(state.means()))
+                    else:
+                        bar.to(state.step)
+        except (StopRequestedError, OutOfTimeError):
             self.save()
             raise
+        if state.step < total:
+            text = "step %d/%d  %s: training ends here"
+            _log.info(text, state.step, total, self._ends_early())
+
+    def _ended(self) -> bool:
+        return self.state.step >= self.settings.steps or self._ends_early() is not None
+
+    def _ends_early(self) -> str | None:
+        """Return why training ends before its last step; None if it goes on."""
+        settings, state = self.settings, self.state
+        if settings.patience is not None and state.validated > 0:
+            last = 0 if state.best is None else state.best["step"]
+            if state.validated - last >= settings.patience * settings.eval_every:
+                return f"no better on meta-val for {settings.patience} evaluations"
+        if settings.rehearse is not None:
+            seconds = state.train_seconds + state.window_seconds
+            if distributed.maximum(int(seconds >= settings.rehearse)):
+                return f"rehearsed for {duration(settings.rehearse)}"
+        return None
+
+    def _check_time(self) -> None:
+        """Raise OutOfTimeError if this process has trained for `train.max_minutes` or more."""
+        limit = self.settings.max_minutes
+        if limit is None:
+            return
+        minutes = (time.perf_counter() - self.began) / 60.0
+        if distributed.maximum(int(minutes >= limit)):
+            raise OutOfTimeError(limit)
 
     def _due(self, every: int) -> bool:
         """Return whether this step is a multiple of `every`, or the last step."""
@@ -252,14 +315,16 @@ class _Loop:
         self.run.append("metrics.jsonl", {"step": state.step, **named})
         self.run.append("timing.jsonl", {"step": state.step, **timing})
         self.trackers.metrics(state.step, {**named, RATE: rate})
-        values = "  ".join(
-            f"{name} {figure(name, value) if name == self.metric else number(value)}"
-            for name, value in line.items()
-        )
-        text = f"{values}  {rate:,.0f} tasks/s"
+        text = f"{self._text(line)}  {rate_text(rate)}"
         bar.to(state.step, text)
         until = f"{duration(left)} left"
         _log.info("step %d/%d  %s  %s", state.step, total, text, until, extra=BAR_SHOWS_IT)
+
+    def _text(self, line: Mapping[str, float]) -> str:
+        return "  ".join(
+            f"{name} {figure(name, value) if name == self.metric else number(value)}"
+            for name, value in line.items()
+        )
 
     def _validate(self) -> None:
         state = self.state
@@ -269,7 +334,8 @@ class _Loop:
         state.validated = state.step
         better = found.better_than(None if state.best is None else state.best["mean"])
         mark = ", the best so far" if better else ""
-        _log.info("step %d/%d  %s%s", state.step, self.settings.steps, found, mark)
+        text = "step %d/%d  %s%s"
+        _log.info(text, state.step, self.settings.steps, found, mark, extra=GOOD if better else {})
         if better:
             state.best = {
                 **self._names(),
@@ -310,7 +376,7 @@ class _Loop:
         self.run.set_status(status, step=self.state.step, steps=self.settings.steps)
 
     def _names(self) -> Record:
-        return {"algo": self.run_info.get("algo"), "data": self.run_info.get("data")}
+        return {name: self.run_info.get(name) for name in ("algo", "data", "seed")}
 
     # Meta-test.
 

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metarun import __version__
+from metarun.cli import report
 from metarun.cli.main import main
 from metarun.config.catalogue import GROUPS, conf_dir, entries
 from metarun.jobs import train
@@ -78,6 +79,39 @@ def check_refused(done: subprocess.CompletedProcess[str], folder: Path, *parts: 
 def test_the_version_is_the_packages(tmp_path: Path) -> None:
     done = run("--version", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, f"metarun {__version__}\n")
+
+
+def test_the_words_help_and_version_mean_the_options(metarun: Command) -> None:
+    assert metarun("version").out == f"metarun {__version__}\n"
+    assert metarun("help").out == metarun("--help").out
+
+
+def test_an_estimate_names_what_every_run_takes_and_writes_nothing(
+    metarun: Command, tmp_path: Path
+) -> None:
+    words = ["-m", "algo=maml,nearest", "data=sinusoid", "train.steps=1000", "device=cpu"]
+    answer = metarun(*words, "eval.episodes=20", "eval.val_episodes=20", "--estimate")
+    assert answer.code == 0, answer.err
+    heads, *rows = [line for line in answer.out.splitlines() if "  " in line]
+    for word in ("run", "a step", "training", "meta-val", "meta-test", "memory", "disk"):
+        assert word in heads
+    assert [row.split("  ")[0] for row in rows] == ["maml on sinusoid", "nearest on sinusoid"]
+    assert "in all, one run after the other" in answer.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rehearsal_goes_through_all_of_a_run_in_little_time(
+    metarun: Command, tmp_path: Path
+) -> None:
+    words = ["experiment=finn2017_sinusoid_5shot", "device=cpu", "train.rehearse=0.1"]
+    answer = metarun(*words, "--rehearse", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["steps"] < 70000
+    assert results["val"]["episodes"] == 20
+    assert results["test"]["episodes"] == 50
+    assert "(partial)" in answer.out
+    assert "next: `metarun report last` draws it, `metarun test=last shot=10` tests" in answer.out
 
 
 def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
@@ -324,12 +358,17 @@ def test_a_bare_command_says_that_it_is_the_quick_start(
     metarun: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[dict[str, Any]] = []
+    drawn: list[list[str]] = []
     monkeypatch.setattr(train, "train", lambda config, *_: trained.append(config))
+    monkeypatch.setattr(train, "tell_next", lambda _: None)
+    monkeypatch.setattr(report, "run", lambda args: drawn.append(args.paths) or 0)
     answer = metarun()
     assert answer.code == 0, answer.err
     assert answer.out.startswith("quick start: ")
     assert [config["names"]["experiment"] for config in trained] == ["quick_start"]
+    assert len(drawn) == 1
     assert not metarun("algo=maml").out.startswith("quick start: ")
+    assert len(drawn) == 1
 
 
 def test_options_and_words_mix_in_any_order(metarun: Command, tmp_path: Path) -> None:
@@ -341,6 +380,7 @@ def test_options_and_words_mix_in_any_order(metarun: Command, tmp_path: Path) ->
     assert seeds == [1, 2]
 
 
+@pytest.mark.slow
 def test_runs_that_start_together_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", *TINY]
     started = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -408,6 +448,7 @@ def test_an_experiment_is_itself_the_recipe(metarun: Command, tmp_path: Path) ->
     assert "no recipe" not in answer.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
     number: signal.Signals, tmp_path: Path

@@ -127,6 +127,45 @@ def test_the_handlers_of_the_caller_are_set_aside_and_come_back() -> None:
         logger.removeHandler(mine)
 
 
+def test_without_a_terminal_a_bar_breaks_long_silences_and_tells_what_takes_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("metarun.core.console.time.monotonic", lambda: now)
+    file = io.StringIO()
+    screen, log = Screen(Console(file=file)), logging.getLogger("metarun.training.trainer")
+    with screen.attached(), screen.bar("test", 100, long=60.0, shorter="use fewer") as bar:
+        for done, now in [(1, 103.0), (2, 104.0), (6, 108.0), (9, 110.0), (20, 119.0)]:  # noqa: B007
+            bar.to(done)
+        now = 130.0
+        assert bar.due
+        log.info("a line")
+        assert not bar.due
+        now = 145.0
+        bar.to(26, "loss 1")
+    assert file.getvalue().splitlines() == [
+        "test takes about 1 min 34 s from here: use fewer",
+        "test 20/100  1 min 07 s left",
+        "a line",
+        "test 26/100  loss 1  2 min 04 s left",
+    ]
+
+
+def test_a_terminal_shows_warnings_in_color_and_keeps_to_one_line() -> None:
+    screen, file = on_terminal()
+    with screen.attached():
+        logging.getLogger("metarun.x").warning("%s", "word " * 40)
+    assert "\x1b[33mwarning: \x1b[0m" in file.getvalue()
+    assert plain_text(file.getvalue()).count("\n") == 1
+
+
+def test_control_characters_of_a_name_are_shown_and_not_obeyed() -> None:
+    file = io.StringIO()
+    with Screen(Console(file=file)).attached():
+        logging.getLogger("metarun.x").info("class \x1b[31mred\r was\nread")
+    assert file.getvalue() == "class \\x1b[31mred\\r was\nread\n"
+
+
 @pytest.mark.parametrize(
     ("metric", "mean", "ci95", "text"),
     [

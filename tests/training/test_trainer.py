@@ -307,6 +307,19 @@ def test_a_loss_that_is_not_finite_fails_with_step_value_and_what_to_try(tmp_pat
     assert "Traceback" in (tmp_path / "metarun.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("bound", "advice"),
+    [(None, "or with optim.clip_norm=10"), (2.0, "or with an optim.clip_norm below 2")],
+)
+def test_the_advice_names_a_bound_of_the_gradient_that_is_not_set_yet(
+    tmp_path: Path, bound: float | None, advice: str
+) -> None:
+    algorithm = make_algorithm(inner_lr=1e200)
+    algorithm.optimizer.clip_norm = bound
+    with pytest.raises(RunError, match=f"{advice}$"):
+        go(tmp_path, algorithm=algorithm)
+
+
 def test_a_real_divergence_is_caught(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"step \d+: .* is (nan|inf|-inf)"):
         go(tmp_path, algorithm=make_algorithm(inner_lr=1e200))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -114,6 +115,9 @@ def _fetch_all(url: str, part: Path, attempts: int, timeout: float, pause: float
             if not _is_network(error):
                 raise
             reason = str(getattr(error, "reason", error)) or type(error).__name__
+            if isinstance(getattr(error, "reason", error), socket.gaierror):
+                # Without a network, further attempts only take time.
+                attempts = min(attempts, 2)
         if _size(part) > before:
             fruitless = 0
             continue

@@ -208,6 +208,11 @@ def test_a_server_that_is_not_there_is_given_up(tmp_path: Path) -> None:
         download("http://127.0.0.1:9/file.bin", tmp_path / "f", md5=MD5, attempts=2, pause=0.001)
 
 
+def test_without_a_network_the_user_does_not_wait(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r", 2 attempts\): .* import a copy with --from PATH"):
+        download("http://no-such-host.invalid/file.bin", tmp_path / "f", md5=MD5, pause=0.001)
+
+
 def test_space_is_checked_before_the_bytes_come(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
