@@ -109,7 +109,7 @@ def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
     ("words", "message"),
     [
         (["omniglt"], "unknown data set omniglt: did you mean omniglot?"),
-        (["zzz"], "unknown data set zzz: choose from sinusoid"),
+        (["zzz"], "unknown data set zzz: choose from diabetes, folder"),
         (
             ["--from"],
             "argument --from: expected one argument: expected `metarun data [-h] [--from PATH]",
