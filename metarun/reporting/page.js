@@ -106,7 +106,9 @@
   const light = JSON.parse(document.getElementById("light").textContent);
   const svgOf = (figure) => {
     const svg = figure.querySelector("svg").cloneNode(true);
-    const [, , width, height] = svg.getAttribute("viewBox").split(" ").map(Number);
+    const whole = svg.getAttribute("data-whole");
+    const [, , width, height] = whole.split(" ").map(Number);
+    svg.setAttribute("viewBox", whole);
     svg.setAttribute("width", width);
     svg.setAttribute("height", height);
     for (const part of svg.querySelectorAll(".hidden")) part.remove();

@@ -68,6 +68,7 @@ class Page:
     Attributes:
         title: First line of the page.
         facts: Names and values of the most important figures.
+        about: Other names and values, in one line.
         sections: Sections in the order shown; empty ones are left out.
         note: Reasons why parts of the page are missing.
     """
@@ -76,6 +77,7 @@ class Page:
     facts: Sequence[tuple[str, str]]
     sections: Sequence[Section] = field(default_factory=tuple)
     note: str = ""
+    about: Sequence[tuple[str, str]] = ()
 
 
 def render(page: Page, figures: Path) -> str:
@@ -94,7 +96,9 @@ def render(page: Page, figures: Path) -> str:
             "tables": [
                 {"title": t.title, "text": t.text, "html": _themed(t)} for t in section.tables
             ],
-            "figures": [_figure(panel, write(figures, panel)) for panel in section.panels],
+            "figures": [
+                _figure(panel, *write(figures, panel, page.title)) for panel in section.panels
+            ],
         }
         for section in page.sections
         if not section.empty
@@ -104,7 +108,13 @@ def render(page: Page, figures: Path) -> str:
     # Escaping "<" keeps text of a run from closing this script block.
     block = json.dumps(light).replace("<", "\\u003c")
     return _template().render(
-        page={"title": page.title, "facts": page.facts, "note": page.note, "sections": sections},
+        page={
+            "title": page.title,
+            "facts": page.facts,
+            "about": page.about,
+            "note": page.note,
+            "sections": sections,
+        },
         generator=GENERATOR,
         version=metarun.__version__,
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
@@ -155,14 +165,14 @@ def _themed(table: Table) -> Markup:
     return Markup(tables.render("html", [replace(table, title="", text="", series=series)]))
 
 
-def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
+def _figure(panel: Panel, svg: str, view: str) -> Mapping[str, Any]:
     return {
         "name": panel.name,
         "title": panel.title,
         "caption": panel.caption,
         "wide": panel.wide,
         "width": round(_POINTS * 72.0 * float(panel.figure.get_figwidth())),
-        "svg": Markup(inlined(svg, panel.name, panel.alt)),
+        "svg": Markup(inlined(svg, panel.name, panel.alt, view)),
         "csv": table(panel.columns),
         "legend": [
             {
@@ -171,19 +181,22 @@ def _figure(panel: Panel, svg: str) -> Mapping[str, Any]:
                 "color": _variable(series.color),
                 "stroke": _STROKES[series.dash],
                 "sign": _SIGNS.get(series.marker, ""),
+                "alpha": series.alpha,
             }
             for key, series in (panel.series or {}).items()
         ],
     }
 
 
-def inlined(svg: str, name: str, alt: str) -> str:
+def inlined(svg: str, name: str, alt: str, view: str) -> str:
     """Return an SVG for embedding in the page, with unique ids and the page's color variables.
 
     Args:
         svg: SVG text as Matplotlib writes it.
         name: Name of the figure, which is prefixed to every id.
         alt: Alternative text of the figure.
+        view: `viewBox` of the part that the page shows; the page has a title and legend of its own.
+            The whole one is kept as `data-whole`, for saved figures.
     """
     body = svg[svg.index("<svg") :]
     # Both contain addresses or CSS rules that would affect the page outside the figure.
@@ -196,4 +209,5 @@ def inlined(svg: str, name: str, alt: str) -> str:
         body = re.sub(re.escape(color), f"var(--{variable})", body, flags=re.IGNORECASE)
     head, rest = body.split(">", 1)
     head = re.sub(r'\s(width|height)="[^"]*"', "", head)
+    head = re.sub(r'\sviewBox="([^"]*)"', rf' viewBox="{view}" data-whole="\1"', head)
     return f'{head} role="img" aria-label="{html.escape(alt)}">{rest}'

@@ -52,6 +52,6 @@ def _draw(run: RunFiles, sources: Sequence[ModuleType]) -> None:
         with rc_context(STYLE):
             for source in sources:
                 for panel in source.panels(run):
-                    write(run.path / "figures", panel)
+                    write(run.path / "figures", panel, run.title)
     except OSError as error:
         say("warning", f"{run.path}/figures cannot be written: {error}")

@@ -39,10 +39,7 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     tables = [replace(table, series=named) for table in published.parts(in_tables, config_dir)]
     unfinished = [run for run in runs if run.result is None]
     facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
-    sections = [
-        _reproduce(runs),
-        Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)]),
-    ]
+    sections = [Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)])]
     for number, (title, members) in enumerate(clusters.items()):
         name = "together" if not number else f"together-{number + 1}"
         sections.append(Section(name, title, panels=_panels(members, number)))
@@ -52,7 +49,7 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
         about, own, note = _best(members, title, config_dir)
         facts += own
         sections += about
-    return Page(_heading(runs), facts, sections, note)
+    return Page(_heading(runs), facts, [*sections, _reproduce(runs)], note)
 
 
 def _reproduce(runs: Sequence[Run]) -> Section:

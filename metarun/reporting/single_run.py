@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 _OWN = (curves, presentations, strategies)
 _ABOUT_STREAMS = "Defined, with sources, in metarun/evaluation/continual_metrics.py."
-_ABOUT_TASKS = "Three test tasks: those at 5, 50 and 95 % of the ranking from best to worst."
+_ABOUT_TASKS = (
+    "Three test tasks: those at 5, 50 and 95 % of the ranking from best to worst. In a regression "
+    "the error is relative to the variance of the task's targets."
+)
 
 
 class _Notes:
@@ -70,7 +73,7 @@ def page(files: RunFiles, note: str = "", config_dir: str | None = None) -> Page
         killed = ", or was killed since" if files.status["state"] == "running" else ""
         stands = f"The run is {files.status['state']}{at}{killed}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])), config_dir)
-    return Page(title(files), facts(files), [reproduce(files), *parts], missing)
+    return Page(title(files), facts(files), [*parts, reproduce(files)], missing, about(files))
 
 
 def title(files: RunFiles) -> str:
@@ -95,7 +98,6 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
             ("step", f"{files.status.get('step', 0)} of {files.config['train']['steps']}"),
             ("folder", str(files.path)),
         ]
-    rate = results.get("tasks_per_second")
     return [
         *reached(results),
         *(
@@ -103,6 +105,16 @@ def facts(files: RunFiles) -> list[tuple[str, str]]:
             for measure, value in measures_of(results)
             if measure.by_default
         ),
+    ]
+
+
+def about(files: RunFiles) -> list[tuple[str, str]]:
+    """Return names and values of what else identifies a finished run."""
+    results = files.results
+    if results is None:
+        return []
+    rate = results.get("tasks_per_second")
+    return [
         ("meta-tests on its test split", str(openings(files.path))),
         ("batch norm at test", str(results["bn_statistics"])),
         ("parameters", f"{results['parameters']:,}"),
@@ -172,14 +184,16 @@ def sections(
     notes = _Notes(note)
     learned = _learned(files, notes, config_dir)
     own = [panel for source in _OWN for panel in source.panels(files)]
+    tasks, *others = _looked_at(files, learned, notes)
     parts = [
+        tasks,
         Section(
             "reached",
             "Learning and meta-test",
             panels=own,
             tables=[*_published(files, config_dir), *_measures(files)],
         ),
-        *_looked_at(files, learned, notes),
+        *others,
         Section("samples", "Generated samples", panels=samples.panels(files)),
         Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),
         Section("tests", "Later meta-tests", tables=_tests(files, notes)),
@@ -189,25 +203,22 @@ def sections(
 
 def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[Section]:
     """Return the sections about test tasks, which run the trained learner, and about classes."""
-    found = Section("classes", "Classes", panels=classes.panels(files))
-    if files.results is None or "stream" in files.results:
-        return [found]
-    from metarun.reporting.figures import task_groups
+    single: Sequence[Panel] = []
+    inside: list[Panel] = []
+    if files.results is not None and "stream" not in files.results:
+        from metarun.reporting.figures import adaptation, task_groups, tasks
 
-    grouped = notes.panels("tasks as points", lambda: task_groups.panels(files, learned))
-    points = Section("groups", "Tasks as points", panels=grouped)
-    if learned is None:
-        return [found, points]
-    from metarun.reporting.figures import adaptation, tasks
-
-    figures = files.arrays[str(files.metric)]
-    single = notes.panels("single tasks", lambda: tasks.panels(learned, figures))
-    inside = notes.panels("view of the network", lambda: adaptation.panels(learned, figures))
+        if learned is not None:
+            figures = files.arrays[str(files.metric)]
+            single = notes.panels("single tasks", lambda: tasks.panels(learned, figures))
+            inside += notes.panels(
+                "view of the network", lambda: adaptation.panels(learned, figures)
+            )
+        inside += notes.panels("tasks as points", lambda: task_groups.panels(files, learned))
     return [
         Section("tasks", "Single tasks", _ABOUT_TASKS, panels=single),
-        found,
-        Section("adaptation", "Inside the network", panels=inside),
-        points,
+        Section("classes", "Classes", panels=classes.panels(files)),
+        Section("adaptation", "Inside the network, and tasks as points", panels=inside),
     ]
 
 

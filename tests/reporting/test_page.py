@@ -76,9 +76,9 @@ def test_an_empty_section_is_left_out(tmp_path: Path) -> None:
 
 def test_a_drawing_says_what_it_shows() -> None:
     svg = '<?xml version="1.0"?><svg width="1pt" height="2pt" viewBox="0 0 1 2"><g id="a"/></svg>'
-    made = inlined(svg, "name", 'a "good" <one>')
+    made = inlined(svg, "name", 'a "good" <one>', "0 0.5 1 1")
     assert 'role="img" aria-label="a &quot;good&quot; &lt;one&gt;"' in made
-    assert made.startswith('<svg viewBox="0 0 1 2"')
+    assert made.startswith('<svg viewBox="0 0.5 1 1" data-whole="0 0 1 2"')
     assert 'id="name--a"' in made
 
 

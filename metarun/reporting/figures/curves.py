@@ -11,13 +11,24 @@ from matplotlib.ticker import MaxNLocator
 from metarun.core.measures import figure as shown
 from metarun.core.results import CurvePoint, validation_of
 from metarun.core.statistics import Floats, interval
-from metarun.reporting.figures.drawing import INK, MUTED, SIZE, Panel, Series, band, error_axis
+from metarun.reporting.figures.drawing import (
+    INK,
+    MUTED,
+    SIZE,
+    Panel,
+    Series,
+    band,
+    error_axis,
+    plain,
+)
 from metarun.reporting.run_files import RunFiles
 
 _MOST_BINS = 30
 _FEW_POINTS = 30
 """Lines with fewer points have a dot at each."""
 _FEW_EPISODES = 20
+_DECADES = 100.0
+"""Ratio of the largest to the smallest error above which a histogram is logarithmic."""
 
 
 def unit(metric: str) -> tuple[float, str]:
@@ -78,6 +89,9 @@ def learning(run: RunFiles) -> Panel | None:
         )
     if metric != "accuracy":
         error_axis(axes, np.concatenate([train, val]))
+    chance = _chance(run)
+    if chance is not None:
+        axes.axhline(scale * chance, color=MUTED, linestyle=":", linewidth=1.0, gid="chance")
     axes.set(xlabel="meta-updates", ylabel=label)
     axes.xaxis.set_major_locator(whole_steps())
     ends = _ends(val if len(val) else train, metric)
@@ -85,12 +99,33 @@ def learning(run: RunFiles) -> Panel | None:
         "learning",
         "Learning",
         f"{label.split(',')[0].capitalize()} along meta-training; the band is the 95 % interval "
-        f"over the episodes of meta-val.{summary}",
+        f"over the episodes of meta-val.{summary}{_scale(run)}",
         f"{label} against meta-updates: {ends}.{summary}",
         figure,
         columns,
         shown_series,
     )
+
+
+def _chance(run: RunFiles) -> float | None:
+    """Return the accuracy of guessing; None for a regression or a stream."""
+    results = run.results
+    if results is None or results["metric"] != "accuracy" or "layout" in results:
+        return None
+    return 1.0 / int(run.config["way"])
+
+
+def _scale(run: RunFiles) -> str:
+    """Say with what to compare the figure of a run: chance, no adaptation, published values."""
+    results, chance = run.results, _chance(run)
+    parts = [] if chance is None else [f" Chance is {shown('accuracy', chance)} (dotted)."]
+    curve = None if results is None else results.get("curve")
+    if curve and chance is None:
+        parts.append(f" Without adaptation it is {shown('mse', curve[0]['mean'])}.")
+    cells = (run.config.get("published") or {}).get("cells") or []
+    if cells:
+        parts.append(f" Published: {' / '.join(str(cell['value']) for cell in cells)}.")
+    return "".join(parts)
 
 
 def loss(run: RunFiles) -> Panel | None:
@@ -193,6 +228,9 @@ def histogram(run: RunFiles) -> Panel | None:
     axes.axvline(mean, color=INK, linewidth=1.4)
     axes.axvspan(mean - ci95, mean + ci95, color=INK, alpha=0.25, linewidth=0)
     axes.set(xlabel=label, ylabel="test episodes")
+    if metric != "accuracy" and edges[0] > 0.0 and edges[-1] > _DECADES * edges[0]:
+        axes.set_xscale("log")
+        plain(axes.xaxis)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if metric == "accuracy":
         # The outer bins extend beyond 0 and 100 %, since they are centered there.
@@ -206,7 +244,7 @@ def histogram(run: RunFiles) -> Panel | None:
         "episodes",
         "Test episodes",
         f"Histogram of {len(values)} test episodes; the line is their mean with its 95 % "
-        f"interval. {summary}{notes}",
+        f"interval. {summary}{notes}{_scale(run)}",
         f"Histogram of the {label} of {len(values)} test episodes. {summary}{notes}",
         figure,
         {
@@ -242,6 +280,8 @@ def _edges(values: Floats, metric: str, config: Mapping[str, object]) -> list[fl
     low_end, high_end = float(values.min()), float(np.quantile(values, 0.995))
     if not high_end > low_end:
         high_end = low_end + max(abs(low_end), 1.0) * 0.1
+    if high_end > _DECADES * low_end > 0.0:
+        return list(map(float, np.geomspace(low_end, high_end, 1 + most)))
     return list(map(float, np.linspace(low_end, high_end, 1 + most)))
 
 

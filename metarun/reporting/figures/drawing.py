@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from metarun.core.files import csv_cell, inner_folder, write_atomically
@@ -56,6 +58,11 @@ _SETTLED = {**STYLE, "figure.constrained_layout.use": False}
 SIZE = (4.8, 3.2)
 """Size in inches of a figure with one panel, readable on a phone without scaling."""
 _DPI = 150
+_POINTS_PER_INCH = 72.0
+_LETTER, _KEY = 4.2, 42.0
+"""Points of a letter of a legend, and of the line or marker in front of a name."""
+_ROW = 0.18
+"""Inches of a row of a legend or of small text."""
 _SALT = 7765
 """Salt of the hash, chosen so that six common algorithms have six different colors.
 
@@ -74,12 +81,14 @@ class Series:
         color: Color of the artists.
         dash: Line style.
         marker: Marker of points, which have no line.
+        alpha: Opacity.
     """
 
     name: str
     color: str
     dash: str = "-"
     marker: str = ""
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -191,15 +200,61 @@ def _cell(value: Any) -> str:
     return str(csv_cell(str(value)))
 
 
-def write(folder: Path, panel: Panel) -> str:
-    """Write a panel as PNG, SVG and CSV, and return the SVG."""
+def write(folder: Path, panel: Panel, about: str = "") -> tuple[str, str]:
+    """Write a panel as PNG, SVG and CSV; the pictures have its title and legend.
+
+    Args:
+        folder: Folder of the files.
+        panel: The panel.
+        about: Line below the title, such as the run that is shown.
+
+    Returns:
+        The SVG, and the `viewBox` of its part without title and legend.
+    """
     inner_folder(folder)
     _lay_out(panel.figure)
+    view = _frame(panel, about)
     svg = _drawn(panel.figure, "svg").decode()
     write_atomically(folder / f"{panel.name}.svg", svg.encode())
     write_atomically(folder / f"{panel.name}.png", _drawn(panel.figure, "png"))
     write_atomically(folder / f"{panel.name}.csv", table(panel.columns).encode())
-    return svg
+    return svg, view
+
+
+def _frame(panel: Panel, about: str) -> str:
+    """Add a title above a figure and its legend below, and return the `viewBox` between them."""
+    figure, handles = panel.figure, list(map(_handle, (panel.series or {}).values()))
+    width, height = map(float, figure.get_size_inches())
+    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    columns = max(1, int(_POINTS_PER_INCH * width / (_LETTER * longest + _KEY)))
+    lines = textwrap.wrap(about, int(_POINTS_PER_INCH * width / _LETTER))
+    above = _ROW * (1.5 + len(lines))
+    below = _ROW * (0.3 + -(-len(handles) // columns)) if handles else 0.0
+    whole = height + above + below
+
+    def moved(y: float) -> float:
+        return (y * height + below) / whole
+
+    for axes in figure.axes:
+        box = axes.get_position()
+        axes.set_position((box.x0, moved(box.y0), box.width, box.height * height / whole))
+    for text in figure.texts:
+        text.set_y(moved(text.get_position()[1]))
+    figure.set_size_inches(width, whole)
+    figure.text(0.02, 1.0 - 0.3 * _ROW / whole, panel.title, va="top", fontsize=11, weight="bold")
+    figure.text(0.02, 1.0 - 1.5 * _ROW / whole, "\n".join(lines), va="top", fontsize=8, color=MUTED)
+    if handles:
+        figure.legend(handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2)
+    points = (0.0, above, width, height)
+    return " ".join(f"{_POINTS_PER_INCH * value:g}" for value in points)
+
+
+def _handle(series: Series) -> Line2D:
+    """Return the entry of a series in a legend."""
+    return Line2D(
+        [], [], color=series.color, linestyle="none" if series.marker else series.dash,
+        marker=series.marker or None, alpha=series.alpha, linewidth=1.8, label=series.name,
+    )  # fmt: skip
 
 
 def _lay_out(figure: Figure) -> None:

@@ -28,8 +28,9 @@ from metarun.reporting.figures.drawing import INK, MUTED, PAPER, RIGHT, SIZE, WR
 from metarun.reporting.figures.samples import mosaic, shares
 
 _STEPS = (0, 1, 5, 10)
-_FAINT = ("-.", ":", "--", "-")
+_FAINTEST = 0.25
 _GRID = 200
+_AT_ONCE = 100
 _WITHIN = 1.96
 _MOST_WAYS, _MOST_SHOTS, _MOST_QUERIES = 10, 3, 8
 
@@ -71,10 +72,19 @@ def panels(learned: Learned, figures: Floats) -> list[Panel]:
     if not (curves or images) or learned.source.spec.streams is not None:
         return []
     draw = _fit if curves else _grid
+    ranked = figures / _variances(learned, len(figures)) if curves else figures
     return [
         draw(learned, name, index, float(figures[index]))
-        for name, index in chosen(figures, higher=learned.source.spec.higher_is_better).items()
+        for name, index in chosen(ranked, higher=learned.source.spec.higher_is_better).items()
     ]
+
+
+def _variances(learned: Learned, count: int) -> Floats:
+    """Return the variance of the query targets of each test task, (N,)."""
+    starts = range(0, count, _AT_ONCE)
+    batches = [learned.source.batch("test", at, min(_AT_ONCE, count - at)) for at in starts]
+    targets = torch.cat([batch.query_y.flatten(1) for batch in batches])
+    return _numbers(targets.var(1).clamp_min(1e-12))
 
 
 def chosen(figures: Floats, *, higher: bool) -> dict[str, int]:
@@ -134,7 +144,8 @@ class _Plot:
     def line(self, key: str, what: str, series: Series, x: Floats, y: Floats, width: float) -> None:
         """Draw a curve."""
         self.series[key] = series
-        self.axes.plot(x, y, color=series.color, linestyle=series.dash, linewidth=width, gid=key)
+        (line,) = self.axes.plot(x, y, color=series.color, linewidth=width, gid=key)
+        line.set(linestyle=series.dash, alpha=series.alpha)
         self.note(what, x, y)
 
     def points(self, key: str, what: str, x: Floats, y: Floats, marker: str, size: float) -> None:
@@ -213,13 +224,14 @@ def _draw_answers(
             batch.support_x, batch.support_y, grid, max(steps, *_STEPS)
         )
     if traced is not None:
-        faint = iter(_FAINT)
-        for step in sorted({steps, *_STEPS}):
+        every = sorted({steps, *_STEPS})
+        # Shades of one color, the darker the more steps.
+        for step, alpha in zip(every, np.linspace(_FAINTEST, 1.0, len(every)), strict=True):
             name = f"{step} step{'s' * (step != 1)}"
             tested = step == steps
-            line = Series(name, learned.color, "-" if tested else next(faint))
+            line = Series(name, learned.color, alpha=float(alpha))
             values = _numbers(traced[step, 0, :, 0])
-            plot.line(f"after{step}", name, line, x, values, 2.2 if tested else 1.0)
+            plot.line(f"after{step}", name, line, x, values, 2.4 if tested else 1.4)
             # Predictions after other numbers of steps may leave the visible range.
             plot.sight += [values] if tested else []
         return False
