@@ -16,7 +16,7 @@ from metarun.cli.candidates import OF_RUNS
 from metarun.config.catalogue import GROUPS, entries, find, header, keys, recipes
 from metarun.config.search_path import refuse_shipped_names
 from metarun.config.suggestions import nearest
-from metarun.core.console import INDENT, columns, table_console
+from metarun.core.console import INDENT, table_console
 from metarun.core.measures import figure
 from metarun.core.streams import printable
 from metarun.reporting.references import (
@@ -26,6 +26,7 @@ from metarun.reporting.references import (
     read_reference,
     reference_figures,
 )
+from metarun.reporting.tables import terminal_columns
 from metarun.runs import sweeps
 from metarun.runs.find import OUTPUTS, newest_first, run_folders, when
 from metarun.runs.folder import RunFolder
@@ -107,7 +108,7 @@ def _show_rows(rows: Iterator[Row], what: str, *, every: bool) -> None:
         return
     cells = [list(map(printable, row)) for row, _ in shown]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    width = columns()
+    width = terminal_columns()
     side_by_side = sum(widths) + 2 * len(widths) + max(len(text) for _, text in shown) <= width
     for row, (_, text) in zip(cells, shown, strict=True):
         line = "  ".join(map(str.ljust, row, widths))

@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import quiet
+from metarun.core.streams import printable
 from metarun.reporting import published, several_runs, single_run
 from metarun.reporting.figures.drawing import STYLE
 from metarun.reporting.page import Page, is_ours, render
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _last() -> str:
     """Return the folder of the last run, and say which one it is."""
     folder = find_run(LAST)
-    print(f"note: the last run is {folder}", file=sys.stderr)
+    print(f"note: the last run is {printable(str(folder))}", file=sys.stderr)
     return str(folder)
 
 

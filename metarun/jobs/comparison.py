@@ -70,7 +70,9 @@ def compare(
     failed = [] if table_only else _run_missing(plan, config_dir)
     tables = _tables(plan, against, measures, folders_of(config_dir))
     printed = tables if style == "markdown" else list(map(without_marks, tables))
-    print(f"{'' if table_only else chr(10)}{render(style, printed)}", end="")
+    if not table_only:
+        print()
+    print(render(style, printed), end="")
     if not table_only:
         path = folder / f"{_file_name(words, against)}.md"
         write_atomically(path, render("markdown", tables).encode())

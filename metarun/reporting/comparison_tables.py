@@ -137,7 +137,10 @@ def without_marks(table: Table) -> Table:
     def plain(cell: str | Figure) -> str | Figure:
         return cell.replace("`", "") if isinstance(cell, str) else cell
 
-    lines = [{h.replace("`", ""): plain(c) for h, c in line.items()} for line in table.lines]
+    lines = [
+        {head.replace("`", "").removesuffix("="): plain(cell) for head, cell in line.items()}
+        for line in table.lines
+    ]
     return Table(table.title, lines, table.text)
 
 
@@ -213,13 +216,18 @@ def _cells(row: Row, extra: Sequence[Measure]) -> list[str | Figure]:
         f"`{row.name}`",
         row.method,
         *figures,
-        *(" / ".join(str(measure_figure(cell, one)) for cell in row.cells) for one in extra),
+        *(_side_by_side([measure_figure(cell, one) for cell in row.cells]) for one in extra),
         " / ".join(_untrained(cell) for cell in row.cells),
         f"{record['steps'] * record['tasks_per_step']:,}",
         " / ".join(seconds),
         f"{record['parameters']:,}",
         record["bn_statistics"],
     ]
+
+
+def _side_by_side(figures: Sequence[str | Figure]) -> str | Figure:
+    """Return the figures of all columns in one cell."""
+    return figures[0] if len(figures) == 1 else " / ".join(map(str, figures))
 
 
 def _figures(row: Row) -> list[str | Figure]:

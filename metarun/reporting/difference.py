@@ -78,19 +78,20 @@ def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Line]:
         flat({key: value for key, value in side.items() if key not in _NOT_COMPARED})
         for side in (one, other)
     )
-    return [
-        {"key": key, A: _text(key, here), B: _text(key, there)}
-        for key in {**here, **there}
-        if json.dumps(here.get(key, "–")) != json.dumps(there.get(key, "–"))
-    ]
+    lines: list[Line] = []
+    for key in {**here, **there}:
+        texts = [_text(side.get(key, "–")) for side in (here, there)]
+        if texts[0] != texts[1]:
+            if key.endswith("_target_"):
+                classes = [text.rpartition(".")[2] for text in texts]
+                # The names of modules are long, and two classes seldom differ in theirs alone.
+                texts = classes if classes[0] != classes[1] else texts
+            lines.append({"key": key, A: texts[0], B: texts[1]})
+    return lines
 
 
-def _text(key: str, side: Mapping[str, Any]) -> str:
-    """Return a value as it is typed; a class without the module, which the names stand for."""
-    value = side.get(key, "–")
-    if not isinstance(value, str):
-        return json.dumps(value)
-    return value.removeprefix("metarun.") if key.endswith("_target_") else value
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _measured(one: Result | None, other: Result | None) -> Table:

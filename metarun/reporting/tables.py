@@ -87,8 +87,11 @@ class Figure:
             return f"{value:.{self.places}f}"
         size = abs(self.mean)
         places = 2 if size >= 0.1 or size == 0.0 else 1 - math.floor(math.log10(size))
-        return f"{value:.{places}f}"
+        return f"{value:.{places}f}" if places <= _MOST_PLACES else f"{value:.1e}"
 
+
+_MOST_PLACES = 7
+"""Decimal places from which on a number is written with an exponent."""
 
 Line = Mapping[str, "str | Figure"]
 
@@ -148,6 +151,11 @@ def render(style: Style, tables: Sequence[Table]) -> str:
     return "\n".join(_RENDERERS[style](table) for table in tables)
 
 
+def terminal_columns() -> int:
+    """Return the number of columns of the terminal; a large number for a file or a pipe."""
+    return shutil.get_terminal_size((10_000, 0)).columns
+
+
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> str:
     """Return a Markdown table without a title, or nothing without rows; `text` is a remark."""
     lines = [dict(zip(heads, row, strict=True)) for row in rows]
@@ -192,7 +200,7 @@ def _latex(table: Table) -> str:
     heads, *rows = map(_latex_row, (table.heads, *table.texts(table.heads)))
     return "\n".join(
         [
-            f"% {printable(table.title)}",
+            *([f"% {printable(table.title)}"] if table.title else []),
             rf"\begin{{tabular}}{{{'l' * len(table.heads)}}}",
             r"\toprule",
             heads,
@@ -283,11 +291,11 @@ def _number_in(text: str) -> float | None:
 def _terminal(table: Table) -> str:
     """Return aligned columns, or a paragraph for each row where they are wider than the terminal.
 
-    Figures and words are never broken. Empty columns are left out. The text that all rows share is
-    given once, below the title.
+    Words are never broken. Empty columns are left out. The text that all rows share is given once,
+    below the title.
     """
-    used = [head for head in table.used if head not in (shared := _shared(table))]
-    width = shutil.get_terminal_size((_UNLIMITED, 0)).columns
+    width, shared = terminal_columns(), _shared(table)
+    used = [head for head in table.used if head not in shared]
     heads = list(map(printable, used))
     rows = [list(map(printable, row)) for row in table.texts(used)]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
@@ -300,10 +308,6 @@ def _terminal(table: Table) -> str:
     above = [*_wrapped(table.title, width), *_joined(facts, "; ", width)]
     top = [rule, head, rule] if head else [rule]
     return "\n".join([*above, *top, *body, rule, *_wrapped(table.text, width), ""])
-
-
-_UNLIMITED = 10_000
-"""Columns of an output that is no terminal, such as a file."""
 
 
 def _shared(table: Table) -> dict[str, str]:
