@@ -41,6 +41,8 @@ def find_run(name: str | Path) -> Path:
     found = [run for run in found if run.name == word] or found
     if len(found) == 1:
         return found[0]
+    if not found and sweeps.find(word) is not None:
+        raise ValueError(f"{word} is a sweep: expected one run; see `metarun table {word}`")
     if not found:
         near = difflib.get_close_matches(word, [run.name for run in runs], n=3, cutoff=0.4)
         hint = f", such as {', '.join(near)}" if near else ""

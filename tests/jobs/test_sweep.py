@@ -485,8 +485,8 @@ def test_a_run_with_the_long_name_of_earlier_versions_is_kept(
     with composition.composer() as compose:
         jobs = compose.jobs(words[1:], sweep=True)
     for job in jobs:
-        earlier = naming.slug(sorted(w for w in job.overrides if "device" not in w), 160)
-        earlier = earlier.replace("_threads=1", "")
+        named = [word for word in job.overrides if word not in ("device=cpu", "threads=1")]
+        earlier = naming.slug(sorted(named), 160)
         job.folder.rename(job.folder.with_name(f"{earlier}-{job.folder.name[-8:]}"))
     answer = metarun(*words)
     assert answer.code == 0, answer.err

@@ -109,6 +109,8 @@ def test_a_sweep_stands_for_its_runs_that_have_begun() -> None:
     runs = ["outputs/sweeps/seed=1-aaaa", "outputs/sweeps/seed=2-bbbb"]
     sweeps.Sweep("rates", "2026-11-21T09:30:00", ["-m", "seed=1,2"], runs).store()
     assert find_runs("rates") == [one]
+    with pytest.raises(ValueError, match="rates is a sweep: expected one run"):
+        find_run("rates")
     assert find_runs("cccc") == [Path("outputs/sweeps/seed=3-cccc")]
     assert find_runs("outputs") == [Path("outputs")]
     assert run_folders(Path("outputs")) == [one, Path("outputs/sweeps/seed=3-cccc")]
