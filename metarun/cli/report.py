@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from matplotlib import rc_context
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import quiet
-from metarun.core.streams import printable
+from metarun.core.streams import printable, say
 from metarun.reporting import published, several_runs, single_run
 from metarun.reporting.figures.drawing import STYLE
 from metarun.reporting.page import Page, is_ours, render
@@ -51,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
     _write(found, folder, args.config_dir)
     print(place)
     if args.open and not webbrowser.open(place.absolute().as_uri()):
-        print("note: no browser was found: open the page by hand", file=sys.stderr)
+        say("note", "no browser was found: open the page by hand")
     return EXIT_FAILED if damaged else EXIT_OK
 
 
 def _last() -> str:
     """Return the folder of the last run, and say which one it is."""
     folder = find_run(LAST)
-    print(f"note: the last run is {printable(str(folder))}", file=sys.stderr)
+    say("note", f"the last run is {printable(str(folder))}")
     return str(folder)
 
 
