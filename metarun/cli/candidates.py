@@ -12,6 +12,11 @@ from pathlib import Path
 
 from metarun.config.catalogue import GROUPS, conf_dir, entries
 from metarun.config.search_path import OPTIONS, as_config_dir, own_folders
+from metarun.runs import sweeps
+from metarun.runs.find import LAST, OUTPUTS, newest_first, run_folders
+
+OF_RUNS = ("runs", "sweeps")
+"""What `metarun list` shows besides the groups."""
 
 
 def words(allowed: Collection[str]) -> Callable[[str, Sequence[str]], list[str]]:
@@ -33,9 +38,11 @@ def names(group: str) -> Callable[[str, Sequence[str]], list[str]]:
 def listed(_: str, before: Sequence[str]) -> list[str]:
     """Offer the words of `metarun list`: groups, or names behind a group."""
     typed = [word for word in before if not word.startswith("-")]
+    if typed[:1] and typed[0] in OF_RUNS:
+        return []
     chosen = [word for word in typed if word in GROUPS]
     found = list(entries(_folders(before), chosen[0])) if chosen[:1] == typed[:1] != [] else []
-    return found if len(typed) > len(chosen) else [*GROUPS, *found]
+    return found if len(typed) > len(chosen) else [*GROUPS, *([] if typed else OF_RUNS), *found]
 
 
 def paths(word: str, _: Sequence[str] = ()) -> list[str]:
@@ -52,11 +59,18 @@ def folders(word: str, _: Sequence[str] = ()) -> list[str]:
     return [path for path in paths(word) if path.endswith("/")]
 
 
+def runs(word: str, _: Sequence[str] = ()) -> list[str]:
+    """Offer folders, `last`, names of sweeps and, once a word has begun, names of runs' folders."""
+    found = newest_first(run_folders(OUTPUTS)) if "/" not in word else []
+    names = [*([LAST] if found else []), *(sweep.name for sweep in sweeps.stored())]
+    return [*folders(word), *names, *(run.name for run in found if word)]
+
+
 def settings(word: str, before: Sequence[str]) -> Iterable[str]:
     """Offer overrides KEY=VALUE, by Hydra; `resume=` and `test=` take the folder of a run."""
     key, equals, value = word.partition("=")
     if equals and key in ("resume", "test"):
-        return [f"{key}={path}" for path in folders(value)]
+        return [f"{key}={name}" for name in runs(value)]
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
     from metarun.config.loading import opened

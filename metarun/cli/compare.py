@@ -25,4 +25,5 @@ def run(args: argparse.Namespace) -> int:
         against=args.against,
         table_only=args.table,
         measures=args.columns,
+        style=args.format,
     )

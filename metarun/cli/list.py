@@ -1,18 +1,24 @@
-"""`metarun list`: what there is to choose from, and one choice with its keys."""
+"""`metarun list`: what there is to choose from, one choice with its keys, and what was run."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.text import Text
 
+from metarun.cli.candidates import OF_RUNS
 from metarun.config.catalogue import GROUPS, entries, find, header, keys, recipes
 from metarun.config.search_path import refuse_shipped_names
 from metarun.config.suggestions import nearest
 from metarun.core.console import INDENT, table_console
+from metarun.core.measures import figure
+from metarun.core.streams import printable
 from metarun.reporting.references import (
     folders_of,
     is_unverified,
@@ -20,6 +26,13 @@ from metarun.reporting.references import (
     read_reference,
     reference_figures,
 )
+from metarun.reporting.tables import terminal_columns
+from metarun.runs import sweeps
+from metarun.runs.find import OUTPUTS, newest_first, run_folders, when
+from metarun.runs.folder import RunFolder
+
+_NEWEST = 20
+"""Number of runs and sweeps that are listed without `--all`."""
 
 EXAMPLES = {
     "algo": "algo={name} data={recipe}",
@@ -34,10 +47,19 @@ EXAMPLES = {
 
 
 def run(args: argparse.Namespace) -> int:
-    """Answer `metarun list [GROUP…]` and `metarun list GROUP NAME…`; returns the exit code."""
+    """Answer `metarun list [GROUP…]`, `list GROUP NAME…`, `list runs` and `list sweeps`.
+
+    Returns:
+        The exit code.
+    """
     folders = folders_of(args.config_dir)
     refuse_shipped_names(folders[1:], folders[0])
-    words = args.words
+    words = [_group(word) or word for word in args.words[:1]] + args.words[1:]
+    if words and words[0] in OF_RUNS:
+        if len(words) > 1:
+            raise ValueError(f"list {' '.join(words)}: expected `metarun list {words[0]}` alone")
+        _show_rows(_runs() if words[0] == "runs" else _sweeps(), words[0], every=args.all)
+        return 0
     if words and words[0] in GROUPS and any(word not in GROUPS for word in words[1:]):
         paths = [_path(folders, words[0], name) for name in words[1:]]
         for path in paths:
@@ -45,10 +67,99 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for word in words:
         if word not in GROUPS:
-            raise ValueError(f"list {word}: unknown group, expected one of {', '.join(GROUPS)}")
+            expected = ", ".join([*GROUPS, *OF_RUNS])
+            raise ValueError(f"list {word}: unknown group, expected one of {expected}")
+    if not words:
+        _show_counts(folders)
     for group in words or GROUPS:
         _show_group(folders, group)
     return 0
+
+
+def _group(word: str) -> str | None:
+    """Return the group that is meant by its name or its title, in singular or plural."""
+    for group, title in GROUPS.items():
+        names = {group, f"{group}s", title, title.replace(" ", ""), title.split()[-1]}
+        if word in names or f"{word}s" in names:
+            return group
+    return None
+
+
+def _show_counts(folders: Sequence[Path]) -> None:
+    """How many choices each group has."""
+    console = table_console()
+    counts = [f"{len(entries(folders, group))} {title}" for group, title in GROUPS.items()]
+    text = f"{', '.join(counts)}; `metarun list algo` shows one group"
+    for line in textwrap.wrap(text, console.width, break_on_hyphens=False):
+        console.print(Text(line), soft_wrap=True)
+    console.print()
+
+
+Row = tuple[Sequence[str], str]
+"""The cells of a line, and a text that stands behind them or, if it is too long, below."""
+
+
+def _show_rows(rows: Iterator[Row], what: str, *, every: bool) -> None:
+    """The newest rows in columns."""
+    shown = list(rows if every else itertools.islice(rows, _NEWEST))
+    left = sum(1 for _ in rows)
+    if not shown:
+        print(f"no {what} below {OUTPUTS}/ yet")
+        return
+    cells = [list(map(printable, row)) for row, _ in shown]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    width = terminal_columns()
+    side_by_side = sum(widths) + 2 * len(widths) + max(len(text) for _, text in shown) <= width
+    for row, (_, text) in zip(cells, shown, strict=True):
+        line = "  ".join(map(str.ljust, row, widths))
+        print(f"{line}  {printable(text)}" if side_by_side else line.rstrip())
+        if not side_by_side:
+            for part in textwrap.wrap(
+                printable(text), width - INDENT, break_long_words=False, break_on_hyphens=False
+            ):
+                print(f"{' ' * INDENT}{part}")
+    if left:
+        print(f"and {left} older: metarun list {what} --all")
+
+
+def _runs() -> Iterator[Row]:
+    """When each run was at work last, its algorithm, data, figure or state, and its folder."""
+    for folder in newest_first(run_folders(OUTPUTS)):
+        algo, data, stands = "–", "–", "damaged"
+        # A damaged run hides no other.
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            algo, data, stands = _described(RunFolder(folder))
+        yield (_minute(when(folder)), algo, data, stands), str(folder)
+
+
+def _described(run: RunFolder) -> tuple[str, str, str]:
+    status = run.status()
+    if status["state"] == "finished" and run.has("results.json"):
+        results = run.read_results()
+        metric, test = results["metric"], results["test"]
+        stands = f"{metric} {figure(metric, test['mean'], test['ci95'])}"
+        return str(results["algo"]), str(results["data"]), stands
+    names = run.configuration()["names"]
+    of = f" of {status['steps']}" if "steps" in status else ""
+    return str(names["algo"]), str(names["data"]), f"{status['state']} at {status['step']}{of}"
+
+
+def _sweeps() -> Iterator[Row]:
+    """When each sweep was started last, its name, how many runs are finished, and its command."""
+    for sweep in sweeps.stored():
+        done = sum(_is_finished(Path(run)) for run in sweep.runs)
+        finished = f"{done} of {len(sweep.runs)} finished"
+        yield (_minute(sweep.time), sweep.name, finished), f"metarun {shlex.join(sweep.command)}"
+
+
+def _is_finished(folder: Path) -> bool:
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(RunFolder(folder).status().get("state") == "finished")
+    return False
+
+
+def _minute(time: str) -> str:
+    return time[:16].replace("T", " ")
 
 
 def _path(folders: Sequence[Path], group: str, name: str) -> Path:

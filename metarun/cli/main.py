@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import metarun
 from metarun.cli.parser import PARSERS, application
 from metarun.config.checks import check_config
-from metarun.config.search_path import as_config_dir
+from metarun.config.search_path import OPTIONS, as_config_dir
 from metarun.config.trust import taken_from, trusting
 from metarun.core import distributed
 from metarun.core.errors import (
@@ -55,14 +55,17 @@ metarun: train and evaluate meta-learning algorithms
   metarun test=RUN [data=… shot=…]       meta-test a run, also on other data
   metarun paper=NAME                     run all experiments of a paper's table
   metarun table PATH…                    print published and measured results
-  metarun report PATH…                   write one self-contained HTML page
+  metarun report PATH… [--open]          write one self-contained HTML page
+  metarun diff RUN RUN                   compare two runs: settings, results
   metarun compare data=NAME              run every algorithm, print one table
   metarun predict RUN --support DIR …    label your images from a few examples
   metarun list [algo|experiment|…]       list the names that each group accepts
+  metarun list runs                      list the runs; metarun list sweeps
   metarun data [NAME] [--from PATH]      download, import or verify a data set
   metarun bench                          measure speed and memory
 
-RUN is the folder of a run, below outputs/. Each subcommand has its own --help.
+RUN is the folder of a run, a unique part of its name, or `last`; PATH may also
+be a folder of runs or a sweep's name. Each subcommand has its own --help.
 Groups and their values:
 
 {groups}
@@ -143,6 +146,7 @@ def _hush() -> None:
 
 def _dispatch(argv: list[str], place: distributed.Place) -> int:
     """Run a subcommand, print what an option requests, or start the application."""
+    argv = _subcommand_first(argv)
     if argv and argv[0] in SUBCOMMANDS:
         if place.size > 1:
             raise ValueError(f"`metarun {argv[0]}` runs in one process: start it without torchrun")
@@ -183,6 +187,14 @@ def _subcommand(name: str, argv: list[str]) -> int:
     module = importlib.import_module(f"metarun.cli.{name}")
     code: int = module.run(parser.read(words))
     return code
+
+
+def _subcommand_first(argv: list[str]) -> list[str]:
+    """Move `--config-dir DIR` behind the subcommand that follows it."""
+    option, equals, _ = (argv or [""])[0].partition("=")
+    place = (1 if equals else 2) if option in OPTIONS else 0
+    rest = argv[place:]
+    return [rest[0], *argv[:place], *rest[1:]] if rest[:1] and rest[0] in SUBCOMMANDS else argv
 
 
 def _hint(word: str) -> str:

@@ -94,12 +94,14 @@ def _list() -> Parser:
     parser = Parser(
         prog="metarun list",
         description="List the algorithms, data sets, backbones and experiments, or show one of "
-        "them with its keys, as in `metarun list algo maml`.",
+        "them with its keys, as in `metarun list algo maml`. `metarun list runs` and `metarun list "
+        "sweeps` list what was run.",
     )
     parser.add(
-        "words", nargs="*", metavar="GROUP [NAME]", help=f"GROUP is one of {', '.join(GROUPS)}",
-        offers=candidates.listed,
+        "words", nargs="*", metavar="GROUP [NAME]", offers=candidates.listed,
+        help=f"GROUP is one of {', '.join([*GROUPS, *candidates.OF_RUNS])}",
     )  # fmt: skip
+    parser.add("--all", action="store_true", help="list all runs or sweeps, not the newest alone")
     _add_config_dir(parser)
     return parser
 
@@ -146,6 +148,7 @@ def _compare() -> Parser:
         "--against", metavar="ALGO", help="on a stream: report regret relative to this algorithm",
         offers=candidates.names("algo"),
     )  # fmt: skip
+    _add_format(parser)
     _add_columns(parser)
     _add_config_dir(parser)
     return parser
@@ -158,10 +161,7 @@ def _table() -> Parser:
         "--format selects the output format.",
     )
     _add_runs(parser)
-    parser.add(
-        "--format", choices=get_args(Style), default="terminal",
-        help="of the tables",
-    )  # fmt: skip
+    _add_format(parser)
     parser.add(
         "--paper", help="print all cells of this paper's table, including those not run",
         offers=candidates.names("paper"),
@@ -174,14 +174,31 @@ def _table() -> Parser:
 def _report() -> Parser:
     parser = Parser(
         prog="metarun report",
-        description="Write one self-contained HTML page for a run, several runs or a sweep.",
+        description="Write one self-contained HTML page for a run, several runs or a sweep. "
+        "Without PATH, for the last run.",
     )
     _add_runs(parser)
+    parser.add("--open", action="store_true", help="open the page in the browser")
     parser.add(
         "--output", metavar="DIR", offers=candidates.folders,
         help="where to write report.html and figures/ (default: the folder of the runs)",
     )  # fmt: skip
     _add_config_dir(parser)
+    return parser
+
+
+def _diff() -> Parser:
+    parser = Parser(
+        prog="metarun diff",
+        description="Show what differs between two runs: settings, versions, data, and the metric "
+        "on the same test episodes, paired.",
+    )
+    for name in ("a", "b"):
+        parser.add(
+            name, metavar="RUN", offers=candidates.runs,
+            help="folder of a run, `last`, or a unique part of its folder's name",
+        )  # fmt: skip
+    _add_format(parser)
     return parser
 
 
@@ -192,8 +209,9 @@ def _predict() -> Parser:
         description="Label your own images from a few examples of each class.",
     )
     parser.add(
-        "run", metavar="RUN", help="folder of a run that was trained on images",
-        offers=candidates.folders,
+        "run", metavar="RUN", help="run that was trained on images: its folder, `last`, or a "
+        "unique part of its folder's name",
+        offers=candidates.runs,
     )  # fmt: skip
     parser.add(
         "--support", metavar="DIR", type=Path, required=True, offers=candidates.folders,
@@ -274,6 +292,13 @@ def _bench() -> Parser:
     return parser
 
 
+def _add_format(parser: Parser) -> None:
+    parser.add(
+        "--format", choices=get_args(Style), default="terminal",
+        help="of the tables (default: terminal)",
+    )  # fmt: skip
+
+
 def _add_columns(parser: Parser) -> None:
     parser.add(
         "--columns", type=lambda names: names.split(","), default=[], metavar="NAME,NAME",
@@ -290,8 +315,9 @@ def _add_config_dir(parser: Parser) -> None:
 
 def _add_runs(parser: Parser) -> None:
     parser.add(
-        "paths", nargs="*", metavar="PATH", help="run folders, or folders that contain runs",
-        offers=candidates.folders,
+        "paths", nargs="*", metavar="PATH", offers=candidates.runs,
+        help="folders of runs, folders that contain runs, names of sweeps, `last`, or unique parts "
+        "of the names of runs' folders",
     )  # fmt: skip
 
 
@@ -306,6 +332,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "bench": _bench,
     "compare": _compare,
     "data": _data,
+    "diff": _diff,
     "list": _list,
     "predict": _predict,
     "report": _report,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,29 +17,26 @@ from matplotlib import rc_context
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import quiet
+from metarun.core.streams import printable, say
 from metarun.reporting import published, several_runs, single_run
 from metarun.reporting.figures.drawing import STYLE
 from metarun.reporting.page import Page, is_ours, render
 from metarun.reporting.published import DAMAGED, Run
 from metarun.reporting.run_files import RunFiles
+from metarun.runs.find import LAST, OUTPUTS, find_run
 
 FILE = "report.html"
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `metarun report PATH… [--output DIR]` and return the exit code.
+    """Run `metarun report [PATH…] [--output DIR] [--open]` and return the exit code.
 
     Raises:
         ValueError: No readable run was found, or the page cannot be written there.
     """
-    if not args.paths:
-        raise ValueError("metarun report needs a folder: type `metarun report outputs/sweeps`")
-    found = list(published.read_runs(map(Path, args.paths)))
-    if not found:
-        raise ValueError(
-            f"{args.paths[0]} contains no run: expected a run folder or a folder of runs"
-        )
-    folder = Path(args.output) if args.output else _home(args.paths, found)
+    words = args.paths or [_last()]
+    found = published.named(words)
+    folder = Path(args.output) if args.output else _home(words, found)
     place = folder / FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: expected a folder for {FILE} and figures/")
@@ -51,16 +49,28 @@ def run(args: argparse.Namespace) -> int:
         published.tell_damaged(found)
     _write(found, folder, args.config_dir)
     print(place)
+    if args.open and not webbrowser.open(place.absolute().as_uri()):
+        say("note", "no browser was found: open the page by hand")
     return EXIT_FAILED if damaged else EXIT_OK
 
 
-def _home(paths: Sequence[str], runs: Sequence[Run]) -> Path:
-    """Return the default folder of a page: that of the run, or the closest one above all runs."""
+def _last() -> str:
+    """Return the folder of the last run, and say which one it is."""
+    folder = find_run(LAST)
+    say("note", f"the last run is {printable(str(folder))}")
+    return str(folder)
+
+
+def _home(words: Sequence[str], runs: Sequence[Run]) -> Path:
+    """Return the default folder of a page: that of the run, or the closest one above all runs.
+
+    The runs of a sweep lie among those of others, so that its page has a folder of its own.
+    """
     if len(runs) == 1:
         return runs[0].path
-    if len(paths) == 1:
-        return Path(paths[0])
-    return Path(os.path.commonpath([Path(path).absolute() for path in paths]))
+    if len(words) == 1:
+        return Path(words[0]) if Path(words[0]).exists() else OUTPUTS / "reports" / words[0]
+    return Path(os.path.commonpath([run.path.absolute() for run in runs]))
 
 
 @quiet

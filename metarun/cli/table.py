@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
-from metarun.reporting.published import read_runs, report, tell_damaged
+from metarun.reporting.published import named, report, tell_damaged
 
 
 def run(args: argparse.Namespace) -> int:
@@ -19,10 +18,6 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "metarun table needs a folder or --paper NAME: type `metarun table outputs/sweeps`"
         )
-    found = list(read_runs(map(Path, args.paths)))
-    if not found and args.paper is None:
-        raise ValueError(
-            f"{args.paths[0]} contains no run: expected a run folder or a folder of runs"
-        )
+    found = named(args.paths) if args.paths else []
     print(report(found, args.format, args.config_dir, args.paper, args.columns), end="")
     return EXIT_FAILED if tell_damaged(found) else EXIT_OK

@@ -143,7 +143,8 @@ def _job_name(*, _root_: DictConfig) -> str:
     config["names"] = names_of(cast("Config", dict(hydra.runtime.choices)), config)
     parser = OverridesParser.create()
     words = [parser.parse_override(str(word)) for word in hydra.overrides.task]
-    return job_name([_as_hydra_writes(word) for word in words], config)
+    pool = Path(str(hydra.sweep.dir))
+    return job_name([_as_hydra_writes(word) for word in words], config, pool)
 
 
 def _as_hydra_writes(override: Override) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
@@ -51,19 +52,35 @@ def digest(config: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def job_name(words: Sequence[str], config: Mapping[str, Any]) -> str:
-    """Return the folder name of a sweep's run: its sorted overrides and its hash.
+_SHORT, _EARLIER = 60, 160
+"""Longest overrides in a folder's name, now and in earlier versions."""
+
+
+def job_name(words: Sequence[str], config: Mapping[str, Any], pool: Path) -> str:
+    """Return the folder name of a sweep's run: its sorted overrides, cut short, and its hash.
 
     Order of the overrides, device and engine are not part of the name, so that an equivalent
-    command finds the same run.
+    command finds the same run. The experiment comes first and is not cut: two experiments may
+    compute the same, and each has a run of its own.
 
     Args:
         words: Overrides `KEY=VALUE` of the run, with values as Hydra writes them.
         config: Resolved configuration of the run, including `names`.
+        pool: Folder of the sweep's runs; a run there with the longer name that earlier versions
+            gave it keeps that name.
     """
     named_words = sorted(word for word in words if root_of(word) not in HOW_IT_RUNS)
-    named = slug(named_words, 160) or f"{config['names']['algo']}_{config['names']['data']}"
-    return f"{named}-{digest(config)}"
+    first = [word for word in named_words if root_of(word) == "experiment"]
+    ordered = first + [word for word in named_words if word not in first]
+    hashed = digest(config)
+
+    def named(some: Sequence[str], longest: int) -> str:
+        text = slug(some, longest) or f"{config['names']['algo']}_{config['names']['data']}"
+        return f"{text}-{hashed}"
+
+    name = named(ordered, max(_SHORT, len(slug(first, _EARLIER))))
+    earlier = named(named_words, _EARLIER)
+    return earlier if (pool / earlier).is_dir() and not (pool / name).is_dir() else name
 
 
 def root_of(word: str) -> str:

@@ -111,6 +111,8 @@ def check_swept(parsed: Sequence[Override], groups: Sequence[str], *, searches: 
         if not override.is_sweep_override():
             continue
         key, text = override.key_or_group, text_of(override)
+        if key.startswith("sweep."):
+            raise ValueError(f"{text}: it belongs to the sweep as a whole: expected one value")
         if searches and key == "seed":
             raise ValueError(
                 f"{text}: a search would choose the luckiest seed; search with one seed, then "

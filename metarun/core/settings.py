@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,9 +83,26 @@ class SweepSettings:
 
     Attributes:
         fail_fast: Whether the first failed run ends the sweep.
+        name: Name by which `table` and `report` find its runs; None is the date and the keys that
+            vary.
     """
 
     fail_fast: bool = False
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the name, which becomes that of a file.
+
+        Raises:
+            ValueError: It has other characters.
+        """
+        fits = self.name is None or re.fullmatch(r"\w[\w.=+-]{0,99}", self.name)
+        # `last` stands for the last run.
+        if not fits or self.name == "last":
+            raise ValueError(
+                f"sweep.name={self.name}: expected letters, digits and . _ = + -, but not last, "
+                "such as sweep.name=rates"
+            )
 
 
 @dataclass

@@ -25,9 +25,15 @@ from metarun.core.statistics import interval_record
 from metarun.core.streams import unbroken_streams
 from metarun.jobs.checks import check_jobs
 from metarun.jobs.ensure import ensure_finished, is_finished
-from metarun.reporting.comparison_tables import Row, comparison, stream_comparison
+from metarun.reporting.comparison_tables import (
+    Row,
+    comparison,
+    stream_comparison,
+    without_marks,
+)
 from metarun.reporting.references import folders_of
 from metarun.reporting.results import UNTRAINED, Result, read_result
+from metarun.reporting.tables import Style, Table, render
 from metarun.runs.folder import RunFolder
 
 
@@ -40,6 +46,7 @@ def compare(
     against: str | None,
     table_only: bool,
     measures: Sequence[str] = (),
+    style: Style = "terminal",
 ) -> int:
     """Start the missing runs, print the table and write it; return the exit code.
 
@@ -50,6 +57,7 @@ def compare(
         against: On a stream, the algorithm that regret is relative to.
         table_only: Whether to print the existing results only, without running or writing.
         measures: Names of measures that have a column of their own.
+        style: Format of the printed table; the file is in Markdown.
 
     Raises:
         ValueError: An argument is invalid; no run has been started.
@@ -60,11 +68,14 @@ def compare(
     _check_against(against, plan)
     _check_measures(measures, plan)
     failed = [] if table_only else _run_missing(plan, config_dir)
-    table = _table(plan, against, measures, folders_of(config_dir))
-    print(f"\n{table}")
+    tables = _tables(plan, against, measures, folders_of(config_dir))
+    printed = tables if style == "markdown" else list(map(without_marks, tables))
+    if not table_only:
+        print()
+    print(render(style, printed), end="")
     if not table_only:
         path = folder / f"{_file_name(words, against)}.md"
-        write_atomically(path, f"{table}\n".encode())
+        write_atomically(path, render("markdown", tables).encode())
         written = [path, *_figures(plan, path)]
         print(f"\nwritten to {', '.join(map(str, written))}")
     for failure in failed:
@@ -204,9 +215,9 @@ def _on_streams(plan: Sequence[Job]) -> bool:
     return can is not None and bool(can.learns_online)
 
 
-def _table(
+def _tables(
     plan: Sequence[Job], against: str | None, measures: Sequence[str], folders: Sequence[Path]
-) -> str:
+) -> list[Table]:
     """Return a table with a row for each algorithm and a column for each setting.
 
     Seeds are pooled. Streams have many metrics, so each setting gets a table of its own.
@@ -223,16 +234,17 @@ def _table(
         for name in names
     }
     if not _on_streams(plan):
-        return comparison(list(rows.values()), list(columns), measures)
-    parts: list[str] = []
+        return [comparison(list(rows.values()), list(columns), measures)]
+    tables: list[Table] = []
     for number, column in enumerate(columns):
         here = {
             name: replace(row, cells=[row.cells[number]], failed=[row.failed[number]])
             for name, row in rows.items()
         }
-        table = stream_comparison(list(here.values()), here.get(against or ""), measures)
-        parts.append(f"**{column}**\n\n{table}" if len(columns) > 1 else table)
-    return "\n\n".join(parts)
+        title = column if len(columns) > 1 else ""
+        learners = list(here.values())
+        tables.append(stream_comparison(learners, here.get(against or ""), measures, title))
+    return tables
 
 
 def _results(jobs: Sequence[Job], name: str) -> list[Result]:

@@ -55,7 +55,7 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     """Meta-test a run and return the exit code.
 
     Args:
-        path: Folder of the run.
+        path: Folder of the run, or another name of it.
         words: Overrides, such as `data=…` or `shot=…`.
         config_dir: Folder of the user's YAML files.
 

@@ -53,7 +53,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     """Continue a run in its own folder and return the exit code.
 
     Args:
-        path: Folder of the run.
+        path: Folder of the run, or another name of it.
         words: Overrides, such as `train.steps=…`.
         config_dir: Folder of the user's YAML files.
 
@@ -66,8 +66,8 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     if experiment is None:
         made = run.status()["step"]
         print(
-            f"{path} is finished after {made} steps: type a larger train.steps to continue it, or "
-            f"test={path} to meta-test it"
+            f"{run.path} is finished after {made} steps: type a larger train.steps to continue "
+            f"it, or test={run.path} to meta-test it"
         )
         return EXIT_OK
     code = exit_code_of(

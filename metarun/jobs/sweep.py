@@ -31,6 +31,7 @@ from rich.console import Console
 from metarun.config.build import build_source
 from metarun.config.composition import Job
 from metarun.config.loading import register_resolvers
+from metarun.config.naming import slug
 from metarun.config.sweeps import SweepMethod
 from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
@@ -39,6 +40,7 @@ from metarun.core.results import Results, validation_of
 from metarun.jobs.ensure import Outcome, ensure_finished, is_finished
 from metarun.jobs.train import from_hydra
 from metarun.reporting import published
+from metarun.runs import sweeps
 from metarun.runs.folder import RunFolder
 from metarun.runs.lines import Lines
 from metarun.training.signals import HANGUP, received_by, say
@@ -180,8 +182,11 @@ def run(
         config_dir: Folder of the user's YAML files.
         hand_over: Starts Hydra with the function to call for each run; returns its exit code.
     """
+    folders = [] if method.searches else [str(job.folder) for job in plan]
+    name = _name(plan, folders)
     place = plan[0].folder.parent
     place.mkdir(parents=True, exist_ok=True)
+    _store(name, words, folders)
     journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
     journal.path.touch()
     count = None if method.searches else len(plan)
@@ -191,12 +196,36 @@ def run(
             monitor = _Monitor(journal, count).showing() if method.parallel else nullcontext()
             with monitor:
                 failed = _handed_over(hand_over, worker)
-        folders = list(journal.ends()) if method.searches else [str(job.folder) for job in plan]
+        if method.searches:
+            folders = list(journal.ends())
+            _store(name, words, folders)
         code = _sum_up(journal, folders, words, stop.signum, failed)
         shown = _show_tables([Path(folder) for folder in folders], config_dir)
+        print(f"\nsweep {name}: see `metarun table {name}` and `metarun report {name}`")
         return code or shown
     finally:
         journal.path.unlink(missing_ok=True)
+
+
+def _name(plan: Sequence[Job], folders: Sequence[str]) -> str:
+    """Return the name of a sweep: the one typed, or the date and the keys that vary."""
+    typed = (plan[0].config.get("sweep") or {}).get("name")
+    if typed is not None:
+        return str(typed)
+    words = [dict(word.partition("=")[::2] for word in job.overrides) for job in plan]
+    varying = [key for key in words[0] if len({own.get(key) for own in words}) > 1]
+    names = plan[0].config["names"]
+    about = varying or [names["algo"], names["data"]]
+    name = slug([f"{sweeps.now()[:10]}-{'-'.join(about)}"], 60)
+    return sweeps.free_name(name, folders)
+
+
+def _store(name: str, words: Sequence[str], folders: Sequence[str]) -> None:
+    """Write which runs a sweep has; without this file they are found by their folders alone."""
+    try:
+        sweeps.Sweep(name, sweeps.now(), list(words), list(folders)).store()
+    except OSError as error:
+        _say(f"warning: the sweep has no name: {describe_error(error)}")
 
 
 def check_direction(method: SweepMethod, job: Job) -> None:

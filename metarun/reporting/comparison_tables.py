@@ -1,4 +1,4 @@
-"""Tables that compare algorithms on a data set or along streams, as Markdown."""
+"""Tables that compare algorithms on a data set or along streams."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from metarun.reporting.results import (
     measures_on_request,
     over_seeds,
 )
-from metarun.reporting.tables import markdown, shown
+from metarun.reporting.tables import Figure, Line, Table, shown
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,10 @@ class Row:
     failed: Sequence[int] = ()
 
 
-def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[str] = ()) -> str:
-    """Format rows as a Markdown table, sorted by the first column with the best on top.
+def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[str] = ()) -> Table:
+    """Return a table of rows, sorted by the first column with the best on top.
+
+    Names to be typed are marked as code, as in Markdown.
 
     Args:
         rows: One row for each algorithm.
@@ -70,7 +72,7 @@ def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[s
         f"{_either(counts)} test episodes; mean ± 95 % interval over episodes; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    return markdown(heads, [_cells(row, extra) for row in ordered], note if results else "")
+    return _table(heads, [_cells(row, extra) for row in ordered], note if results else "")
 
 
 STREAM_HEADS = {
@@ -90,25 +92,28 @@ _NOT_METRICS = ("cumulative_loss", "rows_to")
 
 @quiet
 def stream_comparison(
-    rows: Sequence[Row], against: Row | None = None, measures: Sequence[str] = ()
-) -> str:
-    """Format learners along the same streams as a Markdown table, best final figure first.
+    rows: Sequence[Row],
+    against: Row | None = None,
+    measures: Sequence[str] = (),
+    title: str = "",
+) -> Table:
+    """Return a table of learners along the same streams, best final figure first.
 
     Args:
         rows: One row for each algorithm, with a single cell that holds the runs of its seeds.
         against: Comparator for regret, run with the same seeds as the others.
         measures: Names of measures to show.
+        title: Title of the table.
 
     Raises:
         ValueError: No run has a measure of this name.
     """
     results = [result for row in rows for cell in row.cells for result in cell]
-    if not results:
-        return "no run has finished yet"
-    regression = results[0].record["metric"] == "mse"
+    regression = any(result.record["metric"] == "mse" for result in results)
     shown_figures = [n for n in STREAM_HEADS if any(n in result.figures for result in results)]
-    title = "MSE" if regression else "accuracy, %"
-    heads = ["`algo=`", "method", f"{title}, at the end"]
+    metric = "MSE" if regression else "accuracy, %"
+    # The metric is known only from a finished run.
+    heads = ["`algo=`", "method", f"{metric}, at the end" if results else "at the end"]
     heads += [STREAM_HEADS[name] for name in shown_figures]
     extra = measures_on_request(results, measures)
     heads += [measure.head for measure in extra]
@@ -123,14 +128,34 @@ def stream_comparison(
         f"{_either(counts)} test streams; mean ± 95 % interval over streams; {_either(seeds)} "
         "seed(s), with the interval over seeds in brackets where there are several."
     )
-    return markdown(heads, lines, note)
+    return _table(heads, lines, note if results else "", title)
+
+
+def without_marks(table: Table) -> Table:
+    """Return a table without the marks of code, for other formats than Markdown."""
+
+    def plain(cell: str | Figure) -> str | Figure:
+        return cell.replace("`", "") if isinstance(cell, str) else cell
+
+    lines = [
+        {head.replace("`", "").removesuffix("="): plain(cell) for head, cell in line.items()}
+        for line in table.lines
+    ]
+    return Table(table.title, lines, table.text)
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[str | Figure]], note: str, title: str = ""
+) -> Table:
+    lines: list[Line] = [dict(zip(heads, row, strict=True)) for row in rows]
+    return Table(title, lines, note)
 
 
 def _stream_cells(
     row: Row, names: Sequence[str], extra: Sequence[Measure], against: Row | None
-) -> list[str]:
+) -> list[str | Figure]:
     cell = row.cells[0]
-    cells = [f"`{row.name}`", row.method, *_figures(row)]
+    cells: list[str | Figure] = [f"`{row.name}`", row.method, *_figures(row)]
     if not cell:
         return [*cells, *[""] * (len(names) + len(extra) + (2 if against else 0) + 2)]
     percent = 100.0 if cell[0].record["metric"] == "accuracy" else 1.0
@@ -138,15 +163,15 @@ def _stream_cells(
         scale = 1.0 if name.startswith(_NOT_METRICS) else percent
         values = [scale * result.figures[name] for result in cell if name in result.figures]
         places = 1 if scale != 1.0 or name.startswith("rows_to") else None
-        cells.append(str(over_seeds(values, places)) if values else "")
-    cells += [str(measure_figure(cell, measure)) for measure in extra]
+        cells.append(over_seeds(values, places) if values else "")
+    cells += [measure_figure(cell, measure) for measure in extra]
     if against is not None:
         cells += _regret_cells(row, against)
     seconds = _mean([result.record["train_seconds"] for result in cell], duration)
     return [*cells, seconds, f"{cell[0].record['parameters']:,}"]
 
 
-def _regret_cells(row: Row, against: Row) -> list[str]:
+def _regret_cells(row: Row, against: Row) -> list[str | Figure]:
     """Return the final regret and its growth exponent, or the reason why there is none.
 
     Raises:
@@ -174,13 +199,13 @@ def _regret_cells(row: Row, against: Row) -> list[str]:
     powers = np.concatenate([continual_metrics.growth(curve) for curve in curves])
     growing = np.isfinite(powers)
     if not growing.any():
-        return [str(ends), "–"]
+        return [ends, "–"]
     # Streams without regret have no exponent, so the mark counts those that have one.
     mark = "" if growing.all() else f"{growing.sum()} of {len(powers)} streams"
-    return [str(ends), str(replace(over_seeds([powers[growing]]), mark=mark))]
+    return [ends, replace(over_seeds([powers[growing]]), mark=mark)]
 
 
-def _cells(row: Row, extra: Sequence[Measure]) -> list[str]:
+def _cells(row: Row, extra: Sequence[Measure]) -> list[str | Figure]:
     results = [result for cell in row.cells for result in cell]
     figures = _figures(row)
     if not results:
@@ -191,7 +216,7 @@ def _cells(row: Row, extra: Sequence[Measure]) -> list[str]:
         f"`{row.name}`",
         row.method,
         *figures,
-        *(" / ".join(str(measure_figure(cell, one)) for cell in row.cells) for one in extra),
+        *(_side_by_side([measure_figure(cell, one) for cell in row.cells]) for one in extra),
         " / ".join(_untrained(cell) for cell in row.cells),
         f"{record['steps'] * record['tasks_per_step']:,}",
         " / ".join(seconds),
@@ -200,15 +225,20 @@ def _cells(row: Row, extra: Sequence[Measure]) -> list[str]:
     ]
 
 
-def _figures(row: Row) -> list[str]:
-    """Return a text for each column: the figure or why there is none, and the failed seeds."""
-    shown_figures: list[str] = []
+def _side_by_side(figures: Sequence[str | Figure]) -> str | Figure:
+    """Return the figures of all columns in one cell."""
+    return figures[0] if len(figures) == 1 else " / ".join(map(str, figures))
+
+
+def _figures(row: Row) -> list[str | Figure]:
+    """Return for each column the figure with the number of failed seeds, or why there is none."""
+    shown_figures: list[str | Figure] = []
     for cell, failed in zip(row.cells, row.failed or [0] * len(row.cells), strict=True):
         if not cell:
             shown_figures.append("failed" if failed else "not run")
         else:
             mark = f"{failed} failed" if failed else ""
-            shown_figures.append(str(replace(figure_of(cell), mark=mark)))
+            shown_figures.append(replace(figure_of(cell), mark=mark))
     return shown_figures
 
 

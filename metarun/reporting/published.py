@@ -49,6 +49,7 @@ from metarun.reporting.results import (
     read_result,
 )
 from metarun.reporting.tables import Figure, Line, Style, Table, render, shown
+from metarun.runs.find import find_runs, run_folders
 from metarun.runs.folder import RunFolder
 
 _log = logging.getLogger(__name__)
@@ -136,11 +137,26 @@ def read_runs(paths: Iterable[Path]) -> Iterator[Run]:
     for path in paths:
         if not path.is_dir():
             raise ValueError(f"{path}: there is no such folder")
-        for status in sorted(path.rglob("status.json")):
-            folder = status.parent
-            if folder.resolve() not in met and (folder / "config.yaml").exists():
+        for folder in run_folders(path):
+            if folder.resolve() not in met:
                 met.add(folder.resolve())
                 yield _read(folder)
+
+
+def named(words: Sequence[str]) -> list[Run]:
+    """Return the runs that words of the command line stand for.
+
+    Args:
+        words: Folders of runs, folders that contain runs, names of sweeps, or what else stands
+            for a run, see `find_run`.
+
+    Raises:
+        ValueError: A word stands for nothing, or there is no run in what it stands for.
+    """
+    found = list(read_runs(path for word in words for path in find_runs(word)))
+    if not found:
+        raise ValueError(f"{words[0]} contains no run: expected a run folder or a folder of runs")
+    return found
 
 
 def _read(folder: Path) -> Run:

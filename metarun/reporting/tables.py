@@ -1,4 +1,4 @@
-"""Tables of results for the terminal, Markdown, CSV, LaTeX and HTML.
+"""Tables of results for the terminal, Markdown, CSV, LaTeX, JSON and HTML.
 
 Every figure is a mean over test episodes with its 95 % interval. With several seeds, episodes are
 averaged over the seeds first, and the interval over the seeds is given separately.
@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 import re
+import shutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
-from typing import Literal
+from typing import Any, Literal
 
 from metarun.core.files import csv_cell
+from metarun.core.nested import finite
 from metarun.core.streams import printable
 
-Style = Literal["terminal", "markdown", "csv", "latex", "html"]
+Style = Literal["terminal", "markdown", "csv", "latex", "json", "html"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,10 @@ class Figure:
             " mark": self.mark,
         }
 
+    def record(self) -> dict[str, Any]:
+        """Return the numbers and the remark by name, for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "places"}
+
     def _number(self, value: float) -> str:
         if abs(value) >= 1e6:
             return f"{value:.2e}"
@@ -79,8 +87,11 @@ class Figure:
             return f"{value:.{self.places}f}"
         size = abs(self.mean)
         places = 2 if size >= 0.1 or size == 0.0 else 1 - math.floor(math.log10(size))
-        return f"{value:.{places}f}"
+        return f"{value:.{places}f}" if places <= _MOST_PLACES else f"{value:.1e}"
 
+
+_MOST_PLACES = 7
+"""Decimal places from which on a number is written with an exponent."""
 
 Line = Mapping[str, "str | Figure"]
 
@@ -128,14 +139,21 @@ def render(style: Style, tables: Sequence[Table]) -> str:
     """Return tables as text.
 
     Args:
-        style: Output format. `terminal` aligns columns and leaves out empty ones. `csv` joins the
-            tables, with the title as first column, and puts each number of a figure in its own
-            column. `latex` needs the package booktabs.
+        style: Output format. `terminal` fits the terminal's width. `csv` joins the tables, with
+            the title as first column, and puts each number of a figure in its own column. `json`
+            has them under names. `latex` needs the package booktabs.
         tables: Tables in the order shown.
     """
     if style == "csv":
         return _csv([{"table": t.title, **line} for t in tables for line in t.lines])
+    if style == "json":
+        return f"{json.dumps([_record(t) for t in tables], indent=2, ensure_ascii=False)}\n"
     return "\n".join(_RENDERERS[style](table) for table in tables)
+
+
+def terminal_columns() -> int:
+    """Return the number of columns of the terminal; a large number for a file or a pipe."""
+    return shutil.get_terminal_size((10_000, 0)).columns
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> str:
@@ -162,20 +180,27 @@ def _csv(lines: Sequence[Line]) -> str:
     return out.getvalue()
 
 
+def _record(table: Table) -> dict[str, Any]:
+    rows = [
+        {head: finite(c.record()) if isinstance(c, Figure) else c for head, c in line.items()}
+        for line in table.lines
+    ]
+    return {"title": table.title, "rows": rows, "text": table.text}
+
+
 def _markdown(table: Table) -> str:
-    rows = [table.heads, ["---"] * len(table.heads), *table.texts(table.heads)]
+    texts = ([text.replace("|", r"\|") for text in row] for row in table.texts(table.heads))
+    rows = [table.heads, ["---"] * len(table.heads), *texts]
     above = [f"**{table.title}**", ""] if table.title else []
     below = ["", table.text] if table.text else []
     return "\n".join([*above, *(f"| {' | '.join(row)} |" for row in rows), *below, ""])
 
 
 def _latex(table: Table) -> str:
-    heads, *rows = (
-        " & ".join(map(_in_latex, row)) + r" \\" for row in (table.heads, *table.texts(table.heads))
-    )
+    heads, *rows = map(_latex_row, (table.heads, *table.texts(table.heads)))
     return "\n".join(
         [
-            f"% {table.title}",
+            *([f"% {printable(table.title)}"] if table.title else []),
             rf"\begin{{tabular}}{{{'l' * len(table.heads)}}}",
             r"\toprule",
             heads,
@@ -183,16 +208,37 @@ def _latex(table: Table) -> str:
             *rows,
             r"\bottomrule",
             r"\end{tabular}",
-            *([f"% {table.text}"] if table.text else []),
+            *([f"% {printable(table.text)}"] if table.text else []),
             "",
         ]
     )
 
 
+def _latex_row(cells: Sequence[str]) -> str:
+    row = " & ".join(map(_in_latex, cells))
+    # After the end of a row, a bracket or a star would be an option of the command before.
+    return rf"{'{}' * row.startswith(('[', '*'))}{row} \\"
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    "±": r"$\pm$",
+    "–": "--",
+    "→": r"$\to$",
+    "×": r"$\times$",
+    "−": "$-$",
+}
+
+
 def _in_latex(text: str) -> str:
-    """Escape the special characters of LaTeX."""
-    marked = "".join("\\" + c if c in "&%$#_{}" else c for c in text)
-    return marked.replace("±", r"$\pm$").replace("–", "--")
+    """Escape the special characters of LaTeX, and write others as commands."""
+    return "".join(_LATEX.get(character, character) for character in printable(text))
 
 
 def _html(table: Table) -> str:
@@ -243,30 +289,67 @@ def _number_in(text: str) -> float | None:
 
 
 def _terminal(table: Table) -> str:
-    """Return aligned columns; figures are never truncated or wrapped.
+    """Return aligned columns, or a paragraph for each row where they are wider than the terminal.
 
-    Empty columns are left out. The text that all rows of a longer table share is given once,
+    Words are never broken. Empty columns are left out. The text that all rows share is given once,
     below the title.
     """
-    lines, used = table.lines, table.used
-    texts = {head: [str(line[head]) for line in lines] for head in used}
-    shared = [
-        head
-        for head in used
-        if len(lines) > 2
-        and head != table.heads[0]
-        and all(isinstance(line[head], str) for line in lines)
-        and len({*texts[head]} - {""}) == 1
-    ]
-    kept = [head for head in used if head not in shared]
-    rows = [list(map(printable, row)) for row in (kept, *table.texts(kept))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    width, shared = terminal_columns(), _shared(table)
+    used = [head for head in table.used if head not in shared]
+    heads = list(map(printable, used))
+    rows = [list(map(printable, row)) for row in table.texts(used)]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    head, *body = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (heads, *rows)]
     rule = "─" * max(map(len, (head, *body)))
-    common = "; ".join(f"{head}: {max(texts[head])}" for head in shared)
-    above = [printable(text) for text in (table.title, common) if text]
-    below = [table.text] if table.text else []
-    return "\n".join([*above, rule, head, rule, *body, rule, *below, ""])
+    if len(rule) > width:
+        rule = "─" * width
+        head, body = "", _stacked(heads, rows, width)
+    facts = [printable(f"{head}: {text}") for head, text in shared.items()]
+    above = [*_wrapped(table.title, width), *_joined(facts, "; ", width)]
+    top = [rule, head, rule] if head else [rule]
+    return "\n".join([*above, *top, *body, rule, *_wrapped(table.text, width), ""])
+
+
+def _shared(table: Table) -> dict[str, str]:
+    """Return the texts that all rows of a table of several rows share, by head."""
+    first, *others = table.lines
+    found = {
+        head: text
+        for head in table.used
+        if isinstance(text := first[head], str) and all(line[head] == text for line in others)
+    }
+    return found if others and len(found) < len(table.used) else {}
+
+
+def _stacked(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Return a paragraph for each row: its first cell, and `key  value` lines for the others."""
+    longest = max(map(len, heads[1:]), default=0)
+    lines: list[str] = []
+    for first, *cells in rows:
+        lines += ["", *_wrapped(first or "–", width)] if lines else _wrapped(first or "–", width)
+        for key, cell in zip(heads[1:], cells, strict=True):
+            lines += _wrapped(cell, width, f"  {key:<{longest}}  ") if cell else []
+    return lines
+
+
+def _wrapped(text: str, width: int, before: str = "") -> list[str]:
+    """Return a text in lines of whole words; those after the first are indented like it."""
+    after = " " * len(before)
+    return textwrap.wrap(
+        printable(text), width, initial_indent=before, subsequent_indent=after,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+
+
+def _joined(parts: Sequence[str], mark: str, width: int) -> list[str]:
+    """Return texts joined in as few lines as fit, each text on one line where it fits."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(mark) + len(part) <= width:
+            lines[-1] += f"{mark}{part}"
+        else:
+            lines += _wrapped(part, width)
+    return lines
 
 
 _RENDERERS: dict[Style, Callable[[Table], str]] = {

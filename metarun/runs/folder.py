@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from metarun.core.files import inner_folder
 from metarun.core.types import Record
 from metarun.runs.checkpoints import Checkpoints
+from metarun.runs.find import find_run
 from metarun.runs.lock import InUse, Lock
 from metarun.runs.records import EPISODES as EPISODES
 from metarun.runs.records import RESULTS as RESULTS
@@ -92,10 +93,13 @@ class RunFolder(Records, Checkpoints, Lock):
     def open(cls, path: str | Path) -> RunFolder:
         """Open the folder of an existing run.
 
+        Args:
+            path: Path of the folder, or another name of the run, see `find_run`.
+
         Raises:
             ValueError: The folder does not exist, or is not the folder of a run.
         """
-        run = cls(Path(path))
+        run = cls(find_run(path))
         if not run.path.is_dir():
             raise ValueError(f"{path}: there is no such folder: expected the folder of a run")
         missing = [

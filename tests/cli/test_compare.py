@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def test_it_trains_every_combination_and_the_second_time_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", *WORDS]) == 0
+    assert main(["compare", *WORDS, "--format", "markdown"]) == 0
     first = results(tmp_path)
     assert len(first) == 4
     table = capsys.readouterr().out
@@ -50,7 +51,7 @@ def test_what_is_missing_is_said_and_not_blank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", "--table", *WORDS]) == 0
+    assert main(["compare", "--table", *WORDS, "--format", "markdown"]) == 0
     assert "| not run | not run |" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
@@ -178,6 +179,27 @@ def test_a_mistake_is_one_line_and_makes_nothing(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_table_on_a_terminal_fits_it_and_the_file_is_in_markdown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    words = ["data=linear", "algo=maml,fomaml", *TINY]
+    assert main(["compare", *words]) == 0
+    table = capsys.readouterr().out.split("batch norm: none")[1].partition("written to")[0]
+    assert max(map(len, table.splitlines())) <= 60
+    assert "`" not in table
+    assert re.search(
+        r"^maml\n  method +MAML \(Finn 2017\)\n  5 points: MSE +\d", table, re.MULTILINE
+    )
+    (file,) = tmp_path.rglob("*.md")
+    assert "| `maml` | MAML (Finn 2017) |" in file.read_text()
+    assert main(["compare", "--table", *words, "--format", "json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert {row["algo"] for row in record["rows"]} == {"maml", "fomaml"}
+    assert all(row["5 points: MSE"]["episodes"] == 4 for row in record["rows"])
+
+
 STREAM = [
     "data=stream_linear", "data.tasks=3", "shot=4", "query=3", "backbone.hidden=[6]",
     "algo=online,replay,joint_hindsight", "seed=0,1", "eval.episodes=5", "eval.val_episodes=2",
@@ -189,7 +211,8 @@ def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["compare", *STREAM, "--against", "joint_hindsight"]) == 0
+    words = [*STREAM, "--against", "joint_hindsight", "--format", "markdown"]
+    assert main(["compare", *words]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     heads = [head.strip() for head in lines[0].split("|")]
     rows = {line.split("`")[1]: [c.strip() for c in line.split("|")] for line in lines[2:]}
@@ -232,7 +255,7 @@ def test_what_differs_but_in_the_seed_stands_apart(
     monkeypatch.chdir(tmp_path)
     words = [word for word in STREAM if not word.startswith(("algo=", "data.tasks"))]
     words += ["algo=online,joint_hindsight", "data.tasks=2,3"]
-    assert main(["compare", *words, "--against", "joint_hindsight"]) == 0
+    assert main(["compare", *words, "--against", "joint_hindsight", "--format", "markdown"]) == 0
     out = capsys.readouterr().out
     first, second = (out.index(f"**4 points, data.tasks={tasks}**") for tasks in (2, 3))
     for part in (out[first:second], out[second:]):
@@ -244,7 +267,7 @@ def test_what_differs_but_in_the_seed_stands_apart(
     assert main(["compare", *config, "data.tasks=2", "algo=online", "seed=0,1,2"]) == 0
     capsys.readouterr()
     more = [*config, "data.tasks=2", "algo=online,joint_hindsight", "seed=0,1,2", "--table"]
-    assert main(["compare", *more, "--against", "joint_hindsight"]) == 0
+    assert main(["compare", *more, "--against", "joint_hindsight", "--format", "markdown"]) == 0
     assert "no `joint_hindsight` with seed 2" in capsys.readouterr().out
 
 
@@ -253,7 +276,8 @@ def test_a_diverged_run_is_said_in_every_figure(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = [word for word in STREAM if not word.startswith(("algo", "seed="))]
-    assert main(["compare", *words, "algo=online", "seed=0", "algo.online_lr=1e6"]) == 0
+    words += ["algo=online", "seed=0", "algo.online_lr=1e6", "--format", "markdown"]
+    assert main(["compare", *words]) == 0
     answer = capsys.readouterr()
     (line,) = [line for line in answer.out.splitlines() if line.startswith("| `online`")]
     assert line.count("not finite") == 6

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from metarun.cli.completion import answer, completions
 from metarun.cli.parser import PARSERS
+from metarun.runs import sweeps
+from metarun.runs.folder import RunFolder
 from tests.conftest import Command
 
 
@@ -91,6 +93,19 @@ def test_the_question_of_a_shell_is_answered(
     assert answer("fish") == "q/one/\nq/two/"
     monkeypatch.setenv("COMP_LINE", f"{command} report ")
     assert metarun("-sc", "query=zsh") == (0, "mine/ q/\n", "")
+
+
+def test_names_of_runs_and_sweeps_are_offered_where_a_run_is_named(folder: Path) -> None:
+    for name in ("12-00-00-maml-linear-aaaaaa", "12-30-00-maml-linear-bbbbbb"):
+        run = RunFolder.create(folder / "outputs/2026-11-21" / name, config="names: {}\n")
+        run.set_status("finished")
+    sweeps.Sweep("rates", "", [], []).store()
+    for line in ("table ", "predict ", "diff ", "diff last "):
+        assert {"last", "rates", "q/"} <= set(completions([*line.split(" ")[:-1], ""]))
+    assert completions(["test=la"]) == ["test=last"]
+    assert completions(["report", "12-3"]) == ["12-30-00-maml-linear-bbbbbb"]
+    assert completions(["list", "run"]) == ["runs"]
+    assert completions(["list", "runs", ""]) == []
 
 
 WORDS = st.sampled_from([*PARSERS, "--config-dir", "algo=", "--", "resume=", "nowhere/", "-m"])

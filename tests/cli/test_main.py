@@ -122,6 +122,8 @@ def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
         "test=",
         "compare",
         "metarun list",
+        "metarun list runs",
+        "metarun diff RUN RUN",
         "metarun data",
         "metarun predict RUN",
         "metarun report PATH",
@@ -231,6 +233,13 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["hydra.output_subdir=.hydra"], ["cannot be changed"]),
         (["list", "everything"], ["list everything: unknown group, expected one of algo, data"]),
         (["resume=nowhere"], ["nowhere"]),
+        (["resume=last"], ["last: there is no run below outputs/"]),
+        (["diff", "last", "last"], ["last: there is no run below outputs/"]),
+        (["-m", "seed=1,2", "sweep.name=a/b"], ["sweep.name=a/b: expected letters, digits"]),
+        (["-m", "seed=1,2", "sweep.name=last"], ["sweep.name=last: expected"]),
+        (["-m", "seed=1,2", "sweep.name=a,b"], ["sweep.name=a,b: it belongs to the sweep"]),
+        (["list", "runs", "algo"], ["list runs algo: expected `metarun list runs` alone"]),
+        (["algo=maml", "--config-dir", ".", "list"], ["type the subcommand first"]),
         (["test=nowhere"], ["nowhere"]),
         (["resume="], ["resume= is empty: expected the folder of a run"]),
         (["test=", "shot=5"], ["test= is empty"]),
@@ -475,7 +484,7 @@ def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "compare", "data", "list", "predict", "report", "table"]
+    "command", ["bench", "compare", "data", "diff", "list", "predict", "report", "table"]
 )
 def test_an_option_that_a_command_has_not_is_answered_in_one_line(
     command: str, capsys: pytest.CaptureFixture[str]

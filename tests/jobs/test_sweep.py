@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from metarun.config import composition, configurations
+from metarun.config import composition, configurations, naming
 from metarun.config.build import build_experiment
 from metarun.core.console import Screen
 from metarun.jobs import ensure
 from metarun.jobs.ensure import ensure_finished
 from metarun.jobs.sweep import Journal
+from metarun.runs import sweeps
 from tests.cli.test_main import own
 from tests.conftest import Answer, Command
 
@@ -433,3 +435,60 @@ def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
     answer = metarun("-m", *words, *TINY)
     assert answer.code == 2
     assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: expected 1, since each")
+
+
+# Names.
+
+
+def test_a_sweep_is_found_by_its_name_with_its_own_runs_alone(
+    metarun: Command, tmp_path: Path
+) -> None:
+    assert metarun("-m", "algo=maml", "seed=1,2", *TINY).code == 0
+    answer = metarun("-m", "algo=maml", "seed=2,3", "sweep.name=rates", *TINY)
+    assert answer.code == 0, answer.err
+    assert "2 of 2 runs are finished, 1 of them before" in answer.out
+    assert "sweep rates: see `metarun table rates` and `metarun report rates`" in answer.out
+    assert len(folders(tmp_path)) == 3
+    sweep = sweeps.find("rates")
+    assert sweep is not None
+    seeds = [json.loads((path / "results.json").read_text())["seed"] for path in sweep.existing()]
+    assert sorted(seeds) == [2, 3]
+    assert (
+        json.loads(metarun("table", "rates", "--format", "json").out)[0]["rows"][0]["seeds"] == "2"
+    )
+    assert metarun("report", "rates").out == "outputs/reports/rates/report.html\n"
+    page = (tmp_path / "outputs/reports/rates/report.html").read_text()
+    assert "2 runs: maml on linear" in page
+
+
+def test_a_sweep_without_a_name_has_the_date_and_what_varies(metarun: Command) -> None:
+    for _ in range(2):
+        assert metarun("-m", "algo=maml,anil", "seed=1", *TINY).code == 0
+    assert metarun("-m", "algo=maml,fomaml", "seed=1", *TINY).code == 0
+    names = sorted(sweep.name for sweep in sweeps.stored())
+    assert [name[10:] for name in names] == ["-algo", "-algo-2"]
+    assert all(re.match(r"20\d\d-\d\d-\d\d-", name) for name in names)
+
+
+def test_the_name_of_a_sweep_is_no_part_of_its_runs(metarun: Command, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        assert metarun("-m", "algo=maml", "seed=1,2", f"sweep.name={name}", *TINY).code == 0
+    assert len(folders(tmp_path)) == 2
+    assert [sweep.name for sweep in sweeps.stored()] == ["two", "one"]
+
+
+def test_a_run_with_the_long_name_of_earlier_versions_is_kept(
+    metarun: Command, tmp_path: Path
+) -> None:
+    words = ["-m", "algo=maml", "seed=1,2", *TINY]
+    assert metarun(*words).code == 0
+    with composition.composer() as compose:
+        jobs = compose.jobs(words[1:], sweep=True)
+    for job in jobs:
+        named = [word for word in job.overrides if word not in ("device=cpu", "threads=1")]
+        earlier = naming.slug(sorted(named), 160)
+        job.folder.rename(job.folder.with_name(f"{earlier}-{job.folder.name[-8:]}"))
+    answer = metarun(*words)
+    assert answer.code == 0, answer.err
+    assert "2 of 2 runs are finished, 2 of them before" in answer.out
+    assert len(folders(tmp_path)) == 2

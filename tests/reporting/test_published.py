@@ -147,7 +147,7 @@ def test_a_figure_that_was_not_measured_says_so(metarun: Command) -> None:
     assert found["5 points, 10 steps"] == "not measured after 10 steps: eval.curve_steps"
 
 
-@pytest.mark.parametrize("style", ["terminal", "markdown", "latex", "html"])
+@pytest.mark.parametrize("style", ["terminal", "markdown", "latex", "json", "html"])
 def test_every_format_has_every_row(metarun: Command, style: str) -> None:
     assert metarun(f"experiment={CELL}", *SMALL).code == 0
     answer = metarun("table", "outputs", "--format", style)
@@ -190,6 +190,7 @@ def test_a_run_that_is_not_finished_is_named(metarun: Command, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["last"], "last: there is no run below outputs/"),
         ([], "metarun table needs a folder or --paper NAME: type `metarun table outputs/sweeps`"),
         (["nowhere"], "nowhere: there is no such folder"),
         (["."], ". contains no run: expected a run folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 from scipy import stats
 
 from metarun.core.results import completed
-from metarun.reporting.comparison_tables import Row, comparison
+from metarun.reporting import comparison_tables
+from metarun.reporting.comparison_tables import Row
 from metarun.reporting.figures import drawing
 from metarun.reporting.results import UNTRAINED, Result, read_result
-from metarun.reporting.tables import Table, render
+from metarun.reporting.tables import Figure, Table, render
 from metarun.runs.folder import RunFolder
 
 
@@ -25,6 +27,10 @@ def result(values: list[float], metric: str = "accuracy", **facts: Any) -> Resul
         "train_seconds": 90.0, "steps": 300, "tasks_per_step": 4, **facts,
     }  # fmt: skip
     return Result(completed(record), np.asarray(values), untrained=0.25)
+
+
+def comparison(rows: list[Row], columns: list[str]) -> str:
+    return render("markdown", [comparison_tables.comparison(rows, columns)])
 
 
 def test_a_figure_is_the_mean_and_the_t_interval_over_episodes() -> None:
@@ -128,3 +134,113 @@ def test_cells_that_a_spreadsheet_would_run_are_quoted_in_every_csv() -> None:
     assert text.splitlines() == ["table,run,'@x", ",'=cmd|' /C calc'!A0,-1.5"]
     text = drawing.table({"+class": ["@SUM(A1)", "-", "cat"], "value": [-1.5, -2, 0.5]})
     assert text.splitlines() == ["'+class,value", "'@SUM(A1),-1.5", "'-,-2", "cat,0.5"]
+
+
+# Tables on a terminal.
+
+RUNS = Table(
+    "runs",
+    [
+        {
+            "run": f"algo={algo} optim.lr=0.001 backbone.filters=64",
+            "task": "5-way 1-shot",
+            "meta-test": Figure(93.5, 0.5, 600, places=1),
+            "empty": "",
+            "batch norm": "transductive",
+            "steps": steps,
+        }
+        for algo, steps in (("maml", "10,000"), ("anil", "9,000"))
+    ],
+    "Every figure is a mean over test episodes with its interval at the level of 95 percent.",
+)
+
+
+def at(columns: int, table: Table, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    return render("terminal", [table]).splitlines()
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 100, 200])
+def test_a_table_fits_the_terminal_and_breaks_no_word(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = at(columns, RUNS, monkeypatch)
+    assert max(map(len, lines)) <= columns
+    said = " ".join(lines).replace(";", "").split()
+    for line in RUNS.lines:
+        assert set(" ".join(map(str, line.values())).split()) <= set(said)
+    assert set(RUNS.text.split()) <= set(said)
+
+
+def test_what_all_rows_share_stands_in_the_heading(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = at(100, RUNS, monkeypatch)
+    assert lines[:2] == ["runs", "task: 5-way 1-shot; batch norm: transductive"]
+    assert lines[3].split() == ["run", "meta-test", "steps"]
+    assert len(lines) == 9
+    alike = [{"run": "a", "task": "5-way"}, {"run": "b", "task": ""}]
+    assert at(100, Table("", alike), monkeypatch)[1].split() == ["run", "task"]
+
+
+def test_rows_that_are_too_wide_are_paragraphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = at(60, RUNS, monkeypatch)
+    assert lines[3:7] == [
+        "algo=maml optim.lr=0.001 backbone.filters=64",
+        "  meta-test  93.5 ± 0.5",
+        "  steps      10,000",
+        "",
+    ]
+
+
+def test_a_file_has_aligned_columns_of_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    table = Table("", [{"a": "x" * 150, "b": "y" * 150}, {"a": "", "b": "z"}])
+    monkeypatch.setattr("os.get_terminal_size", refuse)
+    assert "x" * 150 + "  " + "y" * 150 in render("terminal", [table])
+
+
+def refuse(_: int) -> None:
+    raise OSError("no terminal")
+
+
+def test_a_cell_cannot_command_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = Table("\x1b[2J", [{"a\x07": "\x1b[31m", "b": "1"}, {"a\x07": "\r", "b": "2"}], "\x9b")
+    for columns in (5, 100):
+        assert all(c.isprintable() for line in at(columns, evil, monkeypatch) for c in line)
+
+
+# Other formats.
+
+
+def test_latex_has_no_character_that_is_a_command_or_ends_a_row() -> None:
+    text = "".join(map(chr, range(0x20, 0x7F))) + "± – → × é\n\x1b"
+    written = render("latex", [Table("a\nb", [{text: text, "[x]": "*"}], "c\nd")])
+    lines = written.splitlines()
+    assert [lines[place][0] for place in (0, 1, 2, 4, 6, 7, 8)] == [*"%", *"\\" * 5, *"%"]
+    assert len(lines) == 9
+    for row in (lines[3], lines[5]):
+        cells = row.removesuffix(r" \\")
+        commands = re.findall(r"\\(?:[a-z]+(?:\{\})?|[&%$#_{}])|\$(?:\\[a-z]+|-)\$", cells)
+        for command in sorted(set(commands), key=len, reverse=True):
+            cells = cells.replace(command, "")
+        # What is left is the column separator and plain text.
+        assert cells.count("&") == 1
+        assert not set(cells) & set("\\~^<>%$#_{}|\n\x1b")
+
+
+@pytest.mark.parametrize("text", ["[1,2]", "*"])
+def test_a_row_in_latex_is_no_option_of_the_row_before(text: str) -> None:
+    written = render("latex", [Table("", [{"a": text}, {"a": text}])])
+    assert written.count(f"\n{{}}{text}") == 2
+
+
+def test_json_has_the_numbers_under_names() -> None:
+    table = Table("runs", [{"run": "a", "ours": Figure(float("nan"), 0.5, 6, 2, 0.25)}], "note")
+    (record,) = json.loads(render("json", [table]))
+    assert record["title"] == "runs"
+    assert record["text"] == "note"
+    numbers = {"mean": None, "ci95": 0.5, "episodes": 6, "seeds": 2, "seeds_ci95": 0.25, "mark": ""}
+    assert record["rows"] == [{"run": "a", "ours": numbers}]
+
+
+def test_a_bar_in_a_cell_is_no_column_in_markdown() -> None:
+    assert r"| a\|b |" in render("markdown", [Table("", [{"x": "a|b"}])])
