@@ -223,13 +223,13 @@ def write(folder: Path, panel: Panel, about: str = "") -> tuple[str, str]:
 
 def _frame(panel: Panel, about: str) -> str:
     """Add a title above a figure and its legend below, and return the `viewBox` between them."""
-    figure, handles = panel.figure, list(map(_handle, (panel.series or {}).values()))
+    figure, series = panel.figure, list((panel.series or {}).values())
     width, height = map(float, figure.get_size_inches())
-    longest = max((len(handle.get_label()) for handle in handles), default=0)
+    longest = max((len(one.name) for one in series), default=0)
     columns = max(1, int(_POINTS_PER_INCH * width / (_LETTER * longest + _KEY)))
     lines = textwrap.wrap(about, int(_POINTS_PER_INCH * width / _LETTER))
     above = _ROW * (1.5 + len(lines))
-    below = _ROW * (0.3 + -(-len(handles) // columns)) if handles else 0.0
+    below = _ROW * (0.3 + -(-len(series) // columns)) if series else 0.0
     whole = height + above + below
 
     def moved(y: float) -> float:
@@ -243,7 +243,8 @@ def _frame(panel: Panel, about: str) -> str:
     figure.set_size_inches(width, whole)
     figure.text(0.02, 1.0 - 0.3 * _ROW / whole, panel.title, va="top", fontsize=11, weight="bold")
     figure.text(0.02, 1.0 - 1.5 * _ROW / whole, "\n".join(lines), va="top", fontsize=8, color=MUTED)
-    if handles:
+    if series:
+        handles = list(map(_handle, series))
         figure.legend(handles=handles, loc="lower center", ncols=columns, borderaxespad=0.2)
     points = (0.0, above, width, height)
     return " ".join(f"{_POINTS_PER_INCH * value:g}" for value in points)
@@ -251,10 +252,9 @@ def _frame(panel: Panel, about: str) -> str:
 
 def _handle(series: Series) -> Line2D:
     """Return the entry of a series in a legend."""
-    return Line2D(
-        [], [], color=series.color, linestyle="none" if series.marker else series.dash,
-        marker=series.marker or None, alpha=series.alpha, linewidth=1.8, label=series.name,
-    )  # fmt: skip
+    line = Line2D([], [], color=series.color, alpha=series.alpha, linewidth=1.8, label=series.name)
+    line.set(linestyle="none" if series.marker else series.dash, marker=series.marker or "none")
+    return line
 
 
 def _lay_out(figure: Figure) -> None:
