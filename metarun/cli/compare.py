@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
         args.config_dir,
         against=args.against,
         table_only=args.table,
+        only_estimate=args.estimate,
         measures=args.columns,
         style=args.format,
     )

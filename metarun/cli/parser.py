@@ -144,6 +144,7 @@ def _compare() -> Parser:
         help="folder of the runs and the table (default: outputs/compare)",
     )  # fmt: skip
     parser.add("--table", action="store_true", help="print the table of existing runs, start none")
+    parser.add("--estimate", action="store_true", help="print what the runs take, start none")
     parser.add(
         "--against", metavar="ALGO", help="on a stream: report regret relative to this algorithm",
         offers=candidates.names("algo"),

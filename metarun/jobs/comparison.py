@@ -45,6 +45,7 @@ def compare(
     *,
     against: str | None,
     table_only: bool,
+    only_estimate: bool = False,
     measures: Sequence[str] = (),
     style: Style = "terminal",
 ) -> int:
@@ -56,6 +57,7 @@ def compare(
         config_dir: Folder of the user's YAML files.
         against: On a stream, the algorithm that regret is relative to.
         table_only: Whether to print the existing results only, without running or writing.
+        only_estimate: Whether to print what the missing runs would take, and start none.
         measures: Names of measures that have a column of their own.
         style: Format of the printed table; the file is in Markdown.
 
@@ -67,6 +69,12 @@ def compare(
     plan = [replace(job, folder=folder / folder_name(job)) for job in jobs]
     _check_against(against, plan)
     _check_measures(measures, plan)
+    if only_estimate:
+        missing = [job for job in plan if not is_finished(job.folder)]
+        check_jobs([job for job in missing if not job.folder.exists()])
+        from metarun.jobs.estimate import print_estimates
+
+        return print_estimates(missing)
     failed = [] if table_only else _run_missing(plan, config_dir)
     tables = _tables(plan, against, measures, folders_of(config_dir))
     printed = tables if style == "markdown" else list(map(without_marks, tables))

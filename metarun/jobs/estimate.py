@@ -65,6 +65,9 @@ class _EnoughError(Exception):
 
 def print_estimates(jobs: Sequence[Job]) -> int:
     """Measure each run for a few seconds, print a table, and return the exit code."""
+    if not jobs:
+        print("all runs are finished")
+        return 0
     lines, total = [], 0.0
     screen = main_screen()
     with screen.attached(), screen.bar("estimate", len(jobs)) as bar:
@@ -145,7 +148,7 @@ def _named(job: Job) -> str:
 
 def _line(name: str, found: Estimate) -> dict[str, Any]:
     shown: dict[str, Callable[[Estimate], str]] = {
-        "a step": lambda e: f"{1000 * e.step:.3g} ms",
+        "a step": lambda e: duration(e.step) if e.step >= 1.0 else f"{1000 * e.step:.3g} ms",
         "training": lambda e: duration(e.training),
         "meta-val": lambda e: duration(e.validation),
         "meta-test": lambda e: duration(e.test),
