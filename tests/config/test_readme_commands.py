@@ -54,7 +54,7 @@ def test_a_command_of_a_readme_composes(command: str, compose: Composer) -> None
         words = _compared(words[1:])
         assert compose.jobs(words, sweep=True)
         return
-    if not words or words[0] in SUBCOMMANDS or words[0].startswith("--"):
+    if not words or words[0] in (*SUBCOMMANDS, "help", "version") or words[0].startswith("--"):
         return  # read by argparse; the tests of cli/ type them
     if "--cfg" in words:
         words = words[: words.index("--cfg")]

@@ -201,7 +201,7 @@ def test_a_damaged_run_is_named_and_the_others_are_reported(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ([], "metarun report needs a folder"),
+        ([], "last: there is no run below outputs/: type the folder of a run"),
         (["nowhere"], "nowhere: there is no such folder"),
         (["."], "contains no run: expected a run folder"),
         ([".", "--outptu=x"], "--outptu"),
