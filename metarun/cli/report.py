@@ -45,8 +45,7 @@ def run(args: argparse.Namespace) -> int:
             f"{place} exists and is not a page of metarun: type --output DIR with another folder"
         )
     damaged = [run for run in found if run.status["state"] == DAMAGED]
-    if len(found) > 1:
-        published.tell_damaged(found)
+    published.tell_damaged(found)
     _write(found, folder, args.config_dir)
     print(place)
     if args.open and not webbrowser.open(place.absolute().as_uri()):

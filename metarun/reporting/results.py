@@ -58,7 +58,7 @@ def read_result(run: RunFolder) -> Result | None:
     Raises:
         ValueError: A file of the run is damaged.
     """
-    if not run.has("results.json") or run.status().get("state") != "finished":
+    if run.status().get("state") != "finished":
         return None
     return read_figures(run)
 

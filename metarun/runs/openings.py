@@ -31,7 +31,10 @@ def openings_with(run: RunFolder, fingerprint: str) -> int:
     results = _results(run.path)
     if results is None and run.has(RESULTS):
         warn_once(f"{run.path / RESULTS} is damaged: test_openings leaves its meta-test out")
-    return openings(run.path) + (fingerprint == _fingerprint(run, results))
+    own = _fingerprint(run, results)
+    if own is None:
+        warn_once(f"{run.path} does not say what its data are: test_openings leaves this one out")
+    return openings(run.path) + (fingerprint == own)
 
 
 def openings_after_training(run: Run, step: int) -> int:

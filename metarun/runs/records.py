@@ -34,7 +34,8 @@ from metarun.runs.lines import Lines, damage, number_of
 State = Literal["running", "finished", "failed", "interrupted"]
 RESULTS = "results.json"
 EPISODES = "episodes.npz"
-_GROWING = ("metrics.jsonl", "timing.jsonl")
+METRICS = "metrics.jsonl"
+_GROWING = (METRICS, "timing.jsonl")
 
 _log = logging.getLogger(__name__)
 
@@ -160,9 +161,8 @@ class Records:
         return self._episodes(self.read_json(RESULTS), wanted)
 
     def _episodes(self, results: Record, wanted: Callable[[str], bool]) -> dict[str, Any]:
-        path, known = self._file(EPISODES), results.get("files")
-        hashed = known.get(EPISODES) if isinstance(known, dict) else None
-        if hashed not in (None, hash_of(path.read_bytes())):
+        path = self._file(EPISODES)
+        if not _has_hash(results, EPISODES, path.read_bytes()):
             raise ValueError(f"{path} is damaged: {RESULTS} has the hash of another file")
         return read_arrays(path, wanted)
 
@@ -223,7 +223,14 @@ class Records:
         # A finished run has logged its last step.
         if state == "finished" and isinstance(step, int) and lines.end < step:
             warn_once(f"{path}: nothing after step {lines.end} of {step}")
+        elif state == "finished" and not damaged and not self._is_own_log(name, data):
+            warn_once(f"{path} was changed after the run: {RESULTS} has the hash of another file")
         return lines.records
+
+    def _is_own_log(self, name: str, data: bytes) -> bool:
+        with contextlib.suppress(OSError, ValueError):
+            return _has_hash(self.read_json(RESULTS), name, data)
+        return True
 
     def lengths(self) -> dict[str, int]:
         """Sync the growing files to disk and return their lengths in bytes."""
@@ -290,6 +297,13 @@ class Records:
 
     def _file(self, name: str) -> Path:
         return self.path / name
+
+
+def _has_hash(results: Any, name: str, data: bytes) -> bool:
+    """Return whether a file is the one whose hash results have; older results have none."""
+    known = results.get("files") if isinstance(results, dict) else None
+    hashed = known.get(name) if isinstance(known, dict) else None
+    return hashed in (None, hash_of(data))
 
 
 def hash_of(data: bytes) -> str:

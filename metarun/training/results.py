@@ -14,7 +14,7 @@ from metarun.core.types import EpisodeSource, Record
 from metarun.evaluation.evaluation import Evaluated
 from metarun.runs.folder import EPISODES, RESULTS, Run
 from metarun.runs.formats import FORMAT
-from metarun.runs.records import hash_of
+from metarun.runs.records import METRICS, hash_of
 
 
 def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, Any]) -> Record:
@@ -43,7 +43,10 @@ def write_results(run: Run, record: Record, evaluated: Evaluated) -> Results:
         evaluated: The results of the evaluation, which writes the other files.
     """
     files = {EPISODES: to_npz(evaluated.arrays), **evaluated.files}
-    record = {**record, "files": {name: hash_of(data) for name, data in files.items()}}
+    # The log is not written to after the meta-test.
+    log = {METRICS: (run.path / METRICS).read_bytes()} if run.has(METRICS) else {}
+    hashes = {name: hash_of(data) for name, data in {**files, **log}.items()}
+    record = {**record, "files": hashes}
     results: Results = finite(record)
     for name, data in files.items():
         run.write_bytes(name, data)

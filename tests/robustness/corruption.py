@@ -214,8 +214,9 @@ def _figures(word: str, answer: Answer, place: Path) -> dict[str, Any]:
     for path in sorted(place.rglob("results.json")):
         if word == "resume" or "tests" in path.parts:
             found[str(path.relative_to(place))] = _without_times(json.loads(path.read_bytes()))
-    if word == "resume" and "is finished" not in answer.out:
-        found["metrics.jsonl"] = (place / "run/metrics.jsonl").read_bytes()
+    log = place / "run/metrics.jsonl"
+    if word == "resume":
+        found["metrics.jsonl"] = log.read_bytes() if log.exists() else b""
     return found
 
 
