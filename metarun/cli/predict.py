@@ -448,6 +448,8 @@ def _spread(files: Sequence[Path]) -> Sequence[Path]:
 
 def _unsuitable(learner: Learner, support: Sequence[Path], query: Sequence[Path]) -> Iterator[str]:
     """Yield a line where images differ in kind from those of the run."""
+    if len(learner.input_shape) != 3:
+        return
     channels, side, _ = learner.input_shape
     files = [*support, *query]
     colored = [file for file in files if channels == 1 and has_colors(open_image(file))]

@@ -114,7 +114,7 @@ def build_experiment(config: Mapping[str, Any], source: EpisodeSource | None = N
     record = {**config, **engine, "device": str(device)}
     record["train"] = {**config["train"], "steps": train.steps}
     # Options that the data set has worked out from its files.
-    record["data"] = {**config["data"], **getattr(source, "resolved", {})}
+    record["data"] = {**config["data"], **getattr(source, "resolved_options", {})}
     run_info = {
         **settings.names,
         "way": settings.way,

@@ -22,9 +22,11 @@ _WORDS: dict[Split, tuple[str, ...]] = {
 }
 
 
-_MANY = 64
-"""Number of training classes of miniImageNet, with which published accuracies are reached."""
-_FEW = "and few training classes give little above it: more classes help more than more images"
+_REACHED = (
+    "(on CIFAR-100, 5-way 1-shot, algo=protonet reached 36 % with 11 training classes of 60 "
+    "images, and 43 % with 55)"
+)
+"""What to expect of small photographs: measured with the recipe, see conf/recipe/README.md."""
 
 _NAMED = 5
 """Most classes and suffixes that a warning names."""
@@ -54,7 +56,7 @@ class Folder(ImageFiles):
         root: str | None = None,
         min_per_class: int | None = None,
         val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
+        test_fraction: float = 0.25,
         **options: Any,
     ) -> None:
         absent = registry.missing("folder", root)
@@ -66,20 +68,19 @@ class Folder(ImageFiles):
             "test_fraction": test_fraction,
         }
         super().__init__(setup, root=root, **options)
-        self.notes = (self._summary(str(root)),)
+        self.notes_for_user = (self._summary(str(root)),)
 
     def _summary(self, root: str) -> str:
-        """Return what there is, and what accuracy it gives hope for, in one line."""
+        """Return what there is, and what others of that size have reached, in one line."""
         tables, size = self._tables, self.sizes["test"]
         counts = [len(tables[split].counts) for split in SPLITS]
         images = sum(sum(tables[split].counts) for split in SPLITS)
         side = self.spec.input_shape[-1]
-        text = (
+        return (
             f"{root}: {images:,} images of {sum(counts)} classes "
             f"({'/'.join(map(str, counts))} train/val/test), taken as {side} x {side} pixels; "
-            f"chance is {100 / size.way:.0f} %"
+            f"chance is {100 / size.way:.0f} % {_REACHED}"
         )
-        return text if counts[0] >= _MANY else f"{text}, {_FEW}"
 
     def list_images(self, root: Path) -> dict[Split, Classes]:
         """Return the files of the class folders."""
@@ -91,7 +92,7 @@ def list_folder(
     *,
     min_per_class: int | None = None,
     val_fraction: float = 0.2,
-    test_fraction: float = 0.2,
+    test_fraction: float = 0.25,
 ) -> dict[Split, Classes]:
     """Find the classes of each split without reading an image.
 

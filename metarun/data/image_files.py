@@ -84,8 +84,10 @@ class ImageFiles(ClassEpisodes, ABC):
         _check_numbers(splits, setup.sizes, can_drop=can_drop)
         files = {split: [f for group in splits[split].values() for f in group] for split in SPLITS}
         number, channels = sum(map(len, files.values())), 1 if grayscale else 3
-        image_size = image_size or fitting_side([f for split in SPLITS for f in files[split]])
-        self.resolved = {"image_size": image_size}
+        self.resolved_options: dict[str, Any] = {}
+        if image_size is None:
+            image_size = fitting_side([file for split in SPLITS for file in files[split]])
+            self.resolved_options["image_size"] = image_size
         memory.check_fits(
             number * channels * image_size**2,
             f"{number} images of {image_size} x {image_size}",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def check_jobs(jobs: Sequence[Job]) -> None:
     """Check that all jobs can run; write nothing to disk.
 
-    It prints what recipes leave out, and what data sets say of themselves (`notes`).
+    It prints what recipes leave out, and what data sets say of themselves (`notes_for_user`).
 
     Raises:
         ValueError: A job cannot run.
@@ -40,7 +40,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
             experiment = build_experiment(job.config)
             check_shares(experiment)
             check_space(job.folder, required_bytes(experiment.algorithm))
-            told += getattr(experiment.source, "notes", ())
+            told += getattr(experiment.source, "notes_for_user", ())
     if not distributed.is_main():
         return
     for line in dict.fromkeys(told):

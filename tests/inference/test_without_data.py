@@ -76,6 +76,13 @@ def test_a_run_answers_bit_for_bit_alike_without_its_photos(there: Path) -> None
         answers(Path("elsewhere"))
 
 
+def test_a_run_on_photos_begins_with_what_there_is(metarun: Command, there: Path) -> None:
+    answer = metarun(*WORDS, f"hydra.run.dir={there / 'again'}")
+    assert answer.code == 0
+    assert answer.err.count("note: photos: 32 images of 8 classes (4/2/2 train/val/test)") == 1
+    assert "no recipe" not in answer.err
+
+
 def test_predict_and_report_need_no_photos(metarun: Command, there: Path) -> None:
     (there / "photos").rename(there / "new")
     asked = ["--support", "new", "--query", "new/a", "--device", "cpu"]
