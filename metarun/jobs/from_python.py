@@ -88,7 +88,8 @@ def run(*words: str, config_dir: str | None = None, quiet: bool = False) -> Trai
 
     Raises:
         ValueError: The words are no valid request for one run; no file has been written.
-        RunError: The run stopped: a value is not finite, or the disk or the memory is full.
+        RunError: The run stopped: a value is not finite, the disk or the memory is full, or the
+            time of `train.max_minutes` is over.
         Interrupted: SIGINT, SIGTERM or SIGHUP was received; the run is saved.
     """
     job = _job(words or (f"experiment={QUICK_START}",), config_dir)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +120,10 @@ def test_wrong_arguments_of_episodes_are_named_at_once(
         metarun.episodes("data.amplitud=3")
 
 
-def test_a_notebook_shows_lines() -> None:
-    import logging
-
+def test_a_notebook_shows_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
     file = io.StringIO()
-    screen = Screen(Console(file=file, force_jupyter=True, force_terminal=True, highlight=False))
+    screen = Screen(Console(file=file, force_jupyter=True, highlight=False))
     with screen.attached(), screen.bar("train", 3) as bar:
         bar.to(1)
         logging.getLogger("metarun.test").info("step 1/3", extra={"bar_shows_it": True})
