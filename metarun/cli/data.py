@@ -136,7 +136,7 @@ def _describe(store: Store) -> str:
 def _check_folder(root: str | None) -> int:
     """Read every image of a user's folder and print the number of classes in each split."""
     from metarun.data.folder import list_folder
-    from metarun.data.storage.image_files import open_image
+    from metarun.data.image_files import check_readable
 
     if root is None:
         raise ValueError(
@@ -145,10 +145,9 @@ def _check_folder(root: str | None) -> int:
     absent = registry.missing("folder", root)
     if absent is not None:
         raise ValueError(absent)
-    for split, classes in list_folder(Path(root).expanduser()).items():
-        for files in classes.values():
-            for file in files:
-                open_image(file)
+    splits = list_folder(Path(root).expanduser())
+    check_readable([file for classes in splits.values() for f in classes.values() for file in f])
+    for split, classes in splits.items():
         counts = [len(files) for files in classes.values()]
         print(f"{split}: {len(classes)} classes of {min(counts)} to {max(counts)} images")
     print(f"all images are readable: train with `metarun data=folder data.root={root}`")

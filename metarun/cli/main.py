@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import metarun
 from metarun.cli.parser import PARSERS, application
 from metarun.config.checks import check_config
+from metarun.config.naming import QUICK_START
 from metarun.config.search_path import OPTIONS, as_config_dir
 from metarun.config.trust import taken_from, trusting
 from metarun.core import distributed
@@ -33,9 +34,6 @@ from metarun.core.errors import (
     describe_error,
 )
 from metarun.core.streams import flush_or_discard, open_closed_streams, say, unbroken_streams
-
-QUICK_START = "quick_start"
-"""The experiment that a bare `metarun` runs."""
 
 SUBCOMMANDS = tuple(PARSERS)
 """Subcommands; each is a module of this folder with a function `run(args)`."""

@@ -1,7 +1,7 @@
 """`metarun predict`: label a folder of images from a few examples of each class.
 
-Arguments are checked first. The CSV file is written at the end, atomically, so that a failure
-leaves no file.
+Arguments are checked first. The CSV file and the page are written at the end, atomically, so that
+a failure leaves no file.
 
 Shapes: N images, W classes.
 """
@@ -15,8 +15,8 @@ import itertools
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import csv_cell, write_new
 from metarun.core.streams import printable, say
-from metarun.data.storage.image_files import suffixes
+from metarun.data.storage.image_files import has_colors, open_image, size_of, suffixes
 from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -41,6 +41,11 @@ if TYPE_CHECKING:
 _AT_ONCE = 250
 _ROWS_ON_A_TERMINAL = 30
 _NAMED = 3
+_LOOKED_AT = 20
+"""Number of images of the support and of the queries that decide whether they suit the run."""
+_ON_THE_PAGE = 200
+PAGE = ".html"
+"""Suffix of the page beside the CSV file."""
 _FOR_SECOND_BEST = 60
 _PERCENT = len("100.0 %")
 _GAP = 2
@@ -112,13 +117,17 @@ def run(args: argparse.Namespace) -> int:
         with warnings_held():
             learner = _learner(folder, args.device, transductive=args.transductive)
             learner.fit(support.files, support.labels)
-        answers = probabilities(learner, query.files)
-    if not np.isfinite(answers).all():
-        raise ValueError(
-            f"{folder.path} predicts probabilities that are not finite: train a new run"
-        )
+        answers, bad = probabilities(learner, query.files)
+        query = replace(query, files=[file for file in query.files if file not in bad])
+        if not np.isfinite(answers).all():
+            raise ValueError(
+                f"{folder.path} predicts probabilities that are not finite: train a new run"
+            )
+        page = _page(folder, learner, support, query, answers)
     place = _write(place, as_csv(query.names, support.classes, answers), fixed=args.csv is not None)
-    for note in _notes(folder, learner, args.transductive, support, query):
+    # A file of this name may have been made meanwhile; it is not overwritten.
+    write_new(place.with_suffix(PAGE), page.encode("utf-8", "backslashreplace"))
+    for note in [*_unread(bad, query), *_notes(folder, learner, args.transductive, support, query)]:
         say("note", note)
     _show(folder, learner, support, query, answers, place)
     return EXIT_OK
@@ -244,6 +253,14 @@ def _place(typed: Path | None) -> Path:
     if typed is not None and (path.exists() or path.is_symlink()):
         what = "is a folder" if path.is_dir() else "already exists"
         raise ValueError(f"{option} {what}: choose a new file name")
+    if path.suffix.lower() == PAGE:
+        raise ValueError(
+            f"{option}: its page has the same name: choose one such as predictions.csv"
+        )
+    if typed is not None and os.path.lexists(path.with_suffix(PAGE)):
+        raise ValueError(
+            f"{option}: its page {path.with_suffix(PAGE)} already exists: choose a new file name"
+        )
     if not path.parent.is_dir():
         raise ValueError(f"{option}: there is no folder {path.parent}: create it or choose another")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -273,19 +290,86 @@ def _learner(folder: RunFolder, device: str, *, transductive: bool) -> Learner:
     return learner
 
 
-def probabilities(learner: Learner, files: Sequence[Path]) -> Probabilities:
-    """Return the class probabilities (N, W) of all images; show a progress bar on a terminal.
+def probabilities(learner: Learner, files: Sequence[Path]) -> tuple[Probabilities, dict[Path, str]]:
+    """Return the class probabilities (N, W) of all images that can be read, and all others.
 
-    Images are read in chunks if predictions are independent, so that memory stays bounded.
+    Images are read in chunks if predictions are independent, so that memory stays bounded. A
+    progress bar is shown on a terminal.
+
+    Raises:
+        ValueError: No image can be read.
     """
     size = len(files) if learner.transductive else _AT_ONCE
     parts: list[Probabilities] = []
+    bad: dict[Path, str] = {}
     screen = Screen()
     with screen.attached(), screen.bar("labeling", len(files)) as bar:
         for first in range(0, len(files), size):
-            parts.append(learner.predict_proba(files[first : first + size]))
-            bar.to(first + len(parts[-1]))
-    return np.concatenate(parts)
+            part, own = _answers(learner, files[first : first + size])
+            parts += part
+            bad |= own
+            bar.to(first + size)
+    if not parts:
+        raise ValueError(next(iter(bad.values())))
+    return np.concatenate(parts), bad
+
+
+def _answers(
+    learner: Learner, files: Sequence[Path]
+) -> tuple[list[Probabilities], dict[Path, str]]:
+    """Return the probabilities of the images that can be read, if any, and all others."""
+    from metarun.data.image_files import unreadable
+
+    try:
+        return [learner.predict_proba(files)], {}
+    except ValueError:
+        bad = unreadable(files)
+        if not bad:
+            raise
+    whole = [file for file in files if file not in bad]
+    return [learner.predict_proba(whole)] if whole else [], bad
+
+
+def _page(
+    folder: RunFolder, learner: Learner, support: Examples, query: Queries, answers: Probabilities
+) -> str:
+    """Return the HTML page of the first queries, each with its nearest example."""
+    from metarun.reporting.predictions import Line, render
+
+    files, classes = query.files[:_ON_THE_PAGE], support.classes
+    nearest, space = _nearest(learner, support.files, files)
+    lines = [
+        Line(
+            path=file,
+            file=printable(name),
+            label=printable(classes[int(row.argmax())]),
+            share=f"{100 * row.max():.1f} %",
+            example_path=support.files[near],
+            example=printable(f"{support.labels[near]}/{support.files[near].name}"),
+        )
+        for file, name, row, near in zip(files, query.names, answers, nearest, strict=False)
+    ]
+    names, many = folder.configuration()["names"], len(query.files)
+    which = "All" if many <= _ON_THE_PAGE else f"The first {_ON_THE_PAGE} of"
+    return render(
+        f"Predictions of {names['algo']} on {names['data']}",
+        f"{which} {many:,} queries, with {len(classes)} classes from {len(support.files)} "
+        f"examples. The nearest example is that of the smallest Euclidean distance {space}.",
+        lines,
+    )
+
+
+def _nearest(
+    learner: Learner, support: Sequence[Path], files: Sequence[Path]
+) -> tuple[list[int], str]:
+    """Return the number of the nearest example of each image, and where it is nearest."""
+    try:
+        shown, asked, space = learner.embed(support), learner.embed(files), "of features"
+    except ValueError:  # A learner without features of single images.
+        shown, asked, space = learner.rows(support), learner.rows(files), "of pixels"
+    flat = [rows.reshape(len(rows), -1).astype(np.float64) for rows in (shown, asked)]
+    distances = [np.square(flat[0] - row).sum(1) for row in flat[1]]
+    return [int(row.argmin()) for row in distances], space
 
 
 def as_csv(names: Sequence[str], classes: Sequence[str], answers: Probabilities) -> bytes:
@@ -308,13 +392,16 @@ def as_csv(names: Sequence[str], classes: Sequence[str], answers: Probabilities)
 def _write(path: Path, data: bytes, *, fixed: bool) -> Path:
     """Write a new file and return its path.
 
-    If the name is not fixed, the first free one of `a.csv`, `a-2.csv`, … is taken.
+    If the name is not fixed, the first of `a.csv`, `a-2.csv`, … is taken that is free for the page
+    as well.
 
     Raises:
         OSError: The file cannot be written; no partial file remains.
     """
     others = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     for place in itertools.chain([path], others):
+        if not fixed and os.path.lexists(place.with_suffix(PAGE)):
+            continue
         try:
             return write_new(place, data)
         except FileExistsError:
@@ -339,9 +426,45 @@ def _notes(
         yield "--transductive has no effect: the run's network has no batch norm"
     elif transductive and (own := folder.configuration()["bn"]) != "transductive":
         yield f"--transductive differs from the run's own test, which used bn={own}"
+    yield from _unsuitable(learner, _spread(support.files), _spread(query.files))
     left_out = [*support.left_out, *query.left_out]
     if left_out:
         yield f"ignored, neither images nor class folders: {_named(left_out)}"
+
+
+def _unread(bad: Mapping[Path, str], query: Queries) -> Iterator[str]:
+    """Yield a line about the queries that cannot be read, if any."""
+    if bad:
+        total = len(bad) + len(query.files)
+        yield f"{len(bad):,} of {total:,} queries cannot be read, and have no row: " + _named(
+            list(bad)
+        )
+
+
+def _spread(files: Sequence[Path]) -> Sequence[Path]:
+    """Return some files, evenly spaced."""
+    return files[:: max(1, len(files) // _LOOKED_AT)][:_LOOKED_AT]
+
+
+def _unsuitable(learner: Learner, support: Sequence[Path], query: Sequence[Path]) -> Iterator[str]:
+    """Yield a line where images differ in kind from those of the run."""
+    if len(learner.input_shape) != 3:
+        return
+    channels, side, _ = learner.input_shape
+    files = [*support, *query]
+    colored = [file for file in files if channels == 1 and has_colors(open_image(file))]
+    if 2 * len(colored) > len(files):
+        yield (
+            f"the run was trained on gray images of {side} x {side} pixels, and these are in "
+            f"color ({_named(colored[:1])}): expect little, and train on images like them "
+            "(data=folder)"
+        )
+    sides = sorted(min(size_of(file)) for file in files)
+    if 2 * sides[len(sides) // 2] < side:
+        yield (
+            f"the run was trained on images of {side} x {side} pixels, and these have about "
+            f"{sides[len(sides) // 2]}: they are enlarged"
+        )
 
 
 def _show(
@@ -369,6 +492,7 @@ def _show(
     if labels is not None:
         console.print(_accuracy(support, query, labels, answers), markup=False)
     print(f"all {many:,} predictions with all probabilities: {printable(str(place))}")
+    print(f"with images and their nearest examples: {printable(str(place.with_suffix(PAGE)))}")
 
 
 def _table(

@@ -12,20 +12,14 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
-
+from metarun.core.console import busy
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
-from metarun.core.files import write_atomically
-from metarun.core.statistics import quiet
 from metarun.core.streams import printable, say
-from metarun.reporting import published, several_runs, single_run
-from metarun.reporting.figures.drawing import STYLE
-from metarun.reporting.page import Page, is_ours, render
-from metarun.reporting.published import DAMAGED, Run
-from metarun.reporting.run_files import RunFiles
+from metarun.reporting import published
+from metarun.reporting.published import Run
+from metarun.reporting.writing import FILE, write_page
 from metarun.runs.find import LAST, OUTPUTS, find_run
-
-FILE = "report.html"
+from metarun.runs.lines import number_of
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,16 +31,11 @@ def run(args: argparse.Namespace) -> int:
     words = args.paths or [_last()]
     found = published.named(words)
     folder = Path(args.output) if args.output else _home(words, found)
-    place = folder / FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: expected a folder for {FILE} and figures/")
-    if place.exists() and not is_ours(place):
-        raise ValueError(
-            f"{place} exists and is not a page of metarun: type --output DIR with another folder"
-        )
-    damaged = [run for run in found if run.status["state"] == DAMAGED]
-    published.tell_damaged(found)
-    _write(found, folder, args.config_dir)
+    damaged = published.tell_damaged(found)
+    with busy(f"drawing the page of {number_of(len(found), 'run')}"):
+        place = write_page(found, folder, args.config_dir)
     print(place)
     if args.open and not webbrowser.open(place.absolute().as_uri()):
         say("note", "no browser was found: open the page by hand")
@@ -70,29 +59,3 @@ def _home(words: Sequence[str], runs: Sequence[Run]) -> Path:
     if len(words) == 1:
         return Path(words[0]) if Path(words[0]).exists() else OUTPUTS / "reports" / words[0]
     return Path(os.path.commonpath([run.path.absolute() for run in runs]))
-
-
-@quiet
-def _write(runs: Sequence[Run], folder: Path, config_dir: str | None) -> None:
-    """Write the page and its figures.
-
-    Raises:
-        ValueError: No run has enough readable files.
-    """
-    with rc_context(STYLE):
-        page = _page(runs, config_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        html = render(page, folder / "figures")
-    write_atomically(folder / FILE, html.encode())
-
-
-def _page(runs: Sequence[Run], config_dir: str | None) -> Page:
-    if len(runs) == 1:
-        # A run whose results are unreadable may still have learning curves.
-        broken = runs[0].status["state"] == DAMAGED
-        why = f"Its files are damaged: {runs[0].status['why']}." if broken else ""
-        return single_run.page(RunFiles.read(runs[0].path), why, config_dir)
-    whole = [run for run in runs if run.status["state"] != DAMAGED]
-    if not whole:
-        raise ValueError(f"{runs[0].path.parent}: the files of all runs in it are damaged")
-    return several_runs.page(whole, config_dir)

@@ -24,7 +24,7 @@ from metarun.core import distributed, memory
 from metarun.core.nested import flat
 from metarun.core.once import warn_once
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import EpisodeSize, LearnedState, SourceSetup, Split
+from metarun.core.types import EpisodeSize, LearnedState, Record, SourceSetup, Split
 from metarun.execution.allocator import keep_large_blocks
 from metarun.runs.folder import RunFolder
 
@@ -58,11 +58,13 @@ class Experiment:
     seed: int
 
 
-def build_experiment(config: Mapping[str, Any]) -> Experiment:
+def build_experiment(config: Mapping[str, Any], source: EpisodeSource | None = None) -> Experiment:
     """Build the components of a run; write nothing to disk.
 
     Args:
         config: A resolved configuration, as stored in a run folder.
+        source: The data set if it is there already, such as that of `recorded_source`; nothing is
+            trained then. None builds it.
 
     Raises:
         ValueError: The configuration is invalid, or its components do not fit together.
@@ -70,7 +72,8 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     from metarun.evaluation.measures import chosen
 
     settings = check_config(config)
-    source = _source(settings)
+    trains = source is None
+    source = source or _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
             if way < 2 and source.spec.streams is None:
@@ -98,7 +101,8 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     device = source.device
     if device.type == "cpu":
         keep_large_blocks()
-        _check_memory(settings, source)
+        if trains:
+            _check_memory(settings, source)
     algorithm = _algorithm(settings, source).to(device, _dtype(settings))
     for key, shot in (("shot", settings.shot), ("train.shot", settings.train.shot)):
         least = algorithm.capabilities.least_shot
@@ -109,6 +113,8 @@ def build_experiment(config: Mapping[str, Any]) -> Experiment:
     engine = algorithm.resolved_engine().describe()
     record = {**config, **engine, "device": str(device)}
     record["train"] = {**config["train"], "steps": train.steps}
+    # Options that the data set has worked out from its files.
+    record["data"] = {**config["data"], **getattr(source, "resolved_options", {})}
     run_info = {
         **settings.names,
         "way": settings.way,
@@ -199,6 +205,18 @@ def build_source(config: Mapping[str, Any]) -> EpisodeSource:
         ValueError: The configuration is invalid, or the data are missing.
     """
     return _source(check_config(config))
+
+
+def recorded_source(config: Mapping[str, Any], record: Record) -> EpisodeSource:
+    """Build the data set of a run from its record alone; it prepares images and has no tasks.
+
+    Raises:
+        ValueError: The configuration is invalid, or the record is damaged.
+    """
+    from metarun.data.recorded import Recorded
+
+    settings = check_config(config)
+    return Recorded(record, _device(settings.device), _dtype(settings))
 
 
 def _source(settings: Settings) -> EpisodeSource:

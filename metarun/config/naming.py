@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+QUICK_START = "quick_start"
+"""The experiment that a bare `metarun` runs."""
+
 HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
 """Root keys that set where and how the tasks of a batch are computed."""
 

@@ -232,6 +232,17 @@ class _Lines(logging.Handler):
         self._screen.show(record)
 
 
+@contextmanager
+def busy(text: str) -> Iterator[None]:
+    """Show that something of unknown length goes on, on a terminal."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
 def duration(seconds: float) -> str:
     """Format a number of seconds: `41 s`, `12 min 05 s`, `3 h 20 min`."""
     whole = round(seconds)

@@ -8,26 +8,19 @@ Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W im
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from metarun.core import seeding
 from metarun.core.checks import at_least
 from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 from metarun.data.augmentation import Augmentation
-from metarun.data.storage.cache import Pixels
-from metarun.data.storage.image_files import picture
+from metarun.data.preparation import Convert, Preparation
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
 EvalRotations = Literal["none", "classes", "per_task"]
@@ -120,7 +113,8 @@ class ClassEpisodes:
         augmentation: Augmentation of training images.
         mean, std: Mean and standard deviation of each channel, in [0, 1] units; None leaves
             pixels in [0, 1].
-        prepare: Function that converts one PIL image to (C, H, W) uint8, as for the tables.
+        prepare: Function that converts one PIL image to (C, H, W) uint8, as for the tables. A
+            `Photograph` or `Drawing` lets a run be used without its data.
         can_drop: Whether the data set has the option `min_per_class`.
     """
 
@@ -141,7 +135,7 @@ class ClassEpisodes:
         augmentation: Augmentation | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        prepare: Callable[[Image.Image], Pixels],
+        prepare: Convert,
         can_drop: bool = False,
     ) -> None:
         if drawers == "apart" and episodes == "any":
@@ -171,15 +165,13 @@ class ClassEpisodes:
         self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
         self._augmentation = augmentation or Augmentation()
-        self._prepare_one = prepare
         self._can_drop = can_drop
         self._seeds = setup.seeds
         self._resident: dict[Split, _Resident] = {}
         self.device = setup.device
-        self._dtype = setup.dtype
-        self._white = torch.tensor(255.0, dtype=self._dtype, device=self.device)
         shape = tuple(self._tables["train"].images.shape[1:])
-        self._scale, self._offset = self._normalization(shape[0], mean, std)
+        assert mean is None or len(mean) == shape[0]
+        self.preparation = Preparation(prepare, mean, std, setup.device, setup.dtype)
         self.sizes = dict(setup.sizes)
         # Evaluation first, because users set its keys.
         for split in ("test", "train"):
@@ -219,6 +211,10 @@ class ClassEpisodes:
         shown = [*turned, *(f"mirror_{turn}" for turn in turned)][:copies]
         return tuple(f"{name}/{turn}" for turn in shown for name in names)
 
+    def original_names(self, split: Split) -> tuple[str, ...]:
+        """Return the names of the classes without their rotations."""
+        return self._tables[split].names
+
     def prepare(self, images: Any) -> Tensor:
         """Convert a user's images to rows (N, C, H, W), as the images of this data set were.
 
@@ -230,32 +226,7 @@ class ClassEpisodes:
         Raises:
             ValueError: An image cannot be read; the message names it.
         """
-        if isinstance(images, Tensor) and images.is_floating_point():
-            if tuple(images.shape[1:]) == self.spec.input_shape:
-                return images.to(self.device, self._dtype)
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}, a tensor of prepared rows has "
-                f"(N, {', '.join(map(str, self.spec.input_shape))}): pass arrays, paths or "
-                "PIL images instead"
-            )
-        if isinstance(images, str | Path | Image.Image):
-            raise ValueError("one image was passed, a list is expected: put it in [brackets]")
-        rows = self._pixels(list(images))
-        if not rows:
-            raise ValueError("no images were passed: give at least one")
-        stacked = torch.from_numpy(np.stack(rows)).to(self.device)
-        return self._normalize(self._shares(stacked))
-
-    def _pixels(self, images: list[Any]) -> list[Pixels]:
-        """Prepare images one by one. Files are read in threads; other objects may be shared."""
-
-        def one(position: int, image: Any) -> Pixels:
-            return self._prepare_one(picture(image, position))
-
-        if not all(isinstance(image, str | Path) for image in images):
-            return list(map(one, itertools.count(), images))
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            return list(pool.map(one, itertools.count(), images))
+        return self.preparation.rows(images, self.spec.input_shape)
 
     def fingerprint(self) -> str:
         """Return a hash of every split's classes and images."""
@@ -315,35 +286,14 @@ class ClassEpisodes:
 
     def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:
         """Return the images (T, R, C, H, W) of an index (T, R), augmented in training tasks."""
-        images = self._shares(data.images.index_select(0, index.flatten()))
+        images = self.preparation.shares(data.images.index_select(0, index.flatten()))
         images = images.unflatten(0, index.shape)
         if split == "train" and index.shape[1]:
             images = self._augmentation(images, keys)
         return self._normalize(images)
 
-    def _shares(self, pixels: Tensor) -> Tensor:
-        """Pixels in [0, 1], the same bits on every device."""
-        # By a tensor: CUDA multiplies by a number's reciprocal, one bit off for half of all levels.
-        return pixels.to(self._dtype).div_(self._white)
-
-    def _normalization(
-        self, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if mean is None or std is None:
-            return None, None
-        assert len(mean) == len(std) == channels
-        scale = torch.tensor(std, dtype=torch.float64).reciprocal()
-        offset = -torch.tensor(mean, dtype=torch.float64) * scale
-        shape = (channels, 1, 1)
-        return (
-            scale.to(self.device, self._dtype).reshape(shape),
-            offset.to(self.device, self._dtype).reshape(shape),
-        )
-
     def _normalize(self, images: Tensor) -> Tensor:
-        if self._scale is None or self._offset is None:
-            return images
-        return images * self._scale + self._offset
+        return self.preparation.normalize(images)
 
     def _on_device(self, split: Split) -> _Resident:
         """Return the split as device tensors, which are created at the first call."""

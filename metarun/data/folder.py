@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,12 @@ _WORDS: dict[Split, tuple[str, ...]] = {
 }
 
 
+_REACHED = (
+    "(on CIFAR-100, 5-way 1-shot, algo=protonet reached 36 % with 11 training classes of 60 "
+    "images, and 43 % with 55)"
+)
+"""What to expect of small photographs: measured with the recipe, see conf/recipe/README.md."""
+
 _NAMED = 5
 """Most classes and suffixes that a warning names."""
 
@@ -30,7 +36,8 @@ class Folder(ImageFiles):
     """Images in a folder of class folders.
 
     `root` holds either `train`, `val` and `test` folders of class folders, or the class folders
-    themselves, which are then split by a hash of their names.
+    themselves, which are then split by a hash of their names. Without `val`, its classes are cut
+    from those of `train` by the same hash.
 
     Args:
         setup: See `ClassEpisodes`.
@@ -38,7 +45,7 @@ class Folder(ImageFiles):
         min_per_class: Smallest number of images of a class, below which it is left out; None
             keeps all classes.
         val_fraction, test_fraction: Share of the classes for val and for test, if there are no
-            split folders.
+            such folders.
         **options: Other arguments of `ImageFiles`.
     """
 
@@ -49,7 +56,7 @@ class Folder(ImageFiles):
         root: str | None = None,
         min_per_class: int | None = None,
         val_fraction: float = 0.2,
-        test_fraction: float = 0.2,
+        test_fraction: float = 0.25,
         **options: Any,
     ) -> None:
         absent = registry.missing("folder", root)
@@ -61,6 +68,19 @@ class Folder(ImageFiles):
             "test_fraction": test_fraction,
         }
         super().__init__(setup, root=root, **options)
+        self.notes_for_user = (self._summary(str(root)),)
+
+    def _summary(self, root: str) -> str:
+        """Return what there is, and what others of that size have reached, in one line."""
+        tables, size = self._tables, self.sizes["test"]
+        counts = [len(tables[split].counts) for split in SPLITS]
+        images = sum(sum(tables[split].counts) for split in SPLITS)
+        side = self.spec.input_shape[-1]
+        return (
+            f"{root}: {images:,} images of {sum(counts)} classes "
+            f"({'/'.join(map(str, counts))} train/val/test), taken as {side} x {side} pixels; "
+            f"chance is {100 / size.way:.0f} % {_REACHED}"
+        )
 
     def list_images(self, root: Path) -> dict[Split, Classes]:
         """Return the files of the class folders."""
@@ -72,7 +92,7 @@ def list_folder(
     *,
     min_per_class: int | None = None,
     val_fraction: float = 0.2,
-    test_fraction: float = 0.2,
+    test_fraction: float = 0.25,
 ) -> dict[Split, Classes]:
     """Find the classes of each split without reading an image.
 
@@ -94,7 +114,8 @@ def list_folder(
     folders = _split_folders(root)
     _tell_other_files(root, folders.values() or [root])
     if folders:
-        return _disjoint(root, {s: _classes(f, min_per_class) for s, f in folders.items()})
+        found = _disjoint(root, {s: _classes(f, min_per_class) for s, f in folders.items()})
+        return found if "val" in found else _with_val(found, root, val_fraction)
     return _hashed_split(_classes(root, min_per_class), root, val_fraction, test_fraction)
 
 
@@ -107,12 +128,11 @@ def _split_folders(base: Path) -> dict[Split, Path]:
                 break
     if "train" not in found or len(found) == 1:
         return {}
-    for split in SPLITS:
-        if split not in found:
-            raise ValueError(
-                f"data.root={base} has {' and '.join(f'{p.name}/' for p in found.values())} but no "
-                f"{split}/: add it, or put all classes into one folder for an automatic split"
-            )
+    if "test" not in found:
+        raise ValueError(
+            f"data.root={base} has {' and '.join(f'{p.name}/' for p in found.values())} but no "
+            "test/: add it, or put all classes into one folder for an automatic split"
+        )
     return found
 
 
@@ -122,9 +142,11 @@ def _classes(folder: Path, min_per_class: int | None) -> Classes:
     for child in _class_folders(folder):
         files = sorted(file for file in child.iterdir() if _is_image(file))
         if min_per_class is None and not files:
+            inside = ", ".join(folder.name for folder in _class_folders(child)[:_NAMED])
+            but = f" but the folders {inside}" if inside else ""
             raise ValueError(
-                f"{child} has no images: put some in, or set data.min_per_class=1 to leave out "
-                "such folders"
+                f"{child} has no images{but}: put some in, or set data.min_per_class=1 to leave "
+                "out such folders"
             )
         if len(files) >= (min_per_class or 1):
             found[child.name] = files
@@ -137,10 +159,8 @@ def _classes(folder: Path, min_per_class: int | None) -> Classes:
         )
     if small:
         classes = f"{len(small)} of {len(small) + len(found)} classes"
-        more = ", …" if len(small) > _NAMED else ""
         warn_once(
-            f"{folder}: data.min_per_class={min_per_class} leaves out {classes}: "
-            f"{', '.join(small[:_NAMED])}{more}"
+            f"{folder}: data.min_per_class={min_per_class} leaves out {classes}: {_some(small)}"
         )
     return found
 
@@ -158,21 +178,30 @@ def _is_image(file: Path) -> bool:
 
 
 def _tell_other_files(root: Path, folders: Iterable[Path]) -> None:
-    """Warn of what class folders have besides images, with its number."""
-    kinds = Counter(
-        "a folder" if file.is_dir() else file.suffix.lower() or "no suffix"
+    """Warn of what class folders have besides images: folders by name, files by their number."""
+    others = [
+        file
         for folder in folders
         for child in _class_folders(folder)
-        for file in child.iterdir()
+        for file in sorted(child.iterdir())
         if not file.name.startswith(".") and not _is_image(file)
-    )
+    ]
+    inside = [file.relative_to(root).as_posix() for file in others if file.is_dir()]
+    if inside:
+        warn_once(f"{root}: folders in class folders are not read: {_some(inside)}")
+    kinds = Counter(f.suffix.lower() or "no suffix" for f in others if not f.is_dir())
     if kinds:
         total = sum(kinds.values())
         ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-        listed = ", ".join(f"{kind}: {count}" for kind, count in ordered[:_NAMED])
-        more = ", …" if len(kinds) > _NAMED else ""
+        listed = _some([f"{kind}: {count}" for kind, count in ordered])
         what = f"{total} {'entry' if total == 1 else 'entries'}"
-        warn_once(f"{root}: {what} of class folders left out, not images ({listed}{more})")
+        warn_once(f"{root}: {what} of class folders left out, not images ({listed})")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Return the first names, and whether there are more."""
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:
@@ -200,12 +229,41 @@ def _hashed_split(
             f"data.root={base} has {len(classes)} classes, 6 or more are needed for disjoint "
             "train, val and test splits"
         )
-    order = sorted(classes, key=lambda name: seeding.key("folder", name))
+    order = _hashed_order(classes)
     chosen: dict[Split, list[str]] = {
         "train": order[num_val + num_test :],
         "val": order[num_test : num_val + num_test],
         "test": order[:num_test],
     }
+    return {split: _only(classes, names) for split, names in chosen.items()}
+
+
+def _with_val(
+    splits: dict[Split, Classes], base: Path, val_fraction: float
+) -> dict[Split, Classes]:
+    """Cut the classes of val from those of train, by a hash of their names."""
+    classes = splits["train"]
+    num_val = max(2, round(val_fraction * len(classes)))
+    if len(classes) < num_val + 2:
+        raise ValueError(
+            f"data.root={base} has no val/, and {len(classes)} classes in train/: 4 or more are "
+            "needed to take some for validation"
+        )
+    order = _hashed_order(classes)
+    warn_once(
+        f"{base} has no val/: {num_val} of the {len(classes)} classes of train/ are taken for "
+        f"validation ({_some(sorted(order[:num_val]))})"
+    )
     return {
-        split: {name: classes[name] for name in sorted(names)} for split, names in chosen.items()
+        "train": _only(classes, order[num_val:]),
+        "val": _only(classes, order[:num_val]),
+        "test": splits["test"],
     }
+
+
+def _hashed_order(classes: Iterable[str]) -> list[str]:
+    return sorted(classes, key=lambda name: seeding.key("folder", name))
+
+
+def _only(classes: Classes, names: Iterable[str]) -> Classes:
+    return {name: classes[name] for name in sorted(names)}

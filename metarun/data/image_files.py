@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,15 +19,22 @@ from tqdm import tqdm
 
 from metarun.core import memory
 from metarun.core.checks import within
+from metarun.core.once import warn_once
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage.cache import Pixels
-from metarun.data.storage.image_files import open_image, photograph
+from metarun.data.storage.image_files import Photograph, open_image, size_of
 from metarun.data.storage.prepared_images import KEPT_FROM, Prepared, prepared
 
 Classes = dict[str, list[Path]]
 """Files of each class."""
+
+_SMALLEST, _LARGEST = 28, 84
+"""Bounds of `fitting_side` in pixels: the sides of Omniglot's and miniImageNet's images."""
+_LOOKED_AT = 200
+_NAMED = 5
+"""Most images that a message names."""
 
 
 class ImageFiles(ClassEpisodes, ABC):
@@ -37,7 +46,8 @@ class ImageFiles(ClassEpisodes, ABC):
     Args:
         setup: See `ClassEpisodes`.
         root: Folder of the images.
-        image_size: Side of the prepared images in pixels.
+        image_size: Side of the prepared images in pixels; None takes `fitting_side` of the files.
+        skip_unreadable: Whether to go on without images that cannot be read.
         grayscale: Whether images have one channel instead of three.
         flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
             `Augmentation`.
@@ -55,7 +65,8 @@ class ImageFiles(ClassEpisodes, ABC):
         setup: SourceSetup,
         *,
         root: str | None = None,
-        image_size: int = 84,
+        image_size: int | None = 84,
+        skip_unreadable: bool = False,
         grayscale: bool = False,
         flip: bool = False,
         color: float = 0.0,
@@ -69,20 +80,29 @@ class ImageFiles(ClassEpisodes, ABC):
         if root is None or not folder.is_dir():
             raise ValueError(f"data.root={root}: expected the folder of the images")
         splits = self.list_images(folder)
-        _check_numbers(splits, setup.sizes, can_drop="min_per_class" in self.selection)
+        can_drop = "min_per_class" in self.selection
+        _check_numbers(splits, setup.sizes, can_drop=can_drop)
         files = {split: [f for group in splits[split].values() for f in group] for split in SPLITS}
         number, channels = sum(map(len, files.values())), 1 if grayscale else 3
+        self.resolved_options: dict[str, Any] = {}
+        if image_size is None:
+            image_size = fitting_side([file for split in SPLITS for file in files[split]])
+            self.resolved_options["image_size"] = image_size
         memory.check_fits(
             number * channels * image_size**2,
             f"{number} images of {image_size} x {image_size}",
             "lower data.image_size",
         )
-        pictures = prepared(
-            files,
-            folder,
-            {"image_size": image_size, "grayscale": grayscale, **self.selection},
-            lambda: _read(files, image_size, grayscale=grayscale),
-        )
+        convert = Photograph(image_size, crop=True, grayscale=grayscale)
+        how = {"image_size": image_size, "grayscale": grayscale, **self.selection}
+        if skip_unreadable:
+            how["skip_unreadable"] = True
+        pictures = prepared(files, folder, how, lambda: _read(files, convert, skip=skip_unreadable))
+        if any(pictures.unreadable.values()):
+            bad = [files[split][row] for split in SPLITS for row in pictures.unreadable[split]]
+            warn_once(f"{root}: {_listed(bad, number)} and are left out")
+            splits = {s: _without(splits[s], pictures.unreadable[s]) for s in SPLITS}
+            _check_numbers(splits, setup.sizes, can_drop=can_drop)
         super().__init__(
             setup,
             name=f"folder {root}",
@@ -106,8 +126,8 @@ class ImageFiles(ClassEpisodes, ABC):
             ),
             mean=pictures.mean,
             std=pictures.std,
-            prepare=lambda image: photograph(image, image_size, crop=True, grayscale=grayscale),
-            can_drop="min_per_class" in self.selection,
+            prepare=convert,
+            can_drop=can_drop,
         )
 
     @abstractmethod
@@ -121,44 +141,153 @@ class ImageFiles(ClassEpisodes, ABC):
         """
 
 
+def fitting_side(files: Sequence[Path]) -> int:
+    """Return the median of the shorter sides of images, in pixels, or the nearest of 28 to 84.
+
+    It reads the sizes of at most 200 files, evenly spaced in their order.
+    """
+    sides: list[int] = []
+    for file in files[:: max(1, len(files) // _LOOKED_AT)]:
+        # An image that cannot be read is named when all are decoded.
+        with suppress(ValueError):
+            sides.append(min(size_of(file)))
+    middle = sorted(sides)[len(sides) // 2] if sides else _LARGEST
+    return min(_LARGEST, max(_SMALLEST, middle))
+
+
 def _check_numbers(
     splits: Mapping[Split, Classes], sizes: Mapping[Split, EpisodeSize], *, can_drop: bool
 ) -> None:
-    """Check that classes have enough images for a task, before any image is read."""
+    """Check that classes have enough images for a task, before any image is read.
+
+    Raises:
+        ValueError: Some have not; the message names the smallest and the values that would do.
+    """
     # In the order of `sizes`: evaluation first, because users set its keys.
-    for split, size in sizes.items():
-        needed = size.shot + size.query
-        for name, files in splits[split].items():
-            if len(files) >= needed:
-                continue
-            key = "train.query" if split == "train" else "query"
-            rest = len(files) - size.shot
-            lower = f"lower {key} to {rest}" if rest > 0 else "add images"
-            drop = f" or set data.min_per_class={needed} to drop it" if can_drop else ""
-            raise ValueError(
-                f"class {name} has {len(files)} images, {size.shot}+{size.query} are needed: "
-                f"{lower}{drop}"
-            )
+    numbers = [
+        (len(files) - sizes[split].shot - sizes[split].query, split, name)
+        for split in sizes
+        for name, files in splits[split].items()
+    ]
+    rest, split, name = min(numbers, key=lambda entry: entry[0])
+    if rest >= 0:
+        return
+    size, count = sizes[split], len(splits[split][name])
+    needed = max(sizes[split].shot + sizes[split].query for rest, split, _ in numbers if rest < 0)
+    dropped = sum(len(splits[split][name]) < needed for _, split, name in numbers)
+    drop = ""
+    # Dropping all classes is no way out.
+    if can_drop and dropped < len(numbers):
+        which = "it" if dropped == 1 else f"{dropped} of {len(numbers)} classes"
+        drop = f" or set data.min_per_class={needed} to drop {which}"
+    raise ValueError(
+        f"class {name} has {count} images, {size.shot}+{size.query} are needed: "
+        f"{_ways_out(splits, sizes)}{drop}"
+    )
 
 
-def _read(files: Mapping[Split, list[Path]], size: int, *, grayscale: bool) -> Prepared:
+def _ways_out(splits: Mapping[Split, Classes], sizes: Mapping[Split, EpisodeSize]) -> str:
+    """Return the values with which the smallest classes would do."""
+    both = sizes["train"] == sizes["test"]
+    groups: dict[str, tuple[Split, ...]] = {"": SPLITS if both else ("val", "test")}
+    if not both:
+        groups["train."] = ("train",)
+    lower: list[str] = []
+    for prefix, own in groups.items():
+        fewest = min(len(files) for split in own for files in splits[split].values())
+        size = sizes[own[-1]]
+        if fewest >= size.shot + size.query:
+            continue
+        if fewest < 2:
+            return "add images"
+        if fewest <= size.shot:
+            lower.append(f"{prefix}shot to {fewest - 1}")
+        lower.append(f"{prefix}query to {max(fewest - size.shot, 1)}")
+    return f"lower {' and '.join(lower)}"
+
+
+def _read(files: Mapping[Split, list[Path]], convert: Photograph, *, skip: bool) -> Prepared:
     """Decode the images of all splits.
 
     Raises:
-        ValueError: An image cannot be read; the message names it.
+        ValueError: Images cannot be read and `skip` is false; the message names them.
     """
-    images = {split: _decoded(files[split], size, grayscale=grayscale) for split in SPLITS}
+    decoded = {split: _decoded(files[split], convert) for split in SPLITS}
+    bad = {split: decoded[split][1] for split in SPLITS}
+    if any(bad.values()) and not skip:
+        paths = [files[split][row] for split in SPLITS for row in bad[split]]
+        first = next(why for split in SPLITS for why in bad[split].values())
+        _refuse(paths, sum(map(len, files.values())), first)
+    images = {
+        split: np.delete(pixels, list(bad[split]), axis=0) if bad[split] else pixels
+        for split, (pixels, _) in decoded.items()
+    }
+    if not len(images["train"]):
+        raise ValueError("no image of the train split can be read: check the files")
     mean, std = _moments(torch.from_numpy(images["train"]))
     digests = {split: hashlib.sha256(pixels.data).hexdigest() for split, pixels in images.items()}
-    return Prepared(images, digests, mean, std)
+    return Prepared(images, digests, mean, std, {split: tuple(bad[split]) for split in SPLITS})
 
 
-def _decoded(files: list[Path], size: int, *, grayscale: bool) -> Pixels:
-    """Decode files in threads and return the (N, C, H, W) images."""
-    images = np.empty((len(files), 1 if grayscale else 3, size, size), dtype=np.uint8)
+def check_readable(files: Sequence[Path]) -> None:
+    """Read every image.
 
-    def read(file: Path) -> Pixels:
-        return photograph(open_image(file), size, crop=True, grayscale=grayscale)
+    Raises:
+        ValueError: Some cannot be read; the message names them.
+    """
+    bad = unreadable(files)
+    if bad:
+        _refuse(list(bad), len(files), next(iter(bad.values())))
+
+
+def unreadable(files: Sequence[Path]) -> dict[Path, str]:
+    """Return the images that cannot be read, with what is wrong with each."""
+
+    def why(file: Path) -> str | None:
+        try:
+            open_image(file)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        reasons = list(pool.map(why, files))
+    return {file: text for file, text in zip(files, reasons, strict=True) if text is not None}
+
+
+def _refuse(paths: Sequence[Path], total: int, why: str) -> NoReturn:
+    """Raise the error for images that cannot be read; `why` is what is wrong with the first."""
+    one = len(paths) == 1
+    text = why if one else f"{_listed(paths, total)}: replace or remove them"
+    which = "it" if one else "them"
+    raise ValueError(f"{text}, or set data.skip_unreadable=true to go on without {which}")
+
+
+def _listed(paths: Sequence[Path], total: int) -> str:
+    names = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:_NAMED])
+    more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
+    return f"{len(paths):,} of {total:,} images cannot be read ({names}{more})"
+
+
+def _without(classes: Classes, rows: Sequence[int]) -> Classes:
+    """Return the files of each class without those at some rows of all files in order."""
+    left_out, row = set(rows), itertools.count()
+    return {
+        name: [f for f in files if next(row) not in left_out] for name, files in classes.items()
+    }
+
+
+def _decoded(files: list[Path], convert: Photograph) -> tuple[Pixels, dict[int, str]]:
+    """Decode files in threads: (N, C, H, W) images, and what is wrong with a row, if anything."""
+    side = convert.size
+    images = np.zeros((len(files), 1 if convert.grayscale else 3, side, side), dtype=np.uint8)
+    bad: dict[int, str] = {}
+
+    def read(file: Path) -> Pixels | str:
+        try:
+            return convert(open_image(file))
+        except ValueError as error:
+            return str(error)
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         rows = tqdm(
@@ -169,11 +298,14 @@ def _decoded(files: list[Path], size: int, *, grayscale: bool) -> Pixels:
         )
         try:
             for row, pixels in enumerate(rows):
-                images[row] = pixels
+                if isinstance(pixels, str):
+                    bad[row] = pixels
+                else:
+                    images[row] = pixels
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return images
+    return images, bad
 
 
 def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,7 +9,7 @@ from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
-from metarun.data.storage.image_files import photograph
+from metarun.data.storage.image_files import Photograph
 from metarun.data.storage.miniimagenet_files import SIZE
 
 MEAN = (0.485, 0.456, 0.406)
@@ -58,7 +58,7 @@ class MiniImageNet(ClassEpisodes):
             ),
             mean=MEAN if normalize else None,
             std=STD if normalize else None,
-            prepare=lambda image: photograph(image, SIZE, crop=False),
+            prepare=Photograph(SIZE, crop=False),
         )
 
 

@@ -28,7 +28,7 @@ from metarun.data.episodes import (
 )
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Pixels, open_store
-from metarun.data.storage.image_files import DRAWING_SIZE, Resize, drawing, open_image
+from metarun.data.storage.image_files import DRAWING_SIZE, Drawing, Resize, drawing, open_image
 from metarun.data.storage.omniglot_files import (
     FILES,
     NUM_DRAWINGS,
@@ -96,7 +96,7 @@ class Characters(ClassEpisodes, ABC):
                 affine_shear=affine_shear,
                 elastic=elastic,
             ),
-            prepare=lambda image: drawing(image, resize, image_size)[None],
+            prepare=Drawing(resize, image_size),
         )
 
     @abstractmethod

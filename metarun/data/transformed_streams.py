@@ -23,7 +23,7 @@ from metarun.core.types import SPLITS, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.augmentation import places_of, warp
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.omniglot import small_tables
-from metarun.data.storage.image_files import photograph
+from metarun.data.storage.image_files import Photograph
 
 Source = Literal["digits", "omniglot_small"]
 
@@ -83,7 +83,7 @@ class TransformedStream(ClassEpisodes):
             setup,
             name=source,
             tables=tables,
-            prepare=lambda image: photograph(image, side, crop=True, grayscale=True),
+            prepare=Photograph(side, crop=True, grayscale=True),
         )
         self._tasks = tasks
         self._pools = {split: self._shared(split, pool) for split in SPLITS}
@@ -123,11 +123,6 @@ class TransformedStream(ClassEpisodes):
             labels[1].flatten(1),
             classes,
         )
-
-    def prepare(self, images: Any) -> Tensor:
-        """Prepare a user's images as `ClassEpisodes.prepare` does, without a transformation."""
-        rows = super().prepare(images)
-        return rows.expand(-1, self.channels, -1, -1)
 
     def fingerprint(self) -> str:
         """Return a hash of the images, of the kind of transformation and of the layout."""

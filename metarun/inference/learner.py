@@ -1,4 +1,4 @@
-"""The learner of a trained run, with scikit-learn's interface: fit, predict, predict_proba.
+"""The learner of a trained run, with scikit-learn's interface: fit, predict, predict_proba, score.
 
 Shapes: N rows, W ways, D outputs.
 
@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from metarun.algorithms.base import Algorithm
-from metarun.config.build import Experiment, build_experiment
+from metarun.algorithms.common.features import FeatureLearner
+from metarun.config.build import Experiment, build_experiment, recorded_source
 from metarun.config.schema import Config
 from metarun.config.trust import stored, trusting
 from metarun.core import seeding
-from metarun.core.types import Adapted, EpisodeSource
+from metarun.core.types import Adapted, EpisodeSource, Record
+from metarun.data.recorded import FILE, suffices
 from metarun.evaluation.test_time_augmentation import adapt, answer
 from metarun.runs.folder import RESULTS, RunFolder
 from metarun.training.state import load_parameters
@@ -32,6 +34,7 @@ from metarun.training.state import load_parameters
 Array = npt.NDArray[Any]
 
 _ROWS_AT_ONCE = 250
+_NOT_FITTED = "no examples yet: call fit(inputs, targets) first"
 
 
 class NotFittedError(ValueError, AttributeError):
@@ -56,34 +59,42 @@ def load(
         trust: Packages outside metarun that the run may import, such as that of your algorithm.
 
     Raises:
-        ValueError: The folder is not a run, it has no checkpoint yet, its data are missing, or it
-            names code of a package that is not trusted.
+        ValueError: The folder is not a run, it has no checkpoint yet, it names code of a package
+            that is not trusted, or it has no record of its data and these are missing.
     """
     folder = RunFolder.open(run)
-    config = folder.configuration()
+    config = _for_one_task(folder.configuration(), device)
     config["bn"] = bn or ("support" if config["bn"] == "transductive" else config["bn"])
-    with trusting(trust.split(",") if isinstance(trust, str) else trust):
-        experiment = restored(folder, config, device)
+    learned = _learned(folder)
+    with trusting(trust.split(",") if isinstance(trust, str) else trust), stored():
+        experiment = build_experiment(config, _recorded(folder, config))
+    load_parameters(experiment.algorithm, learned, experiment.run_info, folder.path)
     temperature = folder.read_results()["temperature"] if folder.has(RESULTS) else 1.0
     return Learner(experiment.algorithm, experiment.source, experiment.eval.views, temperature)
 
 
-def restored(
-    folder: RunFolder, config: Config, device: str = "auto", config_dir: str | None = None
-) -> Experiment:
-    """Build the components of a run and load its parameters, on any device.
+def restored(folder: RunFolder, config: Config, config_dir: str | None = None) -> Experiment:
+    """Build the components of a run, its data included, and load its parameters.
 
     Args:
         folder: Folder of the run.
         config: Configuration of the run.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         config_dir: Folder of the user's YAML files, which name code of the user's own.
 
     Raises:
         ValueError: The run has no checkpoint yet, or its data are missing.
     """
-    # The run's settings for batches of tasks do not apply to a single task.
-    how = {
+    learned = _learned(folder)
+    with stored(config_dir=config_dir):
+        experiment = build_experiment(_for_one_task(config, "auto"))
+    load_parameters(experiment.algorithm, learned, experiment.run_info, folder.path)
+    return experiment
+
+
+def _for_one_task(config: Config, device: str) -> Config:
+    """Return a run's configuration without its settings for batches of tasks."""
+    return {
+        **config,
         "device": device,
         "engine": "auto",
         "tasks_per_chunk": None,
@@ -92,15 +103,29 @@ def restored(
         # A user's measures are not needed, and their module may be missing.
         "eval": {**config["eval"], "measures": []},
     }
+
+
+def _recorded(folder: RunFolder, config: Config) -> EpisodeSource | None:
+    """Return the data set as the run has recorded it; None if its data are needed."""
+    if not folder.has(FILE):
+        return None
+    record = folder.read_json(FILE)
+    try:
+        return recorded_source(config, record) if suffices(record) else None
+    except ValueError as error:
+        raise ValueError(
+            f"{folder.path / FILE} is damaged, {error}: remove it to load the run by its data"
+        ) from error
+
+
+def _learned(folder: RunFolder) -> Record:
+    """Return the checkpoint with the parameters of a run."""
     learned = folder.load_learned()
     if learned is None:
         raise ValueError(
             f"{folder.path} has no checkpoint yet: continue it with `metarun resume=RUN` first"
         )
-    with stored(config_dir=config_dir):
-        experiment = build_experiment({**config, **how})
-    load_parameters(experiment.algorithm, learned[1], experiment.run_info, folder.path)
-    return experiment
+    return learned[1]
 
 
 class Learner:
@@ -144,6 +169,11 @@ class Learner:
     def labels_images(self) -> bool:
         """Whether inputs are images and predictions are labels."""
         return self._spec.kind == "classification" and hasattr(self._source, "prepare")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input as the network receives it; (C, H, W) of an image."""
+        return self._spec.input_shape
 
     @property
     def bn(self) -> str:
@@ -222,10 +252,84 @@ class Learner:
         probabilities: Array = logits.softmax(1).cpu().numpy()
         return probabilities
 
+    def score(self, inputs: Any, targets: Any) -> float:
+        """Return the accuracy of labels (N,) as a fraction, or R² of values (N,) or (N, D).
+
+        As in scikit-learn, R² is 1 for perfect predictions and 0 for the mean of the targets, and
+        that of several outputs is their mean.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ValueError: The numbers of rows differ, or an input cannot be read.
+        """
+        found, wanted = self.predict(inputs), np.asarray(targets)
+        if found.shape != wanted.shape:
+            raise ValueError(f"targets have shape {wanted.shape}: expected {found.shape}")
+        if self._spec.kind == "classification":
+            return float((found == wanted).mean())
+        wanted = _numbers("targets", wanted)
+        errors = np.square(wanted - found).sum(0)
+        spread = np.square(wanted - wanted.mean(0)).sum(0)
+        # Constant targets are predicted perfectly, or count as 0.
+        shares = np.where(spread > 0.0, errors / np.where(spread > 0.0, spread, 1.0), errors > 0.0)
+        return float(1.0 - shares.mean())
+
+    def embed(self, inputs: Any) -> Array:
+        """Return the features (N, D) on which a learner such as ProtoNet bases its predictions.
+
+        A map of features is flattened. With statistics of the support (`bn=support`) features
+        depend on the examples of `fit`; else no `fit` is needed.
+
+        Raises:
+            NotFittedError: `fit` has not been called and is needed.
+            ValueError: The algorithm has no features apart from its predictions, or they depend on
+                all rows (`bn=transductive`), or an input cannot be read.
+        """
+        algorithm = self._algorithm
+        if not isinstance(algorithm, FeatureLearner) or algorithm.keeps_support:
+            name = type(algorithm).__name__
+            why = "with bn=transductive" if isinstance(algorithm, FeatureLearner) else ""
+            raise ValueError(
+                f"this {name} has no features of single rows {why}".rstrip()
+                + ": use a learner such as algo=protonet, with bn=support or bn=running"
+            )
+        if self._adapted is None and self.bn == "support":
+            raise NotFittedError(_NOT_FITTED)
+        adapted = self._adapted[0] if self._adapted else {}
+        found = [
+            algorithm.query_features(adapted, part[None])[0].flatten(1)
+            for part in self._prepared(inputs).split(_ROWS_AT_ONCE)
+        ]
+        features: Array = torch.cat(found).detach().cpu().numpy()
+        return features
+
+    def rows(self, inputs: Any) -> Array:
+        """Return inputs as the network receives them, (N, *input_shape).
+
+        Raises:
+            ValueError: An input cannot be read.
+        """
+        rows: Array = self._prepared(inputs).cpu().numpy()
+        return rows
+
+    @property
+    def adapted(self) -> Adapted:
+        """What the algorithm has learned from the examples: the named tensors of its `adapt`.
+
+        Prototypes, adapted weights or the state of a memory, without the dimension of tasks. With
+        several views of each image they are those of the first view, the images themselves.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+        """
+        if self._adapted is None:
+            raise NotFittedError(_NOT_FITTED)
+        return {name: tensor[0] for name, tensor in self._adapted[0].items()}
+
     def _outputs(self, inputs: Any) -> Tensor:
         """Return logits (N, W) or values (N, D)."""
         if self._adapted is None:
-            raise NotFittedError("no examples yet: call fit(inputs, targets) first")
+            raise NotFittedError(_NOT_FITTED)
         rows = self._prepared(inputs)
         # Transductive predictions need all rows at once; others are split to bound memory.
         size = len(rows) if self._algorithm.transductive else _ROWS_AT_ONCE

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 
 def check_jobs(jobs: Sequence[Job]) -> None:
-    """Check that all jobs can run, and print what recipes leave out; write nothing to disk.
+    """Check that all jobs can run; write nothing to disk.
+
+    It prints what recipes leave out, and what data sets say of themselves (`notes_for_user`).
 
     Raises:
         ValueError: A job cannot run.
@@ -32,14 +34,16 @@ def check_jobs(jobs: Sequence[Job]) -> None:
         build_trackers(job.config)
     from metarun.training.state import required_bytes
 
+    told = [line for job in jobs for line in job.left_out]
     with warnings_held():
         for job in jobs:
             experiment = build_experiment(job.config)
             check_shares(experiment)
             check_space(job.folder, required_bytes(experiment.algorithm))
+            told += getattr(experiment.source, "notes_for_user", ())
     if not distributed.is_main():
         return
-    for line in dict.fromkeys(line for job in jobs for line in job.left_out):
+    for line in dict.fromkeys(told):
         say("note", line)
     # An experiment is itself a recipe.
     untuned = (j for j in jobs if not j.has_recipe and "experiment" not in j.config["names"])

@@ -113,6 +113,9 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
         with composer(config_dir) as compose:
             config["data"] = chosen = _data_node(compose, name)
         config["names"]["data"] = name
+        if chosen.get("image_size", 0) is None:
+            # As the run's own images, where those of the new data set would decide.
+            chosen["image_size"] = stored["data"].get("image_size")
     config = with_values(config, typed)
     # Nothing is trained: the training sizes must not fail the checks of the test's data.
     sizes = {key: config["train"][key] for key in ("way", "shot", "query")}

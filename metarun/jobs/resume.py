@@ -30,6 +30,7 @@ from metarun.core.console import main_screen, warnings_held
 from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
+from metarun.core.types import EpisodeSource
 from metarun.jobs.train import exit_code_of, tell_next, train_experiment
 from metarun.runs.folder import NullRun, Run, RunFolder
 
@@ -45,8 +46,10 @@ RESUMABLE = (
     *HOW_TASKS_RUN,
     "debug",
     "logger",
+    "data.root",
 )
-"""Keys that may change when a run is resumed; any other key would make it a different run."""
+"""Keys that may change when a run is resumed; any other key would make it a different run. A
+`data.root` has to hold the same data."""
 
 
 def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
@@ -145,7 +148,24 @@ def _continued(
         build_trackers(config)
         experiment = build_experiment(config)
         check_shares(experiment)
+    if "data.root" in typed:
+        _check_same_data(run, typed["data.root"], experiment.source)
     return experiment
+
+
+def _check_same_data(run: RunFolder, root: Any, source: EpisodeSource) -> None:
+    """Check that a new place has the data with which the run began.
+
+    Raises:
+        ValueError: The data are other ones.
+    """
+    began = run.read_json("environment.json") if run.has("environment.json") else {}
+    was, now = began.get("data_fingerprint"), source.fingerprint()
+    if was not in (None, now):
+        raise ValueError(
+            f"data.root={root}: its fingerprint is {now}, that of the run's data is {was}: "
+            "type a folder with the same images"
+        )
 
 
 def _check_steps(run: RunFolder, steps: int) -> None:
@@ -189,6 +209,8 @@ def _changes(
         expected = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
         # A learner without meta-training has stored 0 steps, which no override has set.
         expected |= key == "train.steps" and then.get(key) == 0
+        # Worked out from the images of the run.
+        expected |= key == "data.image_size" and now.get(key, _ABSENT) is None
         if not expected and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "

@@ -23,6 +23,7 @@ from metarun.runs.folder import RunFolder
 from metarun.runs.openings import openings
 
 if TYPE_CHECKING:
+    from metarun.core.types import EpisodeSource
     from metarun.reporting.figures.tasks import Learned
 
 _OWN = (curves, presentations, strategies)
@@ -231,13 +232,25 @@ def _learned(files: RunFiles, notes: _Notes, config_dir: str | None) -> Learned 
 
     try:
         with warnings_held():
-            experiment = restored(RunFolder(files.path), dict(files.config), config_dir=config_dir)
+            experiment = restored(RunFolder(files.path), dict(files.config), config_dir)
+        _check_data(files, experiment.source)
     # A user-defined algorithm may raise anything; the rest of the page does not need it.
     except Exception as error:
         notes.add(f"No single tasks are shown: {describe_error(error)}.")
         return None
     algorithm, views = experiment.algorithm.eval(), experiment.eval.views
     return Learned(algorithm, experiment.source, files.color, views)
+
+
+def _check_data(files: RunFiles, source: EpisodeSource) -> None:
+    """Check that the test tasks are those of the run.
+
+    Raises:
+        ValueError: The data have changed since.
+    """
+    last = (files.environment.get("resumed") or [files.environment])[-1]
+    if last.get("data_fingerprint") not in (None, source.fingerprint()):
+        raise ValueError(f"the data are no longer those of the run, {last['data_fingerprint']}")
 
 
 def _published(files: RunFiles, config_dir: str | None) -> list[Table]:

@@ -34,6 +34,7 @@ from metarun.core.measures import figure, number
 from metarun.core.results import Results
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSource, Progress, Record, Share
+from metarun.data import recorded
 from metarun.runs.folder import Run
 from metarun.runs.openings import openings_after_training
 from metarun.trackers.base import RATE, Trackers
@@ -194,6 +195,7 @@ class _Loop:
         if state.saved is None:
             self.run.cut({}, 0)
             self.run.write_json("environment.json", here)
+            self.run.write_json(recorded.FILE, recorded.record_of(self.source))
             self.save()
             self._tell_plan()
         else:

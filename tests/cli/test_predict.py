@@ -112,7 +112,7 @@ def test_every_image_gets_a_class_a_line_and_a_row(
     assert right > 34, "chance is 17"
     assert f"accuracy {100 * right / 51:.1f} %: {right} of 51 " in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.csv", "predictions.html"}
 
 
 def test_it_answers_as_the_learner_in_python_does(
@@ -211,7 +211,7 @@ def test_names_are_shown_on_one_line_and_kept_in_the_csv(
         assert shown in answer.out
     assert max(map(len, answer.out.splitlines())) <= 80
     assert set(names) < {row["file"] for row in rows(Path("predictions.csv"))}
-    assert len(answer.out.splitlines()) == 7 + len(("title", "head", "end"))
+    assert len(answer.out.splitlines()) == 7 + len(("title", "head", "end", "page"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a name has to be UTF-8")
@@ -309,7 +309,7 @@ def test_nothing_that_is_there_is_written_over(
     refused = metarun(*command, "--csv", "predictions.csv")
     assert (refused.code, refused.out) == (2, "")
     assert refused.err == "error: --csv predictions.csv already exists: choose a new file name\n"
-    names = ["predictions-2.csv", "predictions-3.csv", "predictions.csv"]
+    names = ["predictions-2.csv", "predictions-3.csv", "predictions-3.html", "predictions.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
@@ -408,7 +408,6 @@ def test_examples_that_are_unfit_are_named(
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (broken, "ga/02.png cannot be read as an image"),
         (gone, "few does not exist: expected a folder"),
         (bare, "few has no images: expected files such as *.png and *.jpg"),
     ],
@@ -420,6 +419,121 @@ def test_queries_that_are_unfit_are_named(
 ) -> None:  # fmt: skip
     spoil(few)
     check_refused(metarun(*words(protonet, drawings / "few", few)), says, tmp_path)
+
+
+@pytest.mark.parametrize("bn", [[], ["--transductive"]], ids=["alone", "together"])
+def test_a_query_that_cannot_be_read_is_listed_and_the_others_are_answered(
+    bn: list[str], maml: Path, few: Path, drawings: Path, metarun: Command
+) -> None:
+    broken(few)
+    nowhere(few)
+    answer = metarun(*words(maml, drawings / "few", few, *bn))
+    assert answer.code == 0
+    assert "note: 2 of 10 queries cannot be read, and have no row: 02.png, 09.png" in answer.err
+    found = [row["file"] for row in rows(Path("predictions.csv"))]
+    assert len(found) == 8
+    assert not {"ga/02.png", "ga/09.png"} & set(found)
+    assert " of 8 labels equal the folder name" in answer.out
+    for file in few.rglob("*.png"):
+        if not file.is_symlink():
+            file.write_bytes(b"no image")
+    answer = metarun(*words(maml, drawings / "few", few, "--csv", "none.csv", *bn))
+    assert (answer.code, answer.err.count("\n")) == (2, 1)
+    assert "cannot be read as an image" in answer.err
+    assert not Path("none.csv").exists()
+
+
+# The page.
+
+
+def test_a_page_shows_each_query_with_its_nearest_example(
+    protonet: Path, few: Path, drawings: Path, metarun: Command, tmp_path: Path
+) -> None:
+    query = tmp_path / "q"
+    query.mkdir()
+    shutil.copy(few / "kha/02.png", query / "<b>.png")
+    shutil.copy(drawings / "many/ka/05.png", query / "other.png")
+    answer = metarun(*words(protonet, few, query))
+    assert answer.code == 0, answer.err
+    assert "with images and their nearest examples: predictions.html" in answer.out
+    page = Path("predictions.html").read_text()
+    lines = re.findall(r"<tr><td>.*</tr>", page)
+    assert len(lines) == 2
+    assert "&lt;b&gt;.png" in lines[0]
+    assert "<b>" not in page
+    # The query is the example itself.
+    pictures = re.findall(r'src="(data:image/jpeg;base64,[^"]+)"', lines[0])
+    assert len(pictures) == 2
+    assert pictures[0] == pictures[1]
+    assert "kha/02.png" in lines[0]
+    row = rows(Path("predictions.csv"))[1]
+    assert f"<td>{row['class']}</td>" in lines[1]
+    assert f"{100 * float(row['probability']):.1f} %" in lines[1]
+    assert "distance of features" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "<script" not in page
+
+
+def test_the_page_of_a_learner_without_features_compares_pixels(
+    maml: Path, drawings: Path, metarun: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_ON_THE_PAGE", 4)
+    assert metarun(*words(maml, drawings / "few", drawings / "many")).code == 0
+    page = Path("predictions.html").read_text()
+    assert "distance of pixels" in page
+    assert "The first 4 of 51 queries" in page
+    assert page.count("<tr><td>") == 4
+
+
+def test_no_page_is_overwritten(
+    protonet: Path, drawings: Path, metarun: Command, tmp_path: Path
+) -> None:
+    Path("predictions.html").write_text("mine")
+    command = words(protonet, drawings / "few", drawings / "many/ga/04.png")
+    assert metarun(*command).code == 0
+    assert Path("predictions.html").read_text() == "mine"
+    made = {"predictions-2.csv", "predictions-2.html"}
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.html"} | made
+    for name, says in (
+        ("predictions.csv", "its page predictions.html already exists: choose a new file name"),
+        ("new.html", "--csv new.html: its page has the same name: choose one such as"),
+    ):
+        answer = metarun(*command, "--csv", name)
+        assert (answer.code, answer.err.count("\n")) == (2, 1)
+        assert says in answer.err
+
+
+# Images that do not suit the run.
+
+
+def test_photographs_for_a_run_of_gray_characters_are_noted(
+    protonet: Path, metarun: Command, tmp_path: Path
+) -> None:
+    draw = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        pixels = draw.integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / name / "1.png")
+    answer = metarun(*words(protonet, Path("photos"), Path("photos")))
+    assert answer.code == 0
+    assert answer.err == (
+        "note: the run was trained on gray images of 28 x 28 pixels, and these are in color "
+        "(1.png): expect little, and train on images like them (data=folder)\n"
+    )
+
+
+def test_images_that_are_enlarged_are_noted(
+    protonet: Path, metarun: Command, tmp_path: Path
+) -> None:
+    for name, shade in (("a", 0), ("b", 255)):
+        (tmp_path / "tiny" / name).mkdir(parents=True)
+        Image.new("L", (9, 12), shade).save(tmp_path / "tiny" / name / "1.png")
+    answer = metarun(*words(protonet, Path("tiny"), Path("tiny")))
+    assert answer.code == 0
+    assert answer.err == (
+        "note: the run was trained on images of 28 x 28 pixels, and these have about 9: they are "
+        "enlarged\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def split_folders(tmp_path: Path) -> Path:
 def test_one_folder_is_split_by_a_hash_of_the_names(one_folder: Path, tmp_path: Path) -> None:
     source = folder(one_folder)
     names = {split: set(source.class_names(split)) for split in SPLITS}
-    assert [len(names[split]) for split in SPLITS] == [8, 2, 2]
+    assert [len(names[split]) for split in SPLITS] == [7, 2, 3]
     assert set.union(*names.values()) == set(NAMES)
     moved = one_folder.rename(tmp_path / "elsewhere")
     (moved / "notes.txt").write_text("not a class")
@@ -142,7 +142,7 @@ def test_classes_too_small_for_evaluation_too_name_the_key_that_was_typed(
     # As with `query=9` on the command line, from which train.query takes its value.
     size = EpisodeSize(2, 1, 9)
     own = {"val": size, "test": size, "train": size}
-    with pytest.raises(ValueError, match=r"1\+9 are needed: lower query to 3 or"):
+    with pytest.raises(ValueError, match=r"1\+9 are needed: lower query to 3$"):
         folder(one_folder, sizes=own)
 
 
@@ -162,8 +162,9 @@ def test_what_is_left_out_is_counted_once(
     for _ in range(2):
         folder(split_folders)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{split_folders}: 6 entries of class folders left out, not images "
-        "(.txt: 2, .eps: 1, .mpg: 1, a folder: 1, no suffix: 1)"
+        f"{split_folders}: folders in class folders are not read: train/class1/more",
+        f"{split_folders}: 5 entries of class folders left out, not images "
+        "(.txt: 2, .eps: 1, .mpg: 1, no suffix: 1)",
     ]
     caplog.clear()
     write_photos(split_folders / "train" / "rare", 1)
@@ -202,16 +203,48 @@ def test_an_unreadable_picture_is_named(one_folder: Path) -> None:
         folder(one_folder)
 
 
+def broken(root: Path, count: int) -> list[Path]:
+    """Damage some images of a folder."""
+    paths = sorted(root.rglob("0003.png"))[:count]
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:50])
+    return paths
+
+
+def test_all_unreadable_pictures_are_named_at_once(one_folder: Path) -> None:
+    names = [f"{path.parent.name}/0003.png" for path in broken(one_folder, 7)]
+    with pytest.raises(ValueError, match="7 of 48 images cannot be read") as error:
+        folder(one_folder)
+    assert sum(name in str(error.value) for name in names) == 5
+    assert str(error.value).endswith(
+        "and 2 more): replace or remove them, or set data.skip_unreadable=true to go on without "
+        "them"
+    )
+
+
+def test_unreadable_pictures_can_be_left_out(
+    one_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = broken(one_folder, 3)
+    source = folder(one_folder, skip_unreadable=True)
+    assert "3 of 48 images cannot be read (" in caplog.text
+    with pytest.raises(ValueError, match=r"has 3 images, 1\+3 are needed"):
+        folder(one_folder, skip_unreadable=True, sizes=sizes(way=2, shot=1, query=3))
+    for path in bad:
+        path.unlink()
+    assert folder(one_folder).fingerprint() == source.fingerprint()
+
+
 def test_other_layouts_are_refused_with_what_to_do(one_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     write_class_folders(tmp_path / "few", dict.fromkeys(NAMES[:5], 3))
     write_class_folders(tmp_path / "half" / "train", dict.fromkeys(NAMES[:3], 3))
-    write_class_folders(tmp_path / "half" / "test", dict.fromkeys(NAMES[:3], 3))
+    write_class_folders(tmp_path / "half" / "val", dict.fromkeys(NAMES[3:6], 3))
     (one_folder / "hollow").mkdir()
     for root, message in (
         (tmp_path / "empty", "has no class folders"),
         (tmp_path / "few", "has 5 classes, 6 or more are needed"),
-        (tmp_path / "half", "has train/ and test/ but no val/"),
+        (tmp_path / "half", "has train/ and val/ but no test/"),
         (one_folder, r"hollow has no images: put some in, or set data.min_per_class=1"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -222,9 +255,63 @@ def test_other_layouts_are_refused_with_what_to_do(one_folder: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             make_source(Folder, root=missing)
-    write_class_folders(tmp_path / "half" / "val", dict.fromkeys(NAMES[3:6], 3))
+    write_class_folders(tmp_path / "half" / "test", dict.fromkeys(NAMES[:3], 3))
     with pytest.raises(ValueError, match="class class0 is in train and in test"):
         list_folder(tmp_path / "half")
+    write_class_folders(tmp_path / "flat" / "train" / "class0", dict.fromkeys("abcdefg", 3))
+    with pytest.raises(ValueError, match="class0 has no images but the folders a, b, c, d, e: put"):
+        list_folder(tmp_path / "flat" / "train")
+
+
+def test_classes_for_validation_are_cut_from_train_where_there_are_none(
+    split_folders: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for image in (split_folders / "val").iterdir():
+        image.rename(split_folders / "train" / image.name)
+    (split_folders / "val").rmdir()
+    found = list_folder(split_folders, val_fraction=0.3)
+    assert [len(found[split]) for split in SPLITS] == [6, 2, 4]
+    assert found["train"].keys() | found["val"].keys() == set(NAMES[:8])
+    named = ", ".join(sorted(found["val"]))
+    assert f"has no val/: 2 of the 8 classes of train/ are taken for validation ({named})" in (
+        caplog.text
+    )
+    moved = split_folders.rename(split_folders.with_name("moved"))
+    again = list_folder(moved, val_fraction=0.3)
+    assert {split: list(again[split]) for split in SPLITS} == {
+        split: list(found[split]) for split in SPLITS
+    }
+    for name in [*found["train"], *found["val"]][3:]:
+        (moved / "train" / name).rename(moved / "test" / name)
+    with pytest.raises(ValueError, match="has no val/, and 3 classes in train/: 4 or more"):
+        list_folder(moved)
+
+
+def test_the_smallest_class_is_named_with_what_would_do(split_folders: Path) -> None:
+    write_photos(split_folders / "test" / "scarce", 3)
+    write_photos(split_folders / "train" / "rare", 2)
+    own = sizes(way=2, shot=1, query=15, train=EpisodeSize(2, 1, 5))
+    with pytest.raises(
+        ValueError,
+        match=r"scarce has 3 images, 1\+15 are needed: lower query to 2 and train\.query to 1$",
+    ):
+        folder(split_folders, sizes=own)
+    own = sizes(way=2, shot=3, query=1, train=EpisodeSize(2, 1, 2))
+    with pytest.raises(
+        ValueError, match=r"lower shot to 2 and .* or set data.min_per_class=4 to drop 2 of 14 cl"
+    ):
+        folder(split_folders, sizes=own)
+
+
+def test_the_side_is_the_median_of_the_shorter_sides_between_28_and_84(tmp_path: Path) -> None:
+    for side, expected in ((12, 28), (40, 40), (300, 84)):
+        root = tmp_path / str(side)
+        for name in NAMES[:6]:
+            write_photos(root / name, 4, side=side)
+        write_photos(root / NAMES[0], 1, side=999)
+        source = folder(root, image_size=None)
+        assert source.resolved_options == {"image_size": expected}
+        assert source.spec.input_shape == (3, expected, expected)
 
 
 @pytest.mark.parametrize(
@@ -258,3 +345,11 @@ def test_pictures_that_may_not_fit_into_memory_are_warned_of(
     folder(one_folder)
     assert "48 images of 8 x 8 take" in caplog.text
     assert "several times as much: if memory runs out, lower data.image_size" in caplog.text
+
+
+def test_a_folder_says_what_it_has_and_what_to_expect(one_folder: Path) -> None:
+    (note,) = folder(one_folder, image_size=None).notes_for_user
+    assert note.startswith(
+        f"{one_folder}: 48 images of 12 classes (7/2/3 train/val/test), taken as 28 x 28 pixels; "
+        "chance is 50 % (on CIFAR-100, 5-way 1-shot, algo=protonet reached 36 % with 11 "
+    )

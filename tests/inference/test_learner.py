@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import metarun
-from metarun.config.build import build_experiment
+from metarun.config.build import build_experiment, build_source
 from metarun.config.composition import composer, to_yaml
 from metarun.inference.learner import Learner, NotFittedError
 from metarun.runs.folder import RunFolder
@@ -183,7 +183,7 @@ def test_a_regression_takes_numbers_and_gives_them(sinusoid: Path) -> None:
 def test_it_adapts_as_the_meta_test_does(sinusoid: Path) -> None:
     learner = metarun.load(sinusoid, device="cpu")
     algorithm: Any = learner._algorithm
-    batch = learner._source.batch("test", 0, 1)
+    batch = build_source(RunFolder.open(sinusoid).configuration()).batch("test", 0, 1)
     expected = algorithm.predict(batch.support_x, batch.support_y, batch.query_x).outputs[0]
     learner.fit(batch.support_x[0].numpy(), batch.support_y[0].numpy())
     np.testing.assert_allclose(learner.predict(batch.query_x[0].numpy()), expected, rtol=1e-5)
@@ -311,3 +311,77 @@ def test_a_run_loads_in_a_process_of_its_own(sinusoid: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "(1,)\n"), done.stderr
+
+
+def test_the_score_of_labels_is_their_accuracy(
+    protonet: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(protonet, device="cpu")
+    learner.fit([drawings[0] for drawings in pictures[:3]], list("abc"))
+    query = [drawing for drawings in pictures[:3] for drawing in drawings[1:5]]
+    labels = np.repeat(list("abc"), 4)
+    assert learner.score(query, labels) == (learner.predict(query) == labels).mean()
+    with pytest.raises(ValueError, match=r"targets have shape \(2,\): expected \(12,\)"):
+        learner.score(query, labels[:2])
+
+
+def test_the_score_of_values_is_that_of_scikit_learn(sinusoid: Path) -> None:
+    metrics = pytest.importorskip("sklearn.metrics")
+    learner = metarun.load(sinusoid, device="cpu").fit([0.0, 1.0, 2.0], [0.0, 0.8, 0.9])
+    x = np.linspace(-5.0, 5.0, 21)
+    for targets in (np.sin(x), 3.0 * x, np.full(21, 0.4)):
+        expected = metrics.r2_score(targets, learner.predict(x))
+        assert learner.score(x, targets) == pytest.approx(expected)
+    assert learner.score(x, learner.predict(x)) == 1.0
+    constant = learner.predict(np.zeros(4))
+    assert learner.score(np.zeros(4), constant) == 1.0
+
+
+def test_features_of_examples_average_to_the_prototypes(
+    protonet: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(protonet, device="cpu")
+    shown = [drawing for drawings in pictures[:3] for drawing in drawings[:4]]
+    with pytest.raises(NotFittedError, match=r"call fit\(inputs, targets\) first"):
+        _ = learner.adapted
+    features = learner.embed(shown)  # Running statistics need no examples.
+    learner.fit(shown, np.repeat(list("abc"), 4))
+    np.testing.assert_allclose(learner.embed(shown), features, rtol=1e-5, atol=1e-6)
+    means = features.reshape(3, 4, -1).mean(1)
+    prototypes = [tensor for tensor in learner.adapted.values() if tensor.shape == means.shape]
+    assert len(prototypes) == 1
+    np.testing.assert_allclose(prototypes[0], means, rtol=1e-4, atol=1e-5)
+
+
+def test_features_with_the_statistics_of_the_examples_need_these(
+    protonet: Path, pictures: list[list[Picture]]
+) -> None:
+    shown = [drawings[0] for drawings in pictures[:3]]
+    learner = metarun.load(protonet, bn="support", device="cpu")
+    with pytest.raises(NotFittedError):
+        learner.embed(shown)
+    one = learner.fit(shown, list("abc")).embed(shown)
+    other = learner.fit(shown[:2], list("ab")).embed(shown)
+    assert one.shape == other.shape
+    assert np.abs(one - other).max() > 1e-4
+
+
+def test_learners_without_features_say_so(
+    protonet: Path, maml: Path, pictures: list[list[Picture]]
+) -> None:
+    shown = [drawings[0] for drawings in pictures[:3]]
+    with pytest.raises(ValueError, match="this MAML has no features of single rows: use"):
+        metarun.load(maml, device="cpu").embed(shown)
+    with pytest.raises(ValueError, match="of single rows with bn=transductive: use a learner"):
+        metarun.load(protonet, bn="transductive", device="cpu").embed(shown)
+
+
+def test_what_was_adapted_are_the_tensors_of_the_task(
+    maml: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(maml, device="cpu")
+    learner.fit([drawings[0] for drawings in pictures[:3]], list("abc"))
+    names = dict(learner._algorithm.net.named_parameters())
+    adapted = learner.adapted
+    assert any(tuple(t.shape) == tuple(p.shape) for t in adapted.values() for p in names.values())
+    assert all(isinstance(tensor, torch.Tensor) for tensor in adapted.values())

@@ -57,8 +57,9 @@ def lines(path: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 def test_the_folder_holds_everything_of_the_run(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
-        "checkpoints", "config.yaml", "environment.json", "episodes.npz", "metarun.log",
-        "metrics.jsonl", "overrides.yaml", "results.json", "status.json", "timing.jsonl",
+        "checkpoints", "config.yaml", "data.json", "environment.json", "episodes.npz",
+        "metarun.log", "metrics.jsonl", "overrides.yaml", "results.json", "status.json",
+        "timing.jsonl",
     }  # fmt: skip
     assert RunFolder.open(finished).status()["state"] == "finished"
 

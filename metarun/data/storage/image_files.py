@@ -6,12 +6,16 @@ import functools
 import io
 import math
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
+from metarun.core.checks import within
 from metarun.data.storage.cache import Pixels
 
 Resize = Literal["paper", "antialias"]
@@ -21,6 +25,7 @@ _NOT_READ = ("EPS", "MPEG")
 pictures of the other."""
 
 DRAWING_SIZE = 28
+_LARGEST_SIDE = 4096
 _DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,6 +69,19 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         ValueError: The file is missing, truncated, no image, or one of more pixels than
             `PIL.Image.MAX_IMAGE_PIXELS`; the message names it.
     """
+    with _opened(source, name) as image:
+        image.load()
+        return image
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return width and height of an image file in pixels, without decoding it; see `open_image`."""
+    with _opened(path) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(source: str | Path | bytes, name: str | None = None) -> Iterator[Image.Image]:
     name = name or (str(source) if isinstance(source, str | Path) else "an image")
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -71,8 +89,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             # Pillow only warns of these, and reads them: a small file may hold gigabytes.
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"its size is {image.width} x {image.height} pixels")
-            image.load()
-            return image
+            yield image
     except FileNotFoundError:
         raise ValueError(f"there is no image {name}: check the path") from None
     # Pillow raises many kinds of exceptions for damaged files.
@@ -112,7 +129,7 @@ def photograph(image: Image.Image, size: int, *, crop: bool, grayscale: bool = F
         crop: Whether to crop to the largest central square instead of stretching the image.
         grayscale: Whether the result has one channel instead of three.
     """
-    image = _upright(image)
+    image = upright(image)
     image = on_paper(image, "L" if grayscale else "RGB")
     if image.size != (size, size):
         filter_ = Image.Resampling.LANCZOS
@@ -122,7 +139,40 @@ def photograph(image: Image.Image, size: int, *, crop: bool, grayscale: bool = F
     return pixels[None] if grayscale else np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
-def _upright(image: Image.Image) -> Image.Image:
+@dataclass(frozen=True, slots=True)
+class Photograph:
+    """`photograph` with its options bound, which a run can record."""
+
+    size: int
+    crop: bool
+    grayscale: bool = False
+
+    def __post_init__(self) -> None:
+        within("", f"[1, {_LARGEST_SIDE}]", size=self.size)
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        """Convert one image to (C, size, size) uint8."""
+        return photograph(image, self.size, crop=self.crop, grayscale=self.grayscale)
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """`drawing` with its options bound, which a run can record."""
+
+    resize: Resize
+    side: int = DRAWING_SIZE
+
+    def __post_init__(self) -> None:
+        within("", f"[1, {_LARGEST_SIDE}]", side=self.side)
+        if self.resize not in get_args(Resize):
+            raise ValueError(f"resize={self.resize}: expected one of {get_args(Resize)}")
+
+    def __call__(self, image: Image.Image) -> Pixels:
+        """Convert one image to (1, side, side) uint8."""
+        return drawing(image, self.resize, self.side)[None]
+
+
+def upright(image: Image.Image) -> Image.Image:
     """Rotate an image as its EXIF data says.
 
     `exif_transpose` is not used because it also writes EXIF data, which fails on invalid data.
@@ -139,6 +189,12 @@ def on_paper(image: Image.Image, mode: str) -> Image.Image:
     if image.mode in ("I", "I;16", "I;16B", "F"):
         image = _to_bytes(image)
     return image.convert(mode)
+
+
+def has_colors(image: Image.Image) -> bool:
+    """Return whether one pixel in a hundred differs between its channels by a fifth or more."""
+    small = np.asarray(on_paper(image, "RGB").resize((32, 32)), dtype=np.int64)
+    return bool(((small.max(2) - small.min(2)) > 51).mean() > 0.01)
 
 
 def picture(image: Any, position: int) -> Image.Image:

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ class Prepared:
         digests: Hash of the images of each split.
         mean, std: Mean and standard deviation of each channel of the train split, in [0, 1]
             units.
+        unreadable: Rows of the files of each split that are left out of `images`.
     """
 
     images: Mapping[Split, Pixels]
     digests: Mapping[Split, str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    unreadable: Mapping[Split, tuple[int, ...]] = field(default_factory=dict)
 
 
 def prepared(
@@ -106,6 +108,7 @@ def _kept(place: Path, listing: str) -> Prepared | None:
             digests=store.facts["digests"],
             mean=tuple(store.facts["mean"]),
             std=tuple(store.facts["std"]),
+            unreadable={s: tuple(rows) for s, rows in store.facts.get("unreadable", {}).items()},
         )
     # The cache is damaged, or was deleted just now.
     except (OSError, ValueError, KeyError, TypeError):
@@ -126,4 +129,5 @@ def _keep(made: Prepared, place: Path, listing: str) -> None:
             "digests": dict(made.digests),
             "mean": list(made.mean),
             "std": list(made.std),
+            "unreadable": {split: list(rows) for split, rows in made.unreadable.items()},
         }

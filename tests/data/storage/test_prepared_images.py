@@ -112,6 +112,21 @@ def test_changed_pictures_are_decoded_again(
     assert len(stores(tmp_path)) == 1
 
 
+def test_what_cannot_be_read_is_left_out_of_the_cache_too(
+    root: Path, decoded: list[Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = root / NAMES[3] / "0001.png"
+    bad.write_bytes(b"no image")
+    first = load(root, skip_unreadable=True)
+    assert len(decoded) == 48
+    again = load(root, skip_unreadable=True)
+    assert len(decoded) == 48
+    assert alike(first, again)
+    assert "1 of 48 images cannot be read (class3/0001.png) and are left out" in caplog.text
+    with pytest.raises(ValueError, match="skip_unreadable=true to go on without it"):
+        load(root)
+
+
 def test_another_size_is_kept_beside(root: Path, tmp_path: Path, decoded: list[Path]) -> None:
     load(root)
     load(root, image_size=9)
