@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from metarun.config.checks import check_config, convert
+from metarun.config.checks import check_config, check_numbers, convert
 from metarun.config.schema import Config, Settings
 from metarun.config.suggestions import unknown_key
 from metarun.config.trust import locate, without_places
@@ -418,6 +418,7 @@ def _component(
             options[key] = locate(f"{name}.{key}", str(value), *typing.get_args(hints[key]))
         else:
             options[key] = convert(f"{name}.{key}", value, hints[key])
+            check_numbers(f"{name}.{key}", options[key])
     return functools.partial(target, **options, **given)
 
 

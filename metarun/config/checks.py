@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import re
 import types
 import typing
@@ -93,6 +94,23 @@ def convert(key: str, value: Any, hint: Any) -> Any:
         typed = "null" if value is None else json.dumps(value) if _nested(value) else value
         typed = str(typed).lower() if isinstance(typed, bool) else typed
         raise ValueError(f"{key}={typed}: expected {describe_type(hint)}") from None
+
+
+def check_numbers(key: str, value: Any) -> None:
+    """Check that the numbers in an option are finite, and whole ones no larger than `_LARGEST`.
+
+    A component checks ranges, but only of the options that it uses.
+
+    Raises:
+        ValueError: A number is not.
+    """
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            check_numbers(key, item)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key}={value}: expected a finite number")
+    elif isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError(f"{key}: expected a whole number from -{_LARGEST} to {_LARGEST}")
 
 
 def _convert(value: Any, hint: Any) -> Any:

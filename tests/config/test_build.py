@@ -354,3 +354,22 @@ def test_what_another_run_has_learned_is_loaded_by_the_builder(tmp_path: Path) -
     made = build(*words, f"algo.features={run.path}").algorithm
     for name, value in made.net.state_dict().items():
         assert torch.equal(value, donor.net.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        # A learner that does not use the option would not notice.
+        (["algo=ewc", "data=stream_linear", "optim.weight_decay=-inf"], "expected a finite number"),
+        (["algo=maml", "data=sinusoid", f"algo.inner_steps={10**10}"], "expected a whole number"),
+        (
+            ["algo=maml", "data=sinusoid", f"backbone.hidden=[4,{10**30}]"],
+            "expected a whole number",
+        ),
+    ],
+)
+def test_numbers_beyond_all_sense_are_refused_whoever_reads_them(
+    words: list[str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{words[-1].partition('=')[0]}.*{message}"):
+        build_experiment(config(*words))

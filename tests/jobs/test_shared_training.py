@@ -49,7 +49,7 @@ def trained(metarun: Command, tmp_path: Path) -> Path:
 def test_a_finished_run_is_tested_in_the_setting_of_another_experiment(
     metarun: Command, trained: Path
 ) -> None:
-    for run in sorted(trained.glob("*seed=*")):
+    for run in sorted(trained.glob("experiment=*")):
         answer = metarun("--config-dir", "mine", f"test={run}", f"experiment={OTHER}")
         assert answer.code == 0, answer.err
         # The end compares it with the published value of that experiment.
@@ -79,7 +79,7 @@ def test_a_finished_run_is_tested_in_the_setting_of_another_experiment(
 
 
 def test_the_same_parameters_are_tested(metarun: Command, trained: Path) -> None:
-    run = min(trained.glob("*seed=*"))
+    run = min(trained.glob("experiment=*"))
     words = ["shot=10", "eval.inner_steps=2", "eval.episodes=12"]
     for more in ([f"experiment={OTHER}"], words):
         assert metarun("--config-dir", "mine", f"test={run}", *more).code == 0
@@ -103,7 +103,7 @@ def test_the_same_parameters_are_tested(metarun: Command, trained: Path) -> None
 def test_an_experiment_that_trains_differently_is_refused(
     words: list[str], message: str, metarun: Command, trained: Path
 ) -> None:
-    run = min(trained.glob("*seed=*"))
+    run = min(trained.glob("experiment=*"))
     answer = metarun("--config-dir", "mine", f"test={run}", *words)
     assert answer.code == 2
     assert answer.err.count("\n") == 1
@@ -112,7 +112,7 @@ def test_an_experiment_that_trains_differently_is_refused(
 
 
 def test_a_run_that_is_not_finished_serves_no_experiment(metarun: Command, trained: Path) -> None:
-    run = min(trained.glob("*seed=*"))
+    run = min(trained.glob("experiment=*"))
     (run / "status.json").write_text('{"state": "interrupted", "step": 1}')
     answer = metarun("--config-dir", "mine", f"test={run}", f"experiment={OTHER}")
     assert answer.code == 2
