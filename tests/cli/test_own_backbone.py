@@ -73,7 +73,7 @@ def test_a_stranger_writes_a_module_and_a_yaml_and_runs_them(tmp_path: Path) -> 
     assert found["parameters"] - found["trainable_parameters"] == frozen
     assert found["bn_statistics"] == "transductive"
     (log,) = (tmp_path / "outputs").rglob("metarun.log")
-    assert log.read_text().count(f"{frozen} of {found['parameters']} parameters are frozen") == 1
+    assert log.read_text().count(f"{found['parameters']} parameters, {frozen} of them frozen") == 1
 
 
 def test_a_resumed_run_keeps_what_is_frozen(metarun: Command, tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def test_every_whole_number_of_the_schema_has_bounds() -> None:
     numbers = {k for k in flat if k.rpartition(".")[2] not in (*NODES, "names", "train", "eval")}
     words = {"device", "precision", "bn", "engine", "graph", "debug", "resume", "test"}
     words |= {"sweep", "published", "logger", "eval.proficiency"}
+    words |= {"train.rehearse", "train.max_minutes"}
     words |= {"eval.temperature", "eval.measures"}
     assert numbers - words == set(_BOUNDS)
 

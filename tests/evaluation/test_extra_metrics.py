@@ -43,7 +43,8 @@ def test_accuracy_by_presentation_is_written_drawn_and_said(
     assert f"{100 * written[1]:.2f} ±" in said
     assert (run / "figures" / "presentations.svg").exists()
     with Image.open(run / "figures" / "presentations.png") as picture:
-        assert picture.size == (720, 480)
+        # The plot, and a title above it.
+        assert picture.size == (720, 547)
     assert main([f"test={run}", "shot=2", "eval.episodes=3"]) == 0
     tested = json.loads(next((run / "tests").rglob("results.json")).read_text())
     assert len(tested["presentations"]) == 2

@@ -246,8 +246,8 @@ def test_a_comparison_has_a_measure_only_if_it_is_named(
     (results,) = (tmp_path / "runs").glob("*/results.json")
     value = json.loads(results.read_text())["measures"]["nll"]["mean"]
     out = capsys.readouterr().out
-    assert "| negative log-likelihood, nats |" in out
-    assert f"| {value:.3f} ± " in out
+    assert "negative log-likelihood, nats" in out
+    assert f"{value:.3f} ± " in out
 
 
 def test_results_of_before_are_completed() -> None:
