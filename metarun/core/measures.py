@@ -102,3 +102,11 @@ def number(value: float) -> str:
     """Format a number with four digits."""
     fixed = value == 0.0 or 1e-3 <= abs(value) < 1e4
     return f"{value:.4f}" if fixed else f"{value:.4g}"
+
+
+def values_text(values: Mapping[str, float], metric: str) -> str:
+    """Format several values in a line, the metric as `figure` does."""
+    return "  ".join(
+        f"{name} {figure(name, value) if name == metric else number(value)}"
+        for name, value in values.items()
+    )

@@ -1,15 +1,19 @@
-"""The files that a meta-test writes: `results.json`, `episodes.npz` and others."""
+"""What a run says of itself: one line at its start, and the files of its meta-test."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment
 from metarun.core.files import to_npz
 from metarun.core.nested import finite
 from metarun.core.results import Results
+from metarun.core.settings import TrainSettings
 from metarun.core.types import EpisodeSource, Record
 from metarun.evaluation.evaluation import Evaluated
 from metarun.runs.folder import EPISODES, RESULTS, Run
@@ -32,6 +36,24 @@ def about(algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, An
         "data_fingerprint": source.fingerprint(),
         "versions": environment.versions(),
     }
+
+
+def plan(
+    algorithm: Algorithm, run_info: Mapping[str, Any], settings: TrainSettings, folder: Path
+) -> str:
+    """Return in one line what will run."""
+    counts = [(p.numel(), p.requires_grad) for p in algorithm.parameters()]
+    total, frozen = sum(n for n, _ in counts), sum(n for n, learns in counts if not learns)
+    threads, steps = torch.get_num_threads(), settings.steps
+    parts = [
+        f"{run_info.get('algo')} on {run_info.get('data')}",
+        f"{run_info.get('backbone')} with {total:,} parameters"
+        + (f", {frozen:,} of them frozen" if frozen else ""),
+        f"{algorithm.device}, {threads} thread{'s' * (threads != 1)}",
+        f"{steps:,} steps of {settings.tasks_per_step} tasks" if steps else "no meta-training",
+        f"files in {folder}",
+    ]
+    return "; ".join(parts)
 
 
 def write_results(run: Run, record: Record, evaluated: Evaluated) -> Results:

@@ -16,8 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-import torch
-
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment, seeding
 from metarun.core.console import (
@@ -30,7 +28,7 @@ from metarun.core.console import (
     summary,
 )
 from metarun.core.files import check_space
-from metarun.core.measures import figure, number
+from metarun.core.measures import values_text
 from metarun.core.results import Results
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSource, Progress, Record, Share
@@ -39,9 +37,10 @@ from metarun.runs.folder import Run
 from metarun.runs.openings import openings_after_training
 from metarun.trackers.base import RATE, Trackers
 from metarun.training.changes import note_changes
+from metarun.training.ending import check_time, early_end, has_ended
 from metarun.training.failures import outcome
 from metarun.training.meta_test import measure_test
-from metarun.training.results import about, write_results
+from metarun.training.results import about, plan, write_results
 from metarun.training.run_state import RunState
 from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
 from metarun.training.state import check_same_parameters, load_parameters, required_bytes
@@ -158,7 +157,7 @@ class _Loop:
         with distributed.agreed():
             load_parameters(self.algorithm, checkpoint, self.run_info, self.run.path)
         self.state.load_state_dict(checkpoint, self.algorithm.device)
-        if self.state.step < self.settings.steps and self._ends_early() is None:
+        if not has_ended(self.settings, self.state):
             # The run goes on beyond its former end, and with it the meta-test.
             self.state.test = None
         lengths, step = checkpoint["lengths"], self.state.step
@@ -197,7 +196,7 @@ class _Loop:
             self.run.write_json("environment.json", here)
             self.run.write_json(recorded.FILE, recorded.record_of(self.source))
             self.save()
-            self._tell_plan()
+            _log.info("%s", plan(self.algorithm, self.run_info, self.settings, self.run.path))
         else:
             note_changes(self.run, state.step, here)
             _log.info("continuing %s from step %d", self.run.path, state.step)
@@ -211,22 +210,6 @@ class _Loop:
         # Not counted as time of the run: MLflow takes seconds to create its first database.
         state.began += time.perf_counter() - opening
 
-    def _tell_plan(self) -> None:
-        """Log in one line what will run."""
-        info, steps, tasks = self.run_info, self.settings.steps, self.settings.tasks_per_step
-        counts = [(p.numel(), p.requires_grad) for p in self.algorithm.parameters()]
-        total, frozen = sum(n for n, _ in counts), sum(n for n, learns in counts if not learns)
-        learned = f"{total:,} parameters" + (f", {frozen:,} of them frozen" if frozen else "")
-        threads = torch.get_num_threads()
-        parts = [
-            f"{info.get('algo')} on {info.get('data')}",
-            f"{info.get('backbone')} with {learned}",
-            f"{self.algorithm.device}, {threads} thread{'s' * (threads != 1)}",
-            f"{steps:,} steps of {tasks} tasks" if steps else "no meta-training",
-            f"files in {self.run.path}",
-        ]
-        _log.info("%s", "; ".join(parts))
-
     # Meta-training.
 
     def train(self) -> None:
@@ -236,10 +219,10 @@ class _Loop:
             with self.screen.bar("train", total, state.step, _LONG, _SHORTER) as bar:
                 while True:
                     if state.step != state.validated and (
-                        self._ended() or self._due(self.settings.eval_every)
+                        has_ended(self.settings, state) or self._due(self.settings.eval_every)
                     ):
                         self._validate()
-                    ends = self._ended()
+                    ends = has_ended(self.settings, state)
                     if ends and state.count:
                         self._write(state.means(), bar)
                     if state.step != state.saved and (
@@ -249,7 +232,7 @@ class _Loop:
                     if ends:
                         break
                     self.signals.check()
-                    self._check_time()
+                    check_time(self.settings, self.began)
                     began = time.perf_counter()
                     self._update()
                     line = state.means() if self._due(self.settings.log_every) else None
@@ -258,7 +241,7 @@ class _Loop:
                         self._write(line, bar)
                     # Several processes would have to agree on the time.
                     elif bar.due and self.share is None:
-                        bar.to(state.step, self._text(state.means()))
+                        bar.to(state.step, values_text(state.means(), self.metric))
                     else:
                         bar.to(state.step)
         except (StopRequestedError, OutOfTimeError):
@@ -266,32 +249,7 @@ class _Loop:
             raise
         if state.step < total:
             text = "step %d/%d  %s: training ends here"
-            _log.info(text, state.step, total, self._ends_early())
-
-    def _ended(self) -> bool:
-        return self.state.step >= self.settings.steps or self._ends_early() is not None
-
-    def _ends_early(self) -> str | None:
-        """Return why training ends before its last step; None if it goes on."""
-        settings, state = self.settings, self.state
-        if settings.patience is not None and state.validated > 0:
-            last = 0 if state.best is None else state.best["step"]
-            if state.validated - last >= settings.patience * settings.eval_every:
-                return f"no better on meta-val for {settings.patience} evaluations"
-        if settings.rehearse is not None:
-            seconds = state.train_seconds + state.window_seconds
-            if distributed.maximum(int(seconds >= settings.rehearse)):
-                return f"rehearsed for {duration(settings.rehearse)}"
-        return None
-
-    def _check_time(self) -> None:
-        """Raise OutOfTimeError if this process has trained for `train.max_minutes` or more."""
-        limit = self.settings.max_minutes
-        if limit is None:
-            return
-        minutes = (time.perf_counter() - self.began) / 60.0
-        if distributed.maximum(int(minutes >= limit)):
-            raise OutOfTimeError(limit)
+            _log.info(text, state.step, total, early_end(self.settings, state))
 
     def _due(self, every: int) -> bool:
         """Return whether this step is a multiple of `every`, or the last step."""
@@ -317,16 +275,10 @@ class _Loop:
         self.run.append("metrics.jsonl", {"step": state.step, **named})
         self.run.append("timing.jsonl", {"step": state.step, **timing})
         self.trackers.metrics(state.step, {**named, RATE: rate})
-        text = f"{self._text(line)}  {rate_text(rate)}"
+        text = f"{values_text(line, self.metric)}  {rate_text(rate)}"
         bar.to(state.step, text)
         until = f"{duration(left)} left"
         _log.info("step %d/%d  %s  %s", state.step, total, text, until, extra=BAR_SHOWS_IT)
-
-    def _text(self, line: Mapping[str, float]) -> str:
-        return "  ".join(
-            f"{name} {figure(name, value) if name == self.metric else number(value)}"
-            for name, value in line.items()
-        )
 
     def _validate(self) -> None:
         state = self.state
