@@ -28,10 +28,8 @@ if TYPE_CHECKING:
 
 _OWN = (curves, presentations, strategies)
 _ABOUT_STREAMS = "Defined, with sources, in metarun/evaluation/continual_metrics.py."
-_ABOUT_TASKS = (
-    "Three test tasks: those at 5, 50 and 95 % of the ranking from best to worst. In a regression "
-    "the error is relative to the variance of the task's targets."
-)
+_ABOUT_TASKS = "Three test tasks: those at 5, 50 and 95 % of the ranking from best to worst."
+_OF_REGRESSION = " Their errors are relative to the variance of the task's targets."
 
 
 class _Notes:
@@ -216,8 +214,9 @@ def _looked_at(files: RunFiles, learned: Learned | None, notes: _Notes) -> list[
                 "view of the network", lambda: adaptation.panels(learned, figures)
             )
         inside += notes.panels("tasks as points", lambda: task_groups.panels(files, learned))
+    scaled = _OF_REGRESSION if files.metric == "mse" else ""
     return [
-        Section("tasks", "Single tasks", _ABOUT_TASKS, panels=single),
+        Section("tasks", "Single tasks", _ABOUT_TASKS + scaled, panels=single),
         Section("classes", "Classes", panels=classes.panels(files)),
         Section("adaptation", "Inside the network, and tasks as points", panels=inside),
     ]

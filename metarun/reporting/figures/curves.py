@@ -92,6 +92,7 @@ def learning(run: RunFiles) -> Panel | None:
     chance = _chance(run)
     if chance is not None:
         axes.axhline(scale * chance, color=MUTED, linestyle=":", linewidth=1.0, gid="chance")
+        shown_series["chance"] = Series("chance", MUTED, ":")
     axes.set(xlabel="meta-updates", ylabel=label)
     axes.xaxis.set_major_locator(whole_steps())
     ends = _ends(val if len(val) else train, metric)
@@ -118,7 +119,7 @@ def _chance(run: RunFiles) -> float | None:
 def _scale(run: RunFiles) -> str:
     """Say with what to compare the figure of a run: chance, no adaptation, published values."""
     results, chance = run.results, _chance(run)
-    parts = [] if chance is None else [f" Chance is {shown('accuracy', chance)} (dotted)."]
+    parts = [] if chance is None else [f" Chance is {shown('accuracy', chance)}."]
     curve = None if results is None else results.get("curve")
     if curve and chance is None:
         parts.append(f" Without adaptation it is {shown('mse', curve[0]['mean'])}.")
