@@ -28,7 +28,8 @@ TIMES = ("seconds", "train_seconds", "tasks_per_second", "window_seconds")
 _MODULES = (
     "core/files.py", "runs/checkpoints.py", "runs/folder.py", "runs/lock.py", "runs/records.py",
     "training/trainer.py", "training/run_state.py", "training/meta_test.py",
-    "training/results.py", "training/ending.py", "evaluation/evaluation.py", "evaluation/episodes.py",
+    "training/results.py", "training/ending.py", "evaluation/evaluation.py",
+    "evaluation/episodes.py",
 )  # fmt: skip
 _WRITES = ("prepared_file", "write_atomically", "save_last", "save_best")
 
