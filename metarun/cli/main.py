@@ -279,6 +279,11 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
                 "--cfg and --info describe a new run: for an existing run, read config.yaml in "
                 "its folder"
             )
+        for option in ("estimate", "rehearse"):
+            if getattr(args, option):
+                raise ValueError(
+                    f"--{option} is for new runs: type it without {next(iter(folders))}="
+                )
         from metarun.jobs.meta_test import meta_test
         from metarun.jobs.resume import resume
 

@@ -207,16 +207,30 @@ def build_source(config: Mapping[str, Any]) -> EpisodeSource:
     return _source(check_config(config))
 
 
-def recorded_source(config: Mapping[str, Any], record: Record) -> EpisodeSource:
+def recorded_source(config: Mapping[str, Any], record: Record, file: Path) -> EpisodeSource | None:
     """Build the data set of a run from its record alone; it prepares images and has no tasks.
+
+    Args:
+        config: Configuration of the run.
+        record: Its record of the data.
+        file: File of the record, for messages.
+
+    Returns:
+        The data set; None if the record does not suffice and the data are needed.
 
     Raises:
         ValueError: The configuration is invalid, or the record is damaged.
     """
-    from metarun.data.recorded import Recorded
+    from metarun.data.recorded import Recorded, suffices
 
     settings = check_config(config)
-    return Recorded(record, _device(settings.device), _dtype(settings))
+    device, dtype = _device(settings.device), _dtype(settings)
+    try:
+        return Recorded(record, device, dtype) if suffices(record) else None
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is damaged, {error}: remove it to load the run by its data"
+        ) from error
 
 
 def _source(settings: Settings) -> EpisodeSource:

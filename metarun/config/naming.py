@@ -72,7 +72,7 @@ def job_name(words: Sequence[str], config: Mapping[str, Any], pool: Path) -> str
         pool: Folder of the sweep's runs; a run there with the longer name that earlier versions
             gave it keeps that name.
     """
-    named_words = sorted(word for word in words if root_of(word) not in HOW_IT_RUNS)
+    named_words = sorted(word for word in words if not _only_how(word))
     first = [word for word in named_words if root_of(word) == "experiment"]
     ordered = first + [word for word in named_words if word not in first]
     hashed = digest(config)
@@ -84,6 +84,11 @@ def job_name(words: Sequence[str], config: Mapping[str, Any], pool: Path) -> str
     name = named(ordered, max(_SHORT, len(slug(first, _EARLIER))))
     earlier = named(named_words, _EARLIER)
     return earlier if (pool / earlier).is_dir() and not (pool / name).is_dir() else name
+
+
+def _only_how(word: str) -> bool:
+    """Return whether an override changes how a run is executed, and not its results."""
+    return root_of(word) in HOW_IT_RUNS or word.lstrip("+").startswith("train.max_minutes=")
 
 
 def root_of(word: str) -> str:

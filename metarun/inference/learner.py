@@ -26,7 +26,7 @@ from metarun.config.schema import Config
 from metarun.config.trust import stored, trusting
 from metarun.core import seeding
 from metarun.core.types import Adapted, EpisodeSource, Record
-from metarun.data.recorded import FILE, suffices
+from metarun.data.recorded import FILE
 from metarun.evaluation.test_time_augmentation import adapt, answer
 from metarun.runs.folder import RESULTS, RunFolder
 from metarun.training.state import load_parameters
@@ -109,13 +109,7 @@ def _recorded(folder: RunFolder, config: Config) -> EpisodeSource | None:
     """Return the data set as the run has recorded it; None if its data are needed."""
     if not folder.has(FILE):
         return None
-    record = folder.read_json(FILE)
-    try:
-        return recorded_source(config, record) if suffices(record) else None
-    except ValueError as error:
-        raise ValueError(
-            f"{folder.path / FILE} is damaged, {error}: remove it to load the run by its data"
-        ) from error
+    return recorded_source(config, folder.read_json(FILE), folder.path / FILE)
 
 
 def _learned(folder: RunFolder) -> Record:

@@ -61,7 +61,11 @@ def ensure_finished(
             train(config, folder, overrides, screen, config_dir)
             return Outcome("finished")
         run = RunFolder.open(folder)
-        experiment = continuation(run, [], config_dir, config)
+        minutes = config["train"].get("max_minutes")
+        # It is no part of the folder's name: the limit that is typed now applies.
+        changed = minutes != run.configuration()["train"].get("max_minutes")
+        words = [f"train.max_minutes={'null' if minutes is None else minutes}"] * changed
+        experiment = continuation(run, words, config_dir, config)
         if experiment is None:
             return Outcome("kept")
         train_experiment(run, experiment, screen, config_dir)

@@ -69,8 +69,8 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     if experiment is None:
         made = run.status()["step"]
         print(
-            f"{run.path} is finished after {made} steps: type a larger train.steps to continue "
-            f"it, or test={run.path} to meta-test it"
+            f"{run.path} is finished after {made} steps: {_how_to_go_on(run)}, or "
+            f"test={run.path} to meta-test it"
         )
         return EXIT_OK
     code = exit_code_of(
@@ -80,6 +80,23 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     if code == EXIT_OK and distributed.is_main():
         tell_next(run.path)
     return code
+
+
+def _how_to_go_on(run: RunFolder) -> str:
+    """Return what to type for more training of a finished run."""
+    settings = run.configuration()["train"]
+    if not _ended_early(run):
+        return "type a larger train.steps to continue it"
+    if settings.get("rehearse") is not None:
+        return "it was a rehearsal: repeat its command without --rehearse"
+    return f"train.patience={settings['patience']} ended it: type a larger one to continue it"
+
+
+def _ended_early(run: RunFolder) -> bool:
+    """Return whether a finished run has ended by its patience, or as a rehearsal."""
+    settings = run.configuration()["train"]
+    ends = any(settings.get(key) is not None for key in ("patience", "rehearse"))
+    return ends and int(run.status()["step"]) < settings["steps"]
 
 
 def _ours(run: RunFolder) -> Run:
@@ -138,10 +155,13 @@ def _continued(
             refuse_change(key, stored, f"a resumed run: only {', '.join(RESUMABLE)} can")
     config = with_values(config, typed)
     settings = check_config(config)
-    # A run that ended early goes on only if its patience is another one.
-    reached = run.status()["step"] if "train.patience" in typed else stored["train"]["steps"]
-    if settings.train.steps <= reached and run.is_complete():
-        return None
+    if run.is_complete():
+        # A run that ended early goes on only if its patience is another one.
+        early = _ended_early(run)
+        goes_on = "train.patience" in typed and settings.train.rehearse is None
+        reached = run.status()["step"] if early else stored["train"]["steps"]
+        if settings.train.steps <= reached or (early and not goes_on):
+            return None
     with trust.stored(named, config_dir), warnings_held():
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)

@@ -6,6 +6,7 @@ Read `train` first; it calls the trainer in `training/trainer.py`.
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,6 +28,7 @@ from metarun.core.errors import (
 from metarun.core.streams import say
 from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
+from metarun.runs.find import LAST, OUTPUTS, run_folders
 from metarun.runs.folder import NullRun, Run, RunFolder
 
 if TYPE_CHECKING:
@@ -137,10 +139,12 @@ class HydraTask:
 def tell_next(folder: Path) -> None:
     """Print the commands that usually follow a finished run."""
     results = RunFolder(folder).read_results()
-    commands = ["`metarun report last` draws it"]
+    # A run outside outputs/ is not the one that `last` stands for.
+    name = LAST if folder in run_folders(OUTPUTS) else shlex.quote(str(folder))
+    commands = [f"`metarun report {name}` draws it"]
     if "layout" not in results:
         shot = 10 if results["shot"] == 5 else 5
-        commands.append(f"`metarun test=last shot={shot}` tests it in another setting")
+        commands.append(f"`metarun test={name} shot={shot}` tests it in another setting")
     print(f"next: {', '.join(commands)}")
 
 

@@ -406,9 +406,15 @@ def own_line(group: Group, measures: Sequence[Measure] = ()) -> Line:
         "episodes": str(measured.episodes),
         "batch norm": str(record["bn_statistics"]),
         "split": _split(group.config),
-        "steps": f"{record['steps']:,}",
+        "steps": _steps(group),
         "time": _time(group),
     }
+
+
+def _steps(group: Group) -> str:
+    """Return the number of steps, and of how many if training ended before them."""
+    made, planned = group.results[0].record["steps"], group.config["train"]["steps"]
+    return f"{made:,} of {planned:,}" if made < planned else f"{made:,}"
 
 
 def _time(group: Group) -> str:

@@ -44,13 +44,15 @@ def plan(
     """Return in one line what will run."""
     counts = [(p.numel(), p.requires_grad) for p in algorithm.parameters()]
     total, frozen = sum(n for n, _ in counts), sum(n for n, learns in counts if not learns)
-    threads, steps = torch.get_num_threads(), settings.steps
+    threads, steps, tasks = torch.get_num_threads(), settings.steps, settings.tasks_per_step
     parts = [
         f"{run_info.get('algo')} on {run_info.get('data')}",
         f"{run_info.get('backbone')} with {total:,} parameters"
         + (f", {frozen:,} of them frozen" if frozen else ""),
         f"{algorithm.device}, {threads} thread{'s' * (threads != 1)}",
-        f"{steps:,} steps of {settings.tasks_per_step} tasks" if steps else "no meta-training",
+        f"{steps:,} step{'s' * (steps != 1)} of {tasks} task{'s' * (tasks != 1)}"
+        if steps
+        else "no meta-training",
         f"files in {folder}",
     ]
     return "; ".join(parts)

@@ -104,6 +104,16 @@ def test_an_estimate_names_what_every_run_takes_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("option", ["--estimate", "--rehearse"])
+@pytest.mark.parametrize("verb", ["resume", "test"])
+def test_a_stored_run_is_neither_estimated_nor_rehearsed(
+    metarun: Command, option: str, verb: str
+) -> None:
+    answer = metarun(f"{verb}=last", option)
+    assert answer.code == 2
+    assert answer.err == f"error: {option} is for new runs: type it without {verb}=\n"
+
+
 def test_a_rehearsal_goes_through_all_of_a_run_in_little_time(
     metarun: Command, tmp_path: Path
 ) -> None:
@@ -115,7 +125,8 @@ def test_a_rehearsal_goes_through_all_of_a_run_in_little_time(
     assert results["val"]["episodes"] == 20
     assert results["test"]["episodes"] == 50
     assert "(partial)" in answer.out
-    assert "next: `metarun report last` draws it, `metarun test=last shot=10` tests" in answer.out
+    # `last` stands for a run below outputs/.
+    assert "next: `metarun report run` draws it, `metarun test=run shot=10` tests" in answer.out
 
 
 def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_what_a_run_computes_is(change: dict[str, Any]) -> None:
 
 def test_the_order_of_the_words_is_not_part_of_a_name(tmp_path: Path) -> None:
     name = job_name(["seed=1", "algo=maml"], PLAIN, tmp_path)
-    words = ["algo=maml", "threads=2", "hydra/launcher=joblib", "seed=1"]
+    words = ["algo=maml", "threads=2", "hydra/launcher=joblib", "seed=1", "train.max_minutes=9"]
     assert name == job_name(words, PLAIN, tmp_path)
     assert name == f"algo=maml_seed=1-{digest(PLAIN)}"
 

@@ -299,6 +299,15 @@ def test_what_is_no_run_or_has_nothing_yet_cannot_be_loaded(tmp_path: Path, maml
         metarun.load(tmp_path / "odd")
 
 
+@pytest.mark.parametrize("wrong", [{"device": "gpu"}, {"device": "cuda:99"}, {"bn": "none"}])
+def test_a_wrong_option_is_not_taken_for_a_damaged_file(
+    protonet: Path, wrong: dict[str, str]
+) -> None:
+    ((key, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"^{key}={value}: "):
+        metarun.load(protonet, **wrong)
+
+
 def test_a_run_loads_in_a_process_of_its_own(sinusoid: Path) -> None:
     program = (
         "import sys, metarun\n"

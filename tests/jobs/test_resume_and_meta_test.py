@@ -65,6 +65,31 @@ def test_a_finished_run_says_so_and_stays_as_it_is(metarun: Command, run: Path) 
     assert files(run) == before
 
 
+def test_the_run_that_last_stands_for_is_called_so_at_its_end(metarun: Command) -> None:
+    answer = metarun("algo=maml", "data=sinusoid", *TINY)
+    assert "next: `metarun report last` draws it, `metarun test=last shot=10` tests" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("train.patience", 2, "train.patience=2 ended it: type a larger one to continue it"),
+        ("train.rehearse", 9.0, "it was a rehearsal: repeat its command without --rehearse"),
+    ],
+)
+def test_a_run_that_ended_early_is_not_continued_by_more_steps(
+    metarun: Command, run: Path, key: str, value: float, told: str
+) -> None:
+    edit(run, "train.steps", 100)
+    edit(run, key, value)
+    before = files(run)
+    for words in ([], ["train.steps=200"]):
+        answer = metarun(f"resume={run}", *words)
+        assert answer.code == 0
+        assert f"is finished after 4 steps: {told}, or test={run}" in answer.out
+    assert files(run) == before
+
+
 def test_damaged_results_of_a_finished_run_are_made_again(metarun: Command, run: Path) -> None:
     before = json.loads((run / "results.json").read_text())
     for name in ("results.json", "episodes.npz"):

@@ -437,6 +437,18 @@ def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
     assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: expected 1, since each")
 
 
+def test_a_sweep_out_of_time_goes_on_with_the_limit_that_is_typed_now(
+    metarun: Command, tmp_path: Path
+) -> None:
+    words = ["-m", "algo=maml", "seed=1,2", *TINY]
+    assert metarun(*words, "train.max_minutes=1e-9").code == 1
+    before = folders(tmp_path)
+    answer = metarun(*words)
+    assert answer.code == 0, answer.err
+    assert "2 of 2 runs are finished" in answer.out
+    assert folders(tmp_path) == before
+
+
 # Names.
 
 

@@ -179,6 +179,12 @@ def test_a_seed_that_was_run_twice_counts_once(metarun: Command, tmp_path: Path)
     assert len(found.runs) == 1
 
 
+def test_a_rehearsal_says_of_how_many_steps(metarun: Command) -> None:
+    assert metarun("data=linear", *SMALL, "train.steps=5000", "train.rehearse=1e-9").code == 0
+    (row,) = rows_of(metarun("table", "outputs", "--format", "csv").out)
+    assert row["steps"] == "1 of 5,000"
+
+
 def test_a_run_that_is_not_finished_is_named(metarun: Command, tmp_path: Path) -> None:
     assert metarun("data=linear", *SMALL).code == 0
     (status,) = tmp_path.rglob("status.json")
