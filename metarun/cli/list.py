@@ -77,7 +77,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _group(word: str) -> str | None:
-    """Return the group that is meant by its name or its title, in singular or plural."""
+    """Return what is meant by the name or the title of a group, in singular or plural."""
+    if f"{word}s" in OF_RUNS:
+        return f"{word}s"
     for group, title in GROUPS.items():
         names = {group, f"{group}s", title, title.replace(" ", ""), title.split()[-1]}
         if word in names or f"{word}s" in names:

@@ -147,6 +147,9 @@ def _job(words: Sequence[str], config_dir: str | None) -> Job:
         ValueError: A word is invalid, or asks for something else than one run.
     """
     for word in words:
+        if not isinstance(word, str):
+            raise ValueError(f"{word!r} is no text: give words such as 'algo=maml' one by one")
+    for word in words:
         if word.partition("=")[0] in ("resume", "test"):
             raise ValueError(
                 f"{word}: a stored run is used by metarun.load, or on the command line"

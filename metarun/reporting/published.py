@@ -399,6 +399,7 @@ def own_line(group: Group, measures: Sequence[Measure] = ()) -> Line:
     return {
         "run": group.label,
         "task": task(group.config),
+        "metric": "accuracy, %" if record["metric"] == "accuracy" else "mse, lower is better",
         "meta-val": "–" if val is None else shown(val, accuracy=record["metric"] == "accuracy"),
         "meta-test": measured,
         **{measure.head: measure_figure(group.results, measure) for measure in measures},

@@ -147,3 +147,8 @@ def test_sweeps_are_listed_with_what_is_finished(metarun: Command) -> None:
     assert metarun("list", "sweeps").out == (
         "2026-11-21 09:00  rates  1 of 2 finished  metarun -m seed=1,2\n"
     )
+
+
+@pytest.mark.parametrize("word", ["run", "sweep"])
+def test_runs_and_sweeps_are_found_in_the_singular_too(metarun: Command, word: str) -> None:
+    assert metarun("list", word).out == f"no {word}s below outputs/ yet\n"

@@ -134,3 +134,8 @@ def test_values_are_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     run = metarun.run(*TINY, quiet=True)
     assert all(isinstance(part, np.ndarray) for pair in run.metrics.values() for part in pair)
+
+
+def test_words_in_a_list_are_one_line() -> None:
+    with pytest.raises(ValueError, match=r"is no text: give words such as 'algo=maml' one by one"):
+        metarun.run(["algo=maml"])  # type: ignore[arg-type]
