@@ -162,9 +162,10 @@ class Records:
 
     def _episodes(self, results: Record, wanted: Callable[[str], bool]) -> dict[str, Any]:
         path = self._file(EPISODES)
+        arrays = read_arrays(path, wanted)
         if not _has_hash(results, EPISODES, path.read_bytes()):
             raise ValueError(f"{path} is damaged: {RESULTS} has the hash of another file")
-        return read_arrays(path, wanted)
+        return arrays
 
     def is_complete(self) -> bool:
         """Return whether the run is finished and the files of its meta-test can be read.

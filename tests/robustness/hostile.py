@@ -206,6 +206,10 @@ def a_repository_whose_settings_name_programs(run: Path, _: Path) -> None:
 @attack
 def words_for_a_shell_and_a_browser(run: Path, _: Path) -> None:
     html = "<script>fetch('http://evil.example')</script>"
-    change(run, names__algo=html, names__data=f"'; {COMMAND}; '")
+    names = {"algo": html, "data": f"'; {COMMAND}; '"}
+    change(run, names__algo=names["algo"], names__data=names["data"])
+    if (run / "results.json").exists():
+        results = json.loads((run / "results.json").read_text())
+        (run / "results.json").write_text(json.dumps({**results, **names}))
     facts = {"git": {"commit": f"\n{COMMAND}"}, "command": ["metarun", "--config-dir", html]}
     (run / "environment.json").write_text(json.dumps(facts))
