@@ -158,7 +158,8 @@ class Worker:
         self._journal.add(
             "end", folder=name, state=outcome.state, why=outcome.why, signum=outcome.signum
         )
-        if not self._quiet and outcome.state != "finished":
+        # Runs out of their time are told at the end.
+        if not self._quiet and outcome.state not in ("finished", "paused"):
             _say(f"{folder}: {_described(outcome.state, outcome.why)}")
         if outcome.state == "interrupted" or (
             outcome.state == "failed" and config["sweep"]["fail_fast"]
@@ -270,7 +271,9 @@ def _sum_up(
     before = f", {kept} of them before" if kept else ""
     print(f"\n{done} of {len(folders)} runs are finished{before}")
     for folder, end in ends.items():
-        if end["state"] in ("failed", "paused", "elsewhere"):
+        if end["state"] == "paused":
+            _say(f"{folder}: {end['why']}")
+        elif end["state"] in ("failed", "elsewhere"):
             _say(f"error: {folder}: {_described(end['state'], end['why'])}")
     # If every run of a search failed, the sweeper's own error repeats theirs.
     if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):

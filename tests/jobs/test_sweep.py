@@ -441,7 +441,10 @@ def test_a_sweep_out_of_time_goes_on_with_the_limit_that_is_typed_now(
     metarun: Command, tmp_path: Path
 ) -> None:
     words = ["-m", "algo=maml", "seed=1,2", *TINY]
-    assert metarun(*words, "train.max_minutes=1e-9").code == 1
+    answer = metarun(*words, "train.max_minutes=1e-9")
+    assert answer.code == 1
+    assert answer.err.count("max_minutes=1e-09 is over") == 2
+    assert "error:" not in answer.err
     before = folders(tmp_path)
     answer = metarun(*words)
     assert answer.code == 0, answer.err
