@@ -295,8 +295,11 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         words = [f"experiment={QUICK_START}"]
     if args.rehearse:
         words = rehearsal(words)
-    from metarun.jobs.checks import check_jobs
-    from metarun.jobs.train import HydraTask, train_without_folder
+    from metarun.core.console import busy
+
+    with busy("starting"):
+        from metarun.jobs.checks import check_jobs
+        from metarun.jobs.train import HydraTask, train_without_folder
 
     with distributed.agreed():
         with composer(args.config_dir, args.config_path, args.config_name) as compose:

@@ -236,7 +236,7 @@ class _Lines(logging.Handler):
 def busy(text: str) -> Iterator[None]:
     """Show that something of unknown length goes on, on a terminal."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or not distributed.is_main():
         yield
         return
     with console.status(text):

@@ -10,7 +10,7 @@ from metarun.config.build import build_experiment, build_trackers, check_shares
 from metarun.config.checks import check_config
 from metarun.config.schema import Config
 from metarun.core import distributed
-from metarun.core.console import warnings_held
+from metarun.core.console import busy, warnings_held
 from metarun.core.files import check_space
 from metarun.core.streams import say
 
@@ -35,7 +35,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     from metarun.training.state import required_bytes
 
     told = [line for job in jobs for line in job.left_out]
-    with warnings_held():
+    with warnings_held(), busy("checking what was asked for"):
         for job in jobs:
             experiment = build_experiment(job.config)
             check_shares(experiment)
