@@ -277,10 +277,13 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     from metarun.backbones.network import set_mixed
     from metarun.execution.engine import Engine
 
+    optim = _component("optim", settings.optim)
+    # Checks the options, which a learner that only adapts never reads.
+    optim([("parameter", torch.nn.Parameter(torch.zeros(1)))])
     setup = LearnerSetup(
         spec=source.spec,
         backbone=_backbone(settings.backbone),
-        optim=_component("optim", settings.optim),
+        optim=optim,
         engine=Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
         ),

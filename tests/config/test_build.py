@@ -362,6 +362,7 @@ def test_what_another_run_has_learned_is_loaded_by_the_builder(tmp_path: Path) -
     [
         # A learner that does not use the option would not notice.
         (["algo=ewc", "data=stream_linear", "optim.weight_decay=-inf"], "expected a finite number"),
+        (["algo=task_free", "data=stream_linear", "optim.step_every=-7"], "expected a positive"),
         (["algo=maml", "data=sinusoid", f"algo.inner_steps={10**10}"], "expected a whole number"),
         (
             ["algo=maml", "data=sinusoid", f"backbone.hidden=[4,{10**30}]"],
