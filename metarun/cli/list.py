@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 from rich.text import Text
 
@@ -26,7 +26,7 @@ from metarun.reporting.references import (
     read_reference,
     reference_figures,
 )
-from metarun.reporting.tables import terminal_columns
+from metarun.reporting.tables import terminal_columns, wrapped
 from metarun.runs import sweeps
 from metarun.runs.find import OUTPUTS, newest_first, run_folders, when
 from metarun.runs.folder import RunFolder
@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     if words and words[0] in OF_RUNS:
         if len(words) > 1:
             raise ValueError(f"list {' '.join(words)}: expected `metarun list {words[0]}` alone")
-        _show_rows(_runs() if words[0] == "runs" else _sweeps(), words[0], every=args.all)
+        if words[0] == "runs":
+            _show_rows(newest_first(run_folders(OUTPUTS)), _run_row, "runs", every=args.all)
+        else:
+            _show_rows(sweeps.stored(), _sweep_row, "sweeps", every=args.all)
         return 0
     if words and words[0] in GROUPS and any(word not in GROUPS for word in words[1:]):
         paths = [_path(folders, words[0], name) for name in words[1:]]
@@ -92,19 +95,22 @@ def _show_counts(folders: Sequence[Path]) -> None:
     console = table_console()
     counts = [f"{len(entries(folders, group))} {title}" for group, title in GROUPS.items()]
     text = f"{', '.join(counts)}; `metarun list algo` shows one group"
-    for line in textwrap.wrap(text, console.width, break_on_hyphens=False):
+    for line in wrapped(text, console.width):
         console.print(Text(line), soft_wrap=True)
     console.print()
 
 
+Item = TypeVar("Item")
 Row = tuple[Sequence[str], str]
 """The cells of a line, and a text that stands behind them or, if it is too long, below."""
 
 
-def _show_rows(rows: Iterator[Row], what: str, *, every: bool) -> None:
-    """The newest rows in columns."""
-    shown = list(rows if every else itertools.islice(rows, _NEWEST))
-    left = sum(1 for _ in rows)
+def _show_rows(
+    items: Sequence[Item], row_of: Callable[[Item], Row], what: str, *, every: bool
+) -> None:
+    """The newest of all items in columns; only these are read."""
+    shown = [row_of(item) for item in (items if every else items[:_NEWEST])]
+    left = len(items) - len(shown)
     if not shown:
         print(f"no {what} below {OUTPUTS}/ yet")
         return
@@ -115,23 +121,19 @@ def _show_rows(rows: Iterator[Row], what: str, *, every: bool) -> None:
     for row, (_, text) in zip(cells, shown, strict=True):
         line = "  ".join(map(str.ljust, row, widths))
         print(f"{line}  {printable(text)}" if side_by_side else line.rstrip())
-        if not side_by_side:
-            for part in textwrap.wrap(
-                printable(text), width - INDENT, break_long_words=False, break_on_hyphens=False
-            ):
-                print(f"{' ' * INDENT}{part}")
+        for part in [] if side_by_side else wrapped(text, width, " " * INDENT):
+            print(part)
     if left:
         print(f"and {left} older: metarun list {what} --all")
 
 
-def _runs() -> Iterator[Row]:
-    """When each run was at work last, its algorithm, data, figure or state, and its folder."""
-    for folder in newest_first(run_folders(OUTPUTS)):
-        algo, data, stands = "–", "–", "damaged"
-        # A damaged run hides no other.
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            algo, data, stands = _described(RunFolder(folder))
-        yield (_minute(when(folder)), algo, data, stands), str(folder)
+def _run_row(folder: Path) -> Row:
+    """When a run was at work last, its algorithm, data, figure or state, and its folder."""
+    algo, data, stands = "–", "–", "damaged"
+    # A damaged run hides no other.
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        algo, data, stands = _described(RunFolder(folder))
+    return (_minute(when(folder)), algo, data, stands), str(folder)
 
 
 def _described(run: RunFolder) -> tuple[str, str, str]:
@@ -146,12 +148,11 @@ def _described(run: RunFolder) -> tuple[str, str, str]:
     return str(names["algo"]), str(names["data"]), f"{status['state']} at {status['step']}{of}"
 
 
-def _sweeps() -> Iterator[Row]:
-    """When each sweep was started last, its name, how many runs are finished, and its command."""
-    for sweep in sweeps.stored():
-        done = sum(_is_finished(Path(run)) for run in sweep.runs)
-        finished = f"{done} of {len(sweep.runs)} finished"
-        yield (_minute(sweep.time), sweep.name, finished), f"metarun {shlex.join(sweep.command)}"
+def _sweep_row(sweep: sweeps.Sweep) -> Row:
+    """When a sweep was started last, its name, how many runs are finished, and its command."""
+    done = sum(_is_finished(Path(run)) for run in sweep.runs)
+    finished = f"{done} of {len(sweep.runs)} finished"
+    return (_minute(sweep.time), sweep.name, finished), f"metarun {shlex.join(sweep.command)}"
 
 
 def _is_finished(folder: Path) -> bool:

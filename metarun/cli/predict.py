@@ -31,6 +31,7 @@ from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import csv_cell, write_new
 from metarun.core.streams import printable, say
+from metarun.core.words import first_of
 from metarun.data.storage.image_files import has_colors, open_image, size_of, suffixes
 from metarun.runs.folder import RunFolder
 
@@ -238,8 +239,7 @@ def _others(left_out: Sequence[Path]) -> str:
 
 def _named(paths: Sequence[Path]) -> str:
     """Return the names of the first paths and the number of the remaining ones."""
-    names = ", ".join(printable(path.name) for path in paths[:_NAMED])
-    return names if len(paths) <= _NAMED else f"{names} and {len(paths) - _NAMED:,} more"
+    return first_of([printable(path.name) for path in paths], _NAMED)
 
 
 def _place(typed: Path | None) -> Path:

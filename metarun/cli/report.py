@@ -15,11 +15,11 @@ from pathlib import Path
 from metarun.core.console import busy
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.streams import printable, say
+from metarun.core.words import number_of
 from metarun.reporting import published
 from metarun.reporting.published import Run
 from metarun.reporting.writing import FILE, write_page
 from metarun.runs.find import LAST, OUTPUTS, find_run
-from metarun.runs.lines import number_of
 
 
 def run(args: argparse.Namespace) -> int:

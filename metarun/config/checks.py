@@ -65,8 +65,8 @@ def check_config(config: Mapping[str, Any]) -> Settings:
             expected = f"{least} or more" if value < least else f"at most {greatest}"
             raise ValueError(f"{key}={value}: expected {expected}")
     positive("eval", null="or null", proficiency=settings.eval.proficiency)
-    positive("train", null="or null", max_minutes=settings.train.max_minutes)
-    positive("train", null="or null", rehearse=settings.train.rehearse)
+    limits = {"max_minutes": settings.train.max_minutes, "rehearse": settings.train.rehearse}
+    positive("train", null="or null", **limits)
     if not _DEVICE.fullmatch(settings.device):
         raise ValueError(
             f"device={settings.device}: expected auto, cpu, cuda or cuda:N, such as cuda:1"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,14 @@ NORMAL_95 = 1.959963984540054
 quiet = np.errstate(over="ignore", invalid="ignore")
 """Decorator for statistics of values that may have diverged: the result shows the overflow or NaN,
 so numpy's warning is not needed."""
+
+
+def curve(lines: Iterable[Mapping[str, Any]], name: str) -> tuple[Floats, Floats]:
+    """Return the steps (N,) and values (N,) of a metric in lines of a log; null values are NaN."""
+    found = [(line["step"], line[name]) for line in lines if name in line]
+    steps = np.array([step for step, _ in found], dtype=np.float64)
+    values = np.array([value for _, value in found], dtype=np.float64)
+    return steps, values
 
 
 @quiet

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from metarun.core import seeding
 from metarun.core.checks import at_least, within
 from metarun.core.once import warn_once
 from metarun.core.types import SPLITS, SourceSetup, Split
+from metarun.core.words import first_of
 from metarun.data.image_files import Classes, ImageFiles
 from metarun.data.storage import registry
 from metarun.data.storage.image_files import suffixes
@@ -160,7 +161,8 @@ def _classes(folder: Path, min_per_class: int | None) -> Classes:
     if small:
         classes = f"{len(small)} of {len(small) + len(found)} classes"
         warn_once(
-            f"{folder}: data.min_per_class={min_per_class} leaves out {classes}: {_some(small)}"
+            f"{folder}: data.min_per_class={min_per_class} leaves out {classes}: "
+            f"{first_of(small, _NAMED)}"
         )
     return found
 
@@ -188,20 +190,14 @@ def _tell_other_files(root: Path, folders: Iterable[Path]) -> None:
     ]
     inside = [file.relative_to(root).as_posix() for file in others if file.is_dir()]
     if inside:
-        warn_once(f"{root}: folders in class folders are not read: {_some(inside)}")
+        warn_once(f"{root}: folders in class folders are not read: {first_of(inside, _NAMED)}")
     kinds = Counter(f.suffix.lower() or "no suffix" for f in others if not f.is_dir())
     if kinds:
         total = sum(kinds.values())
         ordered = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
-        listed = _some([f"{kind}: {count}" for kind, count in ordered])
+        listed = first_of([f"{kind}: {count}" for kind, count in ordered], _NAMED)
         what = f"{total} {'entry' if total == 1 else 'entries'}"
         warn_once(f"{root}: {what} of class folders left out, not images ({listed})")
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first names, and whether there are more."""
-    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-    return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:
@@ -252,7 +248,7 @@ def _with_val(
     order = _hashed_order(classes)
     warn_once(
         f"{base} has no val/: {num_val} of the {len(classes)} classes of train/ are taken for "
-        f"validation ({_some(sorted(order[:num_val]))})"
+        f"validation ({first_of(sorted(order[:num_val]), _NAMED)})"
     )
     return {
         "train": _only(classes, order[num_val:]),

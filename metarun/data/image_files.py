@@ -21,6 +21,7 @@ from metarun.core import memory
 from metarun.core.checks import within
 from metarun.core.once import warn_once
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
+from metarun.core.words import first_of
 from metarun.data.augmentation import Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage.cache import Pixels
@@ -264,9 +265,8 @@ def _refuse(paths: Sequence[Path], total: int, why: str) -> NoReturn:
 
 
 def _listed(paths: Sequence[Path], total: int) -> str:
-    names = ", ".join(f"{path.parent.name}/{path.name}" for path in paths[:_NAMED])
-    more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
-    return f"{len(paths):,} of {total:,} images cannot be read ({names}{more})"
+    names = first_of([f"{path.parent.name}/{path.name}" for path in paths], _NAMED)
+    return f"{len(paths):,} of {total:,} images cannot be read ({names})"
 
 
 def _without(classes: Classes, rows: Sequence[int]) -> Classes:

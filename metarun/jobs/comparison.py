@@ -7,7 +7,6 @@ has the result of each learner before any training, on the same test episodes.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.statistics import interval_record
-from metarun.core.streams import unbroken_streams
+from metarun.core.streams import say, unbroken_streams
 from metarun.jobs.checks import check_jobs
 from metarun.jobs.ensure import ensure_finished, is_finished
 from metarun.reporting.comparison_tables import (
@@ -87,7 +86,7 @@ def compare(
         written = [path, *_figures(plan, path)]
         print(f"\nwritten to {', '.join(map(str, written))}")
     for failure in failed:
-        print(f"error: {failure} failed: repeat the command to try it again", file=sys.stderr)
+        say("error", f"{failure} failed: repeat the command to try it again")
     return EXIT_FAILED if failed else EXIT_OK
 
 
@@ -115,16 +114,11 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
         if can is None or (can.needs_task_ids and not task_ids_known):
             continue
         if can.least_shot > shot:
-            print(
-                f"warning: algo={name} is left out: it needs shot={can.least_shot} or more",
-                file=sys.stderr,
-            )
+            say("warning", f"algo={name} is left out: it needs shot={can.least_shot} or more")
             continue
         if can.package is not None and find_spec(can.package) is None:
-            print(
-                f"warning: algo={name} is left out: the package {can.package} is not installed",
-                file=sys.stderr,
-            )
+            missing = f"the package {can.package} is not installed"
+            say("warning", f"algo={name} is left out: {missing}")
             continue
         if spec.kind in can.kinds and can.learns_online == streams:
             suited.append(name)
@@ -162,7 +156,7 @@ def _run(job: Job, config_dir: str | None) -> int:
     outcome = ensure_finished(job.config, job.folder, job.overrides, config_dir, Screen())
     if outcome.state == "finished":
         return EXIT_OK
-    print(f"error: {outcome.why}", file=sys.stderr)
+    say("error", outcome.why)
     if outcome.state == "interrupted":
         raise SystemExit(128 + outcome.signum)
     return EXIT_FAILED

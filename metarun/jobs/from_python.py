@@ -10,14 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from metarun.config.build import build_source
 from metarun.config.composition import Job, composer
 from metarun.config.naming import QUICK_START, root_of
 from metarun.core.console import Screen, silent_screen
 from metarun.core.results import Results
+from metarun.core.statistics import Floats, curve
 from metarun.core.types import Split, TaskBatch
 from metarun.jobs.checks import check_data, check_jobs
 from metarun.jobs.train import train
@@ -25,8 +23,6 @@ from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from metarun.inference.learner import Learner
-
-Values = npt.NDArray[np.float64]
 
 
 class TrainedRun:
@@ -50,11 +46,11 @@ class TrainedRun:
         return self._folder.read_results()
 
     @cached_property
-    def metrics(self) -> dict[str, tuple[Values, Values]]:
+    def metrics(self) -> dict[str, tuple[Floats, Floats]]:
         """Steps (N,) and values (N,) of each metric of the log, such as `val/accuracy`."""
         lines = self._folder.read_lines("metrics.jsonl")
         names = dict.fromkeys(name for line in lines for name in line if name != "step")
-        return {name: _curve(lines, name) for name in names}
+        return {name: curve(lines, name) for name in names}
 
     def report(self) -> Path:
         """Write `report.html` into the folder of the run and return its path.
@@ -158,9 +154,3 @@ def _job(words: Sequence[str], config_dir: str | None) -> Job:
         if compose.is_sweep(words, multirun=False):
             raise ValueError("a sweep has several runs: start it on the command line")
         return compose.job(words)
-
-
-def _curve(lines: Sequence[dict[str, Any]], name: str) -> tuple[Values, Values]:
-    found = [(line["step"], line[name]) for line in lines if name in line]
-    steps, values = zip(*found, strict=True)
-    return np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)

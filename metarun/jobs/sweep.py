@@ -33,6 +33,7 @@ from metarun.config.composition import Job
 from metarun.config.loading import register_resolvers
 from metarun.config.naming import slug
 from metarun.config.sweeps import SweepMethod
+from metarun.core import streams
 from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
 from metarun.core.measures import figure, number
@@ -226,7 +227,7 @@ def _store(name: str, words: Sequence[str], folders: Sequence[str]) -> None:
     try:
         sweeps.Sweep(name, sweeps.now(), list(words), list(folders)).store()
     except OSError as error:
-        _say(f"warning: the sweep has no name: {describe_error(error)}")
+        streams.say("warning", f"the sweep has no name: {describe_error(error)}")
 
 
 def check_direction(method: SweepMethod, job: Job) -> None:
@@ -274,10 +275,10 @@ def _sum_up(
         if end["state"] == "paused":
             _say(f"{folder}: {end['why']}")
         elif end["state"] in ("failed", "elsewhere"):
-            _say(f"error: {folder}: {_described(end['state'], end['why'])}")
+            streams.say("error", f"{folder}: {_described(end['state'], end['why'])}")
     # If every run of a search failed, the sweeper's own error repeats theirs.
     if failed and not (ends and all(end["state"] == "failed" for end in ends.values())):
-        _say(f"error: {failed}")
+        streams.say("error", failed)
     signum = signum or next((end["signum"] for end in ends.values() if end["signum"]), 0)
     left = len(folders) - len(ends)
     if journal.stopped() and left > 0 and not signum:
@@ -299,7 +300,7 @@ def _show_tables(folders: Sequence[Path], config_dir: str | None) -> int:
         return EXIT_FAILED if published.tell_damaged(found) else EXIT_OK
     # The runs themselves are complete: only report the error.
     except (ValueError, OSError) as error:
-        _say(f"error: {describe_error(error)}")
+        streams.say("error", describe_error(error))
         return EXIT_FAILED
 
 

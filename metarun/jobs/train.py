@@ -28,7 +28,7 @@ from metarun.core.errors import (
 from metarun.core.streams import say
 from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
-from metarun.runs.find import LAST, OUTPUTS, run_folders
+from metarun.runs.find import LAST, OUTPUTS
 from metarun.runs.folder import NullRun, Run, RunFolder
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def tell_next(folder: Path) -> None:
     """Print the commands that usually follow a finished run."""
     results = RunFolder(folder).read_results()
     # A run outside outputs/ is not the one that `last` stands for.
-    name = LAST if folder in run_folders(OUTPUTS) else shlex.quote(str(folder))
+    name = LAST if folder.resolve().is_relative_to(OUTPUTS.resolve()) else shlex.quote(str(folder))
     commands = [f"`metarun report {name}` draws it"]
     if "layout" not in results:
         shot = 10 if results["shot"] == 5 else 5

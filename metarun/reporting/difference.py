@@ -49,9 +49,8 @@ class Side:
             ValueError: There is no such run, or it is damaged.
         """
         run = RunFolder.open(name)
-        environment = run.read_json("environment.json") if run.has("environment.json") else {}
         state = str(run.status().get("state"))
-        return cls(run.path, run.configuration(), environment, state, read_result(run))
+        return cls(run.path, run.configuration(), run.environment(), state, read_result(run))
 
 
 def tables(one: Side, other: Side) -> list[Table]:

@@ -7,7 +7,6 @@ seeds. Runs without a published figure are listed by their command-line override
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from metarun.core.errors import one_line
 from metarun.core.measures import Measure
 from metarun.core.results import Results, validation_of
 from metarun.core.settings import Published, PublishedCell
+from metarun.core.streams import say
 from metarun.reporting.references import (
     NOT_RUN,
     decimals,
@@ -120,10 +120,7 @@ def tell_damaged(runs: Iterable[Run]) -> int:
     """Print an error for each run whose files cannot be read, and return their number."""
     damaged = [run for run in runs if run.status["state"] == DAMAGED]
     for run in damaged:
-        print(
-            f"error: {run.path} is damaged: {run.status['why']}: {run.status['remedy']}",
-            file=sys.stderr,
-        )
+        say("error", f"{run.path} is damaged: {run.status['why']}: {run.status['remedy']}")
     return len(damaged)
 
 

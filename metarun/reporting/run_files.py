@@ -8,11 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from metarun.core.archives import read_arrays
 from metarun.core.results import Results
-from metarun.core.statistics import Floats
+from metarun.core.statistics import Floats, curve
 from metarun.core.types import Record
 from metarun.reporting.figures.drawing import colors
 from metarun.runs.folder import EPISODES, RunFolder
@@ -65,8 +63,7 @@ class RunFiles:
     @cached_property
     def environment(self) -> Record:
         """Contents of `environment.json`; empty if it is missing."""
-        run = RunFolder(self.path)
-        return run.read_json("environment.json") if run.has("environment.json") else {}
+        return RunFolder(self.path).environment()
 
     @cached_property
     def arrays(self) -> dict[str, Any]:
@@ -87,10 +84,7 @@ class RunFiles:
 
     def curve(self, name: str) -> tuple[Floats, Floats]:
         """Return the steps and values of a training or meta-val metric; null values are NaN."""
-        found = [(line["step"], line[name]) for line in self.metrics if name in line]
-        steps = np.array([step for step, _ in found], dtype=np.float64)
-        values = np.array([value for _, value in found], dtype=np.float64)
-        return steps, values
+        return curve(self.metrics, name)
 
     @property
     def algo(self) -> str:

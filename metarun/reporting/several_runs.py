@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from metarun.core.results import validation_of
-from metarun.core.types import Record
 from metarun.reporting import published, single_run
 from metarun.reporting.figures import comparison
 from metarun.reporting.figures.comparison import Entry
@@ -57,14 +56,10 @@ def _reproduce(runs: Sequence[Run]) -> Section:
 
     A sweep has a single command.
     """
-    commands = dict.fromkeys(filter(None, (single_run.command(_environment(run)) for run in runs)))
+    typed = (single_run.command(RunFolder(run.path).environment()) for run in runs)
+    commands = dict.fromkeys(filter(None, typed))
     codes = [Code("Command", "\n".join(commands))] if 0 < len(commands) <= _MOST_COMMANDS else []
     return Section("again", "Reproduce", codes=codes)
-
-
-def _environment(run: Run) -> Record:
-    folder = RunFolder(run.path)
-    return folder.read_json("environment.json") if folder.has("environment.json") else {}
 
 
 def _panels(members: Sequence[Entry], number: int) -> list[Panel]:

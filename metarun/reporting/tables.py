@@ -305,9 +305,9 @@ def _terminal(table: Table) -> str:
         rule = "─" * width
         head, body = "", _stacked(heads, rows, width)
     facts = [printable(f"{head}: {text}") for head, text in shared.items()]
-    above = [*_wrapped(table.title, width), *_joined(facts, "; ", width)]
+    above = [*wrapped(table.title, width), *_joined(facts, "; ", width)]
     top = [rule, head, rule] if head else [rule]
-    return "\n".join([*above, *top, *body, rule, *_wrapped(table.text, width), ""])
+    return "\n".join([*above, *top, *body, rule, *wrapped(table.text, width), ""])
 
 
 def _shared(table: Table) -> dict[str, str]:
@@ -326,13 +326,13 @@ def _stacked(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
     longest = max(map(len, heads[1:]), default=0)
     lines: list[str] = []
     for first, *cells in rows:
-        lines += ["", *_wrapped(first or "–", width)] if lines else _wrapped(first or "–", width)
+        lines += ["", *wrapped(first or "–", width)] if lines else wrapped(first or "–", width)
         for key, cell in zip(heads[1:], cells, strict=True):
-            lines += _wrapped(cell, width, f"  {key:<{longest}}  ") if cell else []
+            lines += wrapped(cell, width, f"  {key:<{longest}}  ") if cell else []
     return lines
 
 
-def _wrapped(text: str, width: int, before: str = "") -> list[str]:
+def wrapped(text: str, width: int, before: str = "") -> list[str]:
     """Return a text in lines of whole words; those after the first are indented like it."""
     after = " " * len(before)
     return textwrap.wrap(
@@ -348,7 +348,7 @@ def _joined(parts: Sequence[str], mark: str, width: int) -> list[str]:
         if lines and len(lines[-1]) + len(mark) + len(part) <= width:
             lines[-1] += f"{mark}{part}"
         else:
-            lines += _wrapped(part, width)
+            lines += wrapped(part, width)
     return lines
 
 

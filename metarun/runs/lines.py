@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 
 from metarun.core.types import Record
+from metarun.core.words import number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,6 @@ def damage(data: bytes, length: int, step: int) -> str | None:
     if not found and (lines.end > step or not saved.endswith(b"\n")) and length:
         found.append("lines are missing")
     return ", ".join(found) or None
-
-
-def number_of(count: int, what: str) -> str:
-    """Return a count with its noun, such as `1 line` and `2 lines`."""
-    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _record(line: bytes) -> Record | None:

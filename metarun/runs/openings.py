@@ -54,8 +54,7 @@ def _fingerprint(run: RunFolder, results: Results | None) -> str | None:
     """Return the fingerprint of the run's own data."""
     if results is not None:
         return results.get("data_fingerprint")
-    found = run.read_json("environment.json") if run.has("environment.json") else {}
-    return found.get("data_fingerprint")
+    return run.environment().get("data_fingerprint")
 
 
 def _results(path: Path) -> Results | None:

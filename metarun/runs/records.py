@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import logging
@@ -28,13 +30,15 @@ from metarun.core.nested import finite
 from metarun.core.once import warn_once
 from metarun.core.results import Results, completed
 from metarun.core.types import Record
+from metarun.core.words import number_of
 from metarun.runs.formats import check_format, check_own
-from metarun.runs.lines import Lines, damage, number_of
+from metarun.runs.lines import Lines, damage
 
 State = Literal["running", "finished", "failed", "interrupted"]
 RESULTS = "results.json"
 EPISODES = "episodes.npz"
 METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.json"
 _GROWING = (METRICS, "timing.jsonl")
 
 _log = logging.getLogger(__name__)
@@ -80,6 +84,10 @@ class Records:
         if not isinstance(loaded, list):
             raise ValueError(f"{path}: expected a list of overrides")
         return [str(override) for override in loaded]
+
+    def environment(self) -> Record:
+        """Return the versions, machine, code and data of the run; empty if none were recorded."""
+        return self.read_json(ENVIRONMENT) if self.has(ENVIRONMENT) else {}
 
     def identity(self) -> Record:
         """Return the algorithm, data and seed of the run; empty if the folder has no configuration.
@@ -228,6 +236,11 @@ class Records:
             warn_once(f"{path} was changed after the run: {RESULTS} has the hash of another file")
         return lines.records
 
+    def check_logs(self) -> None:
+        """Warn of what is damaged in the growing files."""
+        for name in _GROWING:
+            self.read_lines(name)
+
     def _is_own_log(self, name: str, data: bytes) -> bool:
         with contextlib.suppress(OSError, ValueError):
             return _has_hash(self.read_json(RESULTS), name, data)
@@ -324,10 +337,17 @@ def _put_aside(path: Path, data: bytes) -> Path:
 
 def _literals(path: Path) -> Any:
     try:
-        return read_literals(path.read_text(encoding="utf-8"))
+        # A copy, which the caller may change.
+        return copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     # YAML raises several classes of errors, with messages of several lines.
     except Exception as error:
         raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str) -> Any:
+    """Return what a text holds; every record of a run is checked against its configuration."""
+    return read_literals(text)
 
 
 class _LogFile(logging.FileHandler):

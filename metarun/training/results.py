@@ -15,6 +15,7 @@ from metarun.core.nested import finite
 from metarun.core.results import Results
 from metarun.core.settings import TrainSettings
 from metarun.core.types import EpisodeSource, Record
+from metarun.core.words import number_of
 from metarun.evaluation.evaluation import Evaluated
 from metarun.runs.folder import EPISODES, RESULTS, Run
 from metarun.runs.formats import FORMAT
@@ -44,14 +45,14 @@ def plan(
     """Return in one line what will run."""
     counts = [(p.numel(), p.requires_grad) for p in algorithm.parameters()]
     total, frozen = sum(n for n, _ in counts), sum(n for n, learns in counts if not learns)
-    threads, steps, tasks = torch.get_num_threads(), settings.steps, settings.tasks_per_step
+    steps = number_of(settings.steps, "step")
     parts = [
         f"{run_info.get('algo')} on {run_info.get('data')}",
         f"{run_info.get('backbone')} with {total:,} parameters"
         + (f", {frozen:,} of them frozen" if frozen else ""),
-        f"{algorithm.device}, {threads} thread{'s' * (threads != 1)}",
-        f"{steps:,} step{'s' * (steps != 1)} of {tasks} task{'s' * (tasks != 1)}"
-        if steps
+        f"{algorithm.device}, {number_of(torch.get_num_threads(), 'thread')}",
+        f"{steps} of {number_of(settings.tasks_per_step, 'task')}"
+        if settings.steps
         else "no meta-training",
         f"files in {folder}",
     ]
