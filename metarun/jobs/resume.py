@@ -67,6 +67,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
         run = RunFolder.open(path)
     experiment = continuation(run, words, config_dir)
     if experiment is None:
+        run.check_logs()
         made = run.status()["step"]
         print(
             f"{run.path} is finished after {made} steps: {_how_to_go_on(run)}, or "
@@ -179,8 +180,7 @@ def _check_same_data(run: RunFolder, root: Any, source: EpisodeSource) -> None:
     Raises:
         ValueError: The data are other ones.
     """
-    began = run.read_json("environment.json") if run.has("environment.json") else {}
-    was, now = began.get("data_fingerprint"), source.fingerprint()
+    was, now = run.environment().get("data_fingerprint"), source.fingerprint()
     if was not in (None, now):
         raise ValueError(
             f"data.root={root}: its fingerprint is {now}, that of the run's data is {was}: "

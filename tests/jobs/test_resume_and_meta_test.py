@@ -158,6 +158,14 @@ def test_results_of_a_newer_version_are_not_made_again(metarun: Command, run: Pa
     assert "is finished after 4 steps" in metarun(f"resume={run}").out
 
 
+def test_a_finished_run_with_a_damaged_log_says_so(metarun: Command, run: Path) -> None:
+    log = run / "metrics.jsonl"
+    log.write_bytes(log.read_bytes().replace(b'"step"', b"damage", 1))
+    answer = metarun(f"resume={run}")
+    assert "is finished after 4 steps" in answer.out
+    assert answer.err == f"warning: {log}: 1 damaged line left out\n"
+
+
 def test_lines_that_a_report_leaves_out_are_counted_once(metarun: Command, run: Path) -> None:
     log = run / "metrics.jsonl"
     first, rest = log.read_bytes().split(b"\n", 1)

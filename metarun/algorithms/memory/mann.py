@@ -87,7 +87,7 @@ class MANN(SequenceLearner):
         within("algo", "[0, 1]", usage_decay=usage_decay)
         positive("algo", label_scale=label_scale)
         if not math.isfinite(forget_bias):
-            raise ValueError(f"algo.forget_bias={forget_bias}: expected a number")
+            raise ValueError(f"algo.forget_bias={forget_bias}: expected a finite number")
         self.access = access
         self.sizes = controller, locations, cells, heads
         self.access_options = usage_decay, gate, written, strength

@@ -321,7 +321,7 @@ def test_a_bias_of_the_forget_gate_is_added_to_where_it_would_start() -> None:
         (["algo=mann", "algo.curriculum=[0,1,2]"], "algo.curriculum=[0, 1, 2]: expected [rows, "),
         (["algo=snail", "algo.curriculum=[5,3,2]"], "rows 1 or more and 0 <= from <= until"),
         (["algo=mann", "algo.curriculum=[5,2,3]", "algo.loss_of=query"], "no queries for the loss"),
-        (["algo=mann", "algo.forget_bias=inf"], "algo.forget_bias=inf: expected a number"),
+        (["algo=mann", "algo.forget_bias=inf"], "algo.forget_bias=inf: expected a finite number"),
         (["algo=mann", "algo.curriculum=5"], "algo.curriculum=5: expected a list of 3"),
         (["algo=mann", "algo.label_scale=0"], "algo.label_scale=0.0: expected a positive number"),
         (["algo=snail", "algo.filters=0"], "algo.filters=0: expected 1 or more"),
