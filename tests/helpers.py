@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.mlp import MLP
 from metarun.backbones.network import Network
 from metarun.backbones.resnet12 import ResNet12
+from metarun.config.composition import Composer, composer
+from metarun.config.schema import Config
 from metarun.core.types import TaskBatch, TaskSpec
 from metarun.execution.engine import Engine
 
@@ -34,6 +37,22 @@ TINY_BACKBONES: dict[str, Any] = {
     "conv4 instance norm": partial(Conv4, filters=3, blocks=2, norm="instance"),
     "resnet12": partial(ResNet12, widths=[2, 3], drop_rate=0.2, block_size=3),
 }
+
+
+@cache
+def _shipped() -> Composer:
+    with composer() as made:
+        return made
+
+
+@cache
+def _composed(*words: str) -> Config:
+    return _shipped().job(words).config
+
+
+def composed(*words: str) -> Config:
+    """Return the configuration of the words of a run; what was read is kept for all tests."""
+    return deepcopy(_composed(*words))
 
 
 class Identity(nn.Module):

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metarun.config.build import Experiment, build_experiment
-from metarun.config.composition import composer
 from metarun.core import distributed, seeding
 from metarun.core.types import Progress, Share
 from metarun.evaluation.episodes import evaluate
+from tests.helpers import composed
 
 TASKS, UPDATES, EPISODES = 3, 2, 5
 """Odd numbers, which two processes cannot divide equally."""
@@ -43,9 +43,7 @@ def made(algo: str, data: str, *words: str) -> Experiment:
     """Build an experiment so small that an update takes milliseconds."""
     # The small sizes do not apply to another backbone.
     small = [] if "backbone=" in " ".join(words) else SMALL[data]
-    with composer() as compose:
-        job = compose.job([f"algo={algo}", f"data={data}", *COMMON, *small, *words])
-    return build_experiment(job.config)
+    return build_experiment(composed(f"algo={algo}", f"data={data}", *COMMON, *small, *words))
 
 
 def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:

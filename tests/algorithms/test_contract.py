@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +17,10 @@ from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.config.build import Experiment, build_experiment
 from metarun.config.catalogue import conf_dir
 from metarun.config.composition import composer
-from metarun.config.schema import Config
 from metarun.config.trust import locate
 from metarun.core.types import Progress, TaskBatch
 from metarun.evaluation.stream_rollouts import Rollouts
-from tests.helpers import slow
+from tests.helpers import composed, slow
 
 ALGORITHMS = sorted(path.stem for path in (conf_dir() / "algo").glob("*.yaml"))
 SMALL = {
@@ -122,16 +120,7 @@ def learners(data: str, quick: Collection[str] | None = None) -> list[Any]:
 
 def build(algo: str, data: str, *words: str) -> Experiment:
     common = ["precision=float64", "device=cpu", "engine=loop", *settings(algo).always.split()]
-    return build_experiment(
-        deepcopy(composed(f"algo={algo}", f"data={data}", *SMALL[data], *common, *words))
-    )
-
-
-@cache
-def composed(*words: str) -> Config:
-    """Return the configuration of command-line words; cached, since many tests share it."""
-    with composer() as compose:
-        return compose.job(words).config
+    return build_experiment(composed(f"algo={algo}", f"data={data}", *SMALL[data], *common, *words))
 
 
 @cache
@@ -337,7 +326,7 @@ def test_a_short_training_beats_chance(algo: str) -> None:
 @pytest.mark.parametrize("algo", learners("sinusoid"))
 def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     words = [f"algo={algo}", "data=linear", "device=cpu", *settings(algo).fast.split()]
-    made = build_experiment(deepcopy(composed(*words)))
+    made = build_experiment(composed(*words))
     for step in range(50):
         made.algorithm.update(made.source.batch("train", 8 * step, 8), Progress(step, 50))
     batch = made.source.batch("test", 0, 100)

@@ -22,6 +22,7 @@ from metarun.config.checks import _BOUNDS, convert
 from metarun.config.composition import composer
 from metarun.config.schema import NODES
 from metarun.runs.folder import RunFolder
+from tests.helpers import composed
 
 CONF = conf_dir()
 
@@ -35,6 +36,8 @@ GIVEN = {
 
 
 def config(*words: str, **options: Any) -> dict[str, Any]:
+    if not options:
+        return composed(*words)
     with composer(**options) as compose:
         return compose.job(words).config
 
@@ -263,6 +266,7 @@ def test_a_gpu_beyond_those_here_is_refused() -> None:
 OWN = """\
 import {module}
 from metarun.algorithms.optimization.maml import MAML
+from tests.helpers import composed
 
 class Mine(MAML):
     def __init__(self, setup, *, strength: float = 1.0, **options):

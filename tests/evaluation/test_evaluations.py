@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from metarun.config.build import Experiment, build_experiment
-from metarun.config.composition import composer
 from metarun.evaluation.evaluation import Evaluated, Evaluation
 from metarun.evaluation.on_split import meta_test, meta_validation
+from tests.helpers import composed
 
 SMALL = ["eval.episodes=5", "eval.val_episodes=3", "eval.tasks_per_batch=2", "device=cpu"]
 EPISODES = ["algo=maml", "data=linear", "backbone.hidden=[4]", "~recipe"]
@@ -17,8 +17,7 @@ STREAMS = ["algo=replay", "data=stream_linear", "data.tasks=2", "backbone.hidden
 
 @pytest.fixture(params=[EPISODES, STREAMS], ids=["episodes", "streams"], scope="module")
 def made(request: pytest.FixtureRequest) -> Experiment:
-    with composer() as compose:
-        return build_experiment(compose.job([*request.param, *SMALL]).config)
+    return build_experiment(composed(*request.param, *SMALL))
 
 
 def on_test(made: Experiment) -> Evaluation:

@@ -42,9 +42,10 @@ from metarun.evaluation.stream_rollouts import Rollouts
 from metarun.execution import graph_replay
 from metarun.execution.engine import Engine
 from metarun.runs.checkpoints import read_checkpoint
-from tests.algorithms.test_contract import PAIRS, answers, build, composed, state
+from tests.algorithms.test_contract import PAIRS, answers, build, state
 from tests.core.test_distributed import ROOT, SMALL_RUN
 from tests.execution.test_graph_replay import DIFFERENT, SMALLER
+from tests.helpers import composed
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-9

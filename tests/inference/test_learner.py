@@ -17,10 +17,11 @@ from PIL import Image
 
 import metarun
 from metarun.config.build import build_experiment, build_source
-from metarun.config.composition import composer, to_yaml
+from metarun.config.composition import to_yaml
 from metarun.inference.learner import Learner, NotFittedError
 from metarun.runs.folder import RunFolder
 from metarun.training import trainer
+from tests.helpers import composed
 from tests.tiny_run import silent
 
 Picture = Image.Image
@@ -31,9 +32,7 @@ COMMON = ["device=cpu", "eval.episodes=2", "eval.val_episodes=2", "train.tasks_p
 
 def trained(path: Path, words: Sequence[str], **run_info: str) -> Path:
     """Train a run of a few steps, as the command line does, and return its folder."""
-    with composer() as compose:
-        config = compose.job([*COMMON, *words]).config
-    experiment = build_experiment(config)
+    experiment = build_experiment(composed(*COMMON, *words))
     run = RunFolder.create(path, to_yaml(experiment.record), words)
     trainer.train(
         experiment.algorithm,

@@ -15,10 +15,10 @@ from metarun.algorithms.memory.snail import SNAIL
 from metarun.backbones.layers.recurrent import LSTMCell
 from metarun.config.build import Experiment
 from metarun.config.build import build_experiment as build_experiment
-from metarun.config.composition import composer
 from metarun.core.types import Progress, TaskBatch
 from metarun.evaluation.details import by_presentation
 from metarun.evaluation.episodes import evaluate
+from tests.helpers import composed
 
 SMALL = [
     "data=omniglot_small", "backbone.filters=4", "way=3", "shot=4", "query=2",
@@ -30,8 +30,7 @@ LEARNERS = [["algo=snail", "algo.filters=5"], *(["algo=mann", *MEMORY, word] for
 
 
 def build(*words: str) -> Experiment:
-    with composer() as compose:
-        return build_experiment(compose.job([*SMALL, *words]).config)
+    return build_experiment(composed(*SMALL, *words))
 
 
 @pytest.fixture(params=LEARNERS, ids=lambda words: "-".join(words[::5]).replace("algo=", ""))

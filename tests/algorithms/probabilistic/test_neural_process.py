@@ -22,11 +22,11 @@ from metarun.algorithms.probabilistic.neural_process import (
 from metarun.backbones.mlp import MLP
 from metarun.config.build import Experiment
 from metarun.config.build import build_experiment as build_experiment
-from metarun.config.composition import composer
 from metarun.core.types import Prediction, Progress, TaskBatch, TaskSpec
 from metarun.evaluation.episodes import evaluate
 from metarun.evaluation.measures import Answers, coverage
 from metarun.evaluation.measures import log_likelihood as density_measure
+from tests.helpers import composed
 
 SMALL = [
     "data=gp", "shot=6", "query=4", "backbone.hidden=[8,8]", "precision=float64", "device=cpu",
@@ -37,8 +37,7 @@ NARROW = ["algo.width=8", "algo.heads=2", "algo.min_spread=0.1"]
 
 def build(*words: str) -> Experiment:
     narrow = [] if "algo=gp_exact" in words else NARROW
-    with composer() as compose:
-        return build_experiment(compose.job([*SMALL, *narrow, *words]).config)
+    return build_experiment(composed(*SMALL, *narrow, *words))
 
 
 def encoded(module: Any, rows: Tensor) -> Tensor:
