@@ -74,6 +74,7 @@ def test_its_table_fits_80_columns(done: Done) -> None:
     assert "…" not in table
 
 
+@pytest.mark.slow
 def test_the_record_names_the_machine(done: Done) -> None:
     machine = done.record["machine"]
     assert machine["processor"]
@@ -85,6 +86,7 @@ def test_the_record_names_the_machine(done: Done) -> None:
     assert done.record["peak_gflops"]["float32"] > 0
 
 
+@pytest.mark.slow
 def test_the_record_holds_every_figure_of_every_side(done: Done) -> None:
     results = done.record["results"]
     # Two engines for each but the sampler, which has none.
@@ -104,6 +106,7 @@ def test_the_record_holds_every_figure_of_every_side(done: Done) -> None:
             assert baseline["ratio"] == pytest.approx(ratio)
 
 
+@pytest.mark.slow
 def test_every_difference_of_a_step_is_in_the_record(done: Done) -> None:
     for result in done.record["results"]:
         for baseline in result["baselines"]:
@@ -115,6 +118,7 @@ def test_every_difference_of_a_step_is_in_the_record(done: Done) -> None:
                 assert baseline["share_of_peak"] > 0
 
 
+@pytest.mark.slow
 def test_curves_have_a_point_for_each_size(done: Done) -> None:
     curves = done.record["growth"]
     assert {curve["side"] for curve in curves} >= {
@@ -128,6 +132,7 @@ def test_curves_have_a_point_for_each_size(done: Done) -> None:
     assert "protonet" not in {c["workload"] for c in curves if c["size"] == "steps"}
 
 
+@pytest.mark.slow
 def test_the_figure_is_an_svg_with_the_names_in_it(done: Done) -> None:
     assert ET.fromstring(done.figure).tag == "{http://www.w3.org/2000/svg}svg"
     for word in ("sinusoid, loop", "functional", "protonet, by tasks", "times faster than"):

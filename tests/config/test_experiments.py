@@ -43,8 +43,14 @@ Config = dict[str, Any]
 
 CONF = conf_dir()
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-# The first experiment of each paper and data set: `finn2017_omniglot_5way_1shot`, for example.
-FIRST = {min(g) for _, g in groupby(EXPERIMENTS, lambda name: name.split("_")[:2])}
+
+
+def first_of_each(parts: int) -> list[Any]:
+    """The experiments, of which all but the first with these parts of a name are slow."""
+    first = {min(g) for _, g in groupby(EXPERIMENTS, lambda name: name.split("_")[:parts])}
+    return [name if name in first else slow(name) for name in EXPERIMENTS]
+
+
 # Experiments that are not from a paper.
 OWN = {"quick_start", "omniglot_small_best", "iris"}
 # Cells after the code of Finn et al. 2017.
@@ -150,14 +156,19 @@ def test_a_cell_without_the_recipe_of_its_pair_has_none_of_its_values() -> None:
     assert cell.config["data"]["resize"] == "paper"
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+# Learners of a paper, such as `finn2017_omniglot_5way` or `chen2019_omniglot_baseline`.
+@pytest.mark.parametrize("name", first_of_each(3))
 def test_an_experiment_can_be_made(name: str) -> None:
     config = composed(name)
-    settings = check_config(config)
     # Streams need hundreds of test characters, more than the small copy has.
     made = cut_down(config) if config["names"]["data"].startswith("stream_") else config
     experiment = build_experiment({**made, "device": "cpu"})
     assert experiment.run_info["experiment"] == name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_trains_for_as_long_as_its_paper(name: str) -> None:
+    settings = check_config(composed(name))
     if name not in OWN:
         assert settings.published is not None
         assert settings.published.steps == settings.train.steps
@@ -194,7 +205,8 @@ def test_an_experiment_says_what_it_is(name: str) -> None:
     assert name == "quick_start" or f"# metarun experiment={name} seed=0" in rest
 
 
-@pytest.mark.parametrize("name", [n if n in FIRST else slow(n) for n in EXPERIMENTS])
+# A cell of each paper.
+@pytest.mark.parametrize("name", first_of_each(1))
 def test_an_experiment_trains_and_is_tested(name: str, tmp_path: Path) -> None:
     screen = Screen(Console(file=io.StringIO()))
     train(cut_down(composed(name)), tmp_path / "run", [], screen)

@@ -24,6 +24,7 @@ from metarun.core import distributed
 from metarun.core.types import Progress, Share
 from tests import together
 from tests.algorithms.test_contract import classes
+from tests.helpers import slow
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {
@@ -352,12 +353,8 @@ class Apart(MAML):
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("Poisoned", "error: step 3: the gradient of "),
-        pytest.param(
-            "Apart",
-            "error: step 3: the processes no longer have the same parameters: algo=mine",
-            marks=pytest.mark.slow,
-        ),
+        slow("Poisoned", "error: step 3: the gradient of "),
+        slow("Apart", "error: step 3: the processes no longer have the same parameters: algo=mine"),
     ],
 )
 def test_what_goes_wrong_in_one_process_stops_all(kind: str, text: str, tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ REPLAYING = {
     *("protonet", "r2d2", "relation", "simpleshot"),
 }
 DIFFERENT = [(algo, data) for algo, data in PAIRS if algo in REPLAYING]
-SMALLER = {"omniglot_small": ["backbone.blocks=2", "data.image_size=28"], "sinusoid": []}
+QUICK = {("anp", "sinusoid"), ("cavia", "sinusoid"), ("protonet", "omniglot_small")}
+SMALLER = {"omniglot_small": ["data.image_size=28"], "sinusoid": []}
 
 
 def num_replays(algorithm: Algorithm) -> int:
@@ -58,13 +59,11 @@ def learned(algo: str, data: str, engine: Engine) -> tuple[Algorithm, Tensor]:
     ("algo", "data", "kind"),
     [
         *(
-            (algo, data, "vmap")
-            if data == "sinusoid" or algo in ("anil", "protonet")
-            else slow(algo, data, "vmap")
+            (algo, data, "vmap") if (algo, data) in QUICK else slow(algo, data, "vmap")
             for algo, data in DIFFERENT
         ),
         slow("fomaml", "omniglot_small", "threads"),
-        ("protonet", "omniglot_small", "threads"),
+        slow("protonet", "omniglot_small", "threads"),
     ],
 )
 def test_a_learner_is_replayed_bit_for_bit(algo: str, data: str, kind: Any) -> None:
@@ -170,6 +169,7 @@ def test_a_copy_of_a_learner_has_no_graphs_of_the_original() -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
+@pytest.mark.slow
 def test_what_is_compiled_agrees_to_rounding() -> None:
     called, expected = learned("maml", "sinusoid", Engine("vmap", graph="none"))
     compiled, found = learned("maml", "sinusoid", Engine("vmap", graph="compile"))

@@ -80,6 +80,7 @@ def test_a_killed_run_is_one_run_with_each_step_once(name: str, killed: Path) ->
     assert_holds(READERS[name](killed), wanted)
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_its_figures_in_each(killed: Path) -> None:
     (image,) = accumulator(killed).Images("figures/red")
     assert (image.step, image.width, image.height) == (60, 8, 6)
@@ -91,6 +92,7 @@ def test_a_killed_run_has_its_figures_in_each(killed: Path) -> None:
     assert list((killed / "wandb").glob("*/files/figures/curve.svg"))
 
 
+@pytest.mark.slow
 def test_a_killed_run_has_its_final_results_and_configuration_in_each(killed: Path) -> None:
     results = json.loads((killed / "results.json").read_text())
     mean = results["test"]["mean"]

@@ -24,6 +24,7 @@ from metarun.runs import lock, records
 from metarun.runs.checkpoints import read_checkpoint
 from metarun.runs.folder import RunFolder
 from metarun.training import failures, trainer
+from tests.helpers import slow
 from tests.tiny_run import Watched, go, make_algorithm, same_state
 
 fcntl = pytest.importorskip("fcntl")
@@ -51,7 +52,7 @@ def assert_same_run(one: Path, other: Path) -> None:
         np.testing.assert_array_equal(episodes[0][key], episodes[1][key])
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2, 3])
+@pytest.mark.parametrize("seed", [0, slow(1), slow(2), slow(3)])
 def test_a_run_killed_at_random_lines_equals_the_whole_run(seed: int, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.tiny_run", str(tmp_path), str(seed)],
@@ -80,7 +81,7 @@ def until_it_trains(process: subprocess.Popen[Any], run: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.parametrize("nohup", [False, slow(True)])
 def test_a_closed_terminal_saves_a_run_or_does_not_touch_it(nohup: bool, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
 

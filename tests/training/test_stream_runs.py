@@ -14,6 +14,7 @@ from metarun import load
 from metarun.evaluation.stream_rollouts import Rollouts
 from metarun.runs.checkpoints import read_checkpoint
 from tests.conftest import Command
+from tests.helpers import slow
 
 TINY = (
     "data=stream_linear", "data.tasks=3", "shot=4", "query=3", "backbone.hidden=[6]",
@@ -170,7 +171,7 @@ def test_a_stream_is_drawn(metarun: Command) -> None:
     assert "oml on stream_linear, seed 0" in text
 
 
-@pytest.mark.parametrize("algo", ["task_memory", "ftml"])
+@pytest.mark.parametrize("algo", ["task_memory", slow("ftml")])
 def test_learners_that_map_over_tasks_live_on_images_too(metarun: Command, algo: str) -> None:
     words = ("way=3", "shot=2", "query=1", "train.way=1", "train.shot=2", "train.query=1")
     small = ("backbone.filters=4", "eval.episodes=2", "eval.val_episodes=2", "threads=1")

@@ -270,7 +270,11 @@ class Selector(Algorithm):
         if self.spec.kind == "regression":
             losses = losses / _variance(support_y)[:, None]
             return -losses, losses
-        return (answers.argmax(3) == targets[:, None]).to(losses), losses
+        # Of several classes that are equally likely each is a share of the answer: the first of
+        # them would depend on how the classes are numbered.
+        likeliest = (answers == answers.amax(3, keepdim=True)).to(losses)
+        shares = likeliest / likeliest.sum(3, keepdim=True)
+        return _of_targets(shares, targets), losses
 
     def studied(
         self, support_x: Tensor, support_y: Tensor, query_x: Tensor
@@ -423,8 +427,12 @@ def _losses(kind: str, answers: Tensor, targets: Tensor) -> Tensor:
     """Return the losses (T, B, R): cross-entropy of probabilities, or squared error of values."""
     if kind == "regression":
         return (answers - targets[:, None]).square().mean(3)
-    index = targets[:, None, :, None].expand(*answers.shape[:3], 1)
-    return -answers.gather(3, index)[..., 0].log()
+    return -_of_targets(answers, targets).log()
+
+
+def _of_targets(values: Tensor, labels: Tensor) -> Tensor:
+    """Return, of values (T, B, R, W) for every class, those of the labels (T, R): (T, B, R)."""
+    return values.gather(3, labels[:, None, :, None].expand(*values.shape[:3], 1))[..., 0]
 
 
 def _variance(values: Tensor) -> Tensor:

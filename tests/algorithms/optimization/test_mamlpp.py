@@ -53,7 +53,7 @@ def trained(kind: Any, backbone: Any, regression: bool, **options: Any) -> Any:
     return algorithm
 
 
-@pytest.mark.parametrize("engine", ["vmap", "loop", "threads"])
+@pytest.mark.parametrize("engine", ["vmap", slow("loop"), slow("threads")])
 @pytest.mark.parametrize("second_order_from", [0, 1, None])
 @pytest.mark.parametrize("adapt_norm", [True, False])
 @pytest.mark.parametrize("backbone", ["mlp with batch norm", "conv4 max-pool", slow("resnet12")])
