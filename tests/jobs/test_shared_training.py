@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
+from metarun.cli.main import main
 from tests.conftest import Command
 
 TINY = [
@@ -37,12 +39,22 @@ def write_experiments(folder: Path) -> None:
     (folder / "experiment/raghu_rate.yaml").write_text(f"{child}algo:\n  inner_lr: 0.5\n")
 
 
-@pytest.fixture
-def trained(metarun: Command, tmp_path: Path) -> Path:
-    """A sweep over two seeds, whose runs are meta-tested in the setting of another cell."""
-    write_experiments(tmp_path / "mine")
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a sweep over two seeds, whose runs are meta-tested in the setting of another cell."""
+    folder = tmp_path_factory.mktemp("shared")
+    write_experiments(folder / "mine")
     words = ["-m", f"experiment={TRAINED}", "seed=0,1", *TINY, "hydra.sweep.dir=runs"]
-    assert metarun("--config-dir", "mine", *words).code == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["--config-dir", "mine", *words]) == 0
+    return folder
+
+
+@pytest.fixture
+def trained(made: Path, metarun: Command, tmp_path: Path) -> Path:  # noqa: ARG001
+    """Return the sweep in the current folder."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "runs"
 
 

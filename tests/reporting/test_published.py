@@ -147,15 +147,15 @@ def test_a_figure_that_was_not_measured_says_so(metarun: Command) -> None:
     assert found["5 points, 10 steps"] == "not measured after 10 steps: eval.curve_steps"
 
 
-@pytest.mark.parametrize("style", ["terminal", "markdown", "latex", "json", "html"])
-def test_every_format_has_every_row(metarun: Command, style: str) -> None:
+def test_every_format_has_every_row(metarun: Command) -> None:
     assert metarun(f"experiment={CELL}", *SMALL).code == 0
-    answer = metarun("table", "outputs", "--format", style)
-    assert answer.code == 0, answer.err
-    text = answer.out.replace("\\_", "_")
-    assert all(f"zintgraf2019_sinusoid_{n}context" in text for n in (1, 2, 3, 4, 5, 50))
-    assert text.count("not run") >= 5
-    assert "0.21" in text
+    for style in ("terminal", "markdown", "latex", "json", "html"):
+        answer = metarun("table", "outputs", "--format", style)
+        assert answer.code == 0, answer.err
+        text = answer.out.replace("\\_", "_")
+        assert all(f"zintgraf2019_sinusoid_{n}context" in text for n in (1, 2, 3, 4, 5, 50))
+        assert text.count("not run") >= 5
+        assert "0.21" in text
 
 
 def test_runs_of_no_paper_are_ranked_by_meta_val_and_named_by_what_differs(
