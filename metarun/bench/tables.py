@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -72,6 +73,22 @@ def growth(curves: Sequence[Curve]) -> Table:
         cells = [cell for point in points for cell in _point(point)]
         table.add_row(str(points[0].size), *cells)
     return table
+
+
+def machine(about: Mapping[str, Any], peaks: Mapping[str, float]) -> str:
+    """Return the processor or GPU, versions and speed of a machine in one line.
+
+    Args:
+        about: The machine, as in a record of the bench.
+        peaks: Operations per second of its matrix products, by precision.
+    """
+    gpu = str(about["device"]).startswith("cuda")
+    where = about["device_name"] if gpu else about["processor"]
+    rates = [f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in peaks.items()]
+    return (
+        f"{where}, {about['cores']} cores, torch {about['versions']['torch']} with "
+        f"{about['torch_threads']} threads; matrix products: {' and '.join(rates)}"
+    )
 
 
 def milliseconds(seconds: float) -> str:

@@ -35,7 +35,7 @@ from metarun.bench.workloads import (
     variants,
 )
 from metarun.cli.parser import TO_GROW
-from metarun.core.errors import EXIT_INTERRUPTED, EXIT_OK
+from metarun.core.errors import EXIT_INTERRUPTED, EXIT_OK, describe_error
 from metarun.core.files import write_new
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         _list()
         return EXIT_OK
+    if args.from_record is not None:
+        return _draw_again(args)
     workloads = select(_words(args.workload))
     chosen = variants({o.name: _words([getattr(args, o.name)]) for o in _options()})
     against = _known("--against", args.against, list(BASELINES))
@@ -79,6 +81,36 @@ def run(args: argparse.Namespace) -> int:
     return _measure(
         args, workloads, chosen, against, [(w, s) for w in grown for s in growth], device
     )
+
+
+def _draw_again(args: argparse.Namespace) -> int:
+    """Draw the figure of an earlier run; nothing is measured."""
+    if args.figure is None:
+        raise ValueError(f"--from {args.from_record}: type --figure FILE, which it draws")
+    _check_figure(args.figure)
+    record = _read(args.from_record)
+    from metarun.bench.drawing import picture
+
+    try:
+        content = picture(record, args.figure.suffix.removeprefix("."))
+    except (LookupError, TypeError, AttributeError):
+        raise ValueError(
+            f"--from {args.from_record}: expected a file that `metarun bench --json` has written"
+        ) from None
+    write_new(args.figure, content)
+    return EXIT_OK
+
+
+def _read(path: Path) -> Any:
+    """Return the contents of a JSON file.
+
+    Raises:
+        ValueError: There is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--from {path}: {describe_error(error)}") from None
 
 
 def _options() -> tuple[dataclasses.Field[Any], ...]:
@@ -119,9 +151,13 @@ def _check(args: argparse.Namespace, growth: Sequence[str], grown: Sequence[Work
         raise ValueError("--growth processes is measured on a CPU: use --device cpu")
     known("--tf32", args.tf32, TF32)
     _check_file("--json", args.json)
-    _check_file("--figure", args.figure)
-    if args.figure is not None and args.figure.suffix not in _SUFFIXES:
-        raise ValueError(f"--figure {args.figure}: expected a file name ending in .svg or .png")
+    _check_figure(args.figure)
+
+
+def _check_figure(path: Path | None) -> None:
+    _check_file("--figure", path)
+    if path is not None and path.suffix not in _SUFFIXES:
+        raise ValueError(f"--figure {path}: expected a file name ending in .svg or .png")
 
 
 def _check_file(option: str, path: Path | None) -> None:
@@ -215,7 +251,7 @@ def _show(
 ) -> None:
     from metarun.bench import tables
 
-    console.print(Text(_title(suite, device)), soft_wrap=True)
+    console.print(Text(tables.machine(_machine(device), suite.peaks)), soft_wrap=True)
     width = min(console.width, _WIDEST)
     if args.markdown and report.results:
         console.print(Text(tables.markdown(report.results)), soft_wrap=True)
@@ -232,26 +268,26 @@ def _show(
 
 
 def _write(args: argparse.Namespace, report: _Report, suite: Suite, device: torch.device) -> None:
+    if args.json is None and args.figure is None:
+        return
+    content = record(
+        _machine(device),
+        suite.peaks,
+        report.results,
+        report.curves,
+        seconds=args.seconds,
+        tf32=args.tf32 if device.type == "cuda" else None,
+        memory_growth_mib=report.leak,
+        memory_steps=args.memory_steps,
+        without=dict(_missing()),
+        interrupted=report.interrupted,
+    )
     if args.json is not None:
-        content = record(
-            _machine(device),
-            suite.peaks,
-            report.results,
-            report.curves,
-            seconds=args.seconds,
-            tf32=args.tf32 if device.type == "cuda" else None,
-            memory_growth_mib=report.leak,
-            memory_steps=args.memory_steps,
-            without=dict(_missing()),
-            interrupted=report.interrupted,
-        )
         write_new(args.json, (json.dumps(content, indent=2) + "\n").encode())
     if args.figure is not None and (report.results or report.curves):
         from metarun.bench.drawing import picture
 
-        kind = args.figure.suffix.removeprefix(".")
-        title = _title(suite, device)
-        write_new(args.figure, picture(report.results, report.curves, title, kind))
+        write_new(args.figure, picture(content, args.figure.suffix.removeprefix(".")))
 
 
 def _by_sweep(curves: Sequence[Curve]) -> Iterator[list[Curve]]:
@@ -275,17 +311,6 @@ def _machine(device: torch.device) -> dict[str, Any]:
         "processor": _processor(),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-
-
-def _title(suite: Suite, device: torch.device) -> str:
-    machine = _machine(device)
-    gpu = device.type == "cuda"
-    where = machine["device_name"] if gpu else machine["processor"]
-    peaks = [f"{value / 1e9:,.0f} GFLOP/s in {name}" for name, value in suite.peaks.items()]
-    return (
-        f"{where}, {machine['cores']} cores, torch {machine['versions']['torch']} with "
-        f"{machine['torch_threads']} threads; matrix products: {' and '.join(peaks)}"
-    )
 
 
 def _processor() -> str:

@@ -145,7 +145,10 @@ def _described(run: RunFolder) -> tuple[str, str, str]:
         return str(results["algo"]), str(results["data"]), stands
     names = run.configuration()["names"]
     of = f" of {status['steps']}" if "steps" in status else ""
-    return str(names["algo"]), str(names["data"]), f"{status['state']} at {status['step']}{of}"
+    # A process that was killed could not change the state.
+    killed = status["state"] == "running" and not run.is_in_use()
+    state = "stopped" if killed else status["state"]
+    return str(names["algo"]), str(names["data"]), f"{state} at {status['step']}{of}"
 
 
 def _sweep_row(sweep: sweeps.Sweep) -> Row:

@@ -311,6 +311,8 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
                 )
             if sweep:
                 words = compose.sweep_words(words)
+            elif named := next((word for word in words if word.startswith("sweep.")), None):
+                raise ValueError(f"{named} is for sweeps: add -m, or leave it out for a single run")
             jobs = compose.jobs(words, sweep)
             method = compose.sweep_method(words) if sweep else None
         args.overrides = words

@@ -289,6 +289,10 @@ def _bench() -> Parser:
         "--figure", type=Path, metavar="FILE", offers=candidates.paths,
         help="also draw a figure to a new .svg or .png file; existing files are kept",
     )  # fmt: skip
+    parser.add(
+        "--from", type=Path, metavar="FILE", offers=candidates.paths, dest="from_record",
+        help="measure nothing: draw --figure from a file that --json has written",
+    )  # fmt: skip
     parser.add("--markdown", action="store_true", help="print the table in Markdown")
     return parser
 

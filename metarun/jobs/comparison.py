@@ -7,6 +7,8 @@ has the result of each learner before any training, on the same test episodes.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -74,17 +76,21 @@ def compare(
         from metarun.jobs.estimate import print_estimates
 
         return print_estimates(missing)
-    failed = [] if table_only else _run_missing(plan, config_dir)
+    # What is written for another program is nothing but the table.
+    progress = contextlib.redirect_stdout(sys.stdout if style == "terminal" else sys.stderr)
+    with progress:
+        failed = [] if table_only else _run_missing(plan, config_dir)
     tables = _tables(plan, against, measures, folders_of(config_dir))
     printed = tables if style == "markdown" else list(map(without_marks, tables))
-    if not table_only:
+    if not table_only and style == "terminal":
         print()
     print(render(style, printed), end="")
     if not table_only:
         path = folder / f"{_file_name(words, against)}.md"
         write_atomically(path, render("markdown", tables).encode())
         written = [path, *_figures(plan, path)]
-        print(f"\nwritten to {', '.join(map(str, written))}")
+        with progress:
+            print(f"\nwritten to {', '.join(map(str, written))}")
     for failure in failed:
         say("error", f"{failure} failed: repeat the command to try it again")
     return EXIT_FAILED if failed else EXIT_OK

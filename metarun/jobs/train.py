@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -143,9 +143,19 @@ def tell_next(folder: Path) -> None:
     name = LAST if folder.resolve().is_relative_to(OUTPUTS.resolve()) else shlex.quote(str(folder))
     commands = [f"`metarun report {name}` draws it"]
     if "layout" not in results:
-        shot = 10 if results["shot"] == 5 else 5
-        commands.append(f"`metarun test={name} shot={shot}` tests it in another setting")
+        commands.append(f"`metarun test={name} {_other_size(results)}` tests it in another setting")
     print(f"next: {', '.join(commands)}")
+
+
+def _other_size(results: Mapping[str, Any]) -> str:
+    """Return words for another setting that the run's learner and data allow."""
+    shot, query = results["shot"], results["query"]
+    if results["kind"] == "regression":
+        return f"shot={10 if shot == 5 else 5}"
+    if shot > 2:
+        return "shot=2"
+    # The classes may have no more rows than the run takes.
+    return f"shot={shot + 1} query={query - 1}" if query > 1 else "eval.episodes=1000"
 
 
 def from_hydra(cfg: DictConfig) -> tuple[Config, Path, list[str]]:

@@ -54,7 +54,7 @@ class Side:
 
 
 def tables(one: Side, other: Side) -> list[Table]:
-    """Return the tables of what differs; the last one says which run is better, if any is."""
+    """Return the tables of what differs; the second says which run is better, if any is."""
     runs: list[Line] = [
         {"run": name, "folder": str(side.path), "state": side.state}
         for name, side in ((A, one), (B, other))
@@ -66,8 +66,8 @@ def tables(one: Side, other: Side) -> list[Table]:
     equal = " ".join(f"The {what} are the same." for what, lines in differing.items() if not lines)
     return [
         Table("runs", runs, equal[:1].upper() + equal[1:]),
-        *(Table(f"{what} that differ", lines) for what, lines in differing.items() if lines),
         _measured(one.result, other.result),
+        *(Table(f"{what} that differ", lines) for what, lines in differing.items() if lines),
     ]
 
 

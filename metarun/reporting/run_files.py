@@ -51,7 +51,10 @@ class RunFiles:
         """Open a folder with `results.json`, of a run or of a later meta-test."""
         results = RunFolder(path).read_results()
         algo = str(results["algo"])
-        config = {"names": {"algo": algo, "data": results["data"]}, "seed": results["seed"]}
+        config = {
+            "names": {"algo": algo, "data": results["data"]},
+            **{key: results[key] for key in ("way", "shot", "seed")},
+        }
         return cls(path, config, (), {"state": "finished"}, colors([algo])[algo][0])
 
     @cached_property
@@ -93,8 +96,16 @@ class RunFiles:
 
     @property
     def title(self) -> str:
-        """Algorithm, data and seed."""
-        return f"{self.algo} on {self.config['names']['data']}, seed {self.config['seed']}"
+        """One line that names the experiment, algorithm, data, task and seed."""
+        results, config = self.results, self.config
+        size = f"{config['shot']} points"
+        if results is not None and "layout" in results:
+            size = f"{max(results['layout']['visits']) + 1} tasks"
+        elif (results and results.get("kind") == "classification") or int(config["way"]) > 1:
+            size = f"{config['way']}-way {config['shot']}-shot"
+        experiment = config["names"].get("experiment")
+        named = f"{experiment}: " if experiment else ""
+        return f"{named}{self.algo} on {config['names']['data']}, {size}, seed {config['seed']}"
 
     @property
     def metric(self) -> str | None:

@@ -83,7 +83,7 @@ def _best(
         "best",
         "The best run",
         f"Run and seed were selected on meta-val among the runs of {title}: {entry.label}, "
-        f"{single_run.title(chosen)}. The sections below describe this run only.",
+        f"{chosen.title}. The sections below describe this run only.",
         codes=single_run.reproduce(chosen).codes,
     )
     facts = [(f"best on meta-val, {title}", entry.label)]

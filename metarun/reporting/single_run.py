@@ -72,20 +72,7 @@ def page(files: RunFiles, note: str = "", config_dir: str | None = None) -> Page
         killed = ", or was killed since" if files.status["state"] == "running" else ""
         stands = f"The run is {files.status['state']}{at}{killed}{why}."
     parts, missing = sections(files, " ".join(filter(None, [stands, note])), config_dir)
-    return Page(title(files), facts(files), [*parts, reproduce(files)], missing, about(files))
-
-
-def title(files: RunFiles) -> str:
-    """Return one line that names the experiment, algorithm, data, task and seed."""
-    results = files.results
-    size = f"{files.config['shot']} points"
-    if results is not None and "layout" in results:
-        size = f"{max(results['layout']['visits']) + 1} tasks"
-    elif (results and results["kind"] == "classification") or int(files.config["way"]) > 1:
-        size = f"{files.config['way']}-way {files.config['shot']}-shot"
-    names = files.config["names"]
-    named = f"{names['experiment']}: " if names.get("experiment") else ""
-    return f"{named}{names['algo']} on {names['data']}, {size}, seed {files.config['seed']}"
+    return Page(files.title, facts(files), [*parts, reproduce(files)], missing, about(files))
 
 
 def facts(files: RunFiles) -> list[tuple[str, str]]:

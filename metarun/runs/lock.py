@@ -50,6 +50,19 @@ class Lock:
             path.unlink(missing_ok=True)
             file.close()
 
+    def is_in_use(self) -> bool:
+        """Return whether the process that locked the folder still runs.
+
+        One on another machine counts as running. Nothing is locked to find out.
+        """
+        try:
+            owner = (self.path / "lock").read_text(errors="replace").split()
+        except OSError:
+            return False
+        if len(owner) != 2 or not owner[1].isdecimal() or owner[0] != socket.gethostname():
+            return True
+        return _alive(int(owner[1]))
+
     def _sweep(self) -> None:
         """Remove temporary files of a process that was killed while writing."""
         refuse_link(self.path / "checkpoints")

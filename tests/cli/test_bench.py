@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 
 from metarun.bench import workloads
 from metarun.bench.suite import Suite
+from metarun.bench.tables import times
 from metarun.bench.workloads import WORKLOADS
 from metarun.cli.main import main
 from tests.bench.tiny import BY_NAME, TINY
 from tests.conftest import Command
 
+ROOT = Path(__file__).parents[2]
 QUICKLY = ["--seconds", "0.001", "--no-memory", "--against", "functional,plain,PIL"]
 
 
@@ -135,8 +138,41 @@ def test_curves_have_a_point_for_each_size(done: Done) -> None:
 @pytest.mark.slow
 def test_the_figure_is_an_svg_with_the_names_in_it(done: Done) -> None:
     assert ET.fromstring(done.figure).tag == "{http://www.w3.org/2000/svg}svg"
-    for word in ("sinusoid, loop", "functional", "protonet, by tasks", "times faster than"):
+    for word in ("engine=loop", "functional loop", "protonet, by tasks", "times as fast as"):
         assert word in done.figure
+
+
+def test_the_figure_of_a_record_is_that_of_its_run(done: Done, metarun: Command) -> None:
+    Path("a.json").write_text(json.dumps(done.record))
+    with tiny_catalogue():
+        answer = metarun("bench", "--from", "a.json", "--figure", "again.svg")
+    assert (answer.code, answer.out, answer.err) == (0, "", "")
+    assert Path("again.svg").read_text() == done.figure
+
+
+@pytest.mark.parametrize("name", ["speed", "growth"])
+def test_the_pictures_of_the_readme_are_drawn_from_their_records(
+    name: str, metarun: Command
+) -> None:
+    record = ROOT / f".github/pictures/{name}.json"
+    assert metarun("bench", "--from", str(record), "--figure", "a.svg").code == 0
+    drawn = Path("a.svg").read_text()
+    machine = json.loads(record.read_text())["machine"]
+    for word in (machine["processor"], "learn2learn", "Speed of" if name == "speed" else "A step"):
+        assert word in drawn
+    # Nothing is left empty, and no text is too small for a slide.
+    assert ">plain<" not in drawn
+    assert min(map(int, re.findall(r"font-size: (\d+)px", drawn))) >= 8
+
+
+def test_the_record_of_the_readme_has_the_ratios_of_its_table() -> None:
+    page = (ROOT / "metarun/bench/README.md").read_text()
+    for result in json.loads((ROOT / ".github/pictures/speed.json").read_text())["results"]:
+        (baseline,) = result["baselines"]
+        low, high = baseline["ratio_quartiles"]
+        shown = f"{times(baseline['ratio'])}× ({times(low)}–{times(high)})"
+        assert f"| {baseline['name']} | " in page
+        assert f"| {shown} |" in page
 
 
 def test_list_has_a_line_about_every_workload(metarun: Command) -> None:
@@ -164,6 +200,8 @@ def test_list_has_a_line_about_every_workload(metarun: Command) -> None:
         (["--device", "gpu"], "--device gpu: expected cpu"),
         (["--figure", "a.pdf"], "--figure a.pdf: expected a file name ending in .svg or .png"),
         (["--json", "nowhere/a.json"], "there is no folder nowhere"),
+        (["--from", "a.json"], "--from a.json: type --figure FILE, which it draws"),
+        (["--from", "a.json", "--figure", "a.svg"], "--from a.json: "),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -237,3 +275,11 @@ def test_a_leak_would_be_seen(metarun: Command) -> None:
             "--against", "functional",
         )  # fmt: skip
     assert "MiB over 20 sinusoid steps" in answer.out
+
+
+def test_a_file_that_is_no_record_is_refused(metarun: Command) -> None:
+    Path("a.json").write_text('{"results": 3}')
+    answer = metarun("bench", "--from", "a.json", "--figure", "a.svg")
+    assert answer.code == 2
+    assert "--from a.json: expected a file that `metarun bench --json` has written" in answer.err
+    assert not Path("a.svg").exists()

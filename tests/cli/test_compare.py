@@ -194,8 +194,11 @@ def test_a_table_on_a_terminal_fits_it_and_the_file_is_in_markdown(
     )
     (file,) = tmp_path.rglob("*.md")
     assert "| `maml` | MAML (Finn 2017) |" in file.read_text()
-    assert main(["compare", "--table", *words, "--format", "json"]) == 0
-    (record,) = json.loads(capsys.readouterr().out)
+    # The progress is no part of what another program reads.
+    assert main(["compare", *words, "--format", "json"]) == 0
+    answer = capsys.readouterr()
+    (record,) = json.loads(answer.out)
+    assert "2 of 2 runs are finished" in answer.err
     assert {row["algo"] for row in record["rows"]} == {"maml", "fomaml"}
     assert all(row["5 points: MSE"]["episodes"] == 4 for row in record["rows"])
 
@@ -234,6 +237,12 @@ def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
     assert [path.suffix for path in pictures] == [".png", ".svg"]
     svg = pictures[1].read_text()
     assert all(f">{name}<" in svg for name in rows)
+    for text in ("Along the stream", "stream_linear: means over ", " test streams and 2 seeds"):
+        assert text in svg
+    # In the style of all figures, the legend has no frame.
+    assert 'id="patch_' not in svg.partition('id="legend_1"')[2].partition('id="text_')[0]
+    table = pictures[0].with_suffix(".csv").read_text()
+    assert {line.partition(",")[0] for line in table.splitlines()[1:]} == set(rows)
 
 
 def test_regret_is_counted_against_one_of_the_learners_on_a_stream(

@@ -29,7 +29,7 @@ def side(values: list[float] | None, config: dict[str, Any] | None = None, **fac
 
 
 def last(one: Side, other: Side) -> Table:
-    return tables(one, other)[-1]
+    return tables(one, other)[1]
 
 
 def test_two_runs_are_compared_by_settings_data_and_paired_metric(
@@ -85,7 +85,7 @@ def test_runs_that_cannot_be_compared_say_why() -> None:
 def test_a_key_of_one_run_alone_differs_and_the_name_of_a_sweep_does_not() -> None:
     one = {"algo": {"_target_": "metarun.a.MAML", "inner_lr": 0.1}, "sweep": {"name": "x"}, "b": 1}
     other = {"algo": {"_target_": "metarun.b.ProtoNet"}, "sweep": {"name": None}, "b": 1}
-    _, settings, _ = tables(side([1.0, 2.0], one), side([1.0, 2.0], other))
+    _, _, settings = tables(side([1.0, 2.0], one), side([1.0, 2.0], other))
     assert settings.lines == [
         {"key": "algo._target_", "A": "MAML", "B": "ProtoNet"},
         {"key": "algo.inner_lr", "A": "0.1", "B": "–"},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,10 @@ def test_runs_are_listed_newest_first_with_figure_or_state(
     a_run("outputs/2026-11-21/09-00-00-anil-linear-aaaaaa", "2026-11-21T09:05:00")
     a_run("outputs/sweeps/algo=anil-12345678", "2026-11-23T09:05:00", "failed")
     a_run("outputs/2026-11-22/09-00-00-anil-linear-bbbbbb", "2026-11-22T09:05:00", "running")
+    a_run("outputs/2026-11-22/08-00-00-anil-linear-cccccc", "2026-11-22T08:05:00", "running")
+    # That of the parent of this process, which certainly runs.
+    lock = Path("outputs/2026-11-22/09-00-00-anil-linear-bbbbbb/lock")
+    lock.write_text(f"{socket.gethostname()} {os.getppid()}\n")
     a_run("outputs/sweeps/damaged", "2026-11-20T09:05:00", "failed")
     Path("outputs/sweeps/damaged/config.yaml").write_text("{")
     answer = metarun("list", "runs")
@@ -122,11 +128,13 @@ def test_runs_are_listed_newest_first_with_figure_or_state(
     folders = [line.split()[-1] for line in lines if "outputs/" in line]
     assert rows[0].startswith("2026-11-23 09:05 anil linear failed at 3 of 9")
     assert rows[1].startswith("2026-11-22 09:05 anil linear running at 3 of 9")
-    assert rows[2].startswith("2026-11-21 09:05 anil linear accuracy 50.00 ± 25.00 %")
-    assert rows[3].startswith("2026-11-20 09:05 – – damaged")
-    assert [folder[-4:] for folder in folders] == ["5678", "bbbb", "aaaa", "aged"]
+    # Its process was killed.
+    assert rows[2].startswith("2026-11-22 08:05 anil linear stopped at 3 of 9")
+    assert rows[3].startswith("2026-11-21 09:05 anil linear accuracy 50.00 ± 25.00 %")
+    assert rows[4].startswith("2026-11-20 09:05 – – damaged")
+    assert [folder[-4:] for folder in folders] == ["5678", "bbbb", "cccc", "aaaa", "aged"]
     # The folders stand below where there is no room behind.
-    assert len(lines) == (4 if columns > 100 else 8)
+    assert len(lines) == (5 if columns > 100 else 10)
 
 
 def test_the_newest_runs_are_listed_unless_all_are_asked_for(metarun: Command) -> None:

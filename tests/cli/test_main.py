@@ -250,6 +250,7 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["resume=nowhere"], ["nowhere"]),
         (["resume=last"], ["last: there is no run below outputs/"]),
         (["diff", "last", "last"], ["last: there is no run below outputs/"]),
+        (["seed=1", "sweep.name=mine"], ["sweep.name=mine is for sweeps: add -m"]),
         (["-m", "seed=1,2", "sweep.name=a/b"], ["sweep.name=a/b: expected letters, digits"]),
         (["-m", "seed=1,2", "sweep.name=last"], ["sweep.name=last: expected"]),
         (["-m", "seed=1,2", "sweep.name=a,b"], ["sweep.name=a,b: it belongs to the sweep"]),

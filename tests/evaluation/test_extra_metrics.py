@@ -41,7 +41,8 @@ def test_accuracy_by_presentation_is_written_drawn_and_said(
     for number in (1, 2, 5, 6):
         assert f"presentation {number}" in said
     assert f"{100 * written[1]:.2f} ±" in said
-    assert (run / "figures" / "presentations.svg").exists()
+    svg = (run / "figures" / "presentations.svg").read_text()
+    assert svg.count(" on omniglot_small, 3-way 6-shot, seed 0") == 1
     with Image.open(run / "figures" / "presentations.png") as picture:
         # The plot, and a title above it.
         assert picture.size == (720, 547)
@@ -74,7 +75,8 @@ def test_what_is_made_for_a_task_is_written_and_drawn(
         assert arrays["made"].shape == (8, 10, 1, 28, 28)
         assert arrays["support"].min() <= arrays["made"].min()
         assert arrays["made"].max() <= arrays["support"].max()
-    assert (run / "figures" / "samples.svg").exists()
+    svg = (run / "figures" / "samples.svg").read_text()
+    assert svg.count(f"{algo} on omniglot_small, ") == 1
     with Image.open(run / "figures" / "samples.png") as picture:
         assert picture.size[0] > picture.size[1]
     assert main([f"test={run}", "eval.episodes=3"]) == 0

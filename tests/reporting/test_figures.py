@@ -272,7 +272,7 @@ def test_accuracy_along_a_stream_is_in_percent_and_ends_at_all() -> None:
     values = [(k, 0.9, 0.5, k, 1, 0.8, 0.1) for k in (10, 20)]
     lines = [dict(zip(columns, map(str, row), strict=True)) for row in values]
     results = {"metric": "accuracy", "layout": {"visits": [0, 1]}}
-    figure = streams._panels({"a": lines}, results, "heading", {"a": (COLORS[0], "-")})
+    figure = streams._panels({"a": lines}, results, {"a": drawing.Series("a", COLORS[0])})
     current, loss, seen = figure.axes
     assert current.get_lines()[0].get_ydata() == pytest.approx([90.0, 90.0])
     assert seen.get_lines()[0].get_ydata() == pytest.approx([80.0, 80.0])
@@ -280,5 +280,23 @@ def test_accuracy_along_a_stream_is_in_percent_and_ends_at_all() -> None:
     assert current.get_ylim()[1] <= 104.0
     assert "%" in current.get_ylabel()
     assert "%" not in loss.get_ylabel()
-    matrix = streams._matrix(np.array([[0.5, 1.0]]), results, "heading")
+    matrix = streams._matrix(np.array([[0.5, 1.0]]), results)
     assert matrix.axes[0].images[0].get_array().max() == pytest.approx(100.0)
+
+
+def test_errors_along_a_stream_that_span_decades_have_a_logarithmic_axis() -> None:
+    columns = ["rows", "current", "current_ci95", "cumulative_loss", "cumulative_loss_ci95",
+               "seen", "seen_ci95"]  # fmt: skip
+
+    def lines(error: float) -> list[dict[str, str]]:
+        values = [(k, error, 2 * error, k, 1, error, 0.1) for k in (10, 20)]
+        return [dict(zip(columns, map(str, row), strict=True)) for row in values]
+
+    looks = {name: drawing.Series(name, COLORS[0]) for name in ("good", "bad")}
+    results = {"metric": "mse", "layout": {"visits": [0, 1]}}
+    curves = {"good": lines(0.01), "bad": lines(4.0)}
+    current, loss, seen = streams._panels(curves, results, looks).axes
+    assert [axes.get_yscale() for axes in (current, loss, seen)] == ["log", "linear", "log"]
+    assert 0.001 < current.get_ylim()[0] < 0.01
+    alike = {"good": lines(3.0), "bad": lines(4.0)}
+    assert streams._panels(alike, results, looks).axes[0].get_yscale() == "linear"

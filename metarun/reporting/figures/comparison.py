@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -266,22 +266,11 @@ def _setting(
 
 def _along(entries: Sequence[Entry]) -> list[Panel]:
     """Return a figure of learners' curves along the same streams; none for one learner."""
-    stream_record = {e.label: [run.path for run in e.runs] for e in entries if _has_stream(e)}
-    if len(stream_record) < 2:
+    folders = {e.key: [run.path for run in e.runs] for e in entries if _has_stream(e)}
+    if len(folders) < 2:
         return []
-    looks = {entry.label: (entry.color, entry.dash) for entry in entries}
-    figure, columns = streams.together(stream_record, looks)
-    return [
-        Panel(
-            "stream-together",
-            "Along the stream",
-            "Metric on the current task, cumulative loss of incoming rows, and metric on all "
-            "tasks seen; bands are the 95 % interval over test streams.",
-            f"Three curves along the stream of each of {len(stream_record)} learners.",
-            figure,
-            columns,
-        )
-    ]
+    panel = streams.together(folders, _series(entries), "stream-together")
+    return [panel if len(entries) <= _LEGEND else replace(panel, series=None)]
 
 
 def _has_stream(entry: Entry) -> bool:
@@ -306,8 +295,10 @@ def _line(axes: Any, entry: Entry, x: Floats, mean: Floats, width: Floats, *, ba
 
 def _legend(entries: Sequence[Entry]) -> dict[str, Series] | None:
     """Return the legend of the lines; None if there are too many to read."""
-    if len(entries) > _LEGEND:
-        return None
+    return _series(entries) if len(entries) <= _LEGEND else None
+
+
+def _series(entries: Sequence[Entry]) -> dict[str, Series]:
     return {entry.key: Series(entry.label, entry.color, entry.dash) for entry in entries}
 
 

@@ -212,8 +212,7 @@ def write(folder: Path, panel: Panel, about: str = "") -> tuple[str, str]:
         The SVG, and the `viewBox` of its part without title and legend.
     """
     inner_folder(folder)
-    _lay_out(panel.figure)
-    view = _frame(panel, about)
+    view = _framed(panel, about)
     svg = _drawn(panel.figure, "svg").decode()
     write_atomically(folder / f"{panel.name}.svg", svg.encode())
     write_atomically(folder / f"{panel.name}.png", _drawn(panel.figure, "png"))
@@ -221,9 +220,16 @@ def write(folder: Path, panel: Panel, about: str = "") -> tuple[str, str]:
     return svg, view
 
 
-def _frame(panel: Panel, about: str) -> str:
+def file_of(panel: Panel, about: str, kind: str) -> bytes:
+    """Return a panel with its title and legend as a file of `kind` `svg` or `png`."""
+    _framed(panel, about)
+    return _drawn(panel.figure, kind)
+
+
+def _framed(panel: Panel, about: str) -> str:
     """Add a title above a figure and its legend below, and return the `viewBox` between them."""
     figure, series = panel.figure, list((panel.series or {}).values())
+    _lay_out(figure)
     width, height = map(float, figure.get_size_inches())
     longest = max((len(one.name) for one in series), default=0)
     columns = max(1, int(_POINTS_PER_INCH * width / (_LETTER * longest + _KEY)))
@@ -274,13 +280,3 @@ def _drawn(figure: Figure, kind: str) -> bytes:
         metadata = {"Date": None} if kind == "svg" else None
         figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
     return buffer.getvalue()
-
-
-def save(folder: Path, name: str, figure: Figure) -> list[Path]:
-    """Write a figure as PNG and SVG, and return the paths."""
-    folder.mkdir(exist_ok=True)
-    _lay_out(figure)
-    paths = [folder / f"{name}.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        write_atomically(path, _drawn(figure, path.suffix[1:]))
-    return paths

@@ -27,7 +27,6 @@ def panels(run: RunFiles) -> list[Panel]:
     chance = 100.0 / results["way"]
     axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
     axes.set(
-        title=run.title,
         xlabel="presentation of a class",
         ylabel="accuracy, %",
         ylim=(0, 100),

@@ -25,7 +25,7 @@ def panels(run: RunFiles) -> list[Panel]:
             "Generated samples",
             summary,
             summary,
-            _grid(support, made, run.title),
+            _grid(support, made),
             {
                 "task": list(range(len(made))),
                 "mean of the support": [float(task.mean()) for task in support],
@@ -36,7 +36,7 @@ def panels(run: RunFiles) -> list[Panel]:
     ]
 
 
-def _grid(support: Floats, made: Floats, heading: str) -> Figure:
+def _grid(support: Floats, made: Floats) -> Figure:
     """Draw support images (T, S, C, H, W) next to generated ones (T, M, C, H, W)."""
     tasks, shots, samples = len(made), support.shape[1], made.shape[1]
     figure = Figure(figsize=(0.4 * (shots + samples) + 0.6, 0.4 * tasks + 0.9))
@@ -47,7 +47,6 @@ def _grid(support: Floats, made: Floats, heading: str) -> Figure:
         axes.imshow(mosaic(shares(images, support)))
         axes.set_title(name, fontsize=9)
         axes.set_axis_off()
-    figure.suptitle(heading, fontsize=10)
     return figure
 
 

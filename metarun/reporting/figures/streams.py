@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,13 +19,28 @@ from metarun.core.statistics import Floats, quiet
 from metarun.core.types import Stream
 from metarun.evaluation import continual_metrics
 from metarun.reporting.figures.curves import unit
-from metarun.reporting.figures.drawing import COLORS, SIZE, STYLE, Panel, colors, save
+from metarun.reporting.figures.drawing import (
+    COLORS,
+    DASHES,
+    SIZE,
+    STYLE,
+    Panel,
+    Series,
+    band,
+    colors,
+    error_axis,
+    write,
+)
 from metarun.reporting.run_files import RunFiles
 from metarun.runs.folder import RunFolder
 
 _MANY_VISITS = 20
 _FAR = 1000.0
 """Ratio of the worst to the best curve above which the worst is cut off."""
+_FAR_IN_DECADES = 1e6
+"""The same on a logarithmic axis."""
+_SLIDE = (9.0, 3.2)
+"""Size in inches of three panels side by side, with letters that can be read on a slide."""
 
 
 @quiet
@@ -47,7 +63,7 @@ def panels(run: RunFiles) -> list[Panel]:
             f"{results['test']['episodes']} test streams: {summary}. A forgotten task fades "
             "down its column.",
             f"A map of {matrix.shape[1]} tasks against visits: {summary}.",
-            _matrix(matrix, results, run.title),
+            _matrix(matrix, results),
             {
                 "visits so far": [i for i, _ in at],
                 "task": [j for _, j in at],
@@ -60,7 +76,7 @@ def panels(run: RunFiles) -> list[Panel]:
             f"The {metric} on the current task, the cumulative loss of incoming rows, and the "
             f"{metric} on all tasks seen, with the 95 % interval over test streams.",
             f"Three curves along {len(rows)} steps of the stream.",
-            _panels({algo: rows}, results, run.title, {algo: (run.color, "-")}),
+            _panels({"stream": rows}, results, {"stream": Series(algo, run.color)}),
             {name: [row[name] for row in rows] for name in (rows[0] if rows else [])},
         ),
     ]
@@ -68,7 +84,7 @@ def panels(run: RunFiles) -> list[Panel]:
 
 @quiet
 def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Path]:
-    """Write the curves of several algorithms along the same streams as one PNG and SVG.
+    """Write the curves of several algorithms along the same streams as PNG, SVG and CSV.
 
     Args:
         folders: Run folders of each algorithm, one for each seed.
@@ -77,36 +93,70 @@ def draw_together(folders: Mapping[str, Sequence[Path]], name: Path) -> list[Pat
     Returns:
         Paths of the written files.
     """
-    figure, _ = together(folders, colors(folders))
-    return save(name.parent, name.name, figure)
+    about = RunFolder(next(iter(folders.values()))[0]).read_results()
+    panel = together(folders, _looks(folders), name.name, across=True)
+    streams = str(about["test"]["episodes"])
+    seeds = sorted({len(runs) for runs in folders.values()})
+    counts = " or ".join(map(str, seeds)) + (" seed" if seeds == [1] else " seeds")
+    text = f"{about['data']}: means over {streams} test streams and {counts}, bands: 95 % intervals"
+    # The user may have chosen a folder behind a link.
+    with rc_context(STYLE):
+        write(name.parent.resolve(), panel, text)
+    return [name.with_name(f"{name.name}.{kind}") for kind in ("png", "svg", "csv")]
+
+
+def _looks(names: Iterable[str]) -> dict[str, Series]:
+    """Return the look of each algorithm; neighbors differ in color and dash, so both are seen."""
+    listed = list(names)
+    if len(listed) >= len(COLORS):
+        return {name: Series(name, *look) for name, look in colors(listed).items()}
+    return {n: Series(n, COLORS[at], DASHES[at % 2]) for at, n in enumerate(listed)}
 
 
 @quiet
 def together(
-    folders: Mapping[str, Sequence[Path]], looks: Mapping[str, tuple[str, str]]
-) -> tuple[Figure, dict[str, list[Any]]]:
-    """Return a figure of several algorithms along the same streams, and its numbers.
+    folders: Mapping[str, Sequence[Path]],
+    series: Mapping[str, Series],
+    name: str,
+    *,
+    across: bool = False,
+) -> Panel:
+    """Return a figure of several learners along the same streams.
 
     Args:
-        folders: Run folders of each algorithm, one for each seed. Each test stream is averaged
-            over the seeds before the interval is computed.
-        looks: Color and line style of each algorithm.
+        folders: Run folders of each learner by its key, one for each seed. Each test stream is
+            averaged over the seeds before the interval is computed.
+        series: Name and look of each learner, by the same keys.
+        name: Name of the figure's files.
+        across: Whether the panels are side by side, as on a slide.
     """
     curves: dict[str, list[dict[str, str]]] = {}
-    for algo, runs in folders.items():
+    for key, runs in folders.items():
         about = RunFolder(runs[0]).read_results()
         stream_record = [_stream_record(run) for run in runs]
         mean = {n: np.mean([one[n] for one in stream_record], axis=0) for n in stream_record[0]}
         stream = Stream.of(about["layout"])
-        curves[algo] = list(csv.DictReader(io.StringIO(continual_metrics.curves(mean, stream))))
+        curves[key] = list(csv.DictReader(io.StringIO(continual_metrics.curves(mean, stream))))
     names = list(next(iter(curves.values()))[0])
-    columns: dict[str, list[Any]] = {"run": [a for a, rows in curves.items() for _ in rows]}
+    columns: dict[str, list[Any]] = {
+        "run": [series[key].name for key, rows in curves.items() for _ in rows]
+    }
     columns |= {n: [row[n] for rows in curves.values() for row in rows] for n in names}
     with rc_context(STYLE):
-        return _panels(curves, about, f"along {about['data']}", looks), columns
+        figure = _panels(curves, about, series, across=across)
+    return Panel(
+        name,
+        "Along the stream",
+        "Metric on the current task, cumulative loss of incoming rows, and metric on all tasks "
+        "seen; bands are the 95 % interval over test streams.",
+        f"Three curves along the stream of each of {len(folders)} learners.",
+        figure,
+        columns,
+        {key: series[key] for key in folders},
+    )
 
 
-def _matrix(matrix: Floats, results: Results, heading: str) -> Figure:
+def _matrix(matrix: Floats, results: Results) -> Figure:
     """Draw a heat map with a column for each task, a row before the first visit and after each."""
     scale, label = unit(str(results["metric"]))
     figure = Figure(figsize=(SIZE[0], 4.0))
@@ -118,7 +168,7 @@ def _matrix(matrix: Floats, results: Results, heading: str) -> Figure:
         scale * matrix, aspect="auto", cmap=best, vmin=0.0, vmax=top, origin="upper"
     )
     figure.colorbar(image, ax=axes, label=label)
-    axes.set(title=heading, xlabel="task", ylabel="visits so far")
+    axes.set(xlabel="task", ylabel="visits so far")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(visible=False)
@@ -134,17 +184,17 @@ def _stream_record(run: Path) -> dict[str, Floats]:
 def _panels(
     curves: Mapping[str, list[dict[str, str]]],
     results: Results,
-    heading: str,
-    looks: Mapping[str, tuple[str, str]],
+    series: Mapping[str, Series],
+    *,
+    across: bool = False,
 ) -> Figure:
     """Draw three panels over the rows of the stream, with 95 % intervals over test streams."""
     scale, metric = unit(str(results["metric"]))
     metric = metric.replace("mean squared error", "squared error")
     # With many visits, a curve within each of them would merge into a block of color.
     many = len(results["layout"]["visits"]) > _MANY_VISITS
-    figure = Figure(figsize=(SIZE[0], 6.4))
-    figure.suptitle(heading, fontsize=10)
-    drawn = figure.subplots(3, 1)
+    figure = Figure(figsize=_SLIDE if across else (SIZE[0], 6.4))
+    drawn = figure.subplots(1, 3) if across else figure.subplots(3, 1)
     names = ("current", "cumulative_loss", "seen")
     labels = (
         f"{metric}\non the task just learned" if many else f"{metric}\non the current task",
@@ -152,31 +202,43 @@ def _panels(
         f"{metric}\non all tasks seen",
     )
     for axes, name, label in zip(drawn, names, labels, strict=True):
-        tops = []
-        for algo, rows in curves.items():
+        heights = []
+        for key, rows in curves.items():
             ends = many and name == "current"
             here = [row for row in rows if row[name] and (row["seen"] or not ends)]
             x, y, width = _columns(here, name)
             if name != "cumulative_loss":
                 y, width = scale * y, scale * width
-            color, dash = looks[algo]
-            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.5, label=algo)
+            look = series[key]
+            style: Any = {"color": look.color, "linestyle": look.dash, "linewidth": 1.5}
+            axes.plot(x, y, **style, gid=f"{key}-{name}")
             if len(curves) <= len(COLORS):
-                axes.fill_between(x, y - width, y + width, color=color, alpha=0.2, linewidth=0)
-            tops.append(np.nanquantile(y, 0.98) if np.isfinite(y).any() else 0.0)
+                band(axes, x, y, width, look.color, f"{key}-{name}")
+            heights.append(y)
         axes.set(ylabel=label, xlim=(0, None), ylim=(0, None))
-        # An accuracy cannot exceed 100 %, even if its interval does.
-        if scale > 1.0 and name != "cumulative_loss":
-            axes.set_ylim(top=min(axes.get_ylim()[1], 1.04 * scale))
+        if name != "cumulative_loss":
+            _scale_axis(axes, np.concatenate(heights), percent=scale > 1.0)
         # A curve that diverges would flatten the others.
+        tops = [np.nanquantile(y, 0.98) for y in heights if np.isfinite(y).any()]
         positive = [top for top in tops if top > 0]
-        if positive and max(positive) > _FAR * min(positive):
-            axes.set_ylim(top=_FAR / 10 * min(positive))
-    drawn[-1].set_xlabel("rows of the stream")
-    if len(curves) > 1:
-        handles, texts = drawn[0].get_legend_handles_labels()
-        figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False)
+        far = _FAR if axes.get_yscale() == "linear" else _FAR_IN_DECADES
+        if positive and max(positive) > far * min(positive):
+            axes.set_ylim(top=far / 10 * min(positive))
+    for axes in drawn if across else drawn[-1:]:
+        axes.set_xlabel("rows of the stream")
     return figure
+
+
+def _scale_axis(axes: Axes, values: Floats, *, percent: bool) -> None:
+    """End an axis of accuracies at 100 %; an axis of errors over decades is logarithmic."""
+    if percent:
+        # An accuracy cannot exceed 100 %, even if its interval does.
+        axes.set_ylim(top=min(axes.get_ylim()[1], 104.0))
+        return
+    error_axis(axes, values)
+    if axes.get_yscale() == "log":
+        # An interval that reaches zero would add decades without a curve.
+        axes.set_ylim(bottom=0.7 * float(np.nanmin(values)))
 
 
 def _columns(rows: list[dict[str, str]], name: str) -> tuple[Floats, Floats, Floats]:
