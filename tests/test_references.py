@@ -108,6 +108,7 @@ def test_a_training_is_a_sweep_and_then_the_tests_that_it_serves(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_training_that_is_given_up_is_continued_where_it_stopped(runs: Path) -> None:
     stopped = min(runs.glob("exp*"))
     (stopped / "status.json").write_text('{"state": "interrupted", "step": 70}')
@@ -126,6 +127,7 @@ def test_a_training_that_is_given_up_is_continued_where_it_stopped(runs: Path) -
     assert runner.calls == [(f"resume={stopped}",)]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_serves_no_cell(runs: Path) -> None:
     runner = Recorded(runs)
     runner.make(Training(CELL, [0, 1], ["other"]))

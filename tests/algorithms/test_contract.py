@@ -335,7 +335,7 @@ def test_a_short_training_beats_chance(algo: str) -> None:
     assert accuracy.mean() > 1 / 3 + 3 * accuracy.std() / 60**0.5
 
 
-@pytest.mark.parametrize("algo", learners("sinusoid"))
+@pytest.mark.parametrize("algo", learners("sinusoid", ["boil", "cavia", "maml", "multitask", "np"]))
 def test_a_short_training_beats_the_mean_on_lines(algo: str) -> None:
     words = [f"algo={algo}", "data=linear", "device=cpu", *settings(algo).fast.split()]
     made = build_experiment(composed(*words))

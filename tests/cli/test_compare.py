@@ -210,6 +210,7 @@ STREAM = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +246,7 @@ def test_learners_on_a_stream_are_held_against_each_other_and_against_hindsight(
     assert {line.partition(",")[0] for line in table.splitlines()[1:]} == set(rows)
 
 
+@pytest.mark.slow
 def test_regret_is_counted_against_one_of_the_learners_on_a_stream(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +282,7 @@ def test_what_differs_but_in_the_seed_stands_apart(
     assert "no `joint_hindsight` with seed 2" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_said_in_every_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ def side(values: list[float] | None, config: dict[str, Any] | None = None, **fac
     return Side(Path("outputs/run"), config or {}, {}, "finished", found)
 
 
-def last(one: Side, other: Side) -> Table:
+def verdict_of(one: Side, other: Side) -> Table:
     return tables(one, other)[1]
 
 
@@ -43,7 +43,7 @@ def test_two_runs_are_compared_by_settings_data_and_paired_metric(
     (other / "environment.json").write_text(json.dumps(environment))
     answer = metarun("diff", one.name[-8:], str(other), "--format", "json")
     assert answer.code == 0, answer.err
-    runs, settings, versions, measured = json.loads(answer.out)
+    runs, measured, settings, versions = json.loads(answer.out)
     assert [row["folder"] for row in runs["rows"]] == [str(one.relative_to(tmp_path)), str(other)]
     rates = [json.dumps(RunFolder(run).configuration()["optim"]["lr"]) for run in (one, other)]
     assert settings["rows"] == [{"key": "optim.lr", "A": rates[0], "B": rates[1]}]
@@ -58,28 +58,28 @@ def test_two_runs_are_compared_by_settings_data_and_paired_metric(
 
 def test_the_better_run_is_named_and_no_other() -> None:
     low, high = [1.0, 1.1, 0.9, 1.0], [2.0, 2.2, 1.8, 2.1]
-    assert "A is better on these episodes" in last(side(low), side(high)).text
-    assert "B is better on these episodes" in last(side(high), side(low)).text
-    better = last(side(low, metric="accuracy"), side(high, metric="accuracy"))
+    assert "A is better on these episodes" in verdict_of(side(low), side(high)).text
+    assert "B is better on these episodes" in verdict_of(side(high), side(low)).text
+    better = verdict_of(side(low, metric="accuracy"), side(high, metric="accuracy"))
     assert "B is better on these episodes" in better.text
     assert isinstance(better.lines[0]["A - B"], Figure)
     noisy = [0.0, 2.1, -1.0, 3.0]
-    assert "Neither run is shown to be better" in last(side(low), side(noisy)).text
-    assert "Neither run is shown to be better" in last(side(low), side(low)).text
+    assert "Neither run is shown to be better" in verdict_of(side(low), side(noisy)).text
+    assert "Neither run is shown to be better" in verdict_of(side(low), side(low)).text
 
 
 def test_other_episodes_have_no_paired_difference() -> None:
     for other in (side([1.0, 2.0], episodes_hash="two"), side([1.0, 2.0, 3.0])):
-        found = last(side([1.0, 2.0]), other)
+        found = verdict_of(side([1.0, 2.0]), other)
         assert "The test episodes are not the same." in found.text
         assert set(found.lines[0]) == {"A", "B"}
 
 
 def test_runs_that_cannot_be_compared_say_why() -> None:
-    assert last(side([1.0, 2.0]), side(None)).lines == [{"run": "B", "meta-test": "no result yet"}]
-    found = last(side([0.5, 0.5], metric="accuracy"), side([1.0, 2.0]))
+    assert verdict_of(side([1.0, 2.0]), side(None)).lines == [{"run": "B", "meta-test": "no result yet"}]
+    found = verdict_of(side([0.5, 0.5], metric="accuracy"), side([1.0, 2.0]))
     assert found.text == "A has the accuracy, B the mse."
-    assert "A run diverged" in last(side([1.0, float("nan")]), side([1.0, 2.0])).text
+    assert "A run diverged" in verdict_of(side([1.0, float("nan")]), side([1.0, 2.0])).text
 
 
 def test_a_key_of_one_run_alone_differs_and_the_name_of_a_sweep_does_not() -> None:

@@ -59,6 +59,7 @@ def state(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_a_stranger_writes_a_module_and_a_yaml_and_runs_them(tmp_path: Path) -> None:
     own(tmp_path, "my_net", freeze=True)
     command = [sys.executable, "-m", "metarun", *WORDS, "algo=maml"]

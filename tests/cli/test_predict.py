@@ -658,6 +658,7 @@ def test_batch_norm_that_the_run_was_not_tested_with_is_named(
     assert "differs from the run's own test, which used bn=running" in answer.err
 
 
+@pytest.mark.slow
 def test_an_interrupt_in_the_midst_is_one_line_and_leaves_nothing(
     protonet: Path, drawings: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from metarun.config.search_path import as_config_dir, own_folders
 from metarun.reporting.single_run import _config_dir
 from tests.conftest import Command
+from tests.helpers import slow
 
 SMALL = [
     "train.steps=1", "train.tasks_per_step=1", "eval.episodes=2", "eval.val_episodes=2",
@@ -71,7 +72,7 @@ def test_a_file_with_a_shipped_name_is_refused(
         assert "algo/maml.yaml has the name of a shipped file" in answer.err
 
 
-@pytest.mark.parametrize("place", [FILE, PACKAGE])
+@pytest.mark.parametrize("place", [FILE, slow(PACKAGE)])
 def test_a_sweep_and_a_resumed_run_find_the_files(
     place: str, metarun: Command, tmp_path: Path
 ) -> None:

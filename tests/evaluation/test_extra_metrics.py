@@ -14,6 +14,7 @@ from metarun.core.console import summary
 from metarun.core.measures import figure
 from metarun.core.results import completed
 from metarun.reporting import run_figures
+from tests.helpers import slow
 
 TINY = [
     "data=omniglot_small", "way=3", "shot=6", "query=1", "backbone.filters=4", "train.steps=2",
@@ -62,7 +63,7 @@ def test_a_learner_without_memory_has_none(
     assert not (run / "figures").exists()
 
 
-@pytest.mark.parametrize("algo", ["metagan_maml", "metagan_relation"])
+@pytest.mark.parametrize("algo", [slow("metagan_maml"), "metagan_relation"])
 def test_what_is_made_for_a_task_is_written_and_drawn(
     algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,6 +180,7 @@ def test_what_is_compiled_agrees_to_rounding() -> None:
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
+@pytest.mark.slow
 def test_any_number_of_graphs_is_compiled_in_one_process() -> None:
     # Of one function's code torch compiles eight variants and then gives up; one here.
     with torch._dynamo.config.patch(recompile_limit=1):

@@ -96,6 +96,7 @@ def test_a_sweep_again_skips_what_is_finished_and_makes_what_is_missing(
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
+@pytest.mark.slow
 def test_the_folder_that_is_checked_is_the_folder_that_hydra_makes(
     metarun: Command, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_run_that_fails_leaves_its_traceback_and_its_reason_and_the_others(
     assert f"to complete the sweep, repeat the command: metarun {' '.join(words)}" in answer.err
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_even_begin_leaves_its_traceback_too(
     metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +148,7 @@ def test_a_run_that_cannot_even_begin_leaves_its_traceback_too(
     assert states(tmp_path) == ["finished", "finished"]
 
 
+@pytest.mark.slow
 def test_fail_fast_starts_no_further_run(metarun: Command, tmp_path: Path) -> None:
     conf = own(tmp_path, error="RuntimeError")
     answer = metarun(*conf, "-m", "algo=fails,mine", "sweep.fail_fast=true", *TINY)
@@ -346,6 +349,7 @@ def test_processes_whose_sweep_was_killed_save_their_runs_and_end(tmp_path: Path
     assert states(tmp_path) == ["interrupted", "interrupted"]
 
 
+@pytest.mark.slow
 def test_a_search_for_the_worst_is_refused(metarun: Command, tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     words = ["-m", "hydra/sweeper=optuna", "optim.lr=interval(0.001,0.1)", *TINY]
@@ -375,6 +379,7 @@ def test_what_would_mix_up_runs_is_refused(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_status_fails_its_run_alone(metarun: Command, tmp_path: Path) -> None:
     assert metarun("-m", "seed=1,2", *TINY).code == 0
     broken, _ = sorted(tmp_path.rglob("status.json"))
@@ -437,6 +442,7 @@ def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
     assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: expected 1, since each")
 
 
+@pytest.mark.slow
 def test_a_sweep_out_of_time_goes_on_with_the_limit_that_is_typed_now(
     metarun: Command, tmp_path: Path
 ) -> None:
@@ -485,6 +491,7 @@ def test_a_sweep_without_a_name_has_the_date_and_what_varies(metarun: Command) -
     assert all(re.match(r"20\d\d-\d\d-\d\d-", name) for name in names)
 
 
+@pytest.mark.slow
 def test_the_name_of_a_sweep_is_no_part_of_its_runs(metarun: Command, tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert metarun("-m", "algo=maml", "seed=1,2", f"sweep.name={name}", *TINY).code == 0
@@ -492,6 +499,7 @@ def test_the_name_of_a_sweep_is_no_part_of_its_runs(metarun: Command, tmp_path: 
     assert [sweep.name for sweep in sweeps.stored()] == ["two", "one"]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_long_name_of_earlier_versions_is_kept(
     metarun: Command, tmp_path: Path
 ) -> None:

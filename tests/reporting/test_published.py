@@ -158,6 +158,7 @@ def test_every_format_has_every_row(metarun: Command) -> None:
         assert "0.21" in text
 
 
+@pytest.mark.slow
 def test_runs_of_no_paper_are_ranked_by_meta_val_and_named_by_what_differs(
     metarun: Command,
 ) -> None:
@@ -209,6 +210,7 @@ def test_a_table_of_nothing_is_refused(words: list[str], message: str, metarun: 
     assert answer.err.startswith(f"error: {message}")
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_named_and_hides_no_other(metarun: Command, tmp_path: Path) -> None:
     words = ["-m", "data=linear", "algo=maml,anil", *SMALL]
     assert metarun(*words).code == 0

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from metarun.cli.main import main
+from tests.helpers import slow
 from tests.reporting.conftest import RUNS, made, swept
 
 BOTH = {"learning", "episodes"}
@@ -36,11 +37,14 @@ EXPECTED = {
 }
 
 
+QUICK = {"maml", "characters", "stream"}
+
+
 def figures_of(source: str) -> set[str]:
     return set(re.findall(r'<figure id="figure-([^"]+)"', source))
 
 
-@pytest.mark.parametrize("name", sorted(RUNS))
+@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in sorted(RUNS)])
 def test_a_run_shows_what_it_has(name: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = made(runs, name)
     capsys.readouterr()
@@ -109,6 +113,7 @@ def test_a_published_cell_stands_beside_what_was_reached(runs: Path) -> None:
     assert "over 3 seeds, reproduced)" in source
 
 
+@pytest.mark.slow
 def test_a_later_test_is_listed(runs: Path) -> None:
     folder = made(runs, "protonet")
     assert main([f"test={folder}", "shot=2", "eval.episodes=4"]) == 0
@@ -116,6 +121,7 @@ def test_a_later_test_is_listed(runs: Path) -> None:
     assert "shot_2" in (folder / "report.html").read_text(encoding="utf-8").replace("=", "_")
 
 
+@pytest.mark.slow
 def test_a_sweep_has_a_table_its_curves_and_its_best_run(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +141,7 @@ def test_a_sweep_has_a_table_its_curves_and_its_best_run(
     assert f"best on meta-val, 5 points on sinusoid</dt><dd>{rows[0]['run']}" in source
 
 
+@pytest.mark.slow
 def test_runs_on_different_data_are_not_drawn_on_one_axis(runs: Path, tmp_path: Path) -> None:
     folders = [str(made(runs, name)) for name in ("maml", "cavia", "protonet")]
     assert main(["report", *folders, "--output", str(tmp_path)]) == 0
@@ -144,6 +151,7 @@ def test_runs_on_different_data_are_not_drawn_on_one_axis(runs: Path, tmp_path: 
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.slow
 def test_several_streams_are_drawn_together(runs: Path, tmp_path: Path) -> None:
     one = made(runs, "stream")
     other = tmp_path / "other"
@@ -187,6 +195,7 @@ def test_a_run_whose_parameters_are_gone_says_why_no_task_is_shown(
     assert "fit-good" not in figures_of(source)
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_named_and_the_others_are_reported(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +243,7 @@ def test_a_page_of_somebody_elses_is_kept(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_second_report_replaces_the_first(runs: Path) -> None:
     folder = made(runs, "maml")
     assert main(["report", str(folder)]) == 0
@@ -296,6 +306,7 @@ def html_text(source: str) -> str:
     return "\n".join(html.unescape(text) for text in re.findall(r"<pre[^>]*>(.*?)</pre>", source))
 
 
+@pytest.mark.slow
 def test_answers_are_averaged_over_views_as_in_the_test(tmp_path: Path) -> None:
     folder = tmp_path / "views"
     words = [*RUNS["protonet"], "eval.views=4", f"hydra.run.dir={folder}"]
@@ -309,6 +320,7 @@ def test_answers_are_averaged_over_views_as_in_the_test(tmp_path: Path) -> None:
         assert re.search(rf'task-{name}".*?{share:.2f} % of its queries', source, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_is_reported_without_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -322,6 +334,7 @@ def test_a_run_that_diverged_is_reported_without_a_warning(
     assert not re.search(r"\bnan\b", "".join(re.findall("<figcaption>.*?</figcaption>", source)))
 
 
+@pytest.mark.slow
 def test_entries_have_one_name_on_the_whole_page(runs: Path, tmp_path: Path) -> None:
     folders = [str(made(runs, name)) for name in ("maml", "cavia", "protonet", "characters")]
     assert main(["report", *folders, "--output", str(tmp_path)]) == 0
@@ -333,6 +346,7 @@ def test_entries_have_one_name_on_the_whole_page(runs: Path, tmp_path: Path) -> 
         assert len(places) == 1, (key, places)
 
 
+@pytest.mark.slow
 def test_streams_of_another_length_are_drawn_apart(runs: Path, tmp_path: Path) -> None:
     one, other = made(runs, "stream"), tmp_path / "longer"
     assert main([*RUNS["stream"], "data.tasks=4", f"hydra.run.dir={other}"]) == 0
@@ -349,6 +363,7 @@ def test_a_file_is_no_folder_for_a_report(
     assert "is a file: expected a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_sweep_says_the_command_that_made_it(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     shutil.copytree(swept(runs), folder)
@@ -362,6 +377,7 @@ def test_a_sweep_says_the_command_that_made_it(runs: Path, tmp_path: Path) -> No
     assert text.count("--multirun") == 1
 
 
+@pytest.mark.slow
 def test_tasks_of_images_are_placed_by_their_support(runs: Path) -> None:
     folder = made(runs, "protonet")
     assert main(["report", str(folder)]) == 0

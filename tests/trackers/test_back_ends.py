@@ -131,6 +131,7 @@ def start(folder: Path, **changes: Any) -> Start:
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
 @pytest.mark.parametrize("make", [TensorBoard, MLflow, WandB])
+@pytest.mark.slow
 def test_a_value_that_is_not_finite_is_taken(make: Callable[[], Tracker], tmp_path: Path) -> None:
     tracker = make()
     tracker.begin(start(tmp_path))
@@ -142,6 +143,7 @@ def test_a_value_that_is_not_finite_is_taken(make: Callable[[], Tracker], tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+@pytest.mark.slow
 def test_mlflow_notes_what_a_resume_has_changed(tmp_path: Path) -> None:
     for seed in (1, 2):
         tracker = MLflow()
@@ -154,6 +156,7 @@ def test_mlflow_notes_what_a_resume_has_changed(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+@pytest.mark.slow
 def test_mlflow_finds_a_relative_store_from_another_folder(
     empty_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +216,7 @@ def test_all_of_them_follow_a_run_of_the_command_line(metarun: Command) -> None:
     assert b"train.steps" in hyperparameters.plugin_data.content
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_added_on_a_resume_has_the_runs_past(
     metarun: Command, empty_store: Path
 ) -> None:
@@ -233,6 +237,7 @@ def test_a_tracker_that_is_added_on_a_resume_has_the_runs_past(
     assert_holds(of_mlflow(run, uri), of_the_folder(run))
 
 
+@pytest.mark.slow
 def test_runs_of_a_sweep_share_a_store(metarun: Command, empty_store: Path) -> None:
     uri = f"sqlite:///{shutil.copy(empty_store, Path.cwd() / 'all.db')}"
     words = ("logger=[tensorboard,mlflow]", f"logger.mlflow.uri={uri}")

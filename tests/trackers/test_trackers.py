@@ -225,6 +225,7 @@ def test_they_are_listed(metarun: Command) -> None:
     assert "logger=     mlflow, tensorboard, wandb" in metarun("--help").out
 
 
+@pytest.mark.slow
 def test_no_package_is_imported_unless_it_is_asked_for(tmp_path: Path) -> None:
     code = (
         "import sys; from metarun.cli.main import main; assert main(sys.argv[1:]) == 0; "

@@ -81,7 +81,8 @@ def until_it_trains(process: subprocess.Popen[Any], run: Path) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("nohup", [False, slow(True)])
+@pytest.mark.parametrize("nohup", [False, True])
+@pytest.mark.slow
 def test_a_closed_terminal_saves_a_run_or_does_not_touch_it(nohup: bool, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
 
@@ -129,6 +130,7 @@ def test_a_screen_that_fails_ends_no_run(output: str, tmp_path: Path) -> None:
     assert RunFolder.open(tmp_path / "run").status()["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_eight_quick_signals_leave_a_state_that_is_true(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [*COMMAND, ENDLESS], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
@@ -215,7 +217,7 @@ def a_line_short(data: bytes) -> bytes:
     return first + b"\n" + rest
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", slow("timing.jsonl")])
 @pytest.mark.parametrize("harm", [cut_in_a_line, emptied, garbled, a_line_short])
 def test_a_damaged_log_is_told_and_goes_on_with_its_whole_lines(
     name: str, harm: Callable[[bytes], bytes], tmp_path: Path

@@ -230,8 +230,11 @@ def raising(step: int, act: Callable[[], None]) -> Watched:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_update_saves_and_the_run_can_go_on(
-    signum: int, tmp_path: Path, finished: Path
+    signum: int, tmp_path: Path, finished: Path, request: pytest.FixtureRequest
 ) -> None:
+    # A process that was started by nohup ignores SIGHUP, and so does its run.
+    before = signal.signal(signum, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signum, before))
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted) as stop:
         go(tmp_path, raising(33, lambda: os.kill(os.getpid(), signum)))
