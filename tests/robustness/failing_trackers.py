@@ -36,6 +36,8 @@ NAME = "maml"
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 """Packages by the names of the trackers."""
 
+_DROPPED = "has failed and is dropped"
+
 Fault = Callable[[Path, random.Random], None]
 """Does something to the folder of a tracker."""
 
@@ -174,10 +176,12 @@ def _fault(answer: Answer, place: Path, folder: Path) -> str | None:
         return fault
     if answer.code != 0:
         return f"exit code {answer.code}: {answer.err.strip()[-300:]}"
-    lines = answer.err.splitlines()
-    said = [line for line in lines if "has failed and is dropped" in line]
-    if len(said) > 1 or len(lines) > len(said):
-        return f"more than one line: {lines}"
+    said = [line for line in (answer.out + answer.err).splitlines() if _DROPPED in line]
+    # The run without a tracker has a note, too.
+    others = [line for line in answer.err.splitlines() if not line.startswith("note: ")]
+    others = [line for line in others if _DROPPED not in line]
+    if len(said) > 1 or others:
+        return f"more than one line: {said + others}"[:600]
     return "; ".join(differences(_alone(folder), place / "run")) or None
 
 
