@@ -127,7 +127,12 @@ def run(args: argparse.Namespace) -> int:
         page = _page(folder, learner, support, query, answers)
     place = _write(place, as_csv(query.names, support.classes, answers), fixed=args.csv is not None)
     # A file of this name may have been made meanwhile; it is not overwritten.
-    write_new(place.with_suffix(PAGE), page.encode("utf-8", "backslashreplace"))
+    try:
+        write_new(place.with_suffix(PAGE), page.encode("utf-8", "backslashreplace"))
+    except OSError:
+        # Otherwise the command could not be repeated with the same --csv.
+        place.unlink()
+        raise
     for note in [*_unread(bad, query), *_notes(folder, learner, args.transductive, support, query)]:
         say("note", note)
     _show(folder, learner, support, query, answers, place)

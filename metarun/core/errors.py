@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
+from metarun.core.files import DISK_FULL, full_text
 from metarun.core.memory import shortage
 from metarun.core.streams import printable
 
@@ -36,8 +39,15 @@ def one_line(error: BaseException) -> str:
 EXIT_OK, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 
+def is_full(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether an error says that a disk is full, or a quota exhausted."""
+    return isinstance(error, OSError) and error.errno in DISK_FULL
+
+
 def describe_error(error: BaseException) -> str:
     """Describe an error for the user in one line, without a traceback."""
+    if is_full(error):
+        return printable(f"{full_text(error.filename)} and repeat the command")
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
         return printable(f"{named}{error.strerror}")

@@ -141,6 +141,25 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}"
 
 
+def full_text(path: str | Path | None) -> str:
+    """Describe a disk on which nothing more can be written, and what to do about it.
+
+    Args:
+        path: What was to be written, which need not exist; None if it is not known.
+    """
+    where = "on the disk" if path is None else f"for {path}"
+    with contextlib.suppress(OSError, AttributeError):
+        found = os.statvfs(free_space(path or ".")[0])
+        # Some file systems count no files.
+        if found.f_files and found.f_favail < _FEW and found.f_bavail * found.f_frsize > 2**20:
+            return f"no room for more files is left {where}: remove some"
+    return f"no space is left {where}: free some"
+
+
+_FEW = 64
+"""A disk with fewer inodes and some space is one that has no room for more files."""
+
+
 def size_text(count: int) -> str:
     """Return a number of bytes in MB or GB, such as `3.2 MB`."""
     return f"{count / 1e6:.1f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
@@ -155,7 +174,7 @@ def prepared_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with temporary.open("xb") as file:
+        with named(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -163,6 +182,17 @@ def prepared_file(path: Path, data: bytes | memoryview) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Name a file in the errors of its disk; those of a write name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _sync_folder(folder: Path) -> None:

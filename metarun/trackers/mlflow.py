@@ -70,7 +70,8 @@ class MLflow(Tracker):
             os.environ.setdefault(key, value)
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        # It logs what it raises, with a traceback.
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         # Setting the level has no effect, because MLflow resets it for every database.
         logging.getLogger("alembic.runtime.migration").disabled = True
         uri, database = self._store(start)

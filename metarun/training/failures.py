@@ -14,8 +14,8 @@ from metarun.algorithms.outer_optimizer import NonFiniteError
 from metarun.core import distributed
 from metarun.core.console import FILE_ONLY
 from metarun.core.distributed import ProcessLost
-from metarun.core.errors import Interrupted, OutOfTime, RunError
-from metarun.core.files import DISK_FULL
+from metarun.core.errors import Interrupted, OutOfTime, RunError, is_full
+from metarun.core.files import full_text
 from metarun.core.memory import shortage
 from metarun.runs.folder import Run, RunFolder
 from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
@@ -94,8 +94,9 @@ def _advice(error: Exception, run: Run) -> tuple[str, str] | None:
         )
     if (short := shortage(error)) is not None:
         return short, "start again with smaller sizes (train.tasks_per_step, way, shot, query)"
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return f"no space is left for {run.path}", f"free some and run {go_on}"
+    if is_full(error):
+        what, _, remedy = full_text(run.path).rpartition(": ")
+        return what, f"{remedy} and run {go_on}"
     return None
 
 

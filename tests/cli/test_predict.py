@@ -332,8 +332,31 @@ def test_a_disk_that_is_full_leaves_nothing(
     monkeypatch.setattr(os, "fsync", full)
     answer = metarun(*words(protonet, drawings / "few", drawings / "many"))
     assert (answer.code, answer.out) == (2, "")
-    assert answer.err == "error: predictions.csv: No space left on device\n"
+    wanted = "error: no space is left for predictions.csv: free some and repeat the command\n"
+    assert answer.err == wanted
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_finds_no_space_takes_its_list_with_it(
+    protonet: Path, drawings: Path, metarun: Command, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    fsync, written = os.fsync, []
+
+    def full(number: int) -> None:
+        written.append(number)
+        # The list and its folder are synced before.
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    command = words(protonet, drawings / "few", drawings / "many")
+    answer = metarun(*command, "--csv", "mine.csv")
+    assert answer.code == 2
+    assert answer.err.startswith("error: no space is left for mine.html: free some")
+    assert list(tmp_path.iterdir()) == []
+    assert metarun(*command, "--csv", "mine.csv").code == 0
 
 
 def test_a_long_list_is_cut_on_a_terminal_alone(

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 MAX_SECONDS = 10
 """Seconds of processor time after which a command line counts as hanging."""
@@ -77,22 +78,40 @@ def warm() -> None:
     small_tables("antialias", 14)
 
 
+@dataclass(frozen=True)
+class Process:
+    """A fork of this process at work on a function."""
+
+    number: int
+    streams: tuple[IO[bytes], IO[bytes]]
+
+    @classmethod
+    def start(cls, work: Callable[[], int], folder: Path) -> Process:
+        """Call a function in a fork of this process, in a folder."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - until the end
+        number = os.fork()
+        if number == 0:
+            os.dup2(streams[0].fileno(), 1)
+            os.dup2(streams[1].fileno(), 2)
+            os._exit(_code_of(work, folder))
+        return cls(number, streams)
+
+    def end(self) -> Answer:
+        """Wait for the end and return what the function did."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
+        texts = []
+        for file in self.streams:
+            with file:
+                file.seek(0)
+                texts.append(file.read().decode(errors="replace"))
+        return Answer(code, *texts)
+
+
 def forked(work: Callable[[], int], folder: Path) -> Answer:
     """Call a function in a fork of this process, in a folder, and return what it did."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = os.fork()
-        if process == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            os._exit(_code_of(work, folder))
-        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-    return Answer(code, *texts)
+    return Process.start(work, folder).end()
 
 
 def _code_of(work: Callable[[], int], folder: Path) -> int:

@@ -61,12 +61,12 @@ POINTS: dict[str, Callable[[FrameType], bool]] = {
 """Which lines of the modules above belong to a point."""
 
 
-def _trace(on_line: Callable[[FrameType], None]) -> None:
-    """Call a function at every line of Python of the modules above."""
+def _trace(on_line: Callable[[FrameType], None], modules: Sequence[str] = _MODULES) -> None:
+    """Call a function at every line of Python of some modules."""
     import metarun
 
     root = Path(metarun.__file__).parent
-    files = {str(root / name) for name in _MODULES}
+    files = {str(root / name) for name in modules}
 
     def trace(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename not in files:
@@ -78,12 +78,13 @@ def _trace(on_line: Callable[[FrameType], None]) -> None:
     sys.settrace(trace)
 
 
-def _counted(words: list[str]) -> int:
+def _counted(words: list[str], modules: Sequence[str] = _MODULES) -> int:
     """Run a command line and write the number of lines of each point beside the run."""
     from metarun.cli.main import main
 
     counts: Counter[str] = Counter()
-    _trace(lambda frame: counts.update(name for name, applies in POINTS.items() if applies(frame)))
+    names = POINTS.items()
+    _trace(lambda frame: counts.update(name for name, on in names if on(frame)), modules)
     code = main(words)
     sys.settrace(None)
     Path("counts.json").write_text(json.dumps(counts))

@@ -173,6 +173,18 @@ def test_mlflow_finds_a_relative_store_from_another_folder(
     assert len(mlflow_runs(f"sqlite:///{tmp_path}/all/runs.db", "mine")) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+def test_mlflow_prints_nothing_itself_when_its_store_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = MLflow()
+    tracker.begin(start(tmp_path))
+    shutil.rmtree(tmp_path / "mlflow")
+    with pytest.raises(Exception, match="sqlite3"):
+        tracker.metrics(1, {"val/mse": 0.5})
+    assert capsys.readouterr() == ("", "")
+
+
 def test_rows_of_wandb_are_read_to_where_a_kill_has_cut_them(tmp_path: Path) -> None:
     tracker = WandB()
     tracker.begin(start(tmp_path))

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from metarun.core.files import named
+
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 _FORMAT = 1
@@ -143,9 +145,10 @@ def build_store(folder: Path) -> Iterator[StoreWriter]:
         # `mkdtemp` restricts access to the user; the store gets ordinary permissions.
         work.chmod(0o777 & ~_umask())
         writer = StoreWriter(work)
-        yield writer
-        writer.close()
-        work.replace(folder)
+        with named(folder):
+            yield writer
+            writer.close()
+            work.replace(folder)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
