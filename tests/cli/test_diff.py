@@ -76,7 +76,9 @@ def test_other_episodes_have_no_paired_difference() -> None:
 
 
 def test_runs_that_cannot_be_compared_say_why() -> None:
-    assert verdict_of(side([1.0, 2.0]), side(None)).lines == [{"run": "B", "meta-test": "no result yet"}]
+    assert verdict_of(side([1.0, 2.0]), side(None)).lines == [
+        {"run": "B", "meta-test": "no result yet"}
+    ]
     found = verdict_of(side([0.5, 0.5], metric="accuracy"), side([1.0, 2.0]))
     assert found.text == "A has the accuracy, B the mse."
     assert "A run diverged" in verdict_of(side([1.0, float("nan")]), side([1.0, 2.0])).text
