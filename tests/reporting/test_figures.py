@@ -128,7 +128,7 @@ def test_an_error_far_from_all_others_is_counted_in_the_last_bin(tmp_path: Path)
     assert sum(panel.columns["episodes"]) == 1000
     assert panel.columns["from"][-1] < 2.0
     assert panel.columns["to"][-1] == 1e6
-    assert "beyond the last bin are counted in it" in panel.caption
+    assert "The last bin counts 5 episodes beyond it, too." in panel.caption
 
 
 def test_a_class_is_judged_by_its_own_queries(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 from metarun.core.measures import figure as shown
 from metarun.core.results import CurvePoint, validation_of
 from metarun.core.statistics import Floats, interval
+from metarun.core.words import number_of
 from metarun.reporting.figures.drawing import (
     INK,
     MUTED,
@@ -171,14 +172,13 @@ def adaptation(run: RunFiles) -> Panel | None:
     if isinstance(trained, int) and 0 < trained < len(steps):
         axes.axvline(trained, color=MUTED, linestyle=":", linewidth=1.0)
         axes.annotate(
-            " training steps",
-            (trained, 1.0),
+            " steps of training",
+            (trained, 0.04),
             xycoords=("data", "axes fraction"),
-            va="top",
             fontsize=8,
             color=INK,
         )
-        summary = f" The dotted line marks the {trained} inner steps of training."
+        summary = f" The dotted line marks the {number_of(trained, 'inner step')} of training."
     axes.set(xlabel="inner steps", ylabel=label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if metric != "accuracy":
@@ -238,9 +238,10 @@ def histogram(run: RunFiles) -> Panel | None:
         axes.set_xticks([tick for tick in axes.get_xticks() if 0.0 <= tick <= scale])
     summary = _spread(values, " %" if metric == "accuracy" else "")
     far = int((values > edges[-1]).sum())
-    notes = f" {far} beyond the last bin are counted in it." if far else ""
+    notes = f" The last bin counts {number_of(far, 'episode')} beyond it, too." if far else ""
     if len(values) < len(every):
-        notes += f" {len(every) - len(values)} without a finite figure are left out."
+        left = number_of(len(every) - len(values), "episode")
+        notes += f" Left out: {left} without a finite figure."
     return Panel(
         "episodes",
         "Test episodes",
