@@ -96,6 +96,7 @@ def test_more_tasks_at_once_need_more_memory() -> None:
     assert many > 3 * few > 0
 
 
+@pytest.mark.slow
 def test_recomputed_inner_steps_need_no_more_memory_for_being_many() -> None:
     """With stored graphs, five inner steps need 2.5 times the memory of one."""
     workload = replace(BY_NAME["conv4-1"], tasks=2, filters=32, image=84)
