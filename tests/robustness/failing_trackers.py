@@ -120,7 +120,7 @@ def _alone(folder: Path) -> Path:
     place = folder / "alone"
     place.mkdir()
     answer = forked(partial(_run, _typed(None), "base", 0, None), place)
-    assert answer.code == 0, answer.err
+    assert answer.code == 0, (answer.code, answer.err)
     return place / "run"
 
 
@@ -130,7 +130,7 @@ def _lines(name: str, folder: Path) -> int:
     place = folder / f"whole-{name}"
     place.mkdir()
     answer = forked(partial(_run, _typed(name), name, 0, None), place)
-    assert answer.code == 0, answer.err
+    assert answer.code == 0, (answer.code, answer.err)
     assert "has failed" not in answer.err, answer.err
     return int(json.loads((place / "lines.json").read_text()))
 

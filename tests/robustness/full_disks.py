@@ -140,7 +140,7 @@ def _run_before(name: str, kind: str, folder: Path) -> Path:
 
 
 def _done(answer: Answer) -> None:
-    assert answer.code == 0, answer.err
+    assert answer.code == 0, (answer.code, answer.err)
 
 
 @cache

@@ -136,7 +136,7 @@ def _lines(command: str, state: str | None, folder: Path) -> dict[str, int]:
     place = folder / "alone" / command
     _fill(place, state, folder)
     answer = forked(lambda: _counted(_typed(command), _MODULES), place)
-    assert answer.code == 0, answer.err
+    assert answer.code == 0, (answer.code, answer.err)
     counts = json.loads((place / "counts.json").read_text())
     (place / "counts.json").unlink()
     return {point: counts[point] for point in counts}
