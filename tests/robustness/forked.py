@@ -29,7 +29,7 @@ from typing import IO
 
 MAX_SECONDS = 10
 """Seconds of processor time after which a command line counts as hanging."""
-MAX_WAIT = 60
+MAX_WAIT = 300
 """The same in seconds of waiting, as for a lock; more, since the machine may be busy."""
 MAX_BYTES = 8 * 2**30
 
