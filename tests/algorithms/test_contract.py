@@ -325,7 +325,7 @@ def test_a_restored_state_answers_and_learns_bit_for_bit(
 @pytest.mark.parametrize("algo", learners("omniglot_small", ["baseline", "maml", "protonet"]))
 def test_a_short_training_beats_chance(algo: str) -> None:
     own = settings(algo)
-    words = ["engine=auto", "precision=float32", "backbone.filters=16"]
+    words = ["engine=auto", "precision=float32", "backbone.filters=16", "backbone.blocks=4"]
     made = build(algo, "omniglot_small", *words, *own.fast.split(), *own.images.split())
     for step in range(own.updates):
         batch = made.source.batch("train", 4 * step, 4)
