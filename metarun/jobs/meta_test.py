@@ -6,8 +6,11 @@ training of its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from metarun.config import trust
@@ -71,15 +74,16 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     named = _words_of_experiment(run, words)
 
     def work() -> None:
-        meta_test(
-            experiment.algorithm,
-            experiment.source,
-            experiment.eval,
-            run,
-            folder,
-            experiment.run_info,
-            main_screen(),
-        )
+        with _removed_without_results(folder):
+            meta_test(
+                experiment.algorithm,
+                experiment.source,
+                experiment.eval,
+                run,
+                folder,
+                experiment.run_info,
+                main_screen(),
+            )
         if not distributed.is_main():
             return
         draw_figures(folder)
@@ -92,6 +96,17 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
                 tell_published(run.path, folder, config_dir)
 
     return exit_code_of(work, debug=bool(experiment.record["debug"]))
+
+
+@contextlib.contextmanager
+def _removed_without_results(folder: Path) -> Iterator[None]:
+    """Remove a test's new folder if the test fails, so that the next one has its name."""
+    try:
+        yield
+    except BaseException:
+        if distributed.is_main() and not (folder / "results.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,20 @@ def test_checkpoints_of_the_same_run_with_another_seed_are_not_taken(
     answer = metarun(f"test={run}")
     assert answer.code == 2
     assert "last.pt is of another run" in answer.err.splitlines()[-1]
+
+
+def test_a_test_that_fails_leaves_no_folder_so_that_the_next_has_its_name(
+    metarun: Command, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("metarun.training.meta_test.meta_test", full)
+        assert metarun(f"test={run}").code == 1
+    assert not list((run / "tests").iterdir())
+    assert metarun(f"test={run}").code == 0
+    assert [path.name for path in (run / "tests").iterdir()] == ["same"]
 
 
 def test_results_of_a_newer_version_are_not_made_again(metarun: Command, run: Path) -> None:

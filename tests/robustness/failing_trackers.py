@@ -14,6 +14,7 @@ Packages that are not installed are left out. The disks are real ones, see `disk
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import random
@@ -97,8 +98,10 @@ def _run(words: list[str], name: str, line: int, act: Callable[[], None] | None)
 
     def on_line(frame: FrameType) -> None:
         nonlocal count
-        count += frame.f_code.co_name != "__init__"
-        if count == line and act is not None and frame.f_code.co_name != "__init__":
+        # Not those of a module or of a class: what fails while it is imported is no fault of use.
+        used = frame.f_code.co_flags & inspect.CO_OPTIMIZED and frame.f_code.co_name != "__init__"
+        count += bool(used)
+        if used and count == line and act is not None:
             act()
 
     _trace(on_line, [f"trackers/{name}.py"])
