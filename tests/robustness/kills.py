@@ -78,6 +78,22 @@ def _trace(on_line: Callable[[FrameType], None], modules: Sequence[str] = _MODUL
     sys.settrace(trace)
 
 
+def _act_at(
+    point: str, line: int, act: Callable[[], None], modules: Sequence[str] = _MODULES
+) -> None:
+    """Call a function once, at the given line of a point."""
+    left = line
+
+    def on_line(frame: FrameType) -> None:
+        nonlocal left
+        if POINTS[point](frame):
+            left -= 1
+            if left == 0:
+                act()
+
+    _trace(on_line, modules)
+
+
 def _counted(words: list[str], modules: Sequence[str] = _MODULES) -> int:
     """Run a command line and write the number of lines of each point beside the run."""
     from metarun.cli.main import main
@@ -95,16 +111,7 @@ def _killed(words: list[str], point: str, line: int) -> int:
     """Run a command line that is killed at the given line of a point."""
     from metarun.cli.main import main
 
-    left = line
-
-    def on_line(frame: FrameType) -> None:
-        nonlocal left
-        if POINTS[point](frame):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    _trace(on_line)
+    _act_at(point, line, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return main(words)
 
 

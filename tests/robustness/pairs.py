@@ -18,12 +18,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 from tests.robustness.forked import Answer, Case, Process, draw_of, forked, report
 from tests.robustness.full_disks import run_words, torn, unlike
-from tests.robustness.kills import POINTS, _counted, _killed, _trace
+from tests.robustness.kills import _act_at, _counted, _killed
 
 NAME = "maml"
 
@@ -83,16 +82,7 @@ def _held(words: list[str], point: str, line: int, talk: socket.socket) -> int:
 
     # A process that waits for the other one lets it go on.
     ensure.time = SimpleNamespace(time=ensure.time.time, sleep=stop)  # type: ignore[assignment]
-    left = line
-
-    def on_line(frame: FrameType) -> None:
-        nonlocal left
-        if POINTS[point](frame):
-            left -= 1
-            if left == 0:
-                stop()
-
-    _trace(on_line, _MODULES)
+    _act_at(point, line, stop, _MODULES)
     return main(words)
 
 
