@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TypeGuard
 
-from metarun.core.files import DISK_FULL, full_text
+from metarun.core.files import DISK_FULL, full_disk
 from metarun.core.memory import shortage
 from metarun.core.streams import printable
 
@@ -47,7 +47,8 @@ def is_full(error: BaseException) -> TypeGuard[OSError]:
 def describe_error(error: BaseException) -> str:
     """Describe an error for the user in one line, without a traceback."""
     if is_full(error):
-        return printable(f"{full_text(error.filename)} and repeat the command")
+        what, remedy = full_disk(error.filename)
+        return printable(f"{what}: {remedy} and repeat the command")
     if isinstance(error, OSError) and error.strerror:
         named = f"{error.filename}: " if error.filename else ""
         return printable(f"{named}{error.strerror}")

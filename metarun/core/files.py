@@ -141,8 +141,8 @@ def csv_cell(value: Any) -> Any:
     return f"'{value}"
 
 
-def full_text(path: str | Path | None) -> str:
-    """Describe a disk on which nothing more can be written, and what to do about it.
+def full_disk(path: str | Path | None) -> tuple[str, str]:
+    """Return what a disk lacks on which nothing more can be written, and what to do about it.
 
     Args:
         path: What was to be written, which need not exist; None if it is not known.
@@ -152,8 +152,8 @@ def full_text(path: str | Path | None) -> str:
         found = os.statvfs(free_space(path or ".")[0])
         # Some file systems count no files.
         if found.f_files and found.f_favail < _FEW and found.f_bavail * found.f_frsize > 2**20:
-            return f"no room for more files is left {where}: remove some"
-    return f"no space is left {where}: free some"
+            return f"no room for more files is left {where}", "remove some"
+    return f"no space is left {where}", "free some"
 
 
 _FEW = 64

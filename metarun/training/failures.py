@@ -15,7 +15,7 @@ from metarun.core import distributed
 from metarun.core.console import FILE_ONLY
 from metarun.core.distributed import ProcessLost
 from metarun.core.errors import Interrupted, OutOfTime, RunError, is_full
-from metarun.core.files import full_text
+from metarun.core.files import full_disk
 from metarun.core.memory import shortage
 from metarun.runs.folder import Run, RunFolder
 from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
@@ -95,7 +95,7 @@ def _advice(error: Exception, run: Run) -> tuple[str, str] | None:
     if (short := shortage(error)) is not None:
         return short, "start again with smaller sizes (train.tasks_per_step, way, shot, query)"
     if is_full(error):
-        what, _, remedy = full_text(run.path).rpartition(": ")
+        what, remedy = full_disk(run.path)
         return what, f"{remedy} and run {go_on}"
     return None
 

@@ -29,9 +29,9 @@ from pathlib import Path
 from types import FrameType
 
 from tests.robustness.disks import Disk, enter
-from tests.robustness.forked import Answer, Case, draw_of, forked, report
+from tests.robustness.forked import Answer, Case, draw_of, forked, metarun, report
 from tests.robustness.full_disks import run_words
-from tests.robustness.kills import _trace, differences
+from tests.robustness.kills import _act_at, _trace, differences
 
 NAME = "maml"
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
@@ -90,25 +90,34 @@ UNREACHABLE = {
 """Words for a service that nobody runs; the port is closed."""
 
 
-def _run(words: list[str], name: str, line: int, act: Callable[[], None] | None) -> int:
-    """Answer a command line, act at a line of a tracker's module, and note the lines it has."""
+def _used(frame: FrameType) -> bool:
+    """Whether a line is of a tracker at work: what fails in an import is no fault of use."""
+    code = frame.f_code
+    return bool(code.co_flags & inspect.CO_OPTIMIZED) and code.co_name != "__init__"
+
+
+def _run(words: list[str], name: str, line: int, act: Callable[[], None]) -> int:
+    """Answer a command line, and act at a line of a tracker's module."""
+    from metarun.cli.main import main
+
+    _act_at(_used, line, act, [f"trackers/{name}.py"])
+    return main(words)
+
+
+def _counted(words: list[str], name: str) -> int:
+    """Answer a command line, and note how many lines of a tracker's module it takes."""
     from metarun.cli.main import main
 
     count = 0
 
     def on_line(frame: FrameType) -> None:
         nonlocal count
-        # Not those of a module or of a class: what fails while it is imported is no fault of use.
-        used = frame.f_code.co_flags & inspect.CO_OPTIMIZED and frame.f_code.co_name != "__init__"
-        count += bool(used)
-        if used and count == line and act is not None:
-            act()
+        count += _used(frame)
 
     _trace(on_line, [f"trackers/{name}.py"])
     code = main(words)
     sys.settrace(None)
-    if act is None:
-        Path("lines.json").write_text(json.dumps(count))
+    Path("lines.json").write_text(json.dumps(count))
     return code
 
 
@@ -122,7 +131,7 @@ def _alone(folder: Path) -> Path:
     """Make the run without a tracker."""
     place = folder / "alone"
     place.mkdir()
-    answer = forked(partial(_run, _typed(None), "base", 0, None), place)
+    answer = metarun(_typed(None), place)
     assert answer.code == 0, (answer.code, answer.err)
     return place / "run"
 
@@ -132,7 +141,7 @@ def _lines(name: str, folder: Path) -> int:
     """Return the number of lines of a tracker's module in a run without a fault."""
     place = folder / f"whole-{name}"
     place.mkdir()
-    answer = forked(partial(_run, _typed(name), name, 0, None), place)
+    answer = forked(partial(_counted, _typed(name), name), place)
     assert answer.code == 0, (answer.code, answer.err)
     assert "has failed" not in answer.err, answer.err
     return int(json.loads((place / "lines.json").read_text()))
@@ -152,7 +161,7 @@ def try_faults(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case
         place.mkdir(parents=True)
         if name in UNREACHABLE and draw.random() < 0.15:
             words = [*_typed(name), *UNREACHABLE[name]]
-            answer = forked(partial(_run, words, name, 0, None), place)
+            answer = metarun(words, place)
             what = f"{name}, not reachable"
         else:
             faults = (*FAULTS, service_killed) if name == "wandb" else FAULTS

@@ -51,6 +51,15 @@ class Answer:
     out: str
     err: str
 
+    def errors(self) -> list[str]:
+        """The lines that say what is wrong."""
+        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+
+    def reasons(self) -> list[str]:
+        """These without the last one of several runs, which advises to repeat the command."""
+        end = "repeat the command to try it again"
+        return [line for line in self.errors() if not line.endswith(end)]
+
     def fault(self) -> str | None:
         """What no command line may do, whatever it was given."""
         if self.code in (-signal.SIGXCPU, -signal.SIGALRM):

@@ -185,10 +185,8 @@ def unclear(answer: Answer) -> str | None:
     """What is wrong with the words about a full disk."""
     if answer.code == 0:
         return None
-    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
-    # The last line of several runs advises to repeat the command.
-    reasons = [line for line in errors if not line.endswith("repeat the command to try it again")]
-    for line in reasons or errors:
+    errors = answer.errors()
+    for line in answer.reasons() or errors:
         if not any(word in line for word in ("no space", "no room", " free")):
             return f"no word of a full disk: {line}"
         if "free some" not in line and "remove some" not in line:

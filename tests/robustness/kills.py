@@ -79,14 +79,17 @@ def _trace(on_line: Callable[[FrameType], None], modules: Sequence[str] = _MODUL
 
 
 def _act_at(
-    point: str, line: int, act: Callable[[], None], modules: Sequence[str] = _MODULES
+    on: Callable[[FrameType], bool],
+    line: int,
+    act: Callable[[], None],
+    modules: Sequence[str] = _MODULES,
 ) -> None:
-    """Call a function once, at the given line of a point."""
+    """Call a function once, at the given one of the lines of a kind."""
     left = line
 
     def on_line(frame: FrameType) -> None:
         nonlocal left
-        if POINTS[point](frame):
+        if on(frame):
             left -= 1
             if left == 0:
                 act()
@@ -111,7 +114,7 @@ def _killed(words: list[str], point: str, line: int) -> int:
     """Run a command line that is killed at the given line of a point."""
     from metarun.cli.main import main
 
-    _act_at(point, line, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    _act_at(POINTS[point], line, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return main(words)
 
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from tests.robustness.forked import Answer, Case, Process, draw_of, forked, report
 from tests.robustness.full_disks import run_words, torn, unlike
-from tests.robustness.kills import _act_at, _counted, _killed
+from tests.robustness.kills import POINTS, _act_at, _counted, _killed
 
 NAME = "maml"
 
@@ -82,7 +82,7 @@ def _held(words: list[str], point: str, line: int, talk: socket.socket) -> int:
 
     # A process that waits for the other one lets it go on.
     ensure.time = SimpleNamespace(time=ensure.time.time, sleep=stop)  # type: ignore[assignment]
-    _act_at(point, line, stop, _MODULES)
+    _act_at(POINTS[point], line, stop, _MODULES)
     return main(words)
 
 
@@ -214,9 +214,7 @@ def _unlike(whole: Path, place: Path, answer: Answer) -> str:
 
 
 def _unclear(answer: Answer) -> str | None:
-    errors = [line for line in answer.err.splitlines() if line.startswith("error: ")]
-    # The last line of several runs advises to repeat the command.
-    errors = [line for line in errors if not line.endswith("repeat the command to try it again")]
+    errors = answer.reasons()
     if answer.code and len(errors) != 1:
         return f"{len(errors)} lines say why: {errors}"
     return None
