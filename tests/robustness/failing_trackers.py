@@ -37,6 +37,9 @@ NAME = "maml"
 TRACKERS = {"tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
 """Packages by the names of the trackers."""
 
+_MAX_SECONDS = 60
+"""Seconds of processor time: the packages take several on their own, more on a busy machine."""
+
 _DROPPED = "has failed and is dropped"
 
 Fault = Callable[[Path, random.Random], None]
@@ -141,7 +144,7 @@ def _lines(name: str, folder: Path) -> int:
     """Return the number of lines of a tracker's module in a run without a fault."""
     place = folder / f"whole-{name}"
     place.mkdir()
-    answer = forked(partial(_counted, _typed(name), name), place)
+    answer = forked(partial(_counted, _typed(name), name), place, _MAX_SECONDS)
     assert answer.code == 0, (answer.code, answer.err)
     assert "has failed" not in answer.err, answer.err
     return int(json.loads((place / "lines.json").read_text()))
@@ -161,14 +164,15 @@ def try_faults(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case
         place.mkdir(parents=True)
         if name in UNREACHABLE and draw.random() < 0.15:
             words = [*_typed(name), *UNREACHABLE[name]]
-            answer = metarun(words, place)
+            answer = metarun(words, place, _MAX_SECONDS)
             what = f"{name}, not reachable"
         else:
             faults = (*FAULTS, service_killed) if name == "wandb" else FAULTS
             fault, line = draw.choice(faults), draw.randint(1, _lines(name, folder))
             what = f"{name}, {fault.__name__} at line {line} of {_lines(name, folder)}"
             act = partial(_act, fault, place / "run" / name, draw)
-            answer = forked(partial(_run, _typed(name), name, line, act), place)
+            work = partial(_run, _typed(name), name, line, act)
+            answer = forked(work, place, _MAX_SECONDS)
             _unmount(place / "run" / name)
         yield what, _fault(answer, place, folder), answer.code
 

@@ -95,8 +95,8 @@ class Process:
     streams: tuple[IO[bytes], IO[bytes]]
 
     @classmethod
-    def start(cls, work: Callable[[], int], folder: Path) -> Process:
-        """Call a function in a fork of this process, in a folder."""
+    def start(cls, work: Callable[[], int], folder: Path, seconds: int = MAX_SECONDS) -> Process:
+        """Call a function in a fork of this process, in a folder, with so much processor time."""
         sys.stdout.flush()
         sys.stderr.flush()
         streams = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115 - until the end
@@ -104,7 +104,7 @@ class Process:
         if number == 0:
             os.dup2(streams[0].fileno(), 1)
             os.dup2(streams[1].fileno(), 2)
-            os._exit(_code_of(work, folder))
+            os._exit(_code_of(work, folder, seconds))
         return cls(number, streams)
 
     def end(self) -> Answer:
@@ -118,17 +118,17 @@ class Process:
         return Answer(code, *texts)
 
 
-def forked(work: Callable[[], int], folder: Path) -> Answer:
+def forked(work: Callable[[], int], folder: Path, seconds: int = MAX_SECONDS) -> Answer:
     """Call a function in a fork of this process, in a folder, and return what it did."""
-    return Process.start(work, folder).end()
+    return Process.start(work, folder, seconds).end()
 
 
-def _code_of(work: Callable[[], int], folder: Path) -> int:
+def _code_of(work: Callable[[], int], folder: Path, seconds: int) -> int:
     code = 1
     try:
         os.chdir(folder)
         signal.alarm(MAX_WAIT)
-        resource.setrlimit(resource.RLIMIT_CPU, (_cpu_seconds() + MAX_SECONDS, -1))
+        resource.setrlimit(resource.RLIMIT_CPU, (_cpu_seconds() + seconds, -1))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
         code = work()
@@ -147,11 +147,11 @@ def _cpu_seconds() -> int:
     return int(time.process_time()) + 1
 
 
-def metarun(words: list[str], folder: Path) -> Answer:
+def metarun(words: list[str], folder: Path, seconds: int = MAX_SECONDS) -> Answer:
     """Answer a command line in a fork."""
     from metarun.cli.main import main
 
-    return forked(lambda: main(words), folder)
+    return forked(lambda: main(words), folder, seconds)
 
 
 Case = tuple[str, str | None, int]
