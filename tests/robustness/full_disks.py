@@ -257,8 +257,10 @@ def _on_a_free_disk(word: str, name: str, answer: Answer, whole: Whole, disk: Di
             return f"then {fault}"
         if again.code != 0:
             return f"then exit code {again.code}: {again.err.strip()[-300:]}"
-    # A run keeps its results where its figures or its log found no space, with a warning.
-    optional = ("figures",) if answer.code == 0 and "warning" in answer.err else ()
+    # A run keeps its results where its figures or its log found no space, with a warning; a sweep
+    # that ends because of a later run keeps them, too.
+    kept = answer.code == 0 or word == "sweep"
+    optional = ("figures",) if kept and "warning" in answer.err else ()
     return "; ".join(unlike(whole.files, disk.path, optional)) or None
 
 
