@@ -105,10 +105,7 @@ def _clear_false_start(folder: Path) -> None:
     config = folder / "config.yaml"
     while config.exists() and not (folder / "status.json").exists():
         if time.time() - config.stat().st_mtime > _SECONDS_TO_BEGIN:
-            for path in (*folder.glob(".*.tmp"), folder / "overrides.yaml", config):
-                path.unlink(missing_ok=True)
-            with suppress(OSError):
-                (folder / "checkpoints").rmdir()
+            RunFolder(folder).clear_false_start()
             return
         # Another process may be creating it right now.
         time.sleep(0.2)

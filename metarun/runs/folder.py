@@ -82,12 +82,26 @@ class RunFolder(Records, Checkpoints, Lock):
             (run.path / "config.yaml").open("x").close()
         except FileExistsError:
             raise InUse(f"{run.path} belongs to another run that started just now") from None
-        (run.path / "checkpoints").mkdir()
         listed = "".join(f"- {json.dumps(override)}\n" for override in overrides)
-        run.write_bytes("overrides.yaml", (listed or "[]\n").encode())
-        run.write_bytes("config.yaml", config.encode())
-        run.set_status("running", step=0)
+        try:
+            (run.path / "checkpoints").mkdir()
+            run.write_bytes("overrides.yaml", (listed or "[]\n").encode())
+            run.write_bytes("config.yaml", config.encode())
+            run.set_status("running", step=0)
+        except OSError:
+            run.clear_false_start()
+            raise
         return run
+
+    def clear_false_start(self) -> None:
+        """Remove what `create` has made without getting as far as a status, and the folder."""
+        # Another process may begin once there is no config.yaml.
+        others = (*self.path.glob(".*.tmp"), self.path / "overrides.yaml")
+        for path in (*others, self.path / "config.yaml"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.path / "checkpoints").rmdir()
+            self.path.rmdir()
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:

@@ -313,3 +313,15 @@ def test_reading_a_run_does_not_import_torch(run: RunFolder) -> None:
         "RunFolder.open(sys.argv[1]).overrides(); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program, str(run.path)], check=True)
+
+
+def test_a_folder_that_cannot_be_begun_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "status.json")
+
+    monkeypatch.setattr(RunFolder, "set_status", full)
+    with pytest.raises(OSError, match="No space left"):
+        RunFolder.create(tmp_path / "run", config="")
+    assert not (tmp_path / "run").exists()
