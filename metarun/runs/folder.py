@@ -82,6 +82,9 @@ class RunFolder(Records, Checkpoints, Lock):
             (run.path / "config.yaml").open("x").close()
         except FileExistsError:
             raise InUse(f"{run.path} belongs to another run that started just now") from None
+        except OSError:
+            run._remove_empty()
+            raise
         listed = "".join(f"- {json.dumps(override)}\n" for override in overrides)
         try:
             (run.path / "checkpoints").mkdir()
@@ -101,6 +104,11 @@ class RunFolder(Records, Checkpoints, Lock):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             (self.path / "checkpoints").rmdir()
+        self._remove_empty()
+
+    def _remove_empty(self) -> None:
+        # Another process may have begun in it.
+        with contextlib.suppress(OSError):
             self.path.rmdir()
 
     @classmethod
