@@ -6,6 +6,7 @@ No other module instantiates components.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import json
@@ -330,6 +331,8 @@ def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
     return make if ours else AnyBackbone(node["_target_"], make)
 
 
+_NO_OPTIONS = ("_target_", "_partial_", "_without_")
+
 _REASONS: dict[str, str | None] = {}
 """Results of `reason_for_loop` by network."""
 
@@ -419,24 +422,35 @@ def _component(
         )
     # A user's constructor of a network may hand its **kwargs to any other one.
     passes_on = name == "backbone" and takes_any_keyword(target)
+    known = {key: hint for key, hint in hints.items() if key not in given}
+    own = {key: value for key, value in node.items() if key not in _NO_OPTIONS}
+    more = {key: own.pop(key) for key in list(own) if passes_on and key not in known}
+    return functools.partial(target, **_options(name, own, known), **more, **given)
+
+
+def _options(name: str, node: Mapping[str, Any], hints: Mapping[str, Any]) -> Config:
+    """Return the options of a node, each converted to the type of its hint.
+
+    Raises:
+        ValueError: An option is unknown or of the wrong type.
+    """
     options: Config = {}
     for key, value in node.items():
-        if key in ("_target_", "_partial_", "_without_"):
-            continue
-        if key not in hints and passes_on:
-            options[key] = value
-            continue
-        if key not in hints or key in given:
-            known = [f"{name}.{other}" for other in hints if other not in given]
-            raise unknown_key(f"{name}.{key}", known)
-        if LearnedState in typing.get_args(hints[key]):
-            options[key] = None if value is None else _learned_state(f"{name}.{key}", value)
-        elif _names_a_class(hints[key]):
-            options[key] = locate(f"{name}.{key}", str(value), *typing.get_args(hints[key]))
+        if key not in hints:
+            raise unknown_key(f"{name}.{key}", [f"{name}.{other}" for other in hints])
+        hint: Any = hints[key]
+        path = f"{name}.{key}"
+        if LearnedState in typing.get_args(hint):
+            options[key] = None if value is None else _learned_state(path, value)
+        elif _names_a_class(hint):
+            options[key] = locate(path, str(value), *typing.get_args(hint))
+        elif dataclasses.is_dataclass(hint):
+            below = convert(path, value, Mapping[str, Any])
+            options[key] = hint(**_options(path, below, typing.get_type_hints(hint)))
         else:
-            options[key] = convert(f"{name}.{key}", value, hints[key])
-            check_numbers(f"{name}.{key}", options[key])
-    return functools.partial(target, **options, **given)
+            options[key] = convert(path, value, hint)
+            check_numbers(path, options[key])
+    return options
 
 
 def option_hints(name: str, node: Mapping[str, Any]) -> dict[str, Any]:

@@ -142,29 +142,40 @@ def recipes(folders: Sequence[Path], group: str, name: str) -> list[str]:
     return [algo for algo, data in pairs if data == name and group == "data"]
 
 
-def keys(path: Path) -> list[Key]:
-    """The keys of a choice in the order of its file, those of what it builds on first."""
+def keys(path: Path, package: str | None = None) -> list[Key]:
+    """The keys of a choice in the order of its file, those of what it builds on first.
+
+    Args:
+        path: File of the choice.
+        package: Node that it sets; None is what its first line says, or that of its group.
+    """
     text = path.read_text(encoding="utf-8")
-    found = _PACKAGE.match(text)
-    package = path.parent.name if found is None else found.group(1)
+    if package is None:
+        found = _PACKAGE.match(text)
+        package = path.parent.name if found is None else found.group(1)
     prefix = "" if package == "_global_" else f"{package}."
     root = yaml.compose(text)
     if not isinstance(root, yaml.MappingNode):
         return []
     named: dict[str, Key] = {}
-    for base in _bases(root, path):
-        named |= {key.name: key for key in keys(base)}
+    parts: dict[str, Key] = {}
+    for base, below in _bases(load(path).get("defaults", ()), path):
+        (named if below is None else parts).update({key.name: key for key in keys(base, below)})
     named |= {key.name: key for key in _keys_below(root, prefix, text.splitlines())}
-    return list(named.values())
+    return list((named | parts | named).values())
 
 
-def _bases(root: yaml.MappingNode, path: Path) -> Iterator[Path]:
-    """The files of the same group that a file builds on."""
-    for key, value in root.value:
-        if key.value == "defaults" and isinstance(value, yaml.SequenceNode):
-            names = [item.value for item in value.value if isinstance(item, yaml.ScalarNode)]
-            bases = (path.with_name(f"{name}.yaml") for name in names)
-            yield from (base for base in bases if base.is_file())
+def _bases(defaults: Sequence[Any], path: Path) -> Iterator[tuple[Path, str | None]]:
+    """The files that a file builds on, and the node that one of another group fills."""
+    for item in defaults:
+        found: dict[Path, str | None] = {}
+        if isinstance(item, str):
+            found[path.with_name(f"{item}.yaml")] = None
+        elif isinstance(item, dict):
+            for key, choice in item.items():
+                group, _, node = key.removeprefix("/").partition("@")
+                found[path.parents[1] / group / f"{choice}.yaml"] = node or None
+        yield from (base for base in found.items() if base[0].is_file())
 
 
 def _keys_below(node: yaml.MappingNode, prefix: str, lines: Sequence[str]) -> Iterator[Key]:

@@ -9,7 +9,7 @@ Shapes: T tasks, R rows, B = T R images, C H W images.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,53 +23,52 @@ _SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
 _CONTROL_POINTS = 5
 _LUMA = (0.299, 0.587, 0.114)
 
+Padding = Literal["zeros", "reflection"]
+
 
 @dataclass(frozen=True, slots=True)
 class Augmentation:
     """Augmentation of training images; the defaults change nothing.
 
     Attributes:
-        affine_degrees: Largest rotation in degrees, in either direction.
-        affine_translate: Largest shift along each axis, as a fraction of the side.
-        affine_scale: Largest relative change of size: factors are drawn from 1 ± this number.
-        affine_shear: Largest shear angle in degrees, in either direction.
+        degrees: Largest rotation in degrees, in either direction.
+        translate: Largest shift along each axis, as a fraction of the side.
+        scale: Largest relative change of size: factors are drawn from 1 ± this number.
+        shear: Largest shear angle in degrees, in either direction.
         elastic: Largest shift of the 5 x 5 control points of an elastic deformation, as a
             fraction of the side. Pixels between the points are interpolated smoothly, which
             resembles the variation between writers.
         flip: Whether to mirror left and right with probability one half.
         color: Largest relative change of brightness, contrast and saturation.
-        padding: Content outside the image: `zeros` (background), or `reflection` of the image.
+        padding: Content outside the image: `zeros` (background), or `reflection` of the image;
+            None is that of the source.
     """
 
-    affine_degrees: float = 0.0
-    affine_translate: float = 0.0
-    affine_scale: float = 0.0
-    affine_shear: float = 0.0
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
     elastic: float = 0.0
     flip: bool = False
     color: float = 0.0
-    padding: Literal["zeros", "reflection"] = "zeros"
+    padding: Padding | None = None
 
     def __post_init__(self) -> None:
-        within("data", "[0, 180]", affine_degrees=self.affine_degrees)
-        within("data", "[0, 1]", affine_translate=self.affine_translate)
-        within("data", "[0, 0.9]", affine_scale=self.affine_scale)
-        within("data", "[0, 60]", affine_shear=self.affine_shear)
-        within("data", "[0, 0.5]", elastic=self.elastic)
-        within("data", "[0, 1]", color=self.color)
+        within("data.augmentation", "[0, 180]", degrees=self.degrees)
+        within("data.augmentation", "[0, 1]", translate=self.translate)
+        within("data.augmentation", "[0, 0.9]", scale=self.scale)
+        within("data.augmentation", "[0, 60]", shear=self.shear)
+        within("data.augmentation", "[0, 0.5]", elastic=self.elastic)
+        within("data.augmentation", "[0, 1]", color=self.color)
+
+    def padded(self, padding: Padding) -> Augmentation:
+        """Return this augmentation with content outside the image where none is chosen."""
+        return replace(self, padding=self.padding or padding)
 
     @property
     def moves(self) -> bool:
         """Whether any geometric transformation other than the mirror is enabled."""
-        return any(
-            (
-                self.affine_degrees,
-                self.affine_translate,
-                self.affine_scale,
-                self.affine_shear,
-                self.elastic,
-            )
-        )
+        return any((self.degrees, self.translate, self.scale, self.shear, self.elastic))
 
     def __call__(self, images: Tensor, keys: Tensor) -> Tensor:
         """Augment (T, R, C, H, W) images in [0, 1], given the (T,) keys of the tasks."""
@@ -77,7 +76,7 @@ class Augmentation:
             grid = self._affine(images, keys)
             if self.elastic:
                 grid = grid + self._elastic(images, keys)
-            images = warp(images.flatten(0, 1), grid, self.padding).reshape(images.shape)
+            images = warp(images.flatten(0, 1), grid, self.padding or "zeros").reshape(images.shape)
         if self.flip:
             images = _flip(images, keys)
         if self.color:
@@ -100,11 +99,11 @@ class Augmentation:
                 size and two shifts.
             images: (…, H, W) images, which give the size and the dtype.
         """
-        angle = draw[:, 0] * math.radians(self.affine_degrees)
-        slant = torch.tan(draw[:, 1] * math.radians(self.affine_shear))
-        zoom = 1.0 / (1.0 + draw[:, 2] * self.affine_scale)
+        angle = draw[:, 0] * math.radians(self.degrees)
+        slant = torch.tan(draw[:, 1] * math.radians(self.shear))
+        zoom = 1.0 / (1.0 + draw[:, 2] * self.scale)
         cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
-        shift = 2.0 * self.affine_translate
+        shift = 2.0 * self.translate
         to_x = torch.stack([cos, slant * cos - sin, draw[:, 3] * shift])
         to_y = torch.stack([sin, slant * sin + cos, draw[:, 4] * shift])
         return places_of(torch.stack([to_x, to_y]).to(images.dtype), images)
@@ -135,6 +134,9 @@ def places_of(maps: Tensor, images: Tensor) -> Tensor:
     return torch.stack([_plane(coefficients, height, width) for coefficients in maps.unbind()])
 
 
+NO_AUGMENTATION = Augmentation()
+
+
 def warp(images: Tensor, grid: Tensor, padding: str) -> Tensor:
     """Sample (B, C, H, W) images at (2, B, H, W) positions in [-1, 1]."""
     moved: Tensor = functional.grid_sample(
@@ -154,9 +156,7 @@ def view(images: Tensor, number: int) -> Tensor:
         return images
     key = torch.tensor((number + 1) // 2, device=images.device)
     draw = seeding.uniform(key, _SLOT_VIEW, (1, 5), low=-1.0, dtype=torch.float64)
-    most = Augmentation(
-        affine_degrees=12.0, affine_translate=0.06, affine_scale=0.12, affine_shear=12.0
-    )
+    most = Augmentation(degrees=12.0, translate=0.06, scale=0.12, shear=12.0)
     grid = most.places(draw if number % 2 else -draw, images)
     rows = images.flatten(0, -4)
     return warp(rows, grid.expand(-1, len(rows), -1, -1), "zeros").reshape(images.shape)

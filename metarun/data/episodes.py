@@ -19,7 +19,7 @@ from torch import Tensor
 from metarun.core import seeding
 from metarun.core.checks import at_least
 from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
-from metarun.data.augmentation import Augmentation
+from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.preparation import Convert, Preparation
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
@@ -132,7 +132,7 @@ class ClassEpisodes:
         rotations_val: EvalRotations | None = None,
         episodes: Episodes = "any",
         drawers: Drawers = "any",
-        augmentation: Augmentation | None = None,
+        augmentation: Augmentation = NO_AUGMENTATION,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         prepare: Convert,
@@ -164,7 +164,7 @@ class ClassEpisodes:
         self._episodes = episodes
         self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
-        self._augmentation = augmentation or Augmentation()
+        self._augmentation = augmentation
         self._can_drop = can_drop
         self._seeds = setup.seeds
         self._resident: dict[Split, _Resident] = {}

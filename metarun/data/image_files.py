@@ -22,7 +22,7 @@ from metarun.core.checks import within
 from metarun.core.once import warn_once
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split
 from metarun.core.words import first_of
-from metarun.data.augmentation import Augmentation
+from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage.cache import Pixels
 from metarun.data.storage.image_files import Photograph, open_image, size_of
@@ -50,8 +50,7 @@ class ImageFiles(ClassEpisodes, ABC):
         image_size: Side of the prepared images in pixels; None takes `fitting_side` of the files.
         skip_unreadable: Whether to go on without images that cannot be read.
         grayscale: Whether images have one channel instead of three.
-        flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
-            `Augmentation`.
+        augmentation: Changes of training images.
 
     Raises:
         ValueError: There is no such folder, an image cannot be read, classes have too few images,
@@ -69,12 +68,7 @@ class ImageFiles(ClassEpisodes, ABC):
         image_size: int | None = 84,
         skip_unreadable: bool = False,
         grayscale: bool = False,
-        flip: bool = False,
-        color: float = 0.0,
-        affine_degrees: float = 0.0,
-        affine_translate: float = 0.0,
-        affine_scale: float = 0.0,
-        affine_shear: float = 0.0,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         within("data", "[8, 512]", image_size=image_size)
         folder = Path(root or "").expanduser()
@@ -116,15 +110,7 @@ class ImageFiles(ClassEpisodes, ABC):
                 )
                 for split in SPLITS
             },
-            augmentation=Augmentation(
-                affine_degrees=affine_degrees,
-                affine_translate=affine_translate,
-                affine_scale=affine_scale,
-                affine_shear=affine_shear,
-                flip=flip,
-                color=color,
-                padding="reflection",
-            ),
+            augmentation=augmentation.padded("reflection"),
             mean=pictures.mean,
             std=pictures.std,
             prepare=convert,

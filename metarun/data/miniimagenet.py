@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from metarun.core.types import SPLITS, SourceSetup, Split
-from metarun.data.augmentation import Augmentation
+from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
@@ -22,8 +22,7 @@ class MiniImageNet(ClassEpisodes):
     Args:
         root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
         normalize: Whether to normalize each channel with ImageNet's mean and standard deviation.
-        flip, color, affine_degrees, affine_translate, affine_scale, affine_shear: See
-            `Augmentation`.
+        augmentation: Changes of training images.
     """
 
     def __init__(
@@ -32,12 +31,7 @@ class MiniImageNet(ClassEpisodes):
         *,
         root: str | None = None,
         normalize: bool = True,
-        flip: bool = False,
-        color: float = 0.0,
-        affine_degrees: float = 0.0,
-        affine_translate: float = 0.0,
-        affine_scale: float = 0.0,
-        affine_shear: float = 0.0,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         absent = registry.missing("miniimagenet", root)
         store = open_store(registry.resolve_root(root) / "miniimagenet")
@@ -47,15 +41,7 @@ class MiniImageNet(ClassEpisodes):
             setup,
             name="miniimagenet",
             tables={split: _table(store, split) for split in SPLITS},
-            augmentation=Augmentation(
-                affine_degrees=affine_degrees,
-                affine_translate=affine_translate,
-                affine_scale=affine_scale,
-                affine_shear=affine_shear,
-                flip=flip,
-                color=color,
-                padding="reflection",
-            ),
+            augmentation=augmentation.padded("reflection"),
             mean=MEAN if normalize else None,
             std=STD if normalize else None,
             prepare=Photograph(SIZE, crop=False),

@@ -17,7 +17,7 @@ import torch
 
 from metarun.core.checks import within
 from metarun.core.types import SourceSetup, Split
-from metarun.data.augmentation import Augmentation
+from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.episodes import (
     ClassEpisodes,
     ClassTable,
@@ -56,7 +56,7 @@ class Characters(ClassEpisodes, ABC):
         resize: Method of resizing, see `image_files.drawing`.
         image_size: Side of the images in pixels; the original drawings have 105.
         rotations, rotations_eval, rotations_val, episodes, drawers: See `ClassEpisodes`.
-        affine_degrees, affine_translate, affine_scale, affine_shear, elastic: See `Augmentation`.
+        augmentation: Changes of training images.
     """
 
     name: str
@@ -73,11 +73,7 @@ class Characters(ClassEpisodes, ABC):
         rotations_val: EvalRotations | None = None,
         episodes: Episodes = "any",
         drawers: Drawers = "any",
-        affine_degrees: float = 0.0,
-        affine_translate: float = 0.0,
-        affine_scale: float = 0.0,
-        affine_shear: float = 0.0,
-        elastic: float = 0.0,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         within("data", f"[8, {ORIGINAL_SIDE}]", image_size=image_size)
         super().__init__(
@@ -89,13 +85,7 @@ class Characters(ClassEpisodes, ABC):
             rotations_val=rotations_val,
             episodes=episodes,
             drawers=drawers,
-            augmentation=Augmentation(
-                affine_degrees=affine_degrees,
-                affine_translate=affine_translate,
-                affine_scale=affine_scale,
-                affine_shear=affine_shear,
-                elastic=elastic,
-            ),
+            augmentation=augmentation.padded("zeros"),
             prepare=Drawing(resize, image_size),
         )
 

@@ -142,6 +142,7 @@ def test_the_figure_is_an_svg_with_the_names_in_it(done: Done) -> None:
         assert word in done.figure
 
 
+@pytest.mark.slow
 def test_the_figure_of_a_record_is_that_of_its_run(done: Done, metarun: Command) -> None:
     Path("a.json").write_text(json.dumps(done.record))
     with tiny_catalogue():

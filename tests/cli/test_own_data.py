@@ -21,11 +21,12 @@ class Shapes(ImageFiles):
 YAML = """\
 # @package _global_
 # Shapes
+defaults:
+  - /augmentation@data.augmentation: none
 data:
   _target_: my_shapes.Shapes
   root: images
   image_size: 16
-  flip: false
 """
 WORDS = [
     "--config-dir", "conf", "data=shapes", "algo=protonet", "backbone=conv4", "backbone.filters=4",
@@ -51,7 +52,7 @@ def own(tmp_path: Path) -> Path:
 def test_a_stranger_writes_a_class_that_lists_images_and_runs_it(
     metarun: Command, own: Path
 ) -> None:
-    answer = metarun(*WORDS, "data.flip=true")
+    answer = metarun(*WORDS, "data.augmentation.flip=true")
     assert answer.code == 0, answer.err
     (path,) = (own / "outputs").rglob("results.json")
     found = json.loads(path.read_text())

@@ -15,7 +15,7 @@ import yaml
 from metarun.config.catalogue import conf_dir, description
 
 CONF = conf_dir()
-GROUPS = ("algo", "data", "backbone", "optim", "logger")
+GROUPS = ("algo", "data", "augmentation", "backbone", "optim", "logger")
 FILES = [
     CONF / "config.yaml",
     *sorted(path for group in GROUPS for path in (CONF / group).glob("*.yaml")),

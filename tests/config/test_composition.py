@@ -44,6 +44,8 @@ def words_for(path: Path) -> list[str]:
     if group == "recipe":
         algo, _, data = name.partition("-")
         return [f"algo={algo}", f"data={data}"]
+    if group == "augmentation":
+        return ["data=folder", "algo=protonet", f"{group}@data.{group}={name}"]
     return [] if group == "." else [f"{group}={name}"]
 
 

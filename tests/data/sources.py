@@ -71,10 +71,10 @@ def numbered(
 
 def augmented(**how: Any) -> ClassEpisodes:
     augmentation = Augmentation(
-        affine_degrees=20.0,
-        affine_translate=0.2,
-        affine_scale=0.3,
-        affine_shear=10.0,
+        degrees=20.0,
+        translate=0.2,
+        scale=0.3,
+        shear=10.0,
         elastic=0.05,
         flip=True,
         color=0.4,

@@ -361,12 +361,12 @@ def test_a_fingerprint_follows_the_images() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["affine_degrees", "affine_translate", "affine_scale", "affine_shear", "color", "elastic"],
+    ["degrees", "translate", "scale", "shear", "color", "elastic"],
 )
 def test_augmentation_out_of_range_is_refused(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"data\.{key}=-0\.1: expected 0 to "):
+    with pytest.raises(ValueError, match=rf"data\.augmentation\.{key}=-0\.1: expected 0 to "):
         Augmentation(**{key: -0.1})
-    with pytest.raises(ValueError, match=rf"data\.{key}=1000\.0: expected 0 to "):
+    with pytest.raises(ValueError, match=rf"data\.augmentation\.{key}=1000\.0: expected 0 to "):
         Augmentation(**{key: 1000.0})
 
 
@@ -390,7 +390,7 @@ def centroid(images: Tensor) -> Tensor:
 def test_a_shift_moves_by_up_to_its_fraction_of_the_side() -> None:
     image = torch.zeros(1, 40, 40)
     image[0, 18:22, 18:22] = 1.0
-    moved = centroid(drawn(Augmentation(affine_translate=0.1), image)) - 19.5
+    moved = centroid(drawn(Augmentation(translate=0.1), image)) - 19.5
     assert moved.abs().max() <= 4.01
     assert moved.abs().max() > 3.8
     assert moved.mean(dim=0).abs().max() < 0.4
@@ -399,7 +399,7 @@ def test_a_shift_moves_by_up_to_its_fraction_of_the_side() -> None:
 def test_a_turn_keeps_lengths_and_angles_stay_in_range() -> None:
     image = torch.zeros(1, 41, 41)
     image[0, 4:7, 19:22] = 1.0
-    arm = centroid(drawn(Augmentation(affine_degrees=30.0), image)) - 20.0
+    arm = centroid(drawn(Augmentation(degrees=30.0), image)) - 20.0
     torch.testing.assert_close(arm.norm(dim=1), torch.full((200,), 15.0), rtol=0.0, atol=0.1)
     angles = torch.rad2deg(torch.atan2(arm[:, 1], -arm[:, 0]))
     assert 28.0 < angles.abs().max() < 30.2
@@ -409,7 +409,7 @@ def test_a_turn_keeps_lengths_and_angles_stay_in_range() -> None:
 def test_a_scale_changes_the_area_by_its_square() -> None:
     image = torch.zeros(1, 40, 40)
     image[0, 12:28, 12:28] = 1.0
-    area = drawn(Augmentation(affine_scale=0.2), image).sum(dim=(1, 2, 3)) / 256
+    area = drawn(Augmentation(scale=0.2), image).sum(dim=(1, 2, 3)) / 256
     assert 0.63 < area.min() < 0.68
     assert 1.38 < area.max() < 1.46
 
@@ -417,7 +417,7 @@ def test_a_scale_changes_the_area_by_its_square() -> None:
 def test_a_shear_keeps_the_area() -> None:
     image = torch.zeros(1, 40, 40)
     image[0, 12:28, 18:22] = 1.0
-    changed = drawn(Augmentation(affine_shear=20.0), image)
+    changed = drawn(Augmentation(shear=20.0), image)
     torch.testing.assert_close(
         changed.sum(dim=(1, 2, 3)), torch.full((200,), 64.0), rtol=0.02, atol=0.0
     )

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from metarun.core.types import SPLITS, EpisodeSize, Split
+from metarun.data.augmentation import Augmentation
 from metarun.data.miniimagenet import MEAN, STD, MiniImageNet
 from metarun.data.storage import miniimagenet_files
 from metarun.data.storage.cache import Pixels
@@ -235,7 +236,8 @@ def test_the_source_gives_normalized_photographs(sets: Sets, tmp_path: Path) -> 
         )
     config = make_source(MiniImageNet, root=str(tmp_path), normalize=False, sizes=three)
     assert config.batch("train", 0, 1).support_x.min() >= 0.0
-    changed = make_source(MiniImageNet, root=str(tmp_path), flip=True, color=0.4, sizes=three)
+    more = Augmentation(flip=True, color=0.4)
+    changed = make_source(MiniImageNet, root=str(tmp_path), augmentation=more, sizes=three)
     assert not torch.equal(
         changed.batch("train", 0, 1).support_x, source.batch("train", 0, 1).support_x
     )
