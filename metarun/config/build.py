@@ -438,13 +438,12 @@ def _options(name: str, node: Mapping[str, Any], hints: Mapping[str, Any]) -> Co
     for key, value in node.items():
         if key not in hints:
             raise unknown_key(f"{name}.{key}", [f"{name}.{other}" for other in hints])
-        hint: Any = hints[key]
-        path = f"{name}.{key}"
+        hint, path = hints[key], f"{name}.{key}"
         if LearnedState in typing.get_args(hint):
             options[key] = None if value is None else _learned_state(path, value)
         elif _names_a_class(hint):
             options[key] = locate(path, str(value), *typing.get_args(hint))
-        elif dataclasses.is_dataclass(hint):
+        elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):
             below = convert(path, value, Mapping[str, Any])
             options[key] = hint(**_options(path, below, typing.get_type_hints(hint)))
         else:
