@@ -24,7 +24,7 @@ from metarun.backbones.layers.normalization import set_native
 from metarun.core import distributed
 from metarun.core.checks import at_least
 from metarun.execution.graph_replay import GraphKind, Graphs, Replay
-from metarun.execution.guards import unwatched
+from metarun.execution.watching import unwatched
 
 Kind = Literal["auto", "vmap", "loop", "threads"]
 Params = dict[str, Tensor]

@@ -23,7 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metarun.execution.guards import Executed, Guards, UnguardedError, watched
+from metarun.execution.guards import Guards, UnguardedError
+from metarun.execution.watching import Executed, watched
 
 GraphKind = Literal["auto", "none", "replay", "compile"]
 Function = Callable[..., Any]
