@@ -15,7 +15,7 @@ from metarun.data.storage.cache import Store, open_store
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `metarun data [NAME] [--from PATH] [--root DIR] [--verify]`; return the exit code.
+    """Run `metarun data [NAME [CLASS]] [--from PATH] [--root DIR] [--verify]`; return a code.
 
     Raises:
         ValueError: The name is unknown, or the data cannot be fetched, imported or verified.
@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(_unknown(name))
     if place == "folder":
         return _check_folder(args.source or args.root)
+    if name == "torchvision":
+        return _torchvision(args)
     if name in registry.PLACES and place == "store":
         return _provide(name, args.source, args.root, verify=args.verify)
     if args.source is not None:
@@ -73,10 +75,15 @@ def _state(name: str, base: Path, root: str | None, *, verify: bool) -> str:
     place = registry.place_of(name)
     if place == "folder":
         return "type data=folder data.root=PATH"
+    if name == "torchvision":
+        stored = sorted(path.name.partition("_")[2] for path in base.glob("torchvision_*"))
+        return (
+            f"fetch one with `metarun data torchvision CLASS`; stored: {', '.join(stored) or '-'}"
+        )
     if place != "store":
         return _STATES[place]
     try:
-        store = open_store(base / name.removeprefix("stream_"))
+        store = open_store(base / registry.store_of(name))
         if store is not None and verify:
             store.verify()
     except ValueError as error:
@@ -89,7 +96,7 @@ def _state(name: str, base: Path, root: str | None, *, verify: bool) -> str:
 def _provide(name: str, source: str | None, root: str | None, *, verify: bool) -> int:
     """Download or import a data set, or say that it is already there; return the exit code."""
     base = registry.resolve_root(root)
-    store = open_store(base / name)
+    store = open_store(base / registry.store_of(name))
     if store is not None:
         if source is not None:
             raise ValueError(
@@ -106,6 +113,23 @@ def _provide(name: str, source: str | None, root: str | None, *, verify: bool) -
     return 0
 
 
+def _torchvision(args: argparse.Namespace) -> int:
+    """Download or import a data set of torchvision; return the exit code."""
+    from metarun.data.storage.torchvision_sets import PARTS, fetch_torchvision, store_name
+
+    if args.which is None:
+        raise ValueError(f"type `metarun data torchvision CLASS`, one of {', '.join(PARTS)}")
+    base = registry.resolve_root(args.root)
+    store = open_store(base / store_name(args.which))
+    if store is None:
+        source = None if args.source is None else Path(args.source).expanduser()
+        store = fetch_torchvision(args.which, source, base)
+    if args.verify:
+        store.verify()
+    print(_describe(store))
+    return 0
+
+
 def _import(name: str, source: Path | None, base: Path) -> Store:
     if name == "miniimagenet":
         from metarun.data.storage.miniimagenet_files import FORMS, import_miniimagenet
@@ -116,15 +140,22 @@ def _import(name: str, source: Path | None, base: Path) -> Store:
                 f"import files you have with --from PATH; supported formats are {FORMS}"
             )
         return import_miniimagenet(source, base)
-    from metarun.data.storage.omniglot_files import fetch_omniglot, import_omniglot
+    if name == "omniglot":
+        from metarun.data.storage.omniglot_files import fetch_omniglot, import_omniglot
 
-    return fetch_omniglot(base) if source is None else import_omniglot(source, base)
+        return fetch_omniglot(base) if source is None else import_omniglot(source, base)
+    from metarun.data.storage.image_sets import fetch_images, import_images
+
+    store = registry.store_of(name)
+    return fetch_images(store, base) if source is None else import_images(store, source, base)
 
 
 def _describe(store: Store) -> str:
     facts = store.facts
     counts = facts.get("counts")
-    if counts is None:
+    if isinstance(counts, list):
+        content = f"{len(counts)} classes, {sum(counts)} images"
+    elif counts is None:
         content = f"{facts['classes']} classes, {facts['images']} images"
     else:
         classes = "/".join(str(len(numbers)) for numbers in counts.values())

@@ -117,6 +117,10 @@ def _data() -> Parser:
         offers=candidates.names("data"),
     )  # fmt: skip
     parser.add(
+        "which", nargs="?", metavar="CLASS", help="of NAME=torchvision: a class, such as DTD",
+        offers=candidates.words(()),
+    )  # fmt: skip
+    parser.add(
         "--from", dest="source", metavar="PATH", help="import files that you already have",
         offers=candidates.paths,
     )  # fmt: skip

@@ -109,7 +109,7 @@ def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
     ("words", "message"),
     [
         (["omniglt"], "unknown data set omniglt: did you mean omniglot?"),
-        (["zzz"], "unknown data set zzz: choose from diabetes, folder"),
+        (["zzz"], "unknown data set zzz: choose from cifar_fs, cub, diabetes"),
         (
             ["--from"],
             "argument --from: expected one argument: expected `metarun data [-h] [--from PATH]",
@@ -176,10 +176,13 @@ def test_a_configuration_has_the_options_and_defaults_of_its_class(name: str) ->
     loaded: Any = OmegaConf.to_container(OmegaConf.load(conf_dir() / "data" / f"{name}.yaml"))
     node = dict(loaded["data"])
     target = locate("data._target_", node.pop("_target_"))
+    shared = {"augmentation"} if "defaults" in loaded else set()
     # Includes the keywords that `**options` passes on.
-    assert set(keywords(target)) == {"setup", *node}
+    assert set(keywords(target)) == {"setup", *node, *shared}
+    # These say which of the data sets of a class it is.
+    chosen = {"name", "split"} if "name" in node else set()
     for key, parameter in inspect.signature(target).parameters.items():
-        if key == "setup" or parameter.kind is parameter.VAR_KEYWORD:
+        if key in {"setup", *shared, *chosen} or parameter.kind is parameter.VAR_KEYWORD:
             continue
         default = parameter.default
         assert node[key] == (list(default) if isinstance(default, tuple) else default), key

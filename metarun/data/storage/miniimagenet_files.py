@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import json
-import pickle
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from metarun.core.types import SPLITS, Split
 from metarun.data.storage.cache import Pixels, Store, build_store, open_store
 from metarun.data.storage.download import file_hash, need_space
 from metarun.data.storage.image_files import open_image, photograph, suffixes
+from metarun.data.storage.pickles import read_pickle
 
 SIZE = 84
 NUM_CLASSES: dict[Split, int] = {"train": 64, "val": 16, "test": 20}
@@ -505,27 +505,8 @@ def read_cache_pickle(path: Path) -> tuple[Pixels, dict[str, list[int]]]:
     Raises:
         ValueError: The file is damaged, or contains anything but images.
     """
-    try:
-        with path.open("rb") as file:
-            # The files were written by Python 2, whose strings are bytes.
-            content = _ArrayUnpickler(file, encoding="bytes").load()
-    except _RefusedError as error:
-        raise ValueError(f"{path} would run {error}: it is not a pickle of images") from None
-    except MemoryError:
-        raise ValueError(f"{path} does not fit into memory, or is damaged") from None
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        ValueError,
-        TypeError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        ImportError,
-        OverflowError,
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path} is not a complete pickle ({reason}): get it again") from None
+    with path.open("rb") as file:
+        content = read_pickle(file, str(path))
     keys = {_text(k): v for k, v in content.items()} if isinstance(content, dict) else {}
     images, classes = keys.get("image_data"), keys.get("class_dict")
     if not isinstance(images, np.ndarray) or not isinstance(classes, dict):
@@ -543,41 +524,6 @@ def read_cache_pickle(path: Path) -> tuple[Pixels, dict[str, list[int]]]:
             f"{len(images)}"
         )
     return images, rows
-
-
-class _RefusedError(Exception):
-    """A pickle refers to an object that is not allowed in a file of arrays."""
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_SCALAR = np.int64(0).__reduce__()[0]
-_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
-_ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    **{(f"numpy.{core}.multiarray", "_reconstruct"): _RECONSTRUCT for core in ("core", "_core")},
-    **{(f"numpy.{core}.multiarray", "scalar"): _SCALAR for core in ("core", "_core")},
-    **{(f"numpy.{core}.numeric", "_frombuffer"): _FROM_BUFFER for core in ("core", "_core")},
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickler of dictionaries, lists, numbers, strings and arrays, which runs no code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _encode
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise _RefusedError(f"{module}.{name}") from None
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """Encode text as bytes: Python 3 pickles bytes for Python 2 as latin1 text."""
-    if encoding != "latin1":
-        raise _RefusedError(f"the codec {encoding}")
-    return text.encode("latin1")
 
 
 def _text(name: Any) -> str:

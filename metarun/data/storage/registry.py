@@ -18,15 +18,32 @@ PLACES: dict[str, Place] = {
     "omniglot_small": "shipped",
     "omniglot": "store",
     "miniimagenet": "store",
+    "cifar_fs": "store",
+    "fc100": "store",
+    "tiered_imagenet": "store",
+    "cub": "store",
+    "mnist": "store",
+    "fashion_mnist": "store",
+    "kmnist": "store",
+    "emnist": "store",
+    "torchvision": "store",
     "folder": "folder",
 }
 """Where the files of data sets are. All others are made."""
 
-_FETCH = {
-    "omniglot": "fetch it with `metarun data omniglot{root}` (14 MB), or import files you have "
-    "with `metarun data omniglot --from PATH{root}`",
-    "miniimagenet": "import files you have with `metarun data miniimagenet --from PATH{root}`",
+_STORES = {"cifar_fs": "cifar100", "fc100": "cifar100"}
+"""Names of stores that are not those of the data sets."""
+
+_DOWNLOADS = {
+    "omniglot": "14 MB",
+    "cifar100": "170 MB",
+    "cub": "1.2 GB",
+    "mnist": "12 MB",
+    "fashion_mnist": "31 MB",
+    "kmnist": "21 MB",
+    "emnist": "562 MB",
 }
+"""Sizes of what is downloaded. Others can only be imported."""
 
 
 def default_root() -> Path:
@@ -65,11 +82,36 @@ def missing(name: str, root: str | os.PathLike[str] | None = None) -> str | None
         return None
     if place == "folder":
         return _missing_folder(root)
-    base = resolve_root(root)
-    if open_store(base / name) is not None:
+    if name == "torchvision":
+        # Many data sets; the source knows which one.
         return None
+    return missing_store(store_of(name), root, name)
+
+
+def store_of(name: str) -> str:
+    """Return the name of a data set's store."""
+    return _STORES.get(name.removeprefix("stream_"), name.removeprefix("stream_"))
+
+
+def missing_store(
+    store: str, root: str | os.PathLike[str] | None = None, name: str | None = None
+) -> str | None:
+    """Return a one-line instruction to get a missing store; see `missing`.
+
+    Args:
+        store: Name of the store.
+        root: Folder of the data sets.
+        name: Name of the data set that needs it; by default the same.
+    """
+    base = resolve_root(root)
+    if open_store(base / store) is not None:
+        return None
+    word = f"metarun data {name or store}"
     typed = "" if root is None else f" --root {root}"
-    return f"data={name} is not in {base}: {_FETCH[name].format(root=typed)}"
+    how = f"import files you have with `{word} --from PATH{typed}`"
+    if store in _DOWNLOADS or store.startswith("torchvision_"):
+        how = f"fetch it with `{word}{typed}` ({_DOWNLOADS.get(store, 'size varies')}), or {how}"
+    return f"data={name or store} is not in {base}: {how}"
 
 
 def _missing_folder(root: str | os.PathLike[str] | None) -> str | None:

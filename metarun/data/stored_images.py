@@ -1,0 +1,189 @@
+"""Image data sets from a store of all their images, with a published or a hashed split.
+
+CIFAR-FS (Bertinetto et al. 2019) and FC100 (Oreshkin et al. 2018) are splits of CIFAR-100; tests
+across domains and streams use others, such as MNIST.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from metarun.core.checks import within
+from metarun.core.types import SPLITS, SourceSetup, Split
+from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
+from metarun.data.episodes import ClassEpisodes, ClassTable
+from metarun.data.splits import check_fractions, hashed_split
+from metarun.data.storage import registry
+from metarun.data.storage.cache import Pixels, Store, open_store
+from metarun.data.storage.image_files import Photograph
+from metarun.data.storage.image_sets import IMAGES, groups_of, moments, published_split
+from metarun.data.storage.torchvision_sets import PUBLISHED, store_name
+
+SplitName = Literal["cifar_fs", "fc100", "cub", "tiered_imagenet", "aircraft", "dtd", "flowers"]
+
+_LUMA = np.array([299, 587, 114], dtype=np.int32)
+"""Weights of the channels in a gray level, in thousandths, as in ITU-R 601 and Pillow."""
+
+
+class StoredImages(ClassEpisodes):
+    """Classes of a data set that `metarun data NAME` has stored.
+
+    Args:
+        setup: See `ClassEpisodes`.
+        name: Name of the images.
+        split: Published split of their classes; `hashed` splits them by a hash of their names.
+            None is a published one where there is one.
+        classes: `split` has the classes of each part of the split. `all` has all classes in each
+            part, for a meta-test on the whole data set.
+        root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
+        image_size: Side of the images in pixels; None is the stored one.
+        channels: 1 for gray levels, 3 for colors; None is the stored number.
+        val_fraction, test_fraction: Share of the classes for val and for test of a hashed split.
+        augmentation: Changes of training images.
+
+    Raises:
+        ValueError: The data set is not stored, or an option is out of range.
+    """
+
+    published: Mapping[str, SplitName | Literal["hashed"]] = {}
+    """Default splits by the names of the images."""
+
+    def __init__(
+        self,
+        setup: SourceSetup,
+        *,
+        name: str | None = None,
+        split: SplitName | Literal["hashed"] | None = None,
+        classes: Literal["split", "all"] = "split",
+        root: str | None = None,
+        image_size: int | None = None,
+        channels: Literal[1, 3] | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.25,
+        augmentation: Augmentation = NO_AUGMENTATION,
+    ) -> None:
+        within("data", "[8, 512]", image_size=image_size)
+        check_fractions(val_fraction, test_fraction)
+        if name is None:
+            raise ValueError(
+                "data.name=null: expected the name of a data set, such as data.name=DTD"
+            )
+        split = split or self.published.get(name, "hashed")
+        images = self.store_name(name)
+        absent = registry.missing_store(images, root)
+        store = open_store(registry.resolve_root(root) / images)
+        if absent is not None or store is None:
+            raise ValueError(absent)
+        names: list[str] = store.facts["classes"]
+        pixels = store.array(IMAGES)
+        side, channels = image_size or pixels.shape[-1], channels or pixels.shape[1]
+        self.resolved_options = {"image_size": side, "channels": channels}
+        if classes == "all":
+            chosen = dict.fromkeys(SPLITS, names)
+            self.notes_for_user = (
+                f"data.classes=all: training, validation and test have all {len(names)} classes",
+            )
+        elif split == "hashed":
+            chosen = hashed_split(names, images, val_fraction, test_fraction)
+        else:
+            chosen = published_split(split, names)
+        numbers = {name: number for number, name in enumerate(names)}
+        groups = groups_of(images)
+        parts: dict[Split, list[int]] = {
+            # The classes of a group are adjacent.
+            part: sorted((numbers[n] for n in chosen[part]), key=lambda i: groups.get(names[i], ""))
+            for part in SPLITS
+        }
+        mean, std = moments(store, parts["train"])
+        if channels != pixels.shape[1]:
+            mean, std = _other_channels(mean, std, channels)
+        kept: dict[tuple[int, ...], ClassTable] = {}
+        for own in parts.values():
+            if (key := tuple(own)) not in kept:
+                kept[key] = _table(store, own, groups, side, channels)
+        super().__init__(
+            setup,
+            name=f"{images} ({split})",
+            tables={part: kept[tuple(own)] for part, own in parts.items()},
+            augmentation=augmentation.padded("reflection" if pixels.shape[1] == 3 else "zeros"),
+            mean=mean,
+            std=std,
+            prepare=Photograph(side, crop=True, grayscale=channels == 1),
+        )
+
+    def store_name(self, name: str) -> str:
+        """Return the name of the store of a data set."""
+        return name
+
+
+class TorchvisionImages(StoredImages):
+    """A classification data set of torchvision, by the name of its class in torchvision.datasets.
+
+    The default split is Meta-Dataset's where it has one.
+    """
+
+    published = PUBLISHED
+
+    def store_name(self, name: str) -> str:
+        """Return the name of the store of a data set."""
+        return store_name(name)
+
+
+def _table(
+    store: Store, classes: list[int], groups: dict[str, str], side: int, channels: int
+) -> ClassTable:
+    """Return the table of some classes of a store."""
+    counts, names = store.facts["counts"], store.facts["classes"]
+    ends = np.cumsum(counts)
+    starts = ends - counts
+    pixels = store.array(IMAGES)
+    if [*range(classes[0], classes[-1] + 1)] == classes:
+        # A view: the images of a large data set stay on the disk until they are read.
+        rows = pixels[starts[classes[0]] : ends[classes[-1]]]
+    else:
+        rows = np.concatenate([pixels[starts[i] : ends[i]] for i in classes])
+    own = [names[i] for i in classes]
+    facts = f"{store.digest(IMAGES)} {side} {channels}"
+    return ClassTable(
+        images=_resized(torch.from_numpy(_with_channels(rows, channels)), side),
+        names=tuple(own),
+        counts=tuple(counts[i] for i in classes),
+        groups=tuple(groups[name] for name in own) if groups else None,
+        digest=facts,
+    )
+
+
+def _with_channels(images: Pixels, channels: int) -> Pixels:
+    """Return (N, C, H, W) images with this number of channels."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=1)
+    gray = np.empty((len(images), 1, *images.shape[2:]), dtype=np.uint8)
+    for start in range(0, len(images), 1024):
+        some = images[start : start + 1024].astype(np.int32)
+        gray[start : start + 1024, 0] = (np.einsum("nchw,c->nhw", some, _LUMA) + 500) // 1000
+    return gray
+
+
+def _other_channels(
+    mean: tuple[float, ...], std: tuple[float, ...], channels: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return moments of images whose channels were joined or repeated; joined ones nearly."""
+    if channels == 3:
+        return mean * 3, std * 3
+    weights = _LUMA / 1000
+    return (float(weights @ mean),), (float(weights @ std),)
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    if images.shape[-1] == side:
+        return images
+    size = [side, side]
+    return torch.cat([functional.resize(some, size, antialias=True) for some in images.split(1024)])
