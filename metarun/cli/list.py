@@ -138,7 +138,7 @@ def _show_runs(runs: Sequence[Path], *, every: bool) -> None:
     _show_rows(runs, lambda run: _run_row(run, ending(run, runs)), "runs", every=every)
     if runs:
         name = ending(runs[0], runs)
-        tell(f"the second column names a run: `metarun report {name}`; its folder ends so")
+        tell(f"a run is named by the end of its folder, as shown: `metarun report {name}`")
 
 
 def _run_row(folder: Path, name: str) -> Row:

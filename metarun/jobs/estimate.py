@@ -77,7 +77,9 @@ def print_estimates(jobs: Sequence[Job]) -> int:
             lines.append(_line(_named(job), found))
             total += found.total
             bar.to(number)
-    text = f"{duration(total)} in all, one run after the other; longer on a busy machine"
+    text = "longer on a busy machine"
+    if len(lines) > 1:
+        text = f"{duration(total)} in all, one run after the other; {text}"
     print(render("terminal", [Table("", lines, text)]), end="")
     return 0
 
