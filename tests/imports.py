@@ -1,7 +1,8 @@
 """Imports between the folders of the package, their ranks, and a figure of them.
 
-`python tests/imports.py FIGURE.svg` draws the folders by rank, the highest on top, and an arrow
-from each folder to each folder that it imports from. An upward arrow would be red.
+`python tests/imports.py FIGURE.svg` draws the folders by rank, the highest on the right, and an
+arrow from each folder to each folder that it imports from, unless a chain of other arrows leads
+there. An arrow to the right would be red.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import metarun
@@ -73,44 +74,62 @@ def arrows() -> Counter[tuple[str, str]]:
     return found
 
 
+def direct(found: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the arrows that no chain of other arrows replaces (the transitive reduction)."""
+    known = set(found)
+    below: dict[str, set[str]] = {}
+    for here in sorted(RANK, key=lambda folder: RANK[folder]):
+        nearest = {there for start, there in known if start == here and RANK[there] < RANK[here]}
+        below[here] = nearest.union(*(below[there] for there in nearest))
+    return [
+        (here, there)
+        for here, there in sorted(known)
+        if not any(there in below[other] for start, other in known if start == here)
+    ]
+
+
+_HEIGHTS = {"algorithms": 0.5, "evaluation": 0.5, "training": -0.6, "trackers": -0.6}
+"""Folders out of the middle, so that no arrow passes through another folder."""
+
+
 def draw(picture: Path) -> None:
-    """Draw the folders and their imports as arrows."""
+    """Draw the folders and their direct imports as arrows, from the right to the left."""
     from matplotlib import pyplot as plt
 
     place = {
-        folder: (1.0 * (number - (len(row) - 1) / 2), float(rank))
+        folder: (float(rank), _HEIGHTS.get(folder, 1.5 * ((len(row) - 1) / 2 - number)))
         for rank, row in enumerate(RANKS)
         for number, folder in enumerate(row)
     }
-    figure, axes = plt.subplots(figsize=(7.0, 9.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(14.0, 5.0), layout="constrained")
+    look = {"boxstyle": "round,pad=0.4", "facecolor": "white", "edgecolor": "#22303c"}
+    boxes = {
+        folder: axes.text(x, y, folder, ha="center", va="center", fontsize=13, bbox=look)
+        for folder, (x, y) in place.items()
+    }
     found = arrows()
-    for (here, there), count in found.items():
-        upwards = RANK[there] >= RANK[here]
-        gap = RANK[here] - RANK[there]
+    upwards = {pair for pair in found if RANK[pair[1]] >= RANK[pair[0]]}
+    for here, there in [*direct(found), *upwards]:
         axes.annotate(
             "",
             place[there],
             place[here],
             arrowprops={
-                "arrowstyle": "->",
-                "color": "red" if upwards else "#5b6b7b",
-                "alpha": 1.0 if upwards else 0.6,
-                "linewidth": 0.6 + 0.25 * min(count, 12),
-                "connectionstyle": f"arc3,rad={0.07 * (gap - 1) * (-1) ** gap:.3f}",
-                "shrinkA": 16,
-                "shrinkB": 16,
+                "arrowstyle": "-|>",
+                "color": "red" if (here, there) in upwards else "#5b6b7b",
+                "linewidth": 1.6,
+                "mutation_scale": 16,
+                "patchA": boxes[here].get_bbox_patch(),
+                "patchB": boxes[there].get_bbox_patch(),
             },
+            zorder=1,
         )
-    for folder, (x, y) in place.items():
-        box = {"boxstyle": "round,pad=0.45", "facecolor": "white", "edgecolor": "#22303c"}
-        axes.text(x, y, folder, ha="center", va="center", fontsize=12, bbox=box)
-    axes.set_xlim(-1.8, 1.8)
-    axes.set_ylim(-0.6, len(RANKS) - 0.4)
+    axes.set_xlim(-0.5, len(RANKS) - 0.5)
+    axes.set_ylim(-1.9, 1.9)
     axes.axis("off")
-    up = sum(RANK[there] >= RANK[here] for here, there in found)
-    title = f"Imports between the folders of metarun: {len(found)} arrows, {up} of them upwards"
-    axes.set_title(title, fontsize=12)
-    figure.savefig(picture, dpi=130)
+    title = "Folders of metarun: each imports from those to its left, by arrows or chains of arrows"
+    axes.set_title(f"{title}; {len(upwards)} imports to the right", fontsize=15)
+    figure.savefig(picture, dpi=110)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 COMMANDS = Path(__file__).with_suffix(".txt")
-_CODES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>()][A-Z0-9]?)")
+_CODES = re.compile(r"(\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>()][A-Z0-9]?)|\r|\n)")
 _LONGEST = 300.0
-_LINES = 60
+_LINES = 200
 
 
 class Shown(NamedTuple):
@@ -77,11 +77,21 @@ def typed(command: str, folder: Path, columns: int) -> Shown:
 
 
 def _screen(data: bytes) -> str:
-    """Return the last lines as a reader sees them, without bars that were erased."""
-    text = _CODES.sub("", data.decode(errors="replace")).replace("\r\n", "\n")
-    lines = [line.rpartition("\r")[2] for line in text.split("\n")]
-    kept = [line for line in lines if line.strip()]
-    return "\n".join(kept[-_LINES:])
+    """Return the last lines as a reader sees them, without bars and spinners that were erased."""
+    lines, row, column = [""], 0, 0
+    for part in _CODES.split(data.decode(errors="replace")):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row == len(lines))
+        elif part.startswith("\x1b"):
+            row -= min(row, int(part[2:-1] or 1)) if part.endswith("A") else 0
+            lines[row] = "" if part.endswith("K") else lines[row]
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return "\n".join([line.rstrip() for line in lines if line.strip()][-_LINES:])
 
 
 def main() -> int:

@@ -54,6 +54,9 @@ _SIZES = {
 }
 
 
+_IN_TITLES = {"steps": "inner steps"}
+
+
 def picture(record: Record, kind: str) -> bytes:
     """Return the figure as a file of `kind` `svg` or `png`: bars of ratios, and curves below."""
     results = [result for result in record["results"] if result["baselines"]]
@@ -76,7 +79,9 @@ def picture(record: Record, kind: str) -> bytes:
                 drawn |= _growth(axes, group, what, looks)
         title = "Speed of metarun against other implementations"
         if not results and panels:
-            title = f"A step by {' and by '.join(dict.fromkeys(g[0]['size'] for g, _ in panels))}"
+            sizes = dict.fromkeys(_IN_TITLES.get(g[0]["size"], g[0]["size"]) for g, _ in panels)
+            rates = all(what == "tasks_per_second" for _, what in panels)
+            title = f"{'Tasks per second' if rates else 'A step'} by {' and by '.join(sizes)}"
         legend = {name: look for name, look in looks.items() if name in drawn}
         peaks = {name: 1e9 * value for name, value in record["peak_gflops"].items()}
         panel = Panel("bench", title, "", "", figure, {}, legend)

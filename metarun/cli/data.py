@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from pathlib import Path
 
-from rich.table import Table
-
 from metarun.config.catalogue import conf_dir, entries
-from metarun.core.console import table_console
+from metarun.cli.list import example
+from metarun.core.console import definitions, table_console
+from metarun.core.streams import tell
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
 
@@ -39,15 +40,18 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{name} is {_STATES[place]}: type it without --from")
     if args.verify and place == "shipped":
         _verify_shipped()
-    print(f"{name} is {_STATES[place]}: type `metarun data={name}`")
+    tell(f"{name} is {_STATES[place]}; type `metarun {example([conf_dir()], 'data', name)}`")
     return 0
 
 
 _STATES = {
-    "made": "generated, no files needed",
-    "shipped": "shipped with metarun",
+    "made": "ready: no files are needed",
+    "shipped": "ready: shipped with metarun",
     "store": "made of the images of another data set",
 }
+
+
+_HOW = re.compile(r" \(`metarun data .*\)$")
 
 
 def _known() -> dict[str, str]:
@@ -59,14 +63,14 @@ def _known() -> dict[str, str]:
 def _list(root: str | None, *, verify: bool) -> int:
     """Print the table of data sets; return the exit code."""
     base = registry.resolve_root(root)
-    table = Table(box=None, show_header=False, expand=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    # Long paths are folded, not cut, so that they can be copied.
-    table.add_column(ratio=1, overflow="fold")
-    for name, line in _known().items():
-        table.add_row(name, line)
-        table.add_row("", _state(name, base, root, verify=verify))
-    table_console().print(table)
+    console = table_console()
+    # How to get the files is said of each data set as it is here.
+    found = {
+        name: f"{_HOW.sub('', line)}\n{_state(name, base, root, verify=verify)}"
+        for name, line in _known().items()
+    }
+    for line in definitions(found, console.width):
+        console.print(line, soft_wrap=True)
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,12 +12,13 @@ from typing import TypeVar
 from rich.text import Text
 
 from metarun.cli.candidates import OF_RUNS
-from metarun.config.catalogue import GROUPS, entries, find, header, keys, recipes
+from metarun.config.catalogue import GROUPS, entries, find, header, keys, load, recipes
+from metarun.config.naming import HOW_IT_RUNS, root_of
 from metarun.config.search_path import refuse_shipped_names
 from metarun.config.suggestions import nearest
-from metarun.core.console import INDENT, table_console
+from metarun.core.console import INDENT, definitions, table_console
 from metarun.core.measures import figure
-from metarun.core.streams import printable
+from metarun.core.streams import printable, tell, terminal_columns, wrapped
 from metarun.reporting.references import (
     folders_of,
     is_unverified,
@@ -26,9 +26,8 @@ from metarun.reporting.references import (
     read_reference,
     reference_figures,
 )
-from metarun.reporting.tables import terminal_columns, wrapped
 from metarun.runs import sweeps
-from metarun.runs.find import OUTPUTS, newest_first, run_folders, when
+from metarun.runs.find import OUTPUTS, ending, newest_first, run_folders, when
 from metarun.runs.folder import RunFolder
 
 _NEWEST = 20
@@ -46,6 +45,10 @@ EXAMPLES = {
 """A command to try for a choice of each group."""
 
 
+_FITTING = {"continual": "stream_rotated", "metric": "omniglot_small"}
+"""Data sets for families of algorithms without a recipe that do not learn regressions."""
+
+
 def run(args: argparse.Namespace) -> int:
     """Answer `metarun list [GROUP…]`, `list GROUP NAME…`, `list runs` and `list sweeps`.
 
@@ -59,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if len(words) > 1:
             raise ValueError(f"list {' '.join(words)}: expected `metarun list {words[0]}` alone")
         if words[0] == "runs":
-            _show_rows(newest_first(run_folders(OUTPUTS)), _run_row, "runs", every=args.all)
+            _show_runs(newest_first(run_folders(OUTPUTS)), every=args.all)
         else:
             _show_rows(sweeps.stored(), _sweep_row, "sweeps", every=args.all)
         return 0
@@ -100,6 +103,9 @@ def _show_counts(folders: Sequence[Path]) -> None:
     console.print()
 
 
+_FIRST = {"runs": "metarun", "sweeps": "metarun -m algo=maml,anil data=sinusoid"}
+"""A command for the first item of each list."""
+
 Item = TypeVar("Item")
 Row = tuple[Sequence[str], str]
 """The cells of a line, and a text that stands behind them or, if it is too long, below."""
@@ -112,7 +118,7 @@ def _show_rows(
     shown = [row_of(item) for item in (items if every else items[:_NEWEST])]
     left = len(items) - len(shown)
     if not shown:
-        print(f"no {what} below {OUTPUTS}/ yet")
+        print(f"no {what} below {OUTPUTS}/ yet: `{_FIRST[what]}` makes the first")
         return
     cells = [list(map(printable, row)) for row, _ in shown]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -120,20 +126,33 @@ def _show_rows(
     side_by_side = sum(widths) + 2 * len(widths) + max(len(text) for _, text in shown) <= width
     for row, (_, text) in zip(cells, shown, strict=True):
         line = "  ".join(map(str.ljust, row, widths))
-        print(f"{line}  {printable(text)}" if side_by_side else line.rstrip())
+        print(f"{line}  {printable(text)}".rstrip() if side_by_side else line.rstrip())
         for part in [] if side_by_side else wrapped(text, width, " " * INDENT):
             print(part)
     if left:
         print(f"and {left} older: metarun list {what} --all")
 
 
-def _run_row(folder: Path) -> Row:
-    """When a run was at work last, its algorithm, data, figure or state, and its folder."""
-    algo, data, stands = "–", "–", "damaged"
+def _show_runs(runs: Sequence[Path], *, every: bool) -> None:
+    """The newest of all runs, each with a name to type and with what was typed for it."""
+    _show_rows(runs, lambda run: _run_row(run, ending(run, runs)), "runs", every=every)
+    if runs:
+        name = ending(runs[0], runs)
+        tell(f"a run is named by the end of its folder, as shown: `metarun report {name}`")
+
+
+def _run_row(folder: Path, name: str) -> Row:
+    """When a run was at work last, its name, algorithm, data, figure or state, and overrides."""
+    algo, data, stands, words = "–", "–", "damaged", ""
     # A damaged run hides no other.
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         algo, data, stands = _described(RunFolder(folder))
-    return (_minute(when(folder)), algo, data, stands), str(folder)
+        typed = map(str, RunFolder(folder).overrides())
+        apart = ("algo=", "data=")
+        words = " ".join(
+            w for w in typed if root_of(w) not in HOW_IT_RUNS and not w.startswith(apart)
+        )
+    return (_minute(when(folder)), name, algo, data, stands), words
 
 
 def _described(run: RunFolder) -> tuple[str, str, str]:
@@ -143,12 +162,12 @@ def _described(run: RunFolder) -> tuple[str, str, str]:
         metric, test = results["metric"], results["test"]
         stands = f"{metric} {figure(metric, test['mean'], test['ci95'])}"
         return str(results["algo"]), str(results["data"]), stands
-    names = run.configuration()["names"]
-    of = f" of {status['steps']}" if "steps" in status else ""
+    config = run.configuration()
+    names, steps = config["names"], config["train"]["steps"]
     # A process that was killed could not change the state.
     killed = status["state"] == "running" and not run.is_in_use()
     state = "stopped" if killed else status["state"]
-    return str(names["algo"]), str(names["data"]), f"{state} at {status['step']}{of}"
+    return str(names["algo"]), str(names["data"]), f"{state} at {status['step']:,} of {steps:,}"
 
 
 def _sweep_row(sweep: sweeps.Sweep) -> Row:
@@ -184,7 +203,7 @@ def _show_group(folders: Sequence[Path], group: str) -> None:
     console.print(Text(f"{GROUPS[group]} ({group}=…)", style="italic"))
     if group == "experiment":
         found = {name: f"{text}{_measured(folders, name)}" for name, text in found.items()}
-    for line in _lines(found, console.width):
+    for line in definitions(found, console.width):
         console.print(line, soft_wrap=True)
     console.print()
 
@@ -213,14 +232,14 @@ def _show_choice(folders: Sequence[Path], path: Path) -> None:
 
     def show(text: str, indent: int = 0) -> None:
         margin = " " * indent
-        for line in textwrap.wrap(text, console.width - indent) or [""]:
-            console.print(Text(f"{margin}{line}"), soft_wrap=True)
+        for line in wrapped(text, console.width, margin):
+            console.print(Text(line), soft_wrap=True)
 
     first, *others = header(path) or [""]
     console.print(Text(f"{group}={name}", style="bold"))
     show(first)
-    for line in others:
-        console.print(Text(line), soft_wrap=True)
+    for paragraph in _paragraphs(others):
+        show(paragraph)
     if group not in ("experiment", "paper"):
         for key in keys(path):
             console.print()
@@ -230,9 +249,31 @@ def _show_choice(folders: Sequence[Path], path: Path) -> None:
     known = recipes(folders, group, name)
     if group in ("algo", "data"):
         show(f"recipes: {', '.join(known) or 'none'}")
-    usual = "sinusoid" if group == "algo" else "maml"
-    example = EXAMPLES[group].format(name=name, recipe=_best_known(known) or usual)
-    console.print(Text(f"try: metarun {example}\n"), soft_wrap=True)
+    console.print(Text(f"try: metarun {example(folders, group, name)}\n"), soft_wrap=True)
+
+
+def example(folders: Sequence[Path], group: str, name: str) -> str:
+    """Return what to type behind `metarun` to try a choice."""
+    other = _best_known(recipes(folders, group, name))
+    if group == "data":
+        other = other or ("online" if name.startswith("stream_") else "maml")
+    elif other is None and (path := find(folders, group, name)) is not None:
+        content = load(path)
+        target = str(content.get("algo", content).get("_target_"))
+        other = next((data for name, data in _FITTING.items() if f".{name}." in target), "sinusoid")
+    words = EXAMPLES[group].format(name=name, recipe=other)
+    return f"{words} data.root=PATH" if words.endswith("data=folder") else words
+
+
+def _paragraphs(lines: Sequence[str]) -> list[str]:
+    """Return the texts between empty lines; without a command, which is shown at the end."""
+    found = [""]
+    for line in lines:
+        if not line or "://" in line:
+            found += [line, ""]
+        elif not line.startswith("metarun"):
+            found[-1] += f" {line}"
+    return [text.strip() for text in found if text.strip()]
 
 
 def _best_known(known: Sequence[str]) -> str | None:
@@ -240,17 +281,3 @@ def _best_known(known: Sequence[str]) -> str | None:
     usual = ("omniglot_small", "sinusoid", "protonet", "maml", "online")
     return next((name for name in usual if name in known), known[0] if known else None)
 
-
-def _lines(found: Mapping[str, str], width: int) -> Iterator[Text]:
-    """Names with their texts next to them, or below where the names are long."""
-    longest = max(map(len, found))
-    side_by_side = longest <= width // 3
-    indent = longest + 3 if side_by_side else INDENT
-    for name, text in found.items():
-        first, *others = textwrap.wrap(text, width - indent) or [""]
-        if not side_by_side:
-            yield Text(f" {name}", style="bold")
-            others.insert(0, first)
-        else:
-            yield Text.assemble((f" {name}".ljust(indent), "bold"), first)
-        yield from (Text(" " * indent + line) for line in others)

@@ -17,7 +17,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import metarun
 from metarun.cli.parser import PARSERS, application
@@ -201,7 +201,9 @@ def _hint(word: str) -> str:
         return f": type the subcommand first, as in `metarun {word} …`"
     if word in ("resume", "test"):
         return f": type {word}=RUN, with the folder of a run"
-    found = difflib.get_close_matches(word, SUBCOMMANDS, n=1)
+    found = difflib.get_close_matches(word, [*SUBCOMMANDS, "train"], n=1)
+    if found == ["train"]:
+        return ": to train, type KEY=VALUE alone, as in `metarun algo=maml data=sinusoid`"
     return f": did you mean `metarun {found[0]}`?" if found else "; see `metarun --help`"
 
 
@@ -266,6 +268,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
     """
     from metarun.config.composition import composer
     from metarun.config.overrides import rehearsal
+    from metarun.core.console import busy
 
     folders, words = _take_folders(args.overrides)
     shows = args.cfg is not None or args.info is not None
@@ -284,8 +287,9 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
                 raise ValueError(
                     f"--{option} is for new runs: type it without {next(iter(folders))}="
                 )
-        from metarun.jobs.meta_test import meta_test
-        from metarun.jobs.resume import resume
+        with busy("starting"):
+            from metarun.jobs.meta_test import meta_test
+            from metarun.jobs.resume import resume
 
         verb, path = next(iter(folders.items()))
         act = resume if verb == "resume" else meta_test
@@ -295,8 +299,6 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         words = [f"experiment={QUICK_START}"]
     if args.rehearse:
         words = rehearsal(words)
-    from metarun.core.console import busy
-
     with busy("starting"):
         from metarun.jobs.checks import check_jobs
         from metarun.jobs.train import HydraTask, train_without_folder
@@ -402,18 +404,12 @@ def _log_to_stderr() -> None:
     if not any(isinstance(handler, _StderrHandler) for handler in logger.handlers):
         handler = _StderrHandler()
         handler.setLevel(logging.WARNING)
-        handler.setFormatter(_Formatter())
         logger.addHandler(handler)
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
-    """A handler that looks up `sys.stderr` at each message, since tests and Hydra replace it."""
+class _StderrHandler(logging.Handler):
+    """A handler of the standard error at each message, which tests and Hydra replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.stream = sys.stderr
-        super().emit(record)
-
-
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"{record.levelname.lower()}: {record.getMessage()}"
+        kind: Literal["error", "warning"] = "error" if record.levelno > logging.WARNING else "warning"
+        say(kind, record.getMessage())

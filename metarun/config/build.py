@@ -12,7 +12,7 @@ import inspect
 import json
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,6 +206,19 @@ def build_source(config: Mapping[str, Any]) -> EpisodeSource:
         ValueError: The configuration is invalid, or the data are missing.
     """
     return _source(check_config(config))
+
+
+def options_in_files(data: Mapping[str, Any]) -> Sequence[str]:
+    """Return the options of a data set that its class works out from files where they are null.
+
+    Args:
+        data: The node `data` of a configuration.
+
+    Raises:
+        ValueError: There is no such class, or it may not be imported, see `locate`.
+    """
+    found: Sequence[str] = getattr(locate("data._target_", data["_target_"]), "found_in_files", ())
+    return found
 
 
 def recorded_source(config: Mapping[str, Any], record: Record, file: Path) -> EpisodeSource | None:

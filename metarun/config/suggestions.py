@@ -5,15 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+from metarun.core.words import first_of
+
+
+_PART = 3
+"""Letters from which on a word may be a part of a name."""
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `: did you mean X?` for the most similar known name, or an empty string.
 
-    Upper and lower case are the same.
+    If none is similar, names that contain the word are listed. Upper and lower case are the same.
     """
     names = {name.lower(): name for name in known}
     found = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
-    return f": did you mean {names[found[0]]}?" if found else ""
+    if not found and len(word) >= _PART:
+        found = [name for name in names if word.lower() in name]
+    return f": did you mean {first_of([names[name] for name in found], 3)}?" if found else ""
 
 
 def one_of(names: Sequence[str], more: str, most: int = 12) -> str:

@@ -31,7 +31,8 @@ from rich.text import Text
 from metarun.core import distributed
 from metarun.core.measures import figure
 from metarun.core.results import Results, measures_of
-from metarun.core.streams import printable, unbroken_streams
+from metarun.core.streams import fitted, printable, unbroken_streams, wrapped
+from metarun.core.words import number_of
 
 _log = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ class Screen:
     ) -> Iterator[Bar]:
         """Show the progress of a part for the duration of the context; see `Bar`."""
         bar, progress = Bar(self, name, total, done, long, shorter), self._progress
-        if progress is None:
+        if progress is None or not total:
             yield bar
             return
         self._tasks[bar] = progress.add_task(name, total=total, completed=done, text="")
@@ -176,10 +177,14 @@ class Screen:
             return
         if self._progress is not None and getattr(record, "bar_shows_it", False):
             return
-        text = Text(printable(record.getMessage(), kept="\n"), getattr(record, "style", ""))
+        words = printable(record.getMessage(), kept="\n")
+        kind = f"{record.levelname.lower()}:" if record.levelno >= logging.WARNING else ""
+        words = f"{kind} {words}" if kind else words
+        if self.console.is_terminal:
+            words = fitted(words, self.console.width)
+        text = Text(words, getattr(record, "style", ""))
         text.highlight_regex(r"(?m)^test .*$", "bold")
-        if record.levelno >= logging.WARNING:
-            text = Text.assemble((f"{record.levelname.lower()}: ", "yellow"), text)
+        text.stylize("yellow", 0, len(kind))
         self.write(text)
 
     def write(self, text: Text | str) -> None:
@@ -269,16 +274,19 @@ def summary(results: Results, where: str) -> str:
     rows: list[tuple[str, str, str]] = []
     val, test = results.get("val"), results["test"]
     if val is not None:
-        note = f"{val['episodes']} episodes, step {val['step']}"
+        note = number_of(val["episodes"], "episode")
+        note += f", step {val['step']:,}" if results.get("steps") else ""
         rows.append((f"val {metric}", figure(metric, val["mean"], val["ci95"]), note))
-    note = f"{test['episodes']} episodes"
-    if "parameters_from" in results:
-        note += f", parameters of step {results['parameters_step']} ({results['parameters_from']})"
+    note = number_of(test["episodes"], "episode")
+    # A learner without meta-training has made no step.
+    if results.get("parameters_step"):
+        step, which = results["parameters_step"], results["parameters_from"]
+        note += f", parameters of step {step:,} ({which})"
     rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
     if "queries" in results:
         queries = results["queries"]
         bounds = f"binomial 95 %: {100 * queries['low']:.2f} to {100 * queries['high']:.2f} %"
-        note = f"{queries['wrong']} of {queries['number']} queries, {bounds}"
+        note = f"{queries['wrong']:,} of {queries['number']:,} queries, {bounds}"
         rows.append(("test error", f"{100 * queries['error']:.2f} %", note))
     for measure, here in measures_of(results):
         if measure.by_default:
@@ -301,7 +309,7 @@ def summary(results: Results, where: str) -> str:
     note = ""
     if "tasks_per_second" in results:
         made, rate = results["steps"], results["tasks_per_second"] or 0
-        note = f"{made} step{'s' * (made != 1)}"
+        note = number_of(made, "step") if made else "no meta-training"
         note += f", {rate_text(rate)}" if rate else ""
     rows.append(("time", duration(results["seconds"]), note))
     return _table(_title(results), rows, where)
@@ -343,6 +351,27 @@ def columns() -> int:
 def table_console() -> Console:
     """Return a console of the terminal's width, within `NARROWEST` and `WIDEST`."""
     return Console(width=min(WIDEST, columns()), highlight=False)
+
+
+def definitions(found: Mapping[str, str], width: int) -> Iterator[Text]:
+    """Yield names with their texts next to them, or below where the names are long.
+
+    Args:
+        found: Texts of one line or several by name.
+        width: Largest number of columns.
+    """
+    longest = max(map(len, found))
+    side_by_side = longest <= width // 3
+    indent = longest + 3 if side_by_side else INDENT
+    for name, text in found.items():
+        lines = [part for line in text.split("\n") for part in wrapped(line, width - indent)]
+        first, *others = lines or [""]
+        if not side_by_side:
+            yield Text(f" {name}", style="bold")
+            others.insert(0, first)
+        else:
+            yield Text.assemble((f" {name}".ljust(indent), "bold"), first)
+        yield from (Text(" " * indent + line) for line in others)
 
 
 def stacked(text: str, width: int) -> str:

@@ -105,8 +105,12 @@ def number(value: float) -> str:
 
 
 def values_text(values: Mapping[str, float], metric: str) -> str:
-    """Format several values in a line, the metric as `figure` does."""
+    """Format several values in a line, the metric as `figure` does.
+
+    A loss that is the metric is shown once.
+    """
     return "  ".join(
         f"{name} {figure(name, value) if name == metric else number(value)}"
         for name, value in values.items()
+        if name != "loss" or value != values.get(metric)
     )

@@ -1,9 +1,12 @@
-"""The standard streams, whose errors must not end a run: a terminal closes, a disk is full."""
+"""The standard streams: what they show fits the terminal, and their errors end no run."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,11 +21,57 @@ def printable(text: str, kept: str = "") -> str:
     return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
+def terminal_columns() -> int:
+    """Return the number of columns of the terminal; a large number for a file or a pipe."""
+    return shutil.get_terminal_size((10_000, 0)).columns
+
+
+def wrapped(text: str, width: int, before: str = "") -> list[str]:
+    """Return a text in lines of whole words; those after the first are indented like it.
+
+    A command in backticks stays on one line, so that it can be copied.
+    """
+    held = re.sub("`[^`]*`", lambda found: found[0].replace(" ", _HELD), printable(text))
+    lines = textwrap.wrap(
+        held, width, initial_indent=before, subsequent_indent=" " * len(before),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return [line.replace(_HELD, " ") for line in lines]
+
+
+_HELD = "\0"
+"""Stands for a space at which no line ends."""
+
+
+def fitted(text: str, width: int) -> str:
+    """Return lines in at most `width` columns: rules are cut, others wrapped by `wrapped`.
+
+    What follows the last gap of a line, such as the last column of a table, is indented by it.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= width:
+            lines.append(line)
+        elif not line.strip("─"):
+            lines.append(line[:width])
+        else:
+            gap = re.search(r".*\S  +(?=\S)|^ *", line[: width // 2 + 1])
+            before = "" if gap is None else gap[0]
+            lines += wrapped(line[len(before) :], width, before)
+    return "\n".join(lines)
+
+
+def tell(text: str, stream: TextIO | None = None) -> None:
+    """Write lines to standard output or another stream, in whole words on a terminal."""
+    stream = stream or sys.stdout
+    print(fitted(text, terminal_columns()) if stream.isatty() else text, file=stream, flush=True)
+
+
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan", "interrupted": "yellow"}
 
 
 def say(kind: Literal["error", "warning", "note", "interrupted"], text: str) -> None:
-    """Write `kind: text` to standard error, on a terminal with the first word in color."""
+    """Write `kind: text` to standard error, on a terminal in whole words, the first in color."""
     with unbroken_streams():
         if not sys.stderr.isatty():
             print(f"{kind}: {text}", file=sys.stderr, flush=True)
@@ -30,8 +79,9 @@ def say(kind: Literal["error", "warning", "note", "interrupted"], text: str) -> 
         from rich.console import Console
         from rich.text import Text
 
-        colored = Text.assemble((f"{kind}:", _STYLES[kind]), f" {text}")
-        Console(stderr=True, highlight=False).print(colored, soft_wrap=True)
+        console = Console(stderr=True, highlight=False)
+        shown = fitted(f"{kind}: {text}", console.width)
+        console.print(Text.assemble((kind, _STYLES[kind]), shown[len(kind) :]), soft_wrap=True)
 
 
 def open_closed_streams() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 import torch
@@ -56,6 +56,9 @@ class ImageFiles(ClassEpisodes, ABC):
         ValueError: There is no such folder, an image cannot be read, classes have too few images,
             or an option is out of range.
     """
+
+    found_in_files: ClassVar[Sequence[str]] = ("image_size",)
+    """Options that are worked out from the files where they are null."""
 
     selection: Mapping[str, Any] = {}
     """Options of a subclass that select images. Each choice has its own cache."""

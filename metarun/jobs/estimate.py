@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from metarun.algorithms.capabilities import HasOptions
 from metarun.config.build import Experiment, build_experiment
 from metarun.core import seeding
 from metarun.core.console import duration, main_screen
@@ -76,7 +77,9 @@ def print_estimates(jobs: Sequence[Job]) -> int:
             lines.append(_line(_named(job), found))
             total += found.total
             bar.to(number)
-    text = f"{duration(total)} in all, one run after the other; longer on a busy machine"
+    text = "longer on a busy machine"
+    if len(lines) > 1:
+        text = f"{duration(total)} in all, one run after the other; {text}"
     print(render("terminal", [Table("", lines, text)]), end="")
     return 0
 
@@ -85,12 +88,16 @@ def estimate(experiment: Experiment) -> Estimate:
     """Measure a few steps of a run and a few units of its evaluations."""
     algorithm, source, settings = experiment.algorithm, experiment.source, experiment.train
     step = _seconds_of_step(experiment) if settings.steps else 0.0
-    evaluations = -(-settings.steps // settings.eval_every) or 1
+    training, evaluations = step * settings.steps, -(-settings.steps // settings.eval_every) or 1
+    if settings.rehearse is not None and training > settings.rehearse:
+        training, evaluations = settings.rehearse, 1
+    # Each of the options among which meta-val chooses is evaluated.
+    options = len(algorithm.options) if isinstance(algorithm, HasOptions) else 1
     val = _seconds_of(meta_validation(algorithm, source, experiment.eval), algorithm.device)
     return Estimate(
         step=step,
-        training=step * settings.steps,
-        validation=val * evaluations,
+        training=training,
+        validation=val * evaluations * max(options, 1),
         test=_seconds_of(meta_test(algorithm, source, experiment.eval), algorithm.device),
         memory=_memory(algorithm.device),
         disk=required_bytes(algorithm),
@@ -146,9 +153,15 @@ def _named(job: Job) -> str:
     return str(names.get("experiment") or f"{names['algo']} on {names['data']}")
 
 
+def _step_text(found: Estimate) -> str:
+    if not found.step:
+        return "–"
+    return duration(found.step) if found.step >= 1.0 else f"{1000.0 * found.step:.3g} ms"
+
+
 def _line(name: str, found: Estimate) -> dict[str, Any]:
     shown: dict[str, Callable[[Estimate], str]] = {
-        "a step": lambda e: duration(e.step) if e.step >= 1.0 else f"{1000 * e.step:.3g} ms",
+        "a step": _step_text,
         "training": lambda e: duration(e.training),
         "meta-val": lambda e: duration(e.validation),
         "meta-test": lambda e: duration(e.test),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from metarun.config import trust
-from metarun.config.build import Experiment, build_experiment
+from metarun.config.build import Experiment, build_experiment, options_in_files
 from metarun.config.checks import check_config
 from metarun.config.composition import Composer, composer, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of, slug
@@ -128,9 +128,10 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
         with composer(config_dir) as compose:
             config["data"] = chosen = _data_node(compose, name)
         config["names"]["data"] = name
-        if chosen.get("image_size", 0) is None:
-            # As the run's own images, where those of the new data set would decide.
-            chosen["image_size"] = stored["data"].get("image_size")
+        for option in options_in_files(chosen):
+            # As for the run's own data, where the files of the new ones would decide.
+            if chosen[option] is None:
+                chosen[option] = stored["data"].get(option)
     config = with_values(config, typed)
     # Nothing is trained: the training sizes must not fail the checks of the test's data.
     sizes = {key: config["train"][key] for key in ("way", "shot", "query")}

@@ -11,10 +11,17 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun.config import trust
-from metarun.config.build import Experiment, build_experiment, build_trackers, check_shares
+from metarun.config.build import (
+    Experiment,
+    build_experiment,
+    build_trackers,
+    check_shares,
+    options_in_files,
+)
 from metarun.config.checks import check_config
 from metarun.config.composition import composer, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of
@@ -30,9 +37,13 @@ from metarun.core.console import main_screen, warnings_held
 from metarun.core.errors import EXIT_OK, one_line
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
+from metarun.core.settings import TrainSettings
+from metarun.core.streams import tell
 from metarun.core.types import EpisodeSource
 from metarun.jobs.train import exit_code_of, tell_next, train_experiment
 from metarun.runs.folder import NullRun, Run, RunFolder
+from metarun.training.ending import early_end
+from metarun.training.run_state import RunState
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +80,7 @@ def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
     if experiment is None:
         run.check_logs()
         made = run.status()["step"]
-        print(
+        tell(
             f"{run.path} is finished after {made} steps: {_how_to_go_on(run)}, or "
             f"test={run.path} to meta-test it"
         )
@@ -98,6 +109,16 @@ def _ended_early(run: RunFolder) -> bool:
     settings = run.configuration()["train"]
     ends = any(settings.get(key) is not None for key in ("patience", "rehearse"))
     return ends and int(run.status()["step"]) < settings["steps"]
+
+
+def _is_over(run: RunFolder, settings: TrainSettings) -> bool:
+    """Return whether the patience or the rehearsal of some settings has ended a run already."""
+    checkpoint = run.load_last()
+    if checkpoint is None or settings.rehearse is not None:
+        return True
+    state = RunState(share=1)
+    state.load_state_dict(checkpoint, torch.device("cpu"))
+    return early_end(settings, state) is not None
 
 
 def _ours(run: RunFolder) -> Run:
@@ -157,11 +178,12 @@ def _continued(
     config = with_values(config, typed)
     settings = check_config(config)
     if run.is_complete():
-        # A run that ended early goes on only if its patience is another one.
         early = _ended_early(run)
-        goes_on = "train.patience" in typed and settings.train.rehearse is None
         reached = run.status()["step"] if early else stored["train"]["steps"]
-        if settings.train.steps <= reached or (early and not goes_on):
+        if settings.train.steps <= reached:
+            return None
+        # A run that ended early goes on only by another patience, if that is not over yet.
+        if early and ("train.patience" not in typed or _is_over(run, settings.train)):
             return None
     with trust.stored(named, config_dir), warnings_held():
         for line in _changes(run, stored, typed, config_dir):
@@ -224,13 +246,13 @@ def _changes(
             f"is used{hint}"
         ]
     then, now = flat(stored), flat(config)
+    found = {f"data.{option}" for option in options_in_files(stored["data"])}
     lines: list[str] = []
     for key in sorted(then.keys() | now.keys()):
         expected = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
         # A learner without meta-training has stored 0 steps, which no override has set.
         expected |= key == "train.steps" and then.get(key) == 0
-        # Worked out from the images of the run.
-        expected |= key == "data.image_size" and now.get(key, _ABSENT) is None
+        expected |= key in found and now.get(key, _ABSENT) is None
         if not expected and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "

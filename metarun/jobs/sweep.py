@@ -146,7 +146,7 @@ class Worker:
         name = str(folder)
         if not self._quiet:
             of = "" if self._number is None else f" of {self._number}"
-            print(f"\nrun {len(self._journal.ends()) + 1}{of}: {' '.join(words)}", flush=True)
+            streams.tell(f"\nrun {len(self._journal.ends()) + 1}{of}: {' '.join(words)}")
         self._journal.add("start", folder=name, host=socket.gethostname(), process=os.getpid())
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
         _at_work.set()
@@ -203,7 +203,7 @@ def run(
             _store(name, words, folders)
         code = _sum_up(journal, folders, words, stop.signum, failed)
         shown = _show_tables([Path(folder) for folder in folders], config_dir)
-        print(f"\nsweep {name}: see `metarun table {name}` and `metarun report {name}`")
+        streams.tell(f"\nsweep {name}: see `metarun table {name}` and `metarun report {name}`")
         return code or shown
     finally:
         journal.path.unlink(missing_ok=True)
@@ -309,7 +309,7 @@ def _described(state: str, why: str) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    streams.tell(text, sys.stderr)
 
 
 def _results(folder: Path) -> Results | None:

@@ -9,7 +9,7 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from metarun.config.build import build_experiment, build_trackers
 from metarun.config.composition import to_yaml
@@ -22,10 +22,11 @@ from metarun.core.errors import (
     EXIT_FAILED,
     EXIT_OK,
     Interrupted,
+    OutOfTime,
     RunError,
     describe_error,
 )
-from metarun.core.streams import say
+from metarun.core.streams import say, tell
 from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
 from metarun.runs.find import LAST, OUTPUTS
@@ -144,7 +145,7 @@ def tell_next(folder: Path) -> None:
     commands = [f"`metarun report {name}` draws it"]
     if "layout" not in results:
         commands.append(f"`metarun test={name} {_other_size(results)}` tests it in another setting")
-    print(f"next: {', '.join(commands)}")
+    tell(f"next: {', '.join(commands)}")
 
 
 def _other_size(results: Mapping[str, Any]) -> str:
@@ -196,7 +197,8 @@ def exit_code_of(work: Callable[[], object], *, debug: bool) -> int:
         if debug:
             raise
         if distributed.should_report(error):
-            say("error", f"{distributed.error_prefix()}{describe_error(error)}")
+            kind: Literal["note", "error"] = "note" if isinstance(error, OutOfTime) else "error"
+            say(kind, f"{distributed.error_prefix()}{describe_error(error)}")
         refused = isinstance(error, ValueError) and not isinstance(error, RunError)
         return EXIT_BAD_INPUT if refused else EXIT_FAILED
     return EXIT_OK

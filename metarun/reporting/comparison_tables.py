@@ -66,13 +66,7 @@ def comparison(rows: Sequence[Row], columns: Sequence[str], measures: Sequence[s
     heads += [measure.head for measure in extra]
     heads += ["before training", "tasks", "training", "parameters", "batch norm"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
-    counts = sorted({len(result.episodes) for result in results})
-    seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
-    note = (
-        f"{_either(counts)} test episodes; mean ± 95 % interval over episodes; {_either(seeds)} "
-        "seed(s), with the interval over seeds in brackets where there are several."
-    )
-    return _table(heads, [_cells(row, extra) for row in ordered], note if results else "")
+    return _table(heads, [_cells(row, extra) for row in ordered], _note(rows, "episodes"))
 
 
 STREAM_HEADS = {
@@ -122,13 +116,7 @@ def stream_comparison(
     heads += ["training", "parameters"]
     ordered = sorted(rows, key=lambda row: _order(row, regression))
     lines = [_stream_cells(row, shown_figures, extra, against) for row in ordered]
-    counts = sorted({len(result.episodes) for result in results})
-    seeds = sorted({len(cell) for row in rows for cell in row.cells if cell})
-    note = (
-        f"{_either(counts)} test streams; mean ± 95 % interval over streams; {_either(seeds)} "
-        "seed(s), with the interval over seeds in brackets where there are several."
-    )
-    return _table(heads, lines, note if results else "", title)
+    return _table(heads, lines, _note(rows, "streams"), title)
 
 
 def without_marks(table: Table) -> Table:
@@ -259,6 +247,19 @@ def _order(row: Row, regression: bool) -> float:
         return math.inf
     mean = float(np.mean(means))
     return mean if regression else -mean
+
+
+def _note(rows: Sequence[Row], units: str) -> str:
+    """Return how many episodes or streams and seeds stand behind the figures, if any."""
+    cells = [cell for row in rows for cell in row.cells if cell]
+    counts = sorted({len(result.episodes) for cell in cells for result in cell})
+    seeds = sorted({len(cell) for cell in cells})
+    if not cells:
+        return ""
+    note = f"{_either(counts)} test {units}; mean ± 95 % interval over {units}; {_either(seeds)} "
+    if seeds == [1]:
+        return f"{note}seed."
+    return f"{note}seeds, with the interval over several seeds in brackets."
 
 
 def _either(counts: Sequence[int]) -> str:

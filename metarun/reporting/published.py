@@ -7,6 +7,7 @@ seeds. Runs without a published figure are listed by their command-line override
 from __future__ import annotations
 
 import logging
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -234,9 +235,31 @@ def report(
     written = render(style, parts(group(with_shared(runs)), config_dir, paper, measures))
     unfinished = [run for run in runs if run.result is None and run.status["state"] != DAMAGED]
     if unfinished and style in ("terminal", "markdown"):
-        named = "".join(f"  {_stand(run)}\n" for run in unfinished)
-        written += ("\n" if written else "") + f"not finished:\n{named}"
+        written += ("\n" if written else "") + render(style, [unfinished_table(unfinished)])
     return written
+
+
+_LONGEST_WHY = 70
+"""Letters of a reason in the table of unfinished runs; the whole is in the run's log."""
+
+
+def unfinished_table(runs: Sequence[Run]) -> Table:
+    """Return a table of one or more runs that are not finished: how far, and why."""
+    lines: list[Line] = []
+    for run in runs:
+        status = run.status
+        of = f" of {run.config['train']['steps']:,}" if run.config else ""
+        at = f" at step {status['step']:,}{of}" if status.get("step") is not None else ""
+        # What follows says what to type, for this run alone.
+        why = str(status.get("why") or "").partition("; ")[0]
+        lines.append(
+            {
+                "run": str(run.path),
+                "state": f"{status.get('state')}{at}",
+                "why": textwrap.shorten(why, _LONGEST_WHY, placeholder=" …"),
+            }
+        )
+    return Table("not finished", lines, "`metarun resume=RUN` continues a run; its log says more")
 
 
 def parts(
@@ -533,7 +556,3 @@ def _split(config: Config) -> str:
     split = config["data"].get("split")
     return data if split is None else f"{data}/{split}"
 
-
-def _stand(run: Run) -> str:
-    why = f": {run.status['why']}" if run.status.get("why") else ""
-    return f"{run.path}: {run.status.get('state')} at step {run.status.get('step')}{why}"

@@ -38,7 +38,8 @@ def page(runs: Sequence[Run], config_dir: str | None) -> Page:
     tables = [replace(table, series=named) for table in published.parts(in_tables, config_dir)]
     unfinished = [run for run in runs if run.result is None]
     facts = [("runs", str(len(runs))), ("finished", str(len(runs) - len(unfinished)))]
-    sections = [Section("runs", "Results", tables=[*tables, *_unfinished(unfinished)])]
+    tables += [published.unfinished_table(unfinished)] if unfinished else []
+    sections = [Section("runs", "Results", tables=tables)]
     for number, (title, members) in enumerate(clusters.items()):
         name = "together" if not number else f"together-{number + 1}"
         sections.append(Section(name, title, panels=_panels(members, number)))
@@ -190,15 +191,3 @@ def _by_name(entries: Iterable[Entry]) -> dict[str, RowSeries]:
     shared = Counter(entry.label for entry in listed)
     return {e.label: RowSeries(e.key, e.color) for e in listed if shared[e.label] == 1}
 
-
-def _unfinished(runs: Sequence[Run]) -> list[Table]:
-    lines: list[Line] = [
-        {
-            "run": str(run.path),
-            "state": str(run.status.get("state")),
-            "step": str(run.status.get("step", "")),
-            "why": str(run.status.get("why", "")),
-        }
-        for run in runs
-    ]
-    return [Table("Not finished", lines)] if lines else []

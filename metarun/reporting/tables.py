@@ -11,8 +11,6 @@ import io
 import json
 import math
 import re
-import shutil
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
@@ -20,7 +18,7 @@ from typing import Any, Literal
 
 from metarun.core.files import csv_cell
 from metarun.core.nested import finite
-from metarun.core.streams import printable
+from metarun.core.streams import printable, terminal_columns, wrapped
 
 Style = Literal["terminal", "markdown", "csv", "latex", "json", "html"]
 
@@ -151,11 +149,6 @@ def render(style: Style, tables: Sequence[Table]) -> str:
     return "\n".join(_RENDERERS[style](table) for table in tables)
 
 
-def terminal_columns() -> int:
-    """Return the number of columns of the terminal; a large number for a file or a pipe."""
-    return shutil.get_terminal_size((10_000, 0)).columns
-
-
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], text: str = "") -> str:
     """Return a Markdown table without a title, or nothing without rows; `text` is a remark."""
     lines = [dict(zip(heads, row, strict=True)) for row in rows]
@@ -170,7 +163,8 @@ def _csv(lines: Sequence[Line]) -> str:
             if isinstance(cell, Figure):
                 row |= {f"{head}{name}": text for name, text in cell.columns().items()}
             else:
-                row[head] = cell
+                named, value = _for_programs(head, cell)
+                row[named] = cell if value is None else f"{value:.15g}"
         rows.append(row)
     heads = list(dict.fromkeys(head for row in rows for head in row))
     out = io.StringIO()
@@ -181,11 +175,27 @@ def _csv(lines: Sequence[Line]) -> str:
 
 
 def _record(table: Table) -> dict[str, Any]:
-    rows = [
-        {head: finite(c.record()) if isinstance(c, Figure) else c for head, c in line.items()}
-        for line in table.lines
-    ]
+    rows: list[dict[str, Any]] = []
+    for line in table.lines:
+        row: dict[str, Any] = {}
+        for head, cell in line.items():
+            if isinstance(cell, Figure):
+                row[head] = finite(cell.record())
+            else:
+                named, value = _for_programs(head, cell)
+                row[named] = cell if value is None else value
+        rows.append(row)
     return {"title": table.title, "rows": rows, "text": table.text}
+
+
+def _for_programs(head: str, cell: str) -> tuple[str, float | None]:
+    """Return head and number of a cell that is a count or a duration, the latter in seconds."""
+    value = _number_in(cell) if cell[:1].isdigit() else None
+    if value is None or not math.isfinite(value):
+        return head, None
+    if not cell[-1].isdigit():
+        return f"{head}, s", value
+    return head, int(value) if value.is_integer() else value
 
 
 def _markdown(table: Table) -> str:
@@ -330,15 +340,6 @@ def _stacked(heads: Sequence[str], rows: Sequence[Sequence[str]], width: int) ->
         for key, cell in zip(heads[1:], cells, strict=True):
             lines += wrapped(cell, width, f"  {key:<{longest}}  ") if cell else []
     return lines
-
-
-def wrapped(text: str, width: int, before: str = "") -> list[str]:
-    """Return a text in lines of whole words; those after the first are indented like it."""
-    after = " " * len(before)
-    return textwrap.wrap(
-        printable(text), width, initial_indent=before, subsequent_indent=after,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
 
 
 def _joined(parts: Sequence[str], mark: str, width: int) -> list[str]:

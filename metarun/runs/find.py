@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,8 @@ from metarun.runs import sweeps
 OUTPUTS = Path("outputs")
 LAST = "last"
 _MOST_LISTED = 5
+_SHORTEST = 6
+"""Letters of the shortest end of a name that is shown; fewer may be a part of many names."""
 
 
 def find_run(name: str | Path) -> Path:
@@ -76,6 +79,21 @@ def run_folders(folder: Path) -> list[Path]:
     """Return the folders of all runs in and below a folder, sorted by path."""
     found = (status.parent for status in folder.rglob("status.json"))
     return sorted(run for run in found if (run / "config.yaml").exists())
+
+
+def ending(run: Path, runs: Sequence[Path]) -> str:
+    """Return the shortest end of a run's name that stands for it alone, or its path.
+
+    Args:
+        run: Folder of the run.
+        runs: Folders of all runs, among them this one.
+    """
+    starts = [found.end() for found in re.finditer("[-_]", run.name)]
+    ends = [run.name[start:] for start in reversed(starts) if len(run.name) - start >= _SHORTEST]
+    for end in [*ends, run.name]:
+        if sum(end in other.name for other in runs) == 1 and not Path(end).exists():
+            return end
+    return str(run)
 
 
 def newest_first(runs: Iterable[Path]) -> list[Path]:

@@ -7,6 +7,7 @@ import time
 from metarun.core import distributed
 from metarun.core.console import duration
 from metarun.core.settings import TrainSettings
+from metarun.core.words import number_of
 from metarun.training.run_state import RunState
 from metarun.training.signals import OutOfTimeError
 
@@ -24,7 +25,7 @@ def early_end(settings: TrainSettings, state: RunState) -> str | None:
     if settings.patience is not None and state.validated > 0:
         last = 0 if state.best is None else state.best["step"]
         if state.validated - last >= settings.patience * settings.eval_every:
-            return f"no better on meta-val for {settings.patience} evaluations"
+            return f"no better on meta-val for {number_of(settings.patience, 'evaluation')}"
     if settings.rehearse is not None:
         seconds = state.train_seconds + state.window_seconds
         if distributed.maximum(int(seconds >= settings.rehearse)):

@@ -10,6 +10,7 @@ import torch
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, environment
+from metarun.core.console import duration
 from metarun.core.files import to_npz
 from metarun.core.nested import finite
 from metarun.core.results import Results
@@ -45,15 +46,20 @@ def plan(
     """Return in one line what will run."""
     counts = [(p.numel(), p.requires_grad) for p in algorithm.parameters()]
     total, frozen = sum(n for n, _ in counts), sum(n for n, learns in counts if not learns)
-    steps = number_of(settings.steps, "step")
+    size = f"{run_info.get('backbone')} with {total:,} parameters" if total else "no parameters"
+    if frozen:
+        size += f", {frozen:,} of them frozen"
+    steps = "no meta-training"
+    if settings.steps:
+        of = number_of(settings.tasks_per_step, "task")
+        steps = f"{number_of(settings.steps, 'step')} of {of}"
+    if settings.steps and settings.rehearse is not None:
+        steps += f", rehearsed for {duration(settings.rehearse)}"
     parts = [
         f"{run_info.get('algo')} on {run_info.get('data')}",
-        f"{run_info.get('backbone')} with {total:,} parameters"
-        + (f", {frozen:,} of them frozen" if frozen else ""),
+        size,
         f"{algorithm.device}, {number_of(torch.get_num_threads(), 'thread')}",
-        f"{steps} of {number_of(settings.tasks_per_step, 'task')}"
-        if settings.steps
-        else "no meta-training",
+        steps,
         f"files in {folder}",
     ]
     return "; ".join(parts)

@@ -32,6 +32,7 @@ from metarun.core.measures import values_text
 from metarun.core.results import Results
 from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.types import EpisodeSource, Progress, Record, Share
+from metarun.core.words import number_of
 from metarun.data import recorded
 from metarun.runs.folder import Run
 from metarun.runs.openings import openings_after_training
@@ -287,9 +288,10 @@ class _Loop:
         self.trackers.metrics(state.step, found.line())
         state.validated = state.step
         better = found.better_than(None if state.best is None else state.best["mean"])
-        mark = ", the best so far" if better else ""
-        text = "step %d/%d  %s%s"
-        _log.info(text, state.step, self.settings.steps, found, mark, extra=GOOD if better else {})
+        mark = ", the best so far" if better and self.settings.steps else ""
+        total = self.settings.steps
+        at = f"step {state.step}/{total}  " if total else ""
+        _log.info("%s%s%s", at, found, mark, extra=GOOD if better else {})
         if better:
             state.best = {
                 **self._names(),
@@ -342,8 +344,9 @@ class _Loop:
             state.trained = copy.deepcopy(self.algorithm.state_dict())
             self.algorithm.load_state_dict(chosen["state"])
         step = chosen["step"] if chosen else state.step
-        text = "testing on %d episodes with the parameters of step %d"
-        _log.info(text, self.evaluation.episodes, step, extra=BAR_SHOWS_IT)
+        text = f"testing on {number_of(self.evaluation.episodes, 'episode')}"
+        text += f" with the parameters of step {step}" if step else ""
+        _log.info("%s", text, extra=BAR_SHOWS_IT)
         evaluated = measure_test(
             self.algorithm,
             self.source,

@@ -92,6 +92,30 @@ def test_a_run_that_ended_early_is_not_continued_by_more_steps(
     assert files(run) == before
 
 
+def test_a_run_that_its_patience_ended_goes_on_by_a_larger_one_alone(
+    metarun: Command, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    # At this rate no evaluation is better than the first.
+    words = ["optim.lr=1e-9", "train.steps=8", "train.eval_every=1", "train.patience=2"]
+    words = [word for word in TINY if not word.startswith("train.")] + words
+    answer = metarun("algo=maml", "data=sinusoid", *words, f"hydra.run.dir={folder}")
+    assert answer.code == 0, answer.err
+    made = json.loads((folder / "results.json").read_text())["steps"]
+    assert made < 8
+    before = files(folder)
+    for patience in (1, 2):
+        answer = metarun(f"resume={folder}", f"train.patience={patience}")
+        assert answer.code == 0
+        assert "train.patience=2 ended it: type a larger one to continue it" in answer.out
+    assert files(folder) == before
+    answer = metarun(f"resume={folder}", "train.patience=3")
+    assert answer.code == 0, answer.err
+    assert json.loads((folder / "results.json").read_text())["steps"] == made + 1
+    assert metarun(f"resume={folder}", "train.patience=null").code == 0
+    assert json.loads((folder / "results.json").read_text())["steps"] == 8
+
+
 def test_damaged_results_of_a_finished_run_are_made_again(metarun: Command, run: Path) -> None:
     before = json.loads((run / "results.json").read_text())
     for name in ("results.json", "episodes.npz"):

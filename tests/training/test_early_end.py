@@ -57,6 +57,21 @@ def test_a_run_that_ended_early_and_was_stopped_in_its_test_does_not_train_again
     assert "train" not in {split for split, _ in source.asked}
 
 
+def test_a_smaller_patience_ends_a_stopped_run_after_one_more_evaluation(tmp_path: Path) -> None:
+    def stop(split: Split, index: int) -> None:
+        if split == "train" and index >= 88:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError):
+        go(tmp_path, Watched(stop), still(), patience=5)
+    # Two evaluations were no better than the first, at step 10.
+    saved = RunFolder.open(tmp_path).status()["step"]
+    assert 30 < saved < 60
+    assert go(tmp_path, algorithm=still(), patience=1)["steps"] == saved
+    text = (tmp_path / "metarun.log").read_text()
+    assert f"step {saved}/60  no better on meta-val for 1 evaluation: training ends here" in text
+
+
 def test_a_rehearsal_validates_and_tests_what_was_trained_in_its_seconds(tmp_path: Path) -> None:
     results = go(tmp_path, rehearse=1e-9, eval_every=1000)
     assert results["steps"] == 1

@@ -22,9 +22,8 @@ Distance = Literal["squared_euclidean", "cosine"]
 class Nearest(Algorithm):
     """Predicts the label or the value of the nearest support row.
 
-    There are no parameters, and the backbone and the optimizer are ignored. An update changes
-    nothing, so one is enough (`train.steps=1`). The logit of a class is minus the distance to its
-    nearest row.
+    There are no parameters, and the backbone and the optimizer are ignored. The logit of a class
+    is minus the distance to its nearest row.
 
     Args:
         distance: `squared_euclidean`, or `cosine` (1 - cosine similarity).
@@ -33,7 +32,7 @@ class Nearest(Algorithm):
         ValueError: The distance is unknown, or it is `cosine` and inputs are single numbers.
     """
 
-    capabilities = Capabilities(accepts_any_way=True, label_equivariant=True)
+    capabilities = Capabilities(accepts_any_way=True, label_equivariant=True, meta_trains=False)
 
     def __init__(self, setup: LearnerSetup, *, distance: Distance = "squared_euclidean") -> None:
         super().__init__(setup)

@@ -29,8 +29,7 @@ class ExactGP(Algorithm):
     process that generated the curves: no predictive distribution is better. Ranges, which other
     data have, are fitted to each support set by maximum likelihood.
 
-    There are no parameters, and the backbone and the optimizer are ignored. An update changes
-    nothing, so one is enough (`train.steps=1`).
+    There are no parameters, and the backbone and the optimizer are ignored.
 
     Args:
         lengthscale: Lengthscale l of the kernel, or its range.
@@ -42,7 +41,7 @@ class ExactGP(Algorithm):
             regression.
     """
 
-    capabilities = Capabilities(kinds=("regression",), package="sklearn")
+    capabilities = Capabilities(kinds=("regression",), package="sklearn", meta_trains=False)
 
     def __init__(
         self,

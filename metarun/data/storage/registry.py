@@ -119,5 +119,5 @@ def _missing_folder(root: str | os.PathLike[str] | None) -> str | None:
         return "data=folder needs data.root=PATH, a folder with one folder of images for each class"
     path = Path(root).expanduser()
     if not path.is_dir():
-        return f"data.root={root}: there is no such folder: type data.root=PATH, where they are now"
+        return f"data.root={root}: there is no such folder: type data.root=PATH of your images"
     return None
