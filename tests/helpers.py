@@ -18,6 +18,9 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.mlp import MLP
 from metarun.backbones.network import Network
 from metarun.backbones.resnet12 import ResNet12
+from metarun.backbones.resnet18 import ResNet18
+from metarun.backbones.vit import ViT
+from metarun.backbones.wrn28_10 import WRN28x10
 from metarun.config.composition import Composer, composer
 from metarun.config.schema import Config
 from metarun.core.types import TaskBatch, TaskSpec
@@ -36,6 +39,10 @@ TINY_BACKBONES: dict[str, Any] = {
     "conv4 rounding up": partial(Conv4, filters=3, blocks=2, downsample="max_pool_ceil"),
     "conv4 instance norm": partial(Conv4, filters=3, blocks=2, norm="instance"),
     "resnet12": partial(ResNet12, widths=[2, 3], drop_rate=0.2, block_size=3),
+    "resnet18": partial(ResNet18, widths=[2, 3, 3, 3]),
+    "resnet18 imagenet": partial(ResNet18, widths=[2, 3, 3, 3], stem="imagenet"),
+    "wrn28_10": partial(WRN28x10, width=1, blocks=1, drop_rate=0.2),
+    "vit": partial(ViT, width=6, depth=1, heads=2, hidden=5, drop_rate=0.2),
 }
 
 

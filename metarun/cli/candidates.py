@@ -67,8 +67,10 @@ def runs(word: str, _: Sequence[str] = ()) -> list[str]:
 
 
 def settings(word: str, before: Sequence[str]) -> Iterable[str]:
-    """Offer overrides KEY=VALUE, by Hydra; `resume=` and `test=` take the folder of a run."""
+    """Offer overrides KEY=VALUE, by Hydra; `resume=`, `test=` and `init=` take a run."""
     key, equals, value = word.partition("=")
+    if equals and key == "init":
+        return [f"{key}={name}" for name in dict.fromkeys([*paths(value), *runs(value)])]
     if equals and key in ("resume", "test"):
         return [f"{key}={name}" for name in runs(value)]
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin

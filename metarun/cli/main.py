@@ -51,6 +51,7 @@ metarun: train and evaluate meta-learning algorithms
   metarun experiment=NAME                run a published setting with its recipe
   metarun resume=RUN                     continue a run where it stopped
   metarun test=RUN [data=… shot=…]       meta-test a run, also on other data
+  metarun init=RUN|FILE algo=… data=…    start from weights learned before
   metarun paper=NAME                     run all experiments of a paper's table
   metarun table PATH…                    print published and measured results
   metarun report PATH… [--open]          write one self-contained HTML page
@@ -267,6 +268,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         ValueError: The request is invalid; no file has been written.
     """
     from metarun.config.composition import composer
+    from metarun.config.initialization import with_path_of_init
     from metarun.config.overrides import rehearsal
     from metarun.core.console import busy
 
@@ -294,6 +296,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         verb, path = next(iter(folders.items()))
         act = resume if verb == "resume" else meta_test
         return act(path, words, args.config_dir)
+    words = with_path_of_init(words)
     bare = not words and not args.multirun
     if bare:
         words = [f"experiment={QUICK_START}"]

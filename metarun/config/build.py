@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metarun.config.checks import check_config, check_numbers, convert
+from metarun.config.initialization import Initialized
 from metarun.config.schema import Config, Settings
 from metarun.config.suggestions import unknown_key
-from metarun.config.trust import locate, without_places
+from metarun.config.trust import is_ours, locate, without_places
 from metarun.core import distributed, memory
 from metarun.core.nested import flat
 from metarun.core.once import warn_once
@@ -59,13 +60,17 @@ class Experiment:
     seed: int
 
 
-def build_experiment(config: Mapping[str, Any], source: EpisodeSource | None = None) -> Experiment:
+def build_experiment(
+    config: Mapping[str, Any], source: EpisodeSource | None = None, *, fresh: bool = True
+) -> Experiment:
     """Build the components of a run; write nothing to disk.
 
     Args:
         config: A resolved configuration, as stored in a run folder.
         source: The data set if it is there already, such as that of `recorded_source`; nothing is
             trained then. None builds it.
+        fresh: Whether the run begins. If not, a checkpoint replaces all parameters: weights that
+            the run began with (`init`, `backbone.weights`) are not read again.
 
     Raises:
         ValueError: The configuration is invalid, or its components do not fit together.
@@ -104,7 +109,11 @@ def build_experiment(config: Mapping[str, Any], source: EpisodeSource | None = N
         keep_large_blocks()
         if trains:
             _check_memory(settings, source)
-    algorithm = _algorithm(settings, source).to(device, _dtype(settings))
+    backbone = _backbone(settings, fresh=fresh)
+    algorithm = _algorithm(settings, source, backbone)
+    if isinstance(backbone, Initialized):
+        backbone.load_again()
+    algorithm = algorithm.to(device, _dtype(settings))
     for key, shot in (("shot", settings.shot), ("train.shot", settings.train.shot)):
         least = algorithm.capabilities.least_shot
         if shot < least:
@@ -127,6 +136,11 @@ def build_experiment(config: Mapping[str, Any], source: EpisodeSource | None = N
         "device": str(device),
         **engine,
     }
+    if isinstance(backbone, Initialized):
+        if "tensors" not in backbone.record:
+            name = settings.names["algo"]
+            raise ValueError(f"init={settings.init}: algo={name} has no network of the backbone")
+        run_info["init"] = backbone.record
     # The source may have lowered the ways on meta-val; the records hold the actual number.
     evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
     return Experiment(algorithm, source, train, evaluation, run_info, record, settings.seed)
@@ -284,7 +298,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
+def _algorithm(
+    settings: Settings, source: EpisodeSource, backbone: Callable[..., Any]
+) -> Algorithm:
     import torch
 
     from metarun.algorithms.base import LearnerSetup
@@ -296,7 +312,7 @@ def _algorithm(settings: Settings, source: EpisodeSource) -> Algorithm:
     optim([("parameter", torch.nn.Parameter(torch.zeros(1)))])
     setup = LearnerSetup(
         spec=source.spec,
-        backbone=_backbone(settings.backbone),
+        backbone=backbone,
         optim=optim,
         engine=Engine(
             settings.engine, settings.tasks_per_chunk, settings.threads, graph=settings.graph
@@ -335,13 +351,18 @@ def _largest(settings: Settings) -> str:
     return f"{key}={nodes[key]}".replace(" ", "")
 
 
-def _backbone(node: Mapping[str, Any]) -> Callable[..., Any]:
+def _backbone(settings: Settings, *, fresh: bool) -> Callable[..., Any]:
     """Return the factory of the networks, from one of our classes or from any `nn.Module`."""
     from metarun.backbones.adapter import AnyBackbone
 
-    make = _component("backbone", node)
-    ours = make.func.__module__.partition(".")[0] == __package__.partition(".")[0]
-    return make if ours else AnyBackbone(node["_target_"], make)
+    node = settings.backbone
+    own = _component("backbone", node)
+    make: Callable[..., Any] = own
+    if not is_ours(own.func):
+        make = AnyBackbone(node["_target_"], own, node.get("_without_"))
+    if settings.init is None or not fresh:
+        return make
+    return Initialized(make, settings.init, strict=settings.init_strict)
 
 
 _NO_OPTIONS = ("_target_", "_partial_", "_without_")

@@ -18,7 +18,7 @@ HOW_TASKS_RUN = ("device", "engine", "tasks_per_chunk", "threads", "graph")
 HOW_IT_RUNS = (*HOW_TASKS_RUN, "debug", "sweep", "published", "paper", "hydra", "logger")
 """Root keys that do not change the results of a run and are left out of its hash."""
 
-
+_NEWER_AT_THE_ROOT: Mapping[str, Any] = {"init": None, "init_strict": True}
 _NEWER: Mapping[str, Mapping[str, Any]] = {
     "train": {"patience": None, "rehearse": None},
     "eval": {"temperature": "none", "measures": []},
@@ -45,6 +45,9 @@ def digest(config: Mapping[str, Any]) -> str:
         config: A resolved configuration, including `names`.
     """
     hashed = {key: value for key, value in config.items() if key not in HOW_IT_RUNS}
+    for key, value in _NEWER_AT_THE_ROOT.items():
+        if hashed.get(key, value) == value:
+            hashed.pop(key, None)
     for node, newer in _NEWER.items():
         kept = hashed.get(node, {}).items()
         hashed[node] = {k: v for k, v in kept if k not in newer or v != newer[k]}

@@ -31,6 +31,8 @@ class Settings:
         bn: Source of batch-norm statistics at evaluation.
         engine, tasks_per_chunk, threads, graph: How the tasks of a batch are executed.
         train, eval: See `TrainSettings` and `EvalSettings`.
+        init: A run or a file of weights from which the encoder starts; None starts at random.
+        init_strict: Whether all weights of the encoder have to fit.
         names: Chosen names of `algo`, `data` and `backbone`, for the records.
         debug: Whether to show the traceback of an error.
         sweep: See `SweepSettings`.
@@ -57,6 +59,8 @@ class Settings:
     train: TrainSettings
     eval: EvalSettings
     names: dict[str, str]
+    init: str | None = None
+    init_strict: bool = True
     debug: bool = False
     sweep: SweepSettings | None = None
     published: Published | None = None

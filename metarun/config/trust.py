@@ -187,7 +187,7 @@ def locate(key: str, path: str, base: type | None = None) -> Callable[..., Any]:
         raise ValueError(f"{key}={path}: {module} has no {name}{near}")
     otherwise, fits = _KINDS[key.partition(".")[0]]
     # What one of our modules has imported is no component.
-    borrowed = path.startswith(f"{_OURS}.") and not _is_ours(found)
+    borrowed = path.startswith(f"{_OURS}.") and not is_ours(found)
     if borrowed or not fits(found) or (base is not None and not _below(found, base)):
         raise ValueError(f"{key}={path} {otherwise}")
     return found
@@ -214,7 +214,8 @@ def _imported(key: str, path: str, module: str) -> Any:
 # The kinds of components.
 
 
-def _is_ours(found: Any) -> bool:
+def is_ours(found: Any) -> bool:
+    """Return whether a class or function is part of metarun."""
     return str(getattr(found, "__module__", None)).startswith(f"{_OURS}.")
 
 
@@ -243,8 +244,8 @@ def _is_backbone(found: Any) -> bool:
     from metarun.backbones.network import Network
 
     if not inspect.isfunction(found):
-        return _below(found, Network if _is_ours(found) else nn.Module)
-    if _is_ours(found):
+        return _below(found, Network if is_ours(found) else nn.Module)
+    if is_ours(found):
         return False
     try:
         returned = typing.get_type_hints(found).get("return")

@@ -67,7 +67,7 @@ def load(
     config["bn"] = bn or ("support" if config["bn"] == "transductive" else config["bn"])
     learned = _learned(folder)
     with trusting(trust.split(",") if isinstance(trust, str) else trust), stored():
-        experiment = build_experiment(config, _recorded(folder, config))
+        experiment = build_experiment(config, _recorded(folder, config), fresh=False)
     load_parameters(experiment.algorithm, learned, experiment.run_info, folder.path)
     temperature = folder.read_results()["temperature"] if folder.has(RESULTS) else 1.0
     return Learner(experiment.algorithm, experiment.source, experiment.eval.views, temperature)
@@ -86,7 +86,7 @@ def restored(folder: RunFolder, config: Config, config_dir: str | None = None) -
     """
     learned = _learned(folder)
     with stored(config_dir=config_dir):
-        experiment = build_experiment(_for_one_task(config, "auto"))
+        experiment = build_experiment(_for_one_task(config, "auto"), fresh=False)
     load_parameters(experiment.algorithm, learned, experiment.run_info, folder.path)
     return experiment
 

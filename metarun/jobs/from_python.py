@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from metarun.config.build import build_source
 from metarun.config.composition import Job, composer
+from metarun.config.initialization import with_path_of_init
 from metarun.config.naming import QUICK_START, root_of
 from metarun.core.console import Screen, silent_screen
 from metarun.core.results import Results
@@ -150,6 +151,7 @@ def _job(words: Sequence[str], config_dir: str | None) -> Job:
             raise ValueError(
                 f"{word}: a stored run is used by metarun.load, or on the command line"
             )
+    words = with_path_of_init(words)
     with composer(config_dir) as compose:
         if compose.is_sweep(words, multirun=False):
             raise ValueError("a sweep has several runs: start it on the command line")

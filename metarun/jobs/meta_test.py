@@ -139,7 +139,7 @@ def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Exp
     settings = check_config(config)
     check_data(config)
     with trust.stored([typed, chosen], config_dir), warnings_held():
-        experiment = build_experiment(config)
+        experiment = build_experiment(config, fresh=False)
     experiment.record["train"] |= sizes
     if settings.way != stored["way"] and not experiment.algorithm.capabilities.accepts_any_way:
         learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"

@@ -189,7 +189,8 @@ def _continued(
         for line in _changes(run, stored, typed, config_dir):
             _log.warning("%s", line)
         build_trackers(config)
-        experiment = build_experiment(config)
+        # Killed before its first checkpoint, it begins again.
+        experiment = build_experiment(config, fresh=not run.has_checkpoint())
         check_shares(experiment)
     if "data.root" in typed:
         _check_same_data(run, typed["data.root"], experiment.source)

@@ -43,6 +43,10 @@ class Checkpoints:
                 (folder / "last.pt").replace(folder / "previous.pt")
             temporary.replace(folder / "last.pt")
 
+    def has_checkpoint(self) -> bool:
+        """Return whether a checkpoint was written, be it damaged or not."""
+        return any((self._folder / name).exists() for name in ("last.pt", "previous.pt"))
+
     def load_last(self) -> Record | None:
         """Return the newest intact checkpoint; None if none was written.
 

@@ -16,7 +16,7 @@ from metarun.core.nested import finite
 from metarun.core.results import Results
 from metarun.core.settings import TrainSettings
 from metarun.core.types import EpisodeSource, Record
-from metarun.core.words import number_of
+from metarun.core.words import first_of, number_of
 from metarun.evaluation.evaluation import Evaluated
 from metarun.runs.folder import EPISODES, RESULTS, Run
 from metarun.runs.formats import FORMAT
@@ -60,9 +60,22 @@ def plan(
         size,
         f"{algorithm.device}, {number_of(torch.get_num_threads(), 'thread')}",
         steps,
+        *([f"its encoder starts from {_init_text(run_info['init'])}"] if "init" in run_info else []),
         f"files in {folder}",
     ]
     return "; ".join(parts)
+
+
+_NAMED = 5
+
+
+def _init_text(init: Mapping[str, Any]) -> str:
+    """Return where the first weights are from, and what was not taken."""
+    taken = f"{init['path']} ({number_of(init['tensors'], 'tensor')}"
+    out, absent = init["left_out"], init["not_found"]
+    left = f", without {first_of(out, _NAMED)}" if out else ""
+    lacks = f", at random: {first_of(absent, _NAMED)}" if absent else ""
+    return f"{taken}{left}{lacks})"
 
 
 def write_results(run: Run, record: Record, evaluated: Evaluated) -> Results:

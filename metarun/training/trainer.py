@@ -191,6 +191,8 @@ class _Loop:
             "engine": self.algorithm.resolved_engine().describe(),
             "data_fingerprint": self.source.fingerprint(),
         }
+        if "init" in self.run_info:
+            here["init"] = self.run_info["init"]
         state = self.state
         if state.saved is None:
             self.run.cut({}, 0)
@@ -200,6 +202,7 @@ class _Loop:
             _log.info("%s", plan(self.algorithm, self.run_info, self.settings, self.run.path))
         else:
             note_changes(self.run, state.step, here)
+            self.run_info = {**self.run_info, **_began_with(self.run)}
             _log.info("continuing %s from step %d", self.run.path, state.step)
         if state.best is None:
             self.run.drop_best()
@@ -377,3 +380,9 @@ class _Loop:
         self._set_status("finished")
         _log.info("%s", summary(results, str(self.run.path)))
         return results
+
+
+def _began_with(run: Run) -> Record:
+    """Return the entry `init` of a run that goes on: the weights it began with, if any."""
+    found = run.read_json("environment.json") if run.has("environment.json") else {}
+    return {"init": found["init"]} if "init" in found else {}

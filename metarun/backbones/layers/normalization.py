@@ -1,4 +1,4 @@
-"""Batch and instance norm that are correct under `torch.vmap` and double differentiation.
+"""Batch, instance and layer norm that are correct under `torch.vmap` and double differentiation.
 
 Shapes: N rows, C channels, H W height and width.
 
@@ -202,6 +202,31 @@ class InstanceNorm(nn.Module):
         return scaled.to(x.dtype)
 
 
+class LayerNorm(nn.Module):
+    """Layer normalization (Ba et al. 2016) over the last dimension, as plain arithmetic.
+
+    Under `torch.vmap`, second derivatives of `nn.LayerNorm` are wrong.
+
+    Args:
+        num_features: Size D of the last dimension.
+        eps: Constant added to the variance; 1e-6 in vision transformers.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.bias = nn.Parameter(torch.zeros(num_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize (…, D) inputs."""
+        # Mixed precision: sums are taken in float32, as in batch norm.
+        wide = x.to(self.weight.dtype)
+        centered = wide - wide.mean(-1, keepdim=True)
+        scale = torch.rsqrt(centered.square().mean(-1, keepdim=True) + self.eps)
+        return (centered * scale * self.weight + self.bias).to(x.dtype)
+
+
 class Unchanged(nn.Module):
     """Identity in place of a normalization layer."""
 
@@ -307,10 +332,10 @@ def has_batch_norm(net: nn.Module) -> bool:
 
 
 def norm_parameters(net: nn.Module) -> set[str]:
-    """Return the qualified names of the scale and shift of every batch or instance norm."""
+    """Return the qualified names of the scale and shift of every normalization layer of ours."""
     return {
         f"{name}.{own}"
         for name, module in net.named_modules()
-        if isinstance(module, BatchNorm | InstanceNorm)
+        if isinstance(module, BatchNorm | InstanceNorm | LayerNorm)
         for own, _ in module.named_parameters()
     }
