@@ -38,7 +38,8 @@ class NonFiniteError(ArithmeticError):
 class OuterOptimizer(nn.Module):
     """An optimizer of named parameters, with a learning-rate schedule over the run.
 
-    Frozen parameters, those with `requires_grad=False`, are left out. Its state is part of the
+    Frozen parameters, those with `requires_grad=False`, are left out. There may be none at all, as
+    with ProtoNet on features as they are. Its state is part of the
     `state_dict` of the algorithm that owns it.
 
     Args:
@@ -90,6 +91,9 @@ class OuterOptimizer(nn.Module):
         values = list(self.targets.values())
         if given and not values:
             raise ValueError("all parameters are frozen (requires_grad=False): nothing can learn")
+        if not given:
+            # Torch's optimizers refuse an empty list. The learner is not trained.
+            values = [nn.Parameter(torch.zeros(()))]
         self.optimizer: torch.optim.Optimizer
         if method == "adam":
             self.optimizer = torch.optim.Adam(

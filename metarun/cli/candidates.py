@@ -84,6 +84,11 @@ def settings(word: str, before: Sequence[str]) -> Iterable[str]:
     return [offer for offer in found if "=for_" not in offer]
 
 
+def runs_and_settings(word: str, before: Sequence[str]) -> list[str]:
+    """Offer runs, and overrides KEY=VALUE."""
+    return [*([] if "=" in word else runs(word)), *settings(word, before)]
+
+
 def _folders(before: Sequence[str]) -> list[Path]:
     return [conf_dir(), *own_folders(_config_dir(before))]
 

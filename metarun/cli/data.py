@@ -77,8 +77,8 @@ def _list(root: str | None, *, verify: bool) -> int:
 def _state(name: str, base: Path, root: str | None, *, verify: bool) -> str:
     """Return where a data set is, or how to get it."""
     place = registry.place_of(name)
-    if place == "folder":
-        return "type data=folder data.root=PATH"
+    if place in ("folder", "file"):
+        return f"type data={name} data.{'root=PATH' if place == 'folder' else 'file=FILE'}"
     if name == "torchvision":
         stored = sorted(path.name.partition("_")[2] for path in base.glob("torchvision_*"))
         return (

@@ -280,4 +280,3 @@ def _best_known(known: Sequence[str]) -> str | None:
     """Of the recipes the one that a reader expects."""
     usual = ("omniglot_small", "sinusoid", "protonet", "maml", "online")
     return next((name for name in usual if name in known), known[0] if known else None)
-

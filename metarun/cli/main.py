@@ -58,6 +58,7 @@ metarun: train and evaluate meta-learning algorithms
   metarun diff RUN RUN                   compare two runs: settings, results
   metarun compare data=NAME              run every algorithm, print one table
   metarun predict RUN --support DIR …    label your images from a few examples
+  metarun features RUN data=… --output F write features for data=features
   metarun list [algo|experiment|…]       list the names that each group accepts
   metarun list runs                      list the runs; metarun list sweeps
   metarun data [NAME] [--from PATH]      download, import or verify a data set
@@ -414,5 +415,7 @@ class _StderrHandler(logging.Handler):
     """A handler of the standard error at each message, which tests and Hydra replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        kind: Literal["error", "warning"] = "error" if record.levelno > logging.WARNING else "warning"
+        kind: Literal["error", "warning"] = (
+            "error" if record.levelno > logging.WARNING else "warning"
+        )
         say(kind, record.getMessage())

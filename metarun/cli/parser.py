@@ -240,6 +240,28 @@ def _predict() -> Parser:
     return parser
 
 
+def _features() -> Parser:
+    parser = Parser(
+        prog="metarun features",
+        description="Compute the features of a data set and write them to a file, which "
+        "data=features reads: by the network of a run, as in `metarun features last data=folder "
+        "data.root=photos --output F.npz`, or by a new one, as in `metarun features "
+        "backbone=conv4 data=omniglot_small --output F.npz`.",
+    )
+    parser.add(
+        "words", nargs="*", metavar="RUN|KEY=VALUE", offers=candidates.runs_and_settings,
+        help="a run (its folder, `last`, or a unique part of its folder's name), and settings, as "
+        "for a meta-test; without a run, settings of a network and a data set",
+    )  # fmt: skip
+    parser.add(
+        "--output", metavar="FILE", type=Path, required=True, offers=candidates.paths,
+        help="new .npz file for features, labels, classes, splits, file names and a hash of the "
+        "weights",
+    )  # fmt: skip
+    _add_config_dir(parser)
+    return parser
+
+
 def _bench() -> Parser:
     from metarun.bench.workloads import BASELINES, GROWTH, TF32, WORKLOADS, Variant
 
@@ -342,6 +364,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "compare": _compare,
     "data": _data,
     "diff": _diff,
+    "features": _features,
     "list": _list,
     "predict": _predict,
     "report": _report,

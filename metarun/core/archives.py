@@ -66,5 +66,10 @@ def _check_header(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) 
             shape, _, dtype = readers[npy.read_magic(file)](file)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {entry.filename} is no array") from error
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize > entry.file_size:
+    if dtype.hasobject:
+        raise ValueError(
+            f"{path}: array {entry.filename.removesuffix('.npy')} holds Python objects, which are "
+            "never unpickled: expected numbers or text"
+        )
+    if math.prod(shape) * dtype.itemsize > entry.file_size:
         raise ValueError(f"{path} is damaged: {entry.filename} is not as its header says")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -298,6 +298,28 @@ class EpisodeSource(Protocol):
 
     def fingerprint(self) -> str:
         """Return a hash of the data and their split, which a run records."""
+        ...
+
+
+@runtime_checkable
+class HasRowsOfClasses(Protocol):
+    """A data set whose rows belong to classes, each class to one split."""
+
+    def all_rows(self, split: Split, at_once: int = 250) -> Iterator[Tensor]:
+        """Yield the inputs (n, *input_shape) of a split, without augmentation, class by class.
+
+        Args:
+            split: The split.
+            at_once: Largest number of rows n.
+        """
+        ...
+
+    def counts(self, split: Split) -> tuple[int, ...]:
+        """Return the number of rows of each class of a split."""
+        ...
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        """Return the name of each class of a split."""
         ...
 
 

@@ -1,15 +1,18 @@
-"""Classification episodes from images that are kept on the device, sorted by class.
+"""Classification episodes from rows that are kept on the device, sorted by class.
 
-A batch of episodes is one index computation, one gather and one augmentation for all tasks.
+`ClassRows` draws the episodes; `ClassEpisodes` is that of images. A batch of episodes is one index
+computation, one gather and one augmentation for all tasks.
 
-Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W images, N images.
+Shapes: T tasks, W ways, K shots, S support rows, Q query rows, R rows, C H W images, N images, F
+features.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,10 +41,10 @@ _KEY_SUPPORT, _KEY_QUERY = 100, 101
 
 @dataclass(frozen=True, slots=True)
 class ClassTable:
-    """Images of one split.
+    """Images, or rows of features, of one split.
 
     Attributes:
-        images: (N, C, H, W) uint8 images, sorted by class.
+        images: (N, C, H, W) uint8 images, or (N, F) numbers, sorted by class.
         names: Name of each class.
         counts: Number of images of each class.
         groups: Group (alphabet) of each class; the classes of a group are adjacent.
@@ -55,8 +58,7 @@ class ClassTable:
     digest: str | None = None
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == torch.uint8
-        assert self.images.dim() == 4
+        assert self.images.dim() == (4 if self.images.dtype == torch.uint8 else 2)
         assert len(self.names) == len(self.counts)
         assert sum(self.counts) == len(self.images)
 
@@ -91,14 +93,242 @@ class _Resident:
     rotation_classes: int
 
 
-class ClassEpisodes:
+class ClassRows(ABC):
     """Episodes as a pure function of (seed, split, index), from a table of classes per split.
+
+    A subclass says how stored rows become inputs, in `prepared`.
 
     Args:
         setup: Sizes, seeds, device and precision. The way of val is lowered to its number of
             classes, unless `val_way` is set.
         name: Name of the data set, for messages.
-        tables: Images of each split.
+        tables: Rows of each split.
+        can_drop: Whether the data set has the option `min_per_class`.
+    """
+
+    least_way: ClassVar[int] = 2
+    """Smallest number of classes of a task."""
+    noun: ClassVar[str] = "images"
+    """What the rows are, for messages."""
+    _where = ""
+    """What the classes of a task have in common, for messages."""
+
+    def __init__(
+        self,
+        setup: SourceSetup,
+        *,
+        name: str,
+        tables: Mapping[Split, ClassTable],
+        can_drop: bool = False,
+    ) -> None:
+        self._name = name
+        self._tables = dict(tables)
+        self._can_drop = can_drop
+        self._seeds = setup.seeds
+        self._dtype = setup.dtype
+        self._resident: dict[Split, _Resident] = {}
+        self.device = setup.device
+        self.sizes = dict(setup.sizes)
+        # Evaluation first, because users set its keys.
+        for split in ("test", "train"):
+            self._check_size(split)
+        self._fit_val_way(setup.val_way)
+        self._check_size("val")
+        self.spec = TaskSpec(
+            kind="classification",
+            input_shape=tuple(self._tables["train"].images.shape[1:]),
+            output_dim=self.sizes["test"].way,
+            train_way=self.sizes["train"].way,
+            num_train_classes=self.num_classes("train"),
+            train_shot=self.sizes["train"].shot,
+        )
+
+    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Return tasks `index … index + num_tasks - 1` of a split."""
+        size = self.sizes[split]
+        data = self._on_device(split)
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        picks, class_ids = self._pick(split, data, keys)
+        support = self._rows(split, data, keys, picks[..., : size.shot], _KEY_SUPPORT)
+        query = self._rows(split, data, keys, picks[..., size.shot :], _KEY_QUERY)
+        return TaskBatch(*support, *query, class_ids)
+
+    @abstractmethod
+    def prepared(self, rows: Tensor) -> Tensor:
+        """Return stored rows (…, *row_shape) as inputs (…, *input_shape), without augmentation."""
+
+    def all_rows(self, split: Split, at_once: int = 250) -> Iterator[Tensor]:
+        """Yield the inputs (n, *input_shape) of a split, by the classes that `class_ids` numbers.
+
+        Args:
+            split: The split.
+            at_once: Largest number of rows n.
+        """
+        data = self._on_device(split)
+        for part in data.images[: data.num_images * self._copies(split)].split(at_once):
+            yield self.prepared(part)
+
+    def counts(self, split: Split) -> tuple[int, ...]:
+        """Return the number of rows of each class that `class_ids` numbers."""
+        return self._tables[split].counts * self._copies(split)
+
+    def num_classes(self, split: Split) -> int:
+        """Return the number of classes that `class_ids` numbers, with rotations as classes."""
+        return self._copies(split) * len(self._tables[split].counts)
+
+    def class_names(self, split: Split) -> tuple[str, ...]:
+        """Return the names of the classes that `class_ids` numbers."""
+        return self._tables[split].names
+
+    def fingerprint(self) -> str:
+        """Return a hash of every split's classes and rows."""
+        facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
+        return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
+
+    def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw (T, W) distinct classes of one group, in random order, and their copies."""
+        way = self.sizes[split].way
+        group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
+        count = data.group_counts[group]
+        copies = self._copies_in_task(split)
+        chosen = sample(keys, _SLOT_CLASSES, count * copies, way)
+        order = seeding.bits(keys, _SLOT_CLASS_ORDER, (way,)).argsort(dim=-1, stable=True)
+        chosen = chosen.gather(-1, order)
+        turns = chosen // count[:, None]
+        return data.group_starts[group][:, None] + chosen % count[:, None], turns
+
+    def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the (T, W, K + Q) indices in `data.images` of each task, and its (T, W) classes."""
+        size = self.sizes[split]
+        classes, turns = self._choose_classes(split, data, keys)
+        picks = self._choose_images(data, keys, classes, size.shot + size.query)
+        class_ids = classes + turns * len(data.counts)
+        return picks + (data.starts[classes] + turns * data.num_images)[..., None], class_ids
+
+    def _choose_images(
+        self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int
+    ) -> Tensor:
+        """Draw (T, W, num_rows) distinct images of each class, numbered within the class."""
+        keys = seeding.fold(keys[:, None], self._owners(classes.shape[1]))
+        picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
+        # The last samples tend to have high numbers: shuffle before splitting off the query.
+        order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
+        return picks.gather(-1, order)
+
+    def _owners(self, way: int) -> Tensor:
+        """Return (W,) numbers; classes of a task with equal ones draw images of equal numbers."""
+        return torch.arange(way, device=self.device)
+
+    def _rows(
+        self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return (T, R, *input_shape) inputs and (T, R) labels of picks, in random order."""
+        _, way, num = picks.shape
+        keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
+        order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
+        labels = order // max(num, 1)
+        index = picks.flatten(1).gather(-1, order)
+        return self._inputs(split, data, keys, index), labels
+
+    def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the inputs (T, R, *input_shape) of an index (T, R)."""
+        rows = data.images.index_select(0, index.flatten()).unflatten(0, index.shape)
+        return self.prepared(rows)
+
+    def _on_device(self, split: Split) -> _Resident:
+        """Return the split as device tensors, which are created at the first call."""
+        if split not in self._resident:
+            self._resident[split] = self._move(split)
+        return self._resident[split]
+
+    def _move(self, split: Split) -> _Resident:
+        table = self._tables[split]
+        counts = torch.tensor(table.counts)
+        starts = counts.cumsum(0) - counts
+        groups = self._groups(split, self.sizes[split].way)
+        first, number = zip(*groups, strict=True)
+        return _Resident(
+            images=self._with_copies(split, table.images.to(self.device)),
+            num_images=len(table.images),
+            starts=starts.to(self.device),
+            counts=counts.to(self.device),
+            group_starts=torch.tensor(first, device=self.device),
+            group_counts=torch.tensor(number, device=self.device),
+            rotation_classes=self._copies(split),
+        )
+
+    def _with_copies(self, split: Split, images: Tensor) -> Tensor:  # noqa: ARG002
+        """Return the stored rows of a split with their copies appended."""
+        return images
+
+    def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Return (first class, number of classes) of each group with enough classes."""
+        return [(0, len(self._tables[split].counts))]
+
+    def _copies(self, split: Split) -> int:  # noqa: ARG002
+        """Return the number of classes that each class of the table becomes by rotations."""
+        return 1
+
+    def _copies_in_task(self, split: Split) -> int:
+        """Return the number of rotations of one class that a task can have."""
+        return self._copies(split)
+
+    def _most_classes(self, split: Split) -> int:
+        """Return the largest number of classes that a task can have."""
+        copies = self._copies_in_task(split)
+        return copies * max(count for _, count in self._groups(split, 0))
+
+    def _fit_val_way(self, typed: int | None) -> None:
+        """Lower the way of val to its number of classes, unless the user set it."""
+        size, most = self.sizes["val"], self._most_classes("val")
+        if typed is not None or size.way <= most:
+            return
+        _LOG.warning(
+            "val has %d classes, fewer than way=%d: meta-val runs with way %d "
+            "(eval.val_way sets it)",
+            most,
+            size.way,
+            most,
+        )
+        self.sizes["val"] = EpisodeSize(way=most, shot=size.shot, query=size.query)
+
+    def _check_size(self, split: Split) -> None:
+        """Check that the split has enough classes and images for a task."""
+        size, table = self.sizes[split], self._tables[split]
+        keys = _SIZE_KEYS[split]
+        least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
+        for field, low in least.items():
+            at_least("", low, **{keys[field]: getattr(size, field)})
+        most = self._most_classes(split)
+        if size.way > most:
+            raise ValueError(
+                f"{keys['way']}={size.way} is more than the {most} classes in {self._where}"
+                f"{self._name}'s {split} split: set {keys['way']}={most} or less"
+            )
+        fewest = min(range(len(table.counts)), key=table.counts.__getitem__)
+        needed, count = size.shot + size.query, table.counts[fewest]
+        if count < needed:
+            raise ValueError(
+                f"class {table.names[fewest]} has {count} {self.noun}, {size.shot}+{size.query} "
+                f"are needed: {self._way_out(split, size, count)}"
+            )
+
+    def _way_out(self, split: Split, size: EpisodeSize, count: int) -> str:
+        """Return the advice for a class with too few images."""
+        keys = _SIZE_KEYS[split]
+        if count > size.shot:
+            lower = f"lower {keys['query']} to {count - size.shot}"
+        else:
+            lower = f"lower {keys['shot']} to {max(count - 1, 1)} and {keys['query']} to 1"
+        drop = f" or set data.min_per_class={size.shot + size.query} to drop it"
+        return lower + (drop if self._can_drop else "")
+
+
+class ClassEpisodes(ClassRows):
+    """Episodes of images.
+
+    Args:
+        setup, name, tables, can_drop: See `ClassRows`.
         rotations: Rotations in training. `none`; `classes` makes each rotation by a multiple of
             90 degrees a class; `mirrored` also adds the mirror images of these; `per_task`
             rotates each class of a task by one random multiple of 90 degrees.
@@ -115,11 +345,7 @@ class ClassEpisodes:
             pixels in [0, 1].
         prepare: Function that converts one PIL image to (C, H, W) uint8, as for the tables. A
             `Photograph` or `Drawing` lets a run be used without its data.
-        can_drop: Whether the data set has the option `min_per_class`.
     """
-
-    least_way: ClassVar[int] = 2
-    """Smallest number of classes of a task."""
 
     def __init__(
         self,
@@ -154,52 +380,20 @@ class ClassEpisodes:
                 "data.episodes=within_turned_alphabet turns all classes of a task alike, "
                 "rotations=per_task each by itself: use rotations=classes or mirrored"
             )
-        self._name = name
-        self._tables = dict(tables)
         self._rotations: dict[Split, Rotations] = {
             "train": rotations,
             "val": rotations_eval if rotations_val is None else rotations_val,
             "test": rotations_eval,
         }
         self._episodes = episodes
+        self._where = "" if episodes == "any" else "an alphabet of "
         self._turned_as_one = episodes == "within_turned_alphabet"
         self._drawers_apart = drawers == "apart"
         self._augmentation = augmentation
-        self._can_drop = can_drop
-        self._seeds = setup.seeds
-        self._resident: dict[Split, _Resident] = {}
-        self.device = setup.device
-        shape = tuple(self._tables["train"].images.shape[1:])
-        assert mean is None or len(mean) == shape[0]
+        channels = tables["train"].images.shape[1]
+        assert mean is None or len(mean) == channels
         self.preparation = Preparation(prepare, mean, std, setup.device, setup.dtype)
-        self.sizes = dict(setup.sizes)
-        # Evaluation first, because users set its keys.
-        for split in ("test", "train"):
-            self._check_size(split)
-        self._fit_val_way(setup.val_way)
-        self._check_size("val")
-        self.spec = TaskSpec(
-            kind="classification",
-            input_shape=shape,
-            output_dim=self.sizes["test"].way,
-            train_way=self.sizes["train"].way,
-            num_train_classes=self.num_classes("train"),
-            train_shot=self.sizes["train"].shot,
-        )
-
-    def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
-        """Return tasks `index … index + num_tasks - 1` of a split."""
-        size = self.sizes[split]
-        data = self._on_device(split)
-        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
-        picks, class_ids = self._pick(split, data, keys)
-        support = self._rows(split, data, keys, picks[..., : size.shot], _KEY_SUPPORT)
-        query = self._rows(split, data, keys, picks[..., size.shot :], _KEY_QUERY)
-        return TaskBatch(*support, *query, class_ids)
-
-    def num_classes(self, split: Split) -> int:
-        """Return the number of classes that `class_ids` numbers, with rotations as classes."""
-        return self._copies(split) * len(self._tables[split].counts)
+        super().__init__(setup, name=name, tables=tables, can_drop=can_drop)
 
     def class_names(self, split: Split) -> tuple[str, ...]:
         """Return the names of the classes that `class_ids` numbers."""
@@ -228,61 +422,28 @@ class ClassEpisodes:
         """
         return self.preparation.rows(images, self.spec.input_shape)
 
-    def fingerprint(self) -> str:
-        """Return a hash of every split's classes and images."""
-        facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
-        return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
+    def prepared(self, rows: Tensor) -> Tensor:
+        return self._normalize(self.preparation.shares(rows))
 
     def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw (T, W) distinct classes of one group, in random order, and their rotations."""
-        way = self.sizes[split].way
-        group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
-        count = data.group_counts[group]
-        copies = self._copies_in_task(split)
-        chosen = sample(keys, _SLOT_CLASSES, count * copies, way)
-        order = seeding.bits(keys, _SLOT_CLASS_ORDER, (way,)).argsort(dim=-1, stable=True)
-        chosen = chosen.gather(-1, order)
-        turns = chosen // count[:, None]
+        classes, turns = super()._choose_classes(split, data, keys)
         if self._turned_as_one:
             turn = seeding.integers(keys, _SLOT_ROTATIONS, data.rotation_classes)
-            turns = turn[:, None].expand_as(chosen)
-        return data.group_starts[group][:, None] + chosen % count[:, None], turns
+            turns = turn[:, None].expand_as(classes)
+        return classes, turns
 
     def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw the (T, W, K + Q) indices in `data.images` of each task, and its (T, W) classes."""
-        size = self.sizes[split]
-        classes, turns = self._choose_classes(split, data, keys)
-        class_ids = classes + turns * len(data.counts)
+        picks, class_ids = super()._pick(split, data, keys)
         if self._rotations[split] == "per_task":
-            turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, (size.way,))
-            class_ids = classes
-        picks = self._choose_images(data, keys, classes, size.shot + size.query)
-        return picks + (data.starts[classes] + turns * data.num_images)[..., None], class_ids
+            way = (self.sizes[split].way,)
+            turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, way)
+            picks = picks + (turns * data.num_images)[..., None]
+        return picks, class_ids
 
-    def _choose_images(
-        self, data: _Resident, keys: Tensor, classes: Tensor, num_rows: int
-    ) -> Tensor:
-        """Draw (T, W, num_rows) distinct images of each class, numbered within the class."""
-        places = torch.arange(classes.shape[1], device=self.device)
-        if self._drawers_apart:
-            # Classes with the same key get images of the same numbers, and thus the same people.
-            places = torch.zeros_like(places)
-        keys = seeding.fold(keys[:, None], places)
-        picks = sample(keys, _SLOT_IMAGES, data.counts[classes], num_rows)
-        # The last samples tend to have high numbers: shuffle before splitting off the query.
-        order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
-        return picks.gather(-1, order)
-
-    def _rows(
-        self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return (T, R, C, H, W) inputs and (T, R) labels of picked images, in random order."""
-        _, way, num = picks.shape
-        keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
-        order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
-        labels = order // max(num, 1)
-        index = picks.flatten(1).gather(-1, order)
-        return self._inputs(split, data, keys, index), labels
+    def _owners(self, way: int) -> Tensor:
+        places = super()._owners(way)
+        # Classes with the same key get images of the same numbers, and thus the same people.
+        return torch.zeros_like(places) if self._drawers_apart else places
 
     def _inputs(self, split: Split, data: _Resident, keys: Tensor, index: Tensor) -> Tensor:
         """Return the images (T, R, C, H, W) of an index (T, R), augmented in training tasks."""
@@ -295,37 +456,16 @@ class ClassEpisodes:
     def _normalize(self, images: Tensor) -> Tensor:
         return self.preparation.normalize(images)
 
-    def _on_device(self, split: Split) -> _Resident:
-        """Return the split as device tensors, which are created at the first call."""
-        if split not in self._resident:
-            self._resident[split] = self._move(split)
-        return self._resident[split]
-
-    def _move(self, split: Split) -> _Resident:
-        table = self._tables[split]
-        images = table.images.to(self.device)
+    def _with_copies(self, split: Split, images: Tensor) -> Tensor:
         rotations = self._rotations[split]
-        if rotations != "none":
-            sides = [images, images.flip(-1)] if rotations == "mirrored" else [images]
-            turns = range(_NUM_ROTATIONS)
-            turned = [side.rot90(turn, dims=(-2, -1)) for side in sides for turn in turns]
-            images = torch.cat(turned).contiguous()
-        counts = torch.tensor(table.counts)
-        starts = counts.cumsum(0) - counts
-        groups = self._groups(split, self.sizes[split].way)
-        first, number = zip(*groups, strict=True)
-        return _Resident(
-            images=images,
-            num_images=len(table.images),
-            starts=starts.to(self.device),
-            counts=counts.to(self.device),
-            group_starts=torch.tensor(first, device=self.device),
-            group_counts=torch.tensor(number, device=self.device),
-            rotation_classes=self._copies(split),
-        )
+        if rotations == "none":
+            return images
+        sides = [images, images.flip(-1)] if rotations == "mirrored" else [images]
+        turns = range(_NUM_ROTATIONS)
+        turned = [side.rot90(turn, dims=(-2, -1)) for side in sides for turn in turns]
+        return torch.cat(turned).contiguous()
 
     def _groups(self, split: Split, way: int) -> list[tuple[int, int]]:
-        """Return (first class, number of classes) of each group with enough classes."""
         table = self._tables[split]
         if self._episodes == "any":
             return [(0, len(table.counts))]
@@ -339,63 +479,10 @@ class ClassEpisodes:
         return [span for span in spans if self._copies_in_task(split) * span[1] >= way]
 
     def _copies(self, split: Split) -> int:
-        """Return the number of classes that each class of the table becomes by rotations."""
         return _CLASSES_OF_ONE[self._rotations[split]]
 
     def _copies_in_task(self, split: Split) -> int:
-        """Return the number of rotations of one class that a task can have."""
         return 1 if self._turned_as_one else self._copies(split)
-
-    def _most_classes(self, split: Split) -> int:
-        """Return the largest number of classes that a task can have."""
-        copies = self._copies_in_task(split)
-        return copies * max(count for _, count in self._groups(split, 0))
-
-    def _fit_val_way(self, typed: int | None) -> None:
-        """Lower the way of val to its number of classes, unless the user set it."""
-        size, most = self.sizes["val"], self._most_classes("val")
-        if typed is not None or size.way <= most:
-            return
-        _LOG.warning(
-            "val has %d classes, fewer than way=%d: meta-val runs with way %d "
-            "(eval.val_way sets it)",
-            most,
-            size.way,
-            most,
-        )
-        self.sizes["val"] = EpisodeSize(way=most, shot=size.shot, query=size.query)
-
-    def _check_size(self, split: Split) -> None:
-        """Check that the split has enough classes and images for a task."""
-        size, table = self.sizes[split], self._tables[split]
-        keys = _SIZE_KEYS[split]
-        least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
-        for field, low in least.items():
-            at_least("", low, **{keys[field]: getattr(size, field)})
-        most = self._most_classes(split)
-        if size.way > most:
-            where = "" if self._episodes == "any" else "an alphabet of "
-            raise ValueError(
-                f"{keys['way']}={size.way} is more than the {most} classes in {where}"
-                f"{self._name}'s {split} split: set {keys['way']}={most} or less"
-            )
-        fewest = min(range(len(table.counts)), key=table.counts.__getitem__)
-        needed, count = size.shot + size.query, table.counts[fewest]
-        if count < needed:
-            raise ValueError(
-                f"class {table.names[fewest]} has {count} images, {size.shot}+{size.query} are "
-                f"needed: {self._way_out(split, size, count)}"
-            )
-
-    def _way_out(self, split: Split, size: EpisodeSize, count: int) -> str:
-        """Return the advice for a class with too few images."""
-        keys = _SIZE_KEYS[split]
-        if count > size.shot:
-            lower = f"lower {keys['query']} to {count - size.shot}"
-        else:
-            lower = f"lower {keys['shot']} to {max(count - 1, 1)} and {keys['query']} to 1"
-        drop = f" or set data.min_per_class={size.shot + size.query} to drop it"
-        return lower + (drop if self._can_drop else "")
 
 
 _SIZE_KEYS: dict[Split, dict[str, str]] = {

@@ -7,21 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from metarun.core import seeding
-from metarun.core.checks import at_least, within
+from metarun.core.checks import at_least
 from metarun.core.once import warn_once
 from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.core.words import first_of
 from metarun.data.image_files import Classes, ImageFiles
+from metarun.data.splits import (
+    WORDS,
+    check_disjoint,
+    check_fractions,
+    hashed_order,
+    hashed_split,
+)
 from metarun.data.storage import registry
 from metarun.data.storage.image_files import suffixes
-
-_WORDS: dict[Split, tuple[str, ...]] = {
-    "train": ("train",),
-    "val": ("val", "validation", "valid"),
-    "test": ("test",),
-}
-
 
 _REACHED = (
     "(on CIFAR-100, 5-way 1-shot, algo=protonet reached 36 % with 11 training classes of 60 "
@@ -106,23 +105,22 @@ def list_folder(
         ValueError: The folder has another layout.
     """
     at_least("data", 1, min_per_class=min_per_class)
-    within("data", "(0, 1)", val_fraction=val_fraction, test_fraction=test_fraction)
-    if val_fraction + test_fraction >= 1.0:
-        raise ValueError(
-            f"data.val_fraction={val_fraction} and data.test_fraction={test_fraction} leave no "
-            "class to train on: their sum has to be less than 1"
-        )
+    check_fractions(val_fraction, test_fraction)
     folders = _split_folders(root)
     _tell_other_files(root, folders.values() or [root])
     if folders:
-        found = _disjoint(root, {s: _classes(f, min_per_class) for s, f in folders.items()})
+        found = {s: _classes(f, min_per_class) for s, f in folders.items()}
+        alone = "put all classes into one folder for an automatic split"
+        check_disjoint(found, f"data.root={root}", alone)
         return found if "val" in found else _with_val(found, root, val_fraction)
-    return _hashed_split(_classes(root, min_per_class), root, val_fraction, test_fraction)
+    classes = _classes(root, min_per_class)
+    chosen = hashed_split(classes, f"data.root={root}", val_fraction, test_fraction)
+    return {split: _only(classes, names) for split, names in chosen.items()}
 
 
 def _split_folders(base: Path) -> dict[Split, Path]:
     found: dict[Split, Path] = {}
-    for split, words in _WORDS.items():
+    for split, words in WORDS.items():
         for word in words:
             if (base / word).is_dir():
                 found[split] = base / word
@@ -200,40 +198,6 @@ def _tell_other_files(root: Path, folders: Iterable[Path]) -> None:
         warn_once(f"{root}: {what} of class folders left out, not images ({listed})")
 
 
-def _disjoint(base: Path, splits: dict[Split, Classes]) -> dict[Split, Classes]:
-    owner: dict[str, Split] = {}
-    for split, classes in splits.items():
-        for name in classes:
-            if name in owner:
-                raise ValueError(
-                    f"data.root={base}: class {name} is in {owner[name]} and in {split}, but "
-                    "splits must not share classes: put all classes into one folder for an "
-                    "automatic split"
-                )
-            owner[name] = split
-    return splits
-
-
-def _hashed_split(
-    classes: Classes, base: Path, val_fraction: float, test_fraction: float
-) -> dict[Split, Classes]:
-    """Split classes by a hash of their names, which does not depend on the folder's path."""
-    num_val = max(2, round(val_fraction * len(classes)))
-    num_test = max(2, round(test_fraction * len(classes)))
-    if len(classes) < num_val + num_test + 2:
-        raise ValueError(
-            f"data.root={base} has {len(classes)} classes, 6 or more are needed for disjoint "
-            "train, val and test splits"
-        )
-    order = _hashed_order(classes)
-    chosen: dict[Split, list[str]] = {
-        "train": order[num_val + num_test :],
-        "val": order[num_test : num_val + num_test],
-        "test": order[:num_test],
-    }
-    return {split: _only(classes, names) for split, names in chosen.items()}
-
-
 def _with_val(
     splits: dict[Split, Classes], base: Path, val_fraction: float
 ) -> dict[Split, Classes]:
@@ -245,7 +209,7 @@ def _with_val(
             f"data.root={base} has no val/, and {len(classes)} classes in train/: 4 or more are "
             "needed to take some for validation"
         )
-    order = _hashed_order(classes)
+    order = hashed_order(classes)
     warn_once(
         f"{base} has no val/: {num_val} of the {len(classes)} classes of train/ are taken for "
         f"validation ({first_of(sorted(order[:num_val]), _NAMED)})"
@@ -255,10 +219,6 @@ def _with_val(
         "val": _only(classes, order[:num_val]),
         "test": splits["test"],
     }
-
-
-def _hashed_order(classes: Iterable[str]) -> list[str]:
-    return sorted(classes, key=lambda name: seeding.key("folder", name))
 
 
 def _only(classes: Classes, names: Iterable[str]) -> Classes:

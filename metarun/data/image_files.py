@@ -60,6 +60,8 @@ class ImageFiles(ClassEpisodes, ABC):
     found_in_files: ClassVar[Sequence[str]] = ("image_size",)
     """Options that are worked out from the files where they are null."""
 
+    file_names: dict[Split, list[str]]
+    """Files of each split in the order of the rows, relative to the folder."""
     selection: Mapping[str, Any] = {}
     """Options of a subclass that select images. Each choice has its own cache."""
 
@@ -101,6 +103,10 @@ class ImageFiles(ClassEpisodes, ABC):
             warn_once(f"{root}: {_listed(bad, number)} and are left out")
             splits = {s: _without(splits[s], pictures.unreadable[s]) for s in SPLITS}
             _check_numbers(splits, setup.sizes, can_drop=can_drop)
+        self.file_names = {
+            split: [os.path.relpath(f, folder) for group in splits[split].values() for f in group]
+            for split in SPLITS
+        }
         super().__init__(
             setup,
             name=f"folder {root}",

@@ -65,7 +65,7 @@ def load(
     folder = RunFolder.open(run)
     config = _for_one_task(folder.configuration(), device)
     config["bn"] = bn or ("support" if config["bn"] == "transductive" else config["bn"])
-    learned = _learned(folder)
+    learned = learned_state(folder)
     with trusting(trust.split(",") if isinstance(trust, str) else trust), stored():
         experiment = build_experiment(config, _recorded(folder, config), fresh=False)
     load_parameters(experiment.algorithm, learned, experiment.run_info, folder.path)
@@ -84,7 +84,7 @@ def restored(folder: RunFolder, config: Config, config_dir: str | None = None) -
     Raises:
         ValueError: The run has no checkpoint yet, or its data are missing.
     """
-    learned = _learned(folder)
+    learned = learned_state(folder)
     with stored(config_dir=config_dir):
         experiment = build_experiment(_for_one_task(config, "auto"), fresh=False)
     load_parameters(experiment.algorithm, learned, experiment.run_info, folder.path)
@@ -112,8 +112,12 @@ def _recorded(folder: RunFolder, config: Config) -> EpisodeSource | None:
     return recorded_source(config, folder.read_json(FILE), folder.path / FILE)
 
 
-def _learned(folder: RunFolder) -> Record:
-    """Return the checkpoint with the parameters of a run."""
+def learned_state(folder: RunFolder) -> Record:
+    """Return the checkpoint with the parameters of a run.
+
+    Raises:
+        ValueError: There is none yet.
+    """
     learned = folder.load_learned()
     if learned is None:
         raise ValueError(

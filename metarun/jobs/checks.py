@@ -68,7 +68,8 @@ def check_data(config: Config) -> None:
     """
     from metarun.data.storage import registry
 
-    message = registry.missing(config["names"]["data"], config["data"].get("root"))
+    options = config["data"]
+    message = registry.missing(config["names"]["data"], options.get("root"), options.get("file"))
     if message is not None:
         raise ValueError(message)
 

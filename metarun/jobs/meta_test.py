@@ -67,7 +67,7 @@ def meta_test(path: str, words: Sequence[str], config_dir: str | None) -> int:
     """
     with distributed.agreed():
         run = RunFolder.open(path)
-        experiment = _tested(run, words, config_dir)
+        experiment = tested(run, words, config_dir)
     from metarun.training.meta_test import meta_test
 
     folder = distributed.on_main(lambda: run.test_folder(slug(words, 80) or "same"))
@@ -109,8 +109,17 @@ def _removed_without_results(folder: Path) -> Iterator[None]:
         raise
 
 
-def _tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
-    """Build the components of a run for a meta-test."""
+def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Experiment:
+    """Build the components of a run for a meta-test; its parameters are not loaded.
+
+    Args:
+        run: The run.
+        words: Overrides, such as `data=…` or `shot=…`.
+        config_dir: Folder of the user's YAML files.
+
+    Raises:
+        ValueError: An override is invalid, or may not change in a meta-test.
+    """
     stored = run.configuration()
     typed = dict(map(parse_value, without_repeated(words, stored)))
     other, name = typed.pop("experiment", None), typed.pop("data", None)

@@ -555,4 +555,3 @@ def _split(config: Config) -> str:
     data = str(config["names"]["data"])
     split = config["data"].get("split")
     return data if split is None else f"{data}/{split}"
-

@@ -190,4 +190,3 @@ def _by_name(entries: Iterable[Entry]) -> dict[str, RowSeries]:
     listed = list(entries)
     shared = Counter(entry.label for entry in listed)
     return {e.label: RowSeries(e.key, e.color) for e in listed if shared[e.label] == 1}
-

@@ -60,7 +60,11 @@ def plan(
         size,
         f"{algorithm.device}, {number_of(torch.get_num_threads(), 'thread')}",
         steps,
-        *([f"its encoder starts from {_init_text(run_info['init'])}"] if "init" in run_info else []),
+        *(
+            [f"its encoder starts from {_init_text(run_info['init'])}"]
+            if "init" in run_info
+            else []
+        ),
         f"files in {folder}",
     ]
     return "; ".join(parts)

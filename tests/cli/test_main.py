@@ -500,7 +500,8 @@ def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
 
 
 @pytest.mark.parametrize(
-    "command", ["bench", "compare", "data", "diff", "list", "predict", "report", "table"]
+    "command",
+    ["bench", "compare", "data", "diff", "features", "list", "predict", "report", "table"],
 )
 def test_an_option_that_a_command_has_not_is_answered_in_one_line(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -10,9 +10,10 @@ from platformdirs import user_cache_path
 
 from metarun.data.storage.cache import open_store
 
-Place = Literal["made", "shipped", "store", "folder"]
+Place = Literal["made", "shipped", "store", "folder", "file"]
 """Origin of a data set. `made`: generated, or loaded from a library; `shipped`: part of the
-package; `store`: to be downloaded or imported; `folder`: files of the user."""
+package; `store`: to be downloaded or imported; `folder`: files of the user; `file`: one file of the
+user, or one for each split."""
 
 PLACES: dict[str, Place] = {
     "omniglot_small": "shipped",
@@ -28,11 +29,19 @@ PLACES: dict[str, Place] = {
     "emnist": "store",
     "torchvision": "store",
     "folder": "folder",
+    "features": "file",
+    "csv": "file",
 }
 """Where the files of data sets are. All others are made."""
 
 _STORES = {"cifar_fs": "cifar100", "fc100": "cifar100"}
 """Names of stores that are not those of the data sets."""
+
+FILES_OF = {
+    "features": "FILE, an .npz, .npy, .parquet or .csv with features and labels",
+    "csv": "FILE, a .csv or .parquet with named columns",
+}
+"""What the file of a data set is, by its name."""
 
 _DOWNLOADS = {
     "omniglot": "14 MB",
@@ -69,19 +78,28 @@ def place_of(name: str) -> Place:
     return PLACES.get(name.removeprefix("stream_"), "made")
 
 
-def missing(name: str, root: str | os.PathLike[str] | None = None) -> str | None:
+def missing(
+    name: str, root: str | os.PathLike[str] | None = None, file: object = None
+) -> str | None:
     """Return a one-line instruction to get a missing data set; None if it is present.
 
     A stream is present if the data set of its images is.
 
+    Args:
+        name: Name of the data set.
+        root: Its option `data.root`.
+        file: Its option `data.file`: None, a name or several.
+
     Raises:
         ValueError: The data set is present but damaged.
     """
-    name, place = name.removeprefix("stream_"), place_of(name)
+    typed_name, name, place = name, name.removeprefix("stream_"), place_of(name)
     if place in ("made", "shipped"):
         return None
     if place == "folder":
-        return _missing_folder(root)
+        return _missing_folder(typed_name, root)
+    if place == "file":
+        return _missing_file(typed_name, file)
     if name == "torchvision":
         # Many data sets; the source knows which one.
         return None
@@ -114,9 +132,20 @@ def missing_store(
     return f"data={name or store} is not in {base}: {how}"
 
 
-def _missing_folder(root: str | os.PathLike[str] | None) -> str | None:
+def _missing_file(name: str, file: object) -> str | None:
+    if file is None:
+        return f"data={name} needs data.file={FILES_OF[name.removeprefix('stream_')]}"
+    for one in file if isinstance(file, list | tuple) else [file]:
+        if not Path(str(one)).expanduser().exists():
+            return f"data.file={one} does not exist: type data.file=FILE, where it is now"
+    return None
+
+
+def _missing_folder(name: str, root: str | os.PathLike[str] | None) -> str | None:
     if root is None:
-        return "data=folder needs data.root=PATH, a folder with one folder of images for each class"
+        return (
+            f"data={name} needs data.root=PATH, a folder with one folder of images for each class"
+        )
     path = Path(root).expanduser()
     if not path.is_dir():
         return f"data.root={root}: there is no such folder: type data.root=PATH of your images"
