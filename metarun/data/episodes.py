@@ -9,11 +9,12 @@ features.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,6 +24,7 @@ from metarun.core import seeding
 from metarun.core.checks import at_least
 from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
+from metarun.data.conversion import converted
 from metarun.data.preparation import Convert, Preparation
 
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
@@ -61,6 +63,14 @@ class ClassTable:
         assert self.images.dim() == (4 if self.images.dtype == torch.uint8 else 2)
         assert len(self.names) == len(self.counts)
         assert sum(self.counts) == len(self.images)
+
+    def converted(self, channels: int, side: int) -> ClassTable:
+        """Return the table with images of another size or number of channels."""
+        if tuple(self.images.shape[1:]) == (channels, side, side):
+            return self
+        images = converted(self.images, channels, side)
+        digest = None if self.digest is None else f"{self.digest} as {channels} x {side}"
+        return replace(self, images=images, digest=digest)
 
     def fingerprint(self) -> str:
         """Return a hash of the names, the counts and the images."""
@@ -394,6 +404,22 @@ class ClassEpisodes(ClassRows):
         assert mean is None or len(mean) == channels
         self.preparation = Preparation(prepare, mean, std, setup.device, setup.dtype)
         super().__init__(setup, name=name, tables=tables, can_drop=can_drop)
+
+    def as_for(self, shape: tuple[int, ...], preparation: Preparation) -> ClassEpisodes:
+        """Return these episodes for a learner of other images.
+
+        Args:
+            shape: (C, H, W) of the learner's inputs; images are resized and change channels.
+            preparation: How the learner's images became rows: their normalization holds here, too.
+        """
+        channels, side = shape[0], shape[-1]
+        tables = {id(table): table.converted(channels, side) for table in self._tables.values()}
+        other = copy.copy(self)
+        other._tables = {split: tables[id(table)] for split, table in self._tables.items()}
+        other._resident = {}
+        other.preparation = preparation
+        other.spec = replace(self.spec, input_shape=shape)
+        return other
 
     def class_names(self, split: Split) -> tuple[str, ...]:
         """Return the names of the classes that `class_ids` numbers."""

@@ -37,6 +37,9 @@ class Preparation:
             pixels in [0, 1].
         device: Device of the rows.
         dtype: Precision of the rows.
+
+    Attributes:
+        device, dtype: As given.
     """
 
     def __init__(
@@ -49,8 +52,8 @@ class Preparation:
     ) -> None:
         self._convert = convert
         self._moments = (mean, std)
-        self._device = device
-        self._dtype = dtype
+        self.device = device
+        self.dtype = dtype
         self._white = torch.tensor(255.0, dtype=dtype, device=device)
         self._scale: Tensor | None = None
         self._offset: Tensor | None = None
@@ -91,7 +94,7 @@ class Preparation:
         """
         if isinstance(images, Tensor) and images.is_floating_point():
             if tuple(images.shape[1:]) == shape:
-                return images.to(self._device, self._dtype)
+                return images.to(self.device, self.dtype)
             raise ValueError(
                 f"images have shape {tuple(images.shape)}, a tensor of prepared rows has "
                 f"(N, {', '.join(map(str, shape))}): pass arrays, paths or PIL images instead"
@@ -101,13 +104,13 @@ class Preparation:
         pixels = self._pixels(list(images))
         if not pixels:
             raise ValueError("no images were passed: give at least one")
-        stacked = torch.from_numpy(np.stack(pixels)).to(self._device)
+        stacked = torch.from_numpy(np.stack(pixels)).to(self.device)
         return self.normalize(self.shares(stacked)).expand(-1, shape[0], -1, -1)
 
     def shares(self, pixels: Tensor) -> Tensor:
         """Return uint8 pixels in [0, 1], the same bits on every device."""
         # By a tensor: CUDA multiplies by a number's reciprocal, one bit off for half of all levels.
-        return pixels.to(self._dtype).div_(self._white)
+        return pixels.to(self.dtype).div_(self._white)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize images (…, C, H, W) in [0, 1]."""

@@ -11,24 +11,20 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from metarun.core.checks import within
 from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
+from metarun.data.conversion import LUMA, converted
 from metarun.data.episodes import ClassEpisodes, ClassTable
 from metarun.data.splits import check_fractions, hashed_split
 from metarun.data.storage import registry
-from metarun.data.storage.cache import Pixels, Store, open_store
+from metarun.data.storage.cache import Store, open_store
 from metarun.data.storage.image_files import Photograph
 from metarun.data.storage.image_sets import IMAGES, groups_of, moments, published_split
 from metarun.data.storage.torchvision_sets import PUBLISHED, store_name
 
 SplitName = Literal["cifar_fs", "fc100", "cub", "tiered_imagenet", "aircraft", "dtd", "flowers"]
-
-_LUMA = np.array([299, 587, 114], dtype=np.int32)
-"""Weights of the channels in a gray level, in thousandths, as in ITU-R 601 and Pillow."""
 
 
 class StoredImages(ClassEpisodes):
@@ -51,6 +47,7 @@ class StoredImages(ClassEpisodes):
         ValueError: The data set is not stored, or an option is out of range.
     """
 
+    found_in_files = ("image_size", "channels")
     published: Mapping[str, SplitName | Literal["hashed"]] = {}
     """Default splits by the names of the images."""
 
@@ -151,25 +148,12 @@ def _table(
     own = [names[i] for i in classes]
     facts = f"{store.digest(IMAGES)} {side} {channels}"
     return ClassTable(
-        images=_resized(torch.from_numpy(_with_channels(rows, channels)), side),
+        images=converted(torch.from_numpy(rows), channels, side),
         names=tuple(own),
         counts=tuple(counts[i] for i in classes),
         groups=tuple(groups[name] for name in own) if groups else None,
         digest=facts,
     )
-
-
-def _with_channels(images: Pixels, channels: int) -> Pixels:
-    """Return (N, C, H, W) images with this number of channels."""
-    if images.shape[1] == channels:
-        return images
-    if channels == 3:
-        return np.repeat(images, 3, axis=1)
-    gray = np.empty((len(images), 1, *images.shape[2:]), dtype=np.uint8)
-    for start in range(0, len(images), 1024):
-        some = images[start : start + 1024].astype(np.int32)
-        gray[start : start + 1024, 0] = (np.einsum("nchw,c->nhw", some, _LUMA) + 500) // 1000
-    return gray
 
 
 def _other_channels(
@@ -178,12 +162,4 @@ def _other_channels(
     """Return moments of images whose channels were joined or repeated; joined ones nearly."""
     if channels == 3:
         return mean * 3, std * 3
-    weights = _LUMA / 1000
-    return (float(weights @ mean),), (float(weights @ std),)
-
-
-def _resized(images: Tensor, side: int) -> Tensor:
-    if images.shape[-1] == side:
-        return images
-    size = [side, side]
-    return torch.cat([functional.resize(some, size, antialias=True) for some in images.split(1024)])
+    return (float(np.dot(LUMA, mean)),), (float(np.dot(LUMA, std)),)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from metarun.config import trust
-from metarun.config.build import Experiment, build_experiment, options_in_files
+from metarun.config.build import Experiment, build_experiment, build_source, options_in_files
 from metarun.config.checks import check_config
 from metarun.config.composition import Composer, composer, to_yaml
 from metarun.config.naming import HOW_IT_RUNS, HOW_TASKS_RUN, root_of, slug
@@ -29,6 +29,7 @@ from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
+from metarun.core.types import EpisodeSource
 from metarun.jobs.checks import check_data
 from metarun.jobs.train import exit_code_of, tell_published
 from metarun.reporting.run_figures import draw_figures
@@ -148,7 +149,8 @@ def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Expe
     settings = check_config(config)
     check_data(config)
     with trust.stored([typed, chosen], config_dir), warnings_held():
-        experiment = build_experiment(config, fresh=False)
+        source = _as_for_run(run, build_source(config)) if name is not None else None
+        experiment = build_experiment(config, source, fresh=False)
     experiment.record["train"] |= sizes
     if settings.way != stored["way"] and not experiment.algorithm.capabilities.accepts_any_way:
         learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"
@@ -156,6 +158,24 @@ def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Expe
             f"way={settings.way}: the run has a fixed head for {learned}: train a new run instead"
         )
     return experiment
+
+
+def _as_for_run(run: RunFolder, source: EpisodeSource) -> EpisodeSource:
+    """Bring the images of other data to the shape and the normalization of a run's images."""
+    from metarun.data.episodes import ClassEpisodes
+    from metarun.data.preparation import Preparation
+    from metarun.data.recorded import FILE
+
+    record = run.read_json(FILE) if run.has(FILE) else {}
+    described = record.get("preparation")
+    if not isinstance(source, ClassEpisodes) or not isinstance(described, dict):
+        return source
+    try:
+        device, dtype = source.preparation.device, source.preparation.dtype
+        preparation = Preparation.of(described, device, dtype)
+        return source.as_for(tuple(record["input_shape"]), preparation)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{run.path / FILE} is damaged, {error}: remove it") from error
 
 
 def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | None) -> Config:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -193,3 +194,51 @@ def test_what_torchvision_cannot_give_is_one_line(
     answer = metarun(*words)
     assert (answer.code, answer.err.count("\n")) == (2, 1)
     assert says in answer.err
+
+
+def test_images_of_another_size_and_color_become_those_of_a_learner(root: str) -> None:
+    learner, target = made(root), made(root, "gray")
+    seen = target.as_for((3, 10, 10), learner.preparation)
+    assert seen.spec.input_shape == (3, 10, 10)
+    own = target.batch("test", 0, 2)
+    batch = seen.batch("test", 0, 2)
+    assert torch.equal(batch.query_y, own.query_y)
+    record = learner.preparation.record()
+    assert record is not None
+    mean, std = torch.tensor(record["mean"]), torch.tensor(record["std"])
+    gray = target.preparation.record()
+    assert gray is not None
+    shown = own.query_x * gray["std"][0] + gray["mean"][0]
+    expected = (shown.expand(-1, -1, 3, -1, -1) - mean[:, None, None]) / std[:, None, None]
+    torch.testing.assert_close(batch.query_x, expected, rtol=1e-4, atol=1e-5)
+    assert target.spec.input_shape == (1, 10, 10)
+    smaller = made(root).as_for((1, 8, 8), target.preparation).batch("val", 0, 1)
+    assert smaller.support_x.shape == (1, 4, 1, 8, 8)
+
+
+def test_a_test_on_other_images_does_not_depend_on_their_training_split(
+    metarun: Command, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METARUN_DATA", root)
+    names = [name for name in NAMES for _ in range(6)]
+    words = [
+        "algo=protonet", "data=omniglot_small", "~recipe", "backbone=conv4", "backbone.filters=4",
+        "backbone.blocks=2", "way=2", "query=2", "train.steps=1", "eval.episodes=4",
+        "eval.val_episodes=2", "device=cpu", "threads=1", "hydra.run.dir=run",
+    ]  # fmt: skip
+    assert metarun(*words).code == 0
+    found = []
+    for dark in (False, True):
+        pixels = PIXELS.reshape(72, 10, 10, 3).copy()
+        source = made(root)
+        if dark:
+            train = [i for i, name in enumerate(names) if name in source.class_names("train")]
+            pixels[train] = 0
+        place = Path(root) / f"new{dark}"
+        store_images("kmnist", Arrays("", names, pixels), place, 10, 3, "")
+        answer = metarun("test=run", "data=kmnist", f"data.root={place}")
+        assert answer.code == 0, answer.err
+        (file,) = Path("run/tests").glob("*/results.json")
+        found.append(json.loads(file.read_text())["test"])
+        shutil.rmtree("run/tests")
+    assert found[0] == found[1]
