@@ -140,6 +140,9 @@ def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Expe
         if chosen.get("image_size", 0) is None:
             # As the run's own images, where those of the new data set would decide.
             chosen["image_size"] = stored["data"].get("image_size")
+        if chosen.get("encoding", 0) is None:
+            # Likewise how the columns of a table become inputs.
+            chosen["encoding"] = stored["data"].get("encoding")
     config = with_values(config, typed)
     # Nothing is trained: the training sizes must not fail the checks of the test's data.
     sizes = {key: config["train"][key] for key in ("way", "shot", "query")}

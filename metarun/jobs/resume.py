@@ -36,6 +36,9 @@ from metarun.runs.folder import NullRun, Run, RunFolder
 
 _log = logging.getLogger(__name__)
 
+PLACES = ("data.root", "data.file")
+"""Keys that say where the data are."""
+
 RESUMABLE = (
     "train.steps",
     "train.log_every",
@@ -46,10 +49,10 @@ RESUMABLE = (
     *HOW_TASKS_RUN,
     "debug",
     "logger",
-    "data.root",
+    *PLACES,
 )
 """Keys that may change when a run is resumed; any other key would make it a different run. A
-`data.root` has to hold the same data."""
+`data.root` or a `data.file` has to hold the same data."""
 
 
 def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
@@ -169,12 +172,13 @@ def _continued(
         build_trackers(config)
         experiment = build_experiment(config)
         check_shares(experiment)
-    if "data.root" in typed:
-        _check_same_data(run, typed["data.root"], experiment.source)
+    for key in PLACES:
+        if key in typed:
+            _check_same_data(run, f"{key}={typed[key]}", experiment.source)
     return experiment
 
 
-def _check_same_data(run: RunFolder, root: Any, source: EpisodeSource) -> None:
+def _check_same_data(run: RunFolder, word: str, source: EpisodeSource) -> None:
     """Check that a new place has the data with which the run began.
 
     Raises:
@@ -183,8 +187,8 @@ def _check_same_data(run: RunFolder, root: Any, source: EpisodeSource) -> None:
     was, now = run.environment().get("data_fingerprint"), source.fingerprint()
     if was not in (None, now):
         raise ValueError(
-            f"data.root={root}: its fingerprint is {now}, that of the run's data is {was}: "
-            "type a folder with the same images"
+            f"{word}: its fingerprint is {now}, that of the run's data is {was}: type where the "
+            "same data are now"
         )
 
 
@@ -229,8 +233,9 @@ def _changes(
         expected = key in typed or key.partition(".")[0] in (*HOW_IT_RUNS, "names")
         # A learner without meta-training has stored 0 steps, which no override has set.
         expected |= key == "train.steps" and then.get(key) == 0
-        # Worked out from the images of the run.
-        expected |= key == "data.image_size" and now.get(key, _ABSENT) is None
+        # Worked out from the images, or the table, of the run.
+        worked_out = key in ("data.image_size", "data.encoding")
+        expected |= worked_out and now.get(key, _ABSENT) is None
         if not expected and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "
