@@ -211,24 +211,26 @@ def _predict() -> Parser:
     parser = Parser(
         prog="metarun predict",
         usage=f"{PREDICT}\n       [--csv FILE] [--transductive] [--device DEVICE]",
-        description="Label your own images from a few examples of each class.",
+        description="Label your own images from a few examples of each class, or predict the rows "
+        "of a table (--support FILE.csv --query FILE.csv) with a run on data=csv.",
     )
     parser.add(
-        "run", metavar="RUN", help="run that was trained on images: its folder, `last`, or a "
-        "unique part of its folder's name",
+        "run", metavar="RUN", help="run that was trained on images or on a table: its folder, "
+        "`last`, or a unique part of its folder's name",
         offers=candidates.runs,
     )  # fmt: skip
     parser.add(
-        "--support", metavar="DIR", type=Path, required=True, offers=candidates.folders,
-        help="folder with one subfolder per class, named after it, with a few images each",
+        "--support", metavar="DIR", type=Path, required=True, offers=candidates.paths,
+        help="folder with one subfolder per class, named after it, with a few images each; or a "
+        ".csv or .parquet with the columns of the run's table, targets among them",
     )  # fmt: skip
     parser.add(
         "--query", metavar="DIR", type=Path, required=True, offers=candidates.paths,
-        help="folder of the images to label, searched recursively, or a single image",
+        help="folder of the images to label, searched recursively, or a single image; or a table",
     )  # fmt: skip
     parser.add(
         "--csv", metavar="FILE", type=Path, offers=candidates.paths,
-        help=f"new file for all probabilities (default: {DEFAULT_CSV} in the current folder, "
+        help=f"new file for all predictions (default: {DEFAULT_CSV} in the current folder, "
         "numbered if that exists)",
     )  # fmt: skip
     parser.add(

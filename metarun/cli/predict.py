@@ -1,4 +1,4 @@
-"""`metarun predict`: label a folder of images from a few examples of each class.
+"""`metarun predict`: label a folder of images, or the rows of a table, from a few examples.
 
 Arguments are checked first. The CSV file and the page are written at the end, atomically, so that
 a failure leaves no file.
@@ -31,8 +31,9 @@ from metarun.core.console import Screen, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import csv_cell, write_new
 from metarun.core.streams import printable, say
-from metarun.core.words import first_of
+from metarun.core.words import first_of, number_of
 from metarun.data.storage.image_files import has_colors, open_image, size_of, suffixes
+from metarun.data.storage.table_files import is_table
 from metarun.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An argument is invalid; no file has been written.
     """
     folder = RunFolder.open(args.run)
+    if is_table(args.support) or _is_of_table(folder):
+        return _predict_rows(folder, args)
     support, query = find_examples(args.support), find_queries(args.query)
     place = _place(args.csv)
     with warnings.catch_warnings():
@@ -136,6 +139,47 @@ def run(args: argparse.Namespace) -> int:
     for note in [*_unread(bad, query), *_notes(folder, learner, args.transductive, support, query)]:
         say("note", note)
     _show(folder, learner, support, query, answers, place)
+    return EXIT_OK
+
+
+# Tables.
+
+
+def _is_of_table(folder: RunFolder) -> bool:
+    """Return whether a run was trained on a table with common columns."""
+    data = folder.configuration()["data"]
+    return bool(data.get("encoding")) and data.get("features") is None
+
+
+def _predict_rows(folder: RunFolder, args: argparse.Namespace) -> int:
+    """Predict the rows of a table, write them as CSV, and return the exit code."""
+    if not _is_of_table(folder):
+        raise ValueError(
+            f"--support {args.support} is a table, but {folder.path} was trained on data="
+            f"{folder.configuration()['names']['data']}: expected a run on data=csv whose tasks "
+            "share their columns"
+        )
+    place = _place(args.csv)
+    from metarun.inference.learner import load
+    from metarun.inference.table_predictions import predict_table
+
+    with warnings_held():
+        bn = "transductive" if args.transductive else None
+        learner = load(folder.path, bn=bn, device=args.device)
+        answers = predict_table(learner, args.support, args.query)
+    numbers = [cell for row in answers.rows for cell in row if isinstance(cell, float)]
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{folder.path} predicts numbers that are not finite: train a new run")
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+    writer.writerows([list(map(csv_cell, answers.header)), *answers.rows])
+    place = _write(place, text.getvalue().encode(), fixed=args.csv is not None)
+    names = folder.configuration()["names"]
+    tasks = number_of(answers.tasks, "task")
+    print(f"{names['algo']} on {names['data']}: {tasks} from {answers.examples:,} examples")
+    if answers.error:
+        print(answers.error)
+    print(f"all {len(answers.rows):,} predictions: {printable(str(place))}")
     return EXIT_OK
 
 

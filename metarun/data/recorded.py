@@ -20,6 +20,7 @@ from metarun.core.types import (
     TaskBatch,
     TaskSpec,
 )
+from metarun.data.encoding import TableEncoding
 from metarun.data.episodes import ClassEpisodes
 from metarun.data.preparation import Preparation
 
@@ -27,12 +28,14 @@ FILE = "data.json"
 """Name of the record in the run's folder."""
 
 _OWN = "own"
+TABLE = "table"
 _LOSSES = {"classification": "cross_entropy", "regression": "mse"}
 
 
 def record_of(source: EpisodeSource) -> Record:
     """Return the record of a data set."""
     names = getattr(source, "original_names", None) or getattr(source, "class_names", None)
+    names = names if source.spec.kind == "classification" else None
     return {
         **asdict(source.spec),
         "metric": source.spec.metric,
@@ -50,7 +53,13 @@ def _printable(name: str) -> str:
 
 
 def _preparation_of(source: EpisodeSource) -> Record | str | None:
-    """Return how images become rows: None without images, `own` if it is not to be recorded."""
+    """Return how images, or rows of a table, become inputs.
+
+    None where inputs are taken as they are; `own` if it is not to be recorded.
+    """
+    encoding = getattr(source, "encoding", None)
+    if isinstance(encoding, TableEncoding):
+        return {"kind": TABLE, **encoding.record()}
     if not hasattr(source, "prepare"):
         return None
     if not isinstance(source, ClassEpisodes) or type(source).prepare is not ClassEpisodes.prepare:
@@ -80,6 +89,7 @@ class Recorded:
     Attributes:
         spec, sizes, device: See `EpisodeSource`.
         prepare: As `ClassEpisodes.prepare`; missing if the inputs are no images.
+        encoding: How the columns of a table become inputs; missing if they are no table.
 
     Raises:
         ValueError: The record is damaged.
@@ -92,7 +102,9 @@ class Recorded:
             self.sizes = {split: EpisodeSize(**record["sizes"][split]) for split in SPLITS}
             self._fingerprint = str(record["fingerprint"])
             described = record["preparation"]
-            if described is not None:
+            if described is not None and described["kind"] == TABLE:
+                self.encoding = TableEncoding.of(described)
+            elif described is not None:
                 preparation = Preparation.of(described, device, dtype)
                 self.prepare = lambda images: preparation.rows(images, self.spec.input_shape)
         except KeyError as error:

@@ -25,13 +25,13 @@ from metarun.data.episodes import sample
 
 CLASSIFIED = ("iris", "wine", "breast_cancer", "digits")
 """Tables for classification."""
-_SLOT_TABLE, _SLOT_CLASSES, _SLOT_SIDES, _SLOT_ORDER, _SLOT_NUMBER, _SLOT_COLUMNS = range(6)
-_SLOT_ROWS, _SLOT_WAYS, _SLOT_SUPPORT, _SLOT_QUERY, _SLOT_COUNT = 6, 7, 8, 9, 10
+_SLOT_TABLE, _SLOT_CLASSES, _SLOT_SIDES, SLOT_ORDER, _SLOT_NUMBER, _SLOT_COLUMNS = range(6)
+SLOT_ROWS, _SLOT_WAYS, SLOT_SUPPORT, SLOT_QUERY, _SLOT_COUNT = 6, 7, 8, 9, 10
 _SIZE_KEYS: dict[Split, str] = {"train": "train.", "val": "", "test": ""}
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class Held:
     """Part of a table that belongs to a split.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Parts:
         return seeding.fold(seeding.key(self._seeds[split], split), numbers)
 
 
-class Tables(_Parts):
+class GroupedClasses(_Parts):
     """Classification tasks from random classes, columns and rows of a table.
 
     A task uses one table of its split. Some of the table's classes are assigned at random to `way`
@@ -87,35 +87,30 @@ class Tables(_Parts):
     The rows of a label alternate between its classes. Features are standardized by the mean and
     standard deviation of the support rows.
 
-    No class, and therefore no row, is in two splits.
-
     Args:
-        train, val, test: Contents of each split: names of tables, or some classes of a table,
-            such as `digits:0-5` or `digits:0+3`.
+        setup: See `_Parts`.
+        held: The tables of each split. No class is in two splits.
         classes: Smallest and largest number of classes of a task.
         features, tasks: See `_Parts`.
 
     Raises:
-        ValueError: A table is unknown or too small, a class is in two splits, a number is out of
-            range, or scikit-learn is missing.
+        ValueError: A table is too small, or a number is out of range.
     """
 
     def __init__(
         self,
         setup: SourceSetup,
         *,
-        train: Sequence[str] = ("digits:0-6", "wine"),
-        val: Sequence[str] = ("digits:7-9",),
-        test: Sequence[str] = ("iris", "breast_cancer"),
-        features: tuple[int, int] = (2, 8),
-        classes: tuple[int, int] = (2, 6),
-        tasks: int | None = None,
+        held: Mapping[Split, Sequence[Held]],
+        features: tuple[int, int],
+        classes: tuple[int, int],
+        tasks: int | None,
     ) -> None:
         super().__init__(setup, features=features, tasks=tasks)
         self._classes = pair("data.classes", classes, 2)
-        named: dict[Split, Sequence[str]] = {"train": train, "val": val, "test": test}
-        self._held = {split: self._load(split, named[split]) for split in SPLITS}
-        _check_apart(self._held)
+        self._held = held
+        for split in SPLITS:
+            self._check(split)
         grouped = self._classes[1] > self.sizes["train"].way
         total = sum(len(held.classes) for held in self._held["train"])
         self.spec = TaskSpec(
@@ -147,8 +142,8 @@ class Tables(_Parts):
                 rows[here], named = self._draw(own, keys[here], size)
                 first[here] = named + offset
             offset += len(own.classes)
-        support, support_y = _mixed(keys, _SLOT_SUPPORT, rows[:, :, : size.shot])
-        query, query_y = _mixed(keys, _SLOT_QUERY, rows[:, :, size.shot :])
+        support, support_y = mixed(keys, SLOT_SUPPORT, rows[:, :, : size.shot])
+        query, query_y = mixed(keys, SLOT_QUERY, rows[:, :, size.shot :])
         support, query = scaled(support, query)
         return TaskBatch(
             support.to(self._dtype), support_y, query.to(self._dtype), query_y, class_ids=first
@@ -167,7 +162,7 @@ class Tables(_Parts):
                 digest.update(own.rows.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def _draw(self, own: _Held, keys: Tensor, size: EpisodeSize) -> tuple[Tensor, Tensor]:
+    def _draw(self, own: Held, keys: Tensor, size: EpisodeSize) -> tuple[Tensor, Tensor]:
         """Draw the (T, W, R, F) rows of tasks of one table, and the (T, W) first classes."""
         most = min(self._classes[1], len(own.classes))
         fewest = max(self._classes[0], size.way)
@@ -187,8 +182,8 @@ class Tables(_Parts):
         order = (~of_way).to(torch.int8).argsort(dim=2, stable=True)
         classes = order.gather(2, turns % group_size)
         per_class = seeding.fold(keys[:, None], chosen)
-        rows = sample(per_class, _SLOT_ROWS, own.counts[chosen], num_rows)
-        shuffle = seeding.bits(per_class, _SLOT_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
+        rows = sample(per_class, SLOT_ROWS, own.counts[chosen], num_rows)
+        shuffle = seeding.bits(per_class, SLOT_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
         rows = rows.gather(-1, shuffle) + own.starts[chosen][..., None]
         times = turns // group_size
         picked = rows.flatten(1).gather(1, (classes * num_rows + times).flatten(1))
@@ -197,10 +192,8 @@ class Tables(_Parts):
         picked = picked.gather(-1, shuffle)
         return some_columns(own.rows, picked, keys, self._features), chosen[:, : size.way]
 
-    def _load(self, split: Split, named: Sequence[str]) -> list[_Held]:
-        if not named:
-            raise ValueError(f"data.{split}=[]: expected names of tables: {', '.join(CLASSIFIED)}")
-        held = [self._one(split, word) for word in named]
+    def _check(self, split: Split) -> None:
+        """Check that the tables of a split have enough classes and rows for a task."""
         size = self.sizes[split]
         way_key = f"{_SIZE_KEYS[split]}way"
         if self._classes[1] < size.way:
@@ -208,7 +201,7 @@ class Tables(_Parts):
                 f"{way_key}={size.way} is more than the {self._classes[1]} classes of a task: "
                 f"set data.classes=[{size.way},{size.way}]"
             )
-        for own in held:
+        for own in self._held[split]:
             fewest = max(self._classes[0], size.way)
             if len(own.classes) < fewest:
                 raise ValueError(
@@ -222,33 +215,89 @@ class Tables(_Parts):
                     f"{name} of {own.name} has {count} rows, {size.shot}+{size.query} are needed: "
                     f"lower {_SIZE_KEYS[split]}shot or {_SIZE_KEYS[split]}query"
                 )
-        return held
 
-    def _one(self, split: Split, word: str) -> _Held:
-        """Load a table, or the classes of it that are listed after a colon."""
-        name, _, some = word.partition(":")
-        if name not in CLASSIFIED:
-            raise ValueError(
-                f"data.{split}: table {name} is unknown, expected {', '.join(CLASSIFIED)}"
-            )
-        rows, labels, names = table(name)
-        try:
-            wanted = _numbers(some) if some else list(range(len(names)))
-            parts = [np.flatnonzero(labels == label) for label in wanted]
-            chosen = tuple(names[label] for label in wanted)
-        except (ValueError, IndexError):
-            raise ValueError(
-                f"data.{split}: {word} does not name classes of {name}: expected "
-                f"{name}:FIRST-LAST or {name}:A+B, with numbers from 0 to {len(names) - 1}"
-            ) from None
-        counts = torch.tensor([len(part) for part in parts])
-        return _Held(
-            name,
-            torch.from_numpy(rows[np.concatenate(parts)]).to(self.device),
-            chosen,
-            (counts.cumsum(0) - counts).to(self.device),
-            counts.to(self.device),
-        )
+
+class Tables(GroupedClasses):
+    """Tasks of `GroupedClasses` from the tables that come with scikit-learn.
+
+    No class, and therefore no row, is in two splits.
+
+    Args:
+        setup: See `_Parts`.
+        train, val, test: Contents of each split: names of tables, or some classes of a table,
+            such as `digits:0-5` or `digits:0+3`.
+        features, classes, tasks: See `GroupedClasses`.
+
+    Raises:
+        ValueError: A table is unknown or too small, a class is in two splits, a number is out of
+            range, or scikit-learn is missing.
+    """
+
+    def __init__(
+        self,
+        setup: SourceSetup,
+        *,
+        train: Sequence[str] = ("digits:0-6", "wine"),
+        val: Sequence[str] = ("digits:7-9",),
+        test: Sequence[str] = ("iris", "breast_cancer"),
+        features: tuple[int, int] = (2, 8),
+        classes: tuple[int, int] = (2, 6),
+        tasks: int | None = None,
+    ) -> None:
+        named: dict[Split, Sequence[str]] = {"train": train, "val": val, "test": test}
+        held = {split: _load(split, named[split], setup.device) for split in SPLITS}
+        _check_apart(held)
+        super().__init__(setup, held=held, features=features, classes=classes, tasks=tasks)
+
+
+def _load(split: Split, named: Sequence[str], device: torch.device) -> list[Held]:
+    if not named:
+        raise ValueError(f"data.{split}=[]: expected names of tables: {', '.join(CLASSIFIED)}")
+    return [_one(split, word, device) for word in named]
+
+
+def _one(split: Split, word: str, device: torch.device) -> Held:
+    """Load a table, or the classes of it that are listed after a colon."""
+    name, _, some = word.partition(":")
+    if name not in CLASSIFIED:
+        raise ValueError(f"data.{split}: table {name} is unknown, expected {', '.join(CLASSIFIED)}")
+    rows, labels, names = table(name)
+    try:
+        wanted = _numbers(some) if some else list(range(len(names)))
+        parts = [np.flatnonzero(labels == label) for label in wanted]
+        chosen = tuple(names[label] for label in wanted)
+    except (ValueError, IndexError):
+        raise ValueError(
+            f"data.{split}: {word} does not name classes of {name}: expected "
+            f"{name}:FIRST-LAST or {name}:A+B, with numbers from 0 to {len(names) - 1}"
+        ) from None
+    return by_class(name, rows, parts, chosen, device)
+
+
+def by_class(
+    name: str,
+    rows: Any,
+    parts: Sequence[Any],
+    classes: Sequence[str],
+    device: torch.device,
+) -> Held:
+    """Return a table with its rows sorted by class.
+
+    Args:
+        name: Name of the table.
+        rows: (N, columns) numbers.
+        parts: Numbers of the rows of each class.
+        classes: Names of the classes.
+        device: Where the rows are kept.
+    """
+    counts = torch.tensor([len(part) for part in parts])
+    return Held(
+        name,
+        torch.from_numpy(rows[np.concatenate(parts)]).to(device),
+        tuple(classes),
+        (counts.cumsum(0) - counts).to(device),
+        counts.to(device),
+    )
 
 
 class Diabetes(_Parts):
@@ -307,8 +356,8 @@ class Diabetes(_Parts):
         size = self.sizes[split]
         rows = self._rows[split]
         counts = torch.full_like(keys, len(rows))
-        picked = sample(keys, _SLOT_ROWS, counts, size.shot + size.query)
-        shuffle = seeding.bits(keys, _SLOT_ORDER, picked.shape[1:]).argsort(dim=-1, stable=True)
+        picked = sample(keys, SLOT_ROWS, counts, size.shot + size.query)
+        shuffle = seeding.bits(keys, SLOT_ORDER, picked.shape[1:]).argsort(dim=-1, stable=True)
         picked = picked.gather(1, shuffle)
         x = some_columns(rows, picked, keys, self._features)
         y = self._targets[split][picked][..., None].to(self._dtype)
@@ -381,7 +430,7 @@ def scaled(support: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
     return (support - mean) / unit, torch.where(varies, (query - mean) / unit, 0.0)
 
 
-def _mixed(keys: Tensor, slot: int, rows: Tensor) -> tuple[Tensor, Tensor]:
+def mixed(keys: Tensor, slot: int, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Shuffle rows (T, W, R, F) to (T, W R, F) and return them with their (T, W R) labels."""
     _, ways, num, width = rows.shape
     order = seeding.bits(keys, slot, (ways * num,)).argsort(dim=-1, stable=True)
@@ -400,7 +449,7 @@ def _numbers(words: str) -> list[int]:
     return found
 
 
-def _check_apart(held: Mapping[Split, Sequence[_Held]]) -> None:
+def _check_apart(held: Mapping[Split, Sequence[Held]]) -> None:
     """Check that no class is in two splits, or in one split twice."""
     places = [
         (split, f"{own.name}/{n}") for split in SPLITS for own in held[split] for n in own.classes

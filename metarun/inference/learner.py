@@ -9,10 +9,10 @@ Shapes: N rows, W ways, D outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +25,7 @@ from metarun.config.build import Experiment, build_experiment, recorded_source
 from metarun.config.schema import Config
 from metarun.config.trust import stored, trusting
 from metarun.core import seeding
-from metarun.core.types import Adapted, EpisodeSource, Record
+from metarun.core.types import Adapted, EpisodeSource, Prediction, Record
 from metarun.data.recorded import FILE
 from metarun.evaluation.test_time_augmentation import adapt, answer
 from metarun.runs.folder import RESULTS, RunFolder
@@ -138,6 +138,8 @@ class Learner:
     Attributes:
         classes_: (W,) sorted labels of the task, in the order of the columns of
             `predict_proba`; set by `fit`, missing in regression.
+        encoding: How the columns of a table become inputs and targets (`data/encoding.py`), for a
+            run on a table; else None.
     """
 
     classes_: Array
@@ -153,6 +155,8 @@ class Learner:
         self._algorithm = algorithm.eval()
         self._views = views
         self._source = source
+        # How the columns of a table become inputs and targets, where the run's data are a table.
+        self.encoding: Any = getattr(source, "encoding", None)
         self._spec = source.spec
         self._adapted: list[Adapted] | None = None
         self._examples = 0
@@ -191,7 +195,8 @@ class Learner:
 
         Args:
             inputs: N rows. Images (a list of arrays, PIL images or paths, or one array) are
-                prepared as the run's data were; other inputs are arrays of numbers.
+                prepared as the run's data were, and so are the columns of a table (a mapping of
+                names to sequences, or a data frame); other inputs are arrays of numbers.
             targets: N labels of one type, or (N,) or (N, D) values.
 
         Returns:
@@ -234,7 +239,29 @@ class Learner:
         if self._spec.kind == "classification":
             labels: Array = self.classes_[outputs.argmax(1).cpu().numpy()]
             return labels
+        return self._in_units(outputs, "restored")
+
+    def predict_spread(self, inputs: Any) -> Array | None:
+        """Return the predictive standard deviations of N rows, in the shape of `predict`.
+
+        None if the algorithm has none, and in a classification.
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ValueError: An input cannot be read.
+        """
+        if self._spec.kind == "classification":
+            return None
+        parts = [part.spread for part in self._predictions(inputs)]
+        found = [part[0] for part in parts if part is not None]
+        return self._in_units(torch.cat(found), "spread") if found else None
+
+    def _in_units(self, outputs: Tensor, how: Literal["restored", "spread"]) -> Array:
+        """Return values (N, D) in the units and the shape of the targets of `fit`."""
         values: Array = outputs.cpu().numpy()
+        if self.encoding is not None:
+            convert = self.encoding.restored if how == "restored" else self.encoding.spread
+            values = convert(values.astype(np.float64))
         return values[:, 0] if self._flat_targets else values
 
     def predict_proba(self, inputs: Any) -> Array:
@@ -326,19 +353,23 @@ class Learner:
 
     def _outputs(self, inputs: Any) -> Tensor:
         """Return logits (N, W) or values (N, D)."""
+        outputs = torch.cat([part.outputs[0] for part in self._predictions(inputs)])
+        # A learner of streams has outputs for more classes than `fit` has received.
+        wider = self._spec.kind == "classification" and self._spec.streams is not None
+        return outputs[:, : len(self.classes_)] if wider else outputs
+
+    def _predictions(self, inputs: Any) -> list[Prediction]:
+        """Return the predictions of all rows, in parts."""
         if self._adapted is None:
             raise NotFittedError(_NOT_FITTED)
         rows = self._prepared(inputs)
         # Transductive predictions need all rows at once; others are split to bound memory.
         size = len(rows) if self._algorithm.transductive else _ROWS_AT_ONCE
-        parts: list[Tensor] = []
+        parts: list[Prediction] = []
         for part in rows.split(max(1, size)):
             with self._seeded():
-                parts.append(answer(self._algorithm, self._adapted, part[None]).outputs[0])
-        outputs = torch.cat(parts)
-        # A learner of streams has outputs for more classes than `fit` has received.
-        wider = self._spec.kind == "classification" and self._spec.streams is not None
-        return outputs[:, : len(self.classes_)] if wider else outputs
+                parts.append(answer(self._algorithm, self._adapted, part[None]))
+        return parts
 
     @contextmanager
     def _seeded(self) -> Iterator[None]:
@@ -354,6 +385,10 @@ class Learner:
         prepare = getattr(self._source, "prepare", None)
         if prepare is not None:
             return cast("Tensor", prepare(inputs))
+        if self.encoding is not None and (
+            isinstance(inputs, Mapping) or hasattr(inputs, "columns")
+        ):
+            return self._tensor(self.encoding.encode(inputs))
         shape = self._spec.input_shape
         values = _numbers("inputs", inputs)
         if shape == (1,) and values.ndim == 1:
@@ -394,7 +429,7 @@ class Learner:
             raise ValueError(
                 f"targets have shape {values.shape}: expected (N, {self._spec.output_dim})"
             )
-        return self._tensor(numbers)
+        return self._tensor(numbers if self.encoding is None else self.encoding.scaled(numbers))
 
     def _tensor(self, values: Array) -> Tensor:
         return torch.from_numpy(values).to(self._source.device, self._algorithm.dtype)

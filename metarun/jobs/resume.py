@@ -47,6 +47,9 @@ from metarun.training.run_state import RunState
 
 _log = logging.getLogger(__name__)
 
+PLACES = ("data.root", "data.file")
+"""Keys that say where the data are."""
+
 RESUMABLE = (
     "train.steps",
     "train.log_every",
@@ -57,10 +60,10 @@ RESUMABLE = (
     *HOW_TASKS_RUN,
     "debug",
     "logger",
-    "data.root",
+    *PLACES,
 )
 """Keys that may change when a run is resumed; any other key would make it a different run. A
-`data.root` has to hold the same data."""
+`data.root` or a `data.file` has to hold the same data."""
 
 
 def resume(path: str, words: Sequence[str], config_dir: str | None) -> int:
@@ -192,12 +195,13 @@ def _continued(
         # Killed before its first checkpoint, it begins again.
         experiment = build_experiment(config, fresh=not run.has_checkpoint())
         check_shares(experiment)
-    if "data.root" in typed:
-        _check_same_data(run, typed["data.root"], experiment.source)
+    for key in PLACES:
+        if key in typed:
+            _check_same_data(run, f"{key}={typed[key]}", experiment.source)
     return experiment
 
 
-def _check_same_data(run: RunFolder, root: Any, source: EpisodeSource) -> None:
+def _check_same_data(run: RunFolder, word: str, source: EpisodeSource) -> None:
     """Check that a new place has the data with which the run began.
 
     Raises:
@@ -206,8 +210,8 @@ def _check_same_data(run: RunFolder, root: Any, source: EpisodeSource) -> None:
     was, now = run.environment().get("data_fingerprint"), source.fingerprint()
     if was not in (None, now):
         raise ValueError(
-            f"data.root={root}: its fingerprint is {now}, that of the run's data is {was}: "
-            "type a folder with the same images"
+            f"{word}: its fingerprint is {now}, that of the run's data is {was}: type where the "
+            "same data are now"
         )
 
 

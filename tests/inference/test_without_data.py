@@ -109,7 +109,7 @@ def test_a_run_is_resumed_where_its_photos_have_moved(metarun: Command, there: P
     answer = metarun("resume=run", "train.steps=4", "data.root=other")
     assert (answer.code, answer.err.count("\n")) == (2, 1), answer.err
     assert "data.root=other: its fingerprint is" in answer.err
-    assert "type a folder with the same images" in answer.err
+    assert "type where the same data are now" in answer.err
     answer = metarun("resume=run", "train.steps=4", "data.root=moved")
     assert (answer.code, answer.err) == (0, "")
     assert "root: moved" in (there / "run/config.yaml").read_text()

@@ -66,7 +66,8 @@ class Texts:
 
     def first(self, wanted: Iterable[str]) -> tuple[int, str] | None:
         """Return the number (from 1) and the text of the first row with a wanted text, if any."""
-        chosen = [place for place, name in enumerate(self.names) if name in set(wanted)]
+        names = set(wanted)
+        chosen = [place for place, name in enumerate(self.names) if name in names]
         rows = np.flatnonzero(np.isin(self.codes, chosen))
         return (int(rows[0]) + 1, self.names[self.codes[rows[0]]]) if len(rows) else None
 
