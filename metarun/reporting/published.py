@@ -29,6 +29,7 @@ from metarun.core.measures import Measure
 from metarun.core.results import Results, validation_of
 from metarun.core.settings import Published, PublishedCell
 from metarun.core.streams import say
+from metarun.reporting.across import across_data
 from metarun.reporting.references import (
     NOT_RUN,
     decimals,
@@ -280,7 +281,7 @@ def parts(
         made += [Table(title, lines), *_pairs(rows)]
     if own:
         made += [Table("runs", [own_line(g, asked) for g in own]), *_pairs(own)]
-    return made
+    return [*made, *across_data(labeled)]
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:

@@ -17,7 +17,7 @@ from metarun.reporting.page import Code, Page, Section
 from metarun.reporting.published import Group, Run
 from metarun.reporting.results import figure_of
 from metarun.reporting.run_files import RunFiles
-from metarun.reporting.tables import Line, RowSeries, Table
+from metarun.reporting.tables import RowSeries
 from metarun.runs.folder import RunFolder
 
 _MOST_COMMANDS = 5

@@ -1,0 +1,91 @@
+"""Learners by the data that they were trained on and the data that they were tested on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from metarun.core.errors import one_line
+from metarun.reporting.results import Result, figure_of, read_figures
+from metarun.reporting.tables import Figure, Line, Table
+from metarun.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from metarun.reporting.published import Group, Run
+
+_log = logging.getLogger(__name__)
+
+
+class _Setting(NamedTuple):
+    way: int
+    shot: int
+
+
+_ALL = "data.classes=all"
+"""Words of a test on all classes, in the name of its folder."""
+
+
+def across_data(groups: Sequence[Group]) -> list[Table]:
+    """Return a table for each number of ways and shots in which runs were tested on other data.
+
+    Args:
+        groups: Runs that differ only in their seed, by their labels.
+
+    Returns:
+        Tables with a row for each group and a column for each data set of a test.
+    """
+    settings: dict[_Setting, dict[str, dict[str, list[Result]]]] = {}
+    for group in groups:
+        for run in group.runs:
+            for name, result in _tests(run).items():
+                setting = _Setting(int(result.record["way"]), int(result.record["shot"]))
+                columns = settings.setdefault(setting, {})
+                columns.setdefault(name, {}).setdefault(group.label, []).append(result)
+    return [
+        _table(setting, columns, groups)
+        for setting, columns in sorted(settings.items())
+        if len(columns) > 1
+    ]
+
+
+def _tests(run: Run) -> dict[str, Result]:
+    """Return the results of a run by what it was tested on: its own data, and other ones."""
+    if run.result is None:
+        return {}
+    own = str(run.result.record["data"])
+    found = {own: run.result}
+    paths = sorted(run.path.glob("tests/*/results.json"), key=lambda path: path.stat().st_mtime)
+    for path in paths:
+        folder = RunFolder(path.parent)
+        # Those with overrides are of another experiment, which has a row of its own.
+        if folder.has("overrides.yaml"):
+            continue
+        try:
+            result = read_figures(folder)
+        except (OSError, ValueError) as error:
+            _log.warning("%s is damaged and left out: %s", path.parent, one_line(error))
+            continue
+        name = str(result.record["data"])
+        if name != own or _ALL in path.parent.name:
+            found[f"{name}, all classes" if _ALL in path.parent.name else name] = result
+    return found
+
+
+def _table(
+    setting: _Setting, columns: dict[str, dict[str, list[Result]]], groups: Sequence[Group]
+) -> Table:
+    rows = [group for group in groups if any(group.label in cells for cells in columns.values())]
+    names = [(group.config["names"]["algo"], group.config["names"]["data"]) for group in rows]
+    lines: list[Line] = []
+    for group, name in zip(rows, names, strict=True):
+        line: dict[str, str | Figure] = {
+            # Several runs of a learner on the same data are told apart by what was typed.
+            "learner": name[0] if names.count(name) == 1 else group.label,
+            "trained on": name[1],
+        }
+        for head in sorted(columns):
+            results = columns[head].get(group.label)
+            line[head] = figure_of(results) if results else "not run"
+        lines.append(line)
+    return Table(f"trained on one, tested on another: {setting.way}-way {setting.shot}-shot", lines)
