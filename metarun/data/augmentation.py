@@ -19,7 +19,7 @@ from torch.nn import functional
 from metarun.core import seeding
 from metarun.core.checks import within
 
-_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOR, _SLOT_ELASTIC, _SLOT_VIEW = range(5)
+_SLOT_AFFINE, _SLOT_FLIP, _SLOT_COLOR, _SLOT_ELASTIC, _SLOT_VIEW, _SLOT_CROP = range(6)
 _CONTROL_POINTS = 5
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -38,6 +38,7 @@ class Augmentation:
         elastic: Largest shift of the 5 x 5 control points of an elastic deformation, as a
             fraction of the side. Pixels between the points are interpolated smoothly, which
             resembles the variation between writers.
+        crop: Random crop of the image's size after padding by this many pixels on each side.
         flip: Whether to mirror left and right with probability one half.
         color: Largest relative change of brightness, contrast and saturation.
         padding: Content outside the image: `zeros` (background), or `reflection` of the image;
@@ -49,6 +50,7 @@ class Augmentation:
     scale: float = 0.0
     shear: float = 0.0
     elastic: float = 0.0
+    crop: int = 0
     flip: bool = False
     color: float = 0.0
     padding: Padding | None = None
@@ -59,6 +61,7 @@ class Augmentation:
         within("data.augmentation", "[0, 0.9]", scale=self.scale)
         within("data.augmentation", "[0, 60]", shear=self.shear)
         within("data.augmentation", "[0, 0.5]", elastic=self.elastic)
+        within("data.augmentation", "[0, 64]", crop=self.crop)
         within("data.augmentation", "[0, 1]", color=self.color)
 
     def padded(self, padding: Padding) -> Augmentation:
@@ -77,11 +80,30 @@ class Augmentation:
             if self.elastic:
                 grid = grid + self._elastic(images, keys)
             images = warp(images.flatten(0, 1), grid, self.padding or "zeros").reshape(images.shape)
+        if self.crop:
+            images = self._cropped(images, keys)
         if self.flip:
             images = _flip(images, keys)
         if self.color:
             images = _color(images, keys, self.color)
         return images
+
+    def _cropped(self, images: Tensor, keys: Tensor) -> Tensor:
+        """Pad the images and cut one of their size out of each, at a random place."""
+        rows = images.flatten(0, 1)
+        mode = "reflect" if self.padding == "reflection" else "constant"
+        padded = functional.pad(rows, [self.crop] * 4, mode=mode)
+        shape = (images.shape[1], 2)
+        y, x = seeding.integers(keys, _SLOT_CROP, 2 * self.crop + 1, shape).flatten(0, 1).T
+        number, channel = (torch.arange(size, device=rows.device) for size in rows.shape[:2])
+        down, across = (torch.arange(size, device=rows.device) for size in rows.shape[2:])
+        cut = padded[
+            number[:, None, None, None],
+            channel[:, None, None],
+            (y[:, None] + down)[:, None, :, None],
+            (x[:, None] + across)[:, None, None, :],
+        ]
+        return cut.reshape(images.shape)
 
     def _affine(self, images: Tensor, keys: Tensor) -> Tensor:
         """Draw affine maps and return their (2, B, H, W) sampling positions, in [-1, 1]."""

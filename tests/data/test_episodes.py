@@ -361,7 +361,7 @@ def test_a_fingerprint_follows_the_images() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["degrees", "translate", "scale", "shear", "color", "elastic"],
+    ["degrees", "translate", "scale", "shear", "color", "elastic", "crop"],
 )
 def test_augmentation_out_of_range_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.augmentation\.{key}=-0\.1: expected 0 to "):
@@ -445,6 +445,20 @@ def test_a_flip_mirrors_about_half_of_the_images() -> None:
     same = (changed == image).all(dim=3).all(dim=2).all(dim=1)
     assert (mirrored ^ same).all()
     assert 70 < mirrored.sum() < 130
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflection"])
+def test_a_crop_is_a_window_of_the_padded_image(padding: Any) -> None:
+    image = torch.rand(2, 6, 5, generator=torch.Generator().manual_seed(0))
+    changed = drawn(Augmentation(crop=2, padding=padding), image, 400)
+    mode = "reflect" if padding == "reflection" else "constant"
+    padded = np.pad(image.numpy(), ((0, 0), (2, 2), (2, 2)), mode)
+    windows = [padded[:, y : y + 6, x : x + 5] for y in range(5) for x in range(5)]
+    counts = [sum(np.array_equal(one.numpy(), window) for one in changed) for window in windows]
+    # Each of the 25 places is drawn about 16 times, and nothing else is.
+    assert sum(counts) == 400
+    assert min(counts) > 3
+    assert max(counts) < 40
 
 
 def test_color_changes_stay_in_range_and_leave_black_alone() -> None:
