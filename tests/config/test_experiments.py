@@ -32,6 +32,7 @@ from metarun.core.console import Screen
 from metarun.core.types import SPLITS
 from metarun.data import omniglot
 from metarun.data.storage import miniimagenet_files, omniglot_files
+from metarun.data.storage.image_sets import Arrays, groups_of, store_images
 from metarun.data.storage.miniimagenet_files import NUM_CLASSES, import_miniimagenet
 from metarun.data.storage.omniglot_files import Character, import_omniglot
 from metarun.jobs.train import train
@@ -82,7 +83,7 @@ def text(group: str, name: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Small copies of Omniglot and miniImageNet, where metarun looks for them."""
+    """Small copies of Omniglot, miniImageNet and CIFAR-100, where metarun looks for them."""
     folder = tmp_path_factory.mktemp("data_sets")
     with pytest.MonkeyPatch.context() as patch:
         for module in (omniglot, omniglot_files, sources):
@@ -92,6 +93,10 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         write_photographs(folder / "pickles")
         import_omniglot(folder / "zips", folder / "root")
         import_miniimagenet(folder / "pickles", folder / "root")
+        pixels = np.random.default_rng(1).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+        names = sorted(groups_of("cifar100"))
+        images = Arrays("", names * PHOTOGRAPHS, list(pixels) * PHOTOGRAPHS)
+        store_images("cifar100", images, folder / "root", 32, 3, "")
         patch.setenv("METARUN_DATA", str(folder / "root"))
         yield
 
