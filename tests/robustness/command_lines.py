@@ -175,7 +175,9 @@ def try_lines(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case]
 
 
 def _fault(answer: Answer, hostile: list[Word], place: Path) -> str | None:
-    if fault := answer.fault():
+    # `debug=true` asks for the traceback of what is wrong.
+    asked = any(word.text.lower() == "debug=true" for word in hostile)
+    if (fault := answer.fault()) and not (asked and fault.startswith("a traceback: ValueError")):
         return fault
     if answer.code == 2 and any(place.iterdir()):
         return f"exit code 2 has written {[p.name for p in place.iterdir()]}"
