@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import os
 import pty
+import random
 import re
 import select
 import shlex
@@ -23,6 +24,8 @@ import termios
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from PIL import Image
 
 COMMANDS = Path(__file__).with_suffix(".txt")
 _CODES = re.compile(r"(\x1b(?:\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>()][A-Z0-9]?)|\r|\n)")
@@ -94,6 +97,19 @@ def _screen(data: bytes) -> str:
     return "\n".join([line.rstrip() for line in lines if line.strip()][-_LINES:])
 
 
+def _photographs(folder: Path) -> None:
+    """Write class folders of images, and one that cannot be read, for the words that need some."""
+    draw = random.Random(0)
+    for name in (f"{group}/class{c}" for group in ("photos", "examples") for c in range(12)):
+        (folder / name).mkdir(parents=True)
+        color = [draw.randrange(256) for _ in range(3)]
+        for number in range(16 if name.startswith("photos") else 2):
+            image = Image.effect_noise((48, 40), 60).convert("RGB")
+            tinted = Image.blend(image, Image.new("RGB", image.size, tuple(color)), 0.5)
+            tinted.save(folder / name / f"{number}.png")
+    (folder / "examples/class0/broken.png").write_bytes(b"?")
+
+
 def main() -> int:
     """Type all commands at each width; return 1 if something was wrong with one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -109,6 +125,7 @@ def main() -> int:
             tempfile.TemporaryDirectory() as folder,
             (args.screens / f"{columns}.txt").open("w") as file,
         ):
+            _photographs(Path(folder))
             for command in commands:
                 if args.only not in command:
                     continue

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.imports import MODULES, PACKAGE, RANK, folder_of, imported, name_of
+from tests.imports import MODULES, PACKAGE, RANK, direct, folder_of, imported, name_of
 
 INSIDE = [path for path in MODULES if path.parent != PACKAGE]
 FAMILIES = {path.name for path in (PACKAGE / "algorithms").iterdir() if path.is_dir()}
@@ -103,3 +103,10 @@ def test_what_runs_nothing_imports_no_torch(words: list[str], tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_picture_leaves_out_what_a_chain_of_arrows_says() -> None:
+    found = [("cli", "jobs"), ("jobs", "core"), ("cli", "core"), ("cli", "data"), ("data", "core")]
+    assert direct(found) == [
+        ("cli", "data"), ("cli", "jobs"), ("data", "core"), ("jobs", "core"),
+    ]  # fmt: skip

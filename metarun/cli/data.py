@@ -7,10 +7,11 @@ import difflib
 import re
 from pathlib import Path
 
-from metarun.config.catalogue import conf_dir, entries
 from metarun.cli.list import example
-from metarun.core.console import definitions, table_console
+from metarun.config.catalogue import conf_dir, entries
+from metarun.core.console import busy, definitions, table_console
 from metarun.core.streams import tell
+from metarun.core.words import number_of
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
 
 _STATES = {
     "made": "ready: no files are needed",
-    "shipped": "ready: shipped with metarun",
+    "shipped": "shipped with metarun",
     "store": "made of the images of another data set",
 }
 
@@ -170,9 +171,6 @@ def _describe(store: Store) -> str:
 
 def _check_folder(root: str | None) -> int:
     """Read every image of a user's folder and print the number of classes in each split."""
-    from metarun.data.folder import list_folder
-    from metarun.data.image_files import check_readable
-
     if root is None:
         raise ValueError(
             "data=folder reads your own images: check them with `metarun data folder --from PATH`"
@@ -180,12 +178,19 @@ def _check_folder(root: str | None) -> int:
     absent = registry.missing("folder", root)
     if absent is not None:
         raise ValueError(absent)
-    splits = list_folder(Path(root).expanduser())
-    check_readable([file for classes in splits.values() for f in classes.values() for file in f])
+    with busy("reading the images"):
+        from metarun.data.folder import list_folder
+        from metarun.data.image_files import check_readable
+
+        splits = list_folder(Path(root).expanduser())
+        groups = [files for classes in splits.values() for files in classes.values()]
+        check_readable([file for files in groups for file in files])
     for split, classes in splits.items():
-        counts = [len(files) for files in classes.values()]
-        print(f"{split}: {len(classes)} classes of {min(counts)} to {max(counts)} images")
-    print(f"all images are readable: train with `metarun data=folder data.root={root}`")
+        low, high = (end(map(len, classes.values())) for end in (min, max))
+        each = f"{low} to {high} images" if low < high else number_of(low, "image")
+        print(f"{split}: {len(classes)} class{'es' * (len(classes) != 1)} of {each}")
+    words = f"algo=protonet data=folder data.root={root}"
+    tell(f"all images are readable: train with `metarun {words}`")
     return 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
@@ -163,7 +163,7 @@ def _described(run: RunFolder) -> tuple[str, str, str]:
         stands = f"{metric} {figure(metric, test['mean'], test['ci95'])}"
         return str(results["algo"]), str(results["data"]), stands
     config = run.configuration()
-    names, steps = config["names"], config["train"]["steps"]
+    names, steps = config["names"], status.get("steps") or config["train"]["steps"]
     # A process that was killed could not change the state.
     killed = status["state"] == "running" and not run.is_in_use()
     state = "stopped" if killed else status["state"]

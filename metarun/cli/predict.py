@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metarun.cli.parser import DEFAULT_CSV
-from metarun.core.console import Screen, table_console, warnings_held
+from metarun.core.console import Screen, busy, table_console, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import csv_cell, write_new
 from metarun.core.streams import printable, say
@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> int:
         # Pillow warns about irregular files that it can read nevertheless.
         warnings.filterwarnings("ignore", module="PIL")
         with warnings_held():
-            learner = _learner(folder, args.device, transductive=args.transductive)
+            with busy("loading the run"):
+                learner = _learner(folder, args.device, transductive=args.transductive)
             learner.fit(support.files, support.labels)
         answers, bad = probabilities(learner, query.files)
         query = replace(query, files=[file for file in query.files if file not in bad])

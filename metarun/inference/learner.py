@@ -9,6 +9,7 @@ Shapes: N rows, W ways, D outputs.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metarun.algorithms.base import Algorithm
+from metarun.algorithms.common.adapting import AdaptingLearner
 from metarun.algorithms.common.features import FeatureLearner
+from metarun.backbones.layers.context import ForwardContext
 from metarun.config.build import Experiment, build_experiment, recorded_source
 from metarun.config.schema import Config
 from metarun.config.trust import stored, trusting
@@ -124,6 +127,19 @@ def learned_state(folder: RunFolder) -> Record:
             f"{folder.path} has no checkpoint yet: continue it with `metarun resume=RUN` first"
         )
     return learned[1]
+
+
+class _Adapted(nn.Module):
+    """A network whose forward pass has the options of an evaluation."""
+
+    def __init__(self, net: nn.Module, ctx: ForwardContext) -> None:
+        super().__init__()
+        self.net = net
+        self._ctx = ctx
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.net(x, self._ctx)
+        return outputs
 
 
 class Learner:
@@ -350,6 +366,30 @@ class Learner:
         if self._adapted is None:
             raise NotFittedError(_NOT_FITTED)
         return {name: tensor[0] for name, tensor in self._adapted[0].items()}
+
+    @property
+    def network(self) -> nn.Module:
+        """A copy of the network with the weights that `fit` has adapted, as a module of its own.
+
+        It maps rows (N, *input_shape), as `rows` returns them, to logits (N, W) in the order of
+        `classes_`, or to values (N, D).
+
+        Raises:
+            NotFittedError: `fit` has not been called.
+            ValueError: The algorithm adapts no weights of a network.
+        """
+        algorithm, weights = self._algorithm, self.adapted
+        net = copy.deepcopy(algorithm.net)
+        own = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+        if not isinstance(algorithm, AdaptingLearner) or not weights.keys() <= own.keys():
+            raise ValueError(
+                f"{type(algorithm).__name__} adapts no weights of a network: `adapted` has what it "
+                "has learned"
+            )
+        for name, tensor in weights.items():
+            # A head that is made for the task may be wider than the one of training.
+            own[name].data = tensor.clone()
+        return _Adapted(net, algorithm.query_context()).eval()
 
     def _outputs(self, inputs: Any) -> Tensor:
         """Return logits (N, W) or values (N, D)."""

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from omegaconf.errors import OmegaConfBaseException
 
 from metarun.config import trust
@@ -42,8 +41,6 @@ from metarun.core.streams import tell
 from metarun.core.types import EpisodeSource
 from metarun.jobs.train import exit_code_of, tell_next, train_experiment
 from metarun.runs.folder import NullRun, Run, RunFolder
-from metarun.training.ending import early_end
-from metarun.training.run_state import RunState
 
 _log = logging.getLogger(__name__)
 
@@ -116,6 +113,11 @@ def _ended_early(run: RunFolder) -> bool:
 
 def _is_over(run: RunFolder, settings: TrainSettings) -> bool:
     """Return whether the patience or the rehearsal of some settings has ended a run already."""
+    import torch
+
+    from metarun.training.ending import early_end
+    from metarun.training.run_state import RunState
+
     checkpoint = run.load_last()
     if checkpoint is None or settings.rehearse is not None:
         return True

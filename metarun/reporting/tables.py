@@ -188,9 +188,13 @@ def _record(table: Table) -> dict[str, Any]:
     return {"title": table.title, "rows": rows, "text": table.text}
 
 
+_COUNTS = ("seeds", "episodes", "steps", "tasks", "parameters", "time", "training")
+"""Heads of counts and durations, which are numbers for other programs."""
+
+
 def _for_programs(head: str, cell: str) -> tuple[str, float | None]:
     """Return head and number of a cell that is a count or a duration, the latter in seconds."""
-    value = _number_in(cell) if cell[:1].isdigit() else None
+    value = _number_in(cell) if head in _COUNTS else None
     if value is None or not math.isfinite(value):
         return head, None
     if not cell[-1].isdigit():

@@ -90,10 +90,11 @@ def ending(run: Path, runs: Sequence[Path]) -> str:
     """
     starts = [found.end() for found in re.finditer("[-_]", run.name)]
     ends = [run.name[start:] for start in reversed(starts) if len(run.name) - start >= _SHORTEST]
-    for end in [*ends, run.name]:
+    for end in ends:
         if sum(end in other.name for other in runs) == 1 and not Path(end).exists():
             return end
-    return str(run)
+    alone = sum(run.name == other.name for other in runs) == 1 and not Path(run.name).exists()
+    return run.name if alone else str(run)
 
 
 def newest_first(runs: Iterable[Path]) -> list[Path]:

@@ -286,7 +286,14 @@ class _Loop:
 
     def _validate(self) -> None:
         state = self.state
-        found = validate(self.algorithm, self.source, self.evaluation, self.screen, self.signals)
+        found = validate(
+            self.algorithm,
+            self.source,
+            self.evaluation,
+            self.screen,
+            self.signals,
+            first=state.best is None,
+        )
         self.run.append("metrics.jsonl", {"step": state.step, **found.line()})
         self.trackers.metrics(state.step, found.line())
         state.validated = state.step

@@ -16,6 +16,10 @@ from metarun.core.types import EpisodeSource
 from metarun.evaluation.on_split import meta_validation
 from metarun.training.signals import Signals, ticker
 
+_LONG = 60.0
+"""Seconds of an evaluation that are told beforehand."""
+_SHORTER = "fewer eval.val_episodes are shorter"
+
 
 @dataclass(frozen=True, slots=True)
 class Validated:
@@ -59,8 +63,13 @@ def validate(
     evaluation: EvalSettings,
     screen: Screen,
     signals: Signals,
+    *,
+    first: bool = False,
 ) -> Validated:
-    """Evaluate an algorithm on meta-val with each of its options, and set the best one."""
+    """Evaluate an algorithm on meta-val with each of its options, and set the best one.
+
+    The first of a run says beforehand if it takes long.
+    """
     spec = source.spec
     best: Validated | None = None
     tuned = algorithm if isinstance(algorithm, HasOptions) else None
@@ -68,7 +77,8 @@ def validate(
         if tuned is not None:
             tuned.choose(option)
         here = meta_validation(algorithm, source, evaluation)
-        with screen.bar("val", here.size) as bar:
+        long = _LONG if first and best is None else math.inf
+        with screen.bar("val", here.size, long=long, shorter=_SHORTER) as bar:
             mean, ci95 = interval(here.run(ticker(bar, signals)).values)
         found = Validated(
             spec.metric, option, mean, ci95, evaluation.val_episodes, spec.higher_is_better

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -9,10 +10,13 @@ from typing import Any
 
 import pytest
 
+from metarun.config.build import build_experiment
 from metarun.config.catalogue import conf_dir, entries
 from metarun.runs import sweeps
+from metarun.runs.find import find_run
 from metarun.runs.folder import RunFolder
 from tests.conftest import Command
+from tests.helpers import composed
 
 
 def test_a_choice_is_shown_with_its_paper_its_keys_its_recipes_and_a_command(
@@ -49,6 +53,21 @@ def test_every_group_has_choices_to_show(
     assert shown in answer.out
 
 
+def test_an_explanation_fits_the_terminal_and_its_command_is_given_once(
+    metarun: Command,
+) -> None:
+    answer = metarun("list", "experiment", "finn2017_sinusoid_5shot")
+    assert max(map(len, answer.out.splitlines())) <= 80
+    assert answer.out.count("metarun experiment=") == 1
+    assert "has as many rows as the support. The inner rate" in " ".join(answer.out.split())
+
+
+def test_a_part_of_names_is_answered_with_names_that_have_it(metarun: Command) -> None:
+    answer = metarun("experiment=snell")
+    assert answer.code == 2
+    assert answer.err.startswith("error: experiment=snell: did you mean snell2017_")
+
+
 def test_an_unknown_choice_is_one_line_with_the_nearest(metarun: Command) -> None:
     answer = metarun("list", "algo", "malm")
     assert answer.code == 2
@@ -60,6 +79,10 @@ def test_the_command_to_try_can_be_composed(metarun: Command, tmp_path: Path) ->
         line = metarun("list", *words).out.rstrip().splitlines()[-1]
         typed = line.removeprefix("try: metarun ").split()
         assert metarun(*typed, "--cfg", "job").code == 0
+    # These have no recipe: the other half has to fit nevertheless.
+    for words in (("algo", "frn"), ("algo", "cmaml"), ("data", "stream_linear")):
+        line = metarun("list", *words).out.rstrip().splitlines()[-1]
+        assert build_experiment(composed(*line.removeprefix("try: metarun ").split()))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -114,6 +137,9 @@ def test_runs_are_listed_newest_first_with_figure_or_state(
     a_run("outputs/2026-11-21/09-00-00-anil-linear-aaaaaa", "2026-11-21T09:05:00")
     a_run("outputs/sweeps/algo=anil-12345678", "2026-11-23T09:05:00", "failed")
     a_run("outputs/2026-11-22/09-00-00-anil-linear-bbbbbb", "2026-11-22T09:05:00", "running")
+    typed = ["algo=anil", "seed=1", "train.steps=100", "algo.inner_lr=0.05", "data=linear"]
+    typed += ["data.noise=0.1", "eval.episodes=1000", "sweep.name=rates"]
+    Path("outputs/sweeps/algo=anil-12345678/overrides.yaml").write_text(json.dumps(typed))
     a_run("outputs/2026-11-22/08-00-00-anil-linear-cccccc", "2026-11-22T08:05:00", "running")
     # That of the parent of this process, which certainly runs.
     lock = Path("outputs/2026-11-22/09-00-00-anil-linear-bbbbbb/lock")
@@ -125,30 +151,34 @@ def test_runs_are_listed_newest_first_with_figure_or_state(
     lines = answer.out.splitlines()
     assert max(map(len, lines)) <= columns
     rows = [" ".join(line.split()) for line in lines if line.startswith("2026")]
-    folders = [line.split()[-1] for line in lines if "outputs/" in line]
-    assert rows[0].startswith("2026-11-23 09:05 anil linear failed at 3 of 9")
-    assert rows[1].startswith("2026-11-22 09:05 anil linear running at 3 of 9")
+    assert rows[0].startswith("2026-11-23 09:05 12345678 anil linear failed at 3 of 9")
+    assert rows[1].startswith("2026-11-22 09:05 bbbbbb anil linear running at 3 of 9")
     # Its process was killed.
-    assert rows[2].startswith("2026-11-22 08:05 anil linear stopped at 3 of 9")
-    assert rows[3].startswith("2026-11-21 09:05 anil linear accuracy 50.00 ± 25.00 %")
-    assert rows[4].startswith("2026-11-20 09:05 – – damaged")
-    assert [folder[-4:] for folder in folders] == ["5678", "bbbb", "cccc", "aaaa", "aged"]
-    # The folders stand below where there is no room behind.
-    assert len(lines) == (5 if columns > 100 else 10)
+    assert rows[2].startswith("2026-11-22 08:05 cccccc anil linear stopped at 3 of 9")
+    assert rows[3].startswith("2026-11-21 09:05 aaaaaa anil linear accuracy 50.00 ± 25.00 %")
+    assert rows[4].startswith("2026-11-20 09:05 damaged – – damaged")
+    # What was typed stands below where there is no room behind.
+    kept = "seed=1 train.steps=100 algo.inner_lr=0.05 data.noise=0.1 eval.episodes=1000"
+    assert rows[0].endswith(kept) == (columns > 100)
+    assert kept in " ".join(answer.out.split())
+    # Any of these words stands for its run.
+    assert all(find_run(row.split()[2]).name.endswith(row.split()[2]) for row in rows)
 
 
 def test_the_newest_runs_are_listed_unless_all_are_asked_for(metarun: Command) -> None:
-    assert metarun("list", "runs").out == "no runs below outputs/ yet\n"
+    none = "no runs below outputs/ yet: `metarun` makes the first\n"
+    assert metarun("list", "runs").out == none
     for number in range(23):
         a_run(f"outputs/run-{number}", f"2026-11-21T09:{number:02}:00")
     lines = metarun("list", "runs").out.splitlines()
-    assert lines[-1] == "and 3 older: metarun list runs --all"
-    assert lines[0].endswith("outputs/run-22")
-    assert len(metarun("list", "runs", "--all").out.splitlines()) == 23
+    assert lines[-2] == "and 3 older: metarun list runs --all"
+    assert lines[-1].endswith(": `metarun report run-22`")
+    assert lines[0].split()[2] == "run-22"
+    assert len(metarun("list", "runs", "--all").out.splitlines()) == 24
 
 
 def test_sweeps_are_listed_with_what_is_finished(metarun: Command) -> None:
-    assert metarun("list", "sweeps").out == "no sweeps below outputs/ yet\n"
+    assert metarun("list", "sweeps").out.startswith("no sweeps below outputs/ yet: `metarun -m ")
     a_run("outputs/sweeps/one", "2026-11-21T09:05:00")
     runs = ["outputs/sweeps/one", "outputs/sweeps/other"]
     sweeps.Sweep("rates", "2026-11-21T09:00:00", ["-m", "seed=1,2"], runs).store()
@@ -159,4 +189,4 @@ def test_sweeps_are_listed_with_what_is_finished(metarun: Command) -> None:
 
 @pytest.mark.parametrize("word", ["run", "sweep"])
 def test_runs_and_sweeps_are_found_in_the_singular_too(metarun: Command, word: str) -> None:
-    assert metarun("list", word).out == f"no {word}s below outputs/ yet\n"
+    assert metarun("list", word).out.startswith(f"no {word}s below outputs/ yet: ")

@@ -21,9 +21,11 @@ from hypothesis import strategies as st
 from metarun import __version__
 from metarun.cli import report
 from metarun.cli.main import main
+from metarun.config.build import build_experiment
 from metarun.config.catalogue import GROUPS, conf_dir, entries
-from metarun.jobs import train
+from metarun.jobs import estimate, train
 from tests.conftest import Command
+from tests.helpers import composed
 
 TINY = [
     "train.steps=2", "train.tasks_per_step=2", "eval.episodes=4", "eval.val_episodes=4",
@@ -102,6 +104,22 @@ def test_an_estimate_names_what_every_run_takes_and_writes_nothing(
     ]
     assert "in all, one run after the other" in answer.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_estimate_counts_every_option_that_meta_val_chooses_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(estimate, "_seconds_of", lambda *_: 10.0)
+    monkeypatch.setattr(estimate, "_seconds_of_step", lambda _: 1.0)
+    words = ["algo=oml", "data=stream_incremental_sine", "algo.online_lr=[0.1,0.2,0.3]"]
+    words += ["train.steps=200", "train.eval_every=100", "device=cpu"]
+    found = estimate.estimate(build_experiment(composed(*words)))
+    # Two evaluations of three rates, and a meta-test.
+    assert (found.training, found.validation, found.test) == (200.0, 60.0, 10.0)
+    found = estimate.estimate(build_experiment(composed(*words, "train.rehearse=30")))
+    assert (found.training, found.validation) == (30.0, 30.0)
+    nothing = estimate.estimate(build_experiment(composed("algo=nearest", "data=linear")))
+    assert (nothing.step, nothing.training, nothing.validation) == (0.0, 0.0, 10.0)
 
 
 @pytest.mark.parametrize("option", ["--estimate", "--rehearse"])

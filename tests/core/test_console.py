@@ -15,8 +15,8 @@ import pytest
 from rich.console import Console
 
 from metarun.core.console import BAR_SHOWS_IT, FILE_ONLY, Screen, duration, summary
-from metarun.core.measures import figure, number
-from metarun.core.streams import unbroken_streams
+from metarun.core.measures import figure, number, values_text
+from metarun.core.streams import fitted, unbroken_streams
 from tests.tiny_run import go
 
 RESULTS = {
@@ -151,12 +151,14 @@ def test_without_a_terminal_a_bar_breaks_long_silences_and_tells_what_takes_long
     ]
 
 
-def test_a_terminal_shows_warnings_in_color_and_keeps_to_one_line() -> None:
+def test_a_terminal_shows_warnings_in_color_and_breaks_no_word() -> None:
     screen, file = on_terminal()
     with screen.attached():
         logging.getLogger("metarun.x").warning("%s", "word " * 40)
-    assert "\x1b[33mwarning: \x1b[0m" in file.getvalue()
-    assert plain_text(file.getvalue()).count("\n") == 1
+    assert "\x1b[33mwarning:\x1b[0m" in file.getvalue()
+    lines = plain_text(file.getvalue()).replace("\r", "").splitlines()
+    assert {word for line in lines for word in line.split()} == {"warning:", "word"}
+    assert max(map(len, lines)) <= 100
 
 
 def test_control_characters_of_a_name_are_shown_and_not_obeyed() -> None:
@@ -213,9 +215,34 @@ def test_the_wrong_answers_are_counted_with_a_binomial_interval() -> None:
 def test_the_table_says_what_was_reached_and_where_it_is() -> None:
     assert summary(RESULTS, "outputs/a/b").splitlines()[1:-1:1] == [
         "maml on omniglot_small, 5-way 1-shot, seed 7",
-        "─" * 75,
-        "val accuracy   91.23 ± 0.57 %  200 episodes, step 2500",
-        "test accuracy  87.65 %         600 episodes, parameters of step 2500 (best)",
-        "time           12 min 34 s     3000 steps, 1,234 tasks/s",
+        "─" * 76,
+        "val accuracy   91.23 ± 0.57 %  200 episodes, step 2,500",
+        "test accuracy  87.65 %         600 episodes, parameters of step 2,500 (best)",
+        "time           12 min 34 s     3,000 steps, 1,234 tasks/s",
         "files          outputs/a/b",
     ]
+
+
+def test_lines_on_a_terminal_are_broken_between_words_alone() -> None:
+    path = f"outputs/{'x' * 40}"
+    table = "time   1 s    3 steps of a kind that has a long name"
+    text = (
+        f"{'─' * 50}\nfiles in {path}\n{table}\nplease type `metarun a=1 b=2 c=3 d=4`, then go on"
+    )
+    assert fitted(text, 32).split("\n") == [
+        "─" * 32,
+        "files in",
+        path,
+        "time   1 s    3 steps of a kind",
+        "              that has a long",
+        "              name",
+        "please type",
+        "`metarun a=1 b=2 c=3 d=4`, then",
+        "go on",
+    ]
+    assert fitted(text, 200) == text
+
+
+def test_a_loss_that_is_the_metric_is_shown_once() -> None:
+    assert values_text({"loss": 0.25, "mse": 0.25}, "mse") == "mse 0.2500"
+    assert values_text({"loss": 0.5, "mse": 0.25}, "mse") == "loss 0.5000  mse 0.2500"

@@ -393,3 +393,31 @@ def test_what_was_adapted_are_the_tensors_of_the_task(
     adapted = learner.adapted
     assert any(tuple(t.shape) == tuple(p.shape) for t in adapted.values() for p in names.values())
     assert all(isinstance(tensor, torch.Tensor) for tensor in adapted.values())
+
+
+@pytest.mark.parametrize("bn", ["running", "support", "transductive"])
+def test_the_adapted_network_is_a_module_that_answers_as_the_learner(
+    bn: str, maml: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(maml, bn=bn, device="cpu")
+    with pytest.raises(NotFittedError):
+        _ = learner.network
+    learner.fit([drawings[0] for drawings in pictures[:3]], list("abc"))
+    shown = [drawing for drawings in pictures[:3] for drawing in drawings[1:4]]
+    network = learner.network
+    logits = network(torch.from_numpy(learner.rows(shown)))
+    expected = learner.predict_proba(shown)
+    np.testing.assert_allclose(logits.softmax(1).detach(), expected, rtol=1e-4, atol=1e-5)
+    # Training it does not change the learner.
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    np.testing.assert_array_equal(learner.predict_proba(shown), expected)
+
+
+def test_a_learner_that_adapts_no_network_says_so(
+    protonet: Path, pictures: list[list[Picture]]
+) -> None:
+    learner = metarun.load(protonet, device="cpu")
+    learner.fit([drawings[0] for drawings in pictures[:3]], list("abc"))
+    with pytest.raises(ValueError, match="ProtoNet adapts no weights of a network: `adapted` has"):
+        _ = learner.network

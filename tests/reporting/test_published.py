@@ -186,12 +186,22 @@ def test_a_rehearsal_says_of_how_many_steps(metarun: Command) -> None:
     assert row["steps"] == "1 of 5,000"
 
 
-def test_a_run_that_is_not_finished_is_named(metarun: Command, tmp_path: Path) -> None:
+def test_a_run_that_is_not_finished_is_named_with_the_first_of_its_reason(
+    metarun: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert metarun("data=linear", *SMALL).code == 0
     (status,) = tmp_path.rglob("status.json")
-    status.write_text('{"state": "failed", "step": 1, "why": "out of luck"}')
-    answer = metarun("table", "outputs")
-    assert "failed at step 1: out of luck" in answer.out
+    why = f"out of luck {'for ever and ' * 20}ever; `metarun resume=…` continues"
+    status.write_text(json.dumps({"state": "failed", "step": 1, "why": why}))
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = metarun("table", "outputs").out.splitlines()
+    assert lines[0] == "not finished"
+    text = " ".join(lines)
+    assert "failed at step 1 of " in text
+    assert "out of luck for ever and" in text
+    assert text.count("continues") == 1
+    assert max(len(line) for line in lines if "outputs/" not in line) <= 80
+    assert len(lines) < 10
 
 
 @pytest.mark.parametrize(

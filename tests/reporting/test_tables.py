@@ -244,3 +244,16 @@ def test_json_has_the_numbers_under_names() -> None:
 
 def test_a_bar_in_a_cell_is_no_column_in_markdown() -> None:
     assert r"| a\|b |" in render("markdown", [Table("", [{"x": "a|b"}])])
+
+
+def test_counts_and_durations_are_numbers_for_other_programs() -> None:
+    line = {"run": "7", "steps": "15,000", "time": "12 min 05 s", "seeds": "3", "note": "1,000"}
+    table = Table("runs", [line])
+    (row,) = json.loads(render("json", [table]))[0]["rows"]
+    assert row == {"run": "7", "steps": 15000, "time, s": 725, "seeds": 3, "note": "1,000"}
+    heads, values = render("csv", [table]).splitlines()
+    assert heads == 'table,run,steps,"time, s",seeds,note'
+    assert values == 'runs,7,15000,725,3,"1,000"'
+    # A part of the steps is no number.
+    assert '"1 of 5,000"' in render("csv", [Table("", [{"steps": "1 of 5,000"}])])
+    assert "15,000" in render("markdown", [table])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metarun.runs import sweeps
-from metarun.runs.find import find_run, find_runs, newest_first, run_folders
+from metarun.runs.find import ending, find_run, find_runs, newest_first, run_folders
 from metarun.runs.folder import RunFolder
 
 
@@ -54,6 +54,24 @@ def test_a_part_of_the_name_of_one_folder_stands_for_it() -> None:
     assert find_run("a1b2") == one
     assert find_run("22/09-00-00-maml-omni") == other
     assert find_run(other.name) == other
+
+
+def test_the_shown_end_of_a_name_stands_for_its_run_alone() -> None:
+    long = "outputs/sweeps/algo=maml_data=sinusoid_eval.episodes=20_seed="
+    runs = [
+        *(a_run(f"{long}{seed}-a1b2c3{seed}{seed}") for seed in range(3)),
+        a_run("outputs/mine"),
+        a_run("outputs/2026-11-22/run-1"),
+        a_run("outputs/2026-11-22/run-10"),
+        a_run("outputs/twice/mine-too"),
+        a_run("outputs/once/mine-too"),
+    ]
+    ends = [ending(run, runs) for run in runs]
+    assert ends[:3] == ["a1b2c300", "a1b2c311", "a1b2c322"]
+    assert ends[3:6] == ["mine", "run-1", "run-10"]
+    # The same name twice: the whole path is needed.
+    assert ends[6:] == ["outputs/twice/mine-too", "outputs/once/mine-too"]
+    assert [find_run(end) for end in ends] == runs
 
 
 def test_a_whole_name_is_not_a_part_of_another() -> None:
