@@ -79,7 +79,7 @@ class Recorded:
 
     Attributes:
         spec, sizes, device: See `EpisodeSource`.
-        prepare: As `ClassEpisodes.prepare`; missing if the inputs are no images.
+        prepare, preparation: As those of `ClassEpisodes`; missing if the inputs are no images.
 
     Raises:
         ValueError: The record is damaged.
@@ -94,6 +94,7 @@ class Recorded:
             described = record["preparation"]
             if described is not None:
                 preparation = Preparation.of(described, device, dtype)
+                self.preparation = preparation
                 self.prepare = lambda images: preparation.rows(images, self.spec.input_shape)
         except KeyError as error:
             raise ValueError(f"it has no {error}") from error

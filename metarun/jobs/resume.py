@@ -232,6 +232,8 @@ def _changes(
         expected |= key == "train.steps" and then.get(key) == 0
         # Worked out from the images of the run.
         expected |= key == "data.image_size" and now.get(key, _ABSENT) is None
+        # Worked out from the weights of the backbone.
+        expected |= key.startswith("backbone.") and now.get(key, _ABSENT) is None
         if not expected and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "
