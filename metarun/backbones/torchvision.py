@@ -113,8 +113,12 @@ def _check_name(name: str) -> None:
     names = [n for n in models.list_models(module=models) if n not in _SEVERAL_OUTPUTS]
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"expected one such as {', '.join(names[:5])}"
-        raise ValueError(f"backbone.name={name}: torchvision has no such network for images: {hint}")
+        hint = (
+            f"did you mean {near[0]}?" if near else f"expected one such as {', '.join(names[:5])}"
+        )
+        raise ValueError(
+            f"backbone.name={name}: torchvision has no such network for images: {hint}"
+        )
 
 
 def _maker(name: str) -> Callable[..., nn.Module]:

@@ -55,7 +55,9 @@ class ViT(Network):
         at_least("backbone", 1, patch=patch, width=width, depth=depth, heads=heads, hidden=hidden)
         within("backbone", "[0, 1)", drop_rate=drop_rate)
         if width % heads:
-            raise ValueError(f"backbone.width={width}: expected a multiple of backbone.heads={heads}")
+            raise ValueError(
+                f"backbone.width={width}: expected a multiple of backbone.heads={heads}"
+            )
         channels, *sides = input_shape
         if any(side % patch for side in sides):
             raise ValueError(
@@ -63,7 +65,14 @@ class ViT(Network):
                 "choose one that does"
             )
         body = _Body(
-            channels, [side // patch for side in sides], patch, width, depth, heads, hidden, drop_rate
+            channels,
+            [side // patch for side in sides],
+            patch,
+            width,
+            depth,
+            heads,
+            hidden,
+            drop_rate,
         )
         super().__init__(body, input_shape, output_dim)
 
@@ -101,10 +110,7 @@ class _Encoder(nn.Module):
         super().__init__()
         self.pos_embedding = nn.Parameter(torch.empty(1, rows, width).normal_(std=0.02))
         self.layers = nn.ModuleDict(
-            {
-                f"encoder_layer_{i}": _Block(i, width, heads, hidden, drop_rate)
-                for i in range(depth)
-            }
+            {f"encoder_layer_{i}": _Block(i, width, heads, hidden, drop_rate) for i in range(depth)}
         )
         self.ln = LayerNorm(width)
 

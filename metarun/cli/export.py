@@ -10,13 +10,14 @@ import argparse
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from metarun.cli.predict import Examples, find_examples
 from metarun.core.console import busy, warnings_held
 from metarun.core.errors import EXIT_OK
 from metarun.core.files import size_text, write_new
 from metarun.core.streams import printable, say
+from metarun.core.types import Record
 from metarun.reporting.model_card import model_card
 from metarun.runs.folder import RESULTS, RunFolder
 
@@ -65,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _exported(
-    folder: RunFolder, kind: str, support: Examples | None
-) -> tuple[Learner, Exported]:
+def _exported(folder: RunFolder, kind: str, support: Examples | None) -> tuple[Learner, Exported]:
     import torch
 
     from metarun.inference.export import export_classifier, export_encoder
@@ -106,7 +105,7 @@ def _card(
         versions=made.versions,
         config=folder.configuration(),
         overrides=folder.overrides(),
-        results=folder.read_results() if folder.has(RESULTS) else None,
+        results=cast("Record", folder.read_results()) if folder.has(RESULTS) else None,
         data=folder.read_json(_DATA) if folder.has(_DATA) else None,
         classes=[] if support is None else [str(name) for name in learner.classes_],
         support=0 if support is None else len(support.files),

@@ -1,8 +1,10 @@
 """The user's folders of YAML files: `--config-dir`, Hydra's `hydra.searchpath`, and plug-ins.
 
-A plug-in is an installed package with an entry point of the group `metarun.plugins`: its folder
-`conf/` is searched as if it were typed, and what its files name is trusted. A `--config-dir` may name several folders, separated as in PATH. `hydra.searchpath` is turned into
+A `--config-dir` may name several folders, separated as in PATH. `hydra.searchpath` is turned into
 it before anything else reads the command line, so that both find the same files everywhere.
+
+A plug-in is an installed package with an entry point of the group `metarun.plugins`: its folder
+`conf/` is searched as if it were typed, and what its files name is trusted.
 """
 
 from __future__ import annotations

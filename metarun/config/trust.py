@@ -3,7 +3,8 @@
 A configuration that the user types, on the command line or in the files of `--config-dir`, is the
 user's word. One that is stored in a run's folder may come from somebody else: what it names is
 imported only if it is part of metarun or of an installed plug-in, or if the user has named it
-(`trust=PACKAGE`, METARUN_TRUST, or a typed configuration that names the same). Either way a class is checked before it is called.
+(`trust=PACKAGE`, METARUN_TRUST, or a typed configuration that names the same). Either way a class
+is checked before it is called.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A network, or a classifier adapted to a support set, as a file that needs no metarun.
 
-Formats: `safetensors` has the encoder's weights alone. `torch` is a program of `torch.export`, which
-torch alone runs. `onnx` needs an ONNX runtime alone. Each is read back and compared before anything
-is written.
+Formats: `safetensors` has the encoder's weights alone. `torch` is a program of `torch.export`, for
+which torch suffices. `onnx` needs an ONNX runtime alone. Each is read back and compared before
+anything is written.
 
 Shapes: N rows, F features, W ways, D outputs of a regression.
 """
@@ -143,16 +143,19 @@ def export_classifier(learner: Learner, kind: Format, support: Tensor) -> Export
 class _Program(nn.Module):
     """A function of rows (N, *shape): images in [0, 1], which it normalizes, or other inputs."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, learner: Learner) -> None:
         super().__init__()
         self.learner = [learner]
         self.algorithm = _for_tracing(learner._algorithm)
         moments = getattr(getattr(learner._source, "preparation", None), "moments", None)
-        like = {"dtype": self.algorithm.dtype, "device": self.algorithm.device}
+        like = self.algorithm.dtype
         mean, std = ((0.0,), (1.0,)) if moments is None else moments
         per_channel = (-1, 1, 1) if moments is not None else (-1,)
-        self.register_buffer("mean", torch.tensor(list(mean), **like).view(per_channel))
-        self.register_buffer("std", torch.tensor(list(std), **like).view(per_channel))
+        self.register_buffer("mean", torch.tensor(list(mean), dtype=like).view(per_channel))
+        self.register_buffer("std", torch.tensor(list(std), dtype=like).view(per_channel))
 
     def probes(self) -> Tensor:
         """Return random rows to compare answers on."""
@@ -281,9 +284,7 @@ class _Constants(TorchFunctionMode):
     Tensors that depend on them are fakes while a program is traced; all others are plain.
     """
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         tensors = [x for x in pytree.tree_leaves((args, given)) if isinstance(x, Tensor)]
         if tensors and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors):
@@ -309,9 +310,7 @@ def _exported(program: _Program, probes: Tensor, kind: Format, outputs: str) -> 
             raise ValueError(f"this {name} cannot be exported as {kind}: {text}") from error
     difference = _difference(found, program.expected(probes))
     packages = ("torch", *_PACKAGES.get(kind, ()))
-    return Exported(
-        data, outputs, tuple(probes.shape[1:]), batch, difference, _versions(packages)
-    )
+    return Exported(data, outputs, tuple(probes.shape[1:]), batch, difference, _versions(packages))
 
 
 def _traced(program: nn.Module, probes: Tensor) -> tuple[Any, bool]:
@@ -357,7 +356,9 @@ def _weights(program: _Program, config: Config) -> Exported:
     net = _network(program.algorithm)
     encoder = net.body if isinstance(net, Network) else net
     # Copies, since a file holds no two tensors that share their memory.
-    state = {name: t.detach().cpu().clone().contiguous() for name, t in encoder.state_dict().items()}
+    state = {
+        name: t.detach().cpu().clone().contiguous() for name, t in encoder.state_dict().items()
+    }
     if not state:
         raise ValueError("the backbone of this run has no weights to export")
     described = {

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from metarun.core.results import Results
 from metarun.core.streams import printable
 from metarun.core.types import Record
 
@@ -52,7 +51,7 @@ def model_card(
     versions: Mapping[str, str],
     config: Record,
     overrides: Sequence[str],
-    results: Results | None,
+    results: Record | None,
     data: Record | None,
     classes: Sequence[str],
     support: int,
@@ -98,7 +97,7 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _began_with(config: Record, results: Results | None) -> str:
+def _began_with(config: Record, results: Record | None) -> str:
     """Return what else has terms: the weights that the run began with."""
     init = (results or {}).get("init") or {}
     weights = config["backbone"].get("weights")
@@ -106,7 +105,7 @@ def _began_with(config: Record, results: Results | None) -> str:
     return f", and those of the weights that it began with ({', '.join(named)})" if named else ""
 
 
-def _result(results: Results | None) -> str:
+def _result(results: Record | None) -> str:
     if results is None:
         return "The run is not finished: there is no figure yet."
     test = results["test"]
@@ -130,7 +129,7 @@ def _data(name: str, data: Record | None) -> str:
     return " ".join(found)
 
 
-def _recipe(config: Record, overrides: Sequence[str], results: Results | None) -> str:
+def _recipe(config: Record, overrides: Sequence[str], results: Record | None) -> str:
     steps = config["train"]["steps"] if results is None else results["steps"]
     typed = " ".join(overrides) or "experiment=quick_start"
     return (
@@ -139,9 +138,7 @@ def _recipe(config: Record, overrides: Sequence[str], results: Results | None) -
     )
 
 
-def _loading(
-    file: str, kind: str, outputs: str, shape: Sequence[int], data: Record | None
-) -> str:
+def _loading(file: str, kind: str, outputs: str, shape: Sequence[int], data: Record | None) -> str:
     code = [_LOADED[kind].format(file=file, outputs=outputs)]
     preparation = (data or {}).get("preparation")
     if isinstance(preparation, dict):
@@ -168,7 +165,9 @@ def _preparing(preparation: Mapping[str, Any], side: int) -> str:
         size = f"({side}, {side}), Image.Resampling.LANCZOS)"
         return _PHOTOGRAPH.format(
             mode="L" if gray else "RGB",
-            resized=f"ImageOps.fit(image, {size}" if preparation["crop"] else f"image.resize({size}",
+            resized=f"ImageOps.fit(image, {size}"
+            if preparation["crop"]
+            else f"image.resize({size}",
             order="[None]" if gray else ".transpose(2, 0, 1)",
         )
     gray = preparation["resize"] == "antialias"

@@ -54,7 +54,11 @@ def plan(
         f"{steps} of {number_of(settings.tasks_per_step, 'task')}"
         if settings.steps
         else "no meta-training",
-        *([f"its encoder starts from {_init_text(run_info['init'])}"] if "init" in run_info else []),
+        *(
+            [f"its encoder starts from {_init_text(run_info['init'])}"]
+            if "init" in run_info
+            else []
+        ),
         f"files in {folder}",
     ]
     return "; ".join(parts)

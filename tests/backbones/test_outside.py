@@ -157,7 +157,9 @@ def test_one_channel_becomes_three_each_with_its_own_moments() -> None:
     torch.testing.assert_close(front((x - 0.5) / 0.25), expected)
     with pytest.raises(ValueError, match="takes images of 3 channels, these have 2"):
         ImageInput((2, 4, 4), channels=3)
-    with pytest.raises(ValueError, match=r"takes images, and this data set has inputs of shape \(5"):
+    with pytest.raises(
+        ValueError, match=r"takes images, and this data set has inputs of shape \(5"
+    ):
         ImageInput((5,), size=8)
 
 

@@ -76,6 +76,7 @@ def pixels() -> Any:
     return np.random.default_rng(1).random((20, 1, 28, 28), dtype=np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algo", "kind"),
     [("protonet", "torch"), ("protonet", "onnx"), ("maml", "torch"), ("maml", "onnx")],
@@ -104,12 +105,18 @@ def test_a_classifier_answers_as_predict_where_metarun_cannot_be_imported(
     np.testing.assert_allclose(prepared, learner.rows(files), atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "torch", "onnx"])
+@pytest.mark.parametrize(
+    "kind",
+    ["safetensors", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("torch", "onnx"))],
+)
 def test_an_encoder_answers_as_embed_and_can_be_started_from(
-    kind: str, metarun: Command, pixels: Any, tmp_path: Path
+    kind: str, metarun: Command, pixels: Any
 ) -> None:
     assert metarun("algo=protonet", *SMALL, "bn=running").code == 0
-    assert metarun("export", "last", "--format", kind, "--output", f"e{export.SUFFIXES[kind]}").code == 0  # type: ignore[index]
+    assert (
+        metarun("export", "last", "--format", kind, "--output", f"e{export.SUFFIXES[kind]}").code
+        == 0
+    )  # type: ignore[index]
     run = next(Path("outputs").rglob("status.json")).parent
     learner = package.load(run)
     if kind != "safetensors":
@@ -140,6 +147,7 @@ def test_answers_that_differ_are_refused_and_nothing_is_left(
     assert sorted(Path().iterdir()) == before
 
 
+@pytest.mark.slow
 def test_a_regression_exports_its_encoder(metarun: Command) -> None:
     words = ["train.steps=2", "eval.episodes=4", "eval.val_episodes=4", "device=cpu"]
     assert metarun("algo=maml", "data=sinusoid", *words).code == 0
@@ -155,7 +163,10 @@ def test_a_regression_exports_its_encoder(metarun: Command) -> None:
     [
         (["last", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["nowhere", "--format", "onnx"], "nowhere: there is no such folder"),
-        (["last", "--format", "torch", "--output", "a.onnx"], "expected a name that ends with .pt2"),
+        (
+            ["last", "--format", "torch", "--output", "a.onnx"],
+            "expected a name that ends with .pt2",
+        ),
         (["last", "--format", "torch", "--output", "x/a.pt2"], "there is no folder x"),
         (["last", "--format", "torch", "--output", "there.pt2"], "there.pt2 already exists"),
         (["last", "--format", "safetensors", "--support", "support"], "weights and no function"),

@@ -40,7 +40,10 @@ def test_a_part_is_left_out_by_the_yaml(metarun: Command, tmp_path: Path) -> Non
         "# Mine\n_target_: my_parts.Net\n_without_: fc\n"
     )
     answer = metarun(*WORDS, "algo=protonet")
-    assert (answer.code, "backbone._without_=fc: the module has no such part" in answer.err) == (2, 1)
+    assert (answer.code, "backbone._without_=fc: the module has no such part" in answer.err) == (
+        2,
+        1,
+    )
 
 
 def test_a_module_is_a_backbone_by_its_name_and_needs_trust_once_it_is_stored(
@@ -69,7 +72,9 @@ def test_a_run_records_its_preprocessing_and_needs_the_file_of_weights_no_more(
     entry = torchvision.models.SqueezeNet1_1_Weights.DEFAULT
     weights.rename(place / Path(entry.url).name)
     words = ["backbone=torchvision", "backbone.name=squeezenet1_1", "backbone.weights=DEFAULT"]
-    answer = metarun(*SMALL, *words, "backbone.input_size=40", "algo=simpleshot", "backbone.freeze=8")
+    answer = metarun(
+        *SMALL, *words, "backbone.input_size=40", "algo=simpleshot", "backbone.freeze=8"
+    )
     assert answer.code == 2
     assert "backbone.freeze=8: expected all, body, or 1 to 1: the parts are features" in answer.err
     answer = metarun(*SMALL, *words, "backbone.input_size=40", "algo=protonet", "bn=running")
@@ -116,7 +121,10 @@ def test_a_frozen_encoder_is_evaluated_and_trains_only_what_else_there_is(
         (["backbone=module", "backbone.target=torch.Tensor"], "is not a torch.nn.Module"),
         (["backbone=torchvision", "backbone.name=resnet_18"], "did you mean resnet18?"),
         (["backbone=torchvision", "backbone.freeze=some"], "backbone.freeze=some: expected all or"),
-        (["backbone=torchvision", "backbone.weights=no.pth"], "backbone.weights=no.pth: there is no"),
+        (
+            ["backbone=torchvision", "backbone.weights=no.pth"],
+            "backbone.weights=no.pth: there is no",
+        ),
         (
             ["backbone=torchvision", "backbone.name=squeezenet1_0", "backbone.weights=squeeze.pth"],
             "backbone.weights=squeeze.pth does not fit the network: features.0.weight is (64, 3, 3",

@@ -40,7 +40,10 @@ def encoder(init: Path | str, *words: str) -> dict[str, torch.Tensor]:
 def file(tmp_path: Path) -> Path:
     """The encoder of conv4 with every number 0.5, as a file."""
     made = build_experiment(composed("algo=maml", *SMALL))
-    state = {f"module.{n}": torch.full_like(v, 0.5) for n, v in made.algorithm.net.body.state_dict().items()}
+    state = {
+        f"module.{n}": torch.full_like(v, 0.5)
+        for n, v in made.algorithm.net.body.state_dict().items()
+    }
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file({**state, "fc.weight": torch.zeros(2, 3)}, path)
     return path
