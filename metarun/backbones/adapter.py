@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.layers.context import BATCH_STATISTICS, ForwardContext
-from metarun.backbones.layers.normalization import BatchNorm
+from metarun.backbones.layers.normalization import BatchNorm, as_channels
 from metarun.backbones.network import Network, output_shape
 from metarun.core import seeding
 from metarun.core.errors import one_line
@@ -55,16 +55,22 @@ class AnyBackbone:
         make: Constructor with its options bound, such as `partial(resnet18, num_classes=64)`.
         without: Dotted name of a part of the module to leave out, such as its last layer: inputs
             pass it unchanged. None keeps all.
+        key: Key that names the constructor, for messages.
     """
 
     def __init__(
-        self, target: str, make: functools.partial[Any], without: str | None = None
+        self,
+        target: str,
+        make: functools.partial[Any],
+        without: str | None = None,
+        key: str = "backbone._target_",
     ) -> None:
         self.func = make.func
         self._make = make
         self._without = without
-        self._name = f"backbone._target_={target}"
-        self.__signature__ = inspect.signature(make)
+        self._name = f"{key}={target}"
+        self._key_without = "backbone._without_" if "_" in key else "backbone.without"
+        self.__signature__ = _signature(make)
         """That of the constructor, from which algorithms read what a backbone takes."""
 
     def __call__(
@@ -84,10 +90,7 @@ class AnyBackbone:
             ValueError: The module cannot be built, or its outputs do not fit.
         """
         module, given = self._built({"input_shape": input_shape, "output_dim": output_dim}, more)
-        context = [BATCH_STATISTICS] if _takes_ctx(module) else []
-        # Before `adapt`, as lazy layers take their form in the first pass.
-        with self._explained(f"in a pass of inputs of shape {list(input_shape)}"):
-            width = math.prod(output_shape(module, input_shape, *context))
+        width = self._width(module, input_shape)
         adapt(module)
         net = module
         if output_dim is not None and "output_dim" in given and width != output_dim:
@@ -104,6 +107,22 @@ class AnyBackbone:
             net.feature_dim = width  # type: ignore[assignment]
         net.foreign_input = tuple(input_shape)  # type: ignore[assignment]
         return net
+
+    def features(self, input_shape: tuple[int, ...]) -> nn.Module:
+        """Build the module alone, which computes features; it is not adapted yet.
+
+        Raises:
+            ValueError: It cannot be built, or does not take inputs of that shape.
+        """
+        module, _ = self._built({"input_shape": input_shape, "output_dim": None}, {})
+        self._width(module, input_shape)
+        return module
+
+    def _width(self, module: nn.Module, input_shape: tuple[int, ...]) -> int:
+        """Return the number of outputs, by a pass in which lazy layers take their form."""
+        context = [BATCH_STATISTICS] if _takes_ctx(module) else []
+        with self._explained(f"in a pass of inputs of shape {list(input_shape)}"):
+            return math.prod(output_shape(module, input_shape, *context))
 
     def _built(self, shape: dict[str, Any], more: dict[str, Any]) -> tuple[nn.Module, set[str]]:
         """Return the module, and those of `input_shape` and `output_dim` that it was given."""
@@ -133,7 +152,7 @@ class AnyBackbone:
             parts = [name for name, _ in module.named_children()]
             if self._without not in dict(module.named_modules()) or not self._without:
                 raise ValueError(
-                    f"backbone._without_={self._without}: the module has no such part; its parts "
+                    f"{self._key_without}={self._without}: the module has no such part; its parts "
                     f"are {', '.join(parts)}"
                 )
             module.set_submodule(self._without, nn.Identity())
@@ -150,6 +169,16 @@ class AnyBackbone:
             raise ValueError(
                 f"{self._name}: {type(error).__name__}: {one_line(error)}: {remark}"
             ) from error
+
+
+def _signature(make: functools.partial[Any]) -> inspect.Signature:
+    """Return what a constructor takes; calling it then says what is wrong with its options."""
+    for found in (make, make.func):
+        try:
+            return inspect.signature(found)
+        except ValueError:  # Options that it does not take, or one that is built into Python.
+            continue
+    return inspect.Signature()
 
 
 def adapt(module: nn.Module) -> nn.Module:
@@ -173,6 +202,39 @@ def adapt(module: nn.Module) -> nn.Module:
         module._running = running  # type: ignore[assignment]
         module.__class__ = _with_context(type(module), takes_ctx)  # type: ignore[arg-type]
     return module
+
+
+def freeze_in_place(parts: Iterable[nn.Module]) -> None:
+    """Freeze parts of a module that is not adapted yet.
+
+    Their parameters do not learn, batch norm normalizes by its running statistics and does not
+    move them, and dropout is off.
+    """
+    for part in parts:
+        part.requires_grad_(False)
+        for layer in part.modules():
+            kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+            if type(layer).forward in _NORMS and getattr(layer, "running_mean", None) is not None:
+                layer.__class__ = _FrozenBatchNorm
+            elif kind in _MASKED_DIMS:
+                layer.p = 0.0  # type: ignore[assignment]
+
+
+class _FrozenBatchNorm(nn.Module):
+    """Batch norm of torch as in evaluation: a fixed scale and shift of each channel."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(self.running_var + self.eps)
+        scale = scale if self.weight is None else scale * self.weight
+        shift = -self.running_mean * scale
+        shift = shift if self.bias is None else shift + self.bias
+        return x * as_channels(scale, x) + as_channels(shift, x)
 
 
 class _Pass:

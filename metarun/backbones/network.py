@@ -27,24 +27,36 @@ class Network(nn.Module):
         body: Module that maps (N, *input_shape) and a `ForwardContext` to (N, F) features.
         input_shape: Shape of one input.
         output_dim: Number of outputs of the linear head; None omits the head.
+        front: Module without parameters through which inputs pass before the body; None has none.
     """
 
     def __init__(
-        self, body: nn.Module, input_shape: tuple[int, ...], output_dim: int | None
+        self,
+        body: nn.Module,
+        input_shape: tuple[int, ...],
+        output_dim: int | None,
+        front: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self.front = front
         self.body = body
         self.mixed = False
-        self.feature_dim = output_shape(body, input_shape, BATCH_STATISTICS)[0]
+        inner = input_shape if front is None else output_shape(front, input_shape)
+        self.feature_dim = output_shape(body, inner, BATCH_STATISTICS)[0]
         self.head = None if output_dim is None else nn.Linear(self.feature_dim, output_dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext = BATCH_STATISTICS) -> Tensor:
         """Map (N, *input_shape) to (N, output_dim), or to (N, F) without a head."""
         if self.mixed:
-            return self._mixed_answers(x, ctx)
-        features = self.body(x, ctx)
+            return self._mixed_answers(x if self.front is None else self.front(x), ctx)
+        features = self.features(x, ctx)
         answers: Tensor = features if self.head is None else self.head(features)
         return answers
+
+    def features(self, x: Tensor, ctx: ForwardContext = BATCH_STATISTICS) -> Tensor:
+        """Map (N, *input_shape) to (N, F)."""
+        found: Tensor = self.body(x if self.front is None else self.front(x), ctx)
+        return found
 
     def _mixed_answers(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         # The casts are explicit because torch.autocast skips most operators under vmap.

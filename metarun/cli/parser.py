@@ -264,6 +264,34 @@ def _features() -> Parser:
     return parser
 
 
+def _export() -> Parser:
+    parser = Parser(
+        prog="metarun export",
+        description="Write the encoder of a run, or with --support a classifier that is adapted to "
+        "a support set, as a file that needs no metarun, with a model card beside it. Its answers "
+        "are compared with those of metarun first.",
+    )
+    parser.add(
+        "run", metavar="RUN", offers=candidates.runs,
+        help="folder of a run, `last`, or a unique part of its folder's name",
+    )  # fmt: skip
+    parser.add(
+        "--format", required=True, choices=("safetensors", "torch", "onnx"),
+        help="safetensors: the weights alone; torch: a program for torch alone (*.pt2); onnx: one "
+        "for an ONNX runtime",
+    )  # fmt: skip
+    parser.add(
+        "--support", metavar="DIR", type=Path, offers=candidates.folders,
+        help="folder with one subfolder per class, named after it, with a few images each",
+    )  # fmt: skip
+    parser.add(
+        "--output", metavar="FILE", type=Path, offers=candidates.paths,
+        help="new file (default: encoder or classifier in the current folder, with the ending of "
+        "the format)",
+    )  # fmt: skip
+    return parser
+
+
 def _bench() -> Parser:
     from metarun.bench.workloads import BASELINES, GROWTH, TF32, WORKLOADS, Variant
 
@@ -366,6 +394,7 @@ PARSERS: dict[str, Callable[[], Parser]] = {
     "compare": _compare,
     "data": _data,
     "diff": _diff,
+    "export": _export,
     "features": _features,
     "list": _list,
     "predict": _predict,

@@ -26,7 +26,14 @@ from metarun.core import distributed, memory
 from metarun.core.nested import flat
 from metarun.core.once import warn_once
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import EpisodeSize, LearnedState, Record, SourceSetup, Split
+from metarun.core.types import (
+    BackboneSetup,
+    EpisodeSize,
+    LearnedState,
+    Record,
+    SourceSetup,
+    Split,
+)
 from metarun.execution.allocator import keep_large_blocks
 from metarun.runs.folder import RunFolder
 
@@ -109,7 +116,7 @@ def build_experiment(
         keep_large_blocks()
         if trains:
             _check_memory(settings, source)
-    backbone = _backbone(settings, fresh=fresh)
+    backbone = _backbone(settings, source, fresh=fresh)
     algorithm = _algorithm(settings, source, backbone)
     if isinstance(backbone, Initialized):
         backbone.load_again()
@@ -125,7 +132,10 @@ def build_experiment(
     record["train"] = {**config["train"], "steps": train.steps}
     # Options that the data set has worked out from its files.
     record["data"] = {**config["data"], **getattr(source, "resolved_options", {})}
-    run_info = {
+    for net in algorithm.modules():
+        # How a backbone prepares images may follow from its weights.
+        record["backbone"] = {**record["backbone"], **getattr(net, "resolved_options", {})}
+    run_info: Config = {
         **settings.names,
         "way": settings.way,
         "shot": settings.shot,
@@ -353,12 +363,13 @@ def _largest(settings: Settings) -> str:
     return f"{key}={nodes[key]}".replace(" ", "")
 
 
-def _backbone(settings: Settings, *, fresh: bool) -> Callable[..., Any]:
+def _backbone(settings: Settings, source: EpisodeSource, *, fresh: bool) -> Callable[..., Any]:
     """Return the factory of the networks, from one of our classes or from any `nn.Module`."""
     from metarun.backbones.adapter import AnyBackbone
 
     node = settings.backbone
-    own = _component("backbone", node)
+    moments = getattr(getattr(source, "preparation", None), "moments", None)
+    own = _component("backbone", node, BackboneSetup(moments, fresh))
     make: Callable[..., Any] = own
     if not is_ours(own.func):
         make = AnyBackbone(node["_target_"], own, node.get("_without_"))
@@ -434,7 +445,9 @@ def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> Episod
 
 
 def _component(
-    name: str, node: Mapping[str, Any], setup: LearnerSetup | SourceSetup | None = None
+    name: str,
+    node: Mapping[str, Any],
+    setup: LearnerSetup | SourceSetup | BackboneSetup | None = None,
 ) -> functools.partial[Any]:
     """Return the class of a node with its options bound, checked against its signature.
 
@@ -451,7 +464,9 @@ def _component(
     target = locate(f"{name}._target_", node["_target_"])
     hints = option_hints(name, node)
     given = {} if setup is None else {"setup": setup}
-    if given and not _takes_setup(target):
+    if name == "backbone" and not (is_ours(target) and "setup" in hints):
+        given = {}
+    elif name != "backbone" and given and not _takes_setup(target):
         raise ValueError(
             f"{name}._target_={node['_target_']}: expected a constructor of the form "
             "def __init__(self, setup, *, …), which calls super().__init__(setup)"
@@ -477,6 +492,8 @@ def _options(name: str, node: Mapping[str, Any], hints: Mapping[str, Any]) -> Co
         hint, path = hints[key], f"{name}.{key}"
         if LearnedState in typing.get_args(hint):
             options[key] = None if value is None else _learned_state(path, value)
+        elif _names_a_function(hint):
+            options[key] = None if value is None else locate(path, str(value))
         elif _names_a_class(hint):
             options[key] = locate(path, str(value), *typing.get_args(hint))
         elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):
@@ -516,6 +533,11 @@ def _learned_state(key: str, run: Any) -> LearnedState:
 
 def _names_a_class(hint: Any) -> bool:
     return typing.get_origin(hint) is type
+
+
+def _names_a_function(hint: Any) -> bool:
+    """Whether the value of an option is the dotted name of a class or function."""
+    return any(typing.get_origin(h) is Callable for h in (hint, *typing.get_args(hint)))
 
 
 def keywords(target: Callable[..., Any]) -> dict[str, Any]:

@@ -1,23 +1,55 @@
-"""The user's folders of YAML files: `--config-dir`, and Hydra's `hydra.searchpath`.
+"""The user's folders of YAML files: `--config-dir`, Hydra's `hydra.searchpath`, and plug-ins.
 
 A `--config-dir` may name several folders, separated as in PATH. `hydra.searchpath` is turned into
 it before anything else reads the command line, so that both find the same files everywhere.
+
+A plug-in is an installed package with an entry point of the group `metarun.plugins`: its folder
+`conf/` is searched as if it were typed, and what its files name is trusted.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
+
+_log = logging.getLogger(__name__)
 
 KEY = "hydra.searchpath"
 OPTIONS = ("--config-dir", "-cd")
 
 
+PLUGINS = "metarun.plugins"
+"""Group of the entry points of plug-ins; the value of one is the name of its package."""
+
+
+@functools.cache
+def plugins() -> dict[str, Path]:
+    """Return the folder `conf/` of each installed plug-in, by the name of its package.
+
+    The package is not imported. One without such a folder is left out, with a warning.
+    """
+    found: dict[str, Path] = {}
+    for point in sorted(entry_points(group=PLUGINS), key=lambda point: point.value):
+        top, *below = point.value.partition(":")[0].split(".")
+        spec = find_spec(top)
+        places = list(spec.submodule_search_locations or ()) if spec is not None else []
+        folders = [Path(place, *below, "conf") for place in places]
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if folder is None:
+            _log.warning("plug-in %s: its package %s has no folder conf/", point.name, point.value)
+        else:
+            found[top] = folder
+    return found
+
+
 def own_folders(config_dir: str | Path | None) -> list[Path]:
-    """Return the folders of a `--config-dir`.
+    """Return the folders of plug-ins, and those of a `--config-dir`.
 
     Raises:
         ValueError: One of them does not exist.
@@ -26,7 +58,7 @@ def own_folders(config_dir: str | Path | None) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"--config-dir {folder}: there is no such folder; check the path")
-    return folders
+    return [*plugins().values(), *folders]
 
 
 def refuse_shipped_names(folders: Sequence[Path], shipped: Path) -> None:

@@ -2,8 +2,9 @@
 
 A configuration that the user types, on the command line or in the files of `--config-dir`, is the
 user's word. One that is stored in a run's folder may come from somebody else: what it names is
-imported only if it is part of metarun, or if the user has named it (`trust=PACKAGE`, METARUN_TRUST,
-or a typed configuration that names the same). Either way a class is checked before it is called.
+imported only if it is part of metarun or of an installed plug-in, or if the user has named it
+(`trust=PACKAGE`, METARUN_TRUST, or a typed configuration that names the same). Either way a class
+is checked before it is called.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import yaml
 
 from metarun.config.catalogue import load
 from metarun.config.naming import root_of
-from metarun.config.search_path import add_current_folder, own_folders
+from metarun.config.search_path import add_current_folder, own_folders, plugins
 from metarun.config.suggestions import nearest
 from metarun.core.errors import one_line
 
@@ -107,7 +108,7 @@ def _may_import(path: str) -> bool:
     typed = _typed.get()
     if typed is None or path in typed or path.startswith(f"{_OURS}."):
         return True
-    packages = (*_packages.get(), *os.environ.get(VARIABLE, "").split(","))
+    packages = (*_packages.get(), *os.environ.get(VARIABLE, "").split(","), *plugins())
     return any(path.startswith(f"{package}.") for package in packages if package)
 
 

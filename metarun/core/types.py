@@ -5,7 +5,7 @@ Shapes: T tasks, S support rows, Q query rows, W ways, D outputs of a regression
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -271,6 +271,21 @@ class SourceSetup:
     def seeds(self) -> dict[Split, int]:
         """Seed of the tasks of each split."""
         return {"train": self.seed, "val": self.eval_seed, "test": self.eval_seed}
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneSetup:
+    """What a run gives to a backbone whose constructor names `setup`.
+
+    Attributes:
+        moments: Mean and standard deviation of each channel by which the data set normalizes its
+            images, in [0, 1] units; None if it does not.
+        fresh: Whether the run begins. If not, a checkpoint replaces all parameters, and no
+            weights are read or downloaded.
+    """
+
+    moments: tuple[Sequence[float], Sequence[float]] | None = None
+    fresh: bool = True
 
 
 class EpisodeSource(Protocol):

@@ -107,6 +107,12 @@ class Preparation:
         stacked = torch.from_numpy(np.stack(pixels)).to(self.device)
         return self.normalize(self.shares(stacked)).expand(-1, shape[0], -1, -1)
 
+    @property
+    def moments(self) -> tuple[Sequence[float], Sequence[float]] | None:
+        """Mean and standard deviation of each channel by which images are normalized, if any."""
+        mean, std = self._moments
+        return None if mean is None or std is None else (mean, std)
+
     def shares(self, pixels: Tensor) -> Tensor:
         """Return uint8 pixels in [0, 1], the same bits on every device."""
         # By a tensor: CUDA multiplies by a number's reciprocal, one bit off for half of all levels.

@@ -88,7 +88,7 @@ class Recorded:
 
     Attributes:
         spec, sizes, device: See `EpisodeSource`.
-        prepare: As `ClassEpisodes.prepare`; missing if the inputs are no images.
+        prepare, preparation: As those of `ClassEpisodes`; missing if the inputs are no images.
         encoding: How the columns of a table become inputs; missing if they are no table.
 
     Raises:
@@ -106,6 +106,7 @@ class Recorded:
                 self.encoding = TableEncoding.of(described)
             elif described is not None:
                 preparation = Preparation.of(described, device, dtype)
+                self.preparation = preparation
                 self.prepare = lambda images: preparation.rows(images, self.spec.input_shape)
         except KeyError as error:
             raise ValueError(f"it has no {error}") from error

@@ -260,6 +260,8 @@ def _changes(
         # A learner without meta-training has stored 0 steps, which no override has set.
         expected |= key == "train.steps" and then.get(key) == 0
         expected |= key in found and now.get(key, _ABSENT) is None
+        # Worked out from the weights of the backbone.
+        expected |= key.startswith("backbone.") and now.get(key, _ABSENT) is None
         if not expected and then.get(key, _ABSENT) != now.get(key, _ABSENT):
             lines.append(
                 f"{key} is now {now.get(key, _ABSENT)} in the configuration but was "

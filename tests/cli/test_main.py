@@ -159,6 +159,8 @@ def test_help_names_every_form_and_every_word_to_choose(tmp_path: Path) -> None:
         "metarun diff RUN RUN",
         "metarun data",
         "metarun predict RUN",
+        "metarun export RUN",
+        "init=RUN|FILE",
         "metarun report PATH",
         "bench",
         "protonet",
@@ -256,6 +258,7 @@ def test_every_listed_yaml_has_a_line_about_it() -> None:
         (["-m", "--cfg", "job"], ["type them without -m"]),
         (["data", "hydra.searchpath=[mine]"], ["unknown data set hydra.searchpath=[mine]"]),
         (["predict"], ["required: RUN, --support, --query"]),
+        (["export"], ["required: RUN, --format"]),
         (["--config-dir", "nowhere"], ["there is no such folder"]),
         (["--experimental-rerun", "x.pickle"], ["resume="]),
         (["algo=protonet", "data=sinusoid"], ["ProtoNet learns classification"]),
@@ -519,7 +522,18 @@ def test_a_signal_saves_the_run_and_ends_the_whole_sweep_with_its_code(
 
 @pytest.mark.parametrize(
     "command",
-    ["bench", "compare", "data", "diff", "features", "list", "predict", "report", "table"],
+    [
+        "bench",
+        "compare",
+        "data",
+        "diff",
+        "export",
+        "features",
+        "list",
+        "predict",
+        "report",
+        "table",
+    ],
 )
 def test_an_option_that_a_command_has_not_is_answered_in_one_line(
     command: str, capsys: pytest.CaptureFixture[str]

@@ -29,7 +29,7 @@ CONF = conf_dir()
 GIVEN = {
     "algo": {"setup"},
     "data": {"setup"},
-    "backbone": {"input_shape", "output_dim", "context_dim", "maps"},
+    "backbone": {"input_shape", "output_dim", "context_dim", "maps", "setup"},
     "optim": {"parameters"},
 }
 """Arguments of a constructor that are injected, in addition to its options."""
@@ -63,7 +63,7 @@ COMPONENTS = [
 
 
 # Options whose value is any text.
-TEXTS = {"algo.cache", "data.root"}
+TEXTS = {"algo.cache", "backbone.name", "data.root"}
 
 
 @cache

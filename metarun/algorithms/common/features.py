@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -34,13 +35,19 @@ class FeatureLearner(EpisodicLearner):
     A subclass implements `logits`. By default the features are those of the backbone without a
     head. A learner with other features, or with learned numbers of its own, overrides `build_net`.
     A learner that has more to compute from the support implements `summarize` and `score` in place
-    of `logits`. Training minimizes the loss of the query rows.
+    of `logits`. Training minimizes the loss of the query rows; a network of which nothing learns is
+    evaluated without training.
     """
 
     def __init__(self, setup: LearnerSetup) -> None:
         super().__init__(setup)
         self.net = self.build_net()
-        self.optimizer = self.build_optimizer()
+        parameters = list(self.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            # A frozen encoder is evaluated as it is.
+            self.capabilities = replace(self.capabilities, meta_trains=False)
+        else:
+            self.optimizer = self.build_optimizer()
 
     def build_net(self) -> nn.Module:
         """Build the network: one that returns features, or a module that has one as `features`."""
