@@ -58,7 +58,7 @@ class Groups:
         starts, counts: (G,) first row and number of rows of each group.
         class_ids: (G,) class of each group; zeros in a regression.
         x: (N, F) inputs.
-        y: (N, D) targets of a regression, as learners see them; None in a classification.
+        y: (N, D) targets of a regression, as learners see them, or (N,) labels.
     """
 
     tasks: tuple[str, ...]
@@ -68,7 +68,7 @@ class Groups:
     counts: Tensor
     class_ids: Tensor
     x: Tensor
-    y: Tensor | None
+    y: Tensor
 
 
 class TableRows:
@@ -149,6 +149,7 @@ class TableRows:
             check_names({"data.target": name}, table, self._where)
         check_names(named, table, self._where)
         self.labels, values = self._read_targets(table)
+        self._ranks = None if order is None else _ranks(table[order], order, self._where)
         unit = self._units(table)
         splits = self._splits(table, files, split, unit, val_fraction, test_fraction)
         training = splits == 0
@@ -177,12 +178,10 @@ class TableRows:
         memory.check_fits(
             8 * rows * known.width, f"{rows:,} rows of {known.width} features", "name fewer columns"
         )
-        x = known.encode(table, self._where)
-        y = None if values is None else known.scaled(values)
         self._splits_of_rows = splits
-        self._x, self._y = x, y
+        self._x = known.encode(table, self._where)
+        self._y = np.empty((rows, 0)) if values is None else known.scaled(values)
         self._tasks = as_texts(table[task]) if task else None
-        self._ranks = None if order is None else _ranks(table[order], order, self._where)
         self.resolved_options: dict[str, Any] = {"encoding": known.as_text()}
 
     @property
@@ -207,19 +206,23 @@ class TableRows:
         facts = (self._task, self._order, self._targets, self.class_names("train"))
         digest = hashlib.sha256(repr((facts, self._encoding.record())).encode())
         for array in (self._x, self._y, self._splits_of_rows, self._ranks):
-            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+            if array is not None and array.size:
+                digest.update(np.ascontiguousarray(array).data)
         for texts in (self.labels, self._tasks):
             if texts is not None:
                 digest.update(repr(texts.names).encode())
                 digest.update(np.ascontiguousarray(texts.codes).data)
         return digest.hexdigest()[:16]
 
-    def groups(self, needed: dict[Split, int], ways: dict[Split, int]) -> dict[Split, Groups]:
-        """Return the rows of each split by task and class.
+    def groups(
+        self, needed: dict[Split, int], ways: dict[Split, int], *, by_class: bool
+    ) -> dict[Split, Groups]:
+        """Return the rows of each split by task, and in a classification by class.
 
         Args:
             needed: Rows that a group needs.
             ways: Groups that a task needs; all groups of a split without a column of tasks.
+            by_class: Whether the rows of a class of a task are a group; else those of a task.
 
         Raises:
             ValueError: A task is too small, unless `skip_small`; or none is left.
@@ -228,7 +231,7 @@ class TableRows:
         small: list[tuple[Split, str, str]] = []
         total = 0
         for split in SPLITS:
-            made, few = self._grouped(split, needed[split], ways[split])
+            made, few = self._grouped(split, needed[split], ways[split], by_class=by_class)
             found[split] = made
             small += [(split, *one) for one in few]
             whole = len(made.tasks) if self._task else len(made.starts)
@@ -266,7 +269,7 @@ class TableRows:
         )
 
     def _grouped(
-        self, split: Split, needed: int, ways: int
+        self, split: Split, needed: int, ways: int, *, by_class: bool
     ) -> tuple[Groups, list[tuple[str, str]]]:
         """Return the groups of a split, and the names of small tasks with what they have."""
         rows = np.flatnonzero(self._splits_of_rows == SPLITS.index(split))
@@ -281,7 +284,7 @@ class TableRows:
             task = np.array([place[name] for name in names], dtype=np.int64)[task]
             names = tuple(order)
         label = np.zeros_like(task)
-        if self.labels is not None:
+        if self.labels is not None and by_class:
             classes = {name: code for code, name in enumerate(self._classes_of(split))}
             codes = np.array([classes.get(name, -1) for name in self.labels.names])
             label = codes[self.labels.codes[rows]]
@@ -296,7 +299,7 @@ class TableRows:
         enough = per_task >= ways
         if self._tasks is None:
             few = [
-                (names[0] if self.labels is None else self._classes_of(split)[g], f"{c} rows")
+                (self._classes_of(split)[g] if by_class else names[0], f"{c} rows")
                 for g, c in zip(group[~large] % several, counts[~large], strict=True)
             ]
             enough = per_task > 0
@@ -310,7 +313,6 @@ class TableRows:
             ]  # fmt: skip
         kept = large & enough[group // several]
         numbers = per_task[enough]
-        y = None if self._y is None else self._tensor(self._y[rows])
 
         def tensor(values: Any) -> Tensor:
             return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
@@ -323,7 +325,9 @@ class TableRows:
             counts=tensor(counts[kept]),
             class_ids=tensor(group[kept] % several),
             x=self._tensor(self._x[rows]),
-            y=y,
+            y=tensor(self.labels.codes[rows])
+            if self.labels is not None
+            else self._tensor(self._y[rows]),
         )
         return groups, few
 
@@ -411,8 +415,8 @@ class TableRows:
 
     def _hashed_rows(self, num: int, val_fraction: float, test_fraction: float) -> Codes:
         """Split rows: by their order if they have one, else by a hash of their numbers."""
-        order = np.arange(num)
-        if self._order is None:
+        order = self._ranks
+        if order is None:
             key = torch.tensor(seeding.key("rows"))
             order = seeding.bits(key, 0, (num,)).argsort(stable=True).argsort().numpy()
         share = (order + 0.5) / num
