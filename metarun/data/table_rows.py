@@ -280,8 +280,8 @@ class TableRows:
             names = tuple(self._tasks.names[code] for code in own)
             # In the order of their hashes, not of the file.
             order = hashed_order(names)
-            place = {name: number for number, name in enumerate(order)}
-            task = np.array([place[name] for name in names], dtype=np.int64)[task]
+            places = {name: number for number, name in enumerate(order)}
+            task = np.array([places[name] for name in names], dtype=np.int64)[task]
             names = tuple(order)
         label = np.zeros_like(task)
         if self.labels is not None and by_class:
@@ -396,8 +396,8 @@ class TableRows:
             names = hashed_split(
                 unit.names, self._where, val_fraction, test_fraction, what=many, least=least
             )
-            place = {name: SPLITS.index(s) for s, own in names.items() for name in own}
-            return np.array([place[name] for name in unit.names])[unit.codes]
+            chosen = {name: SPLITS.index(s) for s, own in names.items() for name in own}
+            return np.array([chosen[name] for name in unit.names])[unit.codes]
         stated = files
         if stated is None:
             stated = stated_splits(as_texts(table[split]), self._where, split)
@@ -493,10 +493,11 @@ def read_files(
             table.get(name, np.full(length, np.nan))
             for table, length in zip(tables, lengths, strict=True)
         ]
-        if any(isinstance(part, Texts) for part in parts):
-            columns[name] = as_texts(np.concatenate([as_texts(part).values() for part in parts]))
+        numbers = [part for part in parts if not isinstance(part, Texts)]
+        if len(numbers) == len(parts):
+            columns[name] = np.concatenate(numbers)
         else:
-            columns[name] = np.concatenate(parts)
+            columns[name] = as_texts(np.concatenate([as_texts(part).values() for part in parts]))
     there = {split: list(table) for split, table in zip(SPLITS, tables, strict=True)}
     return columns, np.repeat(np.arange(len(SPLITS)), lengths), there
 
