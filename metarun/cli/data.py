@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         return _check_folder(args.source or args.root)
     if name == "torchvision":
         return _torchvision(args)
+    if place == "file":
+        return _check_file(name, args.source)
     if name in registry.PLACES and place == "store":
         return _provide(name, args.source, args.root, verify=args.verify)
     if args.source is not None:
@@ -191,6 +193,40 @@ def _check_folder(root: str | None) -> int:
         print(f"{split}: {len(classes)} class{'es' * (len(classes) != 1)} of {each}")
     words = f"algo=protonet data=folder data.root={root}"
     tell(f"all images are readable: train with `metarun {words}`")
+    return 0
+
+
+def _check_file(name: str, source: str | None) -> int:
+    """Read a user's file and print its columns, or its classes if it holds features."""
+    from metarun.data.storage.table_files import Texts, as_texts, read_matrix, read_table
+
+    if source is None:
+        raise ValueError(
+            f"data={name} reads your own file: look at it with `metarun data {name} --from FILE`"
+        )
+    if name == "features":
+        arrays = read_matrix(source, "--from", text=("label", "split"))
+        for key, array in arrays.items():
+            if isinstance(array, Texts) or array.ndim == 1:
+                texts = as_texts(array)
+                print(f"{key}: {len(texts):,} values, {len(texts.names):,} different")
+            else:
+                print(f"{key}: {' x '.join(map(str, array.shape))} of {array.dtype}")
+        print(f"train with `metarun data={name} data.file={source}`")
+        return 0
+    for key, column in read_table(source, "--from").items():
+        if isinstance(column, Texts):
+            empty = int((column.values() == "").sum())
+            print(f"{key}: texts, {len(column.names):,} different, {empty:,} missing")
+        else:
+            known = column[column == column]
+            bounds = f"{known.min():g} to {known.max():g}" if len(known) else "none"
+            print(f"{key}: numbers, {bounds}, {len(column) - len(known):,} missing")
+    order = " data.order=COLUMN" if name == "stream_csv" else ""
+    print(
+        f"train with `metarun data={name} data.file={source} data.target=COLUMN{order} "
+        "data.task=COLUMN`"
+    )
     return 0
 
 

@@ -298,7 +298,7 @@ def as_numbers(name: str, column: Column, where: str) -> Numbers:
     """
     if not isinstance(column, Texts):
         return column
-    row, text = column.first(n for n in column.names if not is_number(n)) or (0, "")
+    row, text = column.first_text()
     raise ValueError(f"{where}: column {name} has the text {text!r} in row {row}: expected numbers")
 
 
@@ -322,7 +322,7 @@ def _check_texts(name: str, column: Column, where: str) -> None:
     assert isinstance(column, Texts)
     numbers = [n for n in column.names if is_number(n)]
     if 2 * len(numbers) > len(column.names):
-        row, text = column.first(n for n in column.names if not is_number(n)) or (0, "")
+        row, text = column.first_text()
         raise ValueError(
             f"{where}: column {name} has numbers and the text {text!r} in row {row}: correct it, "
             f"or type data.categorical=[{name}] to take all its values as categories"

@@ -82,7 +82,7 @@ class Rows(TableRows):
             self._fit_val_way(ways)
         needed = {split: self.sizes[split].shot + self.sizes[split].query for split in SPLITS}
         self._check_ways(ways)
-        self._groups = self.groups(needed, ways)
+        self._groups = self.groups(needed, ways, by_class=self._classifies)
         self.notes_for_user = (self._summary(self._groups),)
         width = self._encoding.width if features is None else features[1]
         if features is not None and self._classifies and self._task is None:
@@ -116,7 +116,6 @@ class Rows(TableRows):
             return self._labeled(groups, keys, chosen, picked, size)
         picked = picked[:, 0]
         x = self._inputs(groups, keys, picked)
-        assert groups.y is not None
         y = groups.y[picked].to(self._dtype)
         support, query = x[:, : size.shot], x[:, size.shot :]
         if self._features is not None:

@@ -21,6 +21,7 @@ from metarun.core import seeding
 from metarun.core.checks import at_least
 from metarun.core.types import SPLITS, EpisodeSize, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.episodes import ClassEpisodes
+from metarun.data.folder import Folder
 from metarun.data.omniglot import Omniglot, OmniglotSmall
 from metarun.data.synthetic import Formulas, Linear, Sinusoid
 
@@ -191,8 +192,8 @@ class ClassStream(ClassEpisodes):
     classes.
 
     Args:
-        classes_per_task: Number of classes that arrive mixed with each other. A stream with
-            fewer classes is one task.
+        classes_per_task: Number of classes that arrive mixed with each other; None mixes all. A
+            stream with fewer classes is one task.
         rows: Number of rows that arrive together in one step.
         remember: Number of random rows, drawn from all training classes, that are appended to
             the query of a training stream.
@@ -209,13 +210,14 @@ class ClassStream(ClassEpisodes):
         self,
         setup: SourceSetup,
         *,
-        classes_per_task: int = 1,
+        classes_per_task: int | None = 1,
         rows: int = 1,
         remember: int = 0,
         task_ids_known: bool = True,
         **options: Any,
     ) -> None:
-        at_least("data", 1, classes_per_task=classes_per_task, rows=rows)
+        at_least("data", 1, null="or null for all", classes_per_task=classes_per_task)
+        at_least("data", 1, rows=rows)
         at_least("data", 0, remember=remember)
         super().__init__(setup, **options)
         self._remember = remember
@@ -259,7 +261,7 @@ class ClassStream(ClassEpisodes):
 
     def _layout(self, split: Split, rows: int) -> Stream:
         size = self.sizes[split]
-        together = min(self._classes_per_task, size.way)
+        together = min(self._classes_per_task or size.way, size.way)
         if size.way % together:
             raise ValueError(
                 f"data.classes_per_task={together} does not divide the {size.way} classes of a "
@@ -281,7 +283,7 @@ class ClassStream(ClassEpisodes):
     def _mixed(self, keys: Tensor, picks: Tensor, labels: Tensor) -> list[Tensor]:
         """Return the same as `_by_class`, with the rows of each task in random order."""
         parts = self._by_class(picks, labels)
-        classes = min(self._classes_per_task, picks.shape[1])
+        classes = min(self._classes_per_task or picks.shape[1], picks.shape[1])
         together = classes * picks.shape[2]
         shape = (picks.shape[1] // classes, together)
         order = seeding.bits(keys, _SLOT_SHUFFLE, shape).argsort(dim=-1, stable=True)
@@ -303,6 +305,10 @@ class OmniglotSmallStream(ClassStream, OmniglotSmall):
 
 class OmniglotStream(ClassStream, Omniglot):
     """Streams over all of Omniglot."""
+
+
+class FolderStream(ClassStream, Folder):
+    """Streams over a user's own images, class after class or shuffled."""
 
 
 def _visits(tasks: int, rounds: int) -> tuple[int, ...]:

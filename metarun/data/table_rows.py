@@ -58,7 +58,7 @@ class Groups:
         starts, counts: (G,) first row and number of rows of each group.
         class_ids: (G,) class of each group; zeros in a regression.
         x: (N, F) inputs.
-        y: (N, D) targets of a regression, as learners see them; None in a classification.
+        y: (N, D) targets of a regression, as learners see them, or (N,) labels.
     """
 
     tasks: tuple[str, ...]
@@ -68,7 +68,7 @@ class Groups:
     counts: Tensor
     class_ids: Tensor
     x: Tensor
-    y: Tensor | None
+    y: Tensor
 
 
 class TableRows:
@@ -152,6 +152,7 @@ class TableRows:
             check_names({"data.target": name}, table, self._where)
         check_names(named, table, self._where)
         self.labels, values = self._read_targets(table)
+        self._ranks = None if order is None else _ranks(table[order], order, self._where)
         unit = self._units(table)
         splits = self._splits(table, files, split, unit, val_fraction, test_fraction)
         training = splits == 0
@@ -180,12 +181,10 @@ class TableRows:
         memory.check_fits(
             8 * rows * known.width, f"{rows:,} rows of {known.width} features", "name fewer columns"
         )
-        x = known.encode(table, self._where)
-        y = None if values is None else known.scaled(values)
         self._splits_of_rows = splits
-        self._x, self._y = x, y
+        self._x = known.encode(table, self._where)
+        self._y = np.empty((rows, 0)) if values is None else known.scaled(values)
         self._tasks = as_texts(table[task]) if task else None
-        self._ranks = None if order is None else _ranks(table[order], order, self._where)
         self.resolved_options: dict[str, Any] = {"encoding": known.as_text()}
 
     @property
@@ -210,19 +209,23 @@ class TableRows:
         facts = (self._task, self._order, self._targets, self.class_names("train"))
         digest = hashlib.sha256(repr((facts, self._encoding.record())).encode())
         for array in (self._x, self._y, self._splits_of_rows, self._ranks):
-            digest.update(b"" if array is None else np.ascontiguousarray(array).data)
+            if array is not None and array.size:
+                digest.update(np.ascontiguousarray(array).data)
         for texts in (self.labels, self._tasks):
             if texts is not None:
                 digest.update(repr(texts.names).encode())
                 digest.update(np.ascontiguousarray(texts.codes).data)
         return digest.hexdigest()[:16]
 
-    def groups(self, needed: dict[Split, int], ways: dict[Split, int]) -> dict[Split, Groups]:
-        """Return the rows of each split by task and class.
+    def groups(
+        self, needed: dict[Split, int], ways: dict[Split, int], *, by_class: bool
+    ) -> dict[Split, Groups]:
+        """Return the rows of each split by task, and in a classification by class.
 
         Args:
             needed: Rows that a group needs.
             ways: Groups that a task needs; all groups of a split without a column of tasks.
+            by_class: Whether the rows of a class of a task are a group; else those of a task.
 
         Raises:
             ValueError: A task is too small, unless `skip_small`; or none is left.
@@ -231,7 +234,7 @@ class TableRows:
         small: list[tuple[Split, str, str]] = []
         total = 0
         for split in SPLITS:
-            made, few = self._grouped(split, needed[split], ways[split])
+            made, few = self._grouped(split, needed[split], ways[split], by_class=by_class)
             found[split] = made
             small += [(split, *one) for one in few]
             whole = len(made.tasks) if self._task else len(made.starts)
@@ -269,7 +272,7 @@ class TableRows:
         )
 
     def _grouped(
-        self, split: Split, needed: int, ways: int
+        self, split: Split, needed: int, ways: int, *, by_class: bool
     ) -> tuple[Groups, list[tuple[str, str]]]:
         """Return the groups of a split, and the names of small tasks with what they have."""
         rows = np.flatnonzero(self._splits_of_rows == SPLITS.index(split))
@@ -280,11 +283,11 @@ class TableRows:
             names = tuple(self._tasks.names[code] for code in own)
             # In the order of their hashes, not of the file.
             order = hashed_order(names)
-            place = {name: number for number, name in enumerate(order)}
-            task = np.array([place[name] for name in names], dtype=np.int64)[task]
+            places = {name: number for number, name in enumerate(order)}
+            task = np.array([places[name] for name in names], dtype=np.int64)[task]
             names = tuple(order)
         label = np.zeros_like(task)
-        if self.labels is not None:
+        if self.labels is not None and by_class:
             classes = {name: code for code, name in enumerate(self._classes_of(split))}
             codes = np.array([classes.get(name, -1) for name in self.labels.names])
             label = codes[self.labels.codes[rows]]
@@ -299,7 +302,7 @@ class TableRows:
         enough = per_task >= ways
         if self._tasks is None:
             few = [
-                (names[0] if self.labels is None else self._classes_of(split)[g], f"{c} rows")
+                (self._classes_of(split)[g] if by_class else names[0], f"{c} rows")
                 for g, c in zip(group[~large] % several, counts[~large], strict=True)
             ]
             enough = per_task > 0
@@ -313,7 +316,6 @@ class TableRows:
             ]  # fmt: skip
         kept = large & enough[group // several]
         numbers = per_task[enough]
-        y = None if self._y is None else self._tensor(self._y[rows])
 
         def tensor(values: Any) -> Tensor:
             return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
@@ -326,7 +328,9 @@ class TableRows:
             counts=tensor(counts[kept]),
             class_ids=tensor(group[kept] % several),
             x=self._tensor(self._x[rows]),
-            y=y,
+            y=tensor(self.labels.codes[rows])
+            if self.labels is not None
+            else self._tensor(self._y[rows]),
         )
         return groups, few
 
@@ -395,8 +399,8 @@ class TableRows:
             names = hashed_split(
                 unit.names, self._where, val_fraction, test_fraction, what=many, least=least
             )
-            place = {name: SPLITS.index(s) for s, own in names.items() for name in own}
-            return np.array([place[name] for name in unit.names])[unit.codes]
+            chosen = {name: SPLITS.index(s) for s, own in names.items() for name in own}
+            return np.array([chosen[name] for name in unit.names])[unit.codes]
         stated = files
         if stated is None:
             stated = stated_splits(as_texts(table[split]), self._where, split)
@@ -414,8 +418,8 @@ class TableRows:
 
     def _hashed_rows(self, num: int, val_fraction: float, test_fraction: float) -> Codes:
         """Split rows: by their order if they have one, else by a hash of their numbers."""
-        order = np.arange(num)
-        if self._order is None:
+        order = self._ranks
+        if order is None:
             key = torch.tensor(seeding.key("rows"))
             order = seeding.bits(key, 0, (num,)).argsort(stable=True).argsort().numpy()
         share = (order + 0.5) / num
@@ -492,10 +496,11 @@ def read_files(
             table.get(name, np.full(length, np.nan))
             for table, length in zip(tables, lengths, strict=True)
         ]
-        if any(isinstance(part, Texts) for part in parts):
-            columns[name] = as_texts(np.concatenate([as_texts(part).values() for part in parts]))
+        numbers = [part for part in parts if not isinstance(part, Texts)]
+        if len(numbers) == len(parts):
+            columns[name] = np.concatenate(numbers)
         else:
-            columns[name] = np.concatenate(parts)
+            columns[name] = as_texts(np.concatenate([as_texts(part).values() for part in parts]))
     there = {split: list(table) for split, table in zip(SPLITS, tables, strict=True)}
     return columns, np.repeat(np.arange(len(SPLITS)), lengths), there
 

@@ -15,6 +15,7 @@ import numpy as np
 from metarun.core.files import csv_cell
 from metarun.data.storage.table_files import (
     Columns,
+    Numbers,
     Texts,
     as_texts,
     check_names,
@@ -91,7 +92,8 @@ def predict_table(learner: Learner, support: Path, query: Path) -> TablePredicti
             cells = [[classes[int(row.argmax())], row.max(), *row] for row in answers]
             if known is not None:
                 truth = known[asked].values()
-                errors.append(np.array([c[0] == t for c, t in zip(cells, truth, strict=True)]))
+                pairs = zip(cells, truth, strict=True)
+                errors.append(np.array([c[0] == t for c, t in pairs if t], dtype=bool))
         found |= dict(zip(asked.tolist(), cells, strict=True))
     names = list(encoding.target_names)
     if encoding.label is None:
@@ -139,17 +141,29 @@ def _tasks(task: str | None, few: Columns, rows: Columns, query: Path) -> list[t
 
 
 def _targets(encoding: Any, table: Columns, where: str, *, complete: bool) -> Any:
-    """Return the targets: `Texts`, or values (N, D)."""
-    columns = [table[name] for name in encoding.target_names]
-    for name, column in zip(encoding.target_names, columns, strict=True):
-        if encoding.label is None and isinstance(column, Texts):
-            raise ValueError(f"{where}: the target {name} has texts: expected numbers")
-        empty = column.first([""]) if isinstance(column, Texts) else None
-        if not isinstance(column, Texts) and np.isnan(column).any():
-            empty = int(np.flatnonzero(np.isnan(column))[0]) + 1, ""
-        if empty is not None and complete:
-            raise ValueError(f"{where}: the target {name} is missing in row {empty[0]}")
-    return columns[0] if encoding.label is not None else np.stack(columns, 1)
+    """Return the targets: `Texts`, or values (N, D); NaN where one is missing.
+
+    Args:
+        encoding: Encoding of the run.
+        table: The table.
+        where: Where it comes from, for messages.
+        complete: Whether every row needs its targets.
+    """
+    values: list[Numbers] = []
+    for name in encoding.target_names:
+        column = table[name]
+        if isinstance(column, Texts):
+            if encoding.label is None:
+                raise ValueError(f"{where}: the target {name} has texts: expected numbers")
+            empty = column.first([""])
+            row = None if empty is None else empty[0]
+        else:
+            bad = np.flatnonzero(~np.isfinite(column))
+            row = int(bad[0]) + 1 if len(bad) else None
+            values.append(column)
+        if row is not None and complete:
+            raise ValueError(f"{where}: the target {name} is missing in row {row}")
+    return table[encoding.label] if encoding.label is not None else np.stack(values, 1)
 
 
 def _regressed(learner: Learner, few: Any, rows: Any) -> tuple[Any, Any]:
@@ -179,7 +193,8 @@ def _error(errors: list[Any], encoding: Any) -> str:
 def _measured(errors: list[Any], encoding: Any) -> Iterator[str]:
     if encoding.label is not None:
         right = np.concatenate(errors)
-        yield f"accuracy {100 * right.mean():.1f} %: {right.sum():,} of {len(right):,} rows"
+        if len(right):
+            yield f"accuracy {100 * right.mean():.1f} %: {right.sum():,} of {len(right):,} rows"
         return
     apart, truth = np.concatenate(errors, 1)
     for place, name in enumerate(encoding.target_names):

@@ -64,6 +64,11 @@ class Texts:
         """Return the (N,) texts."""
         return np.array(self.names, dtype=object)[self.codes]
 
+    def first_text(self) -> tuple[int, str]:
+        """Return the number (from 1) and the text of the first row that is no number."""
+        found = self.first(n for n in self.names if not is_number(n) and not _is_missing(n))
+        return found or self.first(self.names) or (0, "")
+
     def first(self, wanted: Iterable[str]) -> tuple[int, str] | None:
         """Return the number (from 1) and the text of the first row with a wanted text, if any."""
         names = set(wanted)
@@ -128,7 +133,7 @@ def read_matrix(file: str | Path, key: str, *, text: Sequence[str]) -> dict[str,
         numbers: list[Numbers] = []
         for name, column in columns.items():
             if isinstance(column, Texts):
-                row, value = column.first(n for n in column.names if not is_number(n)) or (0, "")
+                row, value = column.first_text()
                 raise ValueError(
                     f"{key}={file}: column {name} has the text {value!r} in row {row}: features "
                     "are numbers"
@@ -180,6 +185,10 @@ def is_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
+
+
+def _is_missing(text: str) -> bool:
+    return text.strip().lower() in _MISSING
 
 
 def _name(number: float) -> str:
@@ -306,7 +315,7 @@ def _as_numbers(cells: Sequence[str]) -> Numbers | None:
         return np.fromiter(map(float, cells), dtype=np.float64, count=len(cells))
     except ValueError:
         pass
-    known = ("nan" if cell.strip().lower() in _MISSING else cell for cell in cells)
+    known = ("nan" if _is_missing(cell) else cell for cell in cells)
     try:
         return np.fromiter(map(float, known), dtype=np.float64, count=len(cells))
     except ValueError:
