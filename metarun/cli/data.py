@@ -7,8 +7,8 @@ import difflib
 import re
 from pathlib import Path
 
-from metarun.config.catalogue import conf_dir, entries
 from metarun.cli.list import example
+from metarun.config.catalogue import conf_dir, entries
 from metarun.core.console import definitions, table_console
 from metarun.core.streams import tell
 from metarun.data.storage import registry

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 from metarun.core.words import first_of
 
-
 _PART = 3
 """Letters from which on a word may be a part of a name."""
 
