@@ -279,7 +279,8 @@ class ClassRows(ABC):
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
         classes, turns = whole.classes[tasks], whole.turns[tasks]
         own = shots.to(self.device)
-        most = int(shots.max())
+        # Of the whole step, so that a task is the same in any part of it.
+        most = int(whole.shots.max())
         picks = self._choose_unequal(data, keys, classes, own + size.query, most + size.query)
         picks, class_ids = self._placed(split, data, keys, picks, classes, turns)
         there = torch.arange(most, device=self.device) < own[..., None]
