@@ -51,7 +51,7 @@ def outcome(algo: str, data: str, *words: str) -> dict[str, Any]:
     experiment = made(algo, data, *words)
     algorithm, source = experiment.algorithm, experiment.source
     found: dict[str, Any] = {}
-    if algo in EVALUATED:
+    if algo in EVALUATED or any(".." in word for word in words):
         measured = evaluate(algorithm, source, "test", EPISODES, 2, curve_steps=1)
         found["measured"] = {**measured.arrays, "hash": measured.digest}
     share = None

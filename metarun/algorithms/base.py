@@ -108,6 +108,16 @@ class Algorithm(nn.Module, ABC):
                 f"train.way={spec.train_way} differs from way={spec.output_dim}, but {name} has "
                 "a head of fixed width: make them equal"
             )
+        if spec.ways_vary and not can.accepts_any_way:
+            raise ValueError(
+                f"tasks have up to {spec.output_dim} ways, but {name} has a head of fixed width: "
+                "use one number, such as way=5, or an algo for any way, such as protonet"
+            )
+        if spec.shots_differ and can.needs_equal_shots:
+            raise ValueError(
+                f"{name} needs the same number of support rows of each class: use shot=1..10 "
+                "without sizes=meta_dataset, or another algo"
+            )
         at_least("eval", 0, inner_steps=setup.eval_inner_steps)
         self.spec = spec
         self.engine = setup.engine
@@ -266,6 +276,11 @@ class Algorithm(nn.Module, ABC):
         """Return the number of classes W of tasks, given their support targets."""
         classes = self.spec.kind == "classification"
         return int(support_y.max()) + 1 if classes else self.spec.output_dim
+
+    def training_ways(self, batch: TaskBatch) -> int:
+        """Return the number of classes W of a batch of training tasks."""
+        ids = batch.class_ids
+        return self.spec.train_way if ids is None or not self.spec.ways_vary else ids.shape[1]
 
     def noise(self, progress: Progress, num_tasks: int) -> Tensor:
         """Return the keys (T,) of an update's random masks; zeros for a network without masks."""

@@ -22,6 +22,7 @@ class Capabilities:
         label_equivariant: Whether permuting the labels of a task permutes the predictions in the
             same way.
         order_free: Whether predictions are independent of the order of the support rows.
+        needs_equal_shots: Whether every class of a task needs the same number of support rows.
         least_shot: Smallest number of support rows per class, or per regression task.
         meta_trains: Whether the algorithm learns anything from training tasks.
         learns_online: Whether the tasks are streams, on which the algorithm is evaluated while it
@@ -42,6 +43,7 @@ class Capabilities:
     accepts_any_way: bool = False
     label_equivariant: bool = False
     order_free: bool = True
+    needs_equal_shots: bool = False
     least_shot: int = 1
     meta_trains: bool = True
     learns_online: bool = False

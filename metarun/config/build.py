@@ -26,13 +26,14 @@ from metarun.core import distributed, memory
 from metarun.core.nested import flat
 from metarun.core.once import warn_once
 from metarun.core.settings import EvalSettings, TrainSettings
+from metarun.core.sizes import Range, least, varies
 from metarun.core.types import (
     BackboneSetup,
-    EpisodeSize,
     LearnedState,
     Record,
     SourceSetup,
     Split,
+    VaryingSize,
 )
 from metarun.execution.allocator import keep_large_blocks
 from metarun.runs.folder import RunFolder
@@ -89,7 +90,7 @@ def build_experiment(
     source = source or _source(settings)
     if source.spec.kind == "classification":
         for key, way in (("way", settings.way), ("train.way", settings.train.way)):
-            if way < 2 and source.spec.streams is None:
+            if least(way) < 2 and source.spec.streams is None:
                 raise ValueError(f"{key}={way} is out of range: classification needs 2 or more")
     if settings.eval.views > 1 and len(source.spec.input_shape) != 3:
         raise ValueError(
@@ -121,11 +122,15 @@ def build_experiment(
     if isinstance(backbone, Initialized):
         backbone.load_again()
     algorithm = algorithm.to(device, _dtype(settings))
-    for key, shot in (("shot", settings.shot), ("train.shot", settings.train.shot)):
-        least = algorithm.capabilities.least_shot
-        if shot < least:
+    for key, shot, rule in (
+        ("shot", settings.shot, settings.sizes),
+        ("train.shot", settings.train.shot, settings.train.sizes),
+    ):
+        needed = algorithm.capabilities.least_shot
+        if (least(shot) if rule is None else 1) < needed:
             name = settings.names["algo"]
-            raise ValueError(f"{key}={shot} is out of range: algo={name} needs {least} or more")
+            typed = f"{key}={shot}" if rule is None else f"{key.replace('shot', 'sizes')}={rule}"
+            raise ValueError(f"{typed} is out of range: algo={name} needs {needed} or more shots")
     train = _training(settings, algorithm)
     engine = algorithm.resolved_engine().describe()
     record = {**config, **engine, "device": str(device)}
@@ -137,9 +142,7 @@ def build_experiment(
         record["backbone"] = {**record["backbone"], **getattr(net, "resolved_options", {})}
     run_info: Config = {
         **settings.names,
-        "way": settings.way,
-        "shot": settings.shot,
-        "query": settings.query,
+        **_size_info(settings, source),
         "seed": settings.seed,
         "bn": settings.bn,
         "precision": settings.precision,
@@ -152,8 +155,19 @@ def build_experiment(
             raise ValueError(f"init={settings.init}: algo={name} has no network of the backbone")
         run_info["init"] = backbone.record
     # The source may have lowered the ways on meta-val; the records hold the actual number.
-    evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
+    evaluation = settings.eval
+    if settings.sizes is None and not varies(settings.way):
+        evaluation = replace(settings.eval, val_way=source.sizes["val"].way)
     return Experiment(algorithm, source, train, evaluation, run_info, record, settings.seed)
+
+
+def _size_info(settings: Settings, source: EpisodeSource) -> Record:
+    """Return the size of the test's tasks; with a rule, its limits."""
+    if settings.sizes is None:
+        return {"way": settings.way, "shot": settings.shot, "query": settings.query}
+    size = source.sizes["test"]
+    numbers = {"way": Range(5, size.way), "shot": Range(1, 500), "query": Range(1, size.query)}
+    return {"sizes": settings.sizes, **{name: own.typed for name, own in numbers.items()}}
 
 
 def _check_memory(settings: Settings, source: EpisodeSource) -> None:
@@ -411,34 +425,63 @@ def _test_foreign(algorithm: Algorithm, settings: Settings) -> None:
 
 def _source_key(settings: Settings) -> str:
     """Return all arguments of a source as a string, the key of its cache."""
-    train = settings.train
+    train, val_way = settings.train, settings.eval.val_way
+    own = settings.shot, settings.query, settings.sizes
+    sizes: dict[str, list[Any]] = {
+        # Evaluation first, so that an error names `way`, not `train.way`.
+        "val": [settings.way if val_way is None else val_way, *own],
+        "test": [settings.way, *own],
+        "train": [train.way, train.shot, train.query, train.sizes],
+    }
+    varying = [split for split, own in sizes.items() if own[3] or any(map(varies, own[:3]))]
+    if varying:
+        target = locate("data._target_", settings.data["_target_"])
+        if not getattr(target, "sizes_may_vary", False):
+            name = settings.names["data"]
+            raise ValueError(
+                f"{_first_varying(sizes[varying[-1]])}: the tasks of data={name} have one size: "
+                "expected one number for way, shot and query"
+            )
     return json.dumps(
         {
             "data": settings.data,
-            # Evaluation first, so that an error names `way`, not `train.way`.
-            "sizes": {
-                "val": [settings.eval.val_way or settings.way, settings.shot, settings.query],
-                "test": [settings.way, settings.shot, settings.query],
-                "train": [train.way, train.shot, train.query],
-            },
+            "sizes": sizes,
+            "varying": varying,
+            "tasks_per_step": train.tasks_per_step,
             "seed": settings.seed,
             "eval_seed": settings.eval.seed,
-            "val_way": settings.eval.val_way,
+            "val_way": val_way,
         }
     )
+
+
+def _first_varying(size: Sequence[Any]) -> str:
+    """Return what makes a size vary, as a user typed it."""
+    named = dict(zip(("way", "shot", "query", "sizes"), size, strict=True))
+    if named["sizes"] is not None:
+        return f"sizes={named['sizes']}"
+    return next(f"{key}={own}" for key, own in named.items() if own is not None and varies(own))
 
 
 # Size one: the check before a run and the run share a source, and large sources are freed.
 @functools.lru_cache(maxsize=1)
 def _cached_source(key: str, device: torch.device, dtype: torch.dtype) -> EpisodeSource:
     made_of = json.loads(key)
+    drawn: dict[Split, VaryingSize] = {
+        split: VaryingSize(
+            Range.of("way", way), Range.of("shot", shot), Range.of("query", query), rule
+        )
+        for split, (way, shot, query, rule) in made_of["sizes"].items()
+    }
     setup = SourceSetup(
-        sizes={split: EpisodeSize(*size) for split, size in made_of["sizes"].items()},
+        sizes={split: size.largest for split, size in drawn.items()},
         seed=made_of["seed"],
         eval_seed=made_of["eval_seed"],
         device=device,
         dtype=dtype,
         val_way=made_of["val_way"],
+        varying={split: size for split, size in drawn.items() if split in made_of["varying"]},
+        tasks_per_step=made_of["tasks_per_step"],
     )
     source: EpisodeSource = _component("data", made_of["data"], setup)()
     return source

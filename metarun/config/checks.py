@@ -16,6 +16,7 @@ from typing import Any, Literal, NoReturn, Union, cast
 from metarun.config.schema import NODES, Config, Settings
 from metarun.config.suggestions import unknown_key
 from metarun.core.checks import positive
+from metarun.core.sizes import Count, Range
 
 _LARGEST = 2**31 - 1
 
@@ -61,8 +62,11 @@ def check_config(config: Mapping[str, Any]) -> Settings:
     settings: Settings = structured("", config, Settings)
     for key, (least, greatest) in _BOUNDS.items():
         value = functools.reduce(getattr, key.split("."), cast("Any", settings))
-        if value is not None and not least <= value <= greatest:
-            expected = f"{least} or more" if value < least else f"at most {greatest}"
+        if value is None:
+            continue
+        own = Range.of(key, value)
+        if own.low < least or own.high > greatest:
+            expected = f"{least} or more" if own.low < least else f"at most {greatest}"
             raise ValueError(f"{key}={value}: expected {expected}")
     positive("eval", null="or null", proficiency=settings.eval.proficiency)
     limits = {"max_minutes": settings.train.max_minutes, "rehearse": settings.train.rehearse}
@@ -170,6 +174,8 @@ def describe_type(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint in _WORDS:
         return _WORDS[hint]
+    if hint == Count:
+        return "a whole number, or a range such as 5..50"
     if origin in (Union, types.UnionType):
         return " or ".join(map(describe_type, args))
     if origin is Literal:

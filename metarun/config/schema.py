@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from metarun.core.settings import EvalSettings, Published, SweepSettings, TrainSettings
+from metarun.core.sizes import Count, SizeRule
 
 Config = dict[str, Any]
 
@@ -23,7 +24,8 @@ class Settings:
 
     Attributes:
         algo, data, backbone, optim: `_target_` and options of a component.
-        way, shot, query: Size of a task at evaluation.
+        way, shot, query: Size of a task at evaluation; a range where it varies.
+        sizes: Rule that draws the size of each episode; None takes way, shot and query.
         seed: Seed of the initial parameters, the training tasks and all other random draws.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         precision: Precision of parameters and data; `mixed` is float32 with networks that
@@ -45,9 +47,9 @@ class Settings:
     data: Config
     backbone: Config
     optim: Config
-    way: int
-    shot: int
-    query: int
+    way: Count
+    shot: Count
+    query: Count
     seed: int
     device: str
     precision: Literal["float32", "float64", "mixed"]
@@ -59,6 +61,7 @@ class Settings:
     train: TrainSettings
     eval: EvalSettings
     names: dict[str, str]
+    sizes: SizeRule | None = None
     init: str | None = None
     init_strict: bool = True
     debug: bool = False

@@ -31,6 +31,7 @@ from rich.text import Text
 from metarun.core import distributed
 from metarun.core.measures import figure
 from metarun.core.results import Results, measures_of
+from metarun.core.sizes import size_text
 from metarun.core.streams import fitted, printable, unbroken_streams, wrapped
 from metarun.core.words import number_of
 
@@ -321,7 +322,7 @@ def _title(results: Mapping[str, Any]) -> str:
     if results.get("kind") == "regression":
         parts.append(f"{results['shot']} points" if "shot" in results else "")
     elif "way" in results:
-        parts.append(f"{results['way']}-way {results['shot']}-shot")
+        parts.append(size_text(results))
     if "seed" in results:
         parts.append(f"seed {results['seed']}")
     return ", ".join(part for part in parts if part)

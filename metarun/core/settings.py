@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from metarun.core.sizes import Count, SizeRule
+
 
 @dataclass
 class TrainSettings:
@@ -18,6 +20,7 @@ class TrainSettings:
         steps: Number of meta-updates.
         tasks_per_step: Number of tasks in one meta-update (the meta-batch size).
         way, shot, query: Size of a training task; by default that of an evaluation task.
+        sizes: Rule that draws the size of each step's tasks; None takes way, shot and query.
         log_every: Number of updates between two lines of metrics.
         eval_every: Number of updates between two evaluations on meta-val.
         checkpoint_every: Number of updates between two checkpoints.
@@ -29,9 +32,10 @@ class TrainSettings:
 
     steps: int = 10000
     tasks_per_step: int = 4
-    way: int = 5
-    shot: int = 1
-    query: int = 15
+    way: Count = 5
+    shot: Count = 1
+    query: Count = 15
+    sizes: SizeRule | None = None
     log_every: int = 100
     eval_every: int = 1000
     checkpoint_every: int = 1000
@@ -66,7 +70,7 @@ class EvalSettings:
 
     episodes: int = 600
     val_episodes: int = 200
-    val_way: int | None = None
+    val_way: Count | None = None
     inner_steps: int | None = None
     curve_steps: int = 10
     tasks_per_batch: int = 25

@@ -5,9 +5,11 @@ Shapes: T tasks, S support rows, Q query rows, W ways, D outputs of a regression
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from metarun.core.sizes import Range, SizeRule
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,31 @@ class EpisodeSize:
     way: int
     shot: int
     query: int
+
+
+@dataclass(frozen=True, slots=True)
+class VaryingSize:
+    """Sizes of the tasks of a split that vary: each step or episode draws one.
+
+    Attributes:
+        way, shot, query: Numbers that are drawn uniformly, independently of each other.
+        rule: Rule that draws them instead; None draws from the ranges.
+    """
+
+    way: Range
+    shot: Range
+    query: Range
+    rule: SizeRule | None = None
+
+    @property
+    def largest(self) -> EpisodeSize:
+        """The largest size in the ranges."""
+        return EpisodeSize(self.way.high, self.shot.high, self.query.high)
+
+    @property
+    def smallest(self) -> EpisodeSize:
+        """The smallest size in the ranges."""
+        return EpisodeSize(self.way.low, self.shot.low, self.query.low)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +119,10 @@ class TaskSpec:
             them from 0, so `class_ids.gather(1, support_y)` gives global labels. Rotations count
             where each rotation is a class. None in regression, and where a label stands for
             several classes.
-        train_shot: Support rows per class of a training task; None if unknown.
+        train_shot: Support rows per class of a training task; None if unknown or if it varies.
+        ways_vary: Whether tasks differ in their number of ways. `output_dim` and `train_way` are
+            then the largest.
+        shots_differ: Whether the classes of a task may differ in their number of support rows.
         streams: Layout of the streams of each split; None if tasks are not streams. The labels
             of every split's streams are below `output_dim`.
     """
@@ -103,6 +133,8 @@ class TaskSpec:
     train_way: int
     num_train_classes: int | None = None
     train_shot: int | None = None
+    ways_vary: bool = False
+    shots_differ: bool = False
     streams: Mapping[Split, Stream] | None = None
 
     @property
@@ -139,6 +171,31 @@ class TaskBatch:
     def num_tasks(self) -> int:
         """Number of tasks T."""
         return self.support_x.shape[0]
+
+    @classmethod
+    def joined(cls, batches: Sequence[TaskBatch]) -> TaskBatch:
+        """Return the tasks of several batches in one, in their order.
+
+        Raises:
+            ValueError: Their tasks differ in size.
+        """
+        import torch
+
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        parts = [(b.support_x, b.query_x, b.class_ids) for b in batches]
+        shapes = {tuple(p if p is None else p.shape[1:] for p in own) for own in parts}
+        if len(shapes) > 1:
+            raise ValueError("tasks of different sizes make no batch: ask for one task at a time")
+        ids = [b.class_ids for b in batches if b.class_ids is not None]
+        return cls(
+            torch.cat([b.support_x for b in batches]),
+            torch.cat([b.support_y for b in batches]),
+            torch.cat([b.query_x for b in batches]),
+            torch.cat([b.query_y for b in batches]),
+            torch.cat(ids) if len(ids) == len(batches) else None,
+        )
 
     def chunks(self, size: int) -> Iterator[TaskBatch]:
         """Yield batches of at most `size` tasks, in order."""
@@ -251,13 +308,15 @@ class SourceSetup:
     """What a run gives to its data set, whichever it is: everything but the data set's options.
 
     Attributes:
-        sizes: Size of the tasks of each split.
+        sizes: Size of the tasks of each split; the largest one of a split in `varying`.
         seed: Seed of the training tasks.
         eval_seed: Seed of the val and test tasks.
         device: Device on which the data are stored and tasks are generated.
         dtype: Precision of the rows.
         val_way: `eval.val_way` as the user has set it; None lets a data set with few val classes
             lower the way of val.
+        varying: Sizes of the splits in which they vary.
+        tasks_per_step: Number of training tasks that share a size, if sizes vary.
     """
 
     sizes: Mapping[Split, EpisodeSize]
@@ -266,6 +325,8 @@ class SourceSetup:
     device: torch.device
     dtype: torch.dtype
     val_way: int | None = None
+    varying: Mapping[Split, VaryingSize] = field(default_factory=dict)
+    tasks_per_step: int = 1
 
     @property
     def seeds(self) -> dict[Split, int]:
@@ -295,7 +356,7 @@ class EpisodeSource(Protocol):
 
     Attributes:
         spec: Kind and shapes of the tasks.
-        sizes: Size of the tasks of each split.
+        sizes: Size of the tasks of each split; the largest one where sizes vary.
         device: Device of the tensors of a batch.
     """
 
@@ -307,12 +368,22 @@ class EpisodeSource(Protocol):
         """Return tasks `index … index + num_tasks - 1` of a split.
 
         The result is a pure function of the seed and the arguments: it equals the stack of the
-        same tasks requested one by one.
+        same tasks requested one by one. The tasks of a batch have one size. Where sizes vary, it
+        is a function of (seed, step) in training and of (seed, split, index) at a test.
         """
         ...
 
     def fingerprint(self) -> str:
         """Return a hash of the data and their split, which a run records."""
+        ...
+
+
+@runtime_checkable
+class HasLayouts(Protocol):
+    """A data set whose tasks may differ in size; tasks of one layout can be in one batch."""
+
+    def layout(self, split: Split, index: int) -> Hashable:
+        """Return what the tasks of a batch have in common; None if all tasks of a split do."""
         ...
 
 

@@ -13,7 +13,7 @@ import copy
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -22,7 +22,16 @@ from torch import Tensor
 
 from metarun.core import seeding
 from metarun.core.checks import at_least
-from metarun.core.types import EpisodeSize, SourceSetup, Split, TaskBatch, TaskSpec
+from metarun.core.types import (
+    SPLITS,
+    EpisodeSize,
+    SourceSetup,
+    Split,
+    TaskBatch,
+    TaskSpec,
+    VaryingSize,
+)
+from metarun.data import meta_dataset
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.conversion import converted
 from metarun.data.preparation import Convert, Preparation
@@ -38,6 +47,7 @@ _CLASSES_OF_ONE = {"none": 1, "classes": 4, "mirrored": 8, "per_task": 1}
 """Number of classes that each class becomes under each value of `rotations`."""
 _SLOT_GROUP, _SLOT_CLASSES, _SLOT_CLASS_ORDER, _SLOT_ROTATIONS = range(4)
 _SLOT_IMAGES, _SLOT_ROW_ORDER, _SLOT_IMAGE_ORDER = 4, 5, 14
+_SLOT_WEIGHTS = 15
 _KEY_SUPPORT, _KEY_QUERY = 100, 101
 
 
@@ -103,6 +113,22 @@ class _Resident:
     rotation_classes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Composition:
+    """Classes and sizes of the tasks of a step, as Meta-Dataset's rule draws them.
+
+    Attributes:
+        size: Way and query; `shot` is the size of the support set.
+        classes, turns: (T, W), see `_choose_classes`.
+        shots: (T, W) support rows of each class, on the CPU.
+    """
+
+    size: EpisodeSize
+    classes: Tensor
+    turns: Tensor
+    shots: Tensor
+
+
 class ClassRows(ABC):
     """Episodes as a pure function of (seed, split, index), from a table of classes per split.
 
@@ -118,6 +144,8 @@ class ClassRows(ABC):
 
     least_way: ClassVar[int] = 2
     """Smallest number of classes of a task."""
+    sizes_may_vary: ClassVar[bool] = True
+    """Whether tasks may differ in size, see `SourceSetup.varying`."""
     noun: ClassVar[str] = "images"
     """What the rows are, for messages."""
     _where = ""
@@ -139,29 +167,129 @@ class ClassRows(ABC):
         self._resident: dict[Split, _Resident] = {}
         self.device = setup.device
         self.sizes = dict(setup.sizes)
+        self._varying = dict(setup.varying)
+        self._tasks_per_size: dict[Split, int] = {
+            **dict.fromkeys(SPLITS, 1),
+            "train": setup.tasks_per_step,
+        }
+        self._last_composition: tuple[Any, _Composition] | None = None
         # Evaluation first, because users set its keys.
         for split in ("test", "train"):
             self._check_size(split)
         self._fit_val_way(setup.val_way)
         self._check_size("val")
+        varying = self._varying.values()
         self.spec = TaskSpec(
             kind="classification",
             input_shape=tuple(self._tables["train"].images.shape[1:]),
             output_dim=self.sizes["test"].way,
             train_way=self.sizes["train"].way,
             num_train_classes=self.num_classes("train"),
-            train_shot=self.sizes["train"].shot,
+            train_shot=None if "train" in self._varying else self.sizes["train"].shot,
+            ways_vary=any(own.rule or own.way.varies for own in varying),
+            shots_differ=any(own.rule for own in varying),
         )
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
         """Return tasks `index … index + num_tasks - 1` of a split."""
-        size = self.sizes[split]
-        data = self._on_device(split)
+        if split not in self._varying:
+            return self._equal_tasks(split, index, num_tasks, self.sizes[split])
+        together, end = self._tasks_per_size[split], index + num_tasks
+        starts = [index, *range((index // together + 1) * together, end, together)]
+        parts = zip(starts, [*starts[1:], end], strict=True)
+        return TaskBatch.joined(
+            [self._of_one_size(split, first, to - first) for first, to in parts]
+        )
+
+    def layout(self, split: Split, index: int) -> Hashable:
+        """Return the size of a task if sizes vary; see `HasLayouts`."""
+        if split not in self._varying:
+            return None
+        step = index // self._tasks_per_size[split]
+        by_rule = self._varying[split].rule is not None
+        return self._composition(split, step).size if by_rule else self._drawn_size(split, step)
+
+    def _of_one_size(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
+        """Return tasks of one step, or one task of a test, whose size is drawn."""
+        together = self._tasks_per_size[split]
+        step, place = divmod(index, together)
+        if self._varying[split].rule is None:
+            return self._equal_tasks(split, index, num_tasks, self._drawn_size(split, step))
+        whole = self._composition(split, step)
+        return self._unequal_tasks(split, index, whole, slice(place, place + num_tasks))
+
+    def _drawn_size(self, split: Split, step: int) -> EpisodeSize:
+        """Draw a size from the ranges."""
+        own, seed = self._varying[split], self._seeds[split]
+        drawn = {
+            name: numbers.low
+            + seeding.key(seed, split, name, step) % (numbers.high - numbers.low + 1)
+            for name, numbers in (("way", own.way), ("shot", own.shot), ("query", own.query))
+        }
+        return EpisodeSize(**drawn)
+
+    def _composition(self, split: Split, step: int) -> _Composition:
+        """Draw classes and sizes of the tasks of a step by Meta-Dataset's rule.
+
+        The step draws a group of classes, the way and the share of the rows, each task its classes
+        and their weights.
+        """
+        if self._last_composition is not None and self._last_composition[0] == (split, step):
+            return self._last_composition[1]
+        seed, together = self._seeds[split], self._tasks_per_size[split]
+        groups = self._groups(split, meta_dataset.LEAST_WAY)
+        first, number = groups[seeding.key(seed, split, "group", step) % len(groups)]
+        most = min(meta_dataset.MOST_WAY, number * self._copies_in_task(split))
+        ways = most - meta_dataset.LEAST_WAY + 1
+        way = meta_dataset.LEAST_WAY + seeding.key(seed, split, "way", step) % ways
+        beta = seeding.key(seed, split, "beta", step) % 2**53 * 2.0**-53
+        data = self._in_groups(self._on_device(split), [(first, number)])
+        keys = seeding.task_keys(seed, split, step * together, together, self.device)
+        classes, turns = self._choose_classes(split, data, keys, way)
+        counts = data.counts[classes].cpu()
+        low, high = meta_dataset.LOG_WEIGHTS
+        weights = seeding.uniform(
+            keys.cpu(), _SLOT_WEIGHTS, (way,), low=low, high=high, dtype=torch.float64
+        ).exp()
+        query = meta_dataset.query_size(counts)
+        size = meta_dataset.support_size(counts, query, beta)
+        shots = meta_dataset.shots(counts, query, size, weights)
+        found = EpisodeSize(way, int(shots[0].sum()), query)
+        composition = _Composition(found, classes, turns, shots)
+        self._last_composition = (split, step), composition
+        return composition
+
+    def _equal_tasks(
+        self, split: Split, index: int, num_tasks: int, size: EpisodeSize
+    ) -> TaskBatch:
+        """Return tasks with the same number of rows of each class."""
+        data = self._for_way(split, size.way)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
-        picks, class_ids = self._pick(split, data, keys)
+        picks, class_ids = self._pick(split, data, keys, size)
         support = self._rows(split, data, keys, picks[..., : size.shot], _KEY_SUPPORT)
         query = self._rows(split, data, keys, picks[..., size.shot :], _KEY_QUERY)
         return TaskBatch(*support, *query, class_ids)
+
+    def _unequal_tasks(
+        self, split: Split, index: int, whole: _Composition, tasks: slice
+    ) -> TaskBatch:
+        """Return those tasks of a step whose classes have different numbers of support rows."""
+        size, shots = whole.size, whole.shots[tasks]
+        data, num_tasks = self._on_device(split), len(shots)
+        keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
+        classes, turns = whole.classes[tasks], whole.turns[tasks]
+        own = shots.to(self.device)
+        # Of the whole step, so that a task is the same in any part of it.
+        most = int(whole.shots.max())
+        picks = self._choose_unequal(data, keys, classes, own + size.query, most + size.query)
+        picks, class_ids = self._placed(split, data, keys, picks, classes, turns)
+        there = torch.arange(most, device=self.device) < own[..., None]
+        query, support = picks[..., : size.query], picks[..., size.query :]
+        return TaskBatch(
+            *self._rows(split, data, keys, support, _KEY_SUPPORT, there, size.shot),
+            *self._rows(split, data, keys, query, _KEY_QUERY),
+            class_ids,
+        )
 
     @abstractmethod
     def prepared(self, rows: Tensor) -> Tensor:
@@ -195,9 +323,10 @@ class ClassRows(ABC):
         facts = [f"{split}:{table.fingerprint()}" for split, table in self._tables.items()]
         return hashlib.sha256(";".join(facts).encode()).hexdigest()[:16]
 
-    def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose_classes(
+        self, split: Split, data: _Resident, keys: Tensor, way: int
+    ) -> tuple[Tensor, Tensor]:
         """Draw (T, W) distinct classes of one group, in random order, and their copies."""
-        way = self.sizes[split].way
         group = seeding.integers(keys, _SLOT_GROUP, len(data.group_starts))
         count = data.group_counts[group]
         copies = self._copies_in_task(split)
@@ -207,11 +336,24 @@ class ClassRows(ABC):
         turns = chosen // count[:, None]
         return data.group_starts[group][:, None] + chosen % count[:, None], turns
 
-    def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
+    def _pick(
+        self, split: Split, data: _Resident, keys: Tensor, size: EpisodeSize
+    ) -> tuple[Tensor, Tensor]:
         """Draw the (T, W, K + Q) indices in `data.images` of each task, and its (T, W) classes."""
-        size = self.sizes[split]
-        classes, turns = self._choose_classes(split, data, keys)
+        classes, turns = self._choose_classes(split, data, keys, size.way)
         picks = self._choose_images(data, keys, classes, size.shot + size.query)
+        return self._placed(split, data, keys, picks, classes, turns)
+
+    def _placed(
+        self,
+        split: Split,  # noqa: ARG002
+        data: _Resident,
+        keys: Tensor,  # noqa: ARG002
+        picks: Tensor,
+        classes: Tensor,
+        turns: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the indices in `data.images` of images numbered within their class."""
         class_ids = classes + turns * len(data.counts)
         return picks + (data.starts[classes] + turns * data.num_images)[..., None], class_ids
 
@@ -225,17 +367,45 @@ class ClassRows(ABC):
         order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (num_rows,)).argsort(dim=-1, stable=True)
         return picks.gather(-1, order)
 
+    def _choose_unequal(
+        self, data: _Resident, keys: Tensor, classes: Tensor, numbers: Tensor, most: int
+    ) -> Tensor:
+        """Draw (T, W) `numbers` of distinct images: (T, W, most), those beyond them undefined."""
+        keys = seeding.fold(keys[:, None], self._owners(classes.shape[1]))
+        picks = sample(keys, _SLOT_IMAGES, data.counts[classes], most, numbers)
+        order = seeding.bits(keys, _SLOT_IMAGE_ORDER, (most,))
+        order = _last(order, torch.arange(most, device=self.device) >= numbers[..., None])
+        return picks.gather(-1, order.argsort(dim=-1, stable=True))
+
     def _owners(self, way: int) -> Tensor:
         """Return (W,) numbers; classes of a task with equal ones draw images of equal numbers."""
         return torch.arange(way, device=self.device)
 
     def _rows(
-        self, split: Split, data: _Resident, keys: Tensor, picks: Tensor, purpose: int
+        self,
+        split: Split,
+        data: _Resident,
+        keys: Tensor,
+        picks: Tensor,
+        purpose: int,
+        there: Tensor | None = None,
+        total: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return (T, R, *input_shape) inputs and (T, R) labels of picks, in random order."""
+        """Return (T, R, *input_shape) inputs and (T, R) labels of picks, in random order.
+
+        Args:
+            split, data, keys: Those of the tasks.
+            picks: (T, W, K) indices in `data.images`.
+            purpose: Number that separates the draws for support and query.
+            there: (T, W, K), which of the picks are rows; None takes all.
+            total: Number of rows R, if not all are.
+        """
         _, way, num = picks.shape
         keys = seeding.fold(keys, torch.tensor(purpose, device=self.device))
-        order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,)).argsort(dim=-1, stable=True)
+        order = seeding.bits(keys, _SLOT_ROW_ORDER, (way * num,))
+        if there is not None:
+            order = _last(order, ~there.flatten(1))
+        order = order.argsort(dim=-1, stable=True)[:, :total]
         labels = order // max(num, 1)
         index = picks.flatten(1).gather(-1, order)
         return self._inputs(split, data, keys, index), labels
@@ -250,6 +420,18 @@ class ClassRows(ABC):
         if split not in self._resident:
             self._resident[split] = self._move(split)
         return self._resident[split]
+
+    def _for_way(self, split: Split, way: int) -> _Resident:
+        """Return the split with those groups that have enough classes."""
+        data = self._on_device(split)
+        if split not in self._varying:
+            return data
+        return self._in_groups(data, self._groups(split, way))
+
+    def _in_groups(self, data: _Resident, groups: Sequence[tuple[int, int]]) -> _Resident:
+        """Return a split with other groups, each a first class and a number of classes."""
+        first, number = (torch.tensor(own, device=self.device) for own in zip(*groups, strict=True))
+        return replace(data, group_starts=first, group_counts=number)
 
     def _move(self, split: Split) -> _Resident:
         table = self._tables[split]
@@ -291,7 +473,13 @@ class ClassRows(ABC):
     def _fit_val_way(self, typed: int | None) -> None:
         """Lower the way of val to its number of classes, unless the user set it."""
         size, most = self.sizes["val"], self._most_classes("val")
-        if typed is not None or size.way <= most:
+        varying = self._varying.get("val")
+        if typed is not None or size.way <= most or (varying is not None and varying.rule):
+            return
+        if varying is not None:
+            varying = replace(varying, way=varying.way.clipped(most))
+            self._varying["val"], self.sizes["val"] = varying, varying.largest
+            _LOG.warning("val has %d classes: meta-val runs with way %s", most, varying.way)
             return
         _LOG.warning(
             "val has %d classes, fewer than way=%d: meta-val runs with way %d "
@@ -306,13 +494,19 @@ class ClassRows(ABC):
         """Check that the split has enough classes and images for a task."""
         size, table = self.sizes[split], self._tables[split]
         keys = _SIZE_KEYS[split]
+        varying = self._varying.get(split)
+        if varying is not None and varying.rule is not None:
+            self._check_rule(split, varying)
+            return
+        smallest = size if varying is None else varying.smallest
         least = {"way": self.least_way, "shot": 1, "query": 0 if split == "train" else 1}
         for field, low in least.items():
-            at_least("", low, **{keys[field]: getattr(size, field)})
+            at_least("", low, **{keys[field]: getattr(smallest, field)})
         most = self._most_classes(split)
         if size.way > most:
+            typed = size.way if varying is None else varying.way
             raise ValueError(
-                f"{keys['way']}={size.way} is more than the {most} classes in {self._where}"
+                f"{keys['way']}={typed} is more than the {most} classes in {self._where}"
                 f"{self._name}'s {split} split: set {keys['way']}={most} or less"
             )
         fewest = min(range(len(table.counts)), key=table.counts.__getitem__)
@@ -322,6 +516,26 @@ class ClassRows(ABC):
                 f"class {table.names[fewest]} has {count} {self.noun}, {size.shot}+{size.query} "
                 f"are needed: {self._way_out(split, size, count)}"
             )
+
+    def _check_rule(self, split: Split, varying: VaryingSize) -> None:
+        """Check that Meta-Dataset's rule applies to a split, and set its largest size."""
+        key = "train.sizes" if split == "train" else "sizes"
+        rule, table = f"{key}={varying.rule}", self._tables[split]
+        most = self._most_classes(split)
+        if most < meta_dataset.LEAST_WAY:
+            raise ValueError(
+                f"{rule} needs {meta_dataset.LEAST_WAY} classes or more, but there are {most} in "
+                f"{self._where}{self._name}'s {split} split: use way and shot"
+            )
+        for name, count in zip(table.names, table.counts, strict=True):
+            if count < 2:
+                raise ValueError(
+                    f"{rule} needs 2 {self.noun} of each class or more, but class {name} has "
+                    f"{count}: leave it out"
+                )
+        way = min(meta_dataset.MOST_WAY, most)
+        query = min(meta_dataset.MOST_QUERY, max(table.counts) // 2)
+        self.sizes[split] = EpisodeSize(way, -(-meta_dataset.MOST_SUPPORT // way), query)
 
     def _way_out(self, split: Split, size: EpisodeSize, count: int) -> str:
         """Return the advice for a class with too few images."""
@@ -378,6 +592,11 @@ class ClassEpisodes(ClassRows):
             raise ValueError(
                 "data.drawers=apart needs classes of one alphabet, which the same people drew: "
                 "use data.episodes=within_alphabet"
+            )
+        if drawers == "apart" and any(own.rule for own in setup.varying.values()):
+            raise ValueError(
+                "sizes=meta_dataset gives classes unequal shots, data.drawers=apart the same "
+                "people for all: use data.drawers=any"
             )
         if drawers == "apart":
             assert all(len(set(table.counts)) == 1 for table in tables.values())
@@ -451,17 +670,27 @@ class ClassEpisodes(ClassRows):
     def prepared(self, rows: Tensor) -> Tensor:
         return self._normalize(self.preparation.shares(rows))
 
-    def _choose_classes(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
-        classes, turns = super()._choose_classes(split, data, keys)
+    def _choose_classes(
+        self, split: Split, data: _Resident, keys: Tensor, way: int
+    ) -> tuple[Tensor, Tensor]:
+        classes, turns = super()._choose_classes(split, data, keys, way)
         if self._turned_as_one:
             turn = seeding.integers(keys, _SLOT_ROTATIONS, data.rotation_classes)
             turns = turn[:, None].expand_as(classes)
         return classes, turns
 
-    def _pick(self, split: Split, data: _Resident, keys: Tensor) -> tuple[Tensor, Tensor]:
-        picks, class_ids = super()._pick(split, data, keys)
+    def _placed(
+        self,
+        split: Split,
+        data: _Resident,
+        keys: Tensor,
+        picks: Tensor,
+        classes: Tensor,
+        turns: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        picks, class_ids = super()._placed(split, data, keys, picks, classes, turns)
         if self._rotations[split] == "per_task":
-            way = (self.sizes[split].way,)
+            way = (classes.shape[1],)
             turns = seeding.integers(keys, _SLOT_ROTATIONS, _NUM_ROTATIONS, way)
             picks = picks + (turns * data.num_images)[..., None]
         return picks, class_ids
@@ -518,16 +747,25 @@ _SIZE_KEYS: dict[Split, dict[str, str]] = {
 }
 
 
-def sample(keys: Tensor, slot: int, counts: Tensor, num: int) -> Tensor:
+def _last(order: Tensor, absent: Tensor) -> Tensor:
+    """Return random numbers with the largest one where something is absent, to sort it last."""
+    return order.masked_fill(absent, torch.iinfo(order.dtype).max)
+
+
+def sample(
+    keys: Tensor, slot: int, counts: Tensor, num: int, numbers: Tensor | None = None
+) -> Tensor:
     """Draw `num` distinct numbers below each of `counts`: (*K, num), not in uniform order.
 
     Uses Floyd's algorithm (Bentley & Floyd 1987), whose cost grows with `num` and not with
-    `counts`. The counts may differ between keys.
+    `counts`. The counts may differ between keys. So may the number of draws: with `numbers` (*K),
+    `num` or less, the draws after that many are undefined.
     """
     draws = (seeding.bits(keys, slot, (num,)) >> 1) & (2**62 - 1)
     chosen = torch.empty_like(draws)
+    tops = counts - (num if numbers is None else numbers)
     for place in range(num):
-        top = counts - num + place
+        top = tops + place
         drawn = draws[..., place] % (top + 1)
         seen = (chosen[..., :place] == drawn[..., None]).any(dim=-1)
         chosen[..., place] = torch.where(seen, top, drawn)

@@ -205,6 +205,7 @@ class ClassStream(ClassEpisodes):
     """
 
     least_way = 1
+    sizes_may_vary = False
 
     def __init__(
         self,
@@ -232,7 +233,7 @@ class ClassStream(ClassEpisodes):
         size = self.sizes[split]
         data = self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
-        picks, class_ids = self._pick(split, data, keys)
+        picks, class_ids = self._pick(split, data, keys, size)
         labels = torch.arange(size.way, device=self.device).expand(num_tasks, -1)
         labels = class_ids if split == "train" else labels
         support = self._mixed(keys, picks[..., : size.shot], labels)

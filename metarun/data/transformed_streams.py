@@ -56,6 +56,7 @@ class TransformedStream(ClassEpisodes):
         ValueError: A number is out of range, an option is unknown, or scikit-learn is missing.
     """
 
+    sizes_may_vary = False
     channels: ClassVar[int] = 1
     """Number of channels of the transformed images."""
     most_tasks: ClassVar[int | None] = None
@@ -101,7 +102,7 @@ class TransformedStream(ClassEpisodes):
         """Return streams `index … index + num_tasks - 1` of a split."""
         size, data = self.sizes[split], self._on_device(split)
         keys = seeding.task_keys(self._seeds[split], split, index, num_tasks, self.device)
-        classes, _ = self._choose_classes(split, data, keys)
+        classes, _ = self._choose_classes(split, data, keys, size.way)
         pool = self._pools[split]
         picks = self._choose_images(data, keys, classes, pool + size.query)
         picks = picks + data.starts[classes][..., None]

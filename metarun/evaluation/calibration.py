@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from torch import Tensor
+from torch.nn.functional import pad
 
 from metarun.algorithms.base import Algorithm
 from metarun.core.settings import EvalSettings
@@ -23,6 +24,7 @@ LARGEST = 1e4
 """Temperatures are between this and its inverse."""
 
 _HALVINGS = 60
+_ABSENT = -1e30
 _log = logging.getLogger(__name__)
 
 
@@ -30,8 +32,11 @@ class _Logits:
     """The logits and labels of all queries."""
 
     def of(self, answers: Answers) -> Mapping[str, Tensor]:
-        """Return logits (T, Q, W) and labels (T, Q)."""
-        return {"logits": answers.prediction.outputs.double(), "labels": answers.targets}
+        """Return logits (T Q, W) and labels (T Q,), with absent classes far below the others."""
+        logits = answers.prediction.outputs.double().flatten(0, 1)
+        absent = answers.spec.output_dim - logits.shape[1]
+        filled = pad(logits, (0, max(absent, 0)), value=_ABSENT)
+        return {"logits": filled, "labels": answers.targets.flatten()}
 
     def summary(self, joined: Joined) -> Summary:
         """Return them as arrays."""
@@ -59,7 +64,7 @@ def fit_temperature(
     if not np.isfinite(logits).all():
         _log.warning("eval.temperature=val: a logit on meta-val is not finite: 1 is used")
         return 1.0
-    return best_temperature(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1))
+    return best_temperature(logits, labels)
 
 
 @quiet

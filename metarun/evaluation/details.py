@@ -95,7 +95,9 @@ class Presentations:
 
     def summary(self, joined: Joined) -> Summary:
         """Return the accuracies with an interval for each presentation."""
-        shown = [interval_record(own) for own in joined.arrays["presentations"].T]
+        # Tasks with fewer shots have no later presentations.
+        columns = joined.arrays["presentations"].T
+        shown = [interval_record(own[~np.isnan(own)]) for own in columns]
         return Summary(joined.arrays, {"presentations": shown})
 
 

@@ -6,17 +6,22 @@ Shapes: T tasks, N episodes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, seeding
-from metarun.core.types import EpisodeSource, Record, Split, TaskBatch
+from metarun.core.types import EpisodeSource, HasLayouts, Record, Split, TaskBatch
 from metarun.evaluation.details import DETAILS
 from metarun.evaluation.evaluation import (
+    Digest,
     Evaluated,
     Tick,
     add_to_digest,
@@ -65,7 +70,8 @@ class EpisodeEvaluation:
     """Metrics of an algorithm on the first episodes of a split.
 
     Several processes evaluate different batches of the same size as one process would, and all
-    receive the results; the main process computes the hash.
+    receive the results; the main process computes the hash. Where sizes vary, a batch has episodes
+    of one size, and the results are in the order of the episodes.
 
     Args:
         algorithm: Learner that adapts to each episode and predicts its queries.
@@ -109,31 +115,33 @@ class EpisodeEvaluation:
 
     def run(self, tick: Tick | None = None) -> Evaluated:
         """Evaluate all episodes; see `Evaluation.run`."""
-        starts = range(0, self.size, self._tasks_per_batch)
+        batches = self._batches()
         mine: _Parts = []
-        digest = hashlib.blake2b(digest_size=8)
+        digest = _Digest(in_order=not self._varies)
         was_training = self._algorithm.training
         self._algorithm.eval()
         try:
             with torch.no_grad():
-                for round_ in _rounds(starts):
-                    for number, start in enumerate(round_):
+                done = 0
+                for round_ in _rounds(batches):
+                    for number, indices in enumerate(round_):
+                        done += len(indices)
                         own = number == distributed.rank()
                         if not own and not distributed.is_main():
                             continue
-                        batch = self._batch(start)
+                        batch = self._batch(indices)
                         if distributed.is_main():
-                            add_to_digest(digest, batch)
+                            digest.add(batch, indices)
                         if own:
                             # Algorithms that sample in `predict` predict the same each time.
-                            seeding.seed_torch(seeding.key("evaluation", self._split, start))
+                            seeding.seed_torch(seeding.key("evaluation", self._split, indices[0]))
                             mine.append(self._measured(batch))
                     if tick is not None:
-                        tick(min(round_[-1] + self._tasks_per_batch, self.size))
+                        tick(done)
         finally:
             self._algorithm.train(was_training)
-        parts = _in_order(distributed.gather_objects(mine), len(starts))
-        return self._evaluated(parts, digest.hexdigest())
+        parts = _in_order(distributed.gather_objects(mine), len(batches))
+        return self._evaluated(parts, digest.hexdigest(), list(chain.from_iterable(batches)))
 
     def state_dict(self) -> Record | None:
         """Return None: an evaluation that was stopped starts again."""
@@ -142,9 +150,28 @@ class EpisodeEvaluation:
     def load_state_dict(self, state: Record) -> None:
         """Start again."""
 
-    def _batch(self, start: int) -> TaskBatch:
-        number = min(self._tasks_per_batch, self.size - start)
-        return self._source.batch(self._split, start, number)
+    @property
+    def _varies(self) -> bool:
+        """Whether not every two episodes can be in one batch."""
+        source = self._source
+        return isinstance(source, HasLayouts) and source.layout(self._split, 0) is not None
+
+    def _batches(self) -> list[Sequence[int]]:
+        """Return the episodes that are evaluated together: those of one layout, in their order."""
+        most, every = self._tasks_per_batch, range(self.size)
+        if not self._varies:
+            return [every[start : start + most] for start in range(0, self.size, most)]
+        assert isinstance(self._source, HasLayouts)
+        found: dict[Hashable, list[int]] = {}
+        for index in every:
+            found.setdefault(self._source.layout(self._split, index), []).append(index)
+        parts = [own[at : at + most] for own in found.values() for at in range(0, len(own), most)]
+        return [*sorted(parts)]
+
+    def _batch(self, indices: Sequence[int]) -> TaskBatch:
+        if isinstance(indices, range):
+            return self._source.batch(self._split, indices[0], len(indices))
+        return TaskBatch.joined([self._source.batch(self._split, i, 1) for i in indices])
 
     def _measured(self, batch: TaskBatch) -> tuple[Tensor, list[Mapping[str, Tensor]]]:
         algorithm, rows = self._algorithm, (batch.support_x, batch.support_y, batch.query_x)
@@ -159,12 +186,15 @@ class EpisodeEvaluation:
         # Processes exchange tensors on the CPU.
         return values.cpu(), [{n: part.cpu() for n, part in own.items()} for own in found]
 
-    def _evaluated(self, parts: _Parts, digest: str) -> Evaluated:
-        source, values = self._source, as_array(torch.cat([part for part, _ in parts]))
+    def _evaluated(self, parts: _Parts, digest: str, indices: Sequence[int]) -> Evaluated:
+        source, order = self._source, np.argsort(indices)
+        values = as_array(torch.cat([part for part, _ in parts]))[order]
         arrays: dict[str, Any] = {source.spec.metric: values}
         records = [base_record(values, digest)]
         for number, measurement in enumerate(self._measurements):
             joined = _joined([found[number] for _, found in parts])
+            # Where not every episode has one row, their order does not matter.
+            joined = {n: own[order] if len(own) == len(order) else own for n, own in joined.items()}
             if joined:
                 summary = measurement.summary(Joined(joined, values, source))
                 arrays |= summary.arrays
@@ -172,10 +202,33 @@ class EpisodeEvaluation:
         return Evaluated(values, digest, arrays, merged(records))
 
 
-def _rounds(starts: Sequence[int]) -> Iterator[Sequence[int]]:
+class _Digest:
+    """Hash of the episodes, which may come in another order than theirs."""
+
+    def __init__(self, *, in_order: bool) -> None:
+        self._whole: Digest = hashlib.blake2b(digest_size=8)
+        self._own: dict[int, bytes] | None = None if in_order else {}
+
+    def add(self, batch: TaskBatch, indices: Sequence[int]) -> None:
+        if self._own is None:
+            add_to_digest(self._whole, batch)
+            return
+        for place, index in enumerate(indices):
+            own = hashlib.blake2b(digest_size=8)
+            add_to_digest(own, batch[place : place + 1])
+            self._own[index] = own.digest()
+
+    def hexdigest(self) -> str:
+        for index in sorted(self._own or ()):
+            self._whole.update((self._own or {})[index])
+        whole: str = self._whole.hexdigest()
+        return whole
+
+
+def _rounds(batches: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
     """Yield the batches that the processes evaluate at the same time, one for each process."""
-    for first in range(0, len(starts), distributed.size()):
-        yield starts[first : first + distributed.size()]
+    for first in range(0, len(batches), distributed.size()):
+        yield batches[first : first + distributed.size()]
 
 
 def _in_order(parts: Sequence[_Parts], number: int) -> _Parts:
@@ -184,5 +237,17 @@ def _in_order(parts: Sequence[_Parts], number: int) -> _Parts:
 
 
 def _joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Array]:
-    """Join the tensors of all batches along their first dimension."""
-    return {n: torch.cat([part[n] for part in parts]).cpu().numpy() for n in parts[0]}
+    """Join the tensors of all batches along their first dimension.
+
+    Where tasks differ in size, shorter rows end in NaN.
+    """
+    return {n: _stacked([part[n] for part in parts]).cpu().numpy() for n in parts[0]}
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    widths = {part.shape[1:] for part in parts}
+    if len(widths) == 1 or any(len(width) != 1 for width in widths):
+        return torch.cat([*parts])
+    most = max(part.shape[1] for part in parts)
+    padded = [pad(part, (0, most - part.shape[1]), value=math.nan) for part in parts]
+    return torch.cat(padded)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,6 +37,9 @@ _SETTLED = 20
 """Number of these calls for which all that the function reads has to be the same."""
 CALLS_BEFORE_REPLAY = 2
 """Calls of a function with `replay`: one is watched and one is traced."""
+_MOST_SIZES = 16
+"""Number of sizes of the data for which the calls of a kind are replayed. Where sizes vary, those
+beyond them call the function: a graph of each would take more time and memory than it saves."""
 _MOST_TRACES = 16
 """Number of replays of one function that differ in what it reads."""
 
@@ -62,6 +66,7 @@ class Graphs:
     def __init__(self) -> None:
         # A network that is no longer used takes its counts along.
         self._sites: WeakKeyDictionary[nn.Module, dict[Hashable, _Site]] = WeakKeyDictionary()
+        self._sizes: WeakKeyDictionary[nn.Module, Counter[Hashable]] = WeakKeyDictionary()
         self._busy = False
 
     def __deepcopy__(self, _: dict[int, Any]) -> Graphs:
@@ -109,6 +114,11 @@ class Graphs:
         whole = (kind, key, layouts, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
         sites = self._sites.setdefault(net, {})
         if whole not in sites:
+            same = (*whole[:2], layouts[:-1], *whole[3:])
+            sizes = self._sizes.setdefault(net, Counter())
+            if sizes[same] == _MOST_SIZES:
+                return None
+            sizes[same] += 1
             sites[whole] = _Site(kind)
         self._busy = True
         try:

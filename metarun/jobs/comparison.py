@@ -22,6 +22,7 @@ from metarun.config.trust import locate
 from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
+from metarun.core.sizes import least, size_text
 from metarun.core.statistics import interval_record
 from metarun.core.streams import say, unbroken_streams
 from metarun.jobs.checks import check_jobs
@@ -100,7 +101,8 @@ def folder_name(job: Job) -> str:
     """Return the name of a run's folder: algorithm, data, sizes and a hash of what it computes."""
     config = job.config
     names = config["names"]
-    sizes = f"{config['way']}way-{config['shot']}shot-seed{config['seed']}"
+    sizes = f"{config['way']}way-{config['shot']}shot"
+    sizes = f"{config.get('sizes') or sizes}-seed{config['seed']}"
     return slug([f"{names['algo']}-{names['data']}-{sizes}-{digest(config)}"], 120)
 
 
@@ -110,7 +112,11 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
         return list(words)
     jobs = [job.config for job in compose.jobs(words, sweep=True)]
     spec = build_source(jobs[0]).spec
-    shot = min(min(config["shot"], config["train"]["shot"]) for config in jobs)
+    shot = min(
+        1 if own.get("sizes") else least(own["shot"])
+        for config in jobs
+        for own in (config, config["train"])
+    )
     streams = spec.streams is not None
     task_ids_known = spec.streams is None or spec.streams["test"].task_ids_known
     suited: list[str] = []
@@ -304,7 +310,7 @@ def _size_name(job: Job) -> str:
     config = job.config
     if config["way"] == 1:
         return f"{config['shot']} points"
-    return f"{config['way']}-way {config['shot']}-shot"
+    return size_text(config)
 
 
 def _file_name(words: Sequence[str], against: str | None) -> str:

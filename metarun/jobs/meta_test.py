@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from metarun.algorithms.capabilities import Capabilities
 from metarun.config import trust
 from metarun.config.build import Experiment, build_experiment, build_source, options_in_files
 from metarun.config.checks import check_config
@@ -24,24 +25,27 @@ from metarun.config.overrides import (
     with_values,
     without_repeated,
 )
-from metarun.config.schema import Config
+from metarun.config.schema import Config, Settings
+from metarun.config.trust import locate
 from metarun.core import distributed
 from metarun.core.console import main_screen, warnings_held
 from metarun.core.files import write_atomically
 from metarun.core.nested import flat
+from metarun.core.sizes import varies
 from metarun.core.types import EpisodeSource
 from metarun.jobs.checks import check_data
 from metarun.jobs.train import exit_code_of, tell_published
 from metarun.reporting.run_figures import draw_figures
 from metarun.runs.folder import RunFolder
 
-TESTABLE = ("way", "shot", "query", "bn", *HOW_TASKS_RUN, "debug")
+TESTABLE = ("way", "shot", "query", "sizes", "bn", *HOW_TASKS_RUN, "debug")
 """Keys that may change in a meta-test, in addition to `data`, `data.…` and `eval.…`."""
 
 EVALUATION_ONLY = (
     "way",
     "shot",
     "query",
+    "sizes",
     "bn",
     "eval",
     "data.rotations_eval",
@@ -144,19 +148,16 @@ def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Expe
                 chosen[option] = stored["data"].get(option)
     config = with_values(config, typed)
     # Nothing is trained: the training sizes must not fail the checks of the test's data.
-    sizes = {key: config["train"][key] for key in ("way", "shot", "query")}
-    config["train"] |= {key: config[key] for key in sizes}
+    sizes = {key: config["train"].get(key) for key in ("way", "shot", "query", "sizes")}
+    config["train"] |= {key: config.get(key) for key in sizes}
     settings = check_config(config)
+    _check_way(settings, stored)
     check_data(config)
     with trust.stored([typed, chosen], config_dir), warnings_held():
         source = _as_for_run(run, build_source(config)) if name is not None else None
         experiment = build_experiment(config, source, fresh=False)
     experiment.record["train"] |= sizes
-    if settings.way != stored["way"] and not experiment.algorithm.capabilities.accepts_any_way:
-        learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"
-        raise ValueError(
-            f"way={settings.way}: the run has a fixed head for {learned}: train a new run instead"
-        )
+    _check_way(settings, stored, experiment.algorithm.capabilities)
     return experiment
 
 
@@ -176,6 +177,31 @@ def _as_for_run(run: RunFolder, source: EpisodeSource) -> EpisodeSource:
         return source.as_for(tuple(record["input_shape"]), preparation)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run.path / FILE} is damaged, {error}: remove it") from error
+
+
+def _check_way(settings: Settings, stored: Config, can: Capabilities | None = None) -> None:
+    """Refuse another way for a learner whose head is built for one.
+
+    Args:
+        settings: Settings of the test.
+        stored: Configuration of the run.
+        can: What the learner can do; None takes that of its class and checks varying ways alone,
+            for which none can be built.
+
+    Raises:
+        ValueError: The learner has such a head.
+    """
+    rule = settings.sizes
+    if can is None:
+        if rule is None and not varies(settings.way):
+            return
+        target = locate("algo._target_", settings.algo["_target_"])
+        can = getattr(target, "capabilities", Capabilities())
+    if can.accepts_any_way or (rule is None and settings.way == stored["way"]):
+        return
+    learned = "regression" if stored["way"] == 1 else f"way={stored['way']}"
+    typed = f"way={settings.way}" if rule is None else f"sizes={rule}"
+    raise ValueError(f"{typed}: the run has a fixed head for {learned}: train a new run instead")
 
 
 def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | None) -> Config:

@@ -26,6 +26,7 @@ from metarun.core.errors import (
     RunError,
     describe_error,
 )
+from metarun.core.sizes import least, varies
 from metarun.core.streams import say, tell
 from metarun.reporting import published
 from metarun.reporting.run_figures import draw_curves, draw_figures
@@ -151,6 +152,10 @@ def tell_next(folder: Path) -> None:
 def _other_size(results: Mapping[str, Any]) -> str:
     """Return words for another setting that the run's learner and data allow."""
     shot, query = results["shot"], results["query"]
+    if results.get("sizes"):
+        return "sizes=null way=5 shot=1"
+    if any(map(varies, (results["way"], shot, query))):
+        return " ".join(f"{key}={least(results[key])}" for key in ("way", "shot", "query"))
     if results["kind"] == "regression":
         return f"shot={10 if shot == 5 else 5}"
     if shot > 2:

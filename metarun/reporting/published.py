@@ -28,6 +28,7 @@ from metarun.core.errors import one_line
 from metarun.core.measures import Measure
 from metarun.core.results import Results, validation_of
 from metarun.core.settings import Published, PublishedCell
+from metarun.core.sizes import most, size_text
 from metarun.core.streams import say
 from metarun.reporting.across import across_data
 from metarun.reporting.references import (
@@ -543,8 +544,8 @@ def _rows(names: Sequence[str], groups: Sequence[Group], config_dir: str | None)
 def task(config: Mapping[str, Any], cell: PublishedCell | None = None) -> str:
     """Describe the size of the tasks, and the point at which a published value was measured."""
     size = f"{config['shot']} points"
-    if config["way"] > 1:
-        size = f"{config['way']}-way {config['shot']}-shot"
+    if most(config["way"]) > 1:
+        size = size_text(config)
     if cell is not None and cell.inner_steps is not None:
         size += f", {cell.inner_steps} step{'s' * (cell.inner_steps != 1)}"
     if cell is not None and cell.presentation is not None:

@@ -15,6 +15,7 @@ from metarun.config.catalogue import conf_dir, experiment, find, load
 from metarun.config.checks import structured
 from metarun.config.search_path import own_folders
 from metarun.core.settings import Outcome, Published, PublishedCell, Reference
+from metarun.core.sizes import most
 from metarun.reporting.tables import Figure
 
 NOT_RUN = "not run"
@@ -137,4 +138,4 @@ def published_figure(published: Published, cell: PublishedCell, *, accuracy: boo
 
 def is_accuracy(config: Mapping[str, Any]) -> bool:
     """Return whether the values of an experiment are accuracies: regression has one way."""
-    return int(config["way"]) > 1
+    return most(config["way"]) > 1

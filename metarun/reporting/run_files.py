@@ -10,6 +10,7 @@ from typing import Any
 
 from metarun.core.archives import read_arrays
 from metarun.core.results import Results
+from metarun.core.sizes import most, size_text
 from metarun.core.statistics import Floats, curve
 from metarun.core.types import Record
 from metarun.reporting.figures.drawing import colors
@@ -54,6 +55,7 @@ class RunFiles:
         config = {
             "names": {"algo": algo, "data": results["data"]},
             **{key: results[key] for key in ("way", "shot", "seed")},
+            "sizes": results.get("sizes"),
         }
         return cls(path, config, (), {"state": "finished"}, colors([algo])[algo][0])
 
@@ -101,8 +103,8 @@ class RunFiles:
         size = f"{config['shot']} points"
         if results is not None and "layout" in results:
             size = f"{max(results['layout']['visits']) + 1} tasks"
-        elif (results and results.get("kind") == "classification") or int(config["way"]) > 1:
-            size = f"{config['way']}-way {config['shot']}-shot"
+        elif (results and results.get("kind") == "classification") or most(config["way"]) > 1:
+            size = size_text(config)
         experiment = config["names"].get("experiment")
         named = f"{experiment}: " if experiment else ""
         return f"{named}{self.algo} on {config['names']['data']}, {size}, seed {config['seed']}"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from metarun.core.results import validation_of
+from metarun.core.sizes import size_text
 from metarun.reporting import published, single_run
 from metarun.reporting.figures import comparison
 from metarun.reporting.figures.comparison import Entry
@@ -137,7 +138,7 @@ def _clusters(groups: Sequence[Group]) -> dict[str, list[Entry]]:
 def _axis(group: Group) -> str:
     """Describe the tasks of a group; groups with the same description share an axis."""
     results, config = group.results[0].record, group.config
-    size = f"{config['way']}-way {config['shot']}-shot"
+    size = size_text(config)
     if "layout" in results:
         layout = results["layout"]
         steps = len(layout["visits"]) * int(layout["steps"])

@@ -21,6 +21,7 @@ from metarun.config.catalogue import conf_dir
 from metarun.config.checks import _BOUNDS, convert
 from metarun.config.composition import composer
 from metarun.config.schema import NODES
+from metarun.core.types import HasLayouts
 from metarun.runs.folder import RunFolder
 from tests.helpers import composed
 
@@ -379,3 +380,40 @@ def test_numbers_beyond_all_sense_are_refused_whoever_reads_them(
 ) -> None:
     with pytest.raises(ValueError, match=f"{words[-1].partition('=')[0]}.*{message}"):
         build_experiment(config(*words))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["way=50..5"], "way=50..5 is an empty range: expected 5..50"),
+        (["way=five"], "way=five: expected a whole number, or a range such as 5..50"),
+        (["train.shot=0..3"], "train.shot=0..3: expected 1 or more"),
+        (["way=5..90"], "way=5..90 is more than the 89 classes in omniglot_small's test split"),
+        (["shot=1..30"], "20 images, 30+15 are needed"),
+        (["sizes=vinyals"], "sizes=vinyals: expected meta_dataset or null"),
+        (
+            ["algo=maml", "way=3..5"],
+            "tasks have up to 5 ways, but MAML has a head of fixed width: use one number",
+        ),
+        (["algo=snail", "shot=1..2"], "the data set has no fixed number of shots"),
+        (["algo=frn", "sizes=meta_dataset"], "FRN needs the same number of support rows"),
+        (["algo=selector", "shot=1..5"], "shot=1..5 is out of range: algo=selector needs 2"),
+        (["data=sinusoid", "algo=maml", "shot=5..10"], "the tasks of data=sinusoid have one size"),
+        (["data=stream_rotated", "algo=online", "query=1..2"], "stream_rotated have one size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_in_one_line(words: list[str], message: str) -> None:
+    data = [] if any(word.startswith("data=") for word in words) else ["data=omniglot_small"]
+    algo = [] if any(word.startswith("algo=") for word in words) else ["algo=protonet"]
+    assert message in refusal(*algo, *data, *words)
+
+
+def test_sizes_of_training_and_of_the_test_vary_apart() -> None:
+    made = build("algo=protonet", "data=omniglot_small", "train.way=3..6", "train.tasks_per_step=3")
+    source = made.source
+    assert isinstance(source, HasLayouts)
+    assert source.layout("test", 0) is None
+    ways = [source.layout("train", task).way for task in range(60)]  # type: ignore[attr-defined]
+    assert set(ways) == {3, 4, 5, 6}
+    assert all(len(set(ways[at : at + 3])) == 1 for at in range(0, 60, 3))
+    assert (made.run_info["way"], made.algorithm.spec.ways_vary) == (5, True)

@@ -38,6 +38,8 @@ OPTIONS = {
     "simpleshot": ["backbone.norm=none"],
 }
 MORE = [
+    "protomaml omniglot_small way=3..5 shot=1..3 train.tasks_per_step=3",
+    "protonet omniglot_small sizes=meta_dataset train.tasks_per_step=3",
     "mixture sinusoid algo.prior=crp algo.components=3",
     "maml omniglot_small ~recipe way=3 backbone=resnet12 backbone.widths=[2,2,2,2]",
 ]

@@ -13,10 +13,13 @@ import torch
 from metarun.algorithms.metric.protonet import ProtoNet
 from metarun.algorithms.optimization.maml import MAML
 from metarun.backbones.conv4 import Conv4
+from metarun.core.settings import EvalSettings
+from metarun.core.sizes import Range
 from metarun.core.statistics import NORMAL_95, interval, t_quantile, wilson_interval
-from metarun.core.types import SPLITS, EpisodeSize, Prediction
+from metarun.core.types import SPLITS, EpisodeSize, Prediction, VaryingSize
 from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Linear
+from metarun.evaluation.calibration import fit_temperature
 from metarun.evaluation.episodes import evaluate
 from tests.data.sources import make_source
 from tests.helpers import linear_backbone, make
@@ -177,6 +180,55 @@ def test_what_classes_are_taken_for_is_counted_over_all_queries() -> None:
     queries = measured.record["queries"]
     assert (queries["number"], queries["wrong"]) == (84, round(84 * (1 - measured.values.mean())))
     assert (queries["low"], queries["high"]) == wilson_interval(queries["wrong"], 84)
+
+
+@pytest.mark.parametrize("together", [1, 3, 25])
+def test_episodes_of_different_sizes_are_measured_one_by_one_in_their_order(together: int) -> None:
+    own = VaryingSize(Range(2, 4), Range(1, 2), Range(1, 3))
+    sizes = dict.fromkeys(SPLITS, own.largest)
+    source = make_source(
+        OmniglotSmall, sizes=sizes, varying=dict.fromkeys(SPLITS, own), dtype=torch.float64
+    )
+    algorithm = make(ProtoNet, source.spec, partial(Conv4, filters=2)).eval()
+    right: list[float] = []
+    for index in range(20):
+        task = source.batch("test", index, 1)
+        with torch.no_grad():
+            answer = algorithm.predict(task.support_x, task.support_y, task.query_x).outputs
+        right.append(float((answer.argmax(-1) == task.query_y).double().mean()))
+    found = evaluate(algorithm, source, "test", 20, together)
+    np.testing.assert_allclose(found.values, right, rtol=1e-12)
+    np.testing.assert_allclose(found.arrays["nll"].mean(), found.record["measures"]["nll"]["mean"])
+    queries = sum(source.batch("test", index, 1).query_y.numel() for index in range(20))
+    assert found.record["queries"]["number"] == queries
+    assert found.digest == evaluate(algorithm, source, "test", 20, 7).digest
+    assert found.digest != evaluate(algorithm, source, "test", 19, 7).digest
+
+
+def test_a_temperature_is_fitted_to_episodes_of_different_sizes() -> None:
+    own = VaryingSize(Range(2, 4), Range(1, 2), Range(1, 3))
+    varied = {
+        "sizes": dict.fromkeys(SPLITS, own.largest),
+        "varying": dict.fromkeys(SPLITS, own),
+    }
+    source = make_source(OmniglotSmall, dtype=torch.float64, **varied)
+    algorithm = make(ProtoNet, source.spec, partial(Conv4, filters=2)).eval()
+    fitted = fit_temperature(algorithm, source, EvalSettings(val_episodes=12))
+
+    def loss(temperature: float) -> float:
+        total, rows = 0.0, 0
+        for index in range(12):
+            task = source.batch("val", index, 1)
+            with torch.no_grad():
+                logits = algorithm.predict(task.support_x, task.support_y, task.query_x).outputs
+            scaled = logits[0] / temperature
+            total += float(
+                torch.nn.functional.cross_entropy(scaled, task.query_y[0], reduction="sum")
+            )
+            rows += len(scaled)
+        return total / rows
+
+    assert loss(fitted) < min(loss(0.9 * fitted), loss(1.1 * fitted))
 
 
 def test_functions_have_no_classes_to_confuse() -> None:

@@ -97,6 +97,15 @@ def test_auto_follows_a_function_at_its_200th_call() -> None:
     assert torch.equal(made[200].function([torch.tensor([3.0, 4.0])]), torch.tensor([9.0, 16.0]))
 
 
+def test_a_few_sizes_are_followed_and_all_others_are_called() -> None:
+    graphs = Graphs()
+    for size in range(1, 30):
+        args = ([torch.arange(1.0 + size)],)
+        for _ in range(3):
+            graphs.find("replay", "key", squares, NET, squares, args)
+    assert len(graphs.replays) == 16
+
+
 def test_another_shape_is_followed_by_itself() -> None:
     graphs = Graphs()
     found("replay", squares, graphs=graphs)

@@ -59,6 +59,7 @@ class EpisodicLearner(Algorithm):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
+        ways: int,
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
         """Return the predictions in the loss of one training task, and their targets.
@@ -72,21 +73,23 @@ class EpisodicLearner(Algorithm):
             support_y: Support targets, (S,) labels or (S, D) values.
             query_x: Query inputs, (Q, *input_shape).
             query_y: Query targets, (Q,) labels or (Q, D) values.
+            ways: Number of classes, W; not used for regression.
             ctx: Context of the forward pass.
 
         Returns:
             Predictions, (J, W) logits or (J, D) values, and targets, (J,) or (J, D).
         """
-        ways = self.spec.train_way
         return self.answers(net, params, support_x, support_y, query_x, ways, ctx), query_y
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+        ways = self.training_ways(batch)
+
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             *parts, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
             ctx = ForwardContext(moments=moments, noise=noise)
             own = strip_prefix("net.", params)
-            outputs, targets = self.outputs_and_targets(net, own, *parts, ctx)  # type: ignore[call-arg, arg-type]
+            outputs, targets = self.outputs_and_targets(net, own, *parts, ways, ctx)  # type: ignore[call-arg, arg-type]
             loss = self.loss(outputs, targets)
             return loss, (loss, task_metric(self.spec, outputs, targets), moments)
 

@@ -147,17 +147,17 @@ class InnerLoopLearner(AdaptingLearner):
 
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         first_order = is_first_order(self.second_order_from, progress)
-        task = self.training_task(first_order=first_order)
+        task = self.training_task(first_order=first_order, ways=self.training_ways(batch))
         rows = self.training_rows(batch, progress)
         return self.outer_step(task, rows, progress)
 
-    def training_task(self, *, first_order: bool) -> TaskFunction:
-        """Return the function of one training task for `outer_step`."""
+    def training_task(self, *, first_order: bool, ways: int) -> TaskFunction:
+        """Return the function of one training task of `ways` classes for `outer_step`."""
 
         def adapted(net: nn.Module, params: Params, *rows: Tensor) -> Params:
             x, y, noise = rows
             ctx = ForwardContext(noise=noise, double_backward=not first_order)
-            support = Support(x, y, self.spec.train_way)
+            support = Support(x, y, ways)
             path = self.descent(
                 net, params, support, ctx, steps=self.inner_steps, first_order=first_order
             )

@@ -141,6 +141,7 @@ class SequenceLearner(FeatureLearner):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
+        ways: int,  # noqa: ARG002
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
         outputs = self._along(net, params, support_x, support_y, query_x, ctx)

@@ -48,7 +48,10 @@ class FRN(FeatureLearner):
     """
 
     capabilities = Capabilities(
-        kinds=("classification",), accepts_any_way=True, label_equivariant=True
+        kinds=("classification",),
+        accepts_any_way=True,
+        label_equivariant=True,
+        needs_equal_shots=True,
     )
     net: _Reconstruction
 
@@ -94,12 +97,12 @@ class FRN(FeatureLearner):
         support_y: Tensor,
         query_x: Tensor,
         query_y: Tensor,
+        ways: int,
         ctx: ForwardContext,
     ) -> tuple[Tensor, Tensor]:
         if not self.all_pairs:
             rows = (support_x, support_y, query_x, query_y)
-            return super().outputs_and_targets(net, params, *rows, ctx)
-        ways = self.spec.train_way
+            return super().outputs_and_targets(net, params, *rows, ways, ctx)
         features = self.features(net, params, torch.cat([support_x, query_x]), ctx)
         order = torch.cat([support_y, query_y]).argsort(stable=True)
         sets = features[order].unflatten(0, (ways, -1)).transpose(0, 1)

@@ -101,14 +101,14 @@ class IMAML(InnerLoopLearner):
         self.net = self.build_network(self.spec.output_dim)
         self.optimizer = self.build_optimizer()
 
-    def training_task(self, *, first_order: bool) -> TaskFunction:
+    def training_task(self, *, first_order: bool, ways: int) -> TaskFunction:
         """Return the function of one training task, whose result is (meta-gradient, extras)."""
-        outer = super().training_task(first_order=first_order)
+        outer = super().training_task(first_order=first_order, ways=ways)
         assert isinstance(outer, TwoStageTask)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Params, Any]:
             theta = strip_prefix("net.", params)
-            support = Support(rows[0], rows[1], self.spec.train_way)
+            support = Support(rows[0], rows[1], ways)
 
             def support_loss(*, double_backward: bool) -> Loss:
                 ctx = ForwardContext(noise=rows[-1], double_backward=double_backward)

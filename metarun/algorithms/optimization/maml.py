@@ -128,15 +128,15 @@ class MAML(InnerLoopLearner):
         grads = gradient(loss, weights, first_order=first_order)
         return descend(weights, grads, lr=rates, clip=self.inner_clip)
 
-    def training_task(self, *, first_order: bool) -> TaskFunction:
-        task = super().training_task(first_order=first_order)
+    def training_task(self, *, first_order: bool, ways: int) -> TaskFunction:
+        task = super().training_task(first_order=first_order, ways=ways)
         if first_order or not self.recompute:
             return task
         assert isinstance(task, TwoStageTask)
 
         def recomputed(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = task.support_rows(rows)
-            support = Support(x, y, self.spec.train_way)
+            support = Support(x, y, ways)
             ctx = ForwardContext(noise=noise, double_backward=True)
 
             def step(weights: Params, params: Params) -> Params:

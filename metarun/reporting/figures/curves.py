@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -10,6 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from metarun.core.measures import figure as shown
 from metarun.core.results import CurvePoint, validation_of
+from metarun.core.sizes import chance, varies
 from metarun.core.statistics import Floats, interval
 from metarun.core.words import number_of
 from metarun.reporting.figures.drawing import (
@@ -114,7 +116,7 @@ def _chance(run: RunFiles) -> float | None:
     results = run.results
     if results is None or results["metric"] != "accuracy" or "layout" in results:
         return None
-    return 1.0 / int(run.config["way"])
+    return chance(results["way"])
 
 
 def _scale(run: RunFiles) -> str:
@@ -266,13 +268,14 @@ def _spread(values: Floats, sign: str) -> str:
     return f"Nine of ten lie between {lowest} and {highest}, the median is {median}."
 
 
-def _edges(values: Floats, metric: str, config: Mapping[str, object]) -> list[float]:
+def _edges(values: Floats, metric: str, config: Mapping[str, Any]) -> list[float]:
     """Return the edges of bins; for an accuracy all bins cover equally many possible values.
 
     An accuracy is a number of correct answers, so that other widths would give a comb pattern.
     """
     most = int(np.clip(len(values) / 4, 5, _MOST_BINS))
-    if metric == "accuracy":
+    numbers = config["way"], config["query"]
+    if metric == "accuracy" and not config.get("sizes") and not any(map(varies, numbers)):
         answer = 100.0 / (int(str(config["way"])) * int(str(config["query"])))
         low = int(np.round(values.min() / answer))
         answers = int(np.round(values.max() / answer)) - low + 1

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from metarun.core.sizes import chance
 from metarun.reporting.figures.drawing import MUTED, SIZE, Panel, band
 from metarun.reporting.run_files import RunFiles
 
@@ -24,8 +25,8 @@ def panels(run: RunFiles) -> list[Panel]:
     axes = figure.add_subplot()
     axes.plot(times, mean, "o-", color=run.color, linewidth=1.5, label=results["algo"])
     band(axes, times, mean, ci95, run.color, "curve")
-    chance = 100.0 / results["way"]
-    axes.axhline(chance, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
+    guessing = 100.0 * chance(results["way"])
+    axes.axhline(guessing, color=MUTED, linestyle=":", linewidth=1.2, label="chance")
     axes.set(
         xlabel="presentation of a class",
         ylabel="accuracy, %",
