@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from metarun.core.checks import at_least
 from metarun.core.once import warn_once
@@ -46,6 +46,8 @@ class Folder(ImageFiles):
             keeps all classes.
         val_fraction, test_fraction: Share of the classes for val and for test, if there are no
             such folders.
+        classes: `split` has different classes in each split. `all` has all classes in each, for a
+            meta-test on the whole folder.
         **options: Other arguments of `ImageFiles`.
     """
 
@@ -57,28 +59,36 @@ class Folder(ImageFiles):
         min_per_class: int | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.25,
+        classes: Literal["split", "all"] = "split",
         **options: Any,
     ) -> None:
         absent = registry.missing("folder", root)
         if absent is not None:
             raise ValueError(absent)
-        self.selection = {
+        self.selection: dict[str, Any] = {
             "min_per_class": min_per_class,
             "val_fraction": val_fraction,
             "test_fraction": test_fraction,
         }
+        if classes == "all":
+            self.selection["classes"] = classes
         super().__init__(setup, root=root, **options)
         self.notes_for_user = (self._summary(str(root)),)
 
     def _summary(self, root: str) -> str:
         """Return what there is, and what others of that size have reached, in one line."""
         tables, size = self._tables, self.sizes["test"]
-        counts = [len(tables[split].counts) for split in SPLITS]
-        images = sum(sum(tables[split].counts) for split in SPLITS)
+        parts = [tables[split] for split in SPLITS]
+        numbers = "/".join(str(len(part.counts)) for part in parts)
+        how = f"{numbers} train/val/test"
+        if parts[0] is parts[1]:
+            parts, how = parts[:1], "all of them in each split"
+        images = sum(sum(part.counts) for part in parts)
+        classes = sum(len(part.counts) for part in parts)
         side = self.spec.input_shape[-1]
         return (
-            f"{root}: {images:,} images of {sum(counts)} classes "
-            f"({'/'.join(map(str, counts))} train/val/test), taken as {side} x {side} pixels; "
+            f"{root}: {images:,} images of {classes} classes ({how}), "
+            f"taken as {side} x {side} pixels; "
             f"chance is {100 / size.way:.0f} % {_REACHED}"
         )
 
@@ -93,6 +103,7 @@ def list_folder(
     min_per_class: int | None = None,
     val_fraction: float = 0.2,
     test_fraction: float = 0.25,
+    classes: Literal["split", "all"] = "split",
 ) -> dict[Split, Classes]:
     """Find the classes of each split without reading an image.
 
@@ -100,6 +111,7 @@ def list_folder(
         root: Folder of the images.
         min_per_class: See `Folder`.
         val_fraction, test_fraction: See `Folder`.
+        classes: See `Folder`. `all` gives all of them as `train`, and no other split.
 
     Raises:
         ValueError: The folder has another layout.
@@ -112,10 +124,14 @@ def list_folder(
         found = {s: _classes(f, min_per_class) for s, f in folders.items()}
         alone = "put all classes into one folder for an automatic split"
         check_disjoint(found, f"data.root={root}", alone)
+        if classes == "all":
+            return {"train": dict(sorted(item for own in found.values() for item in own.items()))}
         return found if "val" in found else _with_val(found, root, val_fraction)
-    classes = _classes(root, min_per_class)
-    chosen = hashed_split(classes, f"data.root={root}", val_fraction, test_fraction)
-    return {split: _only(classes, names) for split, names in chosen.items()}
+    everyone = _classes(root, min_per_class)
+    if classes == "all":
+        return {"train": everyone}
+    chosen = hashed_split(everyone, f"data.root={root}", val_fraction, test_fraction)
+    return {split: _only(everyone, names) for split, names in chosen.items()}
 
 
 def _split_folders(base: Path) -> dict[Split, Path]:

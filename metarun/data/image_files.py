@@ -80,8 +80,14 @@ class ImageFiles(ClassEpisodes, ABC):
         if root is None or not folder.is_dir():
             raise ValueError(f"data.root={root}: expected the folder of the images")
         splits = self.list_images(folder)
+        alone = "val" not in splits
+        splits = {split: splits.get(split, {}) for split in SPLITS}
         can_drop = "min_per_class" in self.selection
-        _check_numbers(splits, setup.sizes, can_drop=can_drop)
+
+        def parts(found: dict[Split, Any]) -> dict[Split, Any]:
+            return dict.fromkeys(SPLITS, found["train"]) if alone else found
+
+        _check_numbers(parts(splits), setup.sizes, can_drop=can_drop)
         files = {split: [f for group in splits[split].values() for f in group] for split in SPLITS}
         number, channels = sum(map(len, files.values())), 1 if grayscale else 3
         self.resolved_options: dict[str, Any] = {}
@@ -102,23 +108,29 @@ class ImageFiles(ClassEpisodes, ABC):
             bad = [files[split][row] for split in SPLITS for row in pictures.unreadable[split]]
             warn_once(f"{root}: {_listed(bad, number)} and are left out")
             splits = {s: _without(splits[s], pictures.unreadable[s]) for s in SPLITS}
-            _check_numbers(splits, setup.sizes, can_drop=can_drop)
-        self.file_names = {
-            split: [os.path.relpath(f, folder) for group in splits[split].values() for f in group]
-            for split in SPLITS
-        }
+            _check_numbers(parts(splits), setup.sizes, can_drop=can_drop)
+        self.file_names = parts(
+            {
+                split: [
+                    os.path.relpath(f, folder) for group in splits[split].values() for f in group
+                ]
+                for split in SPLITS
+            }
+        )
         super().__init__(
             setup,
             name=f"folder {root}",
-            tables={
-                split: ClassTable(
-                    images=torch.from_numpy(pictures.images[split]),
-                    names=tuple(splits[split]),
-                    counts=tuple(map(len, splits[split].values())),
-                    digest=pictures.digests[split],
-                )
-                for split in SPLITS
-            },
+            tables=parts(
+                {
+                    split: ClassTable(
+                        images=torch.from_numpy(pictures.images[split]),
+                        names=tuple(splits[split]),
+                        counts=tuple(map(len, splits[split].values())),
+                        digest=pictures.digests[split],
+                    )
+                    for split in SPLITS
+                }
+            ),
             augmentation=augmentation.padded("reflection"),
             mean=pictures.mean,
             std=pictures.std,
@@ -130,7 +142,8 @@ class ImageFiles(ClassEpisodes, ABC):
     def list_images(self, root: Path) -> dict[Split, Classes]:
         """Return the files of each class of each split, without reading them.
 
-        The splits have different classes. The order of classes and files numbers them.
+        The splits have different classes, or there is only `train`, and each split has its classes.
+        The order of classes and files numbers them.
 
         Args:
             root: Existing folder that has the files.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 from io import BytesIO
 from pathlib import Path
@@ -353,3 +354,19 @@ def test_a_folder_says_what_it_has_and_what_to_expect(one_folder: Path) -> None:
         f"{one_folder}: 48 images of 12 classes (7/2/3 train/val/test), taken as 28 x 28 pixels; "
         "chance is 50 % (on CIFAR-100, 5-way 1-shot, algo=protonet reached 36 % with 11 "
     )
+
+
+def test_all_classes_of_a_small_folder_are_a_test(one_folder: Path) -> None:
+    for number, child in enumerate(sorted(one_folder.iterdir())):
+        if number >= 3:
+            shutil.rmtree(child)
+    with pytest.raises(ValueError, match="has 3 classes, 6 or more are needed"):
+        folder(one_folder)
+    source = folder(one_folder, classes="all", sizes=sizes(way=3, shot=1, query=1))
+    names = tuple(sorted(child.name for child in one_folder.iterdir()))
+    assert all(source.class_names(split) == names for split in SPLITS)
+    assert source._tables["val"] is source._tables["train"]
+    assert "3 classes (all of them in each split)" in source.notes_for_user[0]
+    batch = source.batch("test", 0, 2)
+    assert batch.class_ids is not None
+    assert batch.class_ids.sort(dim=1).values.tolist() == [[0, 1, 2]] * 2
