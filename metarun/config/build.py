@@ -29,6 +29,7 @@ from metarun.core.settings import EvalSettings, TrainSettings
 from metarun.core.sizes import Range, least, varies
 from metarun.core.types import (
     LearnedState,
+    Parts,
     Record,
     SourceSetup,
     Split,
@@ -526,6 +527,10 @@ def _options(name: str, node: Mapping[str, Any], hints: Mapping[str, Any]) -> Co
         hint, path = hints[key], f"{name}.{key}"
         if LearnedState in typing.get_args(hint):
             options[key] = None if value is None else _learned_state(path, value)
+        elif Parts in typing.get_args(hint):
+            nodes = convert(path, value or {}, Mapping[str, Any])
+            made = {name: _component(f"{path}.{name}", own) for name, own in nodes.items()}
+            options[key] = Parts(made) if value else None
         elif _names_a_class(hint):
             options[key] = locate(path, str(value), *typing.get_args(hint))
         elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):
