@@ -30,6 +30,7 @@ from metarun.core.sizes import Range, least, varies
 from metarun.core.types import (
     BackboneSetup,
     LearnedState,
+    Parts,
     Record,
     SourceSetup,
     Split,
@@ -537,6 +538,10 @@ def _options(name: str, node: Mapping[str, Any], hints: Mapping[str, Any]) -> Co
             options[key] = None if value is None else _learned_state(path, value)
         elif _names_a_function(hint):
             options[key] = None if value is None else locate(path, str(value))
+        elif Parts in typing.get_args(hint):
+            nodes = convert(path, value or {}, Mapping[str, Any])
+            made = {name: _component(f"{path}.{name}", own) for name, own in nodes.items()}
+            options[key] = Parts(made) if value else None
         elif _names_a_class(hint):
             options[key] = locate(path, str(value), *typing.get_args(hint))
         elif inspect.isclass(hint) and dataclasses.is_dataclass(hint):

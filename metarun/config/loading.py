@@ -24,22 +24,28 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.default_element import ResultDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import ConfigCompositionException
 from hydra.plugins.config_source import ConfigResult
+from hydra.types import RunMode
 from hydra.version import setbase
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from metarun.config.catalogue import conf_dir
 from metarun.config.naming import job_name
+from metarun.config.overrides import check_added
 from metarun.config.schema import Config
 from metarun.config.search_path import own_folders, refuse_shipped_names
+from metarun.config.suggestions import nearest
 from metarun.core.nested import flat
 
 HYDRA_VERSION_BASE = "1.3"
 
+PARTS = "parts"
+"""Node of a data set that is made of others, with the node of each by its name."""
 FOR_BACKBONE = "for_backbone"
 """Node of a recipe with values for one backbone each: `for_backbone: {conv4: {filters: 32}}`."""
 
@@ -74,6 +80,52 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 class ConfigLoader(ConfigLoaderImpl):
     """Hydra's loader; what a recipe says of a backbone is merged only into that backbone."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose a configuration; a data set made of others (`sources`) has their nodes, too."""
+        cfg = super().load_configuration(
+            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+        )
+        data = cfg.get("data")
+        if isinstance(data, DictConfig) and PARTS in data and isinstance(data.sources, ListConfig):
+            names = [str(name) for name in data.sources]
+            own = cast("Config", OmegaConf.to_container(data).get("options") or {})  # type: ignore[union-attr]
+            for name in own:
+                if name not in names:
+                    raise ConfigCompositionException(
+                        f"data.options.{name}: data.sources has {', '.join(names)} alone"
+                    )
+            parts = {name: self._part(config_name, name, own.get(name) or {}) for name in names}
+            with open_dict(cfg):
+                data[PARTS] = parts
+        return cfg
+
+    def _part(self, config_name: str | None, name: str, options: Config) -> Config:
+        """Return the node of a data set by its name, with some options set.
+
+        Raises:
+            ConfigCompositionException: There is no such data set or option.
+        """
+        known = self.repository.get_group_options("data", ObjectType.CONFIG)
+        if name not in known:
+            raise ConfigCompositionException(
+                f"data.sources: there is no data set {name}{nearest(name, known)}"
+            )
+        words = [f"data={name}", "backbone=mlp", "~recipe"]
+        node = super().load_configuration(config_name, words, RunMode.RUN).data
+        made = cast("Config", OmegaConf.to_container(node, resolve=True))
+        try:
+            check_added(f"data.options.{name}.", options, made)
+        except ValueError as error:
+            raise ConfigCompositionException(str(error)) from None
+        return cast("Config", OmegaConf.to_container(OmegaConf.merge(made, options)))
 
     def _compose_config_from_defaults_list(
         self, defaults: list[ResultDefault], repo: IConfigRepository

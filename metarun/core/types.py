@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from metarun.core.sizes import Range, SizeRule
@@ -375,6 +376,28 @@ class EpisodeSource(Protocol):
 
     def fingerprint(self) -> str:
         """Return a hash of the data and their split, which a run records."""
+        ...
+
+
+class Parts(dict[str, "partial[EpisodeSource]"]):
+    """Data sets that another one is made of, by name: their classes with their options.
+
+    The node of the configuration has a node for each; a call with the setup builds one.
+    """
+
+
+@runtime_checkable
+class HasSources(Protocol):
+    """A data set whose tasks are of several others.
+
+    Attributes:
+        names: Names of these.
+    """
+
+    names: tuple[str, ...]
+
+    def source_of(self, split: Split, index: int) -> int:
+        """Return the position in `names` of the source of a task."""
         ...
 
 

@@ -548,7 +548,41 @@ class ClassRows(ABC):
         return lower + (drop if self._can_drop else "")
 
 
-class ClassEpisodes(ClassRows):
+class PreparesImages(ABC):
+    """A data set of images, which prepares a user's images as its own.
+
+    Attributes:
+        spec: Kind and shapes of the tasks.
+        preparation: How an image becomes a row.
+    """
+
+    spec: TaskSpec
+    preparation: Preparation
+
+    def prepare(self, images: Any) -> Tensor:
+        """Convert a user's images to rows (N, C, H, W), as the images of this data set were.
+
+        Args:
+            images: List of paths, PIL images or arrays ((H, W), (H, W, C) or (C, H, W), uint8
+                or in [0, 1]), or one array with a leading dimension. A floating-point torch
+                tensor (N, C, H, W) of the data set's input shape counts as already prepared.
+
+        Raises:
+            ValueError: An image cannot be read; the message names it.
+        """
+        return self.preparation.rows(images, self.spec.input_shape)
+
+    @abstractmethod
+    def as_for(self, shape: tuple[int, ...], preparation: Preparation) -> PreparesImages:
+        """Return these episodes for a learner of other images.
+
+        Args:
+            shape: (C, H, W) of the learner's inputs; images are resized and change channels.
+            preparation: How the learner's images became rows: their normalization holds here, too.
+        """
+
+
+class ClassEpisodes(ClassRows, PreparesImages):
     """Episodes of images.
 
     Args:
@@ -625,12 +659,7 @@ class ClassEpisodes(ClassRows):
         super().__init__(setup, name=name, tables=tables, can_drop=can_drop)
 
     def as_for(self, shape: tuple[int, ...], preparation: Preparation) -> ClassEpisodes:
-        """Return these episodes for a learner of other images.
-
-        Args:
-            shape: (C, H, W) of the learner's inputs; images are resized and change channels.
-            preparation: How the learner's images became rows: their normalization holds here, too.
-        """
+        """Return these episodes for a learner of other images; see `PreparesImages`."""
         channels, side = shape[0], shape[-1]
         tables = {id(table): table.converted(channels, side) for table in self._tables.values()}
         other = copy.copy(self)
@@ -653,19 +682,6 @@ class ClassEpisodes(ClassRows):
     def original_names(self, split: Split) -> tuple[str, ...]:
         """Return the names of the classes without their rotations."""
         return self._tables[split].names
-
-    def prepare(self, images: Any) -> Tensor:
-        """Convert a user's images to rows (N, C, H, W), as the images of this data set were.
-
-        Args:
-            images: List of paths, PIL images or arrays ((H, W), (H, W, C) or (C, H, W), uint8
-                or in [0, 1]), or one array with a leading dimension. A floating-point torch
-                tensor (N, C, H, W) of the data set's input shape counts as already prepared.
-
-        Raises:
-            ValueError: An image cannot be read; the message names it.
-        """
-        return self.preparation.rows(images, self.spec.input_shape)
 
     def prepared(self, rows: Tensor) -> Tensor:
         return self._normalize(self.preparation.shares(rows))

@@ -21,7 +21,7 @@ from metarun.core.types import (
     TaskSpec,
 )
 from metarun.data.encoding import TableEncoding
-from metarun.data.episodes import ClassEpisodes
+from metarun.data.episodes import PreparesImages
 from metarun.data.preparation import Preparation
 
 FILE = "data.json"
@@ -62,7 +62,7 @@ def _preparation_of(source: EpisodeSource) -> Record | str | None:
         return {"kind": TABLE, **encoding.record()}
     if not hasattr(source, "prepare"):
         return None
-    if not isinstance(source, ClassEpisodes) or type(source).prepare is not ClassEpisodes.prepare:
+    if not isinstance(source, PreparesImages) or type(source).prepare is not PreparesImages.prepare:
         return _OWN
     return source.preparation.record() or _OWN
 

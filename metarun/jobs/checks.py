@@ -69,9 +69,10 @@ def check_data(config: Config) -> None:
     from metarun.data.storage import registry
 
     options = config["data"]
-    message = registry.missing(config["names"]["data"], options.get("root"), options.get("file"))
-    if message is not None:
-        raise ValueError(message)
+    for name, own in {config["names"]["data"]: options, **(options.get("parts") or {})}.items():
+        message = registry.missing(name, own.get("root"), own.get("file"))
+        if message is not None:
+            raise ValueError(message)
 
 
 def _check_folder(job: Job) -> None:

@@ -140,7 +140,7 @@ def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Expe
         config = _in_setting_of(other, run, stored, config_dir)
     if name is not None:
         with composer(config_dir) as compose:
-            config["data"] = chosen = _data_node(compose, name)
+            config["data"] = chosen = _data_node(compose, name, words)
         config["names"]["data"] = name
         for option in options_in_files(chosen):
             # As for the run's own data, where the files of the new ones would decide.
@@ -163,18 +163,18 @@ def tested(run: RunFolder, words: Sequence[str], config_dir: str | None) -> Expe
 
 def _as_for_run(run: RunFolder, source: EpisodeSource) -> EpisodeSource:
     """Bring the images of other data to the shape and the normalization of a run's images."""
-    from metarun.data.episodes import ClassEpisodes
+    from metarun.data.episodes import PreparesImages
     from metarun.data.preparation import Preparation
     from metarun.data.recorded import FILE
 
     record = run.read_json(FILE) if run.has(FILE) else {}
     described = record.get("preparation")
-    if not isinstance(source, ClassEpisodes) or not isinstance(described, dict):
+    if not isinstance(source, PreparesImages) or not isinstance(described, dict):
         return source
     try:
         device, dtype = source.preparation.device, source.preparation.dtype
         preparation = Preparation.of(described, device, dtype)
-        return source.as_for(tuple(record["input_shape"]), preparation)
+        return cast("EpisodeSource", source.as_for(tuple(record["input_shape"]), preparation))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{run.path / FILE} is damaged, {error}: remove it") from error
 
@@ -266,9 +266,16 @@ def _words_of_experiment(run: RunFolder, words: Sequence[str]) -> list[str]:
     return [*named, *(word for word, key in keys.items() if not _is_below(key, apart))]
 
 
-def _data_node(compose: Composer, name: Any) -> Config:
-    """Return the node `data` of another data set, without any recipe."""
+def _data_node(compose: Composer, name: Any, words: Sequence[str]) -> Config:
+    """Return the node `data` of another data set, without any recipe.
+
+    Args:
+        compose: Composer of the shipped and the user's files.
+        name: Name of the data set.
+        words: Overrides of the test, of which those that name other data sets are needed here.
+    """
     if not isinstance(name, str):
         raise ValueError(f"data={name}: expected the name of one data set")
-    job = compose.job([f"data={name}", "backbone=mlp", "~recipe"])
+    named = [word for word in words if word.startswith(("data.sources=", "data.options="))]
+    job = compose.job([f"data={name}", "backbone=mlp", "~recipe", *named])
     return cast("Config", job.config["data"])
