@@ -111,7 +111,7 @@ def test_what_needs_no_fetching_says_so(metarun: Command, name: str) -> None:
     ("words", "message"),
     [
         (["omniglt"], "unknown data set omniglt: did you mean omniglot?"),
-        (["zzz"], "unknown data set zzz: choose from cifar_fs, cub, diabetes"),
+        (["zzz"], "unknown data set zzz: choose from cifar_fs, csv, cub"),
         (
             ["--from"],
             "argument --from: expected one argument: expected `metarun data [-h] [--from PATH]",
