@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -255,8 +255,15 @@ class Algorithm(nn.Module, ABC):
         return self._backbone(input_shape=self.spec.input_shape, output_dim=None, maps=maps)
 
     def build_optimizer(self) -> OuterOptimizer:
-        """Build the outer optimizer of all parameters registered so far."""
-        return self._optim(list(self.named_parameters()))
+        """Build the outer optimizer of all parameters registered so far.
+
+        Without any there is nothing to meta-train, as with ProtoNet on features as they are.
+        """
+        parameters = list(self.named_parameters())
+        trains = type(self).capabilities.meta_trains and bool(parameters)
+        if trains != self.capabilities.meta_trains:
+            self.capabilities = replace(self.capabilities, meta_trains=trains)
+        return self._optim(parameters)
 
     def resolved_engine(self) -> Engine:
         """Return the engine with its open settings resolved for the network and its device."""

@@ -211,12 +211,10 @@ def check_shares(experiment: Experiment) -> None:
 def _training(settings: Settings, algorithm: Algorithm) -> TrainSettings:
     """Return the training settings, with zero steps if the algorithm does not meta-train.
 
-    Neither does one without parameters, such as ProtoNet on features as they are.
-
     Raises:
         ValueError: The algorithm meta-trains and `train.steps` is 0.
     """
-    if not algorithm.capabilities.meta_trains or not any(True for _ in algorithm.parameters()):
+    if not algorithm.capabilities.meta_trains:
         return replace(settings.train, steps=0)
     if not settings.train.steps:
         raise ValueError(

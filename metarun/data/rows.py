@@ -74,7 +74,8 @@ class Rows(TableRows):
             raise ValueError("data.classes needs data.features=[2,8] and no data.task")
         if features is not None:
             features = pair("data.features", features, 1)
-        super().__init__(setup, common_columns=features is None, **options)
+        self._common_columns = features is None
+        super().__init__(setup, **options)
         self._features, self._num_tasks = features, tasks
         self._grouped_classes: GroupedClasses | None = None
         ways = {split: self.sizes[split].way for split in SPLITS}

@@ -98,8 +98,6 @@ class TableRows:
         skip_small: Whether tasks, or classes, with too few rows are left out.
         val_fraction, test_fraction: Share of the tasks for val and for test, without `split`.
         encoding: Encoding of a run, as text; None fits it.
-        common_columns: Whether columns mean the same in all tasks. Otherwise numbers are not
-            standardized here, and files may have different columns.
 
     Raises:
         ValueError: The file cannot be read, a column does not exist or has unsuitable values, a
@@ -108,6 +106,9 @@ class TableRows:
 
     found_in_files: ClassVar[Sequence[str]] = ("encoding",)
     """Options that are worked out from the file where they are null."""
+    _common_columns = True
+    """Whether columns mean the same in all tasks. Otherwise numbers are not standardized here, and
+    files may have different columns. A subclass sets it first."""
 
     def __init__(
         self,
@@ -126,11 +127,9 @@ class TableRows:
         val_fraction: float = 0.2,
         test_fraction: float = 0.25,
         encoding: str | None = None,
-        common_columns: bool = True,
     ) -> None:
         at_least("data", 2, max_categories=max_categories)
         check_fractions(val_fraction, test_fraction)
-        self._common_columns = common_columns
         self._dtype = setup.dtype
         self._seeds = setup.seeds
         self.sizes = dict(setup.sizes)
@@ -142,7 +141,7 @@ class TableRows:
         known = None if encoding is None else TableEncoding.from_text(encoding)
         texts = [*([task] if task else []), *(self._targets if self._classifies else []), split]
         texts += [*categorical, *(known.texts if known else [])]
-        table, files, self._columns_of = read_files(file, texts, common=common_columns)
+        table, files, self._columns_of = read_files(file, texts, common=self._common_columns)
         named = {"data.task": task, "data.order": order}
         named |= {f"data.columns[{n}]": name for n, name in enumerate(columns or ())}
         named |= {f"data.categorical[{n}]": name for n, name in enumerate(categorical)}
@@ -168,7 +167,7 @@ class TableRows:
                 self._where,
                 categorical=categorical,
                 max_categories=max_categories,
-                standardize=common_columns,
+                standardize=self._common_columns,
             )
             targets: tuple[Target, ...] = ()
             if values is not None:

@@ -64,7 +64,7 @@ COMPONENTS = [
 
 
 # Options whose value is any text.
-TEXTS = {"algo.cache", "backbone.name", "data.root"}
+TEXTS = {"algo.cache", "backbone.name", "data.root", "data.split", "data.label"}
 
 
 @cache
