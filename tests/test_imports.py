@@ -90,6 +90,7 @@ def test_the_loops_know_no_algorithm_and_no_data_set() -> None:
         ["table", "--paper", "zintgraf2019_sinusoid"],
         ["bench", "--list"], ["bench", "--help"], ["bench", "--workload", "snusoid"],
         ["predict", "nowhere", "--support", "a", "--query", "b"],
+        ["export", "nowhere", "--format", "onnx"], ["algo=protonet", "init=nowhere"],
     ],
     ids=" ".join,
 )  # fmt: skip

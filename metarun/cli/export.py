@@ -9,8 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy.typing as npt
 
 from metarun.cli.predict import Examples, find_examples
 from metarun.core.console import busy, warnings_held
@@ -18,11 +22,12 @@ from metarun.core.errors import EXIT_OK
 from metarun.core.files import size_text, write_new
 from metarun.core.streams import printable, say
 from metarun.core.types import Record
+from metarun.data.storage.table_files import is_table
 from metarun.reporting.model_card import model_card
 from metarun.runs.folder import RESULTS, RunFolder
 
 if TYPE_CHECKING:
-    from metarun.inference.export import Exported
+    from metarun.inference.export import Exported, Format
     from metarun.inference.learner import Learner
 
 _DATA = "data.json"
@@ -35,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
         ValueError: An argument is invalid, or the exported answers differ; nothing was written.
     """
     folder = RunFolder.open(args.run)
-    support = None if args.support is None else find_examples(args.support)
+    typed: Path | None = args.support
+    support = typed if typed is None or is_table(typed) else find_examples(typed)
     # Imported late, since torch takes long: invalid arguments are reported before.
     with busy("exporting"):
         from metarun.inference.export import SUFFIXES, check_packages
@@ -47,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
             # Pillow warns about irregular files that it can read nevertheless.
             warnings.filterwarnings("ignore", module="PIL")
             with warnings_held():
-                learner, made = _exported(folder, args.format, support)
-    card = _card(folder, learner, args.format, place, made, support)
+                learned = _learned(folder, support)
+                made = _exported(learned, args.format, folder)
+    card = _card(folder, learned, args.format, place, made)
     write_new(place, made.data)
     try:
         write_new(_card_of(place), card.encode("utf-8", "backslashreplace"))
@@ -66,35 +73,54 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _exported(folder: RunFolder, kind: str, support: Examples | None) -> tuple[Learner, Exported]:
+@dataclass(frozen=True, slots=True)
+class _Learned:
+    """A learner, and the support set that it is adapted to.
+
+    Attributes:
+        rows: The support as the network receives it, (N, …); None for an encoder.
+        classes: Its classes in the order of the outputs; empty in a regression.
+    """
+
+    learner: Learner
+    rows: npt.NDArray[Any] | None = None
+    classes: Sequence[str] = ()
+
+
+def _learned(folder: RunFolder, support: Examples | Path | None) -> _Learned:
+    from metarun.inference.learner import load
+    from metarun.inference.table_predictions import fit_table
+
+    if support is None:
+        return _Learned(load(folder.path, bn="running", device="cpu"))
+    learner = load(folder.path, device="cpu")
+    is_images = not isinstance(support, Path)
+    if is_images != learner.labels_images or (not is_images and learner.encoding is None):
+        data = folder.configuration()["names"]["data"]
+        wanted = "images" if learner.labels_images else "tables" if learner.encoding else "neither"
+        raise ValueError(
+            f"{folder.path} was trained on data={data}, which has {wanted}: --support takes a "
+            "folder of images for the one and a table for the other; leave it out to export the "
+            "encoder"
+        )
+    if isinstance(support, Path):
+        classes, rows = fit_table(learner, support)
+        return _Learned(learner, rows, classes)
+    learner.fit(support.files, support.labels)
+    return _Learned(learner, learner.rows(support.files), list(map(str, learner.classes_)))
+
+
+def _exported(learned: _Learned, kind: Format, folder: RunFolder) -> Exported:
     import torch
 
     from metarun.inference.export import export_classifier, export_encoder
-    from metarun.inference.learner import load
 
-    if support is None:
-        learner = load(folder.path, bn="running", device="cpu")
-        return learner, export_encoder(learner, kind, folder.configuration())  # type: ignore[arg-type]
-    learner = load(folder.path, device="cpu")
-    if not learner.labels_images:
-        data = folder.configuration()["names"]["data"]
-        raise ValueError(
-            f"{folder.path} was trained on data={data} and cannot label images: leave out "
-            "--support to export its encoder"
-        )
-    learner.fit(support.files, support.labels)
-    rows = torch.from_numpy(learner.rows(support.files))
-    return learner, export_classifier(learner, kind, rows)  # type: ignore[arg-type]
+    if learned.rows is None:
+        return export_encoder(learned.learner, kind, folder.configuration())
+    return export_classifier(learned.learner, kind, torch.from_numpy(learned.rows))
 
 
-def _card(
-    folder: RunFolder,
-    learner: Learner,
-    kind: str,
-    place: Path,
-    made: Exported,
-    support: Examples | None,
-) -> str:
+def _card(folder: RunFolder, learned: _Learned, kind: str, place: Path, made: Exported) -> str:
     return model_card(
         file=place.name,
         kind=kind,
@@ -107,8 +133,8 @@ def _card(
         overrides=folder.overrides(),
         results=cast("Record", folder.read_results()) if folder.has(RESULTS) else None,
         data=folder.read_json(_DATA) if folder.has(_DATA) else None,
-        classes=[] if support is None else [str(name) for name in learner.classes_],
-        support=0 if support is None else len(support.files),
+        classes=learned.classes,
+        support=0 if learned.rows is None else len(learned.rows),
     )
 
 

@@ -59,7 +59,7 @@ metarun: train and evaluate meta-learning algorithms
   metarun compare data=NAME              run every algorithm, print one table
   metarun predict RUN --support DIR …    label your images from a few examples
   metarun features RUN data=… --output F write features for data=features
-  metarun export RUN --format FORMAT …   write an encoder or classifier as a file
+  metarun export RUN --format FORMAT …   write an encoder or a classifier
   metarun list [algo|experiment|…]       list the names that each group accepts
   metarun list runs                      list the runs; metarun list sweeps
   metarun data [NAME] [--from PATH]      download, import or verify a data set

@@ -281,8 +281,9 @@ def _export() -> Parser:
         "for an ONNX runtime",
     )  # fmt: skip
     parser.add(
-        "--support", metavar="DIR", type=Path, offers=candidates.folders,
-        help="folder with one subfolder per class, named after it, with a few images each",
+        "--support", metavar="DIR|CSV", type=Path, offers=candidates.paths,
+        help="folder with one subfolder per class, named after it, with a few images each; or a "
+        "table with targets, for a run on data=csv",
     )  # fmt: skip
     parser.add(
         "--output", metavar="FILE", type=Path, offers=candidates.paths,

@@ -132,7 +132,8 @@ def export_classifier(learner: Learner, kind: Format, support: Tensor) -> Export
     if learner.transductive:
         raise ValueError("predictions depend on all rows together: use bn=support or bn=running")
     program = _Answers(learner)
-    probes = torch.cat([program.probes(), program.as_pixels(support)[:_PROBES]])
+    rows = support.to(program.algorithm.dtype)
+    probes = torch.cat([program.probes(), program.as_pixels(rows)[:_PROBES]])
     outputs = "probabilities" if learner._spec.kind == "classification" else "values"
     return _exported(program, probes, kind, outputs)
 
@@ -181,6 +182,9 @@ class _Program(nn.Module):
 
 
 class _Answers(_Program):
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, learner: Learner) -> None:
         super().__init__(learner)
         assert learner._adapted is not None
@@ -191,11 +195,18 @@ class _Answers(_Program):
         self.outputs = learner._spec.output_dim
         if hasattr(learner, "classes_"):
             self.outputs = len(learner.classes_)
+        scale, shift = np.ones(self.outputs), np.zeros(self.outputs)
+        if learner.encoding is not None and not hasattr(learner, "classes_"):
+            # The units of the targets, which the learner sees standardized.
+            shift = learner.encoding.restored(shift)
+            scale = learner.encoding.restored(scale) - shift
+        self.register_buffer("scale", torch.from_numpy(scale).to(self.algorithm.dtype))
+        self.register_buffer("shift", torch.from_numpy(shift).to(self.algorithm.dtype))
 
     def compute(self, rows: Tensor) -> Tensor:
         found = answer(self.algorithm, self.adapted, rows[None]).outputs[0][:, : self.outputs]
         if self.algorithm.spec.kind != "classification":
-            return found
+            return found * self.scale + self.shift
         return (found / self.temperature).softmax(1)
 
     def expected(self, inputs: Tensor) -> Tensor:

@@ -113,6 +113,41 @@ def predict_table(learner: Learner, support: Path, query: Path) -> TablePredicti
     )
 
 
+def fit_table(learner: Learner, support: Path) -> tuple[list[str], Numbers]:
+    """Adapt a learner to the rows of a table, which are of one task.
+
+    Args:
+        learner: Learner of a run on a table.
+        support: Table of the examples, with targets.
+
+    Returns:
+        The classes in the order of the outputs, none in a regression; and the rows as the network
+        receives them, (N, width).
+
+    Raises:
+        ValueError: The table cannot be read, a column is missing, or it has several tasks.
+    """
+    encoding, where = learner.encoding, f"--support {support}"
+    few = read_table(support, "--support", text=encoding.texts)
+    for name in encoding.target_names:
+        check_names({"the target": name}, few, where)
+    tasks = as_texts(few[encoding.task]).names if encoding.task in few else []
+    if len(set(tasks)) > 1:
+        raise ValueError(
+            f"{where} has rows of several tasks ({encoding.task} {tasks[0]}, {tasks[1]}, …): a "
+            "classifier or predictor is of one task"
+        )
+    rows = encoding.encode(few, where)
+    targets = _targets(encoding, few, where, complete=True)
+    if encoding.label is None:
+        learner.fit(rows, targets)
+        return [], rows
+    classes = in_order(set(targets.names))
+    place = np.array([classes.index(name) for name in targets.names])
+    learner.fit(rows, place[targets.codes])
+    return classes, rows
+
+
 def _cell(value: Any) -> Any:
     return csv_cell(value) if isinstance(value, str) else float(f"{value:.6g}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from metarun.core.streams import printable
@@ -80,7 +80,8 @@ def model_card(
     parts = [
         f"# {what.capitalize()} of {names['algo']} on {names['data']}",
         f"`{file}` maps inputs ({inputs}) to {outputs}."
-        + (f" It was adapted to {support} examples of {len(classes)} classes." if classes else "")
+        + (f" It was adapted to {support} examples" if support else "")
+        + (f" of {len(classes)} classes." if classes else "." if support else "")
         + f" Its answers equal metarun's to {max(difference, 1e-9):.0e}.",
     ]
     if classes:
@@ -141,7 +142,11 @@ def _recipe(config: Record, overrides: Sequence[str], results: Record | None) ->
 def _loading(file: str, kind: str, outputs: str, shape: Sequence[int], data: Record | None) -> str:
     code = [_LOADED[kind].format(file=file, outputs=outputs)]
     preparation = (data or {}).get("preparation")
-    if isinstance(preparation, dict):
+    if isinstance(preparation, dict) and preparation["kind"] == "table":
+        says = "\n".join(
+            ["Inputs are rows of these features:", "", *_columns(preparation["inputs"])]
+        )
+    elif isinstance(preparation, dict):
         code.append(_preparing(preparation, shape[-1]))
         says = (
             "Inputs are float images in [0, 1], of shape " + json.dumps(list(shape)) + "; what the "
@@ -178,3 +183,18 @@ def _preparing(preparation: Mapping[str, Any], side: int) -> str:
         filter="LANCZOS" if gray else "NEAREST",
         scale=" / 255" if gray else "",
     )
+
+
+def _columns(inputs: Sequence[Record]) -> Iterator[str]:
+    """Yield how each column of a table becomes features."""
+    for one in inputs:
+        name = printable(one["name"])
+        if "categories" in one:
+            values = ", ".join(printable(value) or "(missing)" for value in one["categories"])
+            rest = ", and one for all others" if one["others"] else ""
+            yield f"- `{name}`: a 1 for its category and 0 for the rest, of {values}{rest}"
+        else:
+            yield (
+                f"- `{name}`: (x - {one['mean']:.9g}) / {one['std']:.9g}; a missing x is "
+                f"{one['median']:.9g}"
+            )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import metarun as package
 from metarun.cli.main import main
@@ -203,3 +205,44 @@ def test_the_columns_of_a_table_are_listed(metarun: Command) -> None:
     assert "promotion: texts, 2 different, 0 missing" in answer.out
     assert "price: numbers, " in answer.out
     assert metarun("data", "csv").code == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["maml", "protonet"])
+def test_a_learner_of_one_task_of_a_table_is_exported(
+    algo: str, there: Path, metarun: Command
+) -> None:
+    """Its answers for encoded rows are those of `predict`, in the units of the target."""
+    os.chdir(there)
+    name, task = ("shops", "shop3") if algo == "maml" else ("taste", "user3")
+    for part in ("few", "rows"):
+        header, *lines = read_lines(f"{name}_{part}.csv")
+        write(Path(f"{part}.csv"), [header, *(line for line in lines if line[0] == task)])
+    answer = metarun("export", str(there / algo), "--format", "torch", "--support", "few.csv")
+    assert answer.code == 0, answer.err
+    assert metarun("predict", algo, "--support", "few.csv", "--query", "rows.csv").code == 0
+    learner = package.load(algo)
+    header, *lines = read_lines("rows.csv")
+    columns = {key: [line[n] for line in lines] for n, key in enumerate(header)}
+    rows = learner.encoding.encode({k: table_column(v) for k, v in columns.items()})
+    found = torch.export.load("classifier.pt2").module()(torch.from_numpy(rows).float()).numpy()
+    expected = read("predictions.csv")
+    keys = ["sales"] if algo == "maml" else [k for k in expected[0] if k.startswith("p(")]
+    numbers = np.array([[float(line[k]) for k in keys] for line in expected])
+    np.testing.assert_allclose(found, numbers, rtol=1e-4, atol=1e-5)
+    card = Path("classifier.pt2.md").read_text()
+    assert ("`price`: (x - " in card) == (algo == "maml")
+    answer = metarun("export", algo, "--format", "onnx", "--support", f"{name}_few.csv")
+    assert (answer.code, "has rows of several tasks" in answer.err) == (2, True)
+
+
+def read_lines(path: str) -> list[list[str]]:
+    with Path(path).open() as file:
+        return list(csv.reader(file))
+
+
+def table_column(values: list[str]) -> list[Any]:
+    try:
+        return [float(value) if value else float("nan") for value in values]
+    except ValueError:
+        return list(values)
