@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from metarun.config.initialization import with_path_of_init
 from metarun.jobs.comparison import compare
 
 
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
                 f"{word!r} is not KEY=VALUE: type it as in `metarun compare data=sinusoid`"
             )
     return compare(
-        args.words,
+        with_path_of_init(args.words),
         args.dir,
         args.config_dir,
         against=args.against,
