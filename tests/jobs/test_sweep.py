@@ -474,9 +474,7 @@ def test_a_sweep_is_found_by_its_name_with_its_own_runs_alone(
     assert sweep is not None
     seeds = [json.loads((path / "results.json").read_text())["seed"] for path in sweep.existing()]
     assert sorted(seeds) == [2, 3]
-    assert (
-        json.loads(metarun("table", "rates", "--format", "json").out)[0]["rows"][0]["seeds"] == "2"
-    )
+    assert json.loads(metarun("table", "rates", "--format", "json").out)[0]["rows"][0]["seeds"] == 2
     assert metarun("report", "rates").out == "outputs/reports/rates/report.html\n"
     page = (tmp_path / "outputs/reports/rates/report.html").read_text()
     assert "2 runs: maml on linear" in page

@@ -33,7 +33,7 @@ def files(tmp_path: Path, metric: str, values: list[float], **config: int) -> Ru
     run = RunFiles(
         tmp_path, {"way": 5, "query": 3, "names": {}, "algo": {}, **config}, (), {}, COLORS[0]
     )
-    run.__dict__["results"] = {"metric": metric}
+    run.__dict__["results"] = {"metric": metric, "way": 5}
     run.__dict__["arrays"] = {metric: np.array(values)}
     return run
 

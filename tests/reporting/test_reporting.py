@@ -265,7 +265,7 @@ def test_an_algorithm_that_raises_costs_its_figures_and_no_more(
     assert main(["report", str(folder)]) == 0
     source = (folder / "report.html").read_text(encoding="utf-8")
     assert "No single tasks: RuntimeError: too &lt;many&gt; rows" in source
-    assert figures_of(source) == {"learning", "episodes"}
+    assert figures_of(source) == {"episodes"}
 
 
 def test_a_damaged_later_test_is_left_out_and_said(runs: Path, tmp_path: Path) -> None:

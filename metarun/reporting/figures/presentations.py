@@ -41,7 +41,7 @@ def panels(run: RunFiles) -> list[Panel]:
             "Presentations",
             "Accuracy at the first, second, … presentation of a class along the support, before "
             f"its label is revealed: {summary}. The band is the 95 % interval.",
-            f"Accuracy against the presentation of a class: {summary}; chance is {chance:.0f} %.",
+            f"Accuracy against the presentation of a class: {summary}; chance is {guessing:.0f} %.",
             figure,
             {
                 "presentation": [int(time) for time in times],

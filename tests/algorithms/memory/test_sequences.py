@@ -93,7 +93,7 @@ def test_the_loss_is_of_the_answers_that_loss_of_names() -> None:
             outputs, targets = zip(
                 *(
                     made.algorithm.outputs_and_targets(  # type: ignore[operator]
-                        net, dict(net.named_parameters()), *rows, how
+                        net, dict(net.named_parameters()), *rows, 3, how
                     )
                     for rows in zip(
                         batch.support_x, batch.support_y, batch.query_x, batch.query_y, strict=True

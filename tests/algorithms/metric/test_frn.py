@@ -72,7 +72,7 @@ def test_all_pairs_are_the_tasks_with_every_set_as_support() -> None:
     x = torch.cat([batch.support_x[0], batch.query_x[0]])
     y = torch.cat([batch.support_y[0], batch.query_y[0]])
     net, params = one.net, dict(one.net.named_parameters())
-    outputs, targets = one.outputs_and_targets(net, params, x[:3], y[:3], x[3:], y[3:], CTX)
+    outputs, targets = one.outputs_and_targets(net, params, x[:3], y[:3], x[3:], y[3:], 3, CTX)
     expected, labels = [], []
     for first in (0, 3, 6):
         support = torch.arange(first, first + 3)
