@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
+from metarun.algorithms.base import Algorithm
+from metarun.core import environment
 from metarun.core.nested import finite
-from metarun.core.types import Record
+from metarun.core.types import EpisodeSource, Record
 from metarun.runs.folder import Run
 
 _COMPARED = ("data_fingerprint", "versions", "device", "engine", "torch_threads", "processes")
 _log = logging.getLogger(__name__)
+
+
+def surroundings(
+    algorithm: Algorithm, source: EpisodeSource, run_info: Mapping[str, Any]
+) -> Record:
+    """Return what `environment.json` holds: versions, machine, engine, data, initial weights."""
+    return {
+        **environment.describe(str(algorithm.device)),
+        "engine": algorithm.resolved_engine().describe(),
+        "data_fingerprint": source.fingerprint(),
+        **({"init": run_info["init"]} if "init" in run_info else {}),
+    }
+
+
+def began_with(run: Run) -> Record:
+    """Return the entry `init` of a run that goes on: the weights it began with, if any."""
+    found = run.read_json("environment.json") if run.has("environment.json") else {}
+    return {"init": found["init"]} if "init" in found else {}
 
 
 def note_changes(run: Run, step: int, here: Record) -> None:
@@ -19,7 +40,7 @@ def note_changes(run: Run, step: int, here: Record) -> None:
     Args:
         run: Folder of the run.
         step: Step from which the run continues.
-        here: Current versions, machine, engine and data.
+        here: The current `surroundings`.
     """
     record = run.read_json("environment.json") if run.has("environment.json") else {}
     before = {"processes": 1, **(record.get("resumed") or [record])[-1]}

@@ -76,6 +76,16 @@ class RunState:
         self.train_seconds += self.window_seconds
         self.sums, self.count, self.window_seconds = {}, 0, 0.0
 
+    def record(self, tasks_per_step: int) -> Record:
+        """Return the entries of the results: updates, and the time that they took."""
+        return {
+            "steps": self.step,
+            "tasks_per_step": tasks_per_step,
+            "seconds": self.seconds,
+            "train_seconds": self.train_seconds,
+            "tasks_per_second": self.step * tasks_per_step / max(self.train_seconds, 1e-9),
+        }
+
     def state_dict(self) -> Record:
         """Return the entries of a checkpoint; all processes call it together."""
         self._average()

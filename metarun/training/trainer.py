@@ -14,19 +14,12 @@ import copy
 import logging
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from metarun.algorithms.base import Algorithm
-from metarun.core import distributed, environment, seeding
-from metarun.core.console import (
-    BAR_SHOWS_IT,
-    GOOD,
-    Bar,
-    Screen,
-    duration,
-    rate_text,
-    summary,
-)
+from metarun.core import distributed, seeding
+from metarun.core.console import BAR_SHOWS_IT, GOOD, Bar, Screen, duration, rate_text, summary
 from metarun.core.files import check_space
 from metarun.core.measures import values_text
 from metarun.core.results import Results
@@ -37,7 +30,7 @@ from metarun.data import recorded
 from metarun.runs.folder import Run
 from metarun.runs.openings import openings_after_training
 from metarun.trackers.base import RATE, Trackers
-from metarun.training.changes import note_changes
+from metarun.training.changes import began_with, note_changes, surroundings
 from metarun.training.ending import check_time, early_end, has_ended
 from metarun.training.failures import outcome
 from metarun.training.meta_test import measure_test
@@ -89,17 +82,9 @@ def train(
     # The last context to end, so that no signal interrupts the end of the others.
     with signals.received(), screen.attached(), run.locked(), run.logging():
         loop = _Loop(
-            algorithm,
-            source,
-            train,
-            evaluation,
-            run,
-            run_info,
-            screen,
-            seed,
-            signals,
+            algorithm, source, train, evaluation, run, run_info, screen, seed, signals,
             trackers or Trackers(),
-        )
+        )  # fmt: skip
         run.path = distributed.on_main(lambda: run.path)
         loop.restore()
         with outcome(run, signals, loop.state), signals.abortable():
@@ -108,40 +93,31 @@ def train(
             return loop.finish()
 
 
+@dataclass
 class _Loop:
-    """The loop of a run; `state` holds all that changes from step to step."""
+    """The loop of a run; `state` holds all that changes from step to step. See `train`."""
 
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        source: EpisodeSource,
-        train: TrainSettings,
-        evaluation: EvalSettings,
-        run: Run,
-        run_info: Mapping[str, Any],
-        screen: Screen,
-        seed: int,
-        signals: Signals,
-        trackers: Trackers,
-    ) -> None:
-        self.algorithm = algorithm
-        self.source = source
-        self.settings = train
-        self.evaluation = evaluation
-        self.run = run
-        self.run_info = run_info
-        self.screen = screen
-        self.seed = seed
-        self.signals = signals
-        self.trackers = trackers
-        self.metric = source.spec.metric
+    algorithm: Algorithm
+    source: EpisodeSource
+    settings: TrainSettings
+    evaluation: EvalSettings
+    run: Run
+    run_info: Mapping[str, Any]
+    screen: Screen
+    seed: int
+    signals: Signals
+    trackers: Trackers
+
+    def __post_init__(self) -> None:
+        self.metric = self.source.spec.metric
         self.began = time.perf_counter()
         self.share: Share | None = None
         if distributed.size() > 1:
-            self.share = Share.of(train.tasks_per_step, distributed.rank(), distributed.size())
+            tasks = self.settings.tasks_per_step
+            self.share = Share.of(tasks, distributed.rank(), distributed.size())
         self.state = RunState(
-            share=self.share.count if self.share else train.tasks_per_step,
-            validated=0 if train.steps else -1,
+            share=self.share.count if self.share else self.settings.tasks_per_step,
+            validated=0 if self.settings.steps else -1,
         )
 
     # Start and resume.
@@ -186,13 +162,7 @@ class _Loop:
         """
         if distributed.is_main():
             check_space(self.run.path, required_bytes(self.algorithm))
-        here = {
-            **environment.describe(str(self.algorithm.device)),
-            "engine": self.algorithm.resolved_engine().describe(),
-            "data_fingerprint": self.source.fingerprint(),
-        }
-        if "init" in self.run_info:
-            here["init"] = self.run_info["init"]
+        here = surroundings(self.algorithm, self.source, self.run_info)
         state = self.state
         if state.saved is None:
             self.run.cut({}, 0)
@@ -202,7 +172,7 @@ class _Loop:
             _log.info("%s", plan(self.algorithm, self.run_info, self.settings, self.run.path))
         else:
             note_changes(self.run, state.step, here)
-            self.run_info = {**self.run_info, **_began_with(self.run)}
+            self.run_info = {**self.run_info, **began_with(self.run)}
             _log.info("continuing %s from step %d", self.run.path, state.step)
         if state.best is None:
             self.run.drop_best()
@@ -257,8 +227,9 @@ class _Loop:
 
     def _due(self, every: int) -> bool:
         """Return whether this step is a multiple of `every`, or the last step."""
-        step = self.state.step
-        return step == self.settings.steps or (every > 0 and step % every == 0)
+        return self.state.step == self.settings.steps or (
+            every > 0 and self.state.step % every == 0
+        )
 
     def _update(self) -> None:
         step, total = self.state.step, self.settings.steps
@@ -281,8 +252,8 @@ class _Loop:
         self.trackers.metrics(state.step, {**named, RATE: rate})
         text = f"{values_text(line, self.metric)}  {rate_text(rate)}"
         bar.to(state.step, text)
-        until = f"{duration(left)} left"
-        _log.info("step %d/%d  %s  %s", state.step, total, text, until, extra=BAR_SHOWS_IT)
+        text = f"step {state.step}/{total}  {text}  {duration(left)} left"
+        _log.info("%s", text, extra=BAR_SHOWS_IT)
 
     def _validate(self) -> None:
         state = self.state
@@ -298,19 +269,15 @@ class _Loop:
         self.trackers.metrics(state.step, found.line())
         state.validated = state.step
         better = found.better_than(None if state.best is None else state.best["mean"])
-        mark = ", the best so far" if better and self.settings.steps else ""
         total = self.settings.steps
+        mark = ", the best so far" if better and total else ""
         at = f"step {state.step}/{total}  " if total else ""
         _log.info("%s%s%s", at, found, mark, extra=GOOD if better else {})
         if better:
+            weights = copy.deepcopy(self.algorithm.state_dict())
             state.best = {
-                **self._names(),
-                "step": state.step,
-                "mean": found.mean,
-                "ci95": found.ci95,
-                "episodes": found.episodes,
-                "state": copy.deepcopy(self.algorithm.state_dict()),
-            }
+                **self._names(), "step": state.step, **found.figures(), "state": weights,
+            }  # fmt: skip
             self.run.save_best(state.best)
 
     # Checkpoints.
@@ -369,7 +336,6 @@ class _Loop:
         )
         if not distributed.is_main():
             return cast("Results", {})
-        trained = state.step * self.settings.tasks_per_step
         record: Record = {
             **about(self.algorithm, self.source, self.run_info),
             **evaluated.record,
@@ -377,19 +343,9 @@ class _Loop:
             "parameters_from": "best" if chosen else "last",
             "parameters_step": step,
             "test_openings": openings_after_training(self.run, state.step),
-            "steps": state.step,
-            "tasks_per_step": self.settings.tasks_per_step,
-            "seconds": state.seconds,
-            "train_seconds": state.train_seconds,
-            "tasks_per_second": trained / max(state.train_seconds, 1e-9),
+            **state.record(self.settings.tasks_per_step),
         }
         results = write_results(self.run, record, evaluated)
         self._set_status("finished")
         _log.info("%s", summary(results, str(self.run.path)))
         return results
-
-
-def _began_with(run: Run) -> Record:
-    """Return the entry `init` of a run that goes on: the weights it began with, if any."""
-    found = run.read_json("environment.json") if run.has("environment.json") else {}
-    return {"init": found["init"]} if "init" in found else {}

@@ -40,6 +40,10 @@ class Validated:
     episodes: int
     higher_is_better: bool
 
+    def figures(self) -> dict[str, float]:
+        """Return the mean, its interval and the number of episodes."""
+        return {"mean": self.mean, "ci95": self.ci95, "episodes": self.episodes}
+
     def line(self) -> dict[str, float]:
         """Return the metrics of a line of `metrics.jsonl`."""
         named = {self.metric: self.mean, f"{self.metric}_ci95": self.ci95, **self.option}
