@@ -284,6 +284,12 @@ def summary(results: Results, where: str) -> str:
         step, which = results["parameters_step"], results["parameters_from"]
         note += f", parameters of step {step:,} ({which})"
     rows.append((f"test {metric}", figure(metric, test["mean"], test["ci95"]), note))
+    for name, own in results.get("sources", {}).items():
+        note = number_of(own["episodes"], "episode")
+        rows.append((f"  {name}", figure(metric, own["mean"], own["ci95"]), note))
+    if "mean_of_sources" in results:
+        whole = results["mean_of_sources"]
+        rows.append(("mean of sources", figure(metric, whole["mean"], whole["ci95"]), ""))
     if "queries" in results:
         queries = results["queries"]
         bounds = f"binomial 95 %: {100 * queries['low']:.2f} to {100 * queries['high']:.2f} %"

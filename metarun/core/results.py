@@ -118,6 +118,8 @@ class Results(TypedDict):
     presentations: NotRequired[list[Interval]]
     families: NotRequired[Families]
     strategies: NotRequired[dict[str, Strategy]]
+    sources: NotRequired[dict[str, EpisodesInterval]]
+    mean_of_sources: NotRequired[Interval]
     layout: NotRequired[dict[str, Any]]
     stream: NotRequired[dict[str, Interval]]
 

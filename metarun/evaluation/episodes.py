@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, seeding
-from metarun.core.types import EpisodeSource, HasLayouts, Record, Split, TaskBatch
+from metarun.core.types import EpisodeSource, HasLayouts, HasSources, Record, Split, TaskBatch
 from metarun.evaluation.details import DETAILS
 from metarun.evaluation.evaluation import (
     Digest,
@@ -26,6 +26,7 @@ from metarun.evaluation.evaluation import (
     Tick,
     add_to_digest,
     base_record,
+    by_source,
     merged,
 )
 from metarun.evaluation.measures import BUILT_IN, Answers, Array, Joined, Measurement, as_array
@@ -199,6 +200,10 @@ class EpisodeEvaluation:
                 summary = measurement.summary(Joined(joined, values, source))
                 arrays |= summary.arrays
                 records.append(summary.record)
+        if isinstance(source, HasSources):
+            places = np.array([source.source_of(self._split, index) for index in range(self.size)])
+            arrays["source"] = places
+            records.append(by_source(values, places, source.names))
         return Evaluated(values, digest, arrays, merged(records))
 
 

@@ -5,11 +5,13 @@ Shapes: N episodes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from metarun.core.statistics import Floats, interval_record
+import numpy.typing as npt
+
+from metarun.core.statistics import Floats, interval_record, mean_of_groups
 from metarun.core.types import Record, TaskBatch
 
 Tick = Callable[[int], None]
@@ -73,6 +75,26 @@ def base_record(values: Floats, digest: str) -> Record:
         "curve": None,
         "episodes_hash": digest,
         "measures": {},
+    }
+
+
+def by_source(values: Floats, places: npt.NDArray[Any], names: Sequence[str]) -> Record:
+    """Return the entries of `results.json` for episodes of several data sets.
+
+    Args:
+        values: (N,) metric of each episode.
+        places: (N,) position of its data set in `names`.
+        names: Names of the data sets.
+    """
+    own = [(name, values[places == place]) for place, name in enumerate(names)]
+    mean, ci95 = mean_of_groups(values, places)
+    return {
+        "sources": {
+            name: {**interval_record(part), "episodes": len(part)}
+            for name, part in own
+            if len(part)
+        },
+        "mean_of_sources": {"mean": mean, "ci95": ci95},
     }
 
 

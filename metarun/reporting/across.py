@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from metarun.core.errors import one_line
+from metarun.core.sizes import most, size_text
 from metarun.reporting.results import Result, figure_of, read_figures
 from metarun.reporting.tables import Figure, Line, Table
 from metarun.runs.folder import RunFolder
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 class _Setting(NamedTuple):
     way: int
     shot: int
+    size: str
 
 
 _ALL = "data.classes=all"
@@ -39,7 +41,9 @@ def across_data(groups: Sequence[Group]) -> list[Table]:
     for group in groups:
         for run in group.runs:
             for name, result in _tests(run).items():
-                setting = _Setting(int(result.record["way"]), int(result.record["shot"]))
+                record = result.record
+                size = size_text({**record})
+                setting = _Setting(most(record["way"]), most(record["shot"]), size)
                 columns = settings.setdefault(setting, {})
                 columns.setdefault(name, {}).setdefault(group.label, []).append(result)
     return [
@@ -88,4 +92,4 @@ def _table(
             results = columns[head].get(group.label)
             line[head] = figure_of(results) if results else "not run"
         lines.append(line)
-    return Table(f"trained on one, tested on another: {setting.way}-way {setting.shot}-shot", lines)
+    return Table(f"trained on one, tested on another: {setting.size}", lines)

@@ -51,6 +51,7 @@ from metarun.reporting.results import (
     read_figures,
     read_result,
 )
+from metarun.reporting.source_tables import by_source
 from metarun.reporting.tables import Figure, Line, Style, Table, render, shown
 from metarun.runs.find import find_runs, run_folders
 from metarun.runs.folder import RunFolder
@@ -282,7 +283,7 @@ def parts(
         made += [Table(title, lines), *_pairs(rows)]
     if own:
         made += [Table("runs", [own_line(g, asked) for g in own]), *_pairs(own)]
-    return [*made, *across_data(labeled)]
+    return [*made, *by_source(labeled), *across_data(labeled)]
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:

@@ -21,6 +21,8 @@ from metarun.runs.folder import RunFolder
 if TYPE_CHECKING:
     from metarun.core.types import Stream
 
+SOURCE = "source"
+"""Array of the data set of each episode, in a file of episodes from several."""
 UNTRAINED = "untrained.json"
 """File with the figure of a run's learner before training, on the same test episodes."""
 
@@ -39,6 +41,7 @@ class Result:
         figures: On a stream, the figures of `continual_metrics.summary`, (N,) each.
         losses: On a stream, (N, K) loss of each step before learning from it.
         stream: Layout of the stream; None for other tasks.
+        sources: (N,) position of each episode's data set in `record["sources"]`; None for one.
     """
 
     record: Results
@@ -50,6 +53,7 @@ class Result:
     figures: Mapping[str, Floats] = field(default_factory=dict)
     losses: Floats | None = None
     stream: Stream | None = None
+    sources: Floats | None = None
 
 
 def read_result(run: RunFolder) -> Result | None:
@@ -72,7 +76,7 @@ def read_figures(run: RunFolder) -> Result:
     record = run.read_results()
     prefix = continual_metrics.FIGURE
     measures = record["measures"]
-    wanted = (record["metric"], "curve", "presentations", "incoming_loss", *measures)
+    wanted = (record["metric"], "curve", "presentations", "incoming_loss", SOURCE, *measures)
     # The other arrays of a stream are large, and only its figures read them.
     read = run.read_episodes(lambda name: name in wanted or name.startswith(prefix))
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in read.items()}
@@ -87,6 +91,7 @@ def read_figures(run: RunFolder) -> Result:
         {n.removeprefix(prefix): v for n, v in arrays.items() if n.startswith(prefix)},
         arrays.get("incoming_loss"),
         _layout(record),
+        arrays.get(SOURCE) if "sources" in record else None,
     )
 
 
