@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{name} is {_STATES[place]}: type it without --from")
     if args.verify and place == "shipped":
         _verify_shipped()
-    tell(f"{name} is {_STATES[place]}; type `metarun {example([conf_dir()], 'data', name)}`")
+    state = _STATES[place]
+    if name in registry.TRANSFORMED:
+        state = _sources(args.root)
+    tell(f"{name} is {state}; type `metarun {example([conf_dir()], 'data', name)}`")
     return 0
 
 
@@ -52,6 +55,12 @@ _STATES = {
     "shipped": "shipped with metarun",
     "store": "made of the images of another data set",
 }
+
+
+def _sources(root: str | None) -> str:
+    """Return whose images a stream can transform."""
+    here = ", ".join(registry.stored_sources(root))
+    return f"ready with data.source={here}; others, such as mnist, after `metarun data NAME`"
 
 
 _HOW = re.compile(r" \(`metarun data .*\)$")
@@ -87,6 +96,8 @@ def _state(name: str, base: Path, root: str | None, *, verify: bool) -> str:
         return (
             f"fetch one with `metarun data torchvision CLASS`; stored: {', '.join(stored) or '-'}"
         )
+    if name in registry.TRANSFORMED:
+        return _sources(root)
     if place != "store":
         return _STATES[place]
     try:

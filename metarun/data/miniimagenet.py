@@ -33,19 +33,28 @@ class MiniImageNet(ClassEpisodes):
         normalize: bool = True,
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
-        absent = registry.missing("miniimagenet", root)
-        store = open_store(registry.resolve_root(root) / "miniimagenet")
-        if absent is not None or store is None:
-            raise ValueError(absent)
         super().__init__(
             setup,
             name="miniimagenet",
-            tables={split: _table(store, split) for split in SPLITS},
+            tables=stored_tables(root),
             augmentation=augmentation.padded("reflection"),
             mean=MEAN if normalize else None,
             std=STD if normalize else None,
             prepare=Photograph(SIZE, crop=False),
         )
+
+
+def stored_tables(root: str | None) -> dict[Split, ClassTable]:
+    """Return the tables of all photographs, 84 x 84 pixels in color.
+
+    Raises:
+        ValueError: They are not stored.
+    """
+    absent = registry.missing("miniimagenet", root)
+    store = open_store(registry.resolve_root(root) / "miniimagenet")
+    if absent is not None or store is None:
+        raise ValueError(absent)
+    return {split: _table(store, split) for split in SPLITS}
 
 
 def _table(store: Store, split: Split) -> ClassTable:

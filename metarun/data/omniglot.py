@@ -142,7 +142,7 @@ class Omniglot(Characters):
 
     def tables(self, resize: Resize, side: int) -> dict[Split, ClassTable]:
         """Return the characters of the split that was asked for."""
-        return _full_tables(*self._place, resize, side)
+        return full_tables(*self._place, resize, side)
 
 
 def split_of(character: Character, split: Literal["vinyals", "background"]) -> Split:
@@ -154,9 +154,14 @@ def split_of(character: Character, split: Literal["vinyals", "background"]) -> S
     return "val" if character.vinyals == "val" else "train"
 
 
-def _full_tables(
+def full_tables(
     root: str | None, split: Literal["vinyals", "background"], resize: Resize, side: int
 ) -> dict[Split, ClassTable]:
+    """Return the tables of all characters, with images of side x side pixels.
+
+    Raises:
+        ValueError: They are not stored.
+    """
     absent = registry.missing("omniglot", root)
     store = open_store(registry.resolve_root(root) / "omniglot")
     if absent is not None or store is None:

@@ -6,12 +6,13 @@ across domains and streams use others, such as MNIST.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
+from metarun.core import seeding
 from metarun.core.checks import within
 from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
@@ -21,7 +22,13 @@ from metarun.data.splits import check_fractions, hashed_split
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
 from metarun.data.storage.image_files import Photograph
-from metarun.data.storage.image_sets import IMAGES, groups_of, moments, published_split
+from metarun.data.storage.image_sets import (
+    IMAGES,
+    TEST_COUNTS,
+    groups_of,
+    moments,
+    published_split,
+)
 from metarun.data.storage.torchvision_sets import PUBLISHED, store_name
 
 SplitName = Literal["cifar_fs", "fc100", "cub", "tiered_imagenet", "aircraft", "dtd", "flowers"]
@@ -73,7 +80,7 @@ class StoredImages(ClassEpisodes):
             )
         split = split or self.published.get(name, "hashed")
         images = self.store_name(name)
-        absent = registry.missing_store(images, root)
+        absent = registry.missing_store(images, root, *self.words_of(name))
         store = open_store(registry.resolve_root(root) / images)
         if absent is not None or store is None:
             raise ValueError(absent)
@@ -90,24 +97,14 @@ class StoredImages(ClassEpisodes):
             chosen = hashed_split(names, images, val_fraction, test_fraction)
         else:
             chosen = published_split(split, names)
-        numbers = {name: number for number, name in enumerate(names)}
-        groups = groups_of(images)
-        parts: dict[Split, list[int]] = {
-            # The classes of a group are adjacent.
-            part: sorted((numbers[n] for n in chosen[part]), key=lambda i: groups.get(names[i], ""))
-            for part in SPLITS
-        }
-        mean, std = moments(store, parts["train"])
+        tables = class_tables(store, chosen, side, channels)
+        mean, std = moments(store, [names.index(name) for name in tables["train"].names])
         if channels != pixels.shape[1]:
             mean, std = _other_channels(mean, std, channels)
-        kept: dict[tuple[int, ...], ClassTable] = {}
-        for own in parts.values():
-            if (key := tuple(own)) not in kept:
-                kept[key] = _table(store, own, groups, side, channels)
         super().__init__(
             setup,
             name=f"{images} ({split})",
-            tables={part: kept[tuple(own)] for part, own in parts.items()},
+            tables=tables,
             augmentation=augmentation.padded("reflection" if pixels.shape[1] == 3 else "zeros"),
             mean=mean,
             std=std,
@@ -117,6 +114,10 @@ class StoredImages(ClassEpisodes):
     def store_name(self, name: str) -> str:
         """Return the name of the store of a data set."""
         return name
+
+    def words_of(self, name: str) -> tuple[str, ...]:
+        """Return how a data set is named after `metarun data`, and in the options, if otherwise."""
+        return (self.store_name(name),)
 
 
 class TorchvisionImages(StoredImages):
@@ -130,6 +131,80 @@ class TorchvisionImages(StoredImages):
     def store_name(self, name: str) -> str:
         """Return the name of the store of a data set."""
         return store_name(name)
+
+    def words_of(self, name: str) -> tuple[str, ...]:
+        """Return how a data set is named after `metarun data`, and in the options."""
+        return f"torchvision {name}", f"data=torchvision data.name={name}"
+
+
+def class_tables(
+    store: Store, chosen: Mapping[Split, Sequence[str]], side: int, channels: int
+) -> dict[Split, ClassTable]:
+    """Return tables of the chosen classes of a store, all their images.
+
+    Args:
+        store: The store.
+        chosen: Names of the classes of each split. Splits of the same classes share one table.
+        side, channels: Of the images.
+    """
+    names: list[str] = store.facts["classes"]
+    numbers = {name: number for number, name in enumerate(names)}
+    groups = groups_of(store.folder.name)
+    kept: dict[tuple[int, ...], ClassTable] = {}
+    tables: dict[Split, ClassTable] = {}
+    for split in SPLITS:
+        # The classes of a group are adjacent.
+        own = sorted((numbers[n] for n in chosen[split]), key=lambda i: groups.get(names[i], ""))
+        if (key := tuple(own)) not in kept:
+            kept[key] = _table(store, own, groups, side, channels)
+        tables[split] = kept[key]
+    return tables
+
+
+def row_tables(
+    store: Store,
+    side: int,
+    channels: int,
+    *,
+    val_fraction: float,
+    test_fraction: float | None,
+) -> dict[Split, ClassTable]:
+    """Return tables that all have every class of a store, each with rows of its own.
+
+    Args:
+        store: The store.
+        side, channels: Of the images.
+        val_fraction: Share of the rows for val, of those that are not in the published test half.
+        test_fraction: Share of the rows of test, by a hash of the row's number; None is the
+            published test half.
+    """
+    names: list[str] = store.facts["classes"]
+    counts: list[int] = store.facts["counts"]
+    parts: dict[Split, list[torch.Tensor]] = {split: [] for split in SPLITS}
+    start = 0
+    for number, (name, count) in enumerate(zip(names, counts, strict=True)):
+        rest = count - store.facts[TEST_COUNTS][number] if test_fraction is None else count
+        hashes = seeding.fold(seeding.key("rows", name), torch.arange(rest))
+        order = start + hashes.argsort(stable=True)
+        if test_fraction is None:
+            test = torch.arange(start + rest, start + count)
+        else:
+            test, order = order.tensor_split([round(test_fraction * count)])
+        val, train = order.tensor_split([round(val_fraction * rest)])
+        for split, rows in zip(SPLITS, (train, val, test), strict=True):
+            parts[split].append(rows.sort().values)
+        start += count
+    pixels = store.array(IMAGES)
+    facts = f"{store.digest(IMAGES)} {side} {channels} {val_fraction} {test_fraction}"
+    return {
+        split: ClassTable(
+            images=converted(torch.from_numpy(pixels[torch.cat(rows).numpy()]), channels, side),
+            names=tuple(names),
+            counts=tuple(map(len, rows)),
+            digest=f"{facts} {split}",
+        )
+        for split, rows in parts.items()
+    }
 
 
 def _table(

@@ -10,10 +10,8 @@ import hashlib
 import math
 from abc import abstractmethod
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +19,8 @@ from metarun.core import seeding
 from metarun.core.checks import at_least
 from metarun.core.types import SPLITS, SourceSetup, Split, Stream, TaskBatch
 from metarun.data.augmentation import places_of, warp
-from metarun.data.episodes import ClassEpisodes, ClassTable
-from metarun.data.omniglot import small_tables
-from metarun.data.storage.image_files import Photograph
-
-Source = Literal["digits", "omniglot_small"]
+from metarun.data.episodes import ClassEpisodes
+from metarun.data.gray_images import Division, gray_images
 
 _SLOT_ANGLE, _SLOT_PERMUTATION, _SLOT_LOOKS = 40, 41, 42
 _SLOT_SHARED, _SLOT_ORDER = 43, 44
@@ -44,18 +39,22 @@ class TransformedStream(ClassEpisodes):
     shown. A class keeps its label in all tasks.
 
     Args:
-        source: Data set of the images. `digits` are the 1,797 handwritten digits of scikit-learn
-            (8x8, enlarged to 16x16), of which every split has images of all ten.
-            `omniglot_small` has different classes in each split.
+        source: Data set of the images, in gray levels. `digits` are the 1,797 handwritten digits
+            of scikit-learn (8x8, enlarged to 16x16), of which every split has images of all ten.
+            Others are `omniglot_small` and every data set of images that is stored, such as
+            `mnist`. The splits share either classes or nothing, see `split`, but never an image.
         tasks: Number of tasks J.
         pool: Number of shared images P of a class, limited to those that are not held out.
         rows: Number of rows that arrive together in one step.
         task_ids_known: Whether the learner is given the task of each row.
+        image_size, root, split, val_fraction, test_fraction: See `gray_images`.
 
     Raises:
-        ValueError: A number is out of range, an option is unknown, or scikit-learn is missing.
+        ValueError: A number is out of range, an option is unknown, the images are not stored, or
+            scikit-learn is missing.
     """
 
+    found_in_files: ClassVar[tuple[str, ...]] = ("image_size",)
     sizes_may_vary = False
     channels: ClassVar[int] = 1
     """Number of channels of the transformed images."""
@@ -66,11 +65,16 @@ class TransformedStream(ClassEpisodes):
         self,
         setup: SourceSetup,
         *,
-        source: Source = "digits",
+        source: str = "digits",
         tasks: int = 20,
         pool: int = 50,
         rows: int = 10,
         task_ids_known: bool = True,
+        image_size: int | None = None,
+        root: str | None = None,
+        split: Division = "published",
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.25,
     ) -> None:
         at_least("data", 1, tasks=tasks, pool=pool, rows=rows)
         if self.most_tasks is not None and tasks > self.most_tasks:
@@ -78,14 +82,17 @@ class TransformedStream(ClassEpisodes):
                 f"data.tasks={tasks}: expected {self.most_tasks} or fewer, one for each "
                 "transformation"
             )
-        tables = digits() if source == "digits" else small_tables("antialias", 28)
-        side = tables["test"].images.shape[-1]
-        super().__init__(
-            setup,
-            name=source,
-            tables=tables,
-            prepare=Photograph(side, crop=True, grayscale=True),
+        images = gray_images(
+            source,
+            root=root,
+            image_size=image_size,
+            split=split,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
         )
+        self.notes_for_user = images.notes
+        self.resolved_options = {"image_size": images.tables["test"].images.shape[-1]}
+        super().__init__(setup, name=source, tables=images.tables, prepare=images.prepare)
         self._tasks = tasks
         self._pools = {split: self._shared(split, pool) for split in SPLITS}
         layouts = {split: self._layout(split, rows, task_ids_known) for split in SPLITS}
@@ -236,42 +243,3 @@ def _moved(images: Tensor, angle: Tensor, zoom: Tensor) -> Tensor:
     rows = images.flatten(0, 1)
     grid = grid[:, :, None].expand(-1, -1, rows.shape[1], -1, -1).flatten(1, 2)
     return warp(rows.flatten(0, 1), grid, "zeros").reshape(images.shape)
-
-
-@lru_cache(maxsize=1)
-def digits() -> dict[Split, ClassTable]:
-    """Return scikit-learn's handwritten digits, with a third of each class in every split.
-
-    Raises:
-        ValueError: scikit-learn is not installed.
-    """
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "data.source=digits needs scikit-learn: pip install 'metarun[sklearn]', or use "
-            "data.source=omniglot_small"
-        ) from error
-    bunch = load_digits()
-    drawn = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32))[:, None] / 16.0
-    large = torch.nn.functional.interpolate(drawn, size=(16, 16), mode="bilinear")
-    images = (large * 255.0).round().clamp(0, 255).to(torch.uint8)
-    target = np.asarray(bunch.target)
-    tables: dict[Split, ClassTable] = {}
-    # Interleaved, because the images of a writer are adjacent.
-    parts: dict[Split, set[int]] = {"train": {0}, "val": {1}, "test": {2}}
-    for split, places in parts.items():
-        rows = [
-            [
-                row
-                for place, row in enumerate(np.flatnonzero(target == digit))
-                if place % 3 in places
-            ]
-            for digit in range(10)
-        ]
-        tables[split] = ClassTable(
-            images=images[torch.tensor([row for part in rows for row in part])],
-            names=tuple(str(digit) for digit in range(10)),
-            counts=tuple(len(part) for part in rows),
-        )
-    return tables

@@ -73,6 +73,8 @@ def check_data(config: Config) -> None:
         message = registry.missing(name, own.get("root"), own.get("file"))
         if message is not None:
             raise ValueError(message)
+        if name in registry.TRANSFORMED:
+            registry.store_of_source(own.get("source"), own.get("root"))
 
 
 def _check_folder(job: Job) -> None:

@@ -184,7 +184,7 @@ def test_data_sets_of_torchvision_are_imported_by_its_own_classes(
         (["data=torchvision", "algo=protonet"], "data.name=null: expected the name of a data set"),
         (
             ["data=torchvision", "algo=protonet", "data.name=DTD"],
-            "data=torchvision_dtd is not in",
+            "data=torchvision data.name=DTD is not in",
         ),
     ],
 )

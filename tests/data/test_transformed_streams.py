@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
-from metarun.data.transformed_streams import PermutedStream, RainbowStream, RotatedStream, digits
+from metarun.data.gray_images import digits
+from metarun.data.transformed_streams import PermutedStream, RainbowStream, RotatedStream
 from tests.data.sources import assert_same, make_source, sizes
 
 KINDS: Any = [RotatedStream, PermutedStream, RainbowStream]

@@ -39,6 +39,8 @@ from metarun.data.storage.pickles import read_pickle
 FILES = Path(__file__).parents[1] / "files"
 IMAGES = "images"
 """Name of the array of a store."""
+TEST_COUNTS = "test_counts"
+"""Name of the fact how many images of each class are of the published test half, the last ones."""
 _SPARE = 100_000_000
 _TOGETHER = 1024
 """Images that are decoded together, in threads."""
@@ -79,10 +81,13 @@ class Images(ABC):
     Attributes:
         form: Layout, for the description of the store.
         names: Name of the class of each image.
+        num_test: Number of images of the published test half, which are the last ones; 0 if the
+            source does not say.
     """
 
     form: str
     names: Sequence[str]
+    num_test: int = 0
 
     @abstractmethod
     def read(self, side: int, channels: int) -> Iterator[tuple[int, Pixels]]:
@@ -96,8 +101,10 @@ class Images(ABC):
 class Arrays(Images):
     """Images (H, W) or (H, W, C) in memory."""
 
-    def __init__(self, form: str, names: Sequence[str], images: Sequence[Pixels]) -> None:
-        self.form, self.names, self._images = form, names, images
+    def __init__(
+        self, form: str, names: Sequence[str], images: Sequence[Pixels], num_test: int = 0
+    ) -> None:
+        self.form, self.names, self._images, self.num_test = form, names, images, num_test
 
     def read(self, side: int, channels: int) -> Iterator[tuple[int, Pixels]]:
         for number, pixels in enumerate(self._images):
@@ -244,12 +251,21 @@ def store_images(
             "form": images.form,
             "classes": names,
             "counts": [counts[name] for name in names],
+            TEST_COUNTS: _last_of_each(images, names),
             "sums": [total for total, _ in sums],
             "squares": [total for _, total in sums],
         }
     store = open_store(folder)
     assert store is not None
     return store
+
+
+def _last_of_each(images: Images, names: Sequence[str]) -> list[int] | None:
+    """Return the number of images of each class in the test half; None if it is unknown."""
+    if not images.num_test:
+        return None
+    counts = Counter(images.names[-images.num_test :])
+    return [counts[name] for name in names]
 
 
 def _sums(images: Pixels) -> tuple[list[int], list[int]]:
@@ -344,7 +360,8 @@ def _cifar(name: str, tree: FileTree, paths: Sequence[str]) -> Images | None:
         labels = [label for half in halves for label in half["fine_labels"]]
         rows = np.concatenate([half["data"] for half in halves])
         images = rows.reshape(len(labels), 3, 32, 32).transpose(0, 2, 3, 1)
-        return Arrays("cifar-100-python", [classes[label] for label in labels], list(images))
+        names = [classes[label] for label in labels]
+        return Arrays("cifar-100-python", names, list(images), len(content["test"]["fine_labels"]))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError):
         raise ValueError(f"{tree.path}: these pickles are not those of CIFAR-100") from None
 
@@ -381,7 +398,10 @@ def _idx(name: str, tree: FileTree, paths: Sequence[str]) -> Images | None:
         images = images.transpose(0, 2, 1)
     digits = len(str(int(found.max(initial=0))))
     names = [f"{label:0{digits}d}" for label in found.tolist()]
-    return Arrays("idx files", names, list(images))
+    # The training half comes first, if there are both.
+    last = PurePosixPath(pairs[-1][0]).name
+    is_test = len(pairs) == 2 and ("t10k" in last or "test" in last)
+    return Arrays("idx files", names, list(images), len(content[pairs[-1][0]]) * is_test)
 
 
 def _idx_array(file: IO[bytes], name: str) -> Pixels:

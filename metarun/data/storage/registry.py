@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +35,12 @@ PLACES: dict[str, Place] = {
     "csv": "file",
 }
 """Where the files of data sets are. All others are made."""
+
+TRANSFORMED = ("stream_rotated", "stream_permuted", "stream_rainbow")
+"""Streams of the images of any of `SOURCES`, or of a data set of torchvision: `data.source`."""
+
+_READY = ("digits", "omniglot_small")
+SOURCES = (*_READY, *(n for n, p in PLACES.items() if p == "store" and n != "torchvision"))
 
 _STORES = {"cifar_fs": "cifar100", "fc100": "cifar100"}
 """Names of stores that are not those of the data sets."""
@@ -111,25 +119,73 @@ def store_of(name: str) -> str:
     return _STORES.get(name.removeprefix("stream_"), name.removeprefix("stream_"))
 
 
+def store_of_source(source: object, root: str | os.PathLike[str] | None = None) -> str | None:
+    """Return the store of the images of a stream's `data.source`; None if they need none.
+
+    Args:
+        source: One of `SOURCES`, or the name of a class of torchvision.
+        root: Folder of the data sets.
+
+    Raises:
+        ValueError: There is no such data set, or it is not stored.
+    """
+    name = str(source)
+    if name in _READY:
+        return None
+    if name in SOURCES:
+        store, words = store_of(name), name
+    else:
+        from metarun.data.storage.torchvision_sets import PARTS, store_name
+
+        if name not in PARTS:
+            known = {one.lower(): one for one in (*SOURCES, *PARTS)}
+            near = difflib.get_close_matches(name.lower(), known, n=1)
+            every = ", ".join(known.values())
+            others = f"did you mean {known[near[0]]}?" if near else f"choose from {every}"
+            raise ValueError(f"data.source={name}: {others}")
+        store, words = store_name(name), f"torchvision {name}"
+    absent = missing_store(store, root, words, f"data.source={name}")
+    if absent is not None:
+        raise ValueError(absent)
+    return store
+
+
+def stored_sources(root: str | os.PathLike[str] | None = None) -> list[str]:
+    """Return the names that `data.source` may have without a download or an import."""
+    from metarun.data.storage.torchvision_sets import PARTS
+
+    found = []
+    for name in (*SOURCES, *PARTS):
+        # A damaged store is none.
+        with suppress(ValueError):
+            store_of_source(name, root)
+            found.append(name)
+    return found
+
+
 def missing_store(
-    store: str, root: str | os.PathLike[str] | None = None, name: str | None = None
+    store: str,
+    root: str | os.PathLike[str] | None = None,
+    name: str | None = None,
+    typed: str | None = None,
 ) -> str | None:
     """Return a one-line instruction to get a missing store; see `missing`.
 
     Args:
         store: Name of the store.
         root: Folder of the data sets.
-        name: Name of the data set that needs it; by default the same.
+        name: Name of the data set that needs it, as in `metarun data NAME`; by default the same.
+        typed: What was typed for it; by default `data=NAME`.
     """
     base = resolve_root(root)
     if open_store(base / store) is not None:
         return None
     word = f"metarun data {name or store}"
-    typed = "" if root is None else f" --root {root}"
-    how = f"import files you have with `{word} --from PATH{typed}`"
+    where = "" if root is None else f" --root {root}"
+    how = f"import files you have with `{word} --from PATH{where}`"
     if store in _DOWNLOADS or store.startswith("torchvision_"):
-        how = f"fetch it with `{word}{typed}` ({_DOWNLOADS.get(store, 'size varies')}), or {how}"
-    return f"data={name or store} is not in {base}: {how}"
+        how = f"fetch it with `{word}{where}` ({_DOWNLOADS.get(store, 'size varies')}), or {how}"
+    return f"{typed or f'data={name or store}'} is not in {base}: {how}"
 
 
 def _missing_file(name: str, file: object) -> str | None:

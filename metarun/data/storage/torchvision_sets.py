@@ -15,6 +15,7 @@ from metarun.data.storage.image_sets import Images, store_images
 _HALVES = ({"split": "train"}, {"split": "test"})
 _THIRDS = ({"split": "train"}, {"split": "val"}, {"split": "test"})
 _BOTH = ({"train": True}, {"train": False})
+_TESTS = (_HALVES[1], _BOTH[1])
 
 PARTS: dict[str, Sequence[dict[str, Any]]] = {
     "Caltech101": ({},),
@@ -97,6 +98,8 @@ class _Parts(Images):
 
     def __init__(self, name: str, parts: Sequence[Any]) -> None:
         self._parts = parts
+        if len(parts) > 1 and PARTS[name][-1] in _TESTS:
+            self.num_test = len(parts[-1])
         labels = [label for part in parts for label in _labels(part)]
         classes: Any = getattr(parts[0], "classes", getattr(parts[0], "categories", None))
         if name in _FROM_ONE or not _are_names(classes):
