@@ -111,14 +111,10 @@ class _Loop:
     def __post_init__(self) -> None:
         self.metric = self.source.spec.metric
         self.began = time.perf_counter()
-        self.share: Share | None = None
-        if distributed.size() > 1:
-            tasks = self.settings.tasks_per_step
-            self.share = Share.of(tasks, distributed.rank(), distributed.size())
-        self.state = RunState(
-            share=self.share.count if self.share else self.settings.tasks_per_step,
-            validated=0 if self.settings.steps else -1,
-        )
+        tasks, number = self.settings.tasks_per_step, distributed.size()
+        self.share = Share.of(tasks, distributed.rank(), number) if number > 1 else None
+        count = self.share.count if self.share else tasks
+        self.state = RunState(count, validated=0 if self.settings.steps else -1)
 
     # Start and resume.
 
