@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from metarun.config.build import options_in_files
 from metarun.config.catalogue import conf_dir, description, experiment, header, load
 from metarun.config.composition import composer
 from metarun.config.naming import HOW_IT_RUNS, root_of
@@ -290,6 +291,10 @@ def differences(stored: dict[str, Any], today: dict[str, Any]) -> list[str]:
     )
     # A learner without meta-training has stored 0 steps.
     then["train.steps"] = then["train.steps"] or now["train.steps"]
+    # A run stores what its data set has worked out from the files.
+    for option in options_in_files(today["data"]):
+        if now[f"data.{option}"] is None:
+            then[f"data.{option}"] = None
     return [key for key in sorted(then) if key not in now or then[key] != now[key]]
 
 

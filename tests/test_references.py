@@ -64,8 +64,11 @@ def test_finished_runs_give_a_reference(
 
 
 def test_a_recipe_that_changed_since_is_noticed() -> None:
+    source = {"_target_": "metarun.data.folder.Folder", "image_size": None, "root": "a"}
     then = {"names": {}, "threads": 1, "train": {"steps": 3}, "algo": {"inner_lr": 0.1}}
     now = {"names": {}, "threads": 2, "train": {"steps": 3}, "algo": {"inner_lr": 0.2, "new": 1}}
+    # What is worked out from the files is null in the recipe.
+    then["data"], now["data"] = {**source, "image_size": 32}, source
     assert differences(then, now) == ["algo.inner_lr"]
     assert differences({**now, "algo": {"inner_lr": 0.2}}, now) == []
     # A learner without meta-training has stored 0 steps.
