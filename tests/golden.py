@@ -29,6 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,18 @@ def expanded(text: str) -> dict[str, str]:
     for word in text.split():
         words |= expanded(FAMILIES[word]) if word in FAMILIES else {word.partition("=")[0]: word}
     return words
+
+
+def words_of(name: str) -> list[str]:
+    """The words of a run, as the configurations of this repository spell them."""
+    known = _known_here()
+    words = expanded(f"algo={name.split('-')[0]} every {RUNS[name]}")
+    return [_spelled(word, known) for word in words.values()]
+
+
+@cache
+def _known_here() -> set[str]:
+    return known_words(Path(__file__).parents[1] / "conf")
 
 
 def _spelled(word: str, known: set[str]) -> str:

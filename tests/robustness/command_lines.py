@@ -156,12 +156,12 @@ def _configuration(words: tuple[str, ...], folder: Path) -> dict[str, Any]:
 
 def try_lines(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case]:
     """Yield a case for each index."""
-    from tests.golden import RUNS, expanded
+    from tests.golden import RUNS, words_of
 
     for index in indices:
         draw = draw_of(seed, index)
         name = draw.choice(sorted(RUNS))
-        base = [*expanded(f"algo={name.split('-')[0]} every {RUNS[name]}").values(), *TINY]
+        base = [*words_of(name), *TINY]
         place = folder / str(index)
         place.mkdir()
         keys = _configuration(tuple(base), folder)

@@ -160,9 +160,9 @@ def _says(name: Path) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    from tests.golden import RUNS, expanded
+    from tests.golden import words_of
 
-    words = [*expanded(f"algo={name} every {RUNS[name]}").values(), "graph=none"]
+    words = [*words_of(name), "graph=none"]
     # `compare` takes no word that deletes.
     return [word for word in words if not word.startswith("~")]
 

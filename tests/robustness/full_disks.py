@@ -61,10 +61,9 @@ _WITH_RUN = ("train", "sweep", "compare")
 
 def run_words(name: str) -> list[str]:
     """Return the words of a run of `golden.yaml`."""
-    from tests.golden import RUNS, expanded
+    from tests.golden import words_of
 
-    algorithm = name.partition("-")[0]
-    return [*expanded(f"algo={algorithm} every {RUNS[name]}").values(), "graph=none"]
+    return [*words_of(name), "graph=none"]
 
 
 def _typed(word: str, name: str) -> list[str]:

@@ -120,14 +120,14 @@ def _killed(words: list[str], point: str, line: int) -> int:
 
 def try_kills(indices: Sequence[int], seed: int, folder: Path) -> Iterator[Case]:
     """Yield a case for each index; neighboring indices have different algorithms."""
-    from tests.golden import RUNS, expanded
+    from tests.golden import RUNS, words_of
 
     names = [name for name in sorted(RUNS) if "-" not in name]
     random.Random(seed).shuffle(names)
     for index in indices:
         name = names[index % len(names)]
         place = folder / name
-        words = [*expanded(f"algo={name} every {RUNS[name]}").values(), "graph=none"]
+        words = [*words_of(name), "graph=none"]
         draw = draw_of(seed, index)
         yield _case(name, words, place, draw)
 
