@@ -224,6 +224,9 @@ def _in_setting_of(name: Any, run: RunFolder, stored: Config, config_dir: str | 
     # A learner without meta-training has stored 0 steps, which no override has set.
     trained["train.steps"] = trained["train.steps"] or today["train"]["steps"]
     wanted = training_keys(other)
+    for key in (f"data.{option}" for option in options_in_files(other["data"])):
+        # The run has stored what its files gave.
+        wanted[key] = trained.get(key) if wanted.get(key) is None else wanted[key]
     differ = [
         f"{key} is {wanted.get(key, 'absent')} there and {trained.get(key, 'absent')} in the run"
         for key in sorted(trained.keys() | wanted.keys())

@@ -242,3 +242,46 @@ def test_a_test_on_other_images_does_not_depend_on_their_training_split(
         found.append(json.loads(file.read_text())["test"])
         shutil.rmtree("run/tests")
     assert found[0] == found[1]
+
+
+EXPERIMENT = """\
+# @package _global_
+# First
+defaults:
+  - override /algo: protonet
+  - override /data: kmnist
+  - override /recipe: null
+  - _self_
+published:
+  paper: A 2020
+  table: Table 1
+  row: ours
+  cells: [{value: 50.0}]
+  steps: 1
+  confidence: verified
+  source: a test
+way: 2
+shot: 1
+query: 2
+train: {steps: 1, shot: 1}
+eval: {episodes: 4, val_episodes: 2}
+backbone: {filters: 4, blocks: 2}
+"""
+
+
+def test_what_the_files_gave_is_no_difference_between_two_experiments(
+    metarun: Command, root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METARUN_DATA", root)
+    names = [name for name in NAMES for _ in range(6)]
+    store_images("kmnist", Arrays("", names, PIXELS.reshape(72, 10, 10, 3)), Path(root), 10, 3, "")
+    Path("mine/experiment").mkdir(parents=True)
+    Path("mine/experiment/first.yaml").write_text(EXPERIMENT)
+    second = "# @package _global_\n# Second\ndefaults: [first, _self_]\nshot: 2\n"
+    Path("mine/experiment/second.yaml").write_text(second)
+    own = ["--config-dir", "mine"]
+    answer = metarun(*own, "experiment=first", "device=cpu", "threads=1", "hydra.run.dir=run")
+    assert answer.code == 0, answer.err
+    answer = metarun(*own, "test=run", "experiment=second")
+    assert answer.code == 0, answer.err
+    assert "second: A 2020, Table 1" in answer.out
