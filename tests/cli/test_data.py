@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from metarun.config.build import keywords
 from metarun.config.catalogue import conf_dir
 from metarun.config.trust import locate
 from metarun.data.storage import omniglot_files, registry
+from metarun.data.storage.image_sets import Arrays, store_images
 from metarun.data.storage.omniglot_files import FILES
 from tests.conftest import Command
 from tests.data.sources import write_class_folders, write_omniglot_zips
@@ -171,6 +173,17 @@ def test_a_stream_says_whose_images_it_takes(metarun: Command) -> None:
     assert metarun("data", "stream_linear").out.startswith(
         "stream_linear is ready: no files are needed;"
     )
+
+
+def test_a_stream_says_which_stored_images_it_can_transform(
+    metarun: Command, tmp_path: Path
+) -> None:
+    blank = [np.zeros((28, 28), np.uint8)] * 10
+    store_images("kmnist", Arrays("", [*"0123456789"], blank), tmp_path, 28, 1, "")
+    answer = metarun("data", "stream_rotated", "--root", str(tmp_path))
+    assert "data.source=digits, omniglot_small, kmnist; others" in answer.out
+    listed = " ".join(metarun("data", "--root", str(tmp_path)).out.split())
+    assert listed.count("data.source=digits, omniglot_small, kmnist; others") == 3
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("stream_")])

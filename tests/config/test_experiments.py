@@ -76,6 +76,8 @@ CHARACTERS = (
 )
 # The largest number of images of one class in a task.
 PHOTOGRAPHS = 21
+# Of each class, so that a twentieth has the images of a small task.
+DIGITS = 140
 
 
 def text(group: str, name: str) -> str:
@@ -84,7 +86,7 @@ def text(group: str, name: str) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Small copies of Omniglot, miniImageNet and CIFAR-100, where metarun looks for them."""
+    """Small copies of Omniglot, miniImageNet, CIFAR-100 and MNIST, where metarun looks for them."""
     folder = tmp_path_factory.mktemp("data_sets")
     with pytest.MonkeyPatch.context() as patch:
         for module in (omniglot, omniglot_files, sources):
@@ -98,6 +100,9 @@ def data_sets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         names = sorted(groups_of("cifar100"))
         images = Arrays("", names * PHOTOGRAPHS, list(pixels) * PHOTOGRAPHS)
         store_images("cifar100", images, folder / "root", 32, 3, "")
+        digits = [str(number) for number in range(10)]
+        blank = [np.zeros((28, 28), np.uint8)] * 10 * DIGITS
+        store_images("mnist", Arrays("", digits * DIGITS, blank), folder / "root", 28, 1, "")
         patch.setenv("METARUN_DATA", str(folder / "root"))
         yield
 
@@ -140,6 +145,8 @@ def cut_down(config: Config) -> Config:
         small["backbone"]["filters"] = 4
     if "inner_steps" in small["algo"]:
         small["algo"]["inner_steps"] = min(small["algo"]["inner_steps"], 2)
+    if "pool" in small["data"]:
+        small["data"] |= {"tasks": 2, "rows": 5}
     if "head_epochs" in small["algo"]:
         small["algo"]["head_epochs"] = 1
     return {**small, "device": "cpu", "threads": 1}

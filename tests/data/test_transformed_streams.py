@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from metarun.core.types import SPLITS, EpisodeSize, Split, TaskBatch
 from metarun.data.gray_images import digits
+from metarun.data.storage.image_sets import Arrays, groups_of, published_split, store_images
 from metarun.data.transformed_streams import PermutedStream, RainbowStream, RotatedStream
 from tests.data.sources import assert_same, make_source, sizes
 
@@ -19,7 +22,7 @@ KINDS: Any = [RotatedStream, PermutedStream, RainbowStream]
 
 def stream(kind: Any, way: int = 4, shot: int = 3, query: int = 2, **how: Any) -> Any:
     how = {"tasks": 5, "pool": 6, "rows": 4, "dtype": torch.float64} | how
-    train = EpisodeSize(way, 3, 2)
+    train = EpisodeSize(way, *how.pop("train_size", (3, 2)))
     return make_source(kind, sizes=sizes(way, shot, query, train=train), **how)
 
 
@@ -134,9 +137,92 @@ def test_without_scikit_learn_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
     digits.cache_clear()
 
 
+COUNTS = {"0": 50, "1": 41, "2": 60}
+TESTS = {"0": 11, "1": 12, "2": 13}
+
+
+def numbered_digits(root: Path, num_test: int) -> str:
+    """Store images of three classes whose first pixels are their numbers in the source."""
+    train = [name for name, count in COUNTS.items() for _ in range(count - TESTS[name])]
+    names = train + [name for name, count in TESTS.items() for _ in range(count)]
+    images = np.zeros((len(names), 28, 28), np.uint8)
+    images[:, 0, 0] = np.arange(len(names))
+    store_images("mnist", Arrays("", names, list(images), num_test), root, 28, 1, "")
+    return str(root)
+
+
+def numbers_of(source: Any) -> list[set[int]]:
+    return [set(source._tables[split].images[:, 0, 0, 0].tolist()) for split in SPLITS]
+
+
+def test_a_published_test_half_is_for_test_streams_alone(tmp_path: Path) -> None:
+    root = numbered_digits(tmp_path, sum(TESTS.values()))
+    source = stream(RotatedStream, way=2, rows=2, source="mnist", root=root)
+    train, val, test = numbers_of(source)
+    everyone = sum(COUNTS.values())
+    assert test == set(range(everyone - sum(TESTS.values()), everyone))
+    assert not train & val
+    assert train | val | test == set(range(everyone))
+    assert source._tables["test"].counts == (11, 12, 13)
+    # A fifth of 39, 29 and 47.
+    assert source._tables["val"].counts == (8, 6, 9)
+    assert not source.notes_for_user
+    assert all(source.class_names(split) == ("0", "1", "2") for split in SPLITS)
+
+
+@pytest.mark.parametrize("num_test", [0, sum(TESTS.values())])
+def test_rows_are_divided_by_their_numbers_where_no_half_decides(
+    num_test: int, tmp_path: Path
+) -> None:
+    root = numbered_digits(tmp_path, num_test)
+    how: dict[str, Any] = {"source": "mnist", "root": root, "way": 2, "rows": 2}
+    how |= {"val_fraction": 0.3, "test_fraction": 0.5}
+    source = stream(RotatedStream, split="rows", **how)
+    parts = numbers_of(source)
+    assert sum(map(len, parts)) == len(set.union(*parts)) == sum(COUNTS.values())
+    assert source._tables["val"].counts == (15, 12, 18)
+    assert source._tables["test"].counts == (25, 20, 30)
+    other = stream(RotatedStream, **how)
+    assert bool(other.notes_for_user) == (num_test == 0)
+    assert (other.fingerprint() == source.fingerprint()) == (num_test == 0)
+    fewer = stream(RotatedStream, split="rows", **{**how, "val_fraction": 0.25})
+    assert fewer.fingerprint() != source.fingerprint()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_streams_of_photographs_are_gray_with_the_published_classes(
+    kind: Any, tmp_path: Path
+) -> None:
+    names = sorted(groups_of("cifar100"))
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+    store_images("cifar100", Arrays("", names * 8, list(pixels) * 8), tmp_path, 32, 3, "")
+    source = stream(kind, source="cifar_fs", root=str(tmp_path), image_size=20)
+    for split, expected in published_split("cifar_fs", names).items():
+        assert set(source.class_names(split)) == set(expected)
+    batch = source.batch("test", 0, 2)
+    assert batch.support_x.shape == (2, 5 * 12, source.channels, 20, 20)
+    assert 0.0 <= batch.support_x.min() <= batch.support_x.max() <= 1.0
+    how: dict[str, Any] = {"source": "cifar_fs", "root": str(tmp_path), "split": "rows"}
+    how |= {"way": 100, "shot": 1, "query": 1, "train_size": (1, 1), "pool": 1, "rows": 100}
+    every = stream(kind, **how, test_fraction=0.3, val_fraction=0.3)
+    assert every.class_names("train") == tuple(names)
+
+
+def test_what_is_not_stored_is_named_with_the_command(tmp_path: Path) -> None:
+    for source, command in (("mnist", "mnist"), ("EuroSAT", "torchvision EuroSAT")):
+        line = rf"data.source={source} is not in .*: fetch it with `metarun data {command} --root"
+        with pytest.raises(ValueError, match=line):
+            stream(RotatedStream, source=source, root=str(tmp_path))
+    with pytest.raises(ValueError, match=r"data.source=minst: did you mean mnist\?"):
+        stream(RotatedStream, source="minst")
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
+        ({"split": "rows"}, "data.source=digits has one split: use data.split=published"),
+        ({"source": "omniglot_small", "image_size": 200}, "image_size=200: expected 8 to 105"),
+        ({"way": 11}, "way=11 is more than the 10 classes in digits's test split"),
         ({"tasks": 0}, "data.tasks=0: expected 1 or more"),
         ({"kind": RainbowStream, "tasks": 57}, "data.tasks=57: expected 56 or fewer"),
         ({"shot": 9}, "shot=9 is more than the 6 images of a class that the tasks share"),

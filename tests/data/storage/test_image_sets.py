@@ -129,6 +129,7 @@ def test_idx_files_are_read(name: str, suffix: str, tmp_path: Path) -> None:
     # The first class has four rows of training, then one of the test.
     assert (store.array("images")[:4, 0] == GRAYS[rows[:4]]).all()
     assert store.array("images").shape == (12, 1, 28, 28)
+    assert store.facts["test_counts"] == [LABELS[8:].count(label) for label in range(3)]
 
 
 def test_characters_of_emnist_are_turned_upright(tmp_path: Path) -> None:
