@@ -260,9 +260,8 @@ class Algorithm(nn.Module, ABC):
         Without any there is nothing to meta-train, as with ProtoNet on features as they are.
         """
         parameters = list(self.named_parameters())
-        trains = type(self).capabilities.meta_trains and bool(parameters)
-        if trains != self.capabilities.meta_trains:
-            self.capabilities = replace(self.capabilities, meta_trains=trains)
+        if not parameters:
+            self.capabilities = replace(self.capabilities, meta_trains=False)
         return self._optim(parameters)
 
     def resolved_engine(self) -> Engine:

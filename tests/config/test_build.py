@@ -64,7 +64,15 @@ COMPONENTS = [
 
 
 # Options whose value is any text.
-TEXTS = {"algo.cache", "backbone.name", "data.name", "data.root", "data.split", "data.label"}
+TEXTS = {
+    "algo.cache",
+    "backbone.name",
+    "data.name",
+    "data.root",
+    "data.split",
+    "data.label",
+    "data.source",
+}
 
 
 @cache
