@@ -230,6 +230,19 @@ class _Digest:
         return whole
 
 
+def tasks_alike(source: EpisodeSource, split: Split, count: int) -> TaskBatch:
+    """Return the first tasks of a split that fit into one batch, `count` or fewer.
+
+    Where tasks differ in size or source, they are among the first `20 count` tasks.
+    """
+    layout = source.layout if isinstance(source, HasLayouts) else None
+    if layout is None or layout(split, 0) is None:
+        return source.batch(split, 0, count)
+    first = layout(split, 0)
+    alike = [index for index in range(20 * count) if layout(split, index) == first][:count]
+    return TaskBatch.joined([source.batch(split, index, 1) for index in alike])
+
+
 def _rounds(batches: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
     """Yield the batches that the processes evaluate at the same time, one for each process."""
     for first in range(0, len(batches), distributed.size()):

@@ -6,6 +6,7 @@ from metarun.algorithms.base import Algorithm
 from metarun.algorithms.capabilities import Generative
 from metarun.core.files import to_npz
 from metarun.core.types import EpisodeSource
+from metarun.evaluation.episodes import tasks_alike
 
 _TASKS = 8
 _ROWS = 10
@@ -16,7 +17,7 @@ def generated_samples(algorithm: Algorithm, source: EpisodeSource) -> dict[str, 
     """Return `samples.npz` with rows for the first test tasks and their support; empty if none."""
     if not isinstance(algorithm, Generative) or not algorithm.generates:
         return {}
-    support = source.batch("test", 0, _TASKS).support_x
+    support = tasks_alike(source, "test", _TASKS).support_x
     made = algorithm.generated(support, _ROWS)
     # Evenly spaced, so that the rows are of many classes.
     shown = support[:, :: -(-support.shape[1] // _ROWS)]

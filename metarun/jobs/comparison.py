@@ -132,6 +132,9 @@ def with_algorithms(compose: Composer, words: Sequence[str]) -> list[str]:
             missing = f"the package {can.package} is not installed"
             say("warning", f"algo={name} is left out: {missing}")
             continue
+        fixed = spec.ways_vary and not can.accepts_any_way
+        if fixed or (spec.shots_differ and can.needs_equal_shots):
+            continue
         if spec.kind in can.kinds and can.learns_online == streams:
             suited.append(name)
     return [f"algo={','.join(suited)}", *words]

@@ -110,7 +110,8 @@ def episodes(
         *words: Overrides, such as `data=omniglot_small`, `way=5` and `seed=1`. The recipe of the
             algorithm applies, which is `algo=maml` unless another is named.
         split: `train`, `val` or `test`.
-        num_tasks: Number of tasks T in each batch.
+        num_tasks: Number of tasks T in each batch. Where sizes vary, training tasks of a batch
+            share one, and tasks of `val` and `test` come one by one.
         start: Index of the first task.
         config_dir: Folder of your own YAML files.
 
@@ -126,6 +127,8 @@ def episodes(
         raise ValueError(f"num_tasks={num_tasks}, start={start}: expected 1 or more, 0 or more")
     config = _job(words, config_dir).config
     check_data(config)
+    # Training tasks of one batch share what a step draws: their size, and the source of a mixture.
+    config["train"]["tasks_per_step"] = num_tasks
     source = build_source(config)
 
     def batches() -> Iterator[TaskBatch]:

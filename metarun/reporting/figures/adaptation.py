@@ -19,6 +19,7 @@ from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten
 from metarun.backbones.layers.context import ForwardContext
 from metarun.core.statistics import Floats, interval
+from metarun.evaluation.episodes import tasks_alike
 from metarun.reporting.figures.drawing import COLORS, MARKERS, SIZE, Panel, Series, named_rows
 from metarun.reporting.figures.tasks import Learned, answer, chosen, letter, task_of
 
@@ -366,7 +367,7 @@ def task_vectors(learned: Learned, episodes: int) -> Floats | None:
     if tasks < _TSNE_FROM or _is_large(learner):
         return None
     steps = learner.evaluation_steps(learner.inner_steps)
-    batch = learned.source.batch("test", 0, tasks)
+    batch = tasks_alike(learned.source, "test", tasks)
     ways = learner.ways(batch.support_y)
 
     def task(net: nn.Module, theta: Params, *rows: Tensor) -> Tensor:
@@ -392,7 +393,7 @@ def support_vectors(learned: Learned, episodes: int) -> Floats | None:
     if tasks < _TSNE_FROM:
         return None
     ctx = ForwardContext(running=learned.algorithm.bn_statistics == "running")
-    support = learned.source.batch("test", 0, tasks).support_x
+    support = tasks_alike(learned.source, "test", tasks).support_x
     with torch.no_grad():
         means = torch.stack([body(rows, ctx).flatten(1).mean(0) for rows in support])
     return np.asarray(means.cpu().double().numpy())

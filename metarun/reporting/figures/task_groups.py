@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from metarun.core.statistics import Floats
+from metarun.evaluation.episodes import tasks_alike
 from metarun.reporting.figures import adaptation
 from metarun.reporting.figures.drawing import COLORS, INK, SIZE, Panel, Series
 from metarun.reporting.figures.tasks import Learned, answer
@@ -108,7 +109,7 @@ def _families(run: RunFiles) -> list[Panel]:
 
 def _responsibilities(learned: Learned) -> list[Panel]:
     """Return a figure of each component's share in some test tasks, sorted by family."""
-    batch = learned.source.batch("test", 0, _SHARED_TASKS)
+    batch = tasks_alike(learned.source, "test", _SHARED_TASKS)
     found = answer(learned, batch, batch.query_x, 0).responsibilities
     if found is None:
         return []
