@@ -204,7 +204,7 @@ def test_a_damaged_run_is_named_and_the_others_are_reported(
     (tmp_path / "bad" / "results.json").write_text("{")
     assert main(["report", str(tmp_path)]) == 1
     assert "bad is damaged" in capsys.readouterr().err
-    assert (tmp_path / "good" / "report.html").exists()
+    assert (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize(
