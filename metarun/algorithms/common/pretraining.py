@@ -139,6 +139,9 @@ class Pretrained(FeatureLearner):
                 "use backbone.norm=none or instance, or backbone.batch_norm=false"
             )
             self.capabilities = replace(self.capabilities, needs_whole_batch=whole)
+        if not any(True for _ in self.net.parameters()):
+            # On features as they are, the classifier is what trains.
+            self.capabilities = replace(self.capabilities, meta_trains=True)
         # Again, now with the classifier.
         self.optimizer = self.build_optimizer()
 
