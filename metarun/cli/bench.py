@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from metarun.bench.results import Curve, Result, record
@@ -35,6 +34,7 @@ from metarun.bench.workloads import (
     variants,
 )
 from metarun.cli.parser import TO_GROW
+from metarun.core.console import definitions, table_console
 from metarun.core.errors import EXIT_INTERRUPTED, EXIT_OK, describe_error
 from metarun.core.files import write_new
 
@@ -197,14 +197,11 @@ def _device(word: str) -> torch.device:
 
 
 def _list() -> None:
-    console = Console(highlight=False)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for workload in WORKLOADS:
-        table.add_row(workload.name, workload.about + (" (slow)" if workload.slow else ""))
-    console.print(table)
-    console.print("\nSlow workloads run only if --workload names them.", style="dim")
+    console = table_console()
+    found = {w.name: f"{w.about} (slow)" if w.slow else w.about for w in WORKLOADS}
+    for line in definitions(found, console.width):
+        console.print(line, soft_wrap=True)
+    console.print("slow workloads run only if --workload names them", style="dim")
 
 
 def _measure(

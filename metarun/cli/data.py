@@ -93,9 +93,10 @@ def _state(name: str, base: Path, root: str | None, *, verify: bool) -> str:
         return f"type data={name} data.{'root=PATH' if place == 'folder' else 'file=FILE'}"
     if name == "torchvision":
         stored = sorted(path.name.partition("_")[2] for path in base.glob("torchvision_*"))
-        return (
-            f"fetch one with `metarun data torchvision CLASS`; stored: {', '.join(stored) or '-'}"
-        )
+        here = f"; stored: {', '.join(stored)}" if stored else ""
+        return f"fetch one with `metarun data torchvision CLASS`{here}"
+    if name == "mixed":
+        return "ready as soon as its data.sources are"
     if name in registry.TRANSFORMED:
         return _sources(root)
     if place != "store":

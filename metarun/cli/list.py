@@ -118,7 +118,7 @@ def _show_rows(
     shown = [row_of(item) for item in (items if every else items[:_NEWEST])]
     left = len(items) - len(shown)
     if not shown:
-        print(f"no {what} below {OUTPUTS}/ yet: `{_FIRST[what]}` makes the first")
+        tell(f"no {what} below {OUTPUTS}/ yet: `{_FIRST[what]}` makes the first")
         return
     cells = [list(map(printable, row)) for row, _ in shown]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

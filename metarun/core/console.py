@@ -32,7 +32,7 @@ from metarun.core import distributed
 from metarun.core.measures import figure
 from metarun.core.results import Results, measures_of
 from metarun.core.sizes import size_text
-from metarun.core.streams import fitted, printable, unbroken_streams, wrapped
+from metarun.core.streams import fitted, printable, spinning, unbroken_streams, wrapped
 from metarun.core.words import number_of
 
 _log = logging.getLogger(__name__)
@@ -246,7 +246,11 @@ def busy(text: str) -> Iterator[None]:
         yield
         return
     with console.status(text):
-        yield
+        spinning.append(console)
+        try:
+            yield
+        finally:
+            spinning.pop()
 
 
 def duration(seconds: float) -> str:

@@ -83,7 +83,7 @@ WITHOUT_DESCRIPTION = {measure.name: measure for measure in (LOG_LIKELIHOOD, COV
 
 
 def figure(metric: str, mean: float | None, ci95: float | None = None) -> str:
-    """Format a metric with its interval: `93.41 ± 0.52 %`, `0.4123 ± 0.0311`.
+    """Format a metric with its interval: `93.41 ± 0.52 %`, `0.4123 ± 0.0311`, `0.00490 ± 0.00090`.
 
     Args:
         metric: Name of the metric; an accuracy is shown in percent.
@@ -95,6 +95,10 @@ def figure(metric: str, mean: float | None, ci95: float | None = None) -> str:
     width = "" if ci95 is None or math.isnan(ci95) else " ± {}"
     if metric == "accuracy":
         return f"{100 * mean:.2f}{width.format(f'{100 * (ci95 or 0):.2f}')} %"
+    if width and 0.0 < (ci95 or 0.0) < 1e-3 <= abs(mean):
+        # As many places as show two digits of the interval.
+        places = 1 - math.floor(math.log10(ci95 or 1.0))
+        return f"{mean:.{places}f} ± {ci95:.{places}f}"
     return f"{number(mean)}{width.format(number(ci95 or 0.0))}"
 
 

@@ -10,7 +10,10 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, TextIO, cast
+from typing import TYPE_CHECKING, Any, Literal, TextIO, cast
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def printable(text: str, kept: str = "") -> str:
@@ -67,6 +70,8 @@ def tell(text: str, stream: TextIO | None = None) -> None:
     print(fitted(text, terminal_columns()) if stream.isatty() else text, file=stream, flush=True)
 
 
+spinning: list[Console] = []
+"""The console that shows a spinner, if there is one; it writes lines above it."""
 _STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan", "interrupted": "yellow"}
 
 
@@ -79,9 +84,10 @@ def say(kind: Literal["error", "warning", "note", "interrupted"], text: str) -> 
         from rich.console import Console
         from rich.text import Text
 
-        console = Console(stderr=True, highlight=False)
+        console = spinning[-1] if spinning else Console(stderr=True)
         shown = fitted(f"{kind}: {text}", console.width)
-        console.print(Text.assemble((kind, _STYLES[kind]), shown[len(kind) :]), soft_wrap=True)
+        line = Text.assemble((kind, _STYLES[kind]), shown[len(kind) :])
+        console.print(line, soft_wrap=True, highlight=False)
 
 
 def open_closed_streams() -> None:

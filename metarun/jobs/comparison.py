@@ -19,7 +19,7 @@ from metarun.config.catalogue import method_name
 from metarun.config.composition import Composer, Job, composer
 from metarun.config.naming import digest, hashed_slug, slug
 from metarun.config.trust import locate
-from metarun.core.console import Screen
+from metarun.core.console import Screen, busy
 from metarun.core.errors import EXIT_FAILED, EXIT_OK
 from metarun.core.files import write_atomically
 from metarun.core.sizes import least, size_text
@@ -66,7 +66,7 @@ def compare(
     Raises:
         ValueError: An argument is invalid; no run has been started.
     """
-    with composer(config_dir) as compose:
+    with busy("composing the runs"), composer(config_dir) as compose:
         jobs = compose.jobs(with_algorithms(compose, words), sweep=True)
     plan = [replace(job, folder=folder / folder_name(job)) for job in jobs]
     _check_against(against, plan)

@@ -180,7 +180,7 @@ def test_list_has_a_line_about_every_workload(metarun: Command) -> None:
     answer = metarun("bench", "--list")
     assert answer.code == 0
     for workload in WORKLOADS:
-        assert any(line.startswith(f"{workload.name} ") for line in answer.out.splitlines())
+        assert any(line.startswith(f" {workload.name} ") for line in answer.out.splitlines())
 
 
 @pytest.mark.parametrize(

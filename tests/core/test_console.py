@@ -174,6 +174,7 @@ def test_control_characters_of_a_name_are_shown_and_not_obeyed() -> None:
         ("accuracy", 0.92345, 0.00512, "92.34 ± 0.51 %"),
         ("accuracy", 1.0, math.nan, "100.00 %"),
         ("mse", 0.41234, 0.0311, "0.4123 ± 0.0311"),
+        ("mse", 0.00492, 0.000901, "0.00492 ± 0.00090"),
         ("mse", 12345.6, None, "1.235e+04"),
         ("mse", None, None, "not a number"),
         ("mse", math.nan, 1.0, "not a number"),
