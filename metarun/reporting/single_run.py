@@ -173,6 +173,8 @@ def sections(
     tasks, *others = _looked_at(files, learned, notes)
     parts = [
         tasks,
+        # The picture of a stream is the one along it; it has no single tasks.
+        Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),
         Section(
             "reached",
             "Learning and meta-test",
@@ -181,7 +183,6 @@ def sections(
         ),
         *others,
         Section("samples", "Generated samples", panels=samples.panels(files)),
-        Section("stream", "Along the stream", panels=streams.panels(files), tables=_stream(files)),
         Section("tests", "Later meta-tests", tables=_tests(files, notes)),
     ]
     return parts, str(notes)

@@ -252,7 +252,7 @@ def test_a_figure_is_drawn_once_for_each_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with rc_context(drawing.STYLE):
-        panel = curves.histogram(files(tmp_path, "mse", [1.0, 2.0, 4.0]))
+        panel = curves.histogram(files(tmp_path, "mse", [1.0, 2.0, 4.0, 5.0, 6.0]))
     assert panel is not None
     drawn: list[object] = []
     draw = Figure.draw

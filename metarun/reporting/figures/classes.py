@@ -43,10 +43,12 @@ def by_class(pairs: Floats, names: list[str], color: str) -> Panel:
     if some:
         axes.axhline(_NAMED - 0.5, color=INK, linewidth=1.0, linestyle=":")
     worst, best = order[0], order[-1]
-    summary = (
-        f"{names[int(classes[worst])]} is hardest ({100 * share[worst]:.1f} %), "
-        f"{names[int(classes[best])]} easiest ({100 * share[best]:.1f} %)"
-    )
+    summary = f"all have {100 * share[best]:.1f} %"
+    if share[worst] < share[best]:
+        summary = (
+            f"{names[int(classes[worst])]} is hardest ({100 * share[worst]:.1f} %), "
+            f"{names[int(classes[best])]} easiest ({100 * share[best]:.1f} %)"
+        )
     return Panel(
         "classes",
         "Classes",

@@ -26,6 +26,8 @@ from metarun.reporting.figures.drawing import (
 )
 from metarun.reporting.run_files import RunFiles
 
+_FEWEST = 5
+"""Number of values from which on a histogram is drawn."""
 _MOST_BINS = 30
 _FEW_POINTS = 30
 """Lines with fewer points have a dot at each."""
@@ -211,7 +213,7 @@ def _columns(curve: Sequence[CurvePoint]) -> tuple[Floats, Floats, Floats]:
 
 
 def histogram(run: RunFiles) -> Panel | None:
-    """Return a histogram of the test episodes; None without episodes."""
+    """Return a histogram of the test episodes; None where there are too few for one."""
     results = run.results
     if results is None or results["metric"] not in run.arrays:
         return None
@@ -219,7 +221,7 @@ def histogram(run: RunFiles) -> Panel | None:
     scale, label = unit(metric)
     every = scale * np.asarray(run.arrays[metric], dtype=np.float64)
     values = every[np.isfinite(every)]
-    if len(values) < 2:
+    if len(values) < _FEWEST:
         return None
     figure = Figure(figsize=SIZE)
     axes = figure.add_subplot()
