@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metarun.execution.guards import Guards, UnguardedError
+from metarun.execution.simplification import shorten, tidy
 from metarun.execution.watching import Executed, watched
 
 GraphKind = Literal["auto", "none", "replay", "compile"]
@@ -219,25 +220,12 @@ def _replay(
     graph = _followed(function, args)
     if kind == "compile":
         return _compiled(graph, args)
-    _use_bindings(graph.graph)
-    graph.recompile()
+    shorten(graph, args)
     # The method itself: calling the module looks for hooks, which it does not have.
     replay = _without_gradients(graph.forward)
     if not _same(expected, replay(*args)):
         raise ValueError("a replay differs from the function")
     return replay
-
-
-def _use_bindings(graph: fx.Graph) -> None:
-    """Call operators by the functions and methods of torch, which are twice as fast to call."""
-    for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
-            continue
-        name = node.target._schema.name.removeprefix("aten::")
-        if hasattr(torch._C._VariableFunctions, name):
-            node.target = getattr(torch._C._VariableFunctions, name)
-        elif hasattr(torch._C.TensorBase, name):
-            node.op, node.target = "call_method", name
 
 
 def _layout(tensor: Tensor) -> Hashable:
@@ -290,7 +278,7 @@ def _followed(function: Function, args: Sequence[Sequence[Tensor]]) -> fx.GraphM
     if constants:
         raise ValueError(f"it reads tensors that are not among its arguments: {constants}")
     data = [node for node in module.graph.nodes if node.op == "placeholder"][-len(args[-1]) :]
-    _tidy(module, set(data))
+    tidy(module, set(data))
     return module
 
 
@@ -320,88 +308,6 @@ class _NoArrays(TorchFunctionMode):
         if function in (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.data_ptr):
             raise ValueError("it reads the numbers in a tensor")
         return function(*args, **(kwargs or {}))
-
-
-_RESHAPES = {
-    torch.ops.aten.view.default,
-    torch.ops.aten._unsafe_view.default,
-    torch.ops.aten.expand.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.t.default,
-}
-"""Operators that return their first argument in a shape that may be the same."""
-
-_SAME = {torch.ops.aten.alias.default, torch.ops.aten.detach.default}
-"""Operators that return their argument."""
-
-_ZEROS = {
-    torch.ops.aten.zeros.default,
-    torch.ops.aten.zeros_like.default,
-    torch.ops.aten.new_zeros.default,
-}
-_STILL_ZEROS = {*_SAME, *_RESHAPES, torch.ops.aten.permute.default, torch.ops.aten.clone.default}
-
-
-def _tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
-    """Remove operators without effect, unused results and repeated operations on the data."""
-    graph = module.graph
-    # In-place operators may change zeros and shared results, so these steps need their absence.
-    if not any(_writes(node) for node in graph.nodes):
-        _leave_out_zeros(graph)
-        _share(graph, data)
-    for node in graph.nodes:
-        reshapes = node.target in _RESHAPES
-        if node.target in _SAME or (reshapes and _same_layout(node, node.args[0])):
-            node.replace_all_uses_with(node.args[0])
-    graph.eliminate_dead_code()
-    module.recompile()
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _leave_out_zeros(graph: fx.Graph) -> None:
-    """Replace sums with zeros by their other summand.
-
-    The derivatives of pooling and ReLU produce such zeros, as large as their inputs.
-    """
-    zeros: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in _ZEROS or (node.target in _STILL_ZEROS and node.args[0] in zeros):
-            zeros.add(node)
-        elif node.target is torch.ops.aten.add.Tensor and not node.kwargs:
-            for zero, other in (node.args, node.args[::-1]):
-                if zero in zeros and isinstance(other, fx.Node) and _same_layout(node, other):
-                    node.replace_all_uses_with(other)
-
-
-def _share(graph: fx.Graph, data: set[fx.Node]) -> None:
-    """Merge equal operations that depend on the data alone.
-
-    Operations that depend on weights are left, as they may be repeated on purpose to save memory.
-    """
-    known = set(data)
-    made: dict[str, fx.Node] = {}
-    for node in graph.nodes:
-        drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        if not node.all_input_nodes or drawn or not known.issuperset(node.all_input_nodes):
-            continue
-        known.add(node)
-        before = made.setdefault(f"{node.target} {node.args} {node.kwargs}", node)
-        if before is not node:
-            node.replace_all_uses_with(before)
-
-
-def _same_layout(node: fx.Node, other: fx.Node) -> bool:
-    """Return whether two results surely have the same shape, type and memory layout.
-
-    The stride of a dimension of size 1 is arbitrary and may differ in a replay, but matrix products
-    choose their order of summation by it. Such tensors therefore do not count as equal.
-    """
-    value, before = node.meta["val"], other.meta["val"]
-    alike = (value.shape, value.dtype) == (before.shape, before.dtype)
-    return alike and value.stride() == before.stride() and 1 not in value.shape
 
 
 def _same(expected: Any, found: Any) -> bool:

@@ -38,6 +38,7 @@ from metarun.training.results import about, plan, write_results
 from metarun.training.run_state import RunState
 from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
 from metarun.training.state import check_same_parameters, load_parameters, required_bytes
+from metarun.training.tasks import TrainingTasks
 from metarun.training.validation import validate
 
 _log = logging.getLogger(__name__)
@@ -114,6 +115,7 @@ class _Loop:
         tasks, number = self.settings.tasks_per_step, distributed.size()
         self.share = Share.of(tasks, distributed.rank(), number) if number > 1 else None
         count = self.share.count if self.share else tasks
+        self.tasks = TrainingTasks(self.source, tasks)
         self.state = RunState(count, validated=0 if self.settings.steps else -1)
 
     # Start and resume.
@@ -232,9 +234,7 @@ class _Loop:
         # Seeded by the step, so that algorithms that use torch's generator resume exactly.
         seeding.seed_torch(seeding.key("update", self.seed, step))
         progress = Progress(step, total, self.share)
-        first = progress.first_task(self.settings.tasks_per_step)
-        batch = self.source.batch("train", first, self.state.share)
-        self.state.add(self.algorithm.update(batch, progress))
+        self.state.add(self.algorithm.update(self.tasks.of_step(progress), progress))
 
     def _write(self, line: Mapping[str, float], bar: Bar) -> None:
         state, total = self.state, self.settings.steps

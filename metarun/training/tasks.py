@@ -1,0 +1,53 @@
+"""The training tasks of each step."""
+
+from __future__ import annotations
+
+from metarun.core.types import EpisodeSource, HasLayouts, Progress, TaskBatch
+
+_STEPS = 64
+"""Largest number of steps whose tasks are drawn together."""
+_BYTES = 2**19
+"""Size of the tasks that are drawn together, unless those of a single step are larger."""
+
+
+class TrainingTasks:
+    """Training tasks by step; small ones are drawn for several steps in one call of the source.
+
+    To draw few numbers takes as long as to draw many, and a task depends on its index alone.
+
+    Args:
+        source: Data set of the run.
+        tasks_per_step: Number of tasks of a step, of all processes together.
+    """
+
+    def __init__(self, source: EpisodeSource, tasks_per_step: int) -> None:
+        self._source = source
+        self._tasks = tasks_per_step
+        self._steps = 0
+        """Steps to draw at once; 0 as long as the size of their tasks is not known."""
+        self._first = 0
+        self._drawn: TaskBatch | None = None
+
+    def of_step(self, progress: Progress) -> TaskBatch:
+        """Return the tasks of this process in the update after `progress.step` updates."""
+        step, share = progress.step, progress.share
+        if share is not None or _sizes_vary(self._source):
+            count = share.count if share else self._tasks
+            return self._source.batch("train", progress.first_task(self._tasks), count)
+        begin = (step - self._first) * self._tasks
+        if self._drawn is None or not 0 <= begin < self._drawn.num_tasks:
+            count = min(max(1, self._steps), progress.total - step)
+            self._drawn = self._source.batch("train", step * self._tasks, count * self._tasks)
+            self._first, begin = step, 0
+            self._steps = min(_STEPS, max(1, _BYTES * count // _size(self._drawn)))
+        return self._drawn[begin : begin + self._tasks]
+
+
+def _sizes_vary(source: EpisodeSource) -> bool:
+    return isinstance(source, HasLayouts) and source.layout("train", 0) is not None
+
+
+def _size(tasks: TaskBatch) -> int:
+    """Return the bytes of all rows, which are at least one."""
+    rows = (tasks.support_x, tasks.support_y, tasks.query_x, tasks.query_y)
+    return max(1, sum(tensor.nbytes for tensor in rows))
