@@ -169,7 +169,8 @@ class OuterOptimizer(nn.Module):
                 grad = torch.empty_like(parameter).copy_(grad)
             parameter.grad = grad
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.targets.values():
+            parameter.grad = None
 
     def check(self, grads: dict[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of gradients over all parameters, 0-dimensional.
@@ -180,7 +181,7 @@ class OuterOptimizer(nn.Module):
         assert grads.keys() == self.targets.keys(), "gradients and parameters differ in names"
         norms = torch._foreach_norm(list(grads.values()))
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-        if not torch.isfinite(norm):
+        if not math.isfinite(norm.item()):
             raise NonFiniteError(*_locate(grads, norm), self.clip_norm)
         return norm
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from metarun.backbones.layers.normalization import set_native
 from metarun.core import distributed
 from metarun.core.checks import at_least
+from metarun.core.once import once_per_network
 from metarun.execution.graph_replay import GraphKind, Graphs, Replay
 from metarun.execution.watching import unwatched
 
@@ -113,11 +114,12 @@ class Engine:
         Dense networks and GPUs are bound by the overhead of operators, which vmap shares over
         tasks. For convolutions on a CPU, threads over tasks make the best use of the cores.
         """
+        if self.kind != "auto" and self.threads:
+            return self
         threads = self.threads or _cores()
         kind = self.kind
         if kind == "auto":
-            convolutional = any(isinstance(module, nn.Conv2d) for module in net.modules())
-            kind = "threads" if convolutional and device.type == "cpu" else "vmap"
+            kind = "threads" if _has_convolutions(net) and device.type == "cpu" else "vmap"
         return replace(self, kind=kind, threads=threads)
 
     def describe(self) -> dict[str, str | int | None]:
@@ -201,8 +203,12 @@ class Engine:
 
         leaves = tuple(params.values())
         site = "map", tuple(names), _codes(function)
+        # On a CPU an evaluation has too few batches for a compilation.
+        replays = self.graph == "compile" and not rows[0].is_cuda
+        engine = replace(self, graph="auto") if replays else self
+        found = list(engine._run(function, forward, net, leaves, rows, site))
         # A view of a parameter requires gradients, even one made under no_grad.
-        return _detached(_concatenate(list(self._run(function, forward, net, leaves, rows, site))))
+        return _detached(_concatenate(found))
 
     def _run(
         self,
@@ -243,9 +249,7 @@ class Engine:
         """Return what takes the place of `work` for each chunk, or None where nothing does."""
         if self.graph == "none":
             return [None] * len(chunks)
-        # Frozen parameters are not among the leaves.
-        frozen = {name: p for name, p in net.named_parameters() if not p.requires_grad}
-        named = {**dict(net.named_buffers()), **frozen}
+        named = _fixed(net)
         buffers = tuple(named.values())
 
         def whole(
@@ -329,6 +333,23 @@ class _Holder(nn.Module):
 
     def forward(self, work: Callable[[], Any]) -> Any:
         return work()
+
+
+@once_per_network
+def _has_convolutions(net: nn.Module) -> bool:
+    return any(isinstance(module, nn.Conv2d) for module in net.modules())
+
+
+def _fixed(net: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers and the frozen parameters of a network, which are not among the leaves."""
+    named = {}
+    for path, module in net.named_modules():
+        learned = module._parameters.items()
+        frozen = ((n, p) for n, p in learned if p is not None and not p.requires_grad)
+        for name, tensor in (*module._buffers.items(), *frozen):
+            if tensor is not None:
+                named[f"{path}.{name}" if path else name] = tensor
+    return named
 
 
 def _codes(function: Any) -> Any:

@@ -194,10 +194,7 @@ def _merge_views(graph: fx.Graph, layouts: dict[fx.Node, _Layout]) -> None:
         # `reshape` may have copied, which these operators do not do.
         if layout[2] != layouts[base][2]:
             continue
-        if layout == layouts[base]:
-            before = base
-        else:
-            before = made.setdefault((base, layout), node)
+        before = base if layout == layouts[base] else made.setdefault((base, layout), node)
         if before is not node:
             node.replace_all_uses_with(before)
         elif node.target not in _AS_FAST or node.args[0] is not base:

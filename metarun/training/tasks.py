@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from metarun.core.types import EpisodeSource, HasLayouts, Progress, TaskBatch
 
 _STEPS = 64
@@ -28,10 +30,15 @@ class TrainingTasks:
         self._first = 0
         self._drawn: TaskBatch | None = None
 
+    @cached_property
+    def _sizes_vary(self) -> bool:
+        source = self._source
+        return isinstance(source, HasLayouts) and source.layout("train", 0) is not None
+
     def of_step(self, progress: Progress) -> TaskBatch:
         """Return the tasks of this process in the update after `progress.step` updates."""
         step, share = progress.step, progress.share
-        if share is not None or _sizes_vary(self._source):
+        if share is not None or self._sizes_vary:
             count = share.count if share else self._tasks
             return self._source.batch("train", progress.first_task(self._tasks), count)
         begin = (step - self._first) * self._tasks
@@ -41,10 +48,6 @@ class TrainingTasks:
             self._first, begin = step, 0
             self._steps = min(_STEPS, max(1, _BYTES * count // _size(self._drawn)))
         return self._drawn[begin : begin + self._tasks]
-
-
-def _sizes_vary(source: EpisodeSource) -> bool:
-    return isinstance(source, HasLayouts) and source.layout("train", 0) is not None
 
 
 def _size(tasks: TaskBatch) -> int:

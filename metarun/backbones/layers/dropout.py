@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from metarun.core import seeding
+from metarun.core.once import once_per_network
 
 
+@once_per_network
 def makes_noise(net: nn.Module) -> bool:
     """Return whether a network draws random masks in training."""
     rates = (getattr(module, "drop_rate", None) for module in net.modules())
