@@ -14,7 +14,7 @@ import random
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -72,6 +72,10 @@ class Watched(Linear):
         )
         self.asked: list[tuple[Split, int]] = []
         self.on_batch = on_batch
+
+    def layout(self, split: Split, index: int) -> Hashable:  # noqa: ARG002
+        """Say that tasks differ from step to step, so that each step asks for its own."""
+        return "of a step" if split == "train" else None
 
     def batch(self, split: Split, index: int, num_tasks: int) -> TaskBatch:
         self.asked.append((split, index))

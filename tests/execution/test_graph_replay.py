@@ -227,17 +227,18 @@ def test_a_function_is_followed_without_being_computed() -> None:
     assert isinstance(seen[0], FakeTensor)
 
 
-def test_what_is_made_of_the_data_alone_is_made_once_and_nothing_else_is() -> None:
+@pytest.mark.parametrize(("rows", "of_weights"), [(2, 1), (40_000, 3)])
+def test_what_is_small_or_made_of_the_data_alone_is_made_once(rows: int, of_weights: int) -> None:
     def function(weights: list[Tensor], data: list[Tensor]) -> Tensor:
         (weight,), (x,) = weights, data
         return sum(weight.exp() * (x.cosh() + x.tanh() * 0.5) for _ in range(3)).sum()
 
-    args = ([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 4.0])])
+    args = ([torch.tensor([1.0, 2.0]).repeat(rows)], [torch.tensor([3.0, 4.0]).repeat(rows)])
     module = _followed(function, args)
     targets = [node.target for node in module.graph.nodes]
     assert targets.count(torch.ops.aten.cosh.default) == 1
     # Repeated operations on weights may be intended, to save memory.
-    assert targets.count(torch.ops.aten.exp.default) == 3
+    assert targets.count(torch.ops.aten.exp.default) == of_weights
     assert torch.equal(module(*args), function(*args))
 
 
