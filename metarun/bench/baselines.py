@@ -11,6 +11,7 @@ import io
 import warnings
 from collections.abc import Callable
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.base import own_parameters
 from metarun.backbones.layers.context import ForwardContext
+from metarun.bench import jax_loop
 from metarun.bench.implementations import EPISODES_AT_ONCE, Step, algorithm_of, batch_of, source_of
 from metarun.bench.networks import load, textbook
 from metarun.bench.workloads import BASELINES, Variant, Workload
@@ -30,7 +32,7 @@ Backward = Callable[[nn.Module, Workload, TaskBatch], None]
 Answers = Callable[[nn.Module, Workload, TaskBatch], Tensor]
 """A function that returns predictions (T, Q, W) after adaptation to each task."""
 
-_MODULES = {"learn2learn": "learn2learn.algorithms.maml", "higher": "higher"}
+_MODULES = {"learn2learn": "learn2learn.algorithms.maml", "higher": "higher", "jax": "optax"}
 
 
 def baselines_of(workload: Workload) -> list[str]:
@@ -70,9 +72,13 @@ def baseline_step(name: str, workload: Workload, device: torch.device) -> Step:
     net = network(workload, device)
     if workload.method == "evaluation":
         return _evaluating(ANSWERS[name], net, workload, device)
+    backward = BACKWARD[workload.method][name]
+    if workload.method == "training":
+        if name == "jax":
+            return jax_loop.training(workload, net)
+        return _training(backward, net, workload, device)
     batch = batch_of(workload, device, torch.float32)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-7)
-    backward = BACKWARD[workload.method][name]
 
     def step() -> None:
         optimizer.zero_grad()
@@ -185,6 +191,21 @@ def higher_backward(net: nn.Module, workload: Workload, batch: TaskBatch) -> Non
                 param.grad = grad if param.grad is None else param.grad + grad
 
 
+def _training(backward: Backward, net: nn.Module, workload: Workload, device: torch.device) -> Step:
+    """Return a call of several training steps with Adam; tasks come from our sampler."""
+    source, optimizer = source_of(workload, device), torch.optim.Adam(net.parameters())
+    numbers = count()
+
+    def step() -> None:
+        for _ in range(workload.updates):
+            optimizer.zero_grad()
+            first = next(numbers) * workload.tasks
+            backward(net, workload, source.batch("train", first, workload.tasks))
+            optimizer.step()
+
+    return step
+
+
 # Other methods.
 
 
@@ -213,6 +234,7 @@ BACKWARD: dict[str, dict[str, Backward]] = {
         "learn2learn": learn2learn_backward,
         "higher": higher_backward,
     },
+    "training": {"functional": functional_backward, "jax": jax_loop.backward},
     "protonet": {"plain": protonet_backward},
     "mann": {"plain": mann_backward},
 }

@@ -5,6 +5,8 @@ Shapes: T tasks, Q query rows, W ways.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -32,13 +34,15 @@ def differences(
     small = workload.small
     if workload.method == "sampling" or not baselines:
         return {}
+    # The gradient of a training step is that of its tasks.
+    small = replace(small, method="maml") if small.method == "training" else small
     if workload.method == "evaluation":
         return _of_answers(small, variant, baselines, device)
     ours, algorithm = our_gradient(small, variant, device)
     found = {}
     for name in baselines:
         net = network(small, device, torch.float64)
-        BACKWARD[small.method][name](net, small, batch_of(small, device, torch.float64))
+        BACKWARD[workload.method][name](net, small, batch_of(small, device, torch.float64))
         names = (
             [(n, p) for n, p in net.named_parameters()]
             if small.method == "mann"

@@ -26,6 +26,7 @@ from metarun.backbones.network import set_mixed
 from metarun.backbones.resnet12 import ResNet12
 from metarun.bench.networks import resnet_widths
 from metarun.bench.workloads import Variant, Workload
+from metarun.core import seeding
 from metarun.core.types import (
     EpisodeSize,
     EpisodeSource,
@@ -39,6 +40,8 @@ from metarun.data.omniglot import OmniglotSmall
 from metarun.data.synthetic import Sinusoid
 from metarun.evaluation.episodes import evaluate
 from metarun.execution.engine import Engine
+from metarun.training.run_state import RunState
+from metarun.training.tasks import TrainingTasks
 
 Step = Callable[[], object]
 
@@ -46,6 +49,7 @@ EPISODES_AT_ONCE = 25
 """Episodes per batch of an evaluation, as in `eval.tasks_per_batch`."""
 
 _NO_PROGRESS = Progress(0, 1)
+_ENDLESS = 10**9
 # The time of a step does not depend on the rate, and this one hardly changes the weights.
 _OUTER_LR = 1e-7
 
@@ -114,7 +118,11 @@ def algorithm_of(
     setup = LearnerSetup(
         spec=spec_of(workload),
         backbone=_backbone(workload),
-        optim=partial(OuterOptimizer, method="sgd", lr=outer_lr),
+        optim=(
+            partial(OuterOptimizer, method="adam")
+            if workload.method == "training"
+            else partial(OuterOptimizer, method="sgd", lr=outer_lr)
+        ),
         engine=Engine(**variant.engine_options, threads=threads),
     )
     with torch.random.fork_rng(devices=[]):
@@ -151,8 +159,23 @@ def our_step(
         return lambda: evaluate(
             algorithm, source, "test", workload.tasks, EPISODES_AT_ONCE, measurements=()
         ), kind
+    if workload.method == "training":
+        return _training(workload, algorithm, source_of(workload, device)), kind
     batch = batch_of(workload, device, torch.float32)
     return lambda: algorithm.update(batch, _NO_PROGRESS), kind
+
+
+def _training(workload: Workload, algorithm: Algorithm, source: EpisodeSource) -> Step:
+    """Return a call of several training steps, each as in a run between two lines of its log."""
+    tasks, state = TrainingTasks(source, workload.tasks), RunState(workload.tasks)
+
+    def step() -> None:
+        for _ in range(workload.updates):
+            seeding.seed_torch(state.step)
+            progress = Progress(state.step, _ENDLESS)
+            state.add(algorithm.update(tasks.of_step(progress), progress))
+
+    return step
 
 
 def our_gradient(

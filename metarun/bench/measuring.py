@@ -28,11 +28,14 @@ _SIZES = (512, 1024, 2048)
 _SIZES_ON_GPU = (2048, 4096, 8192)
 
 
-def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) -> dict[Key, Times]:
+def interleave(
+    steps: Mapping[Key, Step], seconds: float, device: torch.device, updates: int = 1
+) -> dict[Key, Times]:
     """Time steps in alternating rounds, for about `seconds` each and at least `LEAST_ROUNDS`.
 
     A round runs several short steps in a row, as training does. A single step would find the
-    caches in the state left by the other implementation.
+    caches in the state left by the other implementation. Of calls of several `updates` the time
+    of one is returned.
     """
     first = {name: _first(step, device) for name, step in steps.items()}
     # The first steps include imports, traces and compilation, so the one after gives the speed.
@@ -45,7 +48,10 @@ def interleave(steps: Mapping[Key, Step], seconds: float, device: torch.device) 
         for name, step in steps.items():
             times[name].append(_seconds(step, repeats[name], device))
         rounds += 1
-    return {name: Times(first[name], tuple(values)) for name, values in times.items()}
+    return {
+        name: Times(first[name], tuple(value / updates for value in values))
+        for name, values in times.items()
+    }
 
 
 def _first(step: Step, device: torch.device) -> float:

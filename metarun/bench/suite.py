@@ -130,7 +130,7 @@ class Suite:
                 steps[side] = baseline_step(side, workload, self._device)
             else:
                 steps[side], engines[side] = our_step(workload, side, self._device)
-        times = interleave(steps, seconds, self._device)
+        times = interleave(steps, seconds, self._device, workload.updates)
         del steps
         gc.collect()
         return times, engines

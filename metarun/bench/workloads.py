@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from typing import Any, Literal
 
-Method = Literal["maml", "protonet", "mann", "evaluation", "sampling"]
+Method = Literal["maml", "training", "protonet", "mann", "evaluation", "sampling"]
 Backbone = Literal["mlp", "conv4", "resnet12", "flat"]
 
 
@@ -20,8 +20,10 @@ class Workload:
     Attributes:
         name: Name on the command line.
         about: Description in one line.
-        method: Kind of step. `maml`, `protonet` and `mann` are one meta-update; `evaluation` is
-            MAML's predictions for test episodes; `sampling` creates a batch of episodes.
+        method: Kind of step. `maml`, `protonet` and `mann` are one meta-update on given tasks;
+            `training` is MAML's whole training step, with new tasks, Adam and the sums of the
+            metrics; `evaluation` is MAML's predictions for test episodes; `sampling` creates a
+            batch of episodes.
         backbone: Network.
         tasks: Tasks per batch, or episodes of an evaluation.
         way, shot, query: Classes per task, and support and query rows per class.
@@ -30,6 +32,7 @@ class Workload:
         channels, image: Channels and side length of an image; unused by `mlp`.
         filters: Channels of each convolution of `conv4`, or of the first block of `resnet12`.
         inner_lr: Inner learning rate.
+        updates: Training steps of one call; times are those of one step.
         slow: Whether the workload runs only if it is named.
     """
 
@@ -47,6 +50,7 @@ class Workload:
     image: int = 28
     filters: int = 64
     inner_lr: float = 0.1
+    updates: int = 1
     slow: bool = False
 
     @property
@@ -67,6 +71,10 @@ WORKLOADS: tuple[Workload, ...] = (
     Workload(
         "sinusoid", "MAML, MLP 40-40 on sinusoids: 25 tasks, 10+10 points, 1 step",
         "maml", "mlp", 25, way=1, shot=10, query=10, inner_lr=0.01,
+    ),
+    Workload(
+        "sinusoid-training", "the same with new tasks, Adam and metrics: whole training steps",
+        "training", "mlp", 25, way=1, shot=10, query=10, inner_lr=0.01, updates=100,
     ),
     Workload(
         "conv4-1", "MAML, Conv4-64, 28x28: 32 tasks, 5+5 images, 1 step",
@@ -118,7 +126,8 @@ WORKLOADS: tuple[Workload, ...] = (
 """Every workload, in the order in which they are timed."""
 
 BASELINES: dict[str, tuple[Method, ...]] = {
-    "functional": ("maml", "evaluation"),
+    "functional": ("maml", "training", "evaluation"),
+    "jax": ("training",),
     "learn2learn": ("maml", "evaluation"),
     "higher": ("maml",),
     "plain": ("protonet", "mann"),
@@ -221,7 +230,7 @@ def select(words: Sequence[str]) -> list[Workload]:
 def grows(workload: Workload, size: str) -> bool:
     """Return whether a workload has a given size."""
     if size == "steps":
-        return workload.method in ("maml", "evaluation")
+        return workload.method in ("maml", "training", "evaluation")
     if size == "image":
         return workload.backbone != "mlp"
     return True
