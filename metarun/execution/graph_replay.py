@@ -249,7 +249,7 @@ def _compiled(graph: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> Functi
     # Compile the graph itself: torch compiles the code of a function around it eight times at most.
     if not _on_gpu(args):
         # Without it each of the fused operators is called from Python.
-        options = {"cpp_wrapper": True}
+        options: dict[str, Any] = {"cpp_wrapper": True}
         made = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         return _without_gradients(made)
     # On a GPU use CUDA graphs of the whole step, which avoid separate kernel launches.

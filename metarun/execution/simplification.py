@@ -97,7 +97,7 @@ class _Layouts(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, Tensor):
-            self.layouts[n] = result.shape, result.stride(), result.storage_offset()
+            self.layouts[n] = result.shape, result.stride(), int(result.storage_offset())
         return result
 
 

@@ -425,3 +425,37 @@ def test_sizes_of_training_and_of_the_test_vary_apart() -> None:
     assert set(ways) == {3, 4, 5, 6}
     assert all(len(set(ways[at : at + 3])) == 1 for at in range(0, 60, 3))
     assert (made.run_info["way"], made.algorithm.spec.ways_vary) == (5, True)
+
+
+LONG = "train.steps=50000"
+
+
+@pytest.mark.parametrize(
+    ("words", "graph"),
+    [
+        (("algo=maml", "data=sinusoid", LONG), "compile"),
+        (("algo=maml", "data=sinusoid", "train.steps=49999"), "auto"),
+        (("algo=maml", "data=sinusoid", LONG, "graph=replay"), "replay"),
+        (("algo=maml", "data=sinusoid", LONG, "precision=float64"), "auto"),
+        (("algo=maml", "data=omniglot_small", LONG), "auto"),
+        (("algo=oml", "data=stream_incremental_sine", LONG), "auto"),
+    ],
+)
+def test_a_long_run_of_a_small_dense_network_is_compiled_where_there_is_a_compiler(
+    words: tuple[str, ...], graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    experiment = build(*words, "device=cpu")
+    assert experiment.algorithm.engine.graph == experiment.record["graph"] == graph
+    # A run that goes on keeps what it began with.
+    longer = {**experiment.record, "graph": "auto"}
+    assert build_experiment(longer, fresh=False).algorithm.engine.graph == "auto"
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    without = build(*words, "device=cpu").algorithm.engine.graph
+    assert without == ("auto" if graph == "compile" else graph)
+
+
+def test_without_a_compiler_a_compilation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    message = refusal("algo=maml", "data=sinusoid", "graph=compile", "device=cpu")
+    assert message == "graph=compile needs a C++ compiler, such as g++: use graph=replay"

@@ -179,6 +179,30 @@ def test_a_copy_of_a_learner_has_no_graphs_of_the_original() -> None:
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
 @pytest.mark.slow
+def test_a_compiled_run_that_goes_on_equals_one_that_did_not_stop() -> None:
+    """All its steps are compiled, from the first one on."""
+
+    def started() -> Any:
+        torch.manual_seed(0)
+        made = build("maml", "sinusoid", "train.tasks_per_step=3")
+        made.algorithm.engine = Engine("vmap", graph="compile")
+        return made
+
+    def train(made: Any, steps: range) -> None:
+        for step in steps:
+            made.algorithm.update(made.source.batch("train", 3 * step, 3), Progress(step, 9))
+
+    whole, stopped, resumed = started(), started(), started()
+    train(whole, range(9))
+    train(stopped, range(4))
+    resumed.algorithm.load_state_dict(copy.deepcopy(stopped.algorithm.state_dict()))
+    train(resumed, range(4, 9))
+    for name, value in whole.algorithm.named_parameters():
+        assert torch.equal(resumed.algorithm.get_parameter(name), value)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile takes a C++ compiler")
+@pytest.mark.slow
 def test_what_is_compiled_agrees_to_rounding() -> None:
     called, expected = learned("maml", "sinusoid", Engine("vmap", graph="none"))
     compiled, found = learned("maml", "sinusoid", Engine("vmap", graph="compile"))
