@@ -446,7 +446,8 @@ def _choose_graph(algorithm: Algorithm, settings: Settings, *, fresh: bool) -> N
         return
     dense = not any(parameter.dim() > 2 for parameter in algorithm.parameters())
     separate = algorithm.spec.streams is None and settings.precision == "float32"
-    if dense and separate and settings.train.steps >= _STEPS_TO_COMPILE:
+    long = settings.train.steps >= _STEPS_TO_COMPILE and settings.train.rehearse is None
+    if dense and separate and long:
         _set_engine(algorithm, graph="compile")
 
 

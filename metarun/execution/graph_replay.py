@@ -229,6 +229,7 @@ def _replay(
 ) -> Function:
     graph = _followed(function, args)
     if kind == "compile" and len(graph.graph.nodes) <= _MOST_COMPILED:
+        _log.info("compiling the training step: up to a minute, or seconds if a run has before")
         compiled = _compiled(graph, args)
         if _close(expected, compiled(*args)):
             return compiled

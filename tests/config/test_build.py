@@ -436,6 +436,7 @@ LONG = "train.steps=50000"
         (("algo=maml", "data=sinusoid", LONG), "compile"),
         (("algo=maml", "data=sinusoid", "train.steps=49999"), "auto"),
         (("algo=maml", "data=sinusoid", LONG, "graph=replay"), "replay"),
+        (("algo=maml", "data=sinusoid", LONG, "train.rehearse=30"), "auto"),
         (("algo=maml", "data=sinusoid", LONG, "precision=float64"), "auto"),
         (("algo=maml", "data=omniglot_small", LONG), "auto"),
         (("algo=oml", "data=stream_incremental_sine", LONG), "auto"),
