@@ -20,10 +20,9 @@ from metarun.backbones.layers.normalization import (
     InstanceNorm,
     Pooling,
     Unchanged,
-    halved,
-    halved_ceil,
     many_rows,
 )
+from metarun.backbones.layers.pooling import halved, halved_ceil
 from metarun.backbones.network import Maps, Network
 from metarun.core.checks import at_least, positive
 

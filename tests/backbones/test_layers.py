@@ -16,7 +16,8 @@ from metarun.backbones.layers.conv_block import conv_and_norm
 from metarun.backbones.layers.convolution import conv2d_for_double_backward
 from metarun.backbones.layers.dropout import drop_blocks
 from metarun.backbones.layers.modulation import FiLM
-from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm, halved, halved_ceil
+from metarun.backbones.layers.normalization import BatchNorm, InstanceNorm
+from metarun.backbones.layers.pooling import halved, halved_ceil
 
 
 @pytest.fixture

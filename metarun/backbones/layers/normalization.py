@@ -272,16 +272,6 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[i
     return patches, (shifted[0].shape[2], shifted[0].shape[3])
 
 
-def halved(x: Tensor) -> Tensor:
-    """Apply 2x2 max-pooling; an odd last row or column is left out."""
-    return nn.functional.max_pool2d(x, 2)
-
-
-def halved_ceil(x: Tensor) -> Tensor:
-    """Apply 2x2 max-pooling; an odd last row or column is pooled by itself."""
-    return nn.functional.max_pool2d(x, 2, ceil_mode=True)
-
-
 def unchanged(x: Tensor) -> Tensor:
     """Return the input."""
     return x
