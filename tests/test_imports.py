@@ -106,6 +106,20 @@ def test_what_runs_nothing_imports_no_torch(words: list[str], tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_imports_no_compiler_and_nothing_that_draws(tmp_path: Path) -> None:
+    """Each of them takes a second; `torch.func.grad` imports the compiler for learners that adapt."""
+    late = ["torch._dynamo", "sympy", "torchvision", "sklearn", "matplotlib", "pandas", "scipy"]
+    words = ["algo=protonet", "data=omniglot_small", "device=cpu", "threads=1", "train.steps=1"]
+    words += ["train.way=5", "eval.episodes=2", "eval.val_episodes=2", "hydra.run.dir=run"]
+    code = (
+        "import sys; from metarun.cli.main import main; assert main(sys.argv[1:]) == 0; "
+        f"print('late', [name for name in {late} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("late []"), done.stdout + done.stderr
+
+
 def test_the_picture_leaves_out_what_a_chain_of_arrows_says() -> None:
     found = [("cli", "jobs"), ("jobs", "core"), ("cli", "core"), ("cli", "data"), ("data", "core")]
     assert direct(found) == [

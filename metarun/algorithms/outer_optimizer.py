@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metarun.algorithms.update_rules import SGD, Adam, UpdateRule, loaded
 from metarun.backbones.layers.normalization import move_running_statistics
 from metarun.core import distributed
 from metarun.core.checks import at_least, positive, within
@@ -88,25 +88,13 @@ class OuterOptimizer(nn.Module):
         # A plain dict: registered parameters would appear twice in the owner's `parameters()`.
         given = dict(parameters)
         self.targets = {name: param for name, param in given.items() if param.requires_grad}
-        values = list(self.targets.values())
-        if given and not values:
+        if given and not self.targets:
             raise ValueError("all parameters are frozen (requires_grad=False): nothing can learn")
-        if not given:
-            # Torch's optimizers refuse an empty list. The learner is not trained.
-            values = [nn.Parameter(torch.zeros(()))]
-        self.optimizer: torch.optim.Optimizer
-        if method == "adam":
-            self.optimizer = torch.optim.Adam(
-                values,
-                lr=lr,
-                betas=(betas[0], betas[1]),
-                weight_decay=weight_decay,
-                fused=True,
-            )
-        else:
-            self.optimizer = torch.optim.SGD(
-                values, lr=lr, momentum=momentum, weight_decay=weight_decay
-            )
+        self.rule: UpdateRule = (
+            Adam((betas[0], betas[1]), weight_decay)
+            if method == "adam"
+            else SGD(momentum, weight_decay)
+        )
         self.lr = lr
         self.schedule = schedule
         self.min_lr = min_lr
@@ -160,17 +148,14 @@ class OuterOptimizer(nn.Module):
     def move(self, grads: dict[str, Tensor], progress: Progress) -> None:
         """Update the parameters as `step` does, with gradients that are already averaged."""
         norm = self.check(grads)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(progress)
+        params, moves = list(self.targets.values()), []
         for name, parameter in self.targets.items():
             grad = self._clip(grads[name], norm)
             if grad.stride() != parameter.stride():
                 # The fused update reads memory in order: another layout would permute elements.
                 grad = torch.empty_like(parameter).copy_(grad)
-            parameter.grad = grad
-        self.optimizer.step()
-        for parameter in self.targets.values():
-            parameter.grad = None
+            moves.append(grad)
+        self.rule.step(params, moves, self.rate(progress))
 
     def check(self, grads: dict[str, Tensor]) -> Tensor:
         """Return the Euclidean norm of gradients over all parameters, 0-dimensional.
@@ -204,11 +189,10 @@ class OuterOptimizer(nn.Module):
         return grad
 
     def get_extra_state(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
+        return {"state": self.rule.state}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        # torch's optimizers keep the loaded tensors: a copy, so that two never share moments.
-        self.optimizer.load_state_dict(copy.deepcopy(state))
+        self.rule.state = loaded(state["state"], list(self.targets.values()))
 
 
 def _locate(grads: dict[str, Tensor], norm: Tensor) -> tuple[str, float]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 LUMA = (0.299, 0.587, 0.114)
 """Shares of red, green and blue in a gray level, as in ITU-R 601 and Pillow."""
@@ -33,5 +32,8 @@ def _converted(images: Tensor, channels: int, size: list[int]) -> Tensor:
         images = images.expand(-1, 3, -1, -1)
     if list(images.shape[-2:]) == size:
         return images
+    # Imported here, because it takes a second and few data sets are resized.
+    from torchvision.transforms.v2 import functional
+
     resized: Tensor = functional.resize(images, size, antialias=True)
     return resized

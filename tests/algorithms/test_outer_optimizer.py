@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -30,6 +31,40 @@ def test_adam_is_that_of_torch_whatever_order_the_gradients_come_in() -> None:
         reference.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["adam", "sgd"])
+def test_updates_and_state_are_those_of_torch_and_go_on_from_either(method: str) -> None:
+    options = {"weight_decay": 0.1}
+    theirs = [parameter(), parameter()]
+    reference: torch.optim.Optimizer = torch.optim.Adam(theirs, lr=0.02, fused=True, **options)
+    if method == "sgd":
+        options["momentum"] = 0.9
+        reference = torch.optim.SGD(theirs, lr=0.02, **options)
+
+    def outer(ours: list[nn.Parameter]) -> OuterOptimizer:
+        named = list(zip("ab", ours, strict=True))
+        return OuterOptimizer(named, method=method, lr=0.02, **options)  # type: ignore[arg-type]
+
+    ours = [parameter(), parameter()]
+    first = outer(ours)
+    for step in range(8):
+        if step == 4:
+            # Another one goes on with the state of torch's own, which is that of the first.
+            stored = copy.deepcopy(reference.state_dict())
+            for position, own in first.get_extra_state()["state"].items():
+                assert own.keys() == stored["state"][position].keys()
+                assert all(torch.equal(own[k], v) for k, v in stored["state"][position].items())
+            first = outer(ours)
+            first.set_extra_state(stored)
+        grads = [gradient(step), 2 * gradient(step)]
+        first.step(dict(zip("ab", grads, strict=True)), Progress(step, 8))
+        for param, grad in zip(theirs, grads, strict=True):
+            param.grad = grad
+        reference.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
+    assert not torch.equal(stored["state"][0].popitem()[1], torch.zeros(2))
 
 
 def test_the_memory_layout_of_a_gradient_is_without_meaning() -> None:

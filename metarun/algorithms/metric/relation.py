@@ -14,7 +14,8 @@ from metarun.algorithms.common.episodic import EpisodicLearner
 from metarun.algorithms.functional import Params, add_prefix, strip_prefix
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.conv_block import conv_and_norm
-from metarun.backbones.layers.normalization import BatchNorm, halved
+from metarun.backbones.layers.normalization import BatchNorm
+from metarun.backbones.layers.pooling import halved
 from metarun.core.checks import at_least, positive
 from metarun.core.types import Adapted, Prediction
 

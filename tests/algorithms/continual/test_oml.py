@@ -142,7 +142,6 @@ def test_the_classes_of_a_trajectory_are_forgotten_before_it() -> None:
     algorithm = make(OML, classes, TINY, adapt="head", reset=True, inner_lr=0.1)
     with torch.no_grad():
         algorithm.net.head.last.weight.fill_(50.0)
-    algorithm.optimizer.optimizer.param_groups[0]["lr"] = 0.0
     algorithm.optimizer.lr = 1e-30
     algorithm.update(tasks, Progress(0, 10))
     after = algorithm.net.head.last.weight
