@@ -107,7 +107,7 @@ def test_what_runs_nothing_imports_no_torch(words: list[str], tmp_path: Path) ->
 
 
 def test_a_run_imports_no_compiler_and_nothing_that_draws(tmp_path: Path) -> None:
-    """Each of them takes a second; `torch.func.grad` imports the compiler for learners that adapt."""
+    """Each takes a second; `torch.func.grad` imports the compiler for learners that adapt."""
     late = ["torch._dynamo", "sympy", "torchvision", "sklearn", "matplotlib", "pandas", "scipy"]
     words = ["algo=protonet", "data=omniglot_small", "device=cpu", "threads=1", "train.steps=1"]
     words += ["train.way=5", "eval.episodes=2", "eval.val_episodes=2", "hydra.run.dir=run"]
