@@ -9,13 +9,13 @@ from metarun.jobs.comparison import compare
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `metarun compare data=… [KEY=VALUE,VALUE …]` and return the exit code.
+    """Run `metarun compare data=… [KEY=VALUE,VALUE …] [~recipe]` and return the exit code.
 
     Raises:
         ValueError: An argument is invalid; no run has been started.
     """
     for word in args.words:
-        if "=" not in word:
+        if "=" not in word and not word.startswith("~"):
             raise ValueError(
                 f"{word!r} is not KEY=VALUE: type it as in `metarun compare data=sinusoid`"
             )

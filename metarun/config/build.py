@@ -152,6 +152,9 @@ def build_experiment(
         "device": str(device),
         **engine,
     }
+    # Two folders, or two sets of torchvision, have the same name of `data`.
+    which = {key: config["data"].get(key) for key in ("root", "name", "file", "classes")}
+    run_info["data_options"] = {key: value for key, value in which.items() if value is not None}
     if isinstance(backbone, Initialized):
         if "tensors" not in backbone.record:
             name = settings.names["algo"]

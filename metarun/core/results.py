@@ -84,6 +84,8 @@ class Results(TypedDict):
     format: int
     algo: str
     data: str
+    data_options: NotRequired[dict[str, str]]
+    """Which data they are: folder, name, file and classes, as far as the data set has them."""
     way: int
     shot: int
     seed: int

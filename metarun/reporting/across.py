@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metarun.core.errors import one_line
 from metarun.core.sizes import most, size_text
@@ -24,8 +25,8 @@ class _Setting(NamedTuple):
     size: str
 
 
-_ALL = "data.classes=all"
-"""Words of a test on all classes, in the name of its folder."""
+_WHICH = {"folder": "root", "torchvision": "name", "csv": "file"}
+"""The option that says which data they are, where their name does not."""
 
 
 def across_data(groups: Sequence[Group]) -> list[Table]:
@@ -57,7 +58,7 @@ def _tests(run: Run) -> dict[str, Result]:
     """Return the results of a run by what it was tested on: its own data, and other ones."""
     if run.result is None:
         return {}
-    own = str(run.result.record["data"])
+    own = _name(run.result.record)
     found = {own: run.result}
     paths = sorted(run.path.glob("tests/*/results.json"), key=lambda path: path.stat().st_mtime)
     for path in paths:
@@ -70,17 +71,29 @@ def _tests(run: Run) -> dict[str, Result]:
         except (OSError, ValueError) as error:
             _log.warning("%s is damaged and left out: %s", path.parent, one_line(error))
             continue
-        name = str(result.record["data"])
-        if name != own or _ALL in path.parent.name:
-            found[f"{name}, all classes" if _ALL in path.parent.name else name] = result
+        if (name := _name(result.record)) != own:
+            found[name] = result
     return found
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    """Return the name of a test's data: `cifar_fs`, `folder photos`, `mnist, all classes`."""
+    name, options = str(record["data"]), record.get("data_options", {})
+    if (which := options.get(_WHICH.get(name, ""))) is not None:
+        name = f"{name} {Path(str(which)).name}"
+    return f"{name}, all classes" if options.get("classes") == "all" else name
+
+
+def _trained_on(group: Group) -> str:
+    config = group.config
+    return _name({"data": config["names"]["data"], "data_options": config["data"]})
 
 
 def _table(
     setting: _Setting, columns: dict[str, dict[str, list[Result]]], groups: Sequence[Group]
 ) -> Table:
     rows = [group for group in groups if any(group.label in cells for cells in columns.values())]
-    names = [(group.config["names"]["algo"], group.config["names"]["data"]) for group in rows]
+    names = [(group.config["names"]["algo"], _trained_on(group)) for group in rows]
     lines: list[Line] = []
     for group, name in zip(rows, names, strict=True):
         line: dict[str, str | Figure] = {

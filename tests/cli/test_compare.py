@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from metarun.cli.main import main
 from metarun.config.composition import composer
@@ -152,6 +153,19 @@ def test_a_failed_run_leaves_the_others_alone_and_is_named(
     assert len(results(tmp_path)) == 1
     said = capsys.readouterr().err
     assert "failed: repeat the command to try it again" in said
+
+
+def test_recipes_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compare", "data=linear", "algo=maml", *TINY, "~recipe"]) == 0
+    (config,) = tmp_path.rglob("config.yaml")
+    # The recipe of this pair has five inner steps, and the defaults have one.
+    assert yaml.safe_load(config.read_text())["algo"]["inner_steps"] == 1
+    assert main(["compare", "data=linear", "algo=maml", *TINY]) == 0
+    steps = [
+        yaml.safe_load(p.read_text())["algo"]["inner_steps"] for p in tmp_path.rglob("config.yaml")
+    ]
+    assert sorted(steps) == [1, 5]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from tests.conftest import Command
 
 SMALL = [
@@ -41,6 +44,24 @@ def test_runs_are_set_against_what_they_were_tested_on(metarun: Command) -> None
     for (trained, tested), folder in expected.items():
         assert rows[trained][tested]["mean"] == figure(folder), (trained, tested)
     assert "trained on one, tested on another: 1-way" in metarun("table", "runs").out
+
+
+def test_folders_are_told_apart_by_their_names(metarun: Command) -> None:
+    far = "an/animal_pictures_whose_path_is_longer_than_the_name_of_a_test/pets"
+    for root in ("letters", far):
+        for number in range(6):
+            (folder := Path(root, str(number))).mkdir(parents=True)
+            for row in range(3):
+                pixels = np.full((28, 28), 40 * number + row, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{row}.png")
+    words = ["data=folder", "way=2", "shot=1", "query=1", "backbone.filters=2"]
+    assert metarun(*SMALL, *words, "data.root=letters", "hydra.run.dir=run").code == 0
+    for root in ("letters", far):
+        assert metarun("test=run", "data=folder", f"data.root={root}", "data.classes=all").code == 0
+    (matrix,) = json.loads(metarun("table", "run", "--format", "json").out)[1:]
+    (row,) = matrix["rows"]
+    heads = {"folder letters", "folder letters, all classes", "folder pets, all classes"}
+    assert set(row) - {"learner", "trained on"} == heads
 
 
 def test_a_damaged_test_is_left_out_and_told(metarun: Command) -> None:
