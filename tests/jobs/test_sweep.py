@@ -498,7 +498,7 @@ def test_a_job_of_which_a_task_is_killed_goes_on_when_repeated(
     tmp_path: Path, inside: Inside
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = ["-m", "algo=maml", "seed=1", *TINY, "precision=float64", "train.steps=400"]
+    words = ["-m", "algo=maml", "seed=1", *TINY, "precision=float64", "train.steps=60"]
     process = start([*words, *SUBMITIT], tmp_path)
     while not list(tmp_path.rglob("last.pt")) and process.poll() is None:
         time.sleep(0.05)
