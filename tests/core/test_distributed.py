@@ -41,6 +41,21 @@ MORE = [
     "protomaml omniglot_small way=3..5 shot=1..3 train.tasks_per_step=3",
     "protonet omniglot_small sizes=meta_dataset train.tasks_per_step=3",
     "mixture sinusoid algo.prior=crp algo.components=3",
+    *(
+        f"{algo} {data}"
+        for algo in ("oml", "anml")
+        for data in (
+            "stream_sinusoid",
+            "stream_incremental_sine",
+            "stream_rotated",
+            "stream_permuted",
+            "stream_rainbow",
+        )
+    ),
+    *(
+        f"{algo} mixed data.sources=[omniglot_small] train.tasks_per_step=3"
+        for algo in ("protonet", "maml", "protomaml")
+    ),
     "maml omniglot_small ~recipe way=3 backbone=resnet12 backbone.widths=[2,2,2,2]",
 ]
 
@@ -235,6 +250,30 @@ def test_torchrun_makes_one_run_that_one_process_goes_on_with(
     one, other = (json.loads((f / "results.json").read_text()) for f in (alone, made))
     assert other["episodes_hash"] == one["episodes_hash"]
     assert other["test"] == pytest.approx(one["test"], rel=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["oml", "lamaml"])
+def test_a_run_on_streams_in_two_processes_has_the_results_of_one(
+    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        f"algo={algo}", "data=stream_linear", "precision=float64", "device=cpu", "threads=1",
+        "backbone.hidden=[6]", "shot=4", "data.tasks=3", "train.tasks_per_step=3", "train.steps=2",
+        "eval.episodes=3", "eval.val_episodes=2",
+    ]  # fmt: skip
+    with pair(tmp_path, *words) as started:
+        told = [process.communicate(timeout=240) for process in started]
+        assert [process.returncode for process in started] == [0, 0], told
+    (made,) = run_folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "hydra.run.dir=outputs/x/alone"]) == 0
+    two, one = (
+        json.loads((f / "results.json").read_text()) for f in (made, tmp_path / "outputs/x/alone")
+    )
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["episodes_hash"] == one["episodes_hash"]
+    assert two["test"]["mean"] == pytest.approx(one["test"]["mean"], rel=1e-10)
 
 
 @pytest.mark.slow

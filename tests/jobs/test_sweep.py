@@ -447,7 +447,7 @@ def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
         ),
         (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2: expected 1, since hydra/launcher="),
         (
-            ["hydra.launcher.tasks_per_node=2", "algo=reptile", "algo.carry_moments=true"],
+            ["hydra.launcher.tasks_per_node=2", "algo=reptile", "algo.inner_optimizer=adam"],
             "algo=reptile cannot share its tasks over 2 processes",
         ),
     ],
