@@ -360,6 +360,38 @@ def test_half_an_environment_is_refused(
         distributed.place_from_environment()
 
 
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_a_task_of_a_submitit_job_knows_its_place(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        # So that what submitit exports is undone after the test.
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MASTER_PORT", "23456")
+    variables = {
+        "local": {
+            "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1",
+            "LOCAL_NODEID": "0", "LOCAL_GLOBALID": "1", "LOCAL_LOCALID": "1",
+        },
+        "slurm": {
+            "JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "2", "NODEID": "1", "PROCID": "3",
+            "LOCALID": "1", "JOB_NODELIST": "gpu[08-09]",
+        },
+    }[cluster]  # fmt: skip
+    prefix = {"local": "SUBMITIT_", "slurm": "SLURM_"}[cluster]
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", cluster)
+    for name, value in variables.items():
+        monkeypatch.setenv(prefix + name, value)
+    place = distributed.place_from_submitit()
+    if cluster == "slurm":
+        assert place == distributed.Place(rank=3, size=4, local_rank=1, local_size=2)
+        assert os.environ["MASTER_ADDR"] == "gpu08"
+    else:
+        assert place == distributed.Place(rank=1, size=2, local_rank=1, local_size=2)
+        assert os.environ["MASTER_ADDR"] == socket.gethostname()
+
+
 def test_one_process_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("RANK", "0")
