@@ -521,33 +521,6 @@ def test_a_job_of_which_a_task_is_killed_goes_on_when_repeated(
 
 
 @pytest.mark.slow
-def test_a_cluster_of_ray_computes_runs_alike(
-    tmp_path: Path, inside: Inside, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster
-
-    words = ["-m", "algo=maml", "seed=1,2", *TINY]
-    launcher = ["hydra/launcher=ray", "+hydra.launcher.ray.init.object_store_memory=null"]
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    try:
-        cluster.add_node(num_cpus=1)
-        launcher.append(f"hydra.launcher.ray.init.address={cluster.address}")
-        done = run([*words, *launcher], tmp_path)
-    finally:
-        cluster.shutdown()
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("test mse") == 2
-    alone = tmp_path / "alone"
-    assert inside(alone, words).code == 0
-    expected = folders(alone)
-    assert len(expected) == 2
-    for name, folder in expected.items():
-        assert numbers(folder) == numbers(tmp_path / "outputs/sweeps" / name)
-
-
-@pytest.mark.slow
 def test_a_sweep_out_of_time_goes_on_with_the_limit_that_is_typed_now(
     metarun: Command, tmp_path: Path
 ) -> None:
