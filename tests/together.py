@@ -26,12 +26,19 @@ TASKS, UPDATES, EPISODES = 3, 2, 5
 # Adam would amplify rounding errors of zero gradients, such as that of a bias before batch norm.
 COMMON = ["precision=float64", "device=cpu", "engine=loop", "optim=sgd", "optim.lr=0.01"]
 IMAGES = ["way=3", "shot=2", "query=2"]
+TRANSFORMED = [
+    "way=2", "shot=2", "query=2", "train.shot=2", "train.query=2", "data.tasks=2", "data.rows=2",
+]  # fmt: skip
 SMALL = {
     "sinusoid": ["backbone.hidden=[6]", "shot=6", "train.shot=6"],
     "multimodal": ["backbone.hidden=[6]", "shot=6", "train.shot=6"],
     "omniglot_small": [*IMAGES, "backbone.filters=2", "data.image_size=14", "backbone.blocks=2"],
     "tables": ["query=2"],
+    "mixed": [*IMAGES, "backbone.filters=2", "data.image_size=14", "backbone.blocks=2"],
     "stream_linear": ["backbone.hidden=[6]", "shot=4", "data.tasks=3"],
+    "stream_sinusoid": ["backbone.hidden=[6]", "shot=4", "data.tasks=3"],
+    "stream_incremental_sine": ["backbone.hidden=[6]"],
+    **dict.fromkeys(("stream_rotated", "stream_permuted", "stream_rainbow"), TRANSFORMED),
     "stream_omniglot_small": [*IMAGES, "backbone.filters=2", "train.way=2"],
 }
 

@@ -329,7 +329,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
             return _hand_over(args, _never)
         if bare and not args.estimate:
             print("quick start: MAML on sinusoid regression, about a minute; see `metarun --help`")
-        check_jobs(jobs)
+        check_jobs(jobs, None if method is None else method.processes)
     if args.estimate:
         from metarun.jobs.estimate import print_estimates
 

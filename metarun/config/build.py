@@ -193,13 +193,17 @@ def _check_memory(settings: Settings, source: EpisodeSource) -> None:
         )
 
 
-def check_shares(experiment: Experiment) -> None:
+def check_shares(experiment: Experiment, processes: int | None = None) -> None:
     """Check that the tasks of an update can be divided among the processes.
+
+    Args:
+        experiment: The run.
+        processes: Number of its processes; None for those of the present run.
 
     Raises:
         ValueError: There are more processes than tasks, or the algorithm needs the whole batch.
     """
-    train, number = experiment.train, distributed.size()
+    train, number = experiment.train, processes or distributed.size()
     if number == 1 or not train.steps:
         return
     if train.tasks_per_step < number:

@@ -131,7 +131,7 @@ class Composer:
         """Return Hydra's launcher and sweeper for these overrides.
 
         Raises:
-            ValueError: The launcher would start several processes for one run.
+            ValueError: The launcher cannot start the processes of a run.
         """
         return method_of(self._sweep_node(self._one_of_each(overrides)))
 

@@ -20,6 +20,7 @@ from metarun.config.suggestions import nearest, unknown_key
 
 _EXTRAS = {
     "joblib": "joblib",
+    "ray": "ray",
     "submitit_local": "slurm",
     "submitit_slurm": "slurm",
     "optuna": "optuna",

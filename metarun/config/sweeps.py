@@ -27,11 +27,13 @@ class SweepMethod:
         launcher: Value of `hydra/launcher`.
         sweeper: Value of `hydra/sweeper`.
         direction: `minimize` or `maximize`; None if the sweeper has no direction.
+        processes: Number of processes of each run.
     """
 
     launcher: str
     sweeper: str
     direction: str | None
+    processes: int = 1
 
     @property
     def searches(self) -> bool:
@@ -63,20 +65,26 @@ def method_of(hydra: DictConfig) -> SweepMethod:
     """Return the launcher and the sweeper of Hydra's node of a sweep.
 
     Raises:
-        ValueError: The launcher would start several processes for one run.
+        ValueError: A run would have no process, or would have several machines where there is one.
     """
     choices = hydra.runtime.choices
-    number = hydra.launcher.get("tasks_per_node") or 1
-    if number > 1:
+    launcher = str(choices["hydra/launcher"])
+    # Only submitit's launchers have these keys.
+    numbers = {key: hydra.launcher.get(key, 1) for key in ("nodes", "tasks_per_node")}
+    for key, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"hydra.launcher.{key}={number}: expected 1 or more")
+    if launcher == "submitit_local" and numbers["nodes"] > 1:
         raise ValueError(
-            f"hydra.launcher.tasks_per_node={number}: expected 1, since each run of a sweep "
-            "is one process; use torchrun to start one run in several"
+            f"hydra.launcher.nodes={numbers['nodes']}: expected 1, since hydra/launcher={launcher} "
+            "starts all processes on this machine"
         )
     direction = hydra.sweeper.get("direction")
     return SweepMethod(
-        str(choices["hydra/launcher"]),
+        launcher,
         str(choices["hydra/sweeper"]),
         None if direction is None else str(getattr(direction, "name", direction)),
+        numbers["nodes"] * numbers["tasks_per_node"],
     )
 
 

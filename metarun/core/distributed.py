@@ -1,8 +1,9 @@
 """Communication between the processes of a distributed run.
 
-`torchrun` and similar launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
-After `start`, all processes call the functions of this module in the same order. In a run of one
-process, each function returns its input. Torch is imported only when processes communicate.
+`torchrun` and similar launchers set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; the
+tasks of a submitit job get them from submitit. After `start`, all processes call the functions of
+this module in the same order. In a run of one process, each function returns its input. Torch is
+imported only when processes communicate.
 
 Shapes: T rows of this process, N rows of all processes.
 """
@@ -77,6 +78,19 @@ def place_from_environment() -> Place:
     local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
     local_size = _number("LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in os.environ else size
     return Place(rank, size, local_rank, local_size)
+
+
+def place_from_submitit() -> Place:
+    """Return the place of this process among the tasks of its submitit job.
+
+    Raises:
+        ValueError: A variable of the job is not valid.
+    """
+    from submitit.helpers import TorchDistributedEnvironment
+
+    # The device is chosen by the local rank: every process sees all GPUs of its machine.
+    TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+    return place_from_environment()
 
 
 def _number(name: str) -> int:

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
     from metarun.config.composition import Job
 
 
-def check_jobs(jobs: Sequence[Job]) -> None:
+def check_jobs(jobs: Sequence[Job], processes: int | None = None) -> None:
     """Check that all jobs can run; write nothing to disk.
 
     It prints what recipes leave out, and what data sets say of themselves (`notes_for_user`).
+
+    Args:
+        jobs: The runs.
+        processes: Number of processes of each run; None for those of the present one.
 
     Raises:
         ValueError: A job cannot run.
@@ -38,7 +42,7 @@ def check_jobs(jobs: Sequence[Job]) -> None:
     with warnings_held(), busy("checking what was asked for"):
         for job in jobs:
             experiment = build_experiment(job.config)
-            check_shares(experiment)
+            check_shares(experiment, processes)
             check_space(job.folder, required_bytes(experiment.algorithm))
             told += getattr(experiment.source, "notes_for_user", ())
     if not distributed.is_main():

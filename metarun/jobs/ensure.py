@@ -12,11 +12,12 @@ from typing import Literal
 
 from metarun.config.composition import to_yaml
 from metarun.config.schema import Config
+from metarun.core import distributed
 from metarun.core.console import FILE_ONLY, Screen
 from metarun.core.errors import Interrupted, OutOfTime, describe_error
 from metarun.jobs.resume import continuation
 from metarun.jobs.train import train, train_experiment
-from metarun.runs.folder import RunFolder
+from metarun.runs.folder import NullRun, RunFolder
 from metarun.runs.lock import InUse
 
 State = Literal["finished", "kept", "failed", "interrupted", "paused", "elsewhere"]
@@ -56,8 +57,7 @@ def ensure_finished(
         screen: Screen for the progress.
     """
     try:
-        _clear_false_start(folder)
-        if not _begun(folder):
+        if not distributed.on_main(lambda: _begun(folder)):
             train(config, folder, overrides, screen, config_dir)
             return Outcome("finished")
         run = RunFolder.open(folder)
@@ -68,7 +68,9 @@ def ensure_finished(
         experiment = continuation(run, words, config_dir, config)
         if experiment is None:
             return Outcome("kept")
-        train_experiment(run, experiment, screen, config_dir)
+        train_experiment(
+            run if distributed.is_main() else NullRun(), experiment, screen, config_dir
+        )
         return Outcome("finished")
     except Interrupted as stop:
         return Outcome("interrupted", str(stop), stop.signum)
@@ -84,11 +86,13 @@ def ensure_finished(
             return Outcome("kept")
         # A damaged status.json raises ValueError; the original error is returned below.
         with suppress(OSError, InUse, ValueError):
-            _record_failure(config, folder, overrides, error)
+            if distributed.is_main():
+                _record_failure(config, folder, overrides, error)
         return Outcome("failed", describe_error(error))
 
 
 def _begun(folder: Path) -> bool:
+    _clear_false_start(folder)
     return folder.is_dir() and any(folder.iterdir())
 
 

@@ -33,7 +33,7 @@ from metarun.config.composition import Job
 from metarun.config.loading import register_resolvers
 from metarun.config.naming import slug
 from metarun.config.sweeps import SweepMethod
-from metarun.core import streams
+from metarun.core import distributed, streams
 from metarun.core.console import Screen
 from metarun.core.errors import EXIT_FAILED, EXIT_OK, describe_error
 from metarun.core.measures import figure, number
@@ -106,11 +106,19 @@ class Worker:
         config_dir: Folder of the user's YAML files.
         number: Number of runs; None if the sweeper determines it while searching.
         bound: Whether other processes are children of this one and end with it.
+        processes: Number of processes of each run, all of which call this.
     """
 
     def __init__(
-        self, journal: Path, config_dir: str | None, number: int | None, *, bound: bool = False
+        self,
+        journal: Path,
+        config_dir: str | None,
+        number: int | None,
+        *,
+        bound: bool = False,
+        processes: int = 1,
     ) -> None:
+        self._processes = processes
         self._bound = bound
         self._journal = Journal(journal)
         self._config_dir = config_dir
@@ -134,8 +142,15 @@ class Worker:
             Optuna counts as a failed trial.
         """
         config, folder, words = from_hydra(cfg)
-        if not self._journal.stopped():
-            self._run(config, folder, words)
+        place = distributed.place_from_submitit() if self._processes > 1 else distributed.Place()
+        distributed.start(place)
+        try:
+            if not distributed.on_main(self._journal.stopped):
+                self._run(config, folder, words)
+        finally:
+            distributed.stop()
+        if place.rank > 0:
+            return None
         with suppress(OSError):
             folder.rmdir()  # Hydra creates it even for a run that never started.
         return _val(folder)
@@ -147,7 +162,8 @@ class Worker:
         if not self._quiet:
             of = "" if self._number is None else f" of {self._number}"
             streams.tell(f"\nrun {len(self._journal.ends()) + 1}{of}: {' '.join(words)}")
-        self._journal.add("start", folder=name, host=socket.gethostname(), process=os.getpid())
+        if distributed.is_main():
+            self._journal.add("start", folder=name, host=socket.gethostname(), process=os.getpid())
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
         _at_work.set()
         try:
@@ -156,6 +172,8 @@ class Worker:
             outcome = Outcome("interrupted", "stopped before it started", signal.SIGTERM)
         finally:
             _at_work.clear()
+        if not distributed.is_main():
+            return
         self._journal.add(
             "end", folder=name, state=outcome.state, why=outcome.why, signum=outcome.signum
         )
@@ -192,7 +210,8 @@ def run(
     journal = Journal(place / f".sweep-{secrets.token_hex(4)}.jsonl")
     journal.path.touch()
     count = None if method.searches else len(plan)
-    worker = Worker(journal.path, config_dir, count, bound=method.launcher == "joblib")
+    bound = method.launcher == "joblib"
+    worker = Worker(journal.path, config_dir, count, bound=bound, processes=method.processes)
     try:
         with _stopping(journal, detached=method.launcher == "submitit_slurm") as stop:
             monitor = _Monitor(journal, count).showing() if method.parallel else nullcontext()

@@ -49,7 +49,7 @@ def train(
     screen: Screen,
     config_dir: str | None = None,
 ) -> None:
-    """Build the components of a run and train it in a new folder.
+    """Build the components of a run and train it in a new folder, which the main process makes.
 
     Args:
         config: Resolved and checked configuration.
@@ -58,8 +58,12 @@ def train(
         screen: Screen for the progress.
         config_dir: Folder of the user's YAML files.
     """
-    experiment = build_experiment(config)
-    run = RunFolder.create(folder, config=to_yaml(experiment.record), overrides=list(overrides))
+    with distributed.agreed():
+        experiment = build_experiment(config)
+    run: Run = NullRun()
+    if distributed.is_main():
+        record = to_yaml(experiment.record)
+        run = RunFolder.create(folder, config=record, overrides=list(overrides))
     train_experiment(run, experiment, screen, config_dir)
 
 
@@ -107,8 +111,7 @@ def tell_published(run: Path, folder: Path, config_dir: str | None) -> None:
 def train_without_folder(config: Config) -> int:
     """Train in a process other than the main one, without folder and screen; return exit code."""
     return exit_code_of(
-        lambda: train_experiment(NullRun(), build_experiment(config), silent_screen()),
-        debug=bool(config["debug"]),
+        lambda: train(config, Path(), [], silent_screen()), debug=bool(config["debug"])
     )
 
 

@@ -41,6 +41,21 @@ MORE = [
     "protomaml omniglot_small way=3..5 shot=1..3 train.tasks_per_step=3",
     "protonet omniglot_small sizes=meta_dataset train.tasks_per_step=3",
     "mixture sinusoid algo.prior=crp algo.components=3",
+    *(
+        f"{algo} {data}"
+        for algo in ("oml", "anml")
+        for data in (
+            "stream_sinusoid",
+            "stream_incremental_sine",
+            "stream_rotated",
+            "stream_permuted",
+            "stream_rainbow",
+        )
+    ),
+    *(
+        f"{algo} mixed data.sources=[omniglot_small] train.tasks_per_step=3"
+        for algo in ("protonet", "maml", "protomaml")
+    ),
     "maml omniglot_small ~recipe way=3 backbone=resnet12 backbone.widths=[2,2,2,2]",
 ]
 
@@ -238,6 +253,30 @@ def test_torchrun_makes_one_run_that_one_process_goes_on_with(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algo", ["oml", "lamaml"])
+def test_a_run_on_streams_in_two_processes_has_the_results_of_one(
+    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [
+        f"algo={algo}", "data=stream_linear", "precision=float64", "device=cpu", "threads=1",
+        "backbone.hidden=[6]", "shot=4", "data.tasks=3", "train.tasks_per_step=3", "train.steps=2",
+        "eval.episodes=3", "eval.val_episodes=2",
+    ]  # fmt: skip
+    with pair(tmp_path, *words) as started:
+        told = [process.communicate(timeout=240) for process in started]
+        assert [process.returncode for process in started] == [0, 0], told
+    (made,) = run_folders(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main([*words, "hydra.run.dir=outputs/x/alone"]) == 0
+    two, one = (
+        json.loads((f / "results.json").read_text()) for f in (made, tmp_path / "outputs/x/alone")
+    )
+    assert (two["processes"], one["processes"]) == (2, 1)
+    assert two["episodes_hash"] == one["episodes_hash"]
+    assert two["test"]["mean"] == pytest.approx(one["test"]["mean"], rel=1e-10)
+
+
+@pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_once_and_nothing_is_made(tmp_path: Path) -> None:
     with pair(tmp_path, *SMALL_RUN, "train.tasks_per_step=1") as started:
         told = [process.communicate(timeout=120) for process in started]
@@ -319,6 +358,38 @@ def test_half_an_environment_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=text):
         distributed.place_from_environment()
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_a_task_of_a_submitit_job_knows_its_place(
+    cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"):
+        # So that what submitit exports is undone after the test.
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("MASTER_PORT", "23456")
+    variables = {
+        "local": {
+            "LOCAL_JOB_ID": "7", "LOCAL_NTASKS": "2", "LOCAL_JOB_NUM_NODES": "1",
+            "LOCAL_NODEID": "0", "LOCAL_GLOBALID": "1", "LOCAL_LOCALID": "1",
+        },
+        "slurm": {
+            "JOB_ID": "7", "NTASKS": "4", "JOB_NUM_NODES": "2", "NODEID": "1", "PROCID": "3",
+            "LOCALID": "1", "JOB_NODELIST": "gpu[08-09]",
+        },
+    }[cluster]  # fmt: skip
+    prefix = {"local": "SUBMITIT_", "slurm": "SLURM_"}[cluster]
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", cluster)
+    for name, value in variables.items():
+        monkeypatch.setenv(prefix + name, value)
+    place = distributed.place_from_submitit()
+    if cluster == "slurm":
+        assert place == distributed.Place(rank=3, size=4, local_rank=1, local_size=2)
+        assert os.environ["MASTER_ADDR"] == "gpu08"
+    else:
+        assert place == distributed.Place(rank=1, size=2, local_rank=1, local_size=2)
+        assert os.environ["MASTER_ADDR"] == socket.gethostname()
 
 
 def test_one_process_of_one_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:

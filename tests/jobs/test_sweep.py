@@ -402,6 +402,7 @@ def test_every_listed_value_of_a_search_is_looked_up_first(metarun: Command) -> 
     [
         ("hydra/launcher=joblib", "joblib"),
         ("hydra/launcher=submitit_slurm", "slurm"),
+        ("hydra/launcher=ray", "ray"),
         ("hydra/sweeper=optuna", "optuna"),
     ],
 )
@@ -434,12 +435,89 @@ def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
     assert list(journal.ends()) == ["a"]
 
 
-def test_a_job_of_several_tasks_is_refused(metarun: Command) -> None:
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["hydra.launcher.tasks_per_node=3"],
+            "train.tasks_per_step=2 is fewer than the 3 processes",
+        ),
+        (
+            ["hydra.launcher.tasks_per_node=0"],
+            "hydra.launcher.tasks_per_node=0: expected 1 or more",
+        ),
+        (["hydra.launcher.nodes=2"], "hydra.launcher.nodes=2: expected 1, since hydra/launcher="),
+        (
+            ["hydra.launcher.tasks_per_node=2", "algo=reptile", "algo.inner_optimizer=adam"],
+            "algo=reptile cannot share its tasks over 2 processes",
+        ),
+    ],
+    ids=["few tasks", "no task", "machines", "sequence"],
+)
+def test_a_job_that_cannot_share_its_tasks_is_refused(
+    words: list[str], told: str, metarun: Command, tmp_path: Path
+) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
-    words = ["hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2", "seed=1,2"]
-    answer = metarun("-m", *words, *TINY)
+    answer = metarun("-m", "hydra/launcher=submitit_local", "seed=1,2", *TINY, *words)
     assert answer.code == 2
-    assert answer.err.startswith("error: hydra.launcher.tasks_per_node=2: expected 1, since each")
+    assert answer.err.startswith(f"error: {told}")
+    assert answer.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+SUBMITIT = [
+    "hydra/launcher=submitit_local", "hydra.launcher.tasks_per_node=2",
+    "hydra.launcher.timeout_min=5",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_job_are_the_processes_of_one_run(tmp_path: Path, inside: Inside) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", "algo=maml", "seed=1,2", *TINY, "precision=float64", "train.tasks_per_step=3"]
+    done = run([*words, *SUBMITIT], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout.count("test mse") == 2
+    alone = tmp_path / "alone"
+    assert inside(alone, words).code == 0
+    found, expected = folders(tmp_path), folders(alone)
+    assert found.keys() == expected.keys()
+    assert len(found) == 2
+    for name, folder in found.items():
+        assert json.loads((folder / "results.json").read_text())["processes"] == 2
+        two, one = numbers(folder), numbers(expected[name])
+        assert two[3] == one[3]
+        for ours, theirs in zip(two[0].splitlines(), one[0].splitlines(), strict=True):
+            assert json.loads(ours) == pytest.approx(json.loads(theirs), rel=1e-10)
+        for ours, theirs in zip(two[1:3], one[1:3], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-10)
+
+
+@pytest.mark.slow
+def test_a_job_of_which_a_task_is_killed_goes_on_when_repeated(
+    tmp_path: Path, inside: Inside
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    words = ["-m", "algo=maml", "seed=1", *TINY, "precision=float64", "train.steps=30"]
+    process = start([*words, *SUBMITIT], tmp_path)
+    while not list(tmp_path.rglob("last.pt")) and process.poll() is None:
+        time.sleep(0.05)
+    (journal,) = tmp_path.rglob(".sweep-*.jsonl")
+    (begun,) = Journal(journal).running().values()
+    os.kill(begun["process"], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "to complete the sweep, repeat the command" in err
+    assert states(tmp_path) == ["running"]
+    done = run([*words, *SUBMITIT], tmp_path)
+    assert done.returncode == 0, done.stderr
+    (folder,) = folders(tmp_path).values()
+    assert "continuing" in (folder / "metarun.log").read_text()
+    alone = tmp_path / "alone"
+    assert inside(alone, words).code == 0
+    (expected,) = folders(alone).values()
+    assert numbers(folder)[1] == pytest.approx(numbers(expected)[1], rel=1e-8)
 
 
 @pytest.mark.slow
