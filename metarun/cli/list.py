@@ -27,7 +27,7 @@ from metarun.reporting.references import (
     reference_figures,
 )
 from metarun.runs import sweeps
-from metarun.runs.find import OUTPUTS, ending, newest_first, run_folders, when
+from metarun.runs.find import OUTPUTS, endings, newest_first, run_folders, when
 from metarun.runs.folder import RunFolder
 
 _NEWEST = 20
@@ -135,9 +135,11 @@ def _show_rows(
 
 def _show_runs(runs: Sequence[Path], *, every: bool) -> None:
     """The newest of all runs, each with a name to type and with what was typed for it."""
-    _show_rows(runs, lambda run: _run_row(run, ending(run, runs)), "runs", every=every)
+    shown = runs if every else runs[:_NEWEST]
+    names = dict(zip(shown, endings(shown, runs), strict=True))
+    _show_rows(runs, lambda run: _run_row(run, names[run]), "runs", every=every)
     if runs:
-        name = ending(runs[0], runs)
+        name = names[runs[0]]
         tell(f"a run is named by the end of its folder, as shown: `metarun report {name}`")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -81,20 +82,36 @@ def run_folders(folder: Path) -> list[Path]:
     return sorted(run for run in found if (run / "config.yaml").exists())
 
 
-def ending(run: Path, runs: Sequence[Path]) -> str:
-    """Return the shortest end of a run's name that stands for it alone, or its path.
+def endings(shown: Iterable[Path], runs: Sequence[Path]) -> list[str]:
+    """Return the shortest end of each run's name that stands for it alone, or its path.
 
     Args:
-        run: Folder of the run.
-        runs: Folders of all runs, among them this one.
+        shown: Folders of the runs to name.
+        runs: Folders of all runs, among them those.
     """
-    starts = [found.end() for found in re.finditer("[-_]", run.name)]
-    ends = [run.name[start:] for start in reversed(starts) if len(run.name) - start >= _SHORTEST]
-    for end in ends:
-        if sum(end in other.name for other in runs) == 1 and not Path(end).exists():
-            return end
-    alone = sum(run.name == other.name for other in runs) == 1 and not Path(run.name).exists()
-    return run.name if alone else str(run)
+    shown = list(shown)
+    names = Counter(run.name for run in runs)
+    wanted = {end for run in shown for end in _ends(run.name)}
+    lengths = {len(end) for end in wanted}
+    # Parts of names are looked up: to compare all pairs of names would take minutes for a big pool.
+    having: Counter[str] = Counter()
+    for name, times in names.items():
+        parts = {name[i : i + size] for size in lengths for i in range(len(name) - size + 1)}
+        having.update(dict.fromkeys(parts & wanted, times))
+
+    def name_of(run: Path) -> str:
+        for end in _ends(run.name):
+            if having[end] == 1 and not Path(end).exists():
+                return end
+        return run.name if names[run.name] == 1 and not Path(run.name).exists() else str(run)
+
+    return [name_of(run) for run in shown]
+
+
+def _ends(name: str) -> list[str]:
+    """Return the ends of a name that follow a dash or an underscore, the shortest first."""
+    starts = [found.end() for found in re.finditer("[-_]", name)]
+    return [name[start:] for start in reversed(starts) if len(name) - start >= _SHORTEST]
 
 
 def newest_first(runs: Iterable[Path]) -> list[Path]:

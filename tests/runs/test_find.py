@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from metarun.runs import sweeps
-from metarun.runs.find import ending, find_run, find_runs, newest_first, run_folders
+from metarun.runs.find import endings, find_run, find_runs, newest_first, run_folders
 from metarun.runs.folder import RunFolder
 
 
@@ -66,12 +70,45 @@ def test_the_shown_end_of_a_name_stands_for_its_run_alone() -> None:
         a_run("outputs/twice/mine-too"),
         a_run("outputs/once/mine-too"),
     ]
-    ends = [ending(run, runs) for run in runs]
+    ends = endings(runs, runs)
     assert ends[:3] == ["a1b2c300", "a1b2c311", "a1b2c322"]
     assert ends[3:6] == ["mine", "run-1", "run-10"]
     # The same name twice: the whole path is needed.
     assert ends[6:] == ["outputs/twice/mine-too", "outputs/once/mine-too"]
     assert [find_run(end) for end in ends] == runs
+
+
+def test_each_shown_end_is_the_shortest_that_no_other_name_contains() -> None:
+    generator = random.Random(0)
+    runs = [
+        Path("-".join("".join(generator.choices("ab", k=3)) for _ in range(4))) for _ in range(60)
+    ]
+    for run, shown in zip(runs, endings(runs, runs), strict=True):
+        words = run.name.split("-")
+        ends = ["-".join(words[start:]) for start in (2, 1)]
+        alone = [end for end in ends if sum(end in other.name for other in runs) == 1]
+        assert shown == (alone[0] if alone else run.name)
+
+
+def test_naming_all_runs_takes_work_in_proportion_to_their_number() -> None:
+    def lines_executed(number: int) -> int:
+        runs = [Path(f"09-00-00-maml-sinusoid-{index:06x}") for index in range(number)]
+        executed = 0
+
+        def trace(_: FrameType, event: str, __: object) -> Any:
+            nonlocal executed
+            executed += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            endings(runs, runs)
+        finally:
+            sys.settrace(before)
+        return executed
+
+    assert lines_executed(200) < 2.2 * lines_executed(100)
 
 
 def test_a_whole_name_is_not_a_part_of_another() -> None:
