@@ -29,7 +29,7 @@ def test_a_choice_is_shown_with_its_paper_its_keys_its_recipes_and_a_command(
     # Its own key, and one of what it builds on.
     assert " algo.adapt = head\n" in answer.out
     assert " algo.inner_lr = 0.01\n" in answer.out
-    assert "recipes: linear, omniglot, omniglot_small, sinusoid" in answer.out
+    assert "recipes: cifar_fs, linear, omniglot, omniglot_small, sinusoid" in answer.out
     assert answer.out.rstrip().endswith("try: metarun algo=anil data=omniglot_small")
     assert all(len(line) <= 80 for line in answer.out.splitlines())
 
