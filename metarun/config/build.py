@@ -443,18 +443,19 @@ def _choose_graph(algorithm: Algorithm, settings: Settings, *, fresh: bool) -> N
     Raises:
         ValueError: There is no compiler, and one is needed.
     """
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")
-    on_cpu = _device(settings.device).type == "cpu"
-    if not fresh or not on_cpu:
-        return
-    if settings.graph == "compile" and compiler is None:
-        raise ValueError("graph=compile needs a C++ compiler, such as g++: use graph=replay")
-    if settings.graph != "auto" or compiler is None:
+    if not fresh or _device(settings.device).type != "cpu":
         return
     dense = not any(parameter.dim() > 2 for parameter in algorithm.parameters())
     separate = algorithm.spec.streams is None and settings.precision == "float32"
     long = settings.train.steps >= _STEPS_TO_COMPILE and settings.train.rehearse is None
-    if dense and separate and long:
+    # The engine has no graph any more if a network has to run in a loop.
+    pays = algorithm.engine.graph == "auto" and dense and separate and long
+    if not pays and settings.graph != "compile":
+        return
+    if not (shutil.which(os.environ.get("CXX") or "g++") or shutil.which("clang++")):
+        if settings.graph == "compile":
+            raise ValueError("graph=compile needs a C++ compiler, such as g++: use graph=replay")
+    elif pays:
         _set_engine(algorithm, graph="compile")
 
 

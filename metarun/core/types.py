@@ -410,6 +410,11 @@ class HasLayouts(Protocol):
         ...
 
 
+def layouts_differ(source: EpisodeSource, split: Split) -> bool:
+    """Return whether not every two tasks of a split can be in one batch."""
+    return isinstance(source, HasLayouts) and source.layout(split, 0) is not None
+
+
 @runtime_checkable
 class HasRowsOfClasses(Protocol):
     """A data set whose rows belong to classes, each class to one split."""

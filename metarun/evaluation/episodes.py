@@ -18,7 +18,15 @@ from torch.nn.functional import pad
 
 from metarun.algorithms.base import Algorithm
 from metarun.core import distributed, seeding
-from metarun.core.types import EpisodeSource, HasLayouts, HasSources, Record, Split, TaskBatch
+from metarun.core.types import (
+    EpisodeSource,
+    HasLayouts,
+    HasSources,
+    Record,
+    Split,
+    TaskBatch,
+    layouts_differ,
+)
 from metarun.evaluation.details import DETAILS
 from metarun.evaluation.evaluation import (
     Digest,
@@ -118,7 +126,7 @@ class EpisodeEvaluation:
         """Evaluate all episodes; see `Evaluation.run`."""
         batches = self._batches()
         mine: _Parts = []
-        digest = _Digest(in_order=not self._varies)
+        digest = _Digest(in_order=not layouts_differ(self._source, self._split))
         was_training = self._algorithm.training
         self._algorithm.eval()
         try:
@@ -151,16 +159,10 @@ class EpisodeEvaluation:
     def load_state_dict(self, state: Record) -> None:
         """Start again."""
 
-    @property
-    def _varies(self) -> bool:
-        """Whether not every two episodes can be in one batch."""
-        source = self._source
-        return isinstance(source, HasLayouts) and source.layout(self._split, 0) is not None
-
     def _batches(self) -> list[Sequence[int]]:
         """Return the episodes that are evaluated together: those of one layout, in their order."""
         most, every = self._tasks_per_batch, range(self.size)
-        if not self._varies:
+        if not layouts_differ(self._source, self._split):
             return [every[start : start + most] for start in range(0, self.size, most)]
         assert isinstance(self._source, HasLayouts)
         found: dict[Hashable, list[int]] = {}

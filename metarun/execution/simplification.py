@@ -191,7 +191,7 @@ def _merge_views(graph: fx.Graph, layouts: dict[fx.Node, _Layout]) -> None:
             continue
         base = below[node] = below.get(node.args[0], node.args[0])
         layout = layouts[node]
-        # `reshape` may have copied, which these operators do not do.
+        # Only a view that begins where its base does can be shown without an offset.
         if layout[2] != layouts[base][2]:
             continue
         before = base if layout == layouts[base] else made.setdefault((base, layout), node)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from metarun.core.types import EpisodeSource, HasLayouts, Progress, TaskBatch
+from metarun.core.types import EpisodeSource, Progress, TaskBatch, layouts_differ
 
 _STEPS = 64
 """Largest number of steps whose tasks are drawn together."""
@@ -25,15 +25,14 @@ class TrainingTasks:
     def __init__(self, source: EpisodeSource, tasks_per_step: int) -> None:
         self._source = source
         self._tasks = tasks_per_step
-        self._steps = 0
-        """Steps to draw at once; 0 as long as the size of their tasks is not known."""
+        self._steps = 1
+        """Steps to draw at once; the first draw shows the size of their tasks."""
         self._first = 0
         self._drawn: TaskBatch | None = None
 
     @cached_property
     def _sizes_vary(self) -> bool:
-        source = self._source
-        return isinstance(source, HasLayouts) and source.layout("train", 0) is not None
+        return layouts_differ(self._source, "train")
 
     def of_step(self, progress: Progress) -> TaskBatch:
         """Return the tasks of this process in the update after `progress.step` updates."""
@@ -43,7 +42,7 @@ class TrainingTasks:
             return self._source.batch("train", progress.first_task(self._tasks), count)
         begin = (step - self._first) * self._tasks
         if self._drawn is None or not 0 <= begin < self._drawn.num_tasks:
-            count = min(max(1, self._steps), progress.total - step)
+            count = min(self._steps, progress.total - step)
             self._drawn = self._source.batch("train", step * self._tasks, count * self._tasks)
             self._first, begin = step, 0
             self._steps = min(_STEPS, max(1, _BYTES * count // _size(self._drawn)))
