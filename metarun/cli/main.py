@@ -132,6 +132,9 @@ def main(argv: Sequence[str]) -> int:
         if place.rank == 0:
             print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    finally:
+        # Also after an error: a process that exits while its group communicates may abort.
+        distributed.stop()
 
 
 def _with_home(word: str) -> str:
@@ -175,9 +178,7 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
         return _application(args, argv)
     with unbroken_streams():
         distributed.start(place)
-        code = _application(args, argv)
-        distributed.stop()
-    return code
+        return _application(args, argv)
 
 
 def _subcommand(name: str, argv: list[str]) -> int:

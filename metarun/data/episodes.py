@@ -39,6 +39,7 @@ from metarun.data.preparation import Convert, Preparation
 Rotations = Literal["none", "classes", "mirrored", "per_task"]
 EvalRotations = Literal["none", "classes", "per_task"]
 Episodes = Literal["any", "within_alphabet", "within_turned_alphabet"]
+Classes = Literal["split", "all"]
 Drawers = Literal["any", "apart"]
 
 _LOG = logging.getLogger(__name__)
@@ -593,8 +594,11 @@ class ClassEpisodes(ClassRows, PreparesImages):
         rotations_eval: The same for val and test, without `mirrored`.
         rotations_val: The same for val only, so that model selection has more classes; None
             takes `rotations_eval`.
+        classes: `split`, or `all`: every split has the classes of all tables.
         episodes: `any`; `within_alphabet` takes a task's classes from one group and its rotations;
-            `within_turned_alphabet` takes one rotation for all classes of such a task.
+            `within_turned_alphabet` takes one rotation for all classes of such a task. None is
+            `within_alphabet` where Meta-Dataset's rule draws the sizes and there are groups, as in
+            the paper, and `any` elsewhere.
         drawers: `any` draws the images of each class by themselves. `apart` draws one person for
             each shot and each query, the same for all classes of a task; no person draws both
             support and query. Image k of every class of a group has to be by the same person.
@@ -614,7 +618,8 @@ class ClassEpisodes(ClassRows, PreparesImages):
         rotations: Rotations = "none",
         rotations_eval: EvalRotations = "none",
         rotations_val: EvalRotations | None = None,
-        episodes: Episodes = "any",
+        classes: Classes = "split",
+        episodes: Episodes | None = None,
         drawers: Drawers = "any",
         augmentation: Augmentation = NO_AUGMENTATION,
         mean: Sequence[float] | None = None,
@@ -622,12 +627,20 @@ class ClassEpisodes(ClassRows, PreparesImages):
         prepare: Convert,
         can_drop: bool = False,
     ) -> None:
+        if classes == "all":
+            whole = _joined(tables)
+            tables = dict.fromkeys(tables, whole)
+            self.notes_for_user: tuple[str, ...] = (all_in_each(whole.names),)
+        ruled = any(own.rule for own in setup.varying.values())
+        if episodes is None:
+            grouped = tables["train"].groups is not None
+            episodes = "within_alphabet" if ruled and grouped else "any"
         if drawers == "apart" and episodes == "any":
             raise ValueError(
                 "data.drawers=apart needs classes of one alphabet, which the same people drew: "
                 "use data.episodes=within_alphabet"
             )
-        if drawers == "apart" and any(own.rule for own in setup.varying.values()):
+        if drawers == "apart" and ruled:
             raise ValueError(
                 "sizes=meta_dataset gives classes unequal shots, data.drawers=apart the same "
                 "people for all: use data.drawers=any"
@@ -754,6 +767,30 @@ class ClassEpisodes(ClassRows, PreparesImages):
 
     def _copies_in_task(self, split: Split) -> int:
         return 1 if self._turned_as_one else self._copies(split)
+
+
+def all_in_each(names: Sequence[str]) -> str:
+    """Return the note for `data.classes=all`."""
+    return f"data.classes=all: training, validation and test have all {len(names)} classes"
+
+
+def _joined(tables: Mapping[Split, ClassTable]) -> ClassTable:
+    """Return one table of all classes; those of a group are adjacent."""
+    parts = [table for split, table in tables.items()]
+    names = [name for part in parts for name in part.names]
+    counts = [count for part in parts for count in part.counts]
+    groups = [group for part in parts for group in part.groups or ()]
+    order = sorted(range(len(names)), key=groups.__getitem__) if groups else range(len(names))
+    images = torch.cat([part.images for part in parts])
+    if groups:
+        of_class = images.split(counts)
+        images = torch.cat([of_class[i] for i in order])
+    return ClassTable(
+        images=images,
+        names=tuple(names[i] for i in order),
+        counts=tuple(counts[i] for i in order),
+        groups=tuple(groups[i] for i in order) or None,
+    )
 
 
 _SIZE_KEYS: dict[Split, dict[str, str]] = {

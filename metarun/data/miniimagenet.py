@@ -6,7 +6,7 @@ import torch
 
 from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
-from metarun.data.episodes import ClassEpisodes, ClassTable
+from metarun.data.episodes import ClassEpisodes, Classes, ClassTable
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
 from metarun.data.storage.image_files import Photograph
@@ -21,6 +21,7 @@ class MiniImageNet(ClassEpisodes):
 
     Args:
         root: Folder of the data sets; None is `$METARUN_DATA`, or see `default_root`.
+        classes: See `ClassEpisodes`.
         normalize: Whether to normalize each channel with ImageNet's mean and standard deviation.
         augmentation: Changes of training images.
     """
@@ -30,6 +31,7 @@ class MiniImageNet(ClassEpisodes):
         setup: SourceSetup,
         *,
         root: str | None = None,
+        classes: Classes = "split",
         normalize: bool = True,
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
@@ -37,6 +39,7 @@ class MiniImageNet(ClassEpisodes):
             setup,
             name="miniimagenet",
             tables=stored_tables(root),
+            classes=classes,
             augmentation=augmentation.padded("reflection"),
             mean=MEAN if normalize else None,
             std=STD if normalize else None,

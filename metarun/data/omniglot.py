@@ -20,6 +20,7 @@ from metarun.core.types import SourceSetup, Split
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.episodes import (
     ClassEpisodes,
+    Classes,
     ClassTable,
     Drawers,
     Episodes,
@@ -55,7 +56,7 @@ class Characters(ClassEpisodes, ABC):
         setup: See `ClassEpisodes`.
         resize: Method of resizing, see `image_files.drawing`.
         image_size: Side of the images in pixels; the original drawings have 105.
-        rotations, rotations_eval, rotations_val, episodes, drawers: See `ClassEpisodes`.
+        rotations, rotations_eval, rotations_val, classes, episodes, drawers: See `ClassEpisodes`.
         augmentation: Changes of training images.
     """
 
@@ -71,7 +72,8 @@ class Characters(ClassEpisodes, ABC):
         rotations: Rotations = "none",
         rotations_eval: EvalRotations = "none",
         rotations_val: EvalRotations | None = None,
-        episodes: Episodes = "any",
+        classes: Classes = "split",
+        episodes: Episodes | None = None,
         drawers: Drawers = "any",
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
@@ -83,6 +85,7 @@ class Characters(ClassEpisodes, ABC):
             rotations=rotations,
             rotations_eval=rotations_eval,
             rotations_val=rotations_val,
+            classes=classes,
             episodes=episodes,
             drawers=drawers,
             augmentation=augmentation.padded("zeros"),

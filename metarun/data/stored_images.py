@@ -17,7 +17,7 @@ from metarun.core.checks import within
 from metarun.core.types import SPLITS, SourceSetup, Split
 from metarun.data.augmentation import NO_AUGMENTATION, Augmentation
 from metarun.data.conversion import LUMA, converted
-from metarun.data.episodes import ClassEpisodes, ClassTable
+from metarun.data.episodes import ClassEpisodes, ClassTable, all_in_each
 from metarun.data.splits import check_fractions, hashed_split
 from metarun.data.storage import registry
 from metarun.data.storage.cache import Store, open_store
@@ -90,9 +90,7 @@ class StoredImages(ClassEpisodes):
         self.resolved_options = {"image_size": side, "channels": channels}
         if classes == "all":
             chosen = dict.fromkeys(SPLITS, names)
-            self.notes_for_user = (
-                f"data.classes=all: training, validation and test have all {len(names)} classes",
-            )
+            self.notes_for_user = (all_in_each(names),)
         elif split == "hashed":
             chosen = hashed_split(names, images, val_fraction, test_fraction)
         else:

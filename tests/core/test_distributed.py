@@ -438,6 +438,6 @@ def test_what_goes_wrong_in_one_process_stops_all(kind: str, text: str, tmp_path
     words = ["--config-dir", "conf", *SMALL_RUN, "algo=mine", "train.steps=9"]
     with pair(tmp_path, *words) as started:
         told = [process.communicate(timeout=120)[1] for process in started]
-        assert [process.returncode for process in started] == [1, 1]
+        assert [process.returncode for process in started] == [1, 1], told
     assert text in told[0], told
     assert told[1] == ""

@@ -16,7 +16,8 @@ import torch
 from metarun.core.sizes import Range
 from metarun.core.types import SPLITS, TaskBatch, VaryingSize
 from metarun.data.episodes import ClassEpisodes
-from tests.data.sources import CPU, assert_same, numbered, numbered_table, sizes
+from metarun.data.omniglot import OmniglotSmall
+from tests.data.sources import CPU, assert_same, make_source, numbered, numbered_table, sizes
 
 RULE = VaryingSize(Range(5, 5), Range(1, 1), Range(1, 1), "meta_dataset")
 EQUAL = (20,) * 62
@@ -172,3 +173,24 @@ def test_data_that_the_rule_does_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         by_rule(counts, **how)
+
+
+def test_tasks_are_of_one_alphabet_by_default() -> None:
+    """As in section 3.1 of the paper, for data sets that have groups of classes."""
+
+    def alphabets(**how: Any) -> set[int]:
+        source = make_source(OmniglotSmall, **how)
+        names = source.class_names("test")
+        tasks = (source.batch("test", index, 1).class_ids for index in range(12))
+        return {
+            len({names[number].split("/")[0] for number in ids.flatten().tolist()})
+            for ids in tasks
+            if ids is not None
+        }
+
+    ruled = dict.fromkeys(SPLITS, RULE)
+    assert alphabets(varying=ruled) == {1}
+    assert alphabets(varying=ruled, episodes="any") == {2}
+    assert 2 in alphabets()
+    source = by_rule()
+    assert source.batch("test", 0, 1).class_ids is not None  # without groups: any classes

@@ -15,9 +15,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from metarun.core.types import SPLITS, EpisodeSize, EpisodeSource
+from metarun.core.types import SPLITS, EpisodeSize, EpisodeSource, Split
 from metarun.data.episodes import ClassEpisodes
-from metarun.data.omniglot import Omniglot, OmniglotSmall, split_of
+from metarun.data.omniglot import Omniglot, OmniglotSmall, small_tables, split_of
 from metarun.data.storage import omniglot_files
 from metarun.data.storage.cache import Store, open_store
 from metarun.data.storage.image_files import drawing
@@ -62,6 +62,44 @@ def test_the_characters_come_in_any_size_up_to_their_own() -> None:
     for side in (7, 106):
         with pytest.raises(ValueError, match=rf"data\.image_size={side}: expected 8 to 105"):
             small(image_size=side)
+
+
+def test_all_characters_in_every_split() -> None:
+    apart, whole = small(), small(classes="all")
+    assert [whole.num_classes(split) for split in SPLITS] == [136 + 17 + 89] * 3
+    names = [name for split in SPLITS for name in apart.class_names(split)]
+    assert list(whole.class_names("test")) == sorted(names, key=lambda name: name.split("/")[0])
+
+    def drawings(source: OmniglotSmall, split: Split) -> set[tuple[str, bytes]]:
+        task = source.batch(split, 0, 8)
+        assert task.class_ids is not None
+        known, numbers = source.class_names(split), task.class_ids.unbind()
+        return {
+            (known[number], pixels.numpy().tobytes())
+            for ids, x, y in zip(numbers, task.support_x, task.support_y, strict=True)
+            for number, pixels in zip(ids[y].tolist(), x, strict=True)
+        }
+
+    # Each drawing has the name that it has where the splits are apart.
+    found = drawings(whole, "test")
+    assert {name.split("/")[0] for name, _ in found} > {"Sanskrit"}
+    every = {
+        (name, table.images[20 * place + row].div(255).numpy().tobytes())
+        for table in small_tables("paper", 28).values()
+        for place, name in enumerate(table.names)
+        for row in range(20)
+    }
+    assert found <= every
+
+
+def test_a_run_is_tested_on_all_characters(metarun: Command) -> None:
+    words = ["algo=protonet", "data=omniglot_small", "~recipe", "backbone.filters=2", "way=2"]
+    few = ["train.steps=1", "eval.episodes=3", "eval.val_episodes=2", "hydra.run.dir=run"]
+    assert metarun(*words, *few).code == 0
+    answer = metarun("test=run", "data.classes=all")
+    assert answer.code == 0, answer.err
+    results = [json.loads(path.read_text()) for path in Path("run").rglob("results.json")]
+    assert len({result["data_fingerprint"] for result in results}) == 2
 
 
 def test_the_small_set_has_the_alphabets_of_its_splits() -> None:
