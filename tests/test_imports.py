@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import slow
 from tests.imports import MODULES, PACKAGE, RANK, direct, folder_of, imported, name_of
 
 INSIDE = [path for path in MODULES if path.parent != PACKAGE]
@@ -125,3 +126,19 @@ def test_the_picture_leaves_out_what_a_chain_of_arrows_says() -> None:
     assert direct(found) == [
         ("cli", "data"), ("cli", "jobs"), ("data", "core"), ("jobs", "core"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["replay", slow("compile")])
+def test_the_first_calls_of_a_process_are_replayed(kind: str, tmp_path: Path) -> None:
+    """torch imports parts of itself in its first gradient, which is no part of a step."""
+    words = ["algo=maml", "data=sinusoid", "~recipe", f"graph={kind}", "hydra.run.dir=run"]
+    few = ["train.steps=5", "eval.episodes=2", "eval.val_episodes=2"]
+    code = (
+        "import sys; from metarun.cli.main import main; import metarun.execution.graph_replay as g;"
+        "made = []; inner = g._replay; g._replay = lambda *a: made.append(inner(*a)) or made[-1]; "
+        "assert main(sys.argv[1:]) == 0; print('made', len(made))"
+    )
+    command = [sys.executable, "-c", code, *words, *few]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "made 0" not in done.stdout, done.stderr

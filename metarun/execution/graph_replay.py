@@ -9,6 +9,7 @@ the function reads besides its arguments is as it was (`guards`).
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections import Counter
@@ -171,6 +172,9 @@ class _Site:
         if self._calls < self._watched_at:
             return None
         if self._executed is None:
+            if self._kind != "auto":
+                # torch imports it in its first gradient, as if that were part of the function.
+                importlib.import_module("torch._dynamo")
             result, self._executed = watched(function, args)
             self._refuse(self._executed.refused)
             return Computed(result)
@@ -219,7 +223,9 @@ class _Site:
     def _refuse(self, reason: str | None) -> None:
         """Call the function from now on, if there is a reason."""
         if reason is not None:
-            _log.debug("not replayed: %s", reason)
+            what = "compiled" if self._kind == "compile" else "replayed"
+            level = logging.DEBUG if self._kind == "auto" else logging.INFO
+            _log.log(level, "steps are not %s: %s", what, reason)
             self._refused = True
             self.traces.clear()
 
