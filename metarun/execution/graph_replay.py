@@ -9,12 +9,14 @@ the function reads besides its arguments is as it was (`guards`).
 
 from __future__ import annotations
 
+import copy
 import importlib
 import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -234,15 +236,16 @@ def _replay(
     kind: GraphKind, function: Function, args: Sequence[Sequence[Tensor]], expected: Any
 ) -> Function:
     graph = _followed(function, args)
+    spec = _flattened(graph)
     if kind == "compile" and len(graph.graph.nodes) <= _MOST_COMPILED:
         _log.info("compiling the training step: up to a minute, or seconds if a run has before")
-        compiled = _compiled(graph, args)
+        compiled = _nested(_compiled(graph, args), spec)
         if _close(expected, compiled(*args)):
             return compiled
         _log.warning("the compiled step differs from the function: its operators are replayed")
-    shorten(graph, args)
+    shorten(graph, list(chain(*args)))
     # The method itself: calling the module looks for hooks, which it does not have.
-    replay = _without_gradients(graph.forward)
+    replay = _nested(graph.forward, spec)
     if not _same(expected, replay(*args)):
         raise ValueError("a replay differs from the function")
     return replay
@@ -253,27 +256,41 @@ def _layout(tensor: Tensor) -> Hashable:
 
 
 def _compiled(graph: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> Function:
-    # Compile the graph itself: torch compiles the code of a function around it eight times at most.
+    """Return a compiled function of a flat sequence of the arguments."""
     if not _on_gpu(args):
-        # Without it each of the fused operators is called from Python.
-        options: dict[str, Any] = {"cpp_wrapper": True}
-        made = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
-        return _without_gradients(made)
+        # Inductor alone: `torch.compile` would compare the arguments again in each call. Without
+        # the C++ wrapper each of the fused operators is called from Python.
+        with torch.no_grad():
+            made: Function = torch._inductor.compile(
+                copy.deepcopy(graph), list(chain(*args)), {"cpp_wrapper": True}
+            )
+        return made
     # On a GPU use CUDA graphs of the whole step, which avoid separate kernel launches.
     captured = torch.compile(graph, fullgraph=True, dynamic=False, mode="reduce-overhead")
-    return _copied(_without_gradients(captured))
+    return _copied(captured)
+
+
+def _flattened(graph: fx.GraphModule) -> pytree.TreeSpec:
+    """Make the arguments and the result of a trace flat, and return the structure of the result."""
+    spec = graph._out_spec
+    assert spec is not None
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    graph.recompile()
+    return spec
+
+
+def _nested(function: Function, spec: pytree.TreeSpec) -> Function:
+    """Return a function of lists of tensors from a flat one; its result is detached."""
+
+    def run(*args: Sequence[Tensor]) -> Any:
+        with torch.no_grad():
+            return pytree.tree_unflatten(function(*chain(*args)), spec)
+
+    return run
 
 
 def _on_gpu(args: Sequence[Sequence[Tensor]]) -> bool:
     return any(tensor.is_cuda for tensors in args for tensor in tensors)
-
-
-def _without_gradients(function: Function) -> Function:
-    def run(*tensors: Sequence[Tensor]) -> Any:
-        with torch.no_grad():
-            return function(*tensors)
-
-    return run
 
 
 def _copied(function: Function) -> Function:

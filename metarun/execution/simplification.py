@@ -65,7 +65,7 @@ def tidy(module: fx.GraphModule, data: set[fx.Node]) -> None:
     module.recompile()
 
 
-def shorten(module: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> None:
+def shorten(module: fx.GraphModule, args: Sequence[Any]) -> None:
     """Leave out operators that only matter while a graph is traced, for a replay in Python.
 
     A view of a view becomes one of the result below both, and products and powers with 1 become
@@ -73,7 +73,7 @@ def shorten(module: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> None:
 
     Args:
         module: Trace, which is changed.
-        args: Arguments of a call, as they will be.
+        args: Arguments of a call of the module, as they will be.
     """
     graph = module.graph
     if not _has_writes(graph):
