@@ -367,6 +367,7 @@ def _algorithm(
             raise ValueError(f"{short}: lower {_largest(settings)}") from error
     _test_foreign(algorithm, settings)
     _choose_graph(algorithm, settings, fresh=fresh)
+    _choose_threads(algorithm, settings)
     if settings.precision == "mixed" and not set_mixed(algorithm):
         raise ValueError(
             "precision=mixed needs a network (metarun.backbones.network.Network), but "
@@ -433,6 +434,9 @@ _STEPS_TO_COMPILE = 50_000
 """Number of updates from which on a compilation pays: it takes 15 s, and saves half a millisecond
 of each update of a small network (measured with MAML on sinusoids)."""
 
+_SMALL_DENSE = 20_000
+"""Number of parameters up to which a dense network is computed by one thread."""
+
 
 def _choose_graph(algorithm: Algorithm, settings: Settings, *, fresh: bool) -> None:
     """Decide whether `graph=auto` compiles the training step.
@@ -445,7 +449,7 @@ def _choose_graph(algorithm: Algorithm, settings: Settings, *, fresh: bool) -> N
     """
     if not fresh or _device(settings.device).type != "cpu":
         return
-    dense = not any(parameter.dim() > 2 for parameter in algorithm.parameters())
+    dense = _is_dense(algorithm)
     separate = algorithm.spec.streams is None and settings.precision == "float32"
     long = settings.train.steps >= _STEPS_TO_COMPILE and settings.train.rehearse is None
     # The engine has no graph any more if a network has to run in a loop.
@@ -457,6 +461,33 @@ def _choose_graph(algorithm: Algorithm, settings: Settings, *, fresh: bool) -> N
             raise ValueError("graph=compile needs a C++ compiler, such as g++: use graph=replay")
     elif pays:
         _set_engine(algorithm, graph="compile")
+
+
+def _choose_threads(algorithm: Algorithm, settings: Settings) -> None:
+    """Set the number of threads of torch's operators in this process.
+
+    More than one make small dense networks no faster, but keep a second core busy.
+    """
+    import torch
+
+    most, threads = _default_threads(), settings.threads
+    size = sum(parameter.numel() for parameter in algorithm.parameters())
+    small = _is_dense(algorithm) and 0 < size <= _SMALL_DENSE
+    if threads is None and small and _device(settings.device).type == "cpu":
+        threads = 1
+        _set_engine(algorithm, threads=1)
+    torch.set_num_threads(threads or most)
+
+
+@functools.cache
+def _default_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _is_dense(algorithm: Algorithm) -> bool:
+    return not any(parameter.dim() > 2 for parameter in algorithm.parameters())
 
 
 def _set_engine(algorithm: Algorithm, **changes: Any) -> None:

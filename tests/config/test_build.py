@@ -189,6 +189,28 @@ def test_a_run_is_made_of_what_was_asked_for() -> None:
     assert made.run_info["shot"] == 3
 
 
+@pytest.mark.parametrize(
+    ("words", "threads"),
+    [
+        (("algo=maml", "data=sinusoid"), 1),
+        (("algo=maml", "data=sinusoid", "threads=2"), 2),
+        (("algo=maml", "data=sinusoid", "backbone.hidden=[200,200]"), 3),
+        (("algo=protonet", "data=omniglot_small"), 3),
+        (("algo=protonet", "data=omniglot_small", "threads=2"), 2),
+    ],
+    ids=str,
+)
+def test_threads_of_a_run(
+    words: tuple[str, ...], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The number holds for torch's operators, too; a small dense network has one by default."""
+    set_to: list[int] = []
+    monkeypatch.setattr("metarun.config.build._default_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    build(*words, "device=cpu")
+    assert set_to == [threads]
+
+
 def test_the_record_of_a_run_builds_the_same_run_again() -> None:
     first = build("algo=maml", "data=sinusoid", "engine=auto", "device=cpu")
     assert first.record["engine"] != "auto"
