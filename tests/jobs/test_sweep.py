@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import pytest
 from metarun.config import composition, configurations, naming
 from metarun.config.build import build_experiment
 from metarun.core.console import Screen
-from metarun.jobs import ensure
+from metarun.jobs import ensure, sweep
 from metarun.jobs.ensure import ensure_finished
 from metarun.jobs.sweep import Journal
 from metarun.runs import sweeps
@@ -433,6 +434,29 @@ def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
     assert not journal.stopped()
     assert list(journal.running()) == ["b"]
     assert list(journal.ends()) == ["a"]
+    with journal.path.open("a") as file:
+        file.write('p"}\n')
+    assert journal.stopped()
+
+
+def test_each_line_of_the_journal_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def loads(line: bytes) -> object:
+        read.append(line)
+        return json.loads(line)
+
+    monkeypatch.setattr(sweep, "json", SimpleNamespace(loads=loads, dumps=json.dumps))
+    journal = Journal(tmp_path / "journal")
+    journal.path.touch()
+    for number in range(20):
+        journal.add("start", folder=str(number))
+        assert list(journal.running()) == [str(number)]
+        journal.add("end", folder=str(number))
+        assert (len(journal.ends()), journal.stopped()) == (number + 1, False)
+    assert len(read) == 40
 
 
 @pytest.mark.parametrize(
