@@ -34,6 +34,9 @@ TINY = [
     "eval.curve_steps=0", "device=cpu", "threads=1",
 ]  # fmt: skip
 
+RAY = ["num_cpus=1", "include_dashboard=false"]
+"""A cluster of Ray that begins and ends with the sweep, in fewer processes."""
+
 Inside = Callable[[Path, Sequence[str]], Answer]
 
 
@@ -50,7 +53,7 @@ def start(words: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
 
 def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     process = start(words, cwd)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -264,20 +267,20 @@ def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "options"),
     [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+        ("joblib", ["hydra.launcher.n_jobs=2"]),
+        ("submitit_local", ["hydra.launcher.timeout_min=5"]),
+        ("ray", [f"+hydra.launcher.ray.init.{word}" for word in RAY]),
     ],
-    ids=["joblib", "submitit_local"],
+    ids=["joblib", "submitit_local", "ray"],
 )
 def test_runs_of_other_processes_are_reported_and_computed_alike(
-    launcher: list[str], tmp_path: Path, inside: Inside
+    launcher: str, options: list[str], tmp_path: Path, inside: Inside
 ) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
     words = [*own(tmp_path, error="RuntimeError('out of luck')"), "-m", "seed=1,2", *TINY]
-    done = run([*words, "algo=mine,fails", *launcher], tmp_path)
+    done = run([*words, "algo=mine,fails", f"hydra/launcher={launcher}", *options], tmp_path)
     assert done.returncode == 1
     assert states(tmp_path) == ["failed", "failed", "finished", "finished"]
     assert "Traceback" not in done.stderr
