@@ -55,12 +55,18 @@ Line = dict[str, Any]
 class Journal:
     """A file in which the runs of a sweep, in any process, record their start and end.
 
+    Each thread reads it by a journal of its own, which keeps what it has read.
+
     Attributes:
         path: The file, next to the folders of the runs.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._length = 0
+        self._ends: dict[str, Line] = {}
+        self._running: dict[str, Line] = {}
+        self._stopped = False
 
     def add(self, event: str, **facts: Any) -> None:
         """Append a line in one write, so that lines of several processes do not mix.
@@ -72,30 +78,35 @@ class Journal:
             with self.path.open("ab", buffering=0) as file:
                 file.write(line.encode())
 
-    def lines(self) -> list[Line]:
-        """Return all complete lines."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    def _read(self) -> None:
+        """Read the complete lines that are new: all of them for each run would be quadratic."""
+        with suppress(FileNotFoundError), self.path.open("rb") as file:
+            file.seek(self._length)
+            whole, end, _ = file.read().rpartition(b"\n")
+            for line in map(json.loads, whole.splitlines()):
+                if line["event"] == "start":
+                    self._running[line["folder"]] = line
+                elif line["event"] == "end":
+                    self._running.pop(line["folder"], None)
+                    self._ends[line["folder"]] = line
+                elif line["event"] == "stop":
+                    self._stopped = True
+            self._length += len(whole + end)
 
     def ends(self) -> dict[str, Line]:
         """Return the last end of each folder, in chronological order."""
-        return {line["folder"]: line for line in self.lines() if line["event"] == "end"}
+        self._read()
+        return self._ends
 
     def running(self) -> dict[str, Line]:
         """Return the start of each folder whose run has not ended."""
-        found: dict[str, Line] = {}
-        for line in self.lines():
-            if line["event"] == "start":
-                found[line["folder"]] = line
-            elif line["event"] == "end":
-                found.pop(line["folder"], None)
-        return found
+        self._read()
+        return self._running
 
     def stopped(self) -> bool:
         """Return whether no further run may start."""
-        return any(line["event"] == "stop" for line in self.lines())
+        self._read()
+        return self._stopped
 
 
 class Worker:
@@ -214,7 +225,7 @@ def run(
     worker = Worker(journal.path, config_dir, count, bound=bound, processes=method.processes)
     try:
         with _stopping(journal, detached=method.launcher == "submitit_slurm") as stop:
-            monitor = _Monitor(journal, count).showing() if method.parallel else nullcontext()
+            monitor = _Monitor(journal.path, count).showing() if method.parallel else nullcontext()
             with monitor:
                 failed = _handed_over(hand_over, worker)
         if method.searches:
@@ -410,7 +421,8 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
         stop.signum = signum
         say("saving and stopping all runs; repeat the signal to stop at once")
         journal.add("stop")
-        for start in journal.running().values():
+        # The signal may have come while `journal` is being read.
+        for start in Journal(journal.path).running().values():
             if start["host"] == socket.gethostname() and start["process"] != os.getpid():
                 with suppress(OSError):
                     os.kill(start["process"], signal.SIGTERM)
@@ -422,8 +434,8 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
 class _Monitor:
     """Shows runs of other processes: a line for each ended run, and a live table on a terminal."""
 
-    def __init__(self, journal: Journal, number: int | None) -> None:
-        self._journal = journal
+    def __init__(self, journal: Path, number: int | None) -> None:
+        self._journal = Journal(journal)
         self._number = number
         self._told: set[str] = set()
         self._over = threading.Event()

@@ -24,6 +24,8 @@ from metarun.core import distributed
 from metarun.core.types import Progress, Share
 from tests import together
 from tests.algorithms.test_contract import classes
+from tests.data.sources import write_class_folders
+from tests.data.test_row_streams import series
 from tests.helpers import slow
 
 ROOT = Path(__file__).parents[2]
@@ -252,28 +254,49 @@ def test_torchrun_makes_one_run_that_one_process_goes_on_with(
     assert other["test"] == pytest.approx(one["test"], rel=1e-9)
 
 
+SHARED = {
+    "oml stream_linear": ["backbone.hidden=[6]", "shot=4", "data.tasks=3"],
+    "lamaml stream_linear": ["backbone.hidden=[6]", "shot=4", "data.tasks=3"],
+    "oml stream_csv": ["backbone.hidden=[6]", "shot=4", "data.tasks=2", "data.file=a.csv",
+        "data.target=y", "data.order=day", "data.task=asset", "data.rows=2"],
+    "oml stream_folder": ["way=2", "shot=3", "query=1", "data.root=photos", "data.image_size=28"],
+    "oml stream_omniglot_small": ["way=2", "shot=3", "query=1"],
+    "protonet mixed": ["way=2", "query=2", "data.sources=[omniglot_small,folder]",
+        "data.options={folder:{root:photos}}", "data.image_size=16"],
+    "maml mixed": ["way=2", "query=2", "data.sources=[omniglot_small,folder]",
+        "data.options={folder:{root:photos}}", "data.image_size=16"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", ["oml", "lamaml"])
-def test_a_run_on_streams_in_two_processes_has_the_results_of_one(
-    algo: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", SHARED)
+def test_streams_and_mixed_data_in_two_processes_have_the_results_of_one(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    algo, data = case.split()
     words = [
-        f"algo={algo}", "data=stream_linear", "precision=float64", "device=cpu", "threads=1",
-        "backbone.hidden=[6]", "shot=4", "data.tasks=3", "train.tasks_per_step=3", "train.steps=2",
-        "eval.episodes=3", "eval.val_episodes=2",
+        f"algo={algo}", f"data={data}", *SHARED[case], "precision=float64", "device=cpu",
+        "threads=1", "train.tasks_per_step=3", "train.steps=2", "train.log_every=1",
+        "eval.episodes=4", "eval.val_episodes=2",
     ]  # fmt: skip
+    write_class_folders(tmp_path / "photos", {f"class{number}": 5 for number in range(16)})
+    series(tmp_path / "a.csv")
     with pair(tmp_path, *words) as started:
-        told = [process.communicate(timeout=240) for process in started]
+        told = [process.communicate(timeout=900) for process in started]
         assert [process.returncode for process in started] == [0, 0], told
     (made,) = run_folders(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert main([*words, "hydra.run.dir=outputs/x/alone"]) == 0
-    two, one = (
-        json.loads((f / "results.json").read_text()) for f in (made, tmp_path / "outputs/x/alone")
-    )
+    alone = tmp_path / "outputs/x/alone"
+    for one, other in zip(lines(alone), lines(made), strict=True):
+        assert other == pytest.approx(one, rel=1e-9, abs=1e-9)
+    two, one = (json.loads((folder / "results.json").read_text()) for folder in (made, alone))
     assert (two["processes"], one["processes"]) == (2, 1)
     assert two["episodes_hash"] == one["episodes_hash"]
-    assert two["test"]["mean"] == pytest.approx(one["test"]["mean"], rel=1e-10)
+    assert two["test"] == pytest.approx(one["test"], rel=1e-9)
+    measured, expected = (np.load(folder / "episodes.npz") for folder in (made, alone))
+    for name in expected.files:
+        np.testing.assert_allclose(measured[name], expected[name], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import pytest
 from metarun.config import composition, configurations, naming
 from metarun.config.build import build_experiment
 from metarun.core.console import Screen
-from metarun.jobs import ensure
+from metarun.jobs import ensure, sweep
 from metarun.jobs.ensure import ensure_finished
 from metarun.jobs.sweep import Journal
 from metarun.runs import sweeps
@@ -32,6 +33,9 @@ TINY = [
     "train.log_every=1", "train.checkpoint_every=1", "eval.episodes=4", "eval.val_episodes=4",
     "eval.curve_steps=0", "device=cpu", "threads=1",
 ]  # fmt: skip
+
+RAY = ["num_cpus=1", "include_dashboard=false"]
+"""A cluster of Ray that begins and ends with the sweep, in fewer processes."""
 
 Inside = Callable[[Path, Sequence[str]], Answer]
 
@@ -49,7 +53,7 @@ def start(words: Sequence[str], cwd: Path) -> subprocess.Popen[str]:
 
 def run(words: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     process = start(words, cwd)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
@@ -263,20 +267,20 @@ def test_two_sweeps_share_a_folder_without_harm(tmp_path: Path, inside: Inside) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "launcher",
+    ("launcher", "options"),
     [
-        ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
-        ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+        ("joblib", ["hydra.launcher.n_jobs=2"]),
+        ("submitit_local", ["hydra.launcher.timeout_min=5"]),
+        ("ray", [f"+hydra.launcher.ray.init.{word}" for word in RAY]),
     ],
-    ids=["joblib", "submitit_local"],
+    ids=["joblib", "submitit_local", "ray"],
 )
 def test_runs_of_other_processes_are_reported_and_computed_alike(
-    launcher: list[str], tmp_path: Path, inside: Inside
+    launcher: str, options: list[str], tmp_path: Path, inside: Inside
 ) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
     words = [*own(tmp_path, error="RuntimeError('out of luck')"), "-m", "seed=1,2", *TINY]
-    done = run([*words, "algo=mine,fails", *launcher], tmp_path)
+    done = run([*words, "algo=mine,fails", f"hydra/launcher={launcher}", *options], tmp_path)
     assert done.returncode == 1
     assert states(tmp_path) == ["failed", "failed", "finished", "finished"]
     assert "Traceback" not in done.stderr
@@ -433,6 +437,29 @@ def test_a_line_of_the_journal_that_is_cut_is_not_read(tmp_path: Path) -> None:
     assert not journal.stopped()
     assert list(journal.running()) == ["b"]
     assert list(journal.ends()) == ["a"]
+    with journal.path.open("a") as file:
+        file.write('p"}\n')
+    assert journal.stopped()
+
+
+def test_each_line_of_the_journal_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bytes] = []
+
+    def loads(line: bytes) -> object:
+        read.append(line)
+        return json.loads(line)
+
+    monkeypatch.setattr(sweep, "json", SimpleNamespace(loads=loads, dumps=json.dumps))
+    journal = Journal(tmp_path / "journal")
+    journal.path.touch()
+    for number in range(20):
+        journal.add("start", folder=str(number))
+        assert list(journal.running()) == [str(number)]
+        journal.add("end", folder=str(number))
+        assert (len(journal.ends()), journal.stopped()) == (number + 1, False)
+    assert len(read) == 40
 
 
 @pytest.mark.parametrize(
