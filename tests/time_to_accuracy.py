@@ -133,7 +133,7 @@ def tasks_of(task: Task) -> dict[str, np.ndarray]:
     names = ("support_x", "support_y", "query_x", "query_y")
     found = {name: getattr(batch, name).numpy() for name in names}
     if task.data == "omniglot":
-        images = [rows for rows in _training_images(config)]
+        images = list(_training_images(config))
         found["images"] = np.concatenate(images)
         found["classes"] = np.repeat(np.arange(len(images)), [len(rows) for rows in images])
     return found
@@ -309,7 +309,7 @@ def learn2learn_maml(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
         for parameter in maml.parameters():
             parameter.grad.mul_(1.0 / 32)
         optimizer.step()
-        yield step, lambda: adapted_figure(net, tasks, lr=0.5, steps=1)
+        yield step, lambda: adapted_figure(net, tasks, lr=0.5, steps=1, at_once=25)
 
 
 def learn2learn_protonet(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
@@ -661,7 +661,7 @@ def table(found: Mapping[tuple[str, str], Mapping[int, Lines]]) -> str:
 
 
 def _shown(task: Task, seed: int, lines: Lines, end: dict[str, Any] | None) -> str:
-    """Return the seconds of one seed, or that it has not reached the threshold and how far it was."""
+    """Return the seconds of one seed, or how far it has come."""
     if end is not None:
         return f"{seed}: {end['seconds']:.1f}"
     return f"{seed}: not in {lines[-1]['seconds']:.0f} ({task.shown(best(task, lines))})"
