@@ -118,11 +118,11 @@ def test_one_gradient_step_of_a_line_is_the_one_of_the_closed_form() -> None:
 
 
 def test_the_nearest_mean_of_pixels_is_found_by_hand() -> None:
-    support = np.array([0.0, 2.0, 10.0, 12.0], np.float32).reshape(1, 4, 1, 1, 1)
-    query = np.array([0.0, 5.0, 7.0, 12.0], np.float32).reshape(1, 4, 1, 1, 1)
+    pixels = np.array([0.0, 2.0, 5.0, 7.0, 10.0, 12.0], np.float32).reshape(6, 1, 1, 1)
+    index = np.array([[0, 1, 4, 5, 0, 2, 3, 5]])
     labels = np.array([[0, 0, 1, 1]])
     wrong_at_the_third = np.array([[0, 0, 0, 1]])
-    tasks = {"support_x": support, "query_x": query, "support_y": labels}
+    tasks = {"unique": pixels, "index": index, "support_y": labels}
     net = nn.Flatten()
     assert nearest_mean_accuracy(net, tasks | {"query_y": labels}, channels=3) == 1.0
     assert nearest_mean_accuracy(net, tasks | {"query_y": wrong_at_the_third}) == 0.75

@@ -97,7 +97,7 @@ TASKS = {
     ),
     "protonet": Task(
         "Omniglot, 5-way 1-shot, ProtoNet: accuracy",
-        ("algo=protonet", *_OMNIGLOT, "train.eval_every=100"),
+        ("algo=protonet", *_OMNIGLOT, "train.eval_every=200"),
         "accuracy",
         0.98,
     ),
@@ -111,7 +111,8 @@ def write_tasks(folder: Path) -> None:
     """Write sinusoid.npz and, where it is stored, omniglot.npz.
 
     Both have support_x (T, S, …), support_y, query_x (T, Q, …) and query_y of validation tasks.
-    The second has the training images, (N, 1, 28, 28) in uint8, and their class numbers, too.
+    The second has the training images, (N, 1, 28, 28) in uint8, and their class numbers, too, and
+    the images of the tasks without repetitions, see `nearest_mean_accuracy`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("sinusoid", "maml"):
@@ -134,6 +135,10 @@ def tasks_of(task: Task) -> dict[str, np.ndarray]:
     found = {name: getattr(batch, name).numpy() for name in names}
     if task.data == "omniglot":
         images = list(_training_images(config))
+        # Tasks share images: ProtoNet's features of them are computed once.
+        rows = np.concatenate([found["support_x"], found["query_x"]], axis=1)
+        unique, index = np.unique(rows.reshape(-1, *rows.shape[2:]), axis=0, return_inverse=True)
+        found |= {"unique": unique, "index": index.reshape(rows.shape[:2])}
         found["images"] = np.concatenate(images)
         found["classes"] = np.repeat(np.arange(len(images)), [len(rows) for rows in images])
     return found
@@ -200,17 +205,25 @@ def adapted_figure(
 
 
 def nearest_mean_accuracy(net: Any, tasks: Mapping[str, np.ndarray], channels: int = 1) -> float:
-    """Return the accuracy of the nearest class mean in the features of `net`, in eval mode."""
+    """Return the accuracy of the nearest class mean in the features of `net`, in eval mode.
+
+    Args:
+        net: A torch module.
+        tasks: Besides the labels, all images of the tasks without repetitions, `unique`
+            (U, 1, 28, 28), and the number of each row's image there, `index` (T, S + Q).
+        channels: Number of copies of an image's one channel.
+    """
     import torch
 
-    names = ("support_x", "support_y", "query_x", "query_y")
-    right = []
+    images = torch.from_numpy(tasks["unique"]).expand(-1, channels, -1, -1)
     net.eval()
     with torch.no_grad():
+        features = torch.cat([net(part) for part in images.split(128)])
+        right = []
+        names = ("index", "support_y", "query_y")
         for rows in zip(*(torch.from_numpy(tasks[name]) for name in names), strict=True):
-            support_x, support_y, query_x, query_y = rows
-            features = net(torch.cat([support_x, query_x]).expand(-1, channels, -1, -1))
-            support, query = features.split([len(support_x), len(query_x)])
+            index, support_y, query_y = rows
+            support, query = features[index].split([len(support_y), len(query_y)])
             means = torch.stack([support[support_y == c].mean(0) for c in support_y.unique()])
             right.append((torch.cdist(query, means).argmin(-1) == query_y).float().mean())
     net.train()
@@ -378,6 +391,11 @@ def easyfsl_episodic(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
     from easyfsl.modules import resnet18
     from easyfsl.samplers import TaskSampler
 
+    def begin(self: object, data_source: object = None) -> None:
+        del self, data_source
+
+    # TaskSampler passes `data_source`, which torch's class does not take any more.
+    torch.utils.data.Sampler.__init__ = begin
     _seed(seed)
     data = _easyfsl_images(tasks)
     sampler = TaskSampler(data, n_way=5, n_shot=5, n_query=10, n_tasks=500)
