@@ -1,7 +1,7 @@
 """Time to accuracy: wall time from the start of a process to a threshold on meta-val.
 
     python tests/time_to_accuracy.py tasks FOLDER
-    python tests/time_to_accuracy.py run CONTENDER TASK FOLDER [--seed N] [--minutes M] [WORD…]
+    python tests/time_to_accuracy.py run CONTENDER TASK FOLDER [--seed N] [--minutes M]
     python tests/time_to_accuracy.py draw PICTURE FILE…
 
 `tasks` writes the validation tasks and the training images once, so that no contender has to
@@ -10,11 +10,11 @@ each evaluation to FOLDER/CONTENDER-TASK-SEED.jsonl. Imports and loading count. 
 stand beside the wall time, for machines that others use, too. `draw` makes a picture of the curves
 and prints a Markdown table.
 
-metarun runs with its recipe, and its figures are those of its `metrics.jsonl`; each WORD is a
-further override, as in `optim.lr=0.003`. The others are the loops of their own examples with the
-examples' hyperparameters, whose sources stand at each. One function evaluates them, on metarun's
-own validation tasks, and a test compares it with metarun. They are evaluated whenever they have
-trained for five times as long as an evaluation takes.
+metarun runs with its recipe, and its figures are those of its `metrics.jsonl`; `--words` takes
+further overrides, as in `--words optim.lr=0.003`. The others are the loops of their own examples
+with the examples' hyperparameters, whose sources stand at each. One function evaluates them, on
+metarun's own validation tasks, and a test compares it with metarun. They are evaluated whenever
+they have trained for five times as long as an evaluation takes.
 
 Shapes: T tasks, S support rows, Q query rows, W ways.
 """
@@ -616,7 +616,9 @@ def run_metarun(task: Task, seed: int, folder: Path, log: Log, minutes: float, *
             lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
             for line in map(json.loads, lines[known:]):
                 if f"val/{task.metric}" in line:
-                    log.add(line["step"], line[f"val/{task.metric}"])
+                    found = line[f"val/{task.metric}"]
+                    # A task has diverged.
+                    log.add(line["step"], math.nan if found is None else found)
             known = len(lines)
 
     reader = threading.Thread(target=read)
@@ -692,7 +694,7 @@ def draw(
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     names = list(dict.fromkeys(name for name, _ in found))
     contenders = sorted({c for _, c in found}, key=lambda c: (c != "metarun", c))
@@ -715,8 +717,12 @@ def draw(
             panel.set(xscale="log", title=task.title, xlabel=clock.replace("_", " "))
             if task.metric == "mse":
                 panel.set(yscale="log", ylabel="MSE after adaptation")
+                panel.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+                panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             else:
                 panel.set(ylabel="accuracy, %", ylim=(max(20.0, panel.get_ylim()[0]), 100.0))
+            panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+            panel.xaxis.set_minor_formatter(ticker.NullFormatter())
             panel.legend(frameon=False)
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
@@ -738,7 +744,7 @@ def main(argv: Sequence[str]) -> int:
     runner.add_argument("--seed", type=int, default=0)
     runner.add_argument("--minutes", type=float, default=60.0)
     runner.add_argument("--label", help="name in the table; default: the contender")
-    runner.add_argument("words", nargs="*", help="further overrides of metarun")
+    runner.add_argument("--words", nargs="+", default=[], help="further overrides of metarun")
     drawer = commands.add_parser("draw", help="draw what was measured and print a table")
     drawer.add_argument("picture", type=Path)
     drawer.add_argument("files", type=Path, nargs="+")
