@@ -16,6 +16,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -171,7 +172,10 @@ def _dispatch(argv: list[str], place: distributed.Place) -> int:
         print(answer(shells[0]))
         return EXIT_OK
     if args.hydra_help or args.shell_completion:
-        return _hand_over(args, _never)
+        from metarun.config.loading import opened
+
+        with opened(args.config_dir, args.config_path) as hydra:
+            return _hand_over(hydra, args, _never)
     if args.help:
         return _help(args)
     if args.cfg is not None or args.info is not None:
@@ -309,8 +313,11 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
         from metarun.jobs.checks import check_jobs
         from metarun.jobs.train import HydraTask, train_without_folder
 
-    with distributed.agreed():
-        with composer(args.config_dir, args.config_path, args.config_name) as compose:
+    with ExitStack() as opened:
+        with distributed.agreed():
+            compose = opened.enter_context(
+                composer(args.config_dir, args.config_path, args.config_name)
+            )
             sweep = compose.is_sweep(words, args.multirun)
             if sweep and distributed.size() > 1:
                 raise ValueError(
@@ -323,32 +330,36 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
                 raise ValueError(f"{named} is for sweeps: add -m, or leave it out for a single run")
             jobs = compose.jobs(words, sweep)
             method = compose.sweep_method(words) if sweep else None
-        args.overrides = words
-        if shows:
-            for job in jobs:
-                check_config(job.config)
-            return _hand_over(args, _never)
-        if bare and not args.estimate:
-            print("quick start: MAML on sinusoid regression, about a minute; see `metarun --help`")
-        check_jobs(jobs, None if method is None else method.processes)
-    if args.estimate:
-        from metarun.jobs.estimate import print_estimates
+            args.overrides = words
+            if shows:
+                for job in jobs:
+                    check_config(job.config)
+                return _hand_over(compose.hydra, args, _never)
+            if bare and not args.estimate:
+                print(
+                    "quick start: MAML on sinusoid regression, about a minute; see `metarun --help`"
+                )
+            check_jobs(jobs, None if method is None else method.processes)
+        if args.estimate:
+            from metarun.jobs.estimate import print_estimates
 
-        return print_estimates(jobs)
-    if not distributed.is_main():
-        return train_without_folder(jobs[0].config)
-    if method is None:
-        task = HydraTask(args.config_dir)
-        code = _hand_over(args, task) or task.code
-        if bare and code == EXIT_OK:
-            _subcommand("report", [str(task.folder)])
-        return code
-    from metarun.jobs.sweep import check_direction, run
+            return print_estimates(jobs)
+        if not distributed.is_main():
+            return train_without_folder(jobs[0].config)
+        if method is None:
+            task = HydraTask(args.config_dir)
+            code = _hand_over(compose.hydra, args, task) or task.code
+            if bare and code == EXIT_OK:
+                _subcommand("report", [str(task.folder)])
+            return code
+        from metarun.jobs.sweep import check_direction, run
 
-    check_direction(method, jobs[0])
-    return run(
-        jobs, method, typed, args.config_dir, lambda task: _hand_over(args, task, sweep=True)
-    )
+        check_direction(method, jobs[0])
+
+        def start(task: Callable[[Any], Any]) -> int:
+            return _hand_over(compose.hydra, args, task, sweep=True)
+
+        return run(jobs, method, typed, args.config_dir, start)
 
 
 def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -376,25 +387,24 @@ def _take_folders(overrides: list[str]) -> tuple[dict[str, str], list[str]]:
     return folders, words
 
 
-def _hand_over(args: argparse.Namespace, task: Callable[[Any], Any], *, sweep: bool = False) -> int:
+def _hand_over(
+    hydra: Any, args: argparse.Namespace, task: Callable[[Any], Any], *, sweep: bool = False
+) -> int:
     """Let Hydra print what an option requests, or start the task; return the exit code."""
-    from metarun.config.loading import opened
-
     name, words = args.config_name or "config", args.overrides
     try:
-        with opened(args.config_dir, args.config_path) as hydra:
-            if args.hydra_help:
-                # Hydra composes the words with its own help, which has none of our groups.
-                args.overrides = []
-                hydra.hydra_help(name, application(), args)
-            elif args.shell_completion:
-                hydra.shell_completion(name, words)
-            elif args.cfg is not None:
-                hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)
-            elif args.info is not None:
-                hydra.show_info(args.info, name, words)
-            else:
-                (hydra.multirun if sweep else hydra.run)(name, task, words)
+        if args.hydra_help:
+            # Hydra composes the words with its own help, which has none of our groups.
+            args.overrides = []
+            hydra.hydra_help(name, application(), args)
+        elif args.shell_completion:
+            hydra.shell_completion(name, words)
+        elif args.cfg is not None:
+            hydra.show_cfg(name, words, args.cfg, args.package, args.resolve)
+        elif args.info is not None:
+            hydra.show_info(args.info, name, words)
+        else:
+            (hydra.multirun if sweep else hydra.run)(name, task, words)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else EXIT_FAILED if stop.code else EXIT_OK
     return EXIT_OK

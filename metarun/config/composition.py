@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from hydra._internal.hydra import Hydra
 from hydra.core.default_element import ConfigDefault
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -70,19 +71,21 @@ def composer(
         ValueError: A folder does not exist, or a user's file has the name of a shipped one.
     """
     with opened(config_dir, conf) as hydra:
-        yield Composer(Configurations(hydra, config_name or "config"))
+        yield Composer(hydra, config_name or "config")
 
 
 class Composer:
     """Composes and checks the runs of a request.
 
     Attributes:
+        hydra: Hydra that composes them, and may start them.
         groups: All config groups; nested ones are written `outer/inner`.
         options: Returns the names that a group can be set to, sorted.
     """
 
-    def __init__(self, configurations: Configurations) -> None:
-        self._known = configurations
+    def __init__(self, hydra: Hydra, config_name: str) -> None:
+        self.hydra = hydra
+        self._known = configurations = Configurations(hydra, config_name)
         self._checks = OverrideChecks(configurations)
         self._sweeps: dict[tuple[str, ...], DictConfig] = {}
         self.groups = configurations.groups

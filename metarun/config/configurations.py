@@ -35,7 +35,6 @@ class Configurations:
         self.repository = loader.repository
         self._parser = OverridesParser.create(config_loader=loader)
         self._options: dict[str, list[str]] = {}
-        self._latest: tuple[tuple[tuple[str, ...], RunMode], DictConfig] | None = None
         if config_name not in self._in_group("", ObjectType.CONFIG):
             raise ValueError(
                 f"--config-name {config_name}: there is no {config_name}.yaml in the config path"
@@ -75,16 +74,7 @@ class Configurations:
         return read_words(self._parser, overrides)
 
     def compose(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
-        """Return the configuration of these overrides, not to be modified.
-
-        The latest one is cached, since several checks in a row need it.
-        """
-        asked = tuple(overrides), mode
-        if self._latest is None or self._latest[0] != asked:
-            self._latest = asked, self._composed(overrides, mode)
-        return self._latest[1]
-
-    def _composed(self, overrides: Sequence[str], mode: RunMode) -> DictConfig:
+        """Return the configuration of these overrides."""
         try:
             return self._hydra.compose_config(
                 config_name=self._config_name,

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 import json
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
@@ -79,7 +79,12 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 class ConfigLoader(ConfigLoaderImpl):
-    """Hydra's loader; what a recipe says of a backbone is merged only into that backbone."""
+    """Hydra's loader; what a recipe says of a backbone is merged only into that backbone.
+
+    The latest configuration is kept: several checks in a row, and then Hydra, ask for the same.
+    """
+
+    _latest: tuple[Hashable, DictConfig] | None = None
 
     def load_configuration(
         self,
@@ -90,9 +95,17 @@ class ConfigLoader(ConfigLoaderImpl):
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
         """Compose a configuration; a data set made of others (`sources`) has their nodes, too."""
-        cfg = super().load_configuration(
-            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-        )
+        asked = config_name, tuple(overrides), run_mode
+        if self._latest is None or self._latest[0] != asked:
+            made = self._composed(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+            self._latest = asked, made
+        # A copy: Hydra writes into it.
+        return copy.deepcopy(self._latest[1])
+
+    def _composed(self, config_name: str | None, overrides: list[str], *how: Any) -> DictConfig:
+        cfg = super().load_configuration(config_name, overrides, *how)
         data = cfg.get("data")
         if isinstance(data, DictConfig) and PARTS in data and isinstance(data.sources, ListConfig):
             names = [str(name) for name in data.sources]
