@@ -54,10 +54,12 @@ def command(*words: str) -> None:
 @contextlib.contextmanager
 def finished() -> Iterator[RunFolder]:
     """Make one finished run, and go to an empty folder."""
-    command(*RUN, "seed=0", "optim.lr=0.001", "hydra.run.dir=first")
-    first = RunFolder(Path("first").absolute())
     with tempfile.TemporaryDirectory() as place, contextlib.chdir(place):
-        yield first
+        command(*RUN, "seed=0", "optim.lr=0.001", "hydra.run.dir=first")
+        first = RunFolder(Path("first").absolute())
+        Path("here").mkdir()
+        with contextlib.chdir("here"):
+            yield first
 
 
 def pool(first: RunFolder, word: str, number: int) -> None:
