@@ -136,7 +136,8 @@ def cut_down(config: Config) -> Config:
     small = deepcopy(config)
     for sizes in (small, small["train"]):
         for key, most in (("way", 5), ("shot", 5), ("query", 1)):
-            sizes[key] = min(sizes[key], most)
+            # A range is drawn from anew for each step.
+            sizes[key] = most if isinstance(sizes[key], str) else min(sizes[key], most)
     small["train"] |= {"steps": 1, "tasks_per_step": 1, "log_every": 1, "eval_every": 1}
     small["eval"] |= {"episodes": 2, "val_episodes": 2, "curve_steps": 1}
     if small["eval"]["inner_steps"] is not None:
