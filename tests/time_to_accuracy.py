@@ -717,10 +717,12 @@ def draw(
             panel.set(xscale="log", title=task.title, xlabel=clock.replace("_", " "))
             if task.metric == "mse":
                 panel.set(yscale="log", ylabel="MSE after adaptation")
-                panel.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+                panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+                panel.yaxis.set_minor_formatter(ticker.NullFormatter())
                 panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             else:
                 panel.set(ylabel="accuracy, %", ylim=(max(20.0, panel.get_ylim()[0]), 100.0))
+            panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
             panel.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             panel.xaxis.set_minor_formatter(ticker.NullFormatter())
             panel.legend(frameon=False)
