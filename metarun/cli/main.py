@@ -45,7 +45,7 @@ _OPTIONS = {"help": "--help", "version": "--version"}
 HELP = """\
 metarun: train and evaluate meta-learning algorithms
 
-  metarun                                quick start, takes about a minute
+  metarun                                quick start, takes half a minute
   metarun algo=maml data=omniglot_small  train, validate and test; KEY=VALUE
                                          sets any option: way=20 train.steps=9
   metarun -m algo=maml,anil seed=1,2,3   sweep: one run for each combination
@@ -337,7 +337,7 @@ def _application(args: argparse.Namespace, typed: list[str]) -> int:
                 return _hand_over(compose.hydra, args, _never)
             if bare and not args.estimate:
                 print(
-                    "quick start: MAML on sinusoid regression, about a minute; see `metarun --help`"
+                    "quick start: MAML on sinusoid regression, half a minute; see `metarun --help`"
                 )
             check_jobs(jobs, None if method is None else method.processes)
         if args.estimate:
