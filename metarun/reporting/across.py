@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,11 +95,12 @@ def _table(
 ) -> Table:
     rows = [group for group in groups if any(group.label in cells for cells in columns.values())]
     names = [(group.config["names"]["algo"], _trained_on(group)) for group in rows]
+    counts = Counter(names)
     lines: list[Line] = []
     for group, name in zip(rows, names, strict=True):
         line: dict[str, str | Figure] = {
             # Several runs of a learner on the same data are told apart by what was typed.
-            "learner": name[0] if names.count(name) == 1 else group.label,
+            "learner": name[0] if counts[name] == 1 else group.label,
             "trained on": name[1],
         }
         for head in sorted(columns):

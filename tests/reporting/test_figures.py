@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -24,6 +27,7 @@ from metarun.reporting.figures import (
     streams,
     tasks,
 )
+from metarun.reporting.figures.comparison import Entry
 from metarun.reporting.figures.drawing import COLORS, Panel
 from metarun.reporting.run_files import RunFiles
 from tests.helpers import image_batch, image_spec, make
@@ -300,3 +304,18 @@ def test_errors_along_a_stream_that_span_decades_have_a_logarithmic_axis() -> No
     assert 0.001 < current.get_ylim()[0] < 0.01
     alike = {"good": lines(3.0), "bad": lines(4.0)}
     assert streams._panels(alike, results, looks).axes[0].get_yscale() == "linear"
+
+
+def test_curves_of_several_seeds_are_read_once_however_many_steps_they_share() -> None:
+    class Read(list[float]):
+        times = 0
+
+        def __iter__(self) -> Iterator[float]:
+            self.times += 1
+            return super().__iter__()
+
+    curves = [(Read([1, 2, 3, 5]), Read([4, 6, 8, 9])), (Read([2, 3, 4, 5]), Read([2, 2, 0, 3]))]
+    runs = [SimpleNamespace(curve=lambda _, own=own: own) for own in curves]
+    steps, means, _ = comparison._val(cast(Entry, SimpleNamespace(runs=runs)), "mse")
+    assert (steps.tolist(), means.tolist()) == ([2.0, 3.0, 5.0], [4.0, 5.0, 6.0])
+    assert {part.times for pair in curves for part in pair} == {1}

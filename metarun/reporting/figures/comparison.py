@@ -147,8 +147,9 @@ def _val(entry: Entry, metric: str) -> Curve:
     found = [run.curve(f"val/{metric}") for run in entry.runs]
     if len(found) == 1:
         return *found[0], entry.runs[0].curve(f"val/{metric}_ci95")[1]
-    common = sorted(set.intersection(*(set(map(float, steps)) for steps, _ in found)))
-    rows = [[dict(zip(*pair, strict=True))[step] for step in common] for pair in found]
+    by_step = [dict(zip(map(float, steps), values, strict=True)) for steps, values in found]
+    common = sorted(set.intersection(*map(set, by_step)))
+    rows = [[own[step] for step in common] for own in by_step]
     return np.array(common), *_intervals(np.array(rows).T)
 
 
