@@ -150,7 +150,7 @@ def logs() -> Iterator[tuple[str, int, Action]]:
         run = RunFolder(Path("outputs/run"))
         shutil.copytree(first.path, run.path)
         results = first.read_results()
-        for number in (1, 10_000, 20_000, 40_000, 80_000):
+        for number in (1, 50_000, 100_000, 200_000):
             line = '{{"step": {}, "train/mse": 0.5, "val/mse": 0.5, "val/mse_ci95": 0.1}}\n'
             data = "".join(map(line.format, range(3, number + 3))).encode()
             run.write_bytes(METRICS, data)
@@ -167,6 +167,7 @@ def folders() -> Iterator[tuple[str, int, Action]]:
         write_class_folders(root, {f"class{name}": 20 for name in range(number // 20)})
 
         def read(place: Path = root) -> object:
+            shutil.rmtree("data", ignore_errors=True)  # the images that were read before
             return make_source(Folder, root=str(place), image_size=8, sizes=sizes(5))
 
         yield "folder of images, by images", number, read
@@ -239,6 +240,7 @@ def power(points: list[tuple[int, float]]) -> float:
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as place:
         os.chdir(place)
+        os.environ["METARUN_DATA"] = "data"
         for part in sys.argv[1:] or PARTS:
             found: dict[str, list[tuple[int, float]]] = {}
             for name, size, act in PARTS[part]():
