@@ -265,15 +265,11 @@ def learn2learn_sinusoid(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
         yield step, lambda: adapted_figure(net, tasks, lr=0.01, steps=5)
 
 
-def _learn2learn_tasks(tasks: Mapping[str, np.ndarray], way: int, samples: int, number: int) -> Any:
-    """Return learn2learn's sampler, as its learn2learn/vision/benchmarks/omniglot_benchmark.py.
-
-    From there: the transforms of tasks, with a random quarter turn for each class.
-    """
-    import learn2learn as l2l
+def _images(tasks: Mapping[str, np.ndarray], kind: type, channels: int = 1) -> Any:
+    """Return the training images and their labels as a data set of a kind, with some channels."""
     import torch
 
-    class Images(torch.utils.data.Dataset):
+    class Images(kind):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
             self.images = torch.from_numpy(tasks["images"]).float() / 255.0
             self.labels = [int(label) for label in tasks["classes"]]
@@ -282,9 +278,23 @@ def _learn2learn_tasks(tasks: Mapping[str, np.ndarray], way: int, samples: int, 
             return len(self.labels)
 
         def __getitem__(self, index: int) -> Any:
-            return self.images[index], self.labels[index]
+            return self.images[index].expand(channels, -1, -1), self.labels[index]
 
-    data = l2l.data.MetaDataset(Images())
+        def get_labels(self) -> list[int]:
+            return self.labels
+
+    return Images()
+
+
+def _learn2learn_tasks(tasks: Mapping[str, np.ndarray], way: int, samples: int, number: int) -> Any:
+    """Return learn2learn's sampler, as its learn2learn/vision/benchmarks/omniglot_benchmark.py.
+
+    From there: the transforms of tasks, with a random quarter turn for each class.
+    """
+    import learn2learn as l2l
+    import torch
+
+    data = l2l.data.MetaDataset(_images(tasks, torch.utils.data.Dataset))
     changes = l2l.data.transforms
     transforms = [
         changes.FusedNWaysKShots(data, n=way, k=samples),
@@ -359,24 +369,9 @@ def learn2learn_protonet(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
 
 def _easyfsl_images(tasks: Mapping[str, np.ndarray]) -> Any:
     """Return the training images as easyfsl wants them, with three channels."""
-    import torch
     from easyfsl.datasets import FewShotDataset
 
-    class Images(FewShotDataset):  # type: ignore[misc] - the package has no types
-        def __init__(self) -> None:
-            self.images = torch.from_numpy(tasks["images"]).float() / 255.0
-            self.labels = [int(label) for label in tasks["classes"]]
-
-        def __len__(self) -> int:
-            return len(self.labels)
-
-        def __getitem__(self, index: int) -> Any:
-            return self.images[index].expand(3, -1, -1), self.labels[index]
-
-        def get_labels(self) -> list[int]:
-            return self.labels
-
-    return Images()
+    return _images(tasks, FewShotDataset, channels=3)
 
 
 def easyfsl_episodic(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:

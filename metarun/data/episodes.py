@@ -776,7 +776,7 @@ def all_in_each(names: Sequence[str]) -> str:
 
 def _joined(tables: Mapping[Split, ClassTable]) -> ClassTable:
     """Return one table of all classes; those of a group are adjacent."""
-    parts = [table for split, table in tables.items()]
+    parts = list(tables.values())
     names = [name for part in parts for name in part.names]
     counts = [count for part in parts for count in part.counts]
     groups = [group for part in parts for group in part.groups or ()]
