@@ -30,6 +30,8 @@ Side = Variant | str
 _MIB = 2**20
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+# M_MMAP_THRESHOLD of malloc.h: from how many bytes on memory is mapped, and returned when freed.
+_MMAP_THRESHOLD = -3
 
 
 def step_of(
@@ -128,6 +130,7 @@ def _in_a_process(tell: Callable[..., None], *what: Any) -> Any:
 def _tell_memory(connection: Connection, side: Side, workload: Workload) -> None:
     # Only the parent handles Ctrl-C; it then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _free_at_once()
     step = step_of(side, workload, torch.device("cpu"))
     # The first steps include late imports, traces and compilation, which are not part of a step.
     for _ in range(CALLS_BEFORE_REPLAY):
@@ -166,6 +169,14 @@ def _status(name: str) -> float:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
     raise AssertionError(f"{_STATUS} has no {name}")
+
+
+def _free_at_once() -> None:
+    """Keep tensors in pages of their own, so that gaps between them do not count."""
+    if sys.platform.startswith("linux"):
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 4096)
 
 
 def _trim() -> None:

@@ -100,16 +100,11 @@ def test_more_tasks_at_once_need_more_memory() -> None:
 def test_recomputed_inner_steps_need_no_more_memory_for_being_many() -> None:
     """With stored graphs, five inner steps need 2.5 times the memory of one."""
     workload = replace(BY_NAME["conv4-1"], tasks=2, filters=32, image=84)
-
-    def least(steps: int) -> float:
-        """What else happens in a process can only add to its memory."""
-        side, work = Variant("vmap", memory="lean"), replace(workload, steps=steps)
-        found = [memory_of_step(side, work, CPU) for _ in range(3)]
-        return min(value for value in found if value is not None)
-
-    if memory_of_step(Variant("vmap"), workload, CPU) is None:
+    side = Variant("vmap", memory="lean")
+    one, five = (memory_of_step(side, replace(workload, steps=steps), CPU) for steps in (1, 5))
+    if one is None or five is None:
         pytest.skip("this system does not say what a process needs")
-    assert 0 < least(5) < 1.4 * least(1)
+    assert 0 < five < 1.2 * one
 
 
 def test_processes_work_side_by_side() -> None:
