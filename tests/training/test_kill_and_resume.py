@@ -27,8 +27,8 @@ from metarun.training import failures, trainer
 from tests.helpers import slow
 from tests.tiny_run import Watched, go, make_algorithm, same_state
 
-fcntl = pytest.importorskip("fcntl")
-termios = pytest.importorskip("termios")
+pytest.importorskip("fcntl")
+pytest.importorskip("termios")
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the tiny run forks")
 
@@ -73,6 +73,12 @@ COMMAND = [sys.executable, "-m", "metarun", "algo=maml", "data=sinusoid", "devic
 COMMAND += ["hydra.run.dir=run", "train.tasks_per_step=1", "train.log_every=10"]
 COMMAND += ["eval.episodes=4", "eval.val_episodes=4", "train.eval_every=1000000"]
 SHORT, ENDLESS = "train.steps=200", "train.steps=1000000"
+ON_A_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, getattr(signal, sys.argv[1]))
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 def until_it_trains(process: subprocess.Popen[Any], run: Path) -> None:
@@ -86,18 +92,15 @@ def until_it_trains(process: subprocess.Popen[Any], run: Path) -> None:
 def test_a_closed_terminal_saves_a_run_or_does_not_touch_it(nohup: bool, tmp_path: Path) -> None:
     ours, theirs = os.openpty()
 
-    def open_terminal() -> None:
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
-        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
-
+    # Not `preexec_fn`: it forks this process, which the threads of JAX do not survive.
+    on_hangup, steps = ("SIG_IGN", SHORT) if nohup else ("SIG_DFL", ENDLESS)
     process = subprocess.Popen(
-        [*COMMAND, SHORT if nohup else ENDLESS],
+        [sys.executable, "-c", ON_A_TERMINAL, on_hangup, *COMMAND, steps],
         cwd=tmp_path,
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=open_terminal,
     )
     os.close(theirs)
     until_it_trains(process, tmp_path / "run")
