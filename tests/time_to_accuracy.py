@@ -11,7 +11,7 @@ stand beside the wall time, for machines that others use, too. `draw` makes a pi
 and prints a Markdown table.
 
 metarun runs with its recipe, and its figures are those of its `metrics.jsonl`; `--words` takes
-further overrides, as in `--words optim.lr=0.003`. The others are the loops of their own examples
+further overrides, as in `--words optim.lr=0.001`. The others are the loops of their own examples
 with the examples' hyperparameters, whose sources stand at each. One function evaluates them, on
 metarun's own validation tasks, and a test compares it with metarun. They are evaluated whenever
 they have trained for five times as long as an evaluation takes.
@@ -447,9 +447,9 @@ def easyfsl_classical(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
 
 
 def jax_sinusoid(tasks: Mapping[str, np.ndarray], seed: int) -> Steps:
-    """MAML in JAX, 100 steps as one program, with the settings of metarun's recipe.
+    """MAML in JAX, 100 steps as one program.
 
-    They are those of Finn et al. (2017), section 5.1, and its code: 10 + 10 rows, 25 tasks per
+    Settings are those of Finn et al. (2017), section 5.1, and its code: 10 + 10 rows, 25 tasks per
     step, inner rate 0.01 and 1 step, Adam at 0.001, two layers of 40 units. Evaluation has 10
     inner steps.
     """
