@@ -711,7 +711,16 @@ def draw(
             panel.axhline(factor * task.threshold, color="0.3", ls="--", lw=1.5)
             panel.set(xscale="log", title=task.title, xlabel=clock.replace("_", " "))
             if task.metric == "mse":
-                panel.set(yscale="log", ylabel="MSE after adaptation")
+                # A later figure can be any number: adaptation sometimes diverges on a task.
+                curves = [
+                    lines
+                    for (of, _), seeds in found.items()
+                    if of == name
+                    for lines in seeds.values()
+                ]
+                top = 1.2 * max(lines[0]["figure"] for lines in curves)
+                bottom = 0.8 * min(best(task, lines) for lines in curves)
+                panel.set(yscale="log", ylabel="MSE after adaptation", ylim=(bottom, top))
                 panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
                 panel.yaxis.set_minor_formatter(ticker.NullFormatter())
                 panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
