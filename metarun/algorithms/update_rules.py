@@ -1,8 +1,9 @@
 """Adam and SGD, by torch's functions for them.
 
 `torch.optim.Adam` and `torch.optim.SGD` are classes around the same functions. To make one imports
-torch's compiler, which takes a second, and a step of a few small tensors takes twice as long. State
-has their format, so that it can be exchanged with theirs.
+torch's compiler, which takes a second, and a step of a few small tensors takes twice as long.
+Around Adam's operator there is another function, which sorts parameters by device and precision:
+here all have the same ones. State has the format of the classes, so that it can be exchanged.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 _State = dict[int, dict[str, Tensor]]
@@ -43,25 +43,28 @@ class Adam:
 
     def step(self, params: Sequence[Tensor], grads: Sequence[Tensor], lr: float) -> None:
         """See `UpdateRule.step`."""
+        if not params:
+            return
         if not self.state:
             for position, param in enumerate(params):
                 count = torch.zeros((), dtype=torch.float32, device=param.device)
                 moments = {name: torch.zeros_like(param) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[position] = {"step": count, **moments}
         own = [self.state[position] for position in range(len(params))]
+        steps = [state["step"] for state in own]
         with torch.no_grad():
-            adam(
+            torch._foreach_add_(steps, 1)
+            torch._fused_adam_(
                 list(params),
                 list(grads),
                 [state["exp_avg"] for state in own],
                 [state["exp_avg_sq"] for state in own],
                 [],
-                [state["step"] for state in own],
-                fused=True,
+                steps,
                 amsgrad=False,
+                lr=lr,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
-                lr=lr,
                 weight_decay=self.weight_decay,
                 eps=1e-8,
                 maximize=False,

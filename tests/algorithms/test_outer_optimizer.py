@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metarun.algorithms.outer_optimizer import NonFiniteError, OuterOptimizer
+from metarun.algorithms.update_rules import SGD, Adam, UpdateRule
 from metarun.core.types import Progress
 
 
@@ -31,6 +32,12 @@ def test_adam_is_that_of_torch_whatever_order_the_gradients_come_in() -> None:
         reference.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rule", [Adam((0.9, 0.999), 0.0), SGD(0.0, 0.0)])
+def test_nothing_to_learn_is_no_error(rule: UpdateRule) -> None:
+    rule.step([], [], 0.1)
+    assert not rule.state
 
 
 @pytest.mark.parametrize("method", ["adam", "sgd"])
