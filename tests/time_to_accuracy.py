@@ -37,6 +37,7 @@ import warnings  # noqa: E402
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
+from itertools import chain  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -699,9 +700,10 @@ def draw(
         )
         for name, panel in zip(names, axes[0], strict=True):
             task, factor = TASKS[name], 1.0 if TASKS[name].metric == "mse" else 100.0
-            for (of, contender), seeds in found.items():
+            here = {c: list(seeds.values()) for (of, c), seeds in found.items() if of == name}
+            for contender, curves in here.items():
                 color = f"C{contenders.index(contender)}"
-                for number, lines in enumerate(seeds.values() if of == name else ()):
+                for number, lines in enumerate(curves):
                     x = [line[clock] for line in lines]
                     y = [factor * line["figure"] for line in lines]
                     panel.plot(x, y, color=color, lw=2, label=None if number else contender)
@@ -712,14 +714,9 @@ def draw(
             panel.set(xscale="log", title=task.title, xlabel=clock.replace("_", " "))
             if task.metric == "mse":
                 # A later figure can be any number: adaptation sometimes diverges on a task.
-                curves = [
-                    lines
-                    for (of, _), seeds in found.items()
-                    if of == name
-                    for lines in seeds.values()
-                ]
-                top = 1.2 * max(lines[0]["figure"] for lines in curves)
-                bottom = 0.8 * min(best(task, lines) for lines in curves)
+                every = list(chain.from_iterable(here.values()))
+                top = 1.2 * max(lines[0]["figure"] for lines in every)
+                bottom = 0.8 * min(best(task, lines) for lines in every)
                 panel.set(yscale="log", ylabel="MSE after adaptation", ylim=(bottom, top))
                 panel.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
                 panel.yaxis.set_minor_formatter(ticker.NullFormatter())

@@ -6,11 +6,9 @@ Each measurement runs in its own process, free of remains of other steps. Where 
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import signal
-import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -22,6 +20,7 @@ import torch
 from metarun.bench.baselines import baseline_step
 from metarun.bench.implementations import Step, our_step
 from metarun.bench.workloads import Variant, Workload
+from metarun.execution import allocator
 from metarun.execution.graph_replay import CALLS_BEFORE_REPLAY
 
 Side = Variant | str
@@ -30,8 +29,6 @@ Side = Variant | str
 _MIB = 2**20
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-# M_MMAP_THRESHOLD of malloc.h: from how many bytes on memory is mapped, and returned when freed.
-_MMAP_THRESHOLD = -3
 
 
 def step_of(
@@ -130,13 +127,14 @@ def _in_a_process(tell: Callable[..., None], *what: Any) -> Any:
 def _tell_memory(connection: Connection, side: Side, workload: Workload) -> None:
     # Only the parent handles Ctrl-C; it then ends this process.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _free_at_once()
+    allocator.return_blocks()
     step = step_of(side, workload, torch.device("cpu"))
     # The first steps include late imports, traces and compilation, which are not part of a step.
     for _ in range(CALLS_BEFORE_REPLAY):
         step()
     gc.collect()
-    _trim()
+    # Growth of the process is then memory in use.
+    allocator.trim()
     try:
         _CLEAR.write_text("5")
     except OSError:
@@ -169,19 +167,3 @@ def _status(name: str) -> float:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
     raise AssertionError(f"{_STATUS} has no {name}")
-
-
-def _free_at_once() -> None:
-    """Keep tensors in pages of their own, so that gaps between them do not count."""
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, 4096)
-
-
-def _trim() -> None:
-    """Return free memory to the system, so that growth of the process is memory in use."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
