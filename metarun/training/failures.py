@@ -47,16 +47,17 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
     """
     try:
         yield
-    except (StopRequestedError, KeyboardInterrupt):
+    except (StopRequestedError, KeyboardInterrupt) as stop:
         signum = signals.signum or int(signal.SIGINT)
-        run.set_status("interrupted", step=at.saved, signal=signum)
-        kept = "nothing is saved" if at.saved is None else f"saved at step {at.saved}"
+        saved = _in_folder(run, at) if isinstance(stop, KeyboardInterrupt) else at.saved
+        run.set_status("interrupted", step=saved, signal=signum)
+        kept = "nothing is saved" if saved is None else f"saved at step {saved}"
         text = f"{kept}; `metarun resume={run.path}` continues"
         _log.info(text, extra=FILE_ONLY)
         raise Interrupted(signum, text) from None
     except OutOfTimeError as stop:
-        saved = f"train.max_minutes={stop.minutes:g} is over: saved at step {at.saved}"
-        text = f"{saved}; `metarun resume={run.path}` continues"
+        over = f"train.max_minutes={stop.minutes:g} is over: saved at step {at.saved}"
+        text = f"{over}; `metarun resume={run.path}` continues"
         run.set_status("interrupted", step=at.saved, why=text)
         _log.info(text, extra=FILE_ONLY)
         raise OutOfTime(text) from None
@@ -73,6 +74,17 @@ def outcome(run: Run, signals: Signals, at: Standing) -> Iterator[None]:
         text = f"step {at.step}: {what}; {kept}: {remedy}"
         _fail(run, at, text)
         raise _known_to_processes(RunError(text), error, run) from error
+
+
+def _in_folder(run: Run, at: Standing) -> int | None:
+    """Return the step of the checkpoint in the folder.
+
+    It is newer than `at.saved` if a signal came between the writing and the note of it.
+    """
+    with suppress(OSError, ValueError):
+        checkpoint = run.load_last()
+        return at.saved if checkpoint is None else int(checkpoint["step"])
+    return at.saved
 
 
 def _advice(error: Exception, run: Run) -> tuple[str, str] | None:

@@ -177,6 +177,25 @@ def test_a_signal_at_every_line_leaves_a_state_that_is_true(tmp_path: Path) -> N
     go(tmp_path)
 
 
+def test_a_second_signal_right_after_a_checkpoint_says_that_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = RunFolder.save_last
+
+    def save_and_stop(run: RunFolder, checkpoint: dict[str, Any]) -> None:
+        save(run, checkpoint)
+        if checkpoint["step"]:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(RunFolder, "save_last", save_and_stop)
+    with pytest.raises(Interrupted, match=r"saved at step [1-9]\d*;"):
+        go(tmp_path)
+    status = RunFolder.open(tmp_path).status()
+    saved = read_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"]
+    assert (status["state"], status["step"]) == ("interrupted", saved)
+
+
 class StopError(Exception):
     pass
 
