@@ -13,7 +13,15 @@ from tests.imports import MODULES, PACKAGE, RANK, direct, folder_of, imported, n
 
 INSIDE = [path for path in MODULES if path.parent != PACKAGE]
 FAMILIES = {path.name for path in (PACKAGE / "algorithms").iterdir() if path.is_dir()}
-SHARED = {"base", "capabilities", "functional", "outer_optimizer", "update_rules", "common"}
+SHARED = {
+    "base",
+    "capabilities",
+    "functional",
+    "outer_optimizer",
+    "outer_program",
+    "update_rules",
+    "common",
+}
 """What every family of algorithms may import from `algorithms`."""
 INTERFACES = {"base", "capabilities", "outer_optimizer", "common"}
 """What training and evaluation may import from `algorithms`: no family, so no algorithm."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.outer_optimizer import OuterOptimizer, update_running_statistics
+from metarun.algorithms.outer_program import OuterTask, updates
 from metarun.backbones.layers.context import BatchNormMode, ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import batch_norms, has_batch_norm
@@ -24,6 +25,9 @@ from metarun.core import seeding
 from metarun.core.checks import at_least
 from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch, TaskSpec
 from metarun.execution.engine import Engine, TaskFunction
+
+_UPDATE = ("update", "outer_step", "outer_gradients", "limited")
+"""Methods that make up an update."""
 
 Backbone = Callable[..., nn.Module]
 """Factory that maps `input_shape` and `output_dim` (None: features, no head) to a network."""
@@ -139,7 +143,17 @@ class Algorithm(nn.Module, ABC):
         """Floating-point type in which the algorithm computes."""
         return self._place.dtype
 
-    @abstractmethod
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
+        """Return the function of one training task and its rows, which `outer_step` takes.
+
+        An algorithm implements either this function or `update`. It changes no state, and what
+        it returns does not depend on numbers that an update changes.
+
+        Args:
+            batch, progress: See `update`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has neither `outer_task` nor `update`")
+
     def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
         """Perform one meta-update and return its metrics: `loss` and the task metric.
 
@@ -153,6 +167,37 @@ class Algorithm(nn.Module, ABC):
         Raises:
             NonFiniteError: The loss or a gradient is not finite; no state has changed.
         """
+        return self.outer_step(*self.outer_task(batch, progress), progress)
+
+    def update_several(self, steps: Iterable[tuple[TaskBatch, Progress]]) -> list[Metrics]:
+        """Perform the first of several meta-updates, where they are one call.
+
+        `joins_updates` says whether they may be. The parameters are those after `update` up to
+        rounding, and the same bit for bit for any number of updates in a call.
+
+        Args:
+            steps: Arguments of `update` for each of them.
+
+        Returns:
+            The metrics of the updates that were made, perhaps none. The next one is then one for
+            `update`: only that raises an error.
+        """
+        planned = ((*self.outer_task(*step), step[1]) for step in steps)
+        made = updates(self.resolved_engine(), self.net, self.optimizer, planned)
+        return [{"loss": loss, self.spec.metric: score} for loss, score in made]
+
+    @property
+    def joins_updates(self) -> bool:
+        """Whether `update_several` makes several updates in a call.
+
+        They have to be those of `outer_task` and the optimizer alone, in compiled steps on a CPU.
+        """
+        return (
+            self.engine.graph == "compile"
+            and self.device.type == "cpu"
+            and all(getattr(type(self), name) is getattr(Algorithm, name) for name in _UPDATE)
+            and not has_batch_norm(self.net)
+        )
 
     @abstractmethod
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -187,6 +187,35 @@ class OuterOptimizer(nn.Module):
         if self.clip_value is not None:
             grad = grad.clamp(-self.clip_value, self.clip_value)
         return grad
+
+    @property
+    def settings(self) -> Hashable:
+        """All that `moved` depends on besides its arguments."""
+        return type(self.rule), self.rule.settings, self.clip_norm, self.clip_value
+
+    def moved(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        moments: Sequence[Tensor],
+        factors: Tensor,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """Return parameters and moments after an update as `move`, and the gradient's norm.
+
+        It is a pure function for a compiler; it agrees with `move` up to rounding. If the norm is
+        not finite, the others are not to be used. The arguments are those of `UpdateRule.moved`.
+        """
+        norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+        clipped = [self._clip(grad, norm) for grad in grads]
+        after, moved = self.rule.moved(params, clipped, moments, factors)
+        return after, moved, norm
+
+    def take(self, params: Sequence[Tensor], moments: Sequence[Tensor], updates: int) -> None:
+        """Take over the parameters and moments after a number of updates by `moved`."""
+        own: list[Tensor] = [*self.targets.values()]
+        with torch.no_grad():
+            torch._foreach_copy_(own, list(params))
+            self.rule.take(own, moments, updates)
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"state": self.rule.state}

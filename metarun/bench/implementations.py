@@ -26,7 +26,6 @@ from metarun.backbones.network import set_mixed
 from metarun.backbones.resnet12 import ResNet12
 from metarun.bench.networks import resnet_widths
 from metarun.bench.workloads import Variant, Workload
-from metarun.core import seeding
 from metarun.core.types import (
     EpisodeSize,
     EpisodeSource,
@@ -42,6 +41,7 @@ from metarun.evaluation.episodes import evaluate
 from metarun.execution.engine import Engine
 from metarun.training.run_state import RunState
 from metarun.training.tasks import TrainingTasks
+from metarun.training.updates import Updates
 
 Step = Callable[[], object]
 
@@ -167,13 +167,13 @@ def our_step(
 
 def _training(workload: Workload, algorithm: Algorithm, source: EpisodeSource) -> Step:
     """Return a call of several training steps, each as in a run between two lines of its log."""
-    tasks, state = TrainingTasks(source, workload.tasks), RunState(workload.tasks)
+    state = RunState(workload.tasks)
+    updates = Updates(algorithm, TrainingTasks(source, workload.tasks), _ENDLESS, seed=0)
 
     def step() -> None:
-        for _ in range(workload.updates):
-            seeding.seed_torch(state.step)
-            progress = Progress(state.step, _ENDLESS)
-            state.add(algorithm.update(tasks.of_step(progress), progress))
+        end = state.step + workload.updates
+        while state.step < end:
+            updates.make(state, end - state.step)
 
     return step
 

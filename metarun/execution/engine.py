@@ -24,7 +24,7 @@ from metarun.backbones.layers.normalization import set_native
 from metarun.core import distributed
 from metarun.core.checks import at_least
 from metarun.core.once import once_per_network
-from metarun.execution.graph_replay import GraphKind, Graphs, Replay
+from metarun.execution.graph_replay import GraphKind, Graphs, Replay, layouts
 from metarun.execution.watching import unwatched
 
 Kind = Literal["auto", "vmap", "loop", "threads"]
@@ -151,34 +151,68 @@ class Engine:
             The gradients by name, and the extras stacked over tasks (leading dimension T),
             detached.
         """
-        names = list(params)
-        scale = 1.0 / rows[0].shape[0]
-
-        def backward(
-            nets: _Nets, mode: ChunkMode, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
-        ) -> tuple[Tensors, Any]:
-            # Callers may run under no_grad, and worker threads have their own grad mode.
-            with torch.enable_grad():
-                # Each chunk has its own leaves: threads that accumulate into one leaf can
-                # deadlock, when one holds the interpreter lock and waits for the leaf.
-                leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-                here = dict(zip(names, leaves, strict=True))
-                if mode == "two_stage":
-                    assert isinstance(function, TwoStageTask)
-                    return _two_stage_gradients(function, nets, here, chunk, scale)
-                losses, extras = _call(function, nets, mode, here, chunk)
-                return _pulled((losses.sum() * scale,), leaves), _detached(extras)
-
+        names, scale = tuple(params), 1.0 / rows[0].shape[0]
         total: Tensors | None = None
         extras = []
         leaves = tuple(params.values())
         # The gradient of a chunk is its contribution to the mean over the whole batch.
-        site = "gradients", scale, tuple(names), _codes(function)
-        for grads, extra in self._run(function, backward, net, leaves, rows, site):
+        site = "gradients", scale, names, _codes(function)
+        work = _backward(function, names, scale)
+        for grads, extra in self._run(function, work, net, leaves, rows, site):
             total = _added(total, grads)
             extras.append(extra)
         assert total is not None
         return dict(zip(names, total, strict=True)), _concatenate(extras)
+
+    def program(
+        self,
+        function: TaskFunction,
+        net: nn.Module,
+        params: Params,
+        more: Tensors,
+        rows: Tensors,
+        then: Callable[[Sequence[Tensor], Tensors, Any, Sequence[Tensor]], Tensors],
+        key: Hashable,
+    ) -> Program | None:
+        """Return a compiled program of `gradients` and of what follows them.
+
+        Args:
+            function, net, params, rows: See `gradients`.
+            more: Further arguments of `then`.
+            then: Pure function of the parameters, their gradients, the extras and `more`.
+            key: All that `then` depends on besides its arguments.
+
+        Returns:
+            The program; None if there is none, because the tasks do not run together, or because
+            the function reads what cannot be compared between calls.
+        """
+        num_tasks = rows[0].shape[0]
+        if self.graph != "compile" or self.kind != "vmap":
+            return None
+        size, mode = self._plan(function, rows, workers=1)
+        if size != num_tasks:
+            return None
+        work = _backward(function, tuple(params), 1.0 / num_tasks)
+        named = _fixed(net)
+
+        def whole(
+            leaves: Sequence[Tensor],
+            buffers: Sequence[Tensor],
+            more: Sequence[Tensor],
+            rows: Sequence[Tensor],
+        ) -> Tensors:
+            def run(nets: _Nets) -> Tensors:
+                grads, extras = work(nets, mode, leaves, rows)
+                return then(leaves, grads, extras, more)
+
+            made: Tensors = self._with_buffers(net, list(named), buffers, run)
+            return made
+
+        leaves, buffers = tuple(params.values()), tuple(named.values())
+        site = "program", tuple(params), _codes(function), key, self.native, mode
+        args = leaves, buffers, more, rows
+        found = self.graphs.find(self.graph, site, function, net, whole, args)
+        return Program(found, buffers, layouts(rows)) if isinstance(found, Replay) else None
 
     def map(
         self,
@@ -255,17 +289,8 @@ class Engine:
         def whole(
             leaves: Sequence[Tensor], buffers: Sequence[Tensor], chunk: Sequence[Tensor]
         ) -> Any:
-            nets = _Nets(net, native=self.native, own=False)
-            # Buffers are arguments, too, so that a replay reads their current values.
-            with unwatched():
-                holder = _Holder(nets)
-            here = {
-                f"nets.{part}.{name}": buffer
-                for part in range(len(holder.nets))
-                for name, buffer in zip(named, buffers, strict=True)
-            }
-            return torch.func.functional_call(
-                holder, here, (lambda: work(nets, mode, leaves, chunk),)
+            return self._with_buffers(
+                net, list(named), buffers, lambda nets: work(nets, mode, leaves, chunk)
             )
 
         site = site, self.native, mode
@@ -284,6 +309,24 @@ class Engine:
 
         return [of(chunk) for chunk in chunks]
 
+    def _with_buffers(
+        self,
+        net: nn.Module,
+        names: list[str],
+        buffers: Sequence[Tensor],
+        run: Callable[[_Nets], Any],
+    ) -> Any:
+        """Return `run(nets)`. Buffers are arguments, so that a replay reads their values now."""
+        nets = _Nets(net, native=self.native, own=False)
+        with unwatched():
+            holder = _Holder(nets)
+        here = {
+            f"nets.{part}.{name}": buffer
+            for part in range(len(holder.nets))
+            for name, buffer in zip(names, buffers, strict=True)
+        }
+        return torch.func.functional_call(holder, here, (lambda: run(nets),))
+
     def _plan(self, function: TaskFunction, rows: Tensors, workers: int) -> tuple[int, ChunkMode]:
         """Return the number of tasks of a chunk, and its mode."""
         num_tasks = rows[0].shape[0]
@@ -298,6 +341,32 @@ class Engine:
             size = -(-share // -(-share // _TWO_STAGE_TASKS)) if two_stage else 1
         size = min(size, num_tasks)
         return size, "single" if size == 1 else "two_stage" if two_stage else "batched"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program of `Engine.program`.
+
+    Attributes:
+        replay: The program, and what its function reads besides its arguments.
+        buffers: Buffers and frozen parameters of the network.
+        layouts: Layouts of the rows.
+    """
+
+    replay: Replay
+    buffers: Tensors
+    layouts: Hashable
+
+    def fits(self, function: TaskFunction, rows: Tensors) -> bool:
+        """Return whether the program computes a function, on rows of these shapes.
+
+        Nothing else that the function reads may have changed since the program was found.
+        """
+        return layouts(rows) == self.layouts and self.replay.guards.hold_for(function)
+
+    def __call__(self, leaves: Sequence[Tensor], more: Sequence[Tensor], rows: Tensors) -> Tensors:
+        made: Tensors = self.replay.function(leaves, self.buffers, more, rows)
+        return made
 
 
 class _Nets:
@@ -358,6 +427,27 @@ def _codes(function: Any) -> Any:
         return _codes(function.adapt), _codes(function.predict)
     function = getattr(function, "__func__", function)
     return function.__code__ if hasattr(function, "__code__") else type(function)
+
+
+def _backward(function: TaskFunction, names: tuple[str, ...], scale: float) -> Work:
+    """Return the gradients of `scale` times the losses of a chunk, and the extras."""
+
+    def work(
+        nets: _Nets, mode: ChunkMode, leaves: Sequence[Tensor], chunk: Sequence[Tensor]
+    ) -> tuple[Tensors, Any]:
+        # Callers may run under no_grad, and worker threads have their own grad mode.
+        with torch.enable_grad():
+            # Each chunk has its own leaves: threads that accumulate into one leaf can
+            # deadlock, when one holds the interpreter lock and waits for the leaf.
+            leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+            here = dict(zip(names, leaves, strict=True))
+            if mode == "two_stage":
+                assert isinstance(function, TwoStageTask)
+                return _two_stage_gradients(function, nets, here, chunk, scale)
+            losses, extras = _call(function, nets, mode, here, chunk)
+            return _pulled((losses.sum() * scale,), leaves), _detached(extras)
+
+    return work
 
 
 def _call(

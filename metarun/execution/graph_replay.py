@@ -60,9 +60,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Replay:
-    """Operators of a function, which take its place while its guards hold."""
+    """Operators of a function, which take its place while its guards hold.
+
+    Attributes:
+        function: The operators, as a function of the same arguments.
+        guards: What the function reads besides its arguments.
+    """
 
     function: Function
+    guards: Guards
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,11 @@ class Graphs:
         # Tensors inside another transformation or trace are not those of a replay.
         if self._busy or torch._C._functorch.peek_interpreter_stack() is not None:
             return None
-        layouts = tuple(tuple(map(_layout, tensors)) for tensors in args)
-        whole = (kind, key, layouts, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
+        sizes_of = tuple(map(layouts, args))
+        whole = (kind, key, sizes_of, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"))
         sites = self._sites.setdefault(net, {})
         if whole not in sites:
-            same = (*whole[:2], layouts[:-1], *whole[3:])
+            same = (*whole[:2], sizes_of[:-1], *whole[3:])
             sizes = self._sizes.setdefault(net, Counter())
             if sizes[same] == _MOST_SIZES:
                 return None
@@ -190,7 +196,7 @@ class _Site:
                 return None
             trace.calls += 1
             if trace.calls != self._settled:
-                return trace.replay and Replay(trace.replay)
+                return trace.replay and Replay(trace.replay, trace.guards)
             trace.guards = Guards(task, net, self._executed)
         except UnguardedError as error:
             self._refuse(str(error))
@@ -253,8 +259,9 @@ def _replay(
     return replay
 
 
-def _layout(tensor: Tensor) -> Hashable:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def layouts(tensors: Sequence[Tensor]) -> Hashable:
+    """Return the shapes, strides, types and devices of tensors."""
+    return tuple([(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
 
 
 def _compiled(graph: fx.GraphModule, args: Sequence[Sequence[Tensor]]) -> Function:
@@ -284,9 +291,13 @@ def _flattened(graph: fx.GraphModule) -> pytree.TreeSpec:
 def _nested(function: Function, spec: pytree.TreeSpec) -> Function:
     """Return a function of lists of tensors from a flat one; its result is detached."""
 
+    # To build a flat result from its description takes longer than all else here.
+    is_flat = spec.num_leaves == spec.num_children and spec.type is tuple
+
     def run(*args: Sequence[Tensor]) -> Any:
         with torch.no_grad():
-            return pytree.tree_unflatten(function(*chain(*args)), spec)
+            made = function(*chain(*args))
+        return made if is_flat else pytree.tree_unflatten(made, spec)
 
     return run
 

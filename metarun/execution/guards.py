@@ -90,6 +90,13 @@ class Guards:
         except (AttributeError, KeyError):
             return False
 
+    def hold_for(self, function: Any) -> bool:
+        """Return what `hold` does, if only the function can have changed since they held."""
+        try:
+            return _match(self._root, function, {})
+        except (AttributeError, KeyError):
+            return False
+
     def _same_below(self) -> bool:
         """Compare all values that are compared by identity first."""
         if any(self._empty) or list(map(_layout, self._tensors)) != self._layouts:

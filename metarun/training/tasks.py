@@ -31,13 +31,20 @@ class TrainingTasks:
         self._drawn: TaskBatch | None = None
 
     @cached_property
-    def _sizes_vary(self) -> bool:
+    def sizes_vary(self) -> bool:
+        """Whether the tasks of different steps may have different sizes."""
         return layouts_differ(self._source, "train")
+
+    def ready(self, step: int) -> int:
+        """Return the number of steps, from this one on, whose tasks are drawn in one call."""
+        drawn = self._drawn.num_tasks // self._tasks if self._drawn is not None else 0
+        left = self._first + drawn - step
+        return left if left > 0 else self._steps
 
     def of_step(self, progress: Progress) -> TaskBatch:
         """Return the tasks of this process in the update after `progress.step` updates."""
         step, share = progress.step, progress.share
-        if share is not None or self._sizes_vary:
+        if share is not None or self.sizes_vary:
             count = share.count if share else self._tasks
             return self._source.batch("train", progress.first_task(self._tasks), count)
         begin = (step - self._first) * self._tasks

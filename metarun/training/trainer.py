@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from metarun.algorithms.base import Algorithm
-from metarun.core import distributed, seeding
+from metarun.core import distributed
 from metarun.core.console import BAR_SHOWS_IT, GOOD, Bar, Screen, duration, rate_text, summary
 from metarun.core.files import check_space
 from metarun.core.measures import values_text
 from metarun.core.results import Results
 from metarun.core.settings import EvalSettings, TrainSettings
-from metarun.core.types import EpisodeSource, Progress, Record, Share
+from metarun.core.types import EpisodeSource, Record, Share
 from metarun.core.words import number_of
 from metarun.data import recorded
 from metarun.runs.folder import Run
@@ -39,6 +39,7 @@ from metarun.training.run_state import RunState
 from metarun.training.signals import OutOfTimeError, Signals, StopRequestedError
 from metarun.training.state import check_same_parameters, load_parameters, required_bytes
 from metarun.training.tasks import TrainingTasks
+from metarun.training.updates import Updates
 from metarun.training.validation import validate
 
 _log = logging.getLogger(__name__)
@@ -115,7 +116,9 @@ class _Loop:
         tasks, number = self.settings.tasks_per_step, distributed.size()
         self.share = Share.of(tasks, distributed.rank(), number) if number > 1 else None
         count = self.share.count if self.share else tasks
-        self.tasks = TrainingTasks(self.source, tasks)
+        batches = TrainingTasks(self.source, tasks)
+        total, seed = self.settings.steps, self.seed
+        self.updates = Updates(self.algorithm, batches, total, seed, self.share)
         self.state = RunState(count, validated=0 if self.settings.steps else -1)
 
     # Start and resume.
@@ -206,7 +209,7 @@ class _Loop:
                     self.signals.check()
                     check_time(self.settings, self.began)
                     began = time.perf_counter()
-                    self._update()
+                    self.updates.make(state, self._until_due())
                     line = state.means() if self._due(self.settings.log_every) else None
                     state.window_seconds += time.perf_counter() - began
                     if line is not None:
@@ -229,12 +232,11 @@ class _Loop:
             every > 0 and self.state.step % every == 0
         )
 
-    def _update(self) -> None:
-        step, total = self.state.step, self.settings.steps
-        # Seeded by the step, so that algorithms that use torch's generator resume exactly.
-        seeding.seed_torch(seeding.key("update", self.seed, step))
-        progress = Progress(step, total, self.share)
-        self.state.add(self.algorithm.update(self.tasks.of_step(progress), progress))
+    def _until_due(self) -> int:
+        """Return the number of updates until a line, an evaluation or a checkpoint is due."""
+        step, settings = self.state.step, self.settings
+        every = (settings.log_every, settings.eval_every, settings.checkpoint_every)
+        return min([settings.steps - step, *(n - step % n for n in every if n > 0)])
 
     def _write(self, line: Mapping[str, float], bar: Bar) -> None:
         state, total = self.state, self.settings.steps

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm, task_metric
 from metarun.algorithms.common.adversarial import Answer, SupportTerm
 from metarun.algorithms.functional import Params, strip_prefix
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Prediction, Progress, TaskBatch
 
 
 class EpisodicLearner(Algorithm):
@@ -81,7 +82,7 @@ class EpisodicLearner(Algorithm):
         """
         return self.answers(net, params, support_x, support_y, query_x, ways, ctx), query_y
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
         ways = self.training_ways(batch)
 
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
@@ -93,8 +94,7 @@ class EpisodicLearner(Algorithm):
             loss = self.loss(outputs, targets)
             return loss, (loss, task_metric(self.spec, outputs, targets), moments)
 
-        rows = self.training_rows(batch, progress)
-        return self.outer_step(task, rows, progress)
+        return task, self.training_rows(batch, progress)
 
     @property
     def keeps_support(self) -> bool:

@@ -24,8 +24,9 @@ from metarun.algorithms.functional import (
     is_first_order,
     strip_prefix,
 )
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.core.types import Progress, TaskBatch
 from metarun.execution.engine import TaskFunction, TwoStageTask
 
 
@@ -145,11 +146,10 @@ class InnerLoopLearner(AdaptingLearner):
             weights = self.inner_step(loss, weights, params, first_order=first_order)
             yield weights
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
         first_order = is_first_order(self.second_order_from, progress)
         task = self.training_task(first_order=first_order, ways=self.training_ways(batch))
-        rows = self.training_rows(batch, progress)
-        return self.outer_step(task, rows, progress)
+        return task, self.training_rows(batch, progress)
 
     def training_task(self, *, first_order: bool, ways: int) -> TaskFunction:
         """Return the function of one training task of `ways` classes for `outer_step`."""

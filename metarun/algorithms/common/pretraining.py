@@ -20,12 +20,13 @@ from metarun.algorithms.base import LearnerSetup, forward, task_metric
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.common.features import FeatureLearner
 from metarun.algorithms.functional import strip_prefix
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.dropout import makes_noise
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
 from metarun.core.checks import positive
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.core.types import Progress, TaskBatch
 
 HeadKind = Literal["linear", "cosine"]
 Weights = dict[str, Tensor]
@@ -145,7 +146,7 @@ class Pretrained(FeatureLearner):
         # Again, now with the classifier.
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
         def task(net: nn.Module, params: Weights, *rows: Tensor) -> tuple[Tensor, Any]:
             x, y, noise = rows
             moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -158,8 +159,7 @@ class Pretrained(FeatureLearner):
 
         # A single task for the engine, which then uses fused operators.
         x, y = labeled_rows(batch)
-        rows = (x[None], y[None], self.noise(progress, 1))
-        return self.outer_step(task, rows, progress)
+        return task, (x[None], y[None], self.noise(progress, 1))
 
     def match_shapes(self, state: Mapping[str, Any]) -> None:
         for name, weights in self.classifier.items():

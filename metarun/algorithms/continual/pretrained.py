@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from metarun.algorithms.base import LearnerSetup, forward, task_metric
 from metarun.algorithms.common.online import WeightLearner
 from metarun.algorithms.functional import Params, strip_prefix
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import ForwardContext
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.core.types import Progress, TaskBatch
 
 
 class Pretrained(WeightLearner):
@@ -31,15 +32,14 @@ class Pretrained(WeightLearner):
         super().__init__(setup, **options)
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:  # noqa: ARG002
         def task(net: nn.Module, params: Params, *parts: Tensor) -> tuple[Tensor, Any]:
             x, y = parts
             outputs = forward(net, strip_prefix("net.", params), x, ForwardContext())
             loss = self.loss(outputs, y)
             return loss, (loss, task_metric(self.spec, outputs, y), {})
 
-        parts = (
+        return task, (
             torch.cat([batch.support_x, batch.query_x], 1),
             torch.cat([batch.support_y, batch.query_y], 1),
         )
-        return self.outer_step(task, parts, progress)

@@ -25,10 +25,11 @@ from metarun.algorithms.functional import (
     is_first_order,
     strip_prefix,
 )
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import BatchNorm, norm_parameters
 from metarun.core.checks import within
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.core.types import Progress, TaskBatch
 from metarun.execution.engine import TwoStageTask
 
 Moments = dict[str, tuple[Tensor, Tensor]]
@@ -104,7 +105,7 @@ class MAMLpp(AdaptingLearner):
                 self.rates[dict_key(name)] = nn.Parameter(start.clone())
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
         first_order = is_first_order(self.second_order_from, progress)
         shares = self._loss_weights(progress)
         counts = [share > 0.0 for share in shares]
@@ -153,8 +154,7 @@ class MAMLpp(AdaptingLearner):
 
         weights = batch.support_x.new_tensor(shares).expand(batch.num_tasks, -1)
         rows = (*self.training_rows(batch, progress), weights)
-        task = TwoStageTask(adapted, query_loss, reads=(0, 1, 4))
-        return self.outer_step(task, rows, progress)
+        return TwoStageTask(adapted, query_loss, reads=(0, 1, 4)), rows
 
     def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
         """Return the tensors that the network reads before and after each inner step."""

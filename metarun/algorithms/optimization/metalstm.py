@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from metarun.algorithms.base import LearnerSetup, forward, own_parameters, task_metric
 from metarun.algorithms.common.adapting import AdaptingLearner, Support
 from metarun.algorithms.functional import Params, flatten, strip_prefix, unflatten
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import batch_norms
 from metarun.core.checks import at_least, pair, within
-from metarun.core.types import Metrics, Progress, TaskBatch
+from metarun.core.types import Progress, TaskBatch
 
 PreviousGate = Literal["logit", "gate"]
 
@@ -99,7 +100,7 @@ class MetaLSTM(AdaptingLearner):
         self.rule = nn.ParameterDict(_first_rule(hidden_size, forget_bias, rate_bias))
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
         def task(net: nn.Module, params: Params, *rows: Tensor) -> tuple[Tensor, Any]:
             support_x, support_y, query_x, query_y, noise = rows
             theta = strip_prefix("net.", params)
@@ -113,7 +114,7 @@ class MetaLSTM(AdaptingLearner):
             loss = self.loss(outputs, query_y)
             return loss, (loss, task_metric(self.spec, outputs, query_y), {})
 
-        return self.outer_step(task, self.training_rows(batch, progress), progress)
+        return task, self.training_rows(batch, progress)
 
     def path(self, net: nn.Module, theta: Params, support: Support, steps: int) -> list[Params]:
         """Return the learner's weights, and with `bn=running` the averages of its statistics.

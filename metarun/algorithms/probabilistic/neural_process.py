@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from metarun.algorithms.base import Algorithm, LearnerSetup, task_metric, with_tensors
 from metarun.algorithms.capabilities import Capabilities
 from metarun.algorithms.functional import Params, strip_prefix
+from metarun.algorithms.outer_program import OuterTask
 from metarun.backbones.layers.context import BATCH_STATISTICS
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.core import seeding
 from metarun.core.checks import at_least, positive
-from metarun.core.types import Adapted, Metrics, Prediction, Progress, TaskBatch
+from metarun.core.types import Adapted, Prediction, Progress, TaskBatch
 
 Path = Literal["mean", "attention", "none"]
 Objective = Literal["elbo", "likelihood"]
@@ -124,7 +125,7 @@ class NeuralProcess(Algorithm):
             )
         self.optimizer = self.build_optimizer()
 
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
+    def outer_task(self, batch: TaskBatch, progress: Progress) -> OuterTask:
         size = self._context_size(batch.support_x.shape[1], progress)
         targets_x = torch.cat([batch.support_x, batch.query_x], 1)
         targets_y = torch.cat([batch.support_y, batch.query_y], 1)
@@ -144,8 +145,7 @@ class NeuralProcess(Algorithm):
             unseen = slice(size if size < len(y) else 0, None)
             return loss, (loss, task_metric(self.spec, means.mean(0)[unseen], y[unseen]), {})
 
-        rows = (targets_x, targets_y, noise)
-        return self.outer_step(task, rows, progress)
+        return task, (targets_x, targets_y, noise)
 
     def adapt(self, support_x: Tensor, support_y: Tensor) -> Adapted:
         def task(net: nn.Module, params: Params, x: Tensor, y: Tensor) -> Params:
