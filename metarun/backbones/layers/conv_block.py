@@ -15,7 +15,6 @@ from metarun.backbones.layers.convolution import conv2d_for_double_backward
 from metarun.backbones.layers.normalization import (
     BatchNorm,
     Pooling,
-    as_channels,
     many_rows,
     unchanged,
 )
@@ -50,8 +49,7 @@ def conv_and_norm(
     double_backward = norm.native and ctx.double_backward and many_rows(x)
     convolve: Any = conv2d_for_double_backward if double_backward else nn.functional.conv2d
     if _has_small_patches(conv) and not ctx.running:
-        maps, shift = norm.of_patches(conv, x, ctx)
-        return pooled(maps) + as_channels(shift, maps)
+        return norm.of_patches(conv, x, ctx, pooled)
     if pool is None or norm.fuses(x, ctx):
         maps = convolve(x, conv.weight, conv.bias, conv.stride, conv.padding)
         return pooled(norm(maps, ctx))

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from metarun.backbones.layers.context import ForwardContext
+from metarun.backbones.layers.pooling import halved
+from metarun.backbones.layers.windows import patch_moments, pooled_products, windows_of
 
 Pooling = Callable[[Tensor], Tensor]
 
@@ -75,8 +77,8 @@ class BatchNorm(nn.Module):
         """Return the weight of an update's moments in the running statistics, as in torch."""
         return 0.1
 
-    def of_patches(self, conv: nn.Conv2d, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """Convolve and normalize images without computing statistics of the convolution's output.
+    def of_patches(self, conv: nn.Conv2d, x: Tensor, ctx: ForwardContext, pool: Pooling) -> Tensor:
+        """Convolve, normalize and pool images without statistics of the convolution's output.
 
         The statistics of w p + b over all patches p follow from those of the patches: its mean is
         w E[p] + b, its variance w Cov[p] w'. If the images are data, no derivative passes through
@@ -86,22 +88,22 @@ class BatchNorm(nn.Module):
             conv: Convolution whose outputs are normalized.
             x: (N, C, H, W) inputs of the convolution.
             ctx: Options of the forward pass, without running statistics.
-
-        Returns:
-            (N, K, H', W') maps, and the (K,) shift to be added to their channels.
+            pool: Max-pooling of (N, K, H', W') maps, or `unchanged`.
         """
         # Mixed precision: sums are taken in float32, as in torch's own operator.
         wide = x.to(self.running_mean.dtype)
         seen = wide if ctx.rows is None else wide[: ctx.rows]
         # Centering each channel first avoids cancellation in the variance.
         level = seen.mean((0, 2, 3))
-        patches, sides = _patches(wide, level, conv)
+        in_windows = self.native and _in_windows(conv, x, ctx, pool)
+        patches, sides = _patches(wide, level, conv, in_windows=in_windows)
         rows = conv.weight.to(wide.dtype).flatten(1)
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
         bias = 0.0 if conv.bias is None else conv.bias.to(wide.dtype)
-        count = len(seen) * sides[0] * sides[1]
-        center = patches[:count].mean(0)
-        spread = patches[:count].mT @ patches[:count] / count - center * center[:, None]
+        taken_of = patches[: len(seen) * sides[0] * sides[1]]
+        center, products = patch_moments(taken_of) if in_windows else _moments(taken_of)
+        spread = products - center * center[:, None]
+        count = len(taken_of) * (4 if in_windows else 1)
         mean = rows @ center + taken + bias
         # Rounding errors can make it negative.
         var = ((rows @ spread) * rows).sum(1).clamp(min=0.0)
@@ -109,14 +111,19 @@ class BatchNorm(nn.Module):
             ctx.moments[self.name] = (mean.detach(), _stored(var.detach(), count, ctx))
         scale = self.weight * torch.rsqrt(var + self.eps)
         weight = (rows * scale[:, None]).to(x.dtype)
-        if self.native and many_rows(x) and conv.in_channels > 1:
+        if in_windows:
+            kernel = weight.view_as(conv.weight)
+            maps = pooled_products(patches.to(x.dtype), kernel).view(len(x), *sides, -1)
+            maps, pool = maps.movedim(3, 1), unchanged
+        elif self.native and many_rows(x) and conv.in_channels > 1:
             # Patches of color images are as large as the maps, and backward would keep them.
             kernel = weight.view_as(conv.weight)
             maps = nn.functional.conv2d(x, kernel, None, conv.stride, conv.padding)
             taken = torch.zeros_like(taken)
         else:
             maps = (patches.to(x.dtype) @ weight.mT).view(len(x), *sides, -1).movedim(3, 1)
-        return maps, (self.bias + (taken + bias - mean) * scale).to(x.dtype)
+        shift = (self.bias + (taken + bias - mean) * scale).to(x.dtype)
+        return pool(maps) + as_channels(shift, maps)
 
     def _normalized(
         self,
@@ -245,13 +252,34 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[int, int]]:
+def _in_windows(conv: nn.Conv2d, x: Tensor, ctx: ForwardContext, pool: Pooling) -> bool:
+    """Return whether `pooled_products` computes a convolution and its pooling."""
+    shape = conv.kernel_size, conv.stride, conv.padding
+    return (
+        pool is halved
+        and shape == ((3, 3), (1, 1), (1, 1))
+        and x.shape[2] % 2 == x.shape[3] % 2 == 0
+        and many_rows(x)
+        and x.device.type == "cpu"
+        and not (x.requires_grad or ctx.double_backward)
+    )
+
+
+def _moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the means (P,) of patches, and of their products (P, P)."""
+    return patches.mean(0), patches.mT @ patches / len(patches)
+
+
+def _patches(
+    x: Tensor, level: Tensor, conv: nn.Conv2d, *, in_windows: bool
+) -> tuple[Tensor, tuple[int, int]]:
     """Return the patches that a convolution reads from images, minus a level per channel.
 
     Args:
         x: (N, C, H, W) images.
         level: (C,) level to subtract from each channel.
         conv: Convolution that defines the patches.
+        in_windows: Whether to return `windows_of` the images.
 
     Returns:
         (N * H' * W', P) values of each patch, and the size (H', W') of the output maps.
@@ -262,6 +290,8 @@ def _patches(x: Tensor, level: Tensor, conv: nn.Conv2d) -> tuple[Tensor, tuple[i
     padded = nn.functional.pad(x, (left, left, above, above)) - as_channels(level, x)
     # Shifted images, because strided windows have no derivative under vmap.
     padded = padded.contiguous()
+    if in_windows:
+        return windows_of(padded), (x.shape[2] // 2, x.shape[3] // 2)
     rows, columns = padded.shape[2] - height + 1, padded.shape[3] - width + 1
     shifted = [
         padded[:, :, i : i + rows : down, j : j + columns : right]
