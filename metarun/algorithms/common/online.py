@@ -34,7 +34,7 @@ from metarun.backbones.layers.context import ForwardContext
 from metarun.backbones.layers.normalization import has_batch_norm
 from metarun.backbones.mlp import MLP
 from metarun.core import seeding
-from metarun.core.types import Adapted, Metrics, Prediction, Progress, Stream, TaskBatch
+from metarun.core.types import Adapted, Prediction, Stream
 
 _SLOT_HEAD = 33
 
@@ -47,7 +47,7 @@ class OnlineLearner(Algorithm):
 
     A subclass sets `self.net` to the result of `build_checked`, and implements `begin` and
     `learn`. It overrides `respond` if it does not predict with the weights of the state, and
-    `update` if it meta-learns before the rollout.
+    `outer_task` or `update` if it meta-learns before the rollout.
 
     Raises:
         ValueError: The backbone has batch norm.
@@ -63,9 +63,6 @@ class OnlineLearner(Algorithm):
     net: Predictor
     head: Sequence[int] = ()
     """Widths of the head's hidden layers."""
-
-    def update(self, batch: TaskBatch, progress: Progress) -> Metrics:
-        raise NotImplementedError(f"{type(self).__name__} has no meta-training")
 
     def build(self) -> Predictor:
         """Build a newly initialized network."""
