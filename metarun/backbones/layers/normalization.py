@@ -95,7 +95,7 @@ class BatchNorm(nn.Module):
         seen = wide if ctx.rows is None else wide[: ctx.rows]
         # Centering each channel first avoids cancellation in the variance.
         level = seen.mean((0, 2, 3))
-        in_windows = self.native and _in_windows(conv, x, ctx, pool)
+        in_windows = _in_windows(conv, x, pool)
         patches, sides = _patches(wide, level, conv, in_windows=in_windows)
         rows = conv.weight.to(wide.dtype).flatten(1)
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
@@ -252,16 +252,15 @@ def _count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _in_windows(conv: nn.Conv2d, x: Tensor, ctx: ForwardContext, pool: Pooling) -> bool:
+def _in_windows(conv: nn.Conv2d, x: Tensor, pool: Pooling) -> bool:
     """Return whether `pooled_products` computes a convolution and its pooling."""
     shape = conv.kernel_size, conv.stride, conv.padding
     return (
         pool is halved
         and shape == ((3, 3), (1, 1), (1, 1))
         and x.shape[2] % 2 == x.shape[3] % 2 == 0
-        and many_rows(x)
         and x.device.type == "cpu"
-        and not (x.requires_grad or ctx.double_backward)
+        and not x.requires_grad
     )
 
 
