@@ -95,7 +95,9 @@ class BatchNorm(nn.Module):
         seen = wide if ctx.rows is None else wide[: ctx.rows]
         # Centering each channel first avoids cancellation in the variance.
         level = seen.mean((0, 2, 3))
-        in_windows = _in_windows(conv, x, pool)
+        # Patches of color images are as large as the maps, and backward would keep them.
+        as_maps = self.native and many_rows(x) and conv.in_channels > 1
+        in_windows = _in_windows(conv, x, pool) and not (as_maps and ctx.double_backward)
         patches, sides = _patches(wide, level, conv, in_windows=in_windows)
         rows = conv.weight.to(wide.dtype).flatten(1)
         taken = rows @ level.repeat_interleave(rows.shape[1] // len(level))
@@ -115,8 +117,7 @@ class BatchNorm(nn.Module):
             kernel = weight.view_as(conv.weight)
             maps = pooled_products(patches.to(x.dtype), kernel).view(len(x), *sides, -1)
             maps, pool = maps.movedim(3, 1), unchanged
-        elif self.native and many_rows(x) and conv.in_channels > 1:
-            # Patches of color images are as large as the maps, and backward would keep them.
+        elif as_maps:
             kernel = weight.view_as(conv.weight)
             maps = nn.functional.conv2d(x, kernel, None, conv.stride, conv.padding)
             taken = torch.zeros_like(taken)
