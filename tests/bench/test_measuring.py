@@ -98,7 +98,7 @@ def test_more_tasks_at_once_need_more_memory() -> None:
 
 @pytest.mark.slow
 def test_recomputed_inner_steps_need_no_more_memory_for_being_many() -> None:
-    """They add their weights and small results, a twentieth of what stored graphs add."""
+    """They add a twentieth of what stored graphs add, of which their weights are a part."""
     workload = replace(BY_NAME["conv4-1"], tasks=2, filters=32, image=84)
     needed = {
         (memory, steps): memory_of_step(
