@@ -5,6 +5,8 @@ Shapes: S support rows, Q query rows, W ways, C H W' channels, height and width 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -97,7 +99,8 @@ class RelationNet(EpisodicLearner):
 
         def task(net: nn.Module, params: Params, own: Params, x: Tensor) -> Tensor:
             def scores(net: _Relation) -> Tensor:
-                return net.scores(own["classes"], net.embedding(x, ctx), ctx)
+                scores: Tensor = net.relation(own["classes"], net.embedding(x, ctx), ctx)
+                return scores
 
             outputs: Tensor = with_tensors(net, params | strip_prefix("net.", own), scores)
             return outputs
@@ -147,7 +150,8 @@ class _Relation(nn.Module):
     ) -> Tensor:
         classes = self.classes_of(self.embedding(support_x, ctx), support_y, ways)
         # After the support, so that running statistics are of query rows, as in the code.
-        return self.scores(classes, self.embedding(query_x, ctx), ctx)
+        scores: Tensor = self.relation(classes, self.embedding(query_x, ctx), ctx)
+        return scores
 
     def classes(self, x: Tensor, labels: Tensor, ways: int, ctx: ForwardContext) -> Tensor:
         """Return the maps (W, C, H, W') of the classes, and pass the support's pairs through g."""
@@ -155,7 +159,7 @@ class _Relation(nn.Module):
         classes = self.classes_of(maps, labels, ways)
         if ctx.moments is not None:
             # g takes its statistics from the pairs of a class and a support row.
-            self.scores(classes, maps, ctx)
+            self.relation(classes, maps, ctx)
         return classes
 
     def classes_of(self, maps: Tensor, labels: Tensor, ways: int) -> Tensor:
@@ -163,19 +167,6 @@ class _Relation(nn.Module):
         member = labels[None] == torch.arange(ways, device=labels.device)[:, None]
         classes: Tensor = (member.to(maps.dtype) @ maps.flatten(1)).unflatten(1, maps.shape[1:])
         return classes
-
-    def scores(self, classes: Tensor, maps: Tensor, ctx: ForwardContext) -> Tensor:
-        """Return the scores (Q, W) of query maps (Q, C, H, W') and classes (W, C, H, W')."""
-        ways = len(classes)
-        pairs = torch.cat(
-            [
-                classes[None].expand(len(maps), *classes.shape),
-                maps[:, None].expand(len(maps), ways, *maps.shape[1:]),
-            ],
-            2,
-        )
-        scores: Tensor = self.relation(pairs.flatten(0, 1), ctx).view(len(maps), ways)
-        return scores
 
 
 class _Comparison(nn.Module):
@@ -198,11 +189,25 @@ class _Comparison(nn.Module):
         self.hidden = nn.Linear(channels * sides[0] * sides[1], hidden)
         self.score = nn.Linear(hidden, 1)
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = torch.relu(conv_and_norm(conv, norm, x, ctx, pool=halved))
+    def forward(self, classes: Tensor, maps: Tensor, ctx: ForwardContext) -> Tensor:
+        """Return the scores (Q, W) of query maps (Q, C, H, W') and classes (W, C, H, W')."""
+        x = self._of_pairs(classes, maps).flatten(0, 1)
+        x = torch.relu(halved(self.norms[0](x, ctx)))
+        x = torch.relu(conv_and_norm(self.convs[1], self.norms[1], x, ctx, pool=halved))
         scores: Tensor = self.score(torch.relu(self.hidden(x.flatten(1))))
-        return scores
+        return scores.view(len(maps), len(classes))
+
+    def _of_pairs(self, classes: Tensor, maps: Tensor) -> Tensor:
+        """Return the first convolution (Q, W, C, H, W') of all pairs of a class and a query.
+
+        Convolving two concatenated maps is to add the convolutions of each. This convolves W + Q
+        maps in place of W Q pairs of them, most of the arithmetic of a step.
+        """
+        conv = self.convs[0]
+        assert isinstance(conv, nn.Conv2d)
+        of_classes, of_maps = conv.weight.chunk(2, 1)
+        convolve = partial(nn.functional.conv2d, padding=conv.padding)
+        return convolve(classes, of_classes, conv.bias) + convolve(maps, of_maps)[:, None]
 
 
 def _norm(grads: Params, prefix: str) -> Tensor:
