@@ -178,6 +178,9 @@ class Worker:
         screen = Screen(Console(quiet=True)) if self._quiet else Screen()
         _at_work.set()
         try:
+            # In this process, a signal may have come since the last look.
+            if not self._quiet and self._journal.stopped():
+                raise KeyboardInterrupt
             outcome = ensure_finished(config, folder, words, self._config_dir, screen)
         except KeyboardInterrupt:
             outcome = Outcome("interrupted", "stopped before it started", signal.SIGTERM)
@@ -426,6 +429,9 @@ def _stopping(journal: Journal, *, detached: bool) -> Iterator[_Stop]:
             if start["host"] == socket.gethostname() and start["process"] != os.getpid():
                 with suppress(OSError):
                     os.kill(start["process"], signal.SIGTERM)
+        # A run of this process that trains receives signals itself: this one is being built.
+        if _at_work.is_set():
+            raise KeyboardInterrupt
 
     with received_by(receive):
         yield stop

@@ -312,6 +312,30 @@ def test_a_signal_saves_the_runs_of_other_processes_and_starts_no_more(tmp_path:
     assert "to complete the sweep, repeat the command: metarun -m seed=1,2,3,4" in err
 
 
+@pytest.mark.parametrize("place", [(sweep, "ensure_finished"), (Journal, "add")])
+def test_a_signal_while_a_run_is_being_built_starts_neither_it_nor_the_next(
+    place: tuple[Any, str], inside: Inside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, name = place
+    called = getattr(owner, name)
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        if name not in sent:
+            sent.append(name)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return called(*args, **options)
+
+    sent: list[str] = []
+    monkeypatch.setattr(owner, name, interrupted)
+    words = ["-m", "algo=maml", "seed=1,2", *TINY]
+    answer = inside(tmp_path, words)
+    assert answer.code == 128 + signal.SIGTERM, answer.err
+    assert "0 of 2 runs are finished" in answer.out
+    assert "interrupted; to complete the sweep, repeat the command" in answer.err
+    assert states(tmp_path) == []
+    assert "2 of 2 runs are finished" in inside(tmp_path, words).out
+
+
 @pytest.mark.slow
 def test_optuna_searches_by_meta_val(tmp_path: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
