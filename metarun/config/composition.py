@@ -196,9 +196,10 @@ class Composer:
         config, folder = _resolve(cfg, "sweep" if sweep else "run")
         config["names"] = names_of(choices, config)
         recipes = self.options("recipe") if "recipe" in self.groups else []
-        has_recipe = choices.get("recipe") in recipes
+        # With `~recipe` there is no choice.
+        has_recipe = choices.get("recipe", f"{choices['algo']}-{choices['data']}") in recipes
         others: list[str] = []
-        if has_recipe:
+        if has_recipe and "recipe" in choices:
             recipe = self._known.repository.load_config(f"recipe/{choices['recipe']}")
             others = left_out(recipe, config["names"]["backbone"])
         return Job(list(overrides), config, folder, has_recipe, others, sweep)

@@ -155,9 +155,12 @@ def test_a_failed_run_leaves_the_others_alone_and_is_named(
     assert "failed: repeat the command to try it again" in said
 
 
-def test_recipes_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipes_can_be_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "data=linear", "algo=maml", *TINY, "~recipe"]) == 0
+    assert "there is no recipe" not in capsys.readouterr().err
     (config,) = tmp_path.rglob("config.yaml")
     # The recipe of this pair has five inner steps, and the defaults have one.
     assert yaml.safe_load(config.read_text())["algo"]["inner_steps"] == 1
