@@ -120,7 +120,6 @@ def test_relation_networks_compare_by_the_statistics_of_the_pairs_of_the_support
     ):
         maps = net.embedding(torch.cat([x, asked]), ForwardContext(rows=len(x)))
         classes = torch.stack([maps[: len(x)][y == way].sum(0) for way in range(3)])
-        pairs = [torch.cat([own, row]) for row in maps for own in classes]
-        scores = net.relation(torch.stack(pairs), ForwardContext(rows=3 * len(x)))
-        expected = scores.view(-1, 3)[len(x) :].detach()
+        scores = net.relation(classes, maps, ForwardContext(rows=3 * len(x)))
+        expected = scores[len(x) :].detach()
         torch.testing.assert_close(found, expected, **EXACT)

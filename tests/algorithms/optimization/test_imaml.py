@@ -22,6 +22,7 @@ from tests.helpers import (
     moved,
     regression_batch,
     regression_spec,
+    side_for,
     slow,
 )
 
@@ -212,7 +213,7 @@ def test_the_meta_gradient_agrees_with_finite_differences_of_the_solved_loss() -
 
 @pytest.mark.parametrize("backbone", TINY_BACKBONES)
 def test_the_engines_agree_to_1e_10(backbone: str) -> None:
-    spec = image_spec()
+    spec = image_spec(side=side_for(backbone))
     batch = image_batch(spec, tasks=5)
     options = {"inner_steps": 3, "cg_steps": 4}
     gradients = [

@@ -21,6 +21,7 @@ from tests.helpers import (
     moved,
     regression_batch,
     regression_spec,
+    side_for,
 )
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -133,7 +134,7 @@ def test_a_naive_loop_over_tasks_gives_the_same_meta_gradient(
 )
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_engines_agree_to_1e_10(name: str, backbone: str, query: int) -> None:
-    spec = image_spec()
+    spec = image_spec(side=side_for(backbone))
     # With six queries per class, the `threads` engine runs tasks in two stages.
     batch = image_batch(spec, tasks=5, query=query)
     gradients = [
